@@ -1,0 +1,1 @@
+"""Grouped matrix products and the permutations around them: tensors in, tensors out."""

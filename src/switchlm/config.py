@@ -1,0 +1,152 @@
+"""Configuration as frozen dataclasses: YAML in and out, dotted overrides, errors that teach.
+
+Every room defines its own section as a frozen, keyword-only dataclass; this module turns nested
+mappings into them and back. A field's type may be a scalar, an optional (`X | None`), a `Literal`,
+a tuple, a mapping or another such dataclass. A `__post_init__` may raise `ConfigError` for ranges.
+"""
+
+import dataclasses
+import math
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from switchlm.errors import ConfigError, nearest
+
+Section = TypeVar("Section")
+
+
+def from_mapping(cls: type[Section], values: Mapping[str, Any], path: str = "") -> Section:
+    """Build the dataclass `cls` from nested mappings.
+
+    Raises ConfigError for an unknown key (naming the near miss), a missing one, or a wrong type.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path or 'The configuration'} must be a mapping, got {values!r}.")
+    hints = get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    arguments = {}
+    for key, value in values.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key not in fields:
+            raise ConfigError(f"Unknown configuration key {where!r}.{nearest(str(key), fields)}")
+        arguments[key] = _convert(hints[key], value, where)
+    required = (dataclasses.MISSING, dataclasses.MISSING)
+    for name, field in fields.items():
+        if name not in arguments and (field.default, field.default_factory) == required:
+            raise ConfigError(f"Missing configuration key {f'{path}.{name}' if path else name!r}.")
+    return cls(**arguments)
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """Return nested plain dicts and lists, ready for YAML or JSON."""
+    return _plain(config)
+
+
+def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Return `values` with dotted assignments such as `training.steps=100` applied.
+
+    The right-hand side is read as YAML, so `null`, `true`, `[1, 2]` and `1e-3` mean what they say.
+    """
+    result = _plain(values)
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"Cannot read the override {assignment!r}; write it as a.b=value.")
+        *parents, last = key.strip().split(".")
+        section = result
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"Cannot set {key!r}: {parent!r} is not a section.")
+        try:
+            section[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"Cannot read the value of {assignment!r}: {error}") from None
+    return result
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; an empty file is an empty mapping."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"There is no configuration file {str(path)!r}.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"Cannot read the configuration {str(path)!r}: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"The configuration {str(path)!r} must be a mapping of sections.")
+    return values
+
+
+def write_yaml(path: Path, config: Any) -> None:
+    """Write a configuration as YAML, keys in the order of the dataclass."""
+    path.write_text(yaml.safe_dump(_plain(config), sort_keys=False), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        rest = [option for option in arguments if option is not type(None)]
+        for option in rest[:-1]:
+            try:
+                return _convert(option, value, where)
+            except ConfigError:
+                continue
+        return _convert(rest[-1], value, where)
+    if origin is Literal:
+        if value not in arguments:
+            hint = nearest(str(value), [str(option) for option in arguments])
+            raise ConfigError(f"{where} is {value!r}.{hint}")
+        return value
+    if dataclasses.is_dataclass(kind):
+        return value if isinstance(value, kind) else from_mapping(kind, value, where)
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise ConfigError(f"{where} must be a list, got {value!r}.")
+        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin in (dict, Mapping) or kind in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} must be a mapping, got {value!r}.")
+        return dict(value)
+    return _scalar(kind, value, where)
+
+
+def _scalar(kind: type, value: Any, where: str) -> Any:
+    if kind is float and not isinstance(value, bool):
+        # YAML 1.1 reads 1e-3 as a string: accept what Python calls a number.
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif kind is int and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+            if number.is_integer():
+                return int(value) if isinstance(value, int) else int(number)
+        except ValueError:
+            pass
+    elif isinstance(value, kind):
+        return value
+    raise ConfigError(f"{where} must be of type {kind.__name__}, got {value!r}.")

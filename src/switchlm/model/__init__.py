@@ -1,0 +1,1 @@
+"""The Transformer: routers, experts, attention, and the encoder-decoder made of them."""

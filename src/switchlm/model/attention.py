@@ -1,0 +1,177 @@
+"""T5 attention: no scaling of the scores, a learned bias by relative position, masks by segment.
+
+Shapes: B batch, Q queries, M keys and values (memory), D d_model, H heads, K head width.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from switchlm.model.config import ModelConfig
+from switchlm.model.routing import Routing
+from switchlm.model.switch import SwitchProjection
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+class KeyValueStore(Protocol):
+    """Where decoding keeps a layer's keys and values, [B, H, M, K]."""
+
+    def update(self, key_BHQK: Tensor, value_BHQK: Tensor) -> KeysValues:
+        """Add the new ones and return all, new ones included."""
+        ...
+
+
+class RelativeBias(nn.Module):
+    """A bias a head for each bucket of relative distance (Raffel et al. 2020).
+
+    Half the buckets hold exact small distances; the others grow with the logarithm of the distance
+    up to `max_distance`. In a decoder all buckets are for the past.
+    """
+
+    def __init__(self, buckets: int, heads: int, max_distance: int, bidirectional: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(buckets, heads))
+        self.max_distance = max_distance
+        self.bidirectional = bidirectional
+
+    def forward(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        """Return the bias [1 or B, H, Q, M] for int64 positions [Q] or [B, Q], and [M]."""
+        distance = key_positions - query_positions[..., None]
+        bias = nn.functional.embedding(self.bucket(distance), self.weight).movedim(-1, -3)
+        return bias if bias.dim() == 4 else bias[None]
+
+    def bucket(self, distance: Tensor) -> Tensor:
+        """Return the bucket of each distance, key position minus query position."""
+        buckets = self.weight.shape[0]
+        offset = torch.zeros_like(distance)
+        if self.bidirectional:
+            buckets //= 2
+            offset = (distance > 0).long() * buckets
+            distance = distance.abs()
+        else:
+            distance = (-distance).clamp(min=0)
+        exact = buckets // 2
+        ratio = torch.log(distance.clamp(min=1).float() / exact)
+        far = exact + (ratio / math.log(self.max_distance / exact) * (buckets - exact)).long()
+        return offset + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
+
+
+def segment_mask(query_segments_BQ: Tensor, key_segments_BM: Tensor) -> Tensor:
+    """Return bool [B, 1, Q, M]: who may attend to whom.
+
+    Real tokens see the real tokens of their own segment. Padding (segment 0) sees every real token,
+    as in implementations that mask keys only; what it computes is never used.
+    """
+    query, key = query_segments_BQ[:, None, :, None], key_segments_BM[:, None, None, :]
+    return ((query == key) | (query == 0)) & (key != 0)
+
+
+def masked(bias: Tensor, allowed: Tensor | None) -> Tensor:
+    """Return the bias with the lowest number where attention is not allowed."""
+    if allowed is None:
+        return bias
+    return torch.where(allowed, bias, torch.finfo(bias.dtype).min)
+
+
+def attend(
+    query_BHQK: Tensor, key_BHMK: Tensor, value_BHMK: Tensor, bias: Tensor | None, dropout: float
+) -> Tensor:
+    """Return softmax(q k^T + bias) v, [B, Q, H * K]; no bias is a bias of zero."""
+    y_BHQK = nn.functional.scaled_dot_product_attention(
+        query_BHQK,
+        key_BHMK,
+        value_BHMK,
+        attn_mask=None if bias is None else bias.to(query_BHQK.dtype),
+        dropout_p=dropout,
+        scale=1.0,
+    )
+    return y_BHQK.transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with dense projections."""
+
+    def __init__(self, d_model: int, num_heads: int, d_kv: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        width = num_heads * d_kv
+        self.query = nn.Linear(d_model, width, bias=False)
+        self.key = nn.Linear(d_model, width, bias=False)
+        self.value = nn.Linear(d_model, width, bias=False)
+        self.output = nn.Linear(width, d_model, bias=False)
+        self.num_heads = num_heads
+        self.dropout = dropout
+
+    def keys_values(self, memory_BMD: Tensor) -> KeysValues:
+        """Return key_BHMK and value_BHMK of what is attended to."""
+        return self._heads(self.key(memory_BMD)), self._heads(self.value(memory_BMD))
+
+    def forward(
+        self,
+        x_BQD: Tensor,
+        bias: Tensor | None,
+        *,
+        memory: KeysValues | None = None,
+        store: KeyValueStore | None = None,
+        mask_BQ: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Return (y_BQD, ()).
+
+        bias: [1 or B, 1 or H, Q, M], added to the scores. memory: keys and values of another
+        sequence (cross-attention); without it x attends to itself, and to the past in `store`.
+        """
+        query_BHQK = self._heads(self.query(x_BQD))
+        if memory is None:
+            memory = self.keys_values(x_BQD)
+            if store is not None:
+                memory = store.update(*memory)
+        dropout = self.dropout if self.training else 0.0
+        return self.output(attend(query_BHQK, *memory, bias, dropout)), ()
+
+    def _heads(self, x_BQW: Tensor) -> Tensor:
+        return x_BQW.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+class SwitchAttention(nn.Module):
+    """Self-attention whose projections are Switch layers (appendix A).
+
+    One Switch layer makes the queries; another makes the keys, which serve as values too.
+    """
+
+    def __init__(self, config: ModelConfig, causal: bool) -> None:
+        super().__init__()
+        width = config.num_heads * config.d_kv
+        options = {
+            "router": config.router,
+            "initialisation_scale": config.initialisation_scale,
+            "causal": causal,
+        }
+        self.query = SwitchProjection(config.d_model, width, config.num_experts, **options)
+        self.key_value = SwitchProjection(config.d_model, width, config.num_experts, **options)
+        self.output = nn.Linear(width, config.d_model, bias=False)
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+
+    def forward(
+        self,
+        x_BQD: Tensor,
+        bias: Tensor | None,
+        *,
+        memory: KeysValues | None = None,
+        store: KeyValueStore | None = None,
+        mask_BQ: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Return (y_BQD, the routing of queries and of keys); see Attention.forward."""
+        assert memory is None, "cross-attention keeps dense projections"
+        query_BQW, query_routing = self.query(x_BQD, mask_BQ)
+        shared_BQW, shared_routing = self.key_value(x_BQD, mask_BQ)
+        query_BHQK = query_BQW.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        shared_BHQK = shared_BQW.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        memory = (shared_BHQK, shared_BHQK)
+        if store is not None:
+            memory = store.update(*memory)
+        dropout = self.dropout if self.training else 0.0
+        y_BQD = self.output(attend(query_BHQK, *memory, bias, dropout))
+        return y_BQD, (query_routing, shared_routing)

@@ -1,0 +1,78 @@
+"""One layer of the encoder or decoder: attention, cross-attention in decoders, feed-forward."""
+
+from torch import Tensor, nn
+
+from switchlm.model.attention import Attention, KeysValues, KeyValueStore, SwitchAttention
+from switchlm.model.config import ModelConfig
+from switchlm.model.feedforward import FeedForward
+from switchlm.model.norm import RMSNorm
+from switchlm.model.routing import Routing
+from switchlm.model.switch import SwitchFeedForward
+
+
+class Block(nn.Module):
+    """Pre-norm residual sublayers; the feed-forward one is a Switch layer in sparse blocks."""
+
+    def __init__(self, config: ModelConfig, *, sparse: bool, decoder: bool) -> None:
+        super().__init__()
+        norm = (config.d_model, config.norm_epsilon)
+        attention = (config.d_model, config.num_heads, config.d_kv, config.dropout)
+        self.attention_norm = RMSNorm(*norm)
+        self.attention: Attention | SwitchAttention = (
+            SwitchAttention(config, causal=decoder)
+            if sparse and config.attention_experts
+            else Attention(*attention)
+        )
+        self.cross_attention_norm = RMSNorm(*norm) if decoder else None
+        self.cross_attention = Attention(*attention) if decoder else None
+        self.feedforward_norm = RMSNorm(*norm)
+        self.feedforward: FeedForward | SwitchFeedForward
+        if sparse:
+            self.feedforward = SwitchFeedForward(
+                config.d_model,
+                config.d_ff,
+                config.num_experts,
+                router=config.router,
+                activation=config.activation,
+                gated=config.gated,
+                expert_dropout=config.expert_dropout,
+                initialisation_scale=config.initialisation_scale,
+                causal=decoder,
+            )
+        else:
+            self.feedforward = FeedForward(
+                config.d_model, config.d_ff, config.activation, config.gated, config.dropout
+            )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        bias: Tensor,
+        *,
+        mask_BS: Tensor | None = None,
+        memory: KeysValues | None = None,
+        memory_bias: Tensor | None = None,
+        store: KeyValueStore | None = None,
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Return (x_BSD, the routing of this block's Switch layers).
+
+        bias, memory_bias: added to the scores of self- and cross-attention. mask_BS: bool, false at
+        padding. memory: the encoder's keys and values. store: a decoding cache.
+        """
+        y_BSD, routing = self.attention(
+            self.attention_norm(x_BSD), bias, store=store, mask_BQ=mask_BS
+        )
+        x_BSD = x_BSD + self.dropout(y_BSD)
+        if self.cross_attention is not None:
+            y_BSD, _ = self.cross_attention(
+                self.cross_attention_norm(x_BSD), memory_bias, memory=memory
+            )
+            x_BSD = x_BSD + self.dropout(y_BSD)
+        y_BSD = self.feedforward_norm(x_BSD)
+        if isinstance(self.feedforward, SwitchFeedForward):
+            y_BSD, switch_routing = self.feedforward(y_BSD, mask_BS)
+            routing = (*routing, switch_routing)
+        else:
+            y_BSD = self.feedforward(y_BSD)
+        return x_BSD + self.dropout(y_BSD), routing

@@ -1,0 +1,154 @@
+"""The configuration of a model: its shape, and how its routers decide."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from switchlm.errors import ConfigError
+from switchlm.model.semantics import SEMANTICS, Mode, Semantics
+
+LARGEST = 2**31  # no dimension of a real model comes near; stops absurd allocations early
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How tokens are sent to experts.
+
+    mode: which implementation's semantics (see semantics.py).
+    capacity_factor, evaluation_capacity_factor: capacity = tokens / experts * factor; None is
+        dropless, every token reaches its expert.
+    expert_capacity: an absolute capacity a group, instead of the factors (`hf` checkpoints: 64).
+    min_capacity: the least capacity; None leaves it to the mode.
+    experts_per_token: 1 as in the paper; more is the MoE of Shazeer et al. 2017, its gates
+        renormalised.
+    selection: `token` lets tokens choose experts; `expert_choice` lets the encoder's experts choose
+        their tokens (Zhou et al. 2022), the decoder keeps choosing by token since it is causal.
+    exploration: what the router does in training only (appendix C). `jitter` multiplies its input
+        by U(1 - eps, 1 + eps), eps = `exploration_rate`; `input_dropout` drops with that rate;
+        `sample` draws the expert from the softmax; `argmax` does nothing.
+    reroute_overflow: No-token-left-behind (appendix B): overflow goes to the next best expert.
+    balance: `loss` (equations 4 to 6), `bias` (a selection bias nudged by load, no loss) or `none`.
+    balance_weight, z_weight: coefficients of the balance loss and of the router z-loss.
+    bias_rate: how far `bias` moves each expert's bias a step.
+    """
+
+    mode: Mode = "paper"
+    capacity_factor: float | None = 1.25
+    evaluation_capacity_factor: float | None = 2.0
+    expert_capacity: int | None = None
+    min_capacity: int | None = None
+    experts_per_token: int = 1
+    selection: Literal["token", "expert_choice"] = "token"
+    exploration: Literal["jitter", "argmax", "sample", "input_dropout"] = "jitter"
+    exploration_rate: float = 0.01
+    reroute_overflow: bool = False
+    balance: Literal["loss", "bias", "none"] = "loss"
+    balance_weight: float = 0.01
+    z_weight: float = 0.0
+    bias_rate: float = 0.001
+
+    def __post_init__(self) -> None:
+        for name in ("capacity_factor", "evaluation_capacity_factor", "expert_capacity"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(
+                    f"router.{name} must be positive or null (dropless), got {value}."
+                )
+        if not 0 <= self.exploration_rate < 1:
+            raise ConfigError(
+                f"router.exploration_rate must lie in [0, 1), got {self.exploration_rate}."
+            )
+        if self.experts_per_token < 1:
+            raise ConfigError(
+                f"router.experts_per_token must be at least 1, got {self.experts_per_token}."
+            )
+        if self.experts_per_token > 1 and (self.reroute_overflow or self.exploration == "sample"):
+            raise ConfigError(
+                "router.reroute_overflow and router.exploration=sample are defined for one expert "
+                f"a token; router.experts_per_token is {self.experts_per_token}."
+            )
+        if self.reroute_overflow and self.dropless:
+            raise ConfigError("router.reroute_overflow needs a capacity; set a capacity factor.")
+
+    @property
+    def semantics(self) -> Semantics:
+        """The named semantics, with this configuration's own minimum capacity."""
+        semantics = SEMANTICS[self.mode]
+        if self.min_capacity is None:
+            return semantics
+        return dataclasses.replace(semantics, min_capacity=self.min_capacity)
+
+    @property
+    def dropless(self) -> bool:
+        """Whether no token is ever dropped, in training and in evaluation."""
+        factors = (self.capacity_factor, self.evaluation_capacity_factor, self.expert_capacity)
+        return all(value is None for value in factors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a T5-style encoder-decoder, dense or sparse.
+
+    T5 v1.0 is `activation=relu, gated=false, tied_head=true`; v1.1 is `gelu, true, false`.
+
+    num_experts: 0 is the dense model: the FLOP-matched twin of every sparse one of the same shape.
+    sparse_step: every n-th layer is a Switch layer; 1 makes every layer one.
+    attention_experts: Switch layers make queries, and keys and values, too (appendix A).
+    initialisation_scale: s in std = sqrt(s / fan_in) (section 2.4).
+    dropout, expert_dropout: rates; expert_dropout acts inside experts only (section 2.4).
+    """
+
+    vocabulary_size: int = 32128
+    d_model: int = 768
+    d_ff: int = 3072
+    d_kv: int = 64
+    num_heads: int = 12
+    num_encoder_layers: int = 12
+    num_decoder_layers: int = 12
+    num_experts: int = 0
+    sparse_step: int = 2
+    attention_experts: bool = False
+    activation: Literal["relu", "gelu"] = "relu"
+    gated: bool = False
+    tied_head: bool = True
+    relative_buckets: int = 32
+    relative_distance: int = 128
+    norm_epsilon: float = 1e-6
+    initialisation_scale: float = 0.1
+    dropout: float = 0.0
+    expert_dropout: float = 0.0
+    pad_id: int = 0
+    end_id: int = 1
+    router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
+
+    def __post_init__(self) -> None:
+        positive = ("vocabulary_size", "d_model", "d_ff", "d_kv", "num_heads", "sparse_step")
+        for name in (*positive, "num_encoder_layers", "num_decoder_layers", "relative_buckets"):
+            value = getattr(self, name)
+            if not 1 <= value < LARGEST:
+                raise ConfigError(f"model.{name} must be at least 1 and below 2^31, got {value}.")
+        if not 0 <= self.num_experts <= 65536:
+            raise ConfigError(f"model.num_experts must lie in 0..65536, got {self.num_experts}.")
+        for name in ("dropout", "expert_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} must lie in [0, 1), got {getattr(self, name)}.")
+        if self.initialisation_scale <= 0:
+            raise ConfigError(
+                f"model.initialisation_scale must be positive, got {self.initialisation_scale}."
+            )
+        if self.num_experts and self.router.experts_per_token > self.num_experts:
+            raise ConfigError(
+                f"router.experts_per_token is {self.router.experts_per_token}, but there are only "
+                f"{self.num_experts} experts (model.num_experts)."
+            )
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) of either stack is a Switch layer."""
+        if self.num_experts == 0:
+            return False
+        first = self.router.semantics.first_sparse_layer(self.sparse_step)
+        return layer % self.sparse_step == first
+
+    def dense_twin(self) -> "ModelConfig":
+        """The dense model of equal FLOPs a token: every Switch layer becomes one FFN."""
+        return dataclasses.replace(self, num_experts=0, attention_experts=False)

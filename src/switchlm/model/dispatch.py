@@ -1,0 +1,53 @@
+"""Bring tokens to their experts and back: the seam where expert parallelism comes in.
+
+Shapes: N tokens, D width, A assignments, R rows in the order of their experts, E experts.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from switchlm.kernels.permute import ExpertOrder, combine_rows, gather_rows, sort_by_expert
+from switchlm.model.routing import Routing
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokens in the order of their experts; rows past the counts were dropped.
+
+    x_RD: activations. order: which assignment each row holds, and counts_E.
+    """
+
+    x_RD: Tensor
+    order: ExpertOrder
+
+
+class Dispatcher(Protocol):
+    """Carries tokens to experts, wherever those live, and their outputs back."""
+
+    def dispatch(self, x_ND: Tensor, routing: Routing) -> Rows: ...
+
+    def combine(self, y_RD: Tensor, rows: Rows, routing: Routing, num_tokens: int) -> Tensor: ...
+
+
+class LocalDispatcher:
+    """All experts are here: a permutation."""
+
+    def dispatch(self, x_ND: Tensor, routing: Routing) -> Rows:
+        """Return every assignment's token, sorted by expert."""
+        order = sort_by_expert(routing.expert_A, routing.kept_A, routing.load_E.numel())
+        if routing.token_A is not None:
+            return Rows(x_ND[routing.token_A[order.assignment_R]], order)
+        return Rows(gather_rows(x_ND, order, routing.expert_A.numel() // x_ND.shape[0]), order)
+
+    def combine(self, y_RD: Tensor, rows: Rows, routing: Routing, num_tokens: int) -> Tensor:
+        """Return y_ND: gate times output, summed over a token's experts; zero where dropped."""
+        weight_A = torch.where(routing.kept_A, routing.gate_A, 0.0)
+        if routing.token_A is None:
+            per_token = routing.expert_A.numel() // num_tokens
+            return combine_rows(y_RD, weight_A, rows.order, per_token)
+        y_AD = combine_rows(y_RD, weight_A, rows.order, 1)
+        y_ND = y_AD.new_zeros(num_tokens, y_AD.shape[1])
+        return y_ND.index_add(0, routing.token_A, y_AD)

@@ -1,0 +1,66 @@
+"""Experts: stacked weights and grouped products. `compression` installs other implementations.
+
+Shapes: R rows in the order of their experts, D d_model, F d_ff, P projection width, E experts.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from switchlm.kernels.select import grouped_matmul
+from switchlm.model.feedforward import ACTIVATIONS
+
+
+class Experts(Protocol):
+    """Maps the rows of every expert with that expert's weights; rows past the counts give zeros."""
+
+    num_experts: int
+
+    def __call__(self, x_RD: Tensor, counts_E: Tensor) -> Tensor: ...
+
+
+class FeedForwardExperts(nn.Module):
+    """One feed-forward network an expert, ReLU or gated (GEGLU), without biases.
+
+    dropout: expert dropout, on the intermediate activation (section 2.4).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        num_experts: int,
+        activation: str = "relu",
+        gated: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
+        self.gate = nn.Parameter(torch.empty(num_experts, d_model, d_ff)) if gated else None
+        self.down = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
+        self.num_experts = num_experts
+        self.activation = activation
+        self.dropout = dropout
+
+    def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+        activate = ACTIVATIONS[self.activation]
+        hidden_RF = grouped_matmul(x_RD, self.up, counts_E)
+        if self.gate is None:
+            hidden_RF = activate(hidden_RF)
+        else:
+            hidden_RF = activate(grouped_matmul(x_RD, self.gate, counts_E)) * hidden_RF
+        hidden_RF = nn.functional.dropout(hidden_RF, self.dropout, self.training)
+        return grouped_matmul(hidden_RF, self.down, counts_E)
+
+
+class ProjectionExperts(nn.Module):
+    """One matrix an expert, for Switch layers inside attention (appendix A)."""
+
+    def __init__(self, d_model: int, width: int, num_experts: int) -> None:
+        super().__init__()
+        self.projection = nn.Parameter(torch.empty(num_experts, d_model, width))
+        self.num_experts = num_experts
+
+    def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+        return grouped_matmul(x_RD, self.projection, counts_E)

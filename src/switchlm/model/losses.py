@@ -1,0 +1,59 @@
+"""Losses: cross-entropy over target tokens, and what keeps routers balanced and small.
+
+Shapes: B batch, T target, V vocabulary, L layers, G groups, E experts.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from switchlm.model.config import ModelConfig
+from switchlm.model.routing import ModelOutput, Routing
+
+
+def cross_entropy(
+    logits_BTV: Tensor, targets_BT: Tensor, mask_BT: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the summed negative log likelihood in nats (float32) and how many targets counted.
+
+    mask_BT: bool, true where a target counts; None counts all.
+    """
+    losses_N = nn.functional.cross_entropy(
+        logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="none"
+    )
+    if mask_BT is None:
+        return losses_N.sum(), torch.tensor(losses_N.numel(), device=losses_N.device)
+    mask_N = mask_BT.flatten()
+    return torch.where(mask_N, losses_N, 0.0).sum(), mask_N.sum()
+
+
+def joined_balance_loss(routing: tuple[Routing, ...]) -> Tensor:
+    """Return E * sum of f * P with f and P averaged over layers first, mean over groups (`hf`)."""
+    fraction_GE = torch.stack([layer.fraction_GE for layer in routing]).mean(0)
+    probability_GE = torch.stack([layer.probability_GE for layer in routing]).mean(0)
+    return (fraction_GE * probability_GE).sum(-1).mean() * fraction_GE.shape[-1]
+
+
+def routing_losses(output: ModelOutput, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Return the weighted balance loss and the weighted router z-loss of all Switch layers.
+
+    Over the layers: `paper` sums, `t5x` takes the mean, `hf` joins the layers of each stack and
+    adds the two stacks (see semantics.py). Both are zero for dense models.
+    """
+    router = config.router
+    over_layers = router.semantics.balance_over_layers
+    if not output.routing:
+        zero = torch.zeros((), device=output.logits_BTV.device)
+        return zero, zero
+    z_losses_L = torch.stack([layer.z_loss for layer in output.routing])
+    if over_layers == "joined":
+        stacks = [stack for stack in (output.encoder_routing, output.decoder_routing) if stack]
+        balance = torch.stack([joined_balance_loss(stack) for stack in stacks]).sum()
+        z_loss = torch.stack(
+            [torch.stack([layer.z_loss for layer in stack]).mean() for stack in stacks]
+        ).sum()
+    else:
+        balance_L = torch.stack([layer.balance_loss for layer in output.routing])
+        balance = balance_L.sum() if over_layers == "sum" else balance_L.mean()
+        z_loss = z_losses_L.sum() if over_layers == "sum" else z_losses_L.mean()
+    weight = router.balance_weight if router.balance == "loss" else 0.0
+    return weight * balance, router.z_weight * z_loss

@@ -1,0 +1,100 @@
+"""Named models: those of the paper, as released, and small ones for laptops and tests.
+
+`dense-*` is the FLOP-matched twin of a preset: `dense-base` of every `switch-base-*`, `dense-tiny`
+of `tiny`, and so on.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from switchlm.errors import ConfigError, nearest
+from switchlm.model.config import ModelConfig, RouterConfig
+
+BYTES = 384  # 3 special tokens, 256 bytes, 100 sentinels, filled up to a multiple of 128
+
+_BASE: Mapping[str, Any] = {"d_model": 768, "d_ff": 3072, "num_heads": 12}
+_GATED: Mapping[str, Any] = {"activation": "gelu", "gated": True, "tied_head": False}
+_DROPLESS = RouterConfig(capacity_factor=None, evaluation_capacity_factor=None)
+
+
+def _layers(number: int) -> dict[str, int]:
+    return {"num_encoder_layers": number, "num_decoder_layers": number}
+
+
+_SPARSE: dict[str, ModelConfig] = {
+    "nano": ModelConfig(
+        vocabulary_size=BYTES,
+        d_model=32,
+        d_ff=64,
+        d_kv=16,
+        num_heads=2,
+        num_experts=4,
+        **_layers(2),
+    ),
+    "tiny": ModelConfig(
+        vocabulary_size=BYTES,
+        d_model=32,
+        d_ff=128,
+        d_kv=16,
+        num_heads=2,
+        num_experts=16,
+        sparse_step=1,
+        router=_DROPLESS,
+        **_layers(2),
+    ),
+    "small": ModelConfig(
+        vocabulary_size=8192,
+        d_model=512,
+        d_ff=2048,
+        num_heads=8,
+        num_experts=64,
+        **_layers(6),
+    ),
+    **{
+        f"switch-base-{experts}": ModelConfig(num_experts=experts, **_BASE, **_layers(12))
+        for experts in (8, 16, 32, 64, 128, 256)
+    },
+    "switch-large-128": ModelConfig(
+        d_model=1024, d_ff=4096, num_heads=16, num_experts=128, **_layers(24)
+    ),
+    "switch-xxl-128": ModelConfig(
+        d_model=4096,
+        d_ff=10240,
+        num_heads=64,
+        num_experts=128,
+        router=RouterConfig(evaluation_capacity_factor=4.0, min_capacity=2),
+        **_GATED,
+        **_layers(24),
+    ),
+    "switch-c-2048": ModelConfig(
+        d_model=2080,
+        d_ff=6144,
+        num_heads=30,
+        num_experts=2048,
+        sparse_step=1,
+        tied_head=False,
+        router=RouterConfig(capacity_factor=1.0, min_capacity=2),
+        **_layers(15),
+    ),
+}
+
+_DENSE = {
+    "dense-nano": "nano",
+    "dense-tiny": "tiny",
+    "dense-small": "small",
+    "dense-base": "switch-base-8",
+    "dense-large": "switch-large-128",
+    "dense-xxl": "switch-xxl-128",
+    "dense-c": "switch-c-2048",
+}
+
+PRESETS: tuple[str, ...] = (*_SPARSE, *_DENSE)
+
+
+def preset(name: str) -> ModelConfig:
+    """Return the configuration of that name; ConfigError names the near miss."""
+    if name in _SPARSE:
+        return _SPARSE[name]
+    if name in _DENSE:
+        return _SPARSE[_DENSE[name]].dense_twin()
+    raise ConfigError(f"There is no preset {name!r}.{nearest(name, PRESETS)}")

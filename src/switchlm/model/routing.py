@@ -1,0 +1,63 @@
+"""The record of one Switch layer's decision, and the output of the model that carries it.
+
+Shapes: N tokens, E experts, G groups, A assignments (of a token to an expert).
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Where the tokens of one Switch layer went.
+
+    An assignment sends one token to one expert. With one expert a token there are N assignments in
+    token order, so `expert_A` is each token's expert; with K experts a token they stand K a token.
+
+    expert_A: int64, the expert of each assignment.
+    gate_A: float32, the weight of the expert's output: the softmax value, where the router learns.
+    kept_A: bool, false where capacity dropped the token (its output is zero) or it is padding.
+    token_A: int64, the token of each assignment; None where they stand in token order.
+    load_E: int64, assignments that wanted each expert, before dropping.
+    fraction_GE, probability_GE: float32, a group's share of tokens by expert (f in equation 5), and
+        its mean router probability (P in equation 6); only the second carries gradients.
+    balance_loss: float32 scalar, E times the sum of f * P, mean over groups: 1 when uniform. Not
+        yet weighted.
+    z_loss: float32 scalar, mean over tokens of logsumexp(logits)^2. Not yet weighted.
+    """
+
+    expert_A: Tensor
+    gate_A: Tensor
+    kept_A: Tensor
+    token_A: Tensor | None
+    load_E: Tensor
+    fraction_GE: Tensor
+    probability_GE: Tensor
+    balance_loss: Tensor
+    z_loss: Tensor
+
+    @property
+    def probability_E(self) -> Tensor:
+        """Mean router probability of every expert over the whole batch."""
+        return self.probability_GE.mean(0)
+
+    @property
+    def dropped(self) -> Tensor:
+        """The share of wanted assignments that capacity dropped, a float32 scalar."""
+        wanted = self.load_E.sum()
+        return 1 - self.kept_A.sum() / wanted.clamp(min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOutput:
+    """logits_BTV, and the routing of every Switch layer of each stack, in layer order."""
+
+    logits_BTV: Tensor
+    encoder_routing: tuple[Routing, ...]
+    decoder_routing: tuple[Routing, ...]
+
+    @property
+    def routing(self) -> tuple[Routing, ...]:
+        """Every Switch layer's routing, the encoder's first."""
+        return self.encoder_routing + self.decoder_routing

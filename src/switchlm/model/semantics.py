@@ -1,0 +1,71 @@
+"""The three named router semantics, as data: what `paper`, `t5x` and `hf` mean.
+
+`paper` is Mesh TensorFlow's `transformer/moe.py` (the code of Fedus et al. 2021), `t5x` is T5X with
+Flaxformer (the code of the released checkpoints), `hf` is transformers' `switch_transformers`
+(the format and the logits of most users). The router reads these fields; it never asks for a name.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Mode = Literal["paper", "t5x", "hf"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Semantics:
+    """What one implementation does where implementations differ.
+
+    group_tokens: tokens share capacity in groups of at most this many; None: a row is a group.
+    capacity_rounding: applied to tokens * factor / experts.
+    min_capacity: the least capacity of an expert in a group.
+    padding_takes_capacity: whether padding is routed at all, and counted in loads and losses.
+    jitter_reaches_experts: whether float32 experts see the jittered input too.
+    gate_in_activation_dtype: whether the argmax is taken after casting to the activations' dtype.
+    balance_over_layers: `sum` and `mean` reduce the losses of the layers; `joined` averages the
+        fractions and probabilities over the layers first and multiplies then.
+    first_sparse_layer: the first Switch layer, from the sparse step; every step-th follows.
+    """
+
+    group_tokens: int | None
+    capacity_rounding: Callable[[float], int]
+    min_capacity: int
+    padding_takes_capacity: bool
+    jitter_reaches_experts: bool
+    gate_in_activation_dtype: bool
+    balance_over_layers: Literal["sum", "mean", "joined"]
+    first_sparse_layer: Callable[[int], int]
+
+
+SEMANTICS: dict[str, Semantics] = {
+    "paper": Semantics(
+        group_tokens=1024,
+        capacity_rounding=int,
+        min_capacity=4,
+        padding_takes_capacity=False,
+        jitter_reaches_experts=False,
+        gate_in_activation_dtype=False,
+        balance_over_layers="sum",
+        first_sparse_layer=lambda step: step - 1,
+    ),
+    "t5x": Semantics(
+        group_tokens=4096,
+        capacity_rounding=round,  # Python rounds half to even, as jax.numpy does
+        min_capacity=4,
+        padding_takes_capacity=True,
+        jitter_reaches_experts=False,
+        gate_in_activation_dtype=False,
+        balance_over_layers="mean",
+        first_sparse_layer=lambda step: step - 1,
+    ),
+    "hf": Semantics(
+        group_tokens=None,
+        capacity_rounding=int,
+        min_capacity=1,
+        padding_takes_capacity=True,
+        jitter_reaches_experts=True,
+        gate_in_activation_dtype=True,
+        balance_over_layers="joined",
+        first_sparse_layer=lambda step: 1 % step,
+    ),
+}

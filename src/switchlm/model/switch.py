@@ -1,0 +1,99 @@
+"""The Switch layer: route, dispatch, compute, combine (section 2.2). It reads like the paper."""
+
+import torch
+from torch import Tensor, nn
+
+from switchlm.model.config import RouterConfig
+from switchlm.model.dispatch import Dispatcher, LocalDispatcher
+from switchlm.model.experts import Experts, FeedForwardExperts, ProjectionExperts
+from switchlm.model.exploration import explore
+from switchlm.model.initialise import initialise_switch
+from switchlm.model.router import Router
+from switchlm.model.routing import Routing
+
+
+class SwitchLayer(nn.Module):
+    """Sends every token to an expert and returns the expert's output times its gate.
+
+    router, experts: see router.py and experts.py. `dispatch` is local until parallelism or another
+    owner of experts replaces it.
+    """
+
+    def __init__(self, router: Router, experts: nn.Module) -> None:
+        super().__init__()
+        self.router = router
+        self.experts: Experts | nn.Module = experts
+        self.dispatcher: Dispatcher = LocalDispatcher()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Map x [..., S, D] to (y [..., S, width], routing).
+
+        mask: bool [..., S], false at padding, which gives zeros where the semantics leave it out;
+        None says that every token is real.
+        """
+        x_ND = x.reshape(-1, x.shape[-1])
+        valid_N = None if mask is None else mask.reshape(-1)
+        config = self.router.config
+        seen_ND = x_ND
+        if self.training:
+            seen_ND = explore(x_ND, config.exploration, config.exploration_rate)
+        if config.semantics.jitter_reaches_experts and x_ND.dtype == torch.float32:
+            x_ND = seen_ND
+        if torch.is_autocast_enabled(x.device.type):
+            x_ND = x_ND.to(torch.get_autocast_dtype(x.device.type))
+
+        routing = self.router(seen_ND, valid_N, row_tokens=x.shape[-2] if x.dim() > 1 else 1)
+        rows = self.dispatcher.dispatch(x_ND, routing)
+        y_RD = self.experts(rows.x_RD, rows.order.counts_E)
+        y_ND = self.dispatcher.combine(y_RD, rows, routing, x_ND.shape[0])
+        return y_ND.view(*x.shape[:-1], y_ND.shape[-1]), routing
+
+
+class SwitchFeedForward(SwitchLayer):
+    """A Switch layer of feed-forward experts: replaces the FFN of any PyTorch Transformer.
+
+    router: how tokens are routed; the default is the paper's. Parameters are initialised as in
+    section 2.4, truncated normal with std = sqrt(initialisation_scale / fan_in).
+
+    >>> y, routing = SwitchFeedForward(d_model=64, d_ff=256, num_experts=8)(x)
+    >>> loss = task_loss + 0.01 * routing.balance_loss
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        num_experts: int,
+        *,
+        router: RouterConfig | None = None,
+        activation: str = "relu",
+        gated: bool = False,
+        expert_dropout: float = 0.0,
+        initialisation_scale: float = 0.1,
+        causal: bool = False,
+    ) -> None:
+        super().__init__(
+            Router(d_model, num_experts, router or RouterConfig(), causal),
+            FeedForwardExperts(d_model, d_ff, num_experts, activation, gated, expert_dropout),
+        )
+        initialise_switch(self, initialisation_scale)
+
+
+class SwitchProjection(SwitchLayer):
+    """A Switch layer of linear experts, D to `width`, for attention (appendix A)."""
+
+    def __init__(
+        self,
+        d_model: int,
+        width: int,
+        num_experts: int,
+        *,
+        router: RouterConfig | None = None,
+        initialisation_scale: float = 0.1,
+        causal: bool = False,
+    ) -> None:
+        super().__init__(
+            Router(d_model, num_experts, router or RouterConfig(), causal),
+            ProjectionExperts(d_model, width, num_experts),
+        )
+        initialise_switch(self, initialisation_scale)

@@ -1,0 +1,198 @@
+"""The encoder-decoder: T5 with Switch layers.
+
+Shapes: B batch, S source, T target, M memory (cached positions), D d_model, V vocabulary.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from switchlm.model.attention import KeysValues, KeyValueStore, RelativeBias, masked, segment_mask
+from switchlm.model.block import Block
+from switchlm.model.config import ModelConfig
+from switchlm.model.initialise import initialise
+from switchlm.model.norm import RMSNorm
+from switchlm.model.routing import ModelOutput, Routing
+
+
+class DecodingCache(Protocol):
+    """What decoding step by step keeps (see generation/cache.py).
+
+    positions_BT: int64, where the tokens being decoded stand, [T] or [B, T]. key_positions_M:
+    int64, the positions of all cached keys. self_attention: a store a layer. cross_attention: the
+    encoder's keys and values a layer.
+    """
+
+    self_attention: list[KeyValueStore]
+    cross_attention: list[KeysValues]
+
+    def positions(self, num_new: int) -> tuple[Tensor, Tensor]:
+        """Return the positions of the new tokens, [T] or [B, T], and of all cached keys, [M]."""
+        ...
+
+
+class Stack(nn.Module):
+    """The blocks of an encoder or decoder with their shared relative bias and final norm."""
+
+    def __init__(self, config: ModelConfig, *, decoder: bool) -> None:
+        super().__init__()
+        num_layers = config.num_decoder_layers if decoder else config.num_encoder_layers
+        self.relative_bias = RelativeBias(
+            config.relative_buckets, config.num_heads, config.relative_distance, not decoder
+        )
+        self.blocks = nn.ModuleList(
+            Block(config, sparse=config.is_sparse(layer), decoder=decoder)
+            for layer in range(num_layers)
+        )
+        self.final_norm = RMSNorm(config.d_model, config.norm_epsilon)
+        self.dropout = nn.Dropout(config.dropout)
+        self.activation_checkpointing = False
+
+    def run(self, layer: int, x_BSD: Tensor, *args, **kwargs):  # type: ignore[no-untyped-def]
+        """Run one block, recomputing its activations in the backward pass if so configured."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.blocks[layer], x_BSD, *args, use_reentrant=False, **kwargs)
+        return self.blocks[layer](x_BSD, *args, **kwargs)
+
+
+class SwitchTransformer(nn.Module):
+    """A sparse or dense T5-style encoder-decoder language model.
+
+    Build under `torch.device("meta")` for shapes alone; elsewhere parameters are initialised as
+    configured (section 2.4).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary_size, config.d_model)
+        self.encoder = Stack(config, decoder=False)
+        self.decoder = Stack(config, decoder=True)
+        self.head = (
+            None
+            if config.tied_head
+            else nn.Linear(config.d_model, config.vocabulary_size, bias=False)
+        )
+        initialise(self, config)
+
+    def forward(
+        self,
+        inputs_BS: Tensor,
+        decoder_inputs_BT: Tensor,
+        input_segments_BS: Tensor | None = None,
+        target_segments_BT: Tensor | None = None,
+    ) -> ModelOutput:
+        """Return logits for every target position, and the routing.
+
+        inputs_BS, decoder_inputs_BT: int64; the latter are the targets shifted right (shift_right).
+        Segments: int, 0 at padding; None where rows are full and hold one example.
+        """
+        encoded_BSD, encoder_routing = self.encode(inputs_BS, input_segments_BS)
+        output = self.decode(
+            decoder_inputs_BT,
+            encoded_BSD,
+            input_segments_BS=input_segments_BS,
+            target_segments_BT=target_segments_BT,
+        )
+        return ModelOutput(
+            logits_BTV=output.logits_BTV,
+            encoder_routing=encoder_routing,
+            decoder_routing=output.decoder_routing,
+        )
+
+    def encode(
+        self, inputs_BS: Tensor, segments_BS: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Return encoded_BSD and the encoder's routing."""
+        stack = self.encoder
+        position_S = torch.arange(inputs_BS.shape[1], device=inputs_BS.device)
+        bias = stack.relative_bias(position_S, position_S)
+        mask_BS = None
+        if segments_BS is not None:
+            bias = masked(bias, segment_mask(segments_BS, segments_BS))
+            mask_BS = segments_BS != 0
+        x_BSD = stack.dropout(self.embedding(inputs_BS))
+        routing: tuple[Routing, ...] = ()
+        for layer in range(len(stack.blocks)):
+            x_BSD, layer_routing = stack.run(layer, x_BSD, bias, mask_BS=mask_BS)
+            routing += layer_routing
+        return stack.dropout(stack.final_norm(x_BSD)), routing
+
+    def decode(
+        self,
+        decoder_inputs_BT: Tensor,
+        encoded_BSD: Tensor,
+        *,
+        input_segments_BS: Tensor | None = None,
+        target_segments_BT: Tensor | None = None,
+        cache: DecodingCache | None = None,
+    ) -> ModelOutput:
+        """Return the logits of the decoder and its routing.
+
+        With a cache the tokens follow those already in it, and keys and values are taken from it.
+        """
+        stack = self.decoder
+        if cache is None:
+            query_positions = key_positions = torch.arange(
+                decoder_inputs_BT.shape[1], device=decoder_inputs_BT.device
+            )
+        else:
+            query_positions, key_positions = cache.positions(decoder_inputs_BT.shape[1])
+        allowed = (key_positions <= query_positions[..., None]).unsqueeze(-3)
+        mask_BT = None
+        if target_segments_BT is not None:
+            allowed = allowed & segment_mask(target_segments_BT, target_segments_BT)
+            mask_BT = target_segments_BT != 0
+        bias = masked(stack.relative_bias(query_positions, key_positions), allowed)
+        memory_bias = self._memory_bias(encoded_BSD, input_segments_BS, target_segments_BT)
+
+        x_BTD = stack.dropout(self.embedding(decoder_inputs_BT))
+        routing: tuple[Routing, ...] = ()
+        for layer, block in enumerate(stack.blocks):
+            memory = (
+                block.cross_attention.keys_values(encoded_BSD)
+                if cache is None
+                else cache.cross_attention[layer]
+            )
+            x_BTD, layer_routing = stack.run(
+                layer,
+                x_BTD,
+                bias,
+                mask_BS=mask_BT,
+                memory=memory,
+                memory_bias=memory_bias,
+                store=None if cache is None else cache.self_attention[layer],
+            )
+            routing += layer_routing
+        x_BTD = stack.dropout(stack.final_norm(x_BTD))
+        return ModelOutput(
+            logits_BTV=self._logits(x_BTD), encoder_routing=(), decoder_routing=routing
+        )
+
+    def _memory_bias(
+        self, encoded_BSD: Tensor, input_segments: Tensor | None, target_segments: Tensor | None
+    ) -> Tensor | None:
+        if input_segments is None:
+            return None
+        if target_segments is None:
+            # One example a row: every target belongs to the row's only segment.
+            allowed = (input_segments != 0)[:, None, None, :]
+        else:
+            allowed = segment_mask(target_segments, input_segments)
+        return masked(torch.zeros((), device=encoded_BSD.device), allowed)
+
+    def _logits(self, x_BTD: Tensor) -> Tensor:
+        if self.head is not None:
+            return self.head(x_BTD)
+        return nn.functional.linear(x_BTD * self.config.d_model**-0.5, self.embedding.weight)
+
+
+def shift_right(targets_BT: Tensor, segments_BT: Tensor | None, pad_id: int) -> Tensor:
+    """Return the decoder's inputs: targets one place later, each segment led by the pad token."""
+    shifted_BT = torch.nn.functional.pad(targets_BT, (1, 0), value=pad_id)[:, :-1]
+    if segments_BT is None:
+        return shifted_BT
+    starts_BT = torch.nn.functional.pad(segments_BT, (1, 0))[:, :-1] != segments_BT
+    return shifted_BT.masked_fill(starts_BT, pad_id)

@@ -1,0 +1,74 @@
+"""Held-out loss: what a model pays for each target token, in total and by source.
+
+Shapes: B batch, T target, V vocabulary.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switchlm.data.batch import Batch
+from switchlm.errors import DataError
+from switchlm.model.transformer import SwitchTransformer, shift_right
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module):  # type: ignore[no-untyped-def]
+    """Without dropout, exploration and gradients; every module's mode is put back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def held_out_loss(
+    model: SwitchTransformer, batches: Iterable[Batch], sources: Sequence[str]
+) -> dict[str, Any]:
+    """Return the mean negative log likelihood in nats a target token, and how many counted.
+
+    sources: the names that `Batch.source_B` indexes. The result is `loss`, `tokens`, and `sources`:
+    a mapping of each name met to its own `loss` and `tokens`. Capacity is enforced as configured
+    for evaluation (`router.evaluation_capacity_factor`).
+
+    Raises DataError when there is no target token at all.
+    """
+    device = model.embedding.weight.device
+    loss_S = torch.zeros(len(sources), dtype=torch.float64)
+    tokens_S = torch.zeros(len(sources), dtype=torch.int64)
+    with evaluation_mode(model):
+        for batch in batches:
+            source_B = batch.source_B.long().cpu()
+            loss_B, tokens_B = row_losses(model, batch.to(device))
+            loss_S.index_add_(0, source_B, loss_B.double().cpu())
+            tokens_S.index_add_(0, source_B, tokens_B.cpu())
+    if not tokens_S.sum():
+        raise DataError("There is no held-out text to evaluate on: not one target token.")
+    return {
+        "loss": float(loss_S.sum() / tokens_S.sum()),
+        "tokens": int(tokens_S.sum()),
+        "sources": {
+            name: {"loss": float(loss / tokens), "tokens": int(tokens)}
+            for name, loss, tokens in zip(sources, loss_S, tokens_S, strict=True)
+            if tokens
+        },
+    }
+
+
+def row_losses(model: SwitchTransformer, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return each row's summed negative log likelihood (float32) and its number of targets."""
+    decoder_inputs_BT = shift_right(batch.targets_BT, batch.target_segments_BT, model.config.pad_id)
+    logits_BTV = model(
+        batch.inputs_BS, decoder_inputs_BT, batch.input_segments_BS, batch.target_segments_BT
+    ).logits_BTV
+    loss_BT = nn.functional.cross_entropy(
+        logits_BTV.float().transpose(1, 2), batch.targets_BT, reduction="none"
+    )
+    mask_BT = batch.target_mask_BT
+    return torch.where(mask_BT, loss_BT, 0.0).sum(1), mask_BT.sum(1)

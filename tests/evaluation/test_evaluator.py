@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from switchlm.data.batch import Batch
+from switchlm.errors import DataError
+from switchlm.evaluation.evaluator import evaluation_mode, held_out_loss
+from switchlm.model.losses import cross_entropy
+from switchlm.model.presets import preset
+from switchlm.model.transformer import SwitchTransformer, shift_right
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return SwitchTransformer(preset("nano"))
+
+
+def make_batch(rows=4, source=(0, 1, 0, 1), padded=True, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    inputs_BS = torch.randint(3, 200, (rows, 12), generator=generator)
+    targets_BT = torch.randint(3, 200, (rows, 6), generator=generator)
+    segments = [torch.ones_like(ids, dtype=torch.int32) for ids in (inputs_BS, targets_BT)]
+    if padded:
+        segments[0][0, 8:] = 0
+        segments[1][1, 3:] = 0
+    return Batch(
+        inputs_BS=inputs_BS,
+        targets_BT=targets_BT,
+        input_segments_BS=segments[0],
+        target_segments_BT=segments[1],
+        source_B=torch.tensor(source, dtype=torch.int32),
+    )
+
+
+def test_total_is_the_training_loss_a_token(model):
+    batch = make_batch()
+    result = held_out_loss(model, [batch], ("en", "de"))
+    model.eval()
+    inputs = shift_right(batch.targets_BT, batch.target_segments_BT, 0)
+    output = model(batch.inputs_BS, inputs, batch.input_segments_BS, batch.target_segments_BT)
+    total, count = cross_entropy(output.logits_BTV, batch.targets_BT, batch.target_mask_BT)
+    assert result["loss"] == pytest.approx((total / count).item(), rel=1e-5)
+    assert result["tokens"] == int(count) == 21
+
+
+def test_total_is_the_token_weighted_mean_of_the_sources(model):
+    result = held_out_loss(model, [make_batch(), make_batch(seed=2)], ("en", "de", "unused"))
+    parts = result["sources"].values()
+    assert set(result["sources"]) == {"en", "de"}
+    assert sum(part["tokens"] for part in parts) == result["tokens"]
+    weighted = sum(part["loss"] * part["tokens"] for part in parts)
+    assert weighted / result["tokens"] == pytest.approx(result["loss"])
+    assert result["sources"]["en"]["tokens"] == 24
+
+
+def test_padding_does_not_count(model):
+    batch = make_batch()
+    changed = make_batch()
+    changed.targets_BT[1, 3:] = 7
+    assert held_out_loss(model, [batch], ("a", "b")) == held_out_loss(model, [changed], ("a", "b"))
+
+
+def test_the_mode_of_every_module_is_put_back(model):
+    model.train()
+    model.decoder.eval()
+    with evaluation_mode(model):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+    assert model.training
+    assert model.encoder.training
+    assert not model.decoder.training
+    assert torch.is_grad_enabled()
+
+
+def test_evaluation_is_the_same_twice_although_training_explores(model):
+    model.train()
+    batch = make_batch()
+    assert held_out_loss(model, [batch], ("a", "b")) == held_out_loss(model, [batch], ("a", "b"))
+
+
+def test_no_target_is_an_error(model):
+    with pytest.raises(DataError, match="no held-out text"):
+        held_out_loss(model, [], ("a",))

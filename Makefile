@@ -1,0 +1,50 @@
+# Two commands: `make demo` trains a Switch Transformer and its dense twin; `make test` runs the tests.
+
+PYTHON ?= python3
+BUDGET ?= 6m
+BIN := .venv/bin
+
+# Without an NVIDIA GPU, take the small CPU build of PyTorch instead of gigabytes of CUDA.
+CONSTRAINT := $(if $(shell command -v nvidia-smi),,-c constraints-cpu.txt)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+.PHONY: install demo test test-slow check format clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] <= (3, 13) and \
+	  f"switchlm needs Python 3.11 to 3.13, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(PIP) install -q $(CONSTRAINT) torch numpy
+	$(PIP) install -q $(CONSTRAINT) -e .
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	$(PIP) install -q $(CONSTRAINT) -e '.[test]'
+	@touch $@
+
+.venv/installed-lint: .venv/installed-test
+	$(PIP) install -q $(CONSTRAINT) -e '.[lint]'
+	@touch $@
+
+demo: .venv/installed
+	$(BIN)/switchlm compare --out runs/demo --overwrite --budget $(BUDGET)
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
+
+test-slow: .venv/installed-test
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv runs build dist

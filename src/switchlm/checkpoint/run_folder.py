@@ -1,0 +1,77 @@
+"""Where things are in a run, and how its metrics go back in time with a resumed run."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from switchlm.checkpoint.files import make_folder, replace_file
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of a run."""
+
+    root: Path
+
+    def exists(self) -> bool:
+        """Whether a run has been started here."""
+        return self.config.exists() or self.metrics.exists() or self.checkpoints.exists()
+
+    def create(self) -> None:
+        """Make the folder, durably; one that exists is fine."""
+        make_folder(self.root)
+
+    @property
+    def config(self) -> Path:
+        """The configuration as resolved."""
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line; every line has its `step`."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of a `CheckpointStore`."""
+        return self.root / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The trained model in Hugging Face layout."""
+        return self.root / "model"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files of TensorBoard."""
+        return self.root / "tensorboard"
+
+    @property
+    def report(self) -> Path:
+        """The report, one file that opens offline."""
+        return self.root / "report.html"
+
+
+def truncate_metrics(path: Path, step: int) -> int:
+    """Drop the lines of `path` that come after `step`, and return how many went.
+
+    A run resumed from the checkpoint of `step` writes them again. A line that a crash cut short
+    goes too. The file is replaced in one step; a missing file has no lines.
+    """
+    if not path.is_file():
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _is_up_to(line, step)]
+    if len(kept) < len(lines):
+        replace_file(path, b"".join(kept))
+    return len(lines) - len(kept)
+
+
+def _is_up_to(line: bytes, step: int) -> bool:
+    if not line.endswith(b"\n"):
+        return False
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(values, dict) and values.get("step", 0) <= step

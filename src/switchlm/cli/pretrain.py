@@ -1,0 +1,43 @@
+"""switchlm pretrain: train a model on text with span corruption."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from switchlm.cli.progress import Progress
+from switchlm.cli.signals import stop_on_signal
+from switchlm.config import read_yaml
+
+
+def pretrain(
+    out: Annotated[Path, typer.Option(help="The run's folder.")],
+    config: Annotated[Path | None, typer.Argument(help="YAML configuration.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Text: [name=]path[:weight], python:stdlib, ...")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="A model by name.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a setting: training.steps=500.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in OUT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print metrics as JSON lines.")] = False,
+) -> None:
+    """Pre-train a Switch Transformer, or a dense model, on text."""
+    from switchlm.recipes.config import run_config
+    from switchlm.recipes.pretrain import pretrain as recipe
+
+    if resume and config is None and (out / "config.yaml").exists():
+        config = out / "config.yaml"
+    values = {} if config is None else read_yaml(config)
+    run = run_config(preset=preset, values=values, sources=data or (), overrides=set_ or ())
+    console = Console(stderr=as_json)
+    progress = Progress(console, steps=run.training.steps, seconds=run.training.seconds)
+    with stop_on_signal() as should_stop:
+        events = recipe(run, out, resume=resume, should_stop=should_stop)
+        for event in progress.watch(events):
+            if as_json and "step" in event:
+                typer.echo(json.dumps(event))
+    console.print(f"Model: {out / 'model'}   Report: {out / 'report.html'}")

@@ -1,0 +1,115 @@
+"""A live display of one or several runs: steps, losses, speed, and the time that is left."""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+SPARK = "▁▂▃▄▅▆▇█"
+PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal to draw on
+
+
+class Progress:
+    """Shows the events of a recipe as they pass and hands them on.
+
+    steps: where the runs will end, if that is known. seconds: or when.
+    """
+
+    def __init__(self, console: Console, *, steps: int | None, seconds: float | None) -> None:
+        self.console = console
+        self.steps = steps
+        self.seconds = seconds
+        self.started = time.monotonic()
+        self.phase = "starting"
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.curves: dict[str, list[float]] = {}
+        self.printed = 0.0
+
+    def watch(self, events: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yield every event after showing it."""
+        if not self.console.is_terminal:
+            for event in events:
+                self._take(event)
+                self._print_line(event)
+                yield event
+            return
+        with Live(console=self.console, get_renderable=self._draw, refresh_per_second=4):
+            for event in events:
+                self._take(event)
+                yield event
+
+    def _take(self, event: dict[str, Any]) -> None:
+        if "phase" in event:
+            self.phase = event["phase"]
+        elif "step" in event:
+            name = event.get("run", "run")
+            self.runs.setdefault(name, {}).update(event)
+            if "evaluation_loss" in event:
+                self.curves.setdefault(name, []).append(event["evaluation_loss"])
+
+    def _draw(self) -> Group:
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for column in ("model", "step", "loss", "held-out", "tokens/s", "training"):
+            table.add_column(column, justify="left" if column == "model" else "right")
+        table.add_column("held-out loss so far")
+        for name, state in self.runs.items():
+            table.add_row(
+                name,
+                f"{state['step']:,}",
+                _number(state.get("loss")),
+                _number(state.get("evaluation_loss")),
+                f"{state.get('tokens_per_second', 0):,.0f}",
+                f"{state.get('seconds', 0):.0f} s",
+                _sparkline(self.curves.get(name, [])),
+            )
+        return Group(Text(self._status(), style="bold"), table)
+
+    def _status(self) -> str:
+        elapsed = time.monotonic() - self.started
+        left = self._left(elapsed)
+        remaining = "" if left is None else f", about {_clock(left)} left"
+        return f"{self.phase}: {_clock(elapsed)} elapsed{remaining}"
+
+    def _left(self, elapsed: float) -> float | None:
+        estimates = [] if self.seconds is None else [max(self.seconds - elapsed, 0.0)]
+        done = min((state["step"] for state in self.runs.values()), default=0)
+        if self.steps is not None and done:
+            estimates.append(elapsed / done * (self.steps - done))
+        return min(estimates, default=None)
+
+    def _print_line(self, event: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if "phase" in event:
+            self.console.print(f"{self.phase} ...")
+        elif now - self.printed > PLAIN_EVERY and "step" in event:
+            self.printed = now
+            states = "; ".join(
+                f"{name} step {state['step']:,} loss {_number(state.get('loss'))} "
+                f"held-out {_number(state.get('evaluation_loss'))}"
+                for name, state in self.runs.items()
+            )
+            self.console.print(f"{self._status()}; {states}", soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _sparkline(values: list[float], width: int = 24) -> str:
+    """The last values as bars between their least and greatest."""
+    values = values[-width:]
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    scale = (len(SPARK) - 1) / (high - low) if high > low else 0.0
+    return "".join(SPARK[round((value - low) * scale)] for value in values)

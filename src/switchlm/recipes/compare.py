@@ -1,0 +1,261 @@
+"""Race a Switch Transformer against its FLOP-matched dense twin on the same batches.
+
+The two runs take turns on the same machine, so that whatever slows it slows both, and take the
+same number of steps. What the paper's section 3 measures comes out: how much earlier, in steps and
+in time, the sparse model reaches the dense model's final held-out loss.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from switchlm.checkpoint.huggingface import save
+from switchlm.checkpoint.run_folder import RunFolder
+from switchlm.config import read_yaml, write_yaml
+from switchlm.data.loader import Loader, open_data
+from switchlm.generation.fill import fill
+from switchlm.model import count
+from switchlm.model.transformer import SwitchTransformer
+from switchlm.errors import ConfigError
+from switchlm.recipes.config import (
+    RunConfig,
+    from_sections,
+    run_config,
+    to_sections,
+    with_vocabulary,
+)
+from switchlm.recipes.pretrain import build_model
+from switchlm.recipes.speedup import crossing
+from switchlm.report.write import ReportRun, write_report
+from switchlm.training.loop import train
+
+Event = dict[str, Any]
+ENDLESS = 10**9  # steps: more than any budget of time allows
+LAST_WORK = 15.0  # seconds kept for the last evaluation, the models and the report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two configurations that differ in the experts, and in what the dense twin does better with."""
+
+    sparse: RunConfig
+    dense: RunConfig
+
+
+def configure(
+    *,
+    path: Path | None = None,
+    preset: str | None = None,
+    sources: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    dense_overrides: Sequence[str] = (),
+    by_time: bool = False,
+) -> Comparison:
+    """Resolve both configurations.
+
+    The base is the demo's (compare.yaml). Its section `dense`, or that of the file at `path`, holds
+    what the dense twin does better with, such as a learning rate of its own; dense_overrides come
+    last. by_time: a budget of time will end the runs, so that no number of steps does.
+    """
+    text = files("switchlm.recipes").joinpath("compare.yaml").read_text(encoding="utf-8")
+    values = yaml.safe_load(text)
+    dense = values.pop("dense", {})
+    base = run_config(from_sections({}), values=values)
+    stated = {} if path is None else read_yaml(path)
+    dense = stated.pop("dense", dense)
+    sparse = run_config(
+        base, preset=preset, values=stated, sources=sources, overrides=overrides
+    )
+    if by_time:
+        training = dataclasses.replace(sparse.training, steps=ENDLESS)
+        sparse = dataclasses.replace(sparse, training=training)
+    if not sparse.model.num_experts:
+        raise ConfigError(
+            "model.num_experts is 0: a comparison needs a sparse model; its dense twin is derived."
+        )
+    twin = dataclasses.replace(sparse, model=sparse.model.dense_twin())
+    twin = run_config(twin, values=dense, overrides=dense_overrides)
+    return Comparison(sparse=sparse, dense=twin)
+
+
+def compare(
+    config: Comparison,
+    out: Path,
+    *,
+    seconds: float | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
+    """Train both models for `training.steps` steps, or until `seconds` of wall time are spent.
+
+    Yields events: `{"phase": text}`, the metric lines of both with `run` ("dense" or "sparse"), and
+    last `{"result": {...}}`, which compare.json holds too. Writes OUT/dense and OUT/sparse (run
+    folders), OUT/compare.json and OUT/report.html.
+    """
+    started = time.monotonic()
+    yield {"phase": "reading text"}
+    training = config.sparse.training
+    loader = open_data(config.sparse.data, seed=training.seed)
+    vocabulary = loader.tokenizer.vocabulary_size
+    config = Comparison(
+        sparse=with_vocabulary(config.sparse, vocabulary),
+        dense=with_vocabulary(config.dense, vocabulary),
+    )
+    racers = {
+        "dense": _Racer(config.dense, loader, RunFolder(out / "dense")),
+        "sparse": _Racer(config.sparse, loader, RunFolder(out / "sparse")),
+    }
+    yield {"phase": "training"}
+    deadline = None if seconds is None else started + seconds - LAST_WORK
+    step = 0
+    while step < training.steps and not should_stop():
+        if deadline is not None and time.monotonic() > deadline:
+            break
+        step = min(step + training.log_every, training.steps)
+        for name, racer in racers.items():
+            for line in racer.advance(step):
+                yield {"run": name, **line}
+
+    yield {"phase": "evaluating and saving"}
+    for name, racer in racers.items():
+        for line in racer.finish():
+            yield {"run": name, **line}
+    result = _result(config, racers, loader)
+    out.joinpath("compare.json").write_text(
+        json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    _report(out / "report.html", racers, result)
+    yield {"result": result}
+
+
+class _Racer:
+    """One of the two runs, advanced a few steps at a time."""
+
+    def __init__(self, config: RunConfig, loader: Loader, folder: RunFolder) -> None:
+        self.config, self.loader, self.folder = config, loader, folder
+        folder.create()
+        write_yaml(folder.config, to_sections(config))
+        self.model: SwitchTransformer = build_model(config)
+        self.stopping = False
+        self.metrics: list[Event] = []
+        self.lines = train(
+            self.model,
+            loader,
+            config.training,
+            run=folder,
+            should_stop=lambda: self.stopping,
+        )
+
+    def advance(self, step: int) -> Iterator[Event]:
+        """Train until the line of `step` is out."""
+        for line in self.lines:
+            self.metrics.append(line)
+            yield line
+            if "loss" in line and line["step"] >= step:
+                return
+
+    def finish(self) -> Iterator[Event]:
+        """Let the loop evaluate and save its last state, then save the model."""
+        self.stopping = True
+        for line in self.lines:
+            self.metrics.append(line)
+            yield line
+        save(self.model, self.loader.tokenizer, self.folder.model)
+
+    @property
+    def evaluations(self) -> list[Event]:
+        return [line for line in self.metrics if "evaluation_loss" in line]
+
+
+def _result(config: Comparison, racers: dict[str, _Racer], loader: Loader) -> Event:
+    dense, sparse = racers["dense"].evaluations, racers["sparse"].evaluations
+    last = {"dense": dense[-1], "sparse": sparse[-1]}
+    reached = crossing(sparse, last["dense"]["evaluation_loss"])
+    batch = loader.batch(0)
+    lengths = (batch.inputs_BS.shape[1], batch.targets_BT.shape[1])
+    models = {"dense": config.dense.model, "sparse": config.sparse.model}
+    return {
+        "dense_loss": last["dense"]["evaluation_loss"],
+        "sparse_loss": last["sparse"]["evaluation_loss"],
+        "step_ratio": None if reached is None else reached.step / last["dense"]["step"],
+        "time_ratio": None if reached is None else reached.seconds / last["dense"]["seconds"],
+        "crossing": None if reached is None else dataclasses.asdict(reached),
+        "steps": last["dense"]["step"],
+        "seconds": {name: line["seconds"] for name, line in last.items()},
+        "parameters": {name: count.parameters(model) for name, model in models.items()},
+        "flops_per_token": {
+            name: count.flops_per_token(model, *lengths) for name, model in models.items()
+        },
+        "seeds": [config.sparse.training.seed],
+        "example": _example(racers, loader),
+        "configuration": {
+            "sparse": to_sections(config.sparse),
+            "dense": to_sections(config.dense),
+        },
+    }
+
+
+def _example(racers: dict[str, _Racer], loader: Loader) -> dict[str, str]:
+    """Fill the blanks of a held-out text with both models."""
+    (text, truth) = loader.example()
+    filled = {
+        f"filled by the {name} model": fill(racer.model, loader.tokenizer, text)
+        for name, racer in racers.items()
+    }
+    return {"held-out text with blanks": text, **filled, "the text itself": truth}
+
+
+def headline(result: Event) -> str:
+    """Return the result in a sentence."""
+    if result["step_ratio"] is None:
+        return (
+            f"After {result['steps']} steps the sparse model has not reached the dense twin's "
+            f"held-out loss: {result['sparse_loss']:.3f} against {result['dense_loss']:.3f}."
+        )
+    return (
+        f"The Switch Transformer reached its dense twin's final held-out loss "
+        f"({result['dense_loss']:.3f}) in {result['step_ratio']:.2f} of the steps and "
+        f"{result['time_ratio']:.2f} of the time, and went on to {result['sparse_loss']:.3f}."
+    )
+
+
+def result_table(result: Event) -> list[dict[str, str]]:
+    """Return the closing table: a row a model, text in every cell."""
+    rows = []
+    for name in ("dense", "sparse"):
+        sparse = name == "sparse" and result["step_ratio"] is not None
+        rows.append(
+            {
+                "model": name,
+                "held-out loss": f"{result[f'{name}_loss']:.4f}",
+                "parameters": f"{result['parameters'][name]:,}",
+                "FLOPs a token": f"{result['flops_per_token'][name]:,.0f}",
+                "steps": f"{result['steps']:,}",
+                "training time": f"{result['seconds'][name]:.0f} s",
+                "dense loss reached at": f"{result['crossing']['step']:,.0f}" if sparse else "",
+                "speed-up in steps": f"{1 / result['step_ratio']:.2f} x" if sparse else "",
+                "speed-up in time": f"{1 / result['time_ratio']:.2f} x" if sparse else "",
+            }
+        )
+    return rows
+
+
+def _report(path: Path, racers: dict[str, _Racer], result: Event) -> None:
+    reached = result["crossing"]
+    write_report(
+        path,
+        title="Switch Transformer against its dense twin",
+        headline=headline(result),
+        runs=[ReportRun(name=name, metrics=racers[name].metrics) for name in ("sparse", "dense")],
+        table=result_table(result),
+        target_loss=result["dense_loss"],
+        crossing=reached,
+        example=result["example"],
+        configuration=result["configuration"],
+    )

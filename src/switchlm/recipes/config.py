@@ -1,0 +1,84 @@
+"""The configuration of a run: all sections, from a preset, a YAML file and dotted overrides."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from switchlm.config import from_mapping, override, to_mapping
+from switchlm.data.config import DataConfig
+from switchlm.errors import ConfigError
+from switchlm.model.config import ModelConfig
+from switchlm.model.presets import preset as find_preset
+from switchlm.training.config import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run. In YAML the router stands in a section of its own.
+
+    The size of the vocabulary is the tokenizer's; what a preset says of it is replaced.
+    """
+
+    model: ModelConfig = field(default_factory=lambda: find_preset("tiny"))
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+def run_config(
+    base: RunConfig | None = None,
+    *,
+    preset: str | None = None,
+    values: Mapping[str, Any] | None = None,
+    sources: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+) -> RunConfig:
+    """Resolve a configuration: base, then preset, then values, then sources and overrides.
+
+    values: sections as they stand in a YAML file, which may name a `preset` of its own. Raises
+    ConfigError for whatever does not fit.
+    """
+    resolved = to_sections(base or RunConfig())
+    stated = dict(values or {})
+    named = stated.pop("preset", None)
+    preset = preset or named
+    if preset is not None:
+        resolved.update(_split_router(to_mapping(find_preset(preset))))
+    for section, content in stated.items():
+        if isinstance(content, Mapping) and isinstance(resolved.get(section), Mapping):
+            resolved[section] = {**resolved[section], **content}
+        else:
+            resolved[section] = content
+    if sources:
+        resolved["data"]["sources"] = list(sources)
+    return from_sections(override(resolved, overrides))
+
+
+def to_sections(config: RunConfig) -> dict[str, Any]:
+    """Return plain mappings as they stand in YAML: model, router, data, training."""
+    values = to_mapping(config)
+    return {**_split_router(values.pop("model")), **values}
+
+
+def from_sections(values: dict[str, Any]) -> RunConfig:
+    """Build a configuration from what `to_sections` gives."""
+    values = dict(values)
+    model = values.pop("model", {})
+    if not isinstance(model, dict):
+        raise ConfigError(f"The section 'model' must be a mapping, got {model!r}.")
+    if "router" in values:
+        model = {**model, "router": values.pop("router")}
+    return from_mapping(RunConfig, {"model": model, **values})
+
+
+def with_vocabulary(config: RunConfig, size: int) -> RunConfig:
+    """Return the configuration with the tokenizer's vocabulary."""
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, vocabulary_size=size)
+    )
+
+
+def _split_router(model: dict[str, Any]) -> dict[str, Any]:
+    model = dict(model)
+    router = model.pop("router")
+    return {"model": model, "router": router}

@@ -1,0 +1,88 @@
+"""Write report.html: metrics and results go in as JSON, page.html draws them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+MAX_POINTS = 400  # of a curve: more than the page has pixels for
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportRun:
+    """One curve of the report: a name and the lines of its metrics.jsonl."""
+
+    name: str
+    metrics: Sequence[Mapping[str, Any]]
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    headline: str,
+    runs: Sequence[ReportRun],
+    table: Sequence[Mapping[str, Any]] = (),
+    target_loss: float | None = None,
+    crossing: Mapping[str, float] | None = None,
+    example: Mapping[str, str] | None = None,
+    configuration: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the report.
+
+    headline: the result in a sentence. table: one mapping of column to text a row. target_loss: a
+    held-out loss drawn as a line (the dense twin's last). crossing: where the sparse model reached
+    it, `step` and `seconds`. example: label to text, shown as code. configuration: shown as is.
+    """
+    data = {
+        "title": title,
+        "headline": headline,
+        "runs": [{"name": run.name, **_series(run.metrics)} for run in runs],
+        "table": [dict(row) for row in table],
+        "target_loss": target_loss,
+        "crossing": crossing,
+        "example": example,
+        "configuration": configuration,
+    }
+    # "</" would end the script element that holds the data.
+    text = json.dumps(data, allow_nan=False).replace("</", "<\\/")
+    page = files("switchlm.report").joinpath("page.html").read_text(encoding="utf-8")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(page.replace("__DATA__", text), encoding="utf-8")
+    partial.replace(path)
+
+
+def _series(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Split metric lines into training and evaluation points, thinned evenly, NaN left out."""
+    training = [line for line in metrics if "loss" in line]
+    evaluation = [line for line in metrics if "evaluation_loss" in line]
+    keys = ("step", "seconds", "loss", "tokens_per_second", "dropped", "gate", "load")
+    return {
+        "layers": next((line["layers"] for line in training if line.get("layers")), []),
+        "training": [_pick(line, keys) for line in _thin(training)],
+        "evaluation": [
+            _pick(line, ("step", "seconds", "evaluation_loss")) for line in _thin(evaluation)
+        ],
+    }
+
+
+def _pick(line: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: _rounded(line[key]) for key in keys if key in line}
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits draw as well as sixteen; what is not finite has no place on paper."""
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if abs(value) < float("inf") else None
+    return value
+
+
+def _thin(lines: Sequence[Any]) -> Sequence[Any]:
+    if len(lines) <= MAX_POINTS:
+        return lines
+    last = len(lines) - 1
+    return [lines[round(i * last / (MAX_POINTS - 1))] for i in range(MAX_POINTS)]

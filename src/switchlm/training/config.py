@@ -1,0 +1,87 @@
+"""The configuration of training: how long, how fast, how exact, and what is written on the way."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from switchlm.errors import ConfigError
+
+Precision = Literal["float32", "bfloat16", "selective"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What `training.loop.train` needs besides a model and a loader.
+
+    steps: optimisation steps; `seconds` of training, if set, ends the run earlier.
+    learning_rate, schedule, warmup_steps, decay_steps: see schedule.py.
+    optimizer: `adamw` or the T5 `adafactor`; `betas` are AdamW's. Decay spares norms and biases.
+    scale_by_parameter, per_expert_rms: options of Adafactor, see adafactor.py.
+    expert_learning_rate_factor, router_learning_rate_factor: multiply the learning rate there.
+    gradient_clip: largest norm of all gradients together; None leaves them alone.
+    accumulate: loader batches a step; the loss is that of one batch as large as all of them.
+    precision: see precision.py.
+    activation_checkpointing: recompute the blocks in the backward pass to save memory.
+    compile: compile the model with torch.compile first; slow to start.
+    log_every, evaluate_every, checkpoint_every: in steps; None for never.
+    evaluate_batches: held-out batches an evaluation.
+    tensorboard, wandb: also write there; `wandb` names the project.
+    """
+
+    steps: int = 10_000
+    seconds: float | None = None
+    learning_rate: float = 1e-3
+    schedule: Literal["inverse_sqrt", "linear", "constant", "wsd"] = "inverse_sqrt"
+    warmup_steps: int = 100
+    decay_steps: int | None = None
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    betas: tuple[float, ...] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    scale_by_parameter: bool = True
+    per_expert_rms: bool = False
+    expert_learning_rate_factor: float = 1.0
+    router_learning_rate_factor: float = 1.0
+    gradient_clip: float | None = 1.0
+    accumulate: int = 1
+    precision: Precision = "float32"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+    log_every: int = 50
+    evaluate_every: int | None = 500
+    evaluate_batches: int = 8
+    checkpoint_every: int | None = 1000
+    keep_checkpoints: int = 3
+    tensorboard: bool = False
+    wandb: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "log_every", "evaluate_batches", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("evaluate_every", "checkpoint_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1, or null for never")
+        for name in ("learning_rate", "seconds", "gradient_clip"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "positive")
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("expert_learning_rate_factor", "router_learning_rate_factor"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "betas",
+            self.betas,
+            "two numbers in [0, 1)",
+        )
+        decay = self.decay_steps
+        _require(decay is None or decay >= 1, "decay_steps", decay, "at least 1, or null")
+        if self.schedule == "wsd" and decay is not None and decay > self.steps:
+            raise ConfigError(
+                f"training.decay_steps is {decay}, but the run has only {self.steps} steps "
+                "(training.steps); with schedule=wsd it is the length of the last part."
+            )
+
+
+def _require(holds: bool, name: str, value: object, what: str) -> None:
+    if not holds:
+        raise ConfigError(f"training.{name} must be {what}, got {value!r}.")

@@ -1,0 +1,59 @@
+"""What keeps a bad batch from harming a run: steps that are skipped, spikes that are noticed."""
+
+import math
+from collections import deque
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def global_norm(gradients: list[Tensor]) -> Tensor:
+    """Return the Euclidean norm of all gradients together, a float32 scalar, without a sync."""
+    norms = torch._foreach_norm(gradients)
+    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
+
+
+def keep_where(skip: Tensor, old: Tensor, new: Tensor) -> None:
+    """Overwrite `old` with `new` in place unless the bool scalar `skip`.
+
+    A choice, not a product: zero times infinity would be NaN.
+    """
+    old.copy_(torch.where(skip, old, new))
+
+
+class SpikeDetector:
+    """Notices losses far above the running median.
+
+    A loss is a spike if it exceeds `factor` times the median of the last `window` ordinary losses,
+    once `minimum` are known. Neither spikes nor non-finite losses enter the window; after `window`
+    spikes in a row the level is taken as the new normal.
+    """
+
+    def __init__(self, window: int = 100, factor: float = 1.5, minimum: int = 10) -> None:
+        self.window, self.factor, self.minimum = window, factor, minimum
+        self.losses: deque[float] = deque(maxlen=window)
+        self.spikes_in_a_row = 0
+
+    def is_spike(self, loss: float) -> bool:
+        """Return whether `loss` is a spike, and remember it if it is not."""
+        if not math.isfinite(loss):
+            return False
+        if len(self.losses) >= self.minimum and loss > self.factor * median(self.losses):
+            self.spikes_in_a_row += 1
+            if self.spikes_in_a_row < self.window:
+                return True
+            self.losses.clear()
+        self.spikes_in_a_row = 0
+        self.losses.append(loss)
+        return False
+
+    def state(self) -> dict[str, Any]:
+        """Return all it knows, for a checkpoint."""
+        return {"losses": list(self.losses), "spikes_in_a_row": self.spikes_in_a_row}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned."""
+        self.losses = deque(state["losses"], maxlen=self.window)
+        self.spikes_in_a_row = state["spikes_in_a_row"]

@@ -1,0 +1,229 @@
+"""The one training loop: batches in, metrics lines out, a checkpoint now and then.
+
+A run is a pure function of (configuration, seed): noise is seeded by (seed, step), the batch of a
+step by the loader's (seed, step), and a checkpoint holds all the rest. So a run that was stopped
+anywhere and resumed is the run that was never stopped, bit for bit on a CPU.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+from switchlm.checkpoint.run_folder import RunFolder, truncate_metrics
+from switchlm.checkpoint.store import CheckpointStore
+from switchlm.data.batch import Batch
+from switchlm.data.loader import Loader
+from switchlm.errors import CheckpointError
+from switchlm.evaluation.evaluator import held_out_loss
+from switchlm.model.router import Router
+from switchlm.model.transformer import SwitchTransformer
+from switchlm.training.averages import Averages
+from switchlm.training.config import TrainingConfig
+from switchlm.training.monitor import open_monitor
+from switchlm.training.optimizer import (
+    build_optimizer,
+    optimizer_state,
+    set_learning_rate,
+)
+from switchlm.training.precision import set_router_dtype
+from switchlm.training.schedule import learning_rate
+from switchlm.training.step import StepRecord, seed_step, summarise_routing, training_step
+
+Line = dict[str, Any]
+
+
+@dataclass
+class Progress:
+    """How far a run is: whole steps, seconds of training alone, real tokens read."""
+
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+
+
+def train(
+    model: SwitchTransformer,
+    loader: Loader,
+    config: TrainingConfig,
+    *,
+    run: RunFolder | None = None,
+    resume: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Line]:
+    """Train `model` in place on its device and yield every metrics line as it is written.
+
+    A line of training has step, loss (means since the last line, nats a target), balance_loss,
+    z_loss, dropped, learning_rate, gradient_norm, tokens, tokens_per_second, seconds (of training
+    alone), skipped and spikes (since the last line); sparse models add layers, load, gate and
+    dropped_by_layer of the step itself. A line of evaluation has step, seconds, evaluation_loss,
+    and evaluation_loss_by_source.
+
+    run: where metrics.jsonl and checkpoints go; without it nothing is written. resume: go on from
+    the newest whole checkpoint there, or from the start if there is none yet. The run ends after
+    `config.steps`, after `config.seconds`, or once `should_stop` says so, with a last checkpoint
+    and a last evaluation.
+    """
+    return _Run(model, loader, config, run, should_stop).lines(resume)
+
+
+class _Run:
+    """The state of one call of `train`."""
+
+    def __init__(
+        self,
+        model: SwitchTransformer,
+        loader: Loader,
+        config: TrainingConfig,
+        folder: RunFolder | None,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.model, self.loader, self.config, self.folder = model, loader, config, folder
+        self.should_stop = should_stop
+        self.device = model.embedding.weight.device
+        self.optimizer: Optimizer = build_optimizer(model, config)
+        self.progress = Progress()
+        self.averages = Averages()
+        self.logged = Progress()
+        self.layers = [
+            name.removesuffix(".router")
+            for name, module in model.named_modules()
+            if isinstance(module, Router)
+        ]
+        self.store = (
+            None
+            if folder is None
+            else CheckpointStore(folder.checkpoints, keep=config.keep_checkpoints)
+        )
+        set_router_dtype(model, config.precision)
+        model.encoder.activation_checkpointing = config.activation_checkpointing
+        model.decoder.activation_checkpointing = config.activation_checkpointing
+        if config.compile:
+            model.compile()
+
+    def lines(self, resume: bool) -> Iterator[Line]:
+        """Train and yield the lines; see `train`."""
+        config = self.config
+        if resume:
+            self._resume()
+        held_out: Sequence[Batch] = ()
+        if config.evaluate_every is not None:
+            held_out = self.loader.held_out(config.evaluate_batches)
+        evaluated = saved = self.progress.step
+        with ExitStack() as opened:
+            if self.store is not None:
+                opened.enter_context(self.store)
+            monitor = opened.enter_context(open_monitor(self.folder, config))
+            batches = self.loader.iterate(self.progress.step * config.accumulate)
+            opened.enter_context(closing(batches))
+            self.model.train()
+            while not self._done():
+                record = self._step(batches)
+                if self._due(config.log_every):
+                    yield monitor.write(self._training_line(record))
+                if held_out and self._due(config.evaluate_every):
+                    evaluated = self.progress.step
+                    yield monitor.write(self._evaluation_line(held_out))
+                if self._due(config.checkpoint_every):
+                    saved = self.progress.step
+                    self._save()
+            if saved != self.progress.step:
+                self._save()
+            if held_out and evaluated != self.progress.step:
+                yield monitor.write(self._evaluation_line(held_out))
+
+    def _step(self, batches: Iterator[tuple[int, Batch]]) -> StepRecord:
+        """Take one step and count it; time spent outside is not training time."""
+        config, progress = self.config, self.progress
+        started = time.perf_counter()
+        parts = [next(batches)[1] for _ in range(config.accumulate)]
+        progress.tokens += sum(batch.num_tokens for batch in parts)
+        seed_step(config.seed, progress.step)
+        set_learning_rate(self.optimizer, learning_rate(progress.step, config))
+        record = training_step(
+            self.model,
+            self.optimizer,
+            [batch.to(self.device) for batch in parts],
+            gradient_clip=config.gradient_clip,
+            precision=config.precision,
+        )
+        progress.step += 1
+        self.averages.add(record.figures)
+        if self._due(config.log_every):
+            self.averages.fold()  # waits for the device, so that the time is the step's
+        progress.seconds += time.perf_counter() - started
+        return record
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.progress.step % every == 0
+
+    def _done(self) -> bool:
+        config, progress = self.config, self.progress
+        out_of_time = config.seconds is not None and progress.seconds >= config.seconds
+        return progress.step >= config.steps or out_of_time or self.should_stop()
+
+    def _training_line(self, record: StepRecord) -> Line:
+        progress, logged = self.progress, self.logged
+        averages = self.averages.line()
+        line: Line = {
+            "step": progress.step,
+            **averages,
+            "dropped": 0.0,
+            "learning_rate": learning_rate(progress.step - 1, self.config),
+            "tokens": progress.tokens,
+            "tokens_per_second": (progress.tokens - logged.tokens)
+            / max(progress.seconds - logged.seconds, 1e-9),
+            "seconds": progress.seconds,
+        }
+        summary = summarise_routing(record.routing)
+        if summary is not None:
+            line |= {
+                "dropped": float(summary.dropped_L.mean()),
+                "layers": self.layers,
+                "load": summary.load_LE.tolist(),
+                "gate": summary.gate_L.tolist(),
+                "dropped_by_layer": summary.dropped_L.tolist(),
+            }
+        self.logged = Progress(progress.step, progress.seconds, progress.tokens)
+        return line
+
+    def _evaluation_line(self, held_out: Sequence[Batch]) -> Line:
+        result = held_out_loss(self.model, held_out, self.loader.sources)
+        return {
+            "step": self.progress.step,
+            "seconds": self.progress.seconds,
+            "evaluation_loss": result["loss"],
+            "evaluation_loss_by_source": {
+                name: part["loss"] for name, part in result["sources"].items()
+            },
+        }
+
+    def _tensors(self) -> dict[str, Any]:
+        """Return what a checkpoint is loaded into, in place."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer_state(self.model, self.optimizer),
+        }
+
+    def _save(self) -> None:
+        if self.store is not None:
+            progress = {
+                "done": vars(self.progress),
+                "logged": vars(self.logged),
+                "averages": self.averages.state(),
+            }
+            self.store.save(self.progress.step, {**self._tensors(), "progress": progress})
+
+    def _resume(self) -> None:
+        if self.store is None or self.folder is None:
+            raise CheckpointError("A run can only be resumed from its folder, and none was given.")
+        if self.store.steps():
+            progress = self.store.load(None, self._tensors())["progress"]
+            self.progress = Progress(**progress["done"])
+            self.logged = Progress(**progress["logged"])
+            self.averages.restore(progress["averages"])
+            self.store.discard_after(self.progress.step)
+        truncate_metrics(self.folder.metrics, self.progress.step)

@@ -1,0 +1,161 @@
+"""One optimisation step: the loss, its gradients, and an update that a bad batch cannot spoil.
+
+Shapes: L Switch layers, E experts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from switchlm.data.batch import Batch
+from switchlm.model.losses import cross_entropy, routing_losses
+from switchlm.model.router import Router
+from switchlm.model.routing import Routing
+from switchlm.model.transformer import SwitchTransformer, shift_right
+from switchlm.training.config import Precision
+from switchlm.training.guard import global_norm
+from switchlm.training.precision import computing
+
+MASK_64 = 2**64 - 1
+Routings = tuple[Routing, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What a step leaves behind: detached tensors on the model's device, nothing synchronised.
+
+    figures: float32 [5]: cross-entropy in nats a target, weighted balance loss, weighted z-loss,
+        gradient norm before clipping, and 1 if the step was skipped for a number that is not
+        finite, else 0.
+    routing: of the last step, a tuple of layers for each micro-batch.
+    """
+
+    figures: Tensor
+    routing: tuple[Routings, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingSummary:
+    """How the routers of a step did, by layer.
+
+    load_LE: each expert's share of the tokens, rows sum to 1. dropped_L: the share of tokens that
+    capacity dropped. gate_L: mean gate of the tokens that were not.
+    """
+
+    load_LE: Tensor
+    dropped_L: Tensor
+    gate_L: Tensor
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed torch from (seed, step) alone, so that noise does not depend on where a run began."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step + 1) & MASK_64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = ((mixed ^ (mixed >> shift)) * factor) & MASK_64
+    torch.manual_seed((mixed ^ (mixed >> 31)) >> 1)
+
+
+def training_step(
+    model: SwitchTransformer,
+    optimizer: Optimizer,
+    batches: Sequence[Batch],
+    *,
+    gradient_clip: float | None = None,
+    precision: Precision = "float32",
+) -> StepRecord:
+    """Update the model on micro-batches as if they were one batch; learning rates are set already.
+
+    The loss is the summed cross-entropy over the targets of all micro-batches, plus the mean of
+    their routing losses. If loss or gradients are not finite, weights, optimizer state and
+    selection biases stay bitwise as they are.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    losses, routing = backward(model, batches, precision)
+    with torch.no_grad():
+        gradients = [
+            parameter.grad
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        norm = global_norm(gradients)
+        finite = torch.isfinite(norm) & torch.isfinite(losses).all()
+        skipped = 1.0 - finite.float()
+        optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        optimizer.grad_scale = (  # type: ignore[attr-defined]
+            None if gradient_clip is None else (norm / gradient_clip).clamp(min=1.0)
+        )
+        optimizer.step()
+        nudge_biases(model, routing, finite)
+        figures = torch.cat([losses, torch.stack([norm, skipped])])
+    return StepRecord(figures=figures, routing=routing)
+
+
+def backward(
+    model: SwitchTransformer, batches: Sequence[Batch], precision: Precision
+) -> tuple[Tensor, tuple[Routings, ...]]:
+    """Add the gradients of the loss of all batches together.
+
+    Returns float32 [3] (cross-entropy, balance loss, z-loss) and the routing of each batch.
+    """
+    num_targets = sum(batch.target_mask_BT.sum() for batch in batches)
+    losses = None
+    routing: tuple[Routings, ...] = ()
+    for batch in batches:
+        with computing(precision, batch.inputs_BS.device):
+            output = model(
+                batch.inputs_BS,
+                shift_right(batch.targets_BT, batch.target_segments_BT, model.config.pad_id),
+                batch.input_segments_BS,
+                batch.target_segments_BT,
+            )
+        mask_BT = None if batch.target_segments_BT is None else batch.target_mask_BT
+        summed, _ = cross_entropy(output.logits_BTV, batch.targets_BT, mask_BT)
+        balance, z_loss = routing_losses(output, model.config)
+        parts = torch.stack([summed / num_targets, balance / len(batches), z_loss / len(batches)])
+        parts.sum().backward()
+        losses = parts.detach() if losses is None else losses + parts.detach()
+        routing += (output.routing,)
+    assert losses is not None, "a step needs at least one batch"
+    return losses, routing
+
+
+def nudge_biases(model: nn.Module, routing: Sequence[Routings], finite: Tensor) -> None:
+    """Move the selection biases of routers balanced by `bias`; not at all after a bad batch."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    for layer, router in enumerate(routers):
+        if router.config.balance == "bias":
+            load_E = torch.stack([batch[layer].load_E for batch in routing]).sum(0)
+            # Equal loads move no bias.
+            router.nudge_bias(torch.where(finite, load_E, 0))
+
+
+@torch.no_grad()
+def summarise_routing(routing: Sequence[Routings]) -> RoutingSummary | None:
+    """Summarise the routing of a step's batches; None for dense models."""
+    if not routing[0]:
+        return None
+    load_LE = torch.stack(
+        [sum_of([layer.load_E for layer in batches]) for batches in zip(*routing, strict=True)]
+    )
+    dropped = [torch.stack([layer.dropped for layer in layers]) for layers in routing]
+    gate = [torch.stack([mean_gate(layer) for layer in layers]) for layers in routing]
+    return RoutingSummary(
+        load_LE=load_LE / load_LE.sum(-1, keepdim=True).clamp(min=1),
+        dropped_L=sum_of(dropped) / len(routing),
+        gate_L=sum_of(gate) / len(routing),
+    )
+
+
+def mean_gate(routing: Routing) -> Tensor:
+    """Return the mean gate of the assignments that were kept, a float32 scalar."""
+    kept = torch.where(routing.kept_A, routing.gate_A.float(), 0.0)
+    return kept.sum() / routing.kept_A.sum().clamp(min=1)
+
+
+def sum_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of tensors of equal shape."""
+    return torch.stack(list(tensors)).sum(0)

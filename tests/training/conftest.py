@@ -1,0 +1,91 @@
+"""A tiny model and a tiny loader for training tests."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from switchlm.data.batch import Batch
+from switchlm.model.config import ModelConfig, RouterConfig
+from switchlm.model.transformer import SwitchTransformer
+
+VOCABULARY = 24
+
+
+class CountingLoader:
+    """Batches of counting sequences, a pure function of (seed, step); what a Loader gives."""
+
+    sources = ("up", "down")
+
+    def __init__(self, seed: int = 0, rows: int = 8, source: int = 12, target: int = 6) -> None:
+        self.seed, self.rows, self.shape = seed, rows, (source, target)
+        self.read: list[int] = []
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        noise = torch.Generator().manual_seed(self.seed * 10_000 + step)
+        source, target = self.shape
+        start_B = torch.randint(0, VOCABULARY - 2, (self.rows, 1), generator=noise)
+        source_B = torch.randint(0, 2, (self.rows,), generator=noise, dtype=torch.int32)
+        direction_B = 1 - 2 * source_B[:, None]
+        count = torch.arange(source + target)
+        tokens = 2 + (start_B + direction_B * count) % (VOCABULARY - 2)
+        segments_BT = torch.ones(self.rows, target, dtype=torch.int32)
+        segments_BT[0, target // 2 :] = 0
+        self.read.append(step)
+        return Batch(
+            inputs_BS=tokens[:, :source].contiguous(),
+            targets_BT=tokens[:, source:].contiguous(),
+            input_segments_BS=torch.ones(self.rows, source, dtype=torch.int32),
+            target_segments_BT=segments_BT,
+            source_B=source_B,
+        )
+
+    def iterate(self, start_step: int, prefetch: int = 2) -> Iterator[tuple[int, Batch]]:
+        step = start_step
+        while True:
+            yield step, self.batch(step)
+            step += 1
+
+    def held_out(self, num_batches: int) -> list[Batch]:
+        return [self.batch(1_000_000 + index) for index in range(num_batches)]
+
+
+def tiny_config(**changes: object) -> ModelConfig:
+    router = changes.pop("router", RouterConfig())
+    shape: dict[str, object] = {
+        "vocabulary_size": VOCABULARY,
+        "d_model": 16,
+        "d_ff": 16,
+        "d_kv": 8,
+        "num_heads": 2,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 2,
+        "num_experts": 4,
+        "router": router,
+    }
+    return ModelConfig(**{**shape, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Products of this size are fastest on one thread, and tests share the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def loader() -> CountingLoader:
+    return CountingLoader()
+
+
+@pytest.fixture
+def build() -> Callable[..., SwitchTransformer]:
+    """Builds the same tiny model at every call, its configuration changed as asked."""
+
+    def make(seed: int = 0, **changes: object) -> SwitchTransformer:
+        torch.manual_seed(seed)
+        return SwitchTransformer(tiny_config(**changes))
+
+    return make

@@ -3,7 +3,7 @@ import torch
 
 from switchlm.data.batch import Batch
 from switchlm.errors import DataError
-from switchlm.evaluation.evaluator import evaluation_mode, held_out_loss
+from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.model.losses import cross_entropy
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer, shift_right
@@ -58,18 +58,6 @@ def test_padding_does_not_count(model):
     changed = make_batch()
     changed.targets_BT[1, 3:] = 7
     assert held_out_loss(model, [batch], ("a", "b")) == held_out_loss(model, [changed], ("a", "b"))
-
-
-def test_the_mode_of_every_module_is_put_back(model):
-    model.train()
-    model.decoder.eval()
-    with evaluation_mode(model):
-        assert not any(module.training for module in model.modules())
-        assert not torch.is_grad_enabled()
-    assert model.training
-    assert model.encoder.training
-    assert not model.decoder.training
-    assert torch.is_grad_enabled()
 
 
 def test_evaluation_is_the_same_twice_although_training_explores(model):

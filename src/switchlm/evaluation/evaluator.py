@@ -4,7 +4,6 @@ Shapes: B batch, T target, V vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,20 +11,8 @@ from torch import Tensor, nn
 
 from switchlm.data.batch import Batch
 from switchlm.errors import DataError
+from switchlm.generation.inference import evaluation_mode
 from switchlm.model.transformer import SwitchTransformer, shift_right
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module):  # type: ignore[no-untyped-def]
-    """Without dropout, exploration and gradients; every module's mode is put back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def held_out_loss(

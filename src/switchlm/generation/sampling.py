@@ -1,0 +1,84 @@
+"""Choose the next token: greedy, or drawn after temperature, top-k and top-p.
+
+Shapes: B batch, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from switchlm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to choose the next token. The default takes the most probable one.
+
+    temperature: logits are divided by it; 0 is greedy. top_k: draw among the k most probable
+    tokens only. top_p: then among the fewest of those whose probability adds up to at least p
+    (Holtzman et al. 2020). They apply in this order.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(
+                f"The temperature must be 0 (greedy) or a positive number, got {self.temperature}."
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top-k must be at least 1, got {self.top_k}.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top-p must lie above 0 and at most at 1, got {self.top_p}.")
+
+
+GREEDY = Sampling()
+
+
+def uniforms(seeds: Sequence[int], length: int) -> Tensor:
+    """Return float32 [B, length] in [0, 1): a stream a row, from that row's seed alone.
+
+    The draws of a row do not depend on the other rows, nor does the start of a stream on its
+    length.
+    """
+    streams = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        streams.append(torch.rand(length, generator=generator))
+    return torch.stack(streams)
+
+
+def next_tokens(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> Tensor:
+    """Return token_B, int64. uniform_B: one draw from [0, 1) a row; greedy needs none."""
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1)
+    assert uniform_B is not None
+    probability_BV, token_BV = candidates(logits_BV, sampling)
+    # Invert the cumulative distribution: the first candidate that reaches beyond the draw.
+    reached_BV = probability_BV.cumsum(-1)
+    place_B1 = torch.searchsorted(reached_BV, uniform_B[:, None] * reached_BV[:, -1:], right=True)
+    last_B1 = (probability_BV > 0).sum(-1, keepdim=True) - 1
+    return token_BV.gather(1, torch.minimum(place_B1, last_B1))[:, 0]
+
+
+def candidates(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Return probability_BV (float32, falling, zero where excluded) and the tokens in that order.
+
+    At least one candidate a row is left. The temperature must be above 0.
+    """
+    logits_BV, token_BV = logits_BV.float().sort(dim=-1, descending=True, stable=True)
+    # Large logits over a small temperature overflow unless the greatest is taken off first.
+    probability_BV = ((logits_BV - logits_BV[:, :1]) / sampling.temperature).softmax(-1)
+    if sampling.top_k is not None:
+        probability_BV[:, sampling.top_k :] = 0
+        probability_BV = probability_BV / probability_BV.sum(-1, keepdim=True)
+    if sampling.top_p < 1:
+        before_BV = probability_BV.cumsum(-1) - probability_BV
+        outside_BV = before_BV >= sampling.top_p
+        outside_BV[:, 0] = False
+        probability_BV = probability_BV.masked_fill(outside_BV, 0.0)
+    return probability_BV / probability_BV.sum(-1, keepdim=True), token_BV

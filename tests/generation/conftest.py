@@ -1,0 +1,33 @@
+import dataclasses
+
+import pytest
+import torch
+
+from switchlm.model.presets import preset
+from switchlm.model.transformer import SwitchTransformer
+
+
+@pytest.fixture
+def build():
+    """Build a nano model whose greedy output is long and varied, with router options of choice."""
+
+    def build(seed=0, scale=4.0, router=None, tied_head=False, **changes):
+        torch.manual_seed(seed)
+        config = dataclasses.replace(
+            preset("nano"), initialisation_scale=scale, tied_head=tied_head, **changes
+        )
+        if router:
+            router = dataclasses.replace(config.router, **router)
+            config = dataclasses.replace(config, router=router)
+        return SwitchTransformer(config).eval()
+
+    return build
+
+
+@pytest.fixture
+def prompts():
+    """Prompts of unequal length."""
+    generator = torch.Generator().manual_seed(5)
+    return [
+        torch.randint(3, 300, (length,), generator=generator).tolist() for length in (7, 12, 3, 9)
+    ]

@@ -1,0 +1,77 @@
+import pytest
+import torch
+
+from switchlm.generation.cache import StaticCache
+from switchlm.generation.decode import pad_prompts
+from switchlm.generation.inference import dropless
+from switchlm.model.transformer import SwitchTransformer
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def decode_by_steps(model, encoded_BSD, segments_BS, tokens_BT, sizes):
+    cache = StaticCache(model, encoded_BSD, tokens_BT.shape[1])
+    logits = []
+    for part in tokens_BT.split(sizes, 1):
+        output = model.decode(part, encoded_BSD, input_segments_BS=segments_BS, cache=cache)
+        logits.append(output.logits_BTV)
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 6, [3, 1, 2], [6]])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_experts": 0},
+        {"gated": True, "activation": "gelu", "tied_head": True},
+        {"attention_experts": True},
+    ],
+    ids=["switch", "dense", "gated", "switch attention"],
+)
+@torch.no_grad()
+def test_decoding_with_the_cache_equals_decoding_at_once(build, prompts, changes, sizes):
+    model: SwitchTransformer = build(**changes)
+    inputs_BS, segments_BS = pad_prompts(prompts, 0)
+    tokens_BT = torch.randint(3, 300, (4, 6), generator=torch.Generator().manual_seed(2))
+    with dropless(model):
+        encoded_BSD, _ = model.encode(inputs_BS, segments_BS)
+        at_once = model.decode(tokens_BT, encoded_BSD, input_segments_BS=segments_BS).logits_BTV
+        by_steps = decode_by_steps(model, encoded_BSD, segments_BS, tokens_BT, sizes)
+    torch.testing.assert_close(by_steps, at_once, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_every_row_of_a_padded_batch_equals_the_row_alone(build, prompts):
+    model = build()
+    inputs_BS, segments_BS = pad_prompts(prompts, 0)
+    tokens_BT = torch.randint(3, 300, (4, 6), generator=torch.Generator().manual_seed(2))
+    with dropless(model):
+        encoded_BSD, _ = model.encode(inputs_BS, segments_BS)
+        batched = decode_by_steps(model, encoded_BSD, segments_BS, tokens_BT, [1] * 6)
+        for row, prompt in enumerate(prompts):
+            encoded_1SD, _ = model.encode(torch.tensor([prompt]))
+            alone = decode_by_steps(model, encoded_1SD, None, tokens_BT[row : row + 1], [1] * 6)
+            torch.testing.assert_close(alone[0], batched[row], **TOLERANCE)
+
+
+@torch.no_grad()
+def test_buffers_keep_their_shape_and_place(build):
+    model = build()
+    encoded_BSD, _ = model.encode(torch.arange(3, 9)[None])
+    cache = StaticCache(model, encoded_BSD, 4)
+    before = [store.keys_BHMK.data_ptr() for store in cache.self_attention]
+    for _ in range(4):
+        model.decode(torch.tensor([[3]]), encoded_BSD, cache=cache)
+    assert [store.keys_BHMK.data_ptr() for store in cache.self_attention] == before
+    assert all(store.keys_BHMK.shape[2] == 4 for store in cache.self_attention)
+    assert cache.length == 4
+
+
+@torch.no_grad()
+def test_the_cache_follows_the_dtype_of_the_model(build):
+    model = build().bfloat16()
+    encoded_BSD, _ = model.encode(torch.arange(3, 9)[None])
+    cache = StaticCache(model, encoded_BSD, 2)
+    output = model.decode(torch.tensor([[3]]), encoded_BSD, cache=cache)
+    assert output.logits_BTV.dtype == torch.bfloat16

@@ -1,0 +1,133 @@
+import pytest
+import torch
+
+from switchlm.errors import ConfigError, DataError
+from switchlm.generation.decode import generate, pad_prompts
+from switchlm.generation.sampling import GREEDY, Sampling
+from switchlm.model.transformer import shift_right
+
+SAMPLED = Sampling(temperature=1.0, top_k=50, top_p=0.95)
+ROUTERS = {
+    "paper": {"evaluation_capacity_factor": 0.5, "min_capacity": 1},
+    "t5x": {"mode": "t5x", "evaluation_capacity_factor": 0.5, "min_capacity": 1},
+    "hf": {"mode": "hf", "expert_capacity": 2},
+    "expert choice": {"selection": "expert_choice", "min_capacity": 1},
+    "top 2": {"experts_per_token": 2},
+}
+
+
+@pytest.mark.parametrize("encoder_capacity", [False, True])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS.keys())
+def test_a_prompt_alone_in_a_batch_and_padded_gives_the_same(
+    build, prompts, router, sampling, encoder_capacity
+):
+    model = build(router=router)
+    options = {
+        "max_new_tokens": 8,
+        "sampling": sampling,
+        "encoder_capacity": encoder_capacity,
+    }
+    inputs_BS, segments_BS = pad_prompts(prompts, 0)
+    together = generate(model, inputs_BS, segments_BS, seeds=[11, 12, 13, 14], **options)
+    order = [2, 0, 3, 1]
+    shuffled = generate(
+        model, inputs_BS[order], segments_BS[order], seeds=[13, 11, 14, 12], **options
+    )
+    wide = [torch.nn.functional.pad(ids, (0, 5)) for ids in (inputs_BS, segments_BS)]
+    padded = generate(model, *wide, seeds=[11, 12, 13, 14], **options)
+    for row, prompt in enumerate(prompts):
+        alone = generate(model, torch.tensor([prompt]), seeds=11 + row, **options).rows(1)[0]
+        assert alone == together.rows(1)[row]
+        assert alone == shuffled.rows(1)[order.index(row)]
+        assert alone == padded.rows(1)[row]
+    assert len(set(together.tokens_BT.flatten().tolist())) > 5, "a test on dull outputs is none"
+
+
+def test_greedy_takes_the_argmax_of_the_uncached_model(build, prompts):
+    model = build(router={"evaluation_capacity_factor": None, "capacity_factor": None})
+    inputs_BS, segments_BS = pad_prompts(prompts, 0)
+    tokens_BT = generate(model, inputs_BS, segments_BS, max_new_tokens=8).tokens_BT
+    with torch.no_grad():
+        logits = model(inputs_BS, shift_right(tokens_BT, None, 0), segments_BS).logits_BTV
+    before_end = (tokens_BT == 1).cumsum(1) - (tokens_BT == 1).long() == 0
+    assert torch.equal(logits.argmax(-1)[before_end], tokens_BT[before_end])
+
+
+def ending(model, at):
+    """Make the model say: a token after each, the end token after `at` tokens."""
+    original = model.decode
+    calls = []
+
+    def decode(token_B1, encoded_BSD, **options):
+        output = original(token_B1, encoded_BSD, **options)
+        logits = torch.zeros_like(output.logits_BTV)
+        for row, end in enumerate(at):
+            logits[row, -1, 1 if len(calls) == end else 50 + row] = 1.0
+        calls.append(1)
+        output.logits_BTV.copy_(logits)
+        return output
+
+    model.decode = decode
+    return calls
+
+
+def test_rows_stop_at_their_end_token_and_the_batch_when_all_have(build, prompts):
+    model = build()
+    calls = ending(model, at=[2, 0, 4, 1])
+    generated = generate(model, *pad_prompts(prompts, 0), max_new_tokens=30)
+    assert len(calls) == 5
+    assert generated.finished_B.all()
+    assert generated.tokens_BT.tolist() == [
+        [50, 50, 1, 0, 0],
+        [1, 0, 0, 0, 0],
+        [52, 52, 52, 52, 1],
+        [53, 1, 0, 0, 0],
+    ]
+    assert generated.rows(1) == [[50, 50], [], [52] * 4, [53]]
+
+
+def test_the_limit_cuts_off_and_says_so(build, prompts):
+    model = build()
+    ending(model, at=[2, 9, 9, 9])
+    generated = generate(model, *pad_prompts(prompts, 0), max_new_tokens=4)
+    assert generated.tokens_BT.shape == (4, 4)
+    assert generated.finished_B.tolist() == [True, False, False, False]
+
+
+def test_seeds_decide_the_sample(build, prompts):
+    model = build(scale=1.0)
+    inputs_BS = torch.tensor([prompts[0]] * 3)
+    options = {"max_new_tokens": 12, "sampling": Sampling(temperature=1.0)}
+    rows = generate(model, inputs_BS, seeds=[1, 2, 1], **options).tokens_BT
+    assert torch.equal(rows[0], rows[2])
+    assert not torch.equal(rows[0], rows[1])
+    short = generate(model, inputs_BS, seeds=1, **{**options, "max_new_tokens": 5}).tokens_BT
+    assert torch.equal(short[0], rows[0, :5])
+
+
+def test_generation_leaves_no_trace_on_the_model(build, prompts):
+    model = build().train()
+    before = [m.config for m in model.modules() if hasattr(m, "experts_choose")]
+    generated = generate(model, *pad_prompts(prompts, 0), max_new_tokens=2)
+    assert model.training
+    assert [m.config for m in model.modules() if hasattr(m, "experts_choose")] == before
+    model(generated.tokens_BT, generated.tokens_BT).logits_BTV.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_new_tokens": 0}, ConfigError, "At least 1 new token"),
+        ({"max_new_tokens": 2, "seeds": [1]}, ConfigError, "1 seeds for 2 prompts"),
+    ],
+)
+def test_bad_options_are_refused(build, options, error, message):
+    with pytest.raises(error, match=message):
+        generate(build(), torch.tensor([[3], [4]]), **options)
+
+
+@pytest.mark.parametrize("prompts", [[[]], [[5], []]])
+def test_empty_prompts_are_refused(build, prompts):
+    with pytest.raises(DataError, match="prompt is empty"):
+        generate(build(), *pad_prompts(prompts, 0), max_new_tokens=2)

@@ -1,0 +1,107 @@
+"""The command `switchlm`: finds the verb, and turns every failure into an exit status.
+
+0 done; 1 failed; 2 the user's mistake; 130 and 143 stopped by SIGINT and SIGTERM.
+"""
+
+import sys
+import traceback
+from importlib import import_module
+from types import TracebackType
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from switchlm import __version__
+from switchlm.errors import UserError
+
+# What `switchlm --help` says of each verb. The function `VERB` of `switchlm.cli.VERB` is it; that
+# file is imported only when the verb is asked for.
+VERBS = {
+    "pretrain": "Pre-train a Switch Transformer, or a dense model, on text.",
+    "compare": "Race a Switch Transformer against its FLOP-matched dense twin on the same text.",
+    "evaluate": "Measure the held-out loss of a model on text, in total and by source.",
+    "generate": "Fill the blanks of a text, or show what the model answers to it.",
+    "inspect": "Show the size of a model, and who goes to which expert.",
+    "convert": "Write a model in another layout.",
+}
+
+
+class Verbs(TyperGroup):
+    """Lists the verbs from the table and imports only the one that is invoked."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for name, summary in VERBS.items():
+            self.commands[name] = TyperCommand(name=name, help=summary)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Let --debug stand after the verb too."""
+        end = args.index("--") if "--" in args else len(args)
+        options = [argument for argument in args[:end] if argument != "--debug"]
+        debug = ["--debug"] * (len(options) < end)
+        return super().parse_args(ctx, [*debug, *options, *args[end:]])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the verb by its name, then import it."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name is not None:
+            command = load(name)
+        return name, command, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb; this is the one place that turns errors into words and statuses."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("Stopped.", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"switchlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Train, evaluate and use Switch Transformers: sparse T5-style language models."""
+
+
+def load(verb: str) -> Any:
+    """Import a verb's file and return its command."""
+    one = typer.Typer(add_completion=False)
+    one.command(verb)(getattr(import_module(f"switchlm.cli.{verb}"), verb))
+    return typer.main.get_command(one)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    if "--debug" not in sys.argv:
+        sys.excepthook = _say_in_a_line
+    typer.main.get_command(app)(prog_name="switchlm")
+
+
+def _say_in_a_line(
+    kind: type[BaseException], error: BaseException, _traceback: TracebackType | None
+) -> None:
+    """What Python does with an error that nobody caught, less the traceback; the status is 1."""
+    message = " ".join(f"{kind.__name__}: {error}".split())
+    sys.stderr.write(f"Failed: {message}\nRun it again with --debug to see where.\n")

@@ -1,6 +1,7 @@
 """The one record that leaves this room: padded or packed rows of token ids."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on `device`; copies only what is elsewhere."""
-        move = {
+        move: dict[str, Any] = {
             name: None if value is None else value.to(device, non_blocking=True)
             for name, value in vars(self).items()
         }

@@ -1,0 +1,174 @@
+"""From a configuration to batches, any of them, in any order, on any number of workers."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+
+from switchlm.data import mixture, sources
+from switchlm.data.batch import Batch
+from switchlm.data.cache import TokenCache, open_cache
+from switchlm.data.config import DataConfig
+from switchlm.data.mixture import Mixture
+from switchlm.data.order import Int64
+from switchlm.data.rows import RunningText, choose_held_out
+from switchlm.data.samples import Samples
+from switchlm.data.span_corruption import Noise
+from switchlm.data.tokenizer import Tokenizer
+from switchlm.errors import DataError
+
+_HELD_OUT_SEED = 0  # runs with other seeds are measured on the same masked text
+
+
+class Loader:
+    """Batches as a pure function of (seed, step). `sources` are the names of the mixture."""
+
+    def __init__(
+        self,
+        train: Samples,
+        held_out: Samples | None,
+        tokenizer: Tokenizer,
+        names: tuple[str, ...],
+        batch_size: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.sources = names
+        self.batch_size = batch_size
+        self._train = train
+        self._held_out = held_out
+
+    def sample_ids(self, step: int, rank: int = 0, world_size: int = 1) -> Int64:
+        """Return the numbers of the samples that `rank` of `world_size` sees at `step`."""
+        if self.batch_size % world_size:
+            raise DataError(
+                f"data.batch_size {self.batch_size} cannot be shared out evenly among {world_size} "
+                "workers; use a multiple."
+            )
+        share = self.batch_size // world_size
+        return np.arange(share) + (step * self.batch_size + rank * share)
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """Return the rows of the global batch of `step` that fall to `rank`."""
+        return self._train.batch(self.sample_ids(step, rank, world_size))
+
+    def iterate(
+        self, start_step: int = 0, prefetch: int = 2, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[int, Batch]]:
+        """Yield (step, batch) for ever, `prefetch` batches made ahead in a background thread."""
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="switchlm-loader") as worker:
+            ahead = deque(
+                worker.submit(self.batch, step, rank, world_size)
+                for step in range(start_step, start_step + prefetch)
+            )
+            try:
+                for step in count(start_step):
+                    later = step + prefetch
+                    ahead.append(worker.submit(self.batch, later, rank, world_size))
+                    yield step, ahead.popleft().result()
+            finally:
+                worker.shutdown(wait=False, cancel_futures=True)
+
+    def held_out(self, num_batches: int, source: str | None = None) -> list[Batch]:
+        """Return a fixed set of batches of documents never trained on, the same for every seed.
+
+        source: only rows of that source; otherwise the mixture of training.
+        """
+        if self._held_out is None:
+            raise DataError(
+                "No document is held out for evaluation. Set data.held_out_share above zero, and "
+                "give text of more than one document and more than two rows."
+            )
+        only = None if source is None else self._source_index(source)
+        return [
+            self._held_out.batch(self.sample_ids(step), only_source=only)
+            for step in range(num_batches)
+        ]
+
+    def example(self) -> tuple[str, str]:
+        """Return inputs and targets of a held-out row (else of a training row) as text."""
+        samples = self._held_out or self._train
+        batch = samples.batch(np.arange(1))
+        inputs, targets = batch.inputs_BS[0].tolist(), batch.targets_BT[0].tolist()
+        return self.tokenizer.decode(inputs), self.tokenizer.decode(targets)
+
+    def _source_index(self, name: str) -> int:
+        if name not in self.sources:
+            raise DataError(f"There is no data source {name!r}: {', '.join(self.sources)}.")
+        return self.sources.index(name)
+
+
+def open_data(
+    config: DataConfig,
+    *,
+    seed: int,
+    cache_dir: Path | None = None,
+    tokenizer: Tokenizer | None = None,
+    report: Callable[[str], None] | None = None,
+) -> Loader:
+    """Read the sources, make or load the tokenizer, tokenize, and return the loader.
+
+    cache_dir: where tokens are kept; `~/.cache/switchlm` unless told.
+    tokenizer: used instead of the one that the configuration names.
+    report: called with a line of progress now and then.
+    """
+    say = report or (lambda line: None)
+    folder = cache_dir or Path.home() / ".cache" / "switchlm"
+    parsed = sources.parse_all(config.sources)
+    tokenizer = tokenizer or Tokenizer.bytes()
+    caches = [
+        open_cache(
+            source,
+            tokenizer,
+            folder,
+            text_column=config.text_column,
+            max_documents=config.max_documents,
+            report=say,
+        )
+        for source in parsed
+    ]
+    noise = Noise(density=config.noise_density, mean_span=config.mean_span)
+    row_length = noise.raw_length(config.input_length)
+    train_rows, held_out_rows = [], []
+    for source, cache in zip(parsed, caches, strict=True):
+        chosen_D = choose_held_out(
+            cache.hashes_D, cache.lengths_D, config.held_out_share, least=row_length
+        )
+        train_rows.append(_rows(cache, ~chosen_D, row_length, seed))
+        held_out_rows.append(_rows(cache, chosen_D, row_length, _HELD_OUT_SEED))
+        if not train_rows[-1].num_rows:
+            raise DataError(
+                f"The data source {source.name!r} has {train_rows[-1].num_tokens} tokens to train "
+                f"on, less than one row of {row_length}. Give more text or lower data.input_length."
+            )
+    probabilities_S = mixture.probabilities(
+        [rows.num_tokens for rows in train_rows],
+        [source.weight for source in parsed],
+        config.mixing,
+        config.mixing_exponent,
+    )
+
+    def samples(rows: list[RunningText], seed: int) -> Samples:
+        return Samples(
+            rows,
+            Mixture(probabilities_S, seed),
+            noise,
+            tokenizer,
+            seed=seed,
+            input_length=config.input_length,
+            target_length=config.target_length,
+        )
+
+    return Loader(
+        samples(train_rows, seed),
+        samples(held_out_rows, _HELD_OUT_SEED) if all(r.num_rows for r in held_out_rows) else None,
+        tokenizer,
+        tuple(source.name for source in parsed),
+        config.batch_size,
+    )
+
+
+def _rows(cache: TokenCache, chosen_D: np.ndarray, row_length: int, seed: int) -> RunningText:
+    return RunningText(cache, chosen_D, row_length, seed)

@@ -1,0 +1,177 @@
+"""Documents out of files: plain text, JSONL, Parquet, and datasets of the hub.
+
+What cannot be used is skipped and counted under a reason; what makes the whole file useless, such
+as a missing column, is a DataError.
+"""
+
+import gzip
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from switchlm.errors import DataError, MissingExtraError
+
+WHOLE = 2**20  # bytes; a text file up to this size is one document
+SECTION = 2**16  # bytes; larger ones are read as sections of about this size, cut at line ends
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A text, and what it belongs to: documents of one group never part at the held-out split.
+
+    An empty group means that the text is by itself; equal texts are then treated alike.
+    """
+
+    text: str
+    group: str = ""
+
+
+def read_file(
+    path: Path, name: str, text_column: str, *, alone: bool, skipped: Counter[str]
+) -> Iterator[Document]:
+    """Yield the documents of one file; its kind is told by its name.
+
+    alone: the source is this file only, so it is cut into sections that may part at the split.
+    """
+    kinds = path.name.lower().split(".")[1:]
+    try:
+        if kinds[-1:] == ["parquet"]:
+            yield from _parquet(path, text_column, skipped)
+            return
+        with _open(path, kinds) as stream:
+            if not {"jsonl", "ndjson"}.isdisjoint(kinds[-2:]):
+                yield from _json_lines(stream, path, text_column, skipped)
+            else:
+                yield from _plain(stream, "" if alone else name, alone, skipped)
+    except (OSError, EOFError) as error:
+        raise DataError(f"Cannot read {str(path)!r}: {error}") from None
+
+
+def _open(path: Path, kinds: list[str]) -> BinaryIO:
+    if kinds[-1:] == ["gz"]:
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if kinds[-1:] == ["zst"]:
+        try:
+            import zstandard
+        except ImportError:
+            raise MissingExtraError("zstandard", "data", f"Reading {path.name}") from None
+        return zstandard.open(path, "rb")
+    return path.open("rb")
+
+
+def _plain(stream: BinaryIO, group: str, alone: bool, skipped: Counter[str]) -> Iterator[Document]:
+    """Yield a whole file, or its sections: a source of one file would have no other documents."""
+    whole = 0 if alone else WHOLE
+    head = stream.read(whole + 1) if whole else b""
+    if whole and len(head) <= whole:
+        text = _decode(head, skipped)
+        if text is not None:
+            yield Document(text=text)
+        return
+    section = head + stream.read(SECTION)
+    while section:
+        section += stream.readline(SECTION)
+        text = _decode(section, skipped)
+        if text is not None:
+            yield Document(text=text, group=group)
+        section = stream.read(SECTION)
+
+
+def _decode(raw: bytes, skipped: Counter[str]) -> str | None:
+    if b"\0" in raw:
+        skipped["binary"] += 1
+        return None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        skipped["not UTF-8"] += 1
+        return None
+
+
+def _json_lines(
+    stream: BinaryIO, path: Path, column: str, skipped: Counter[str]
+) -> Iterator[Document]:
+    for number, line in enumerate(io.BufferedReader(stream), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError:
+            skipped["not UTF-8"] += 1
+            continue
+        except (ValueError, RecursionError):
+            skipped["not JSON"] += 1
+            continue
+        if number == 1 and isinstance(record, dict) and column not in record:
+            raise _missing(path.name, column, list(record))
+        document = _from_record(record, column, skipped)
+        if document is not None:
+            yield document
+
+
+def _from_record(record: Any, column: str, skipped: Counter[str]) -> Document | None:
+    text = record.get(column) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        skipped[f"without text in {column!r}"] += 1
+        return None
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # JSON may spell half a surrogate pair
+        skipped["not UTF-8"] += 1
+        return None
+    return Document(text=text)
+
+
+def _missing(where: str, column: str, columns: list[str]) -> DataError:
+    return DataError(
+        f"{where} has no column {column!r}; it has: {', '.join(map(str, columns))}. "
+        "Name the one that holds the text with data.text_column."
+    )
+
+
+def _parquet(path: Path, column: str, skipped: Counter[str]) -> Iterator[Document]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingExtraError("pyarrow", "data", f"Reading {path.name}") from None
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        if column not in table.schema_arrow.names:
+            raise _missing(path.name, column, table.schema_arrow.names)
+        for rows in table.iter_batches(batch_size=256, columns=[column]):
+            for text in rows.column(0).to_pylist():
+                document = _from_record({column: text}, column, skipped)
+                if document is not None:
+                    yield document
+    except pyarrow.ArrowException as error:
+        raise DataError(f"Cannot read the Parquet file {str(path)!r}: {error}") from None
+
+
+def read_hub(location: str, column: str, skipped: Counter[str]) -> Iterator[Document]:
+    """Stream `hub:NAME[:CONFIG][:SPLIT]`; the split is `train` unless named."""
+    try:
+        import datasets
+    except ImportError:
+        raise MissingExtraError("datasets", "hub", f"Reading {location}") from None
+    _, name, *rest = location.split(":")
+    if not name or len(rest) > 2:
+        raise DataError(
+            f"Cannot read {location!r}: write hub:NAME, hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT."
+        )
+    config = rest[0] if len(rest) == 2 else None
+    split = rest[-1] if rest else "train"
+    try:
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        for number, record in enumerate(rows):
+            if number == 0 and column not in record:
+                raise _missing(location, column, list(record))
+            document = _from_record(record, column, skipped)
+            if document is not None:
+                yield document
+    except (OSError, ValueError) as error:
+        raise DataError(f"Cannot read {location!r} from the hub: {error}") from None

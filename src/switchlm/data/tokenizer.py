@@ -1,0 +1,200 @@
+"""Text to token ids and back, over one `tokenizers.Tokenizer`, with T5's special tokens.
+
+Ids: padding 0 and the end token 1 where this room makes the tokenizer; sentinels `<extra_id_0>`,
+`<extra_id_1>` ... count down from the highest id. The vocabulary is filled up to a multiple of 128,
+so that the embedding has a round size.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+
+from switchlm.data.order import Int64
+from switchlm.errors import DataError
+
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+NUM_SENTINELS = 100
+MULTIPLE = 128
+_FIRST_BYTE = 3  # after the three special tokens, as in ByT5
+_PADS = (PAD, "[PAD]", "<|pad|>", "<|endoftext|>")
+_ENDS = (END, "<eos>", "<|endoftext|>", "<|end_of_text|>", "[SEP]")
+
+
+def sentinel(index: int) -> str:
+    """Return how T5 writes its sentinel number `index`."""
+    return f"<extra_id_{index}>"
+
+
+class Tokenizer:
+    """Encodes and decodes; `backend` is the Hugging Face tokenizer behind it."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, num_sentinels: int = NUM_SENTINELS) -> None:
+        """Wrap `backend`; adds padding, end token and sentinels where it has none."""
+        self.backend = backend
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.pad_id = self._find_or_add(_PADS)
+        self.end_id = self._find_or_add(_ENDS)
+        if backend.token_to_id(sentinel(0)) is None:
+            names = [sentinel(index) for index in reversed(range(num_sentinels))]
+            backend.add_special_tokens([AddedToken(name, normalized=False) for name in names])
+        ids: list[int] = []
+        while (number := backend.token_to_id(sentinel(len(ids)))) is not None:
+            ids.append(number)
+        self.sentinel_ids: tuple[int, ...] = tuple(ids)
+        self._sentinels = frozenset(ids)
+        self._bytes = _is_byte_model(backend)
+        highest = max(backend.get_vocab(with_added_tokens=True).values())
+        self.vocabulary_size = -(-(highest + 1) // MULTIPLE) * MULTIPLE
+
+    def _find_or_add(self, names: Sequence[str]) -> int:
+        for name in names:
+            if (number := self.backend.token_to_id(name)) is not None:
+                return number
+        self.backend.add_special_tokens([names[0]])
+        return self.backend.get_vocab()[names[0]]
+
+    @classmethod
+    def bytes(cls, num_sentinels: int = NUM_SENTINELS) -> "Tokenizer":
+        """Return the tokenizer of UTF-8 bytes: byte b has id 3 + b, as in ByT5."""
+        symbols = _byte_symbols()
+        vocabulary = {PAD: 0, END: 1, UNKNOWN: 2}
+        vocabulary |= {symbol: _FIRST_BYTE + byte for byte, symbol in enumerate(symbols)}
+        backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([PAD, END, UNKNOWN])
+        append_end(backend)
+        return cls(backend, num_sentinels)
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Tokenizer":
+        """Read a `tokenizer.json`, or the one in a folder. Raises DataError where it cannot."""
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise DataError(
+                f"There is no tokenizer at {str(path)!r}: give a tokenizer.json, a folder that "
+                "holds one, 'bytes' or 'unigram'."
+            )
+        try:
+            return cls.from_json(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"The tokenizer {str(file)!r} is not UTF-8: {error}") from None
+
+    @classmethod
+    def from_json(cls, text: str) -> "Tokenizer":
+        """Read the text of a `tokenizer.json`."""
+        try:
+            json.loads(text)
+        except ValueError as error:
+            raise DataError(f"The tokenizer file is not JSON: {error}") from None
+        return cls(_parse(text))
+
+    def to_json(self) -> str:
+        """Return the text of a `tokenizer.json`."""
+        return self.backend.to_str()
+
+    def save(self, folder: Path | str) -> None:
+        """Write `tokenizer.json` and what transformers' AutoTokenizer needs beside it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        names: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": self.backend.id_to_token(self.pad_id),
+            "eos_token": self.backend.id_to_token(self.end_id),
+            "extra_special_tokens": [
+                self.backend.id_to_token(number) for number in self.sentinel_ids
+            ],
+            "clean_up_tokenization_spaces": False,
+        }
+        if self.backend.token_to_id(UNKNOWN) is not None:
+            names["unk_token"] = UNKNOWN
+        text = json.dumps(names, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+    def fingerprint(self) -> str:
+        """Return a hash that is equal for equal tokenizers."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Return token ids without an end token; special tokens in the text are understood."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_plain(self, texts: Sequence[str]) -> list[Int64]:
+        """Encode documents, special tokens spelt out in them taken as ordinary text; int64 arrays.
+
+        A text that says `</s>` must not end a document, so corpora are read this way.
+        """
+        if self._bytes:
+            return [_encode_bytes(text) for text in texts]
+        self.backend.encode_special_tokens = True
+        try:
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        finally:
+            self.backend.encode_special_tokens = False
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int], *, keep_sentinels: bool = True) -> str:
+        """Return the text; padding and end tokens are left out, sentinels stay unless told."""
+        dropped = {self.pad_id, self.end_id}
+        if not keep_sentinels:
+            dropped |= self._sentinels
+        pieces: list[str] = []
+        plain: list[int] = []
+        # A run of ordinary ids is decoded at once: a character may span several of them.
+        for number in ids:
+            number = int(number)
+            if number in dropped:
+                continue
+            if number in self._sentinels:
+                place = self.sentinel_ids.index(number)
+                pieces += [self.backend.decode(plain), sentinel(place)]
+                plain = []
+            else:
+                plain.append(number)
+        return "".join([*pieces, self.backend.decode(plain)])
+
+
+def append_end(backend: tokenizers.Tokenizer) -> None:
+    """Let `encode` of transformers end with the end token, as T5's tokenizer does."""
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, 1)]
+    )
+
+
+def _parse(text: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    # The library raises the bare class for all it cannot read.
+    except Exception as error:
+        raise DataError(f"The tokenizer file cannot be read by `tokenizers`: {error}") from None
+
+
+def _byte_symbols() -> list[str]:
+    """Return the printable character that stands for each byte in GPT-2's byte-level scheme."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    symbols = {byte: chr(byte) for byte in printable}
+    symbols |= {byte: chr(256 + place) for place, byte in enumerate(others)}
+    return [symbols[byte] for byte in range(256)]
+
+
+def _is_byte_model(backend: tokenizers.Tokenizer) -> bool:
+    """Return whether `backend` is what `Tokenizer.bytes` makes, so that numpy can encode."""
+    model = json.loads(backend.to_str()) if backend.get_vocab_size(False) == 259 else {}
+    if model.get("normalizer") is not None or model.get("model", {}).get("merges") != []:
+        return False
+    symbols = enumerate(_byte_symbols())
+    return all(backend.token_to_id(symbol) == _FIRST_BYTE + byte for byte, symbol in symbols)
+
+
+def _encode_bytes(text: str) -> Int64:
+    return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64) + _FIRST_BYTE

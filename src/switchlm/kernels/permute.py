@@ -1,12 +1,18 @@
 """Bring tokens into the order of their experts, and back.
 
+Both directions gather, forwards and backwards, by the permutation or its inverse: nothing scatters,
+so the result never depends on the order of threads.
+
 Shapes: N tokens, K assignments a token, A = N * K assignments, R = A rows, D width, E experts.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -24,8 +30,14 @@ class ExpertOrder:
 
 
 def sort_by_expert(expert_A: Tensor, kept_A: Tensor, num_experts: int) -> ExpertOrder:
-    """Order assignments by expert, dropped ones last, in token order within an expert."""
+    """Order assignments by expert, dropped ones last, in token order within an expert.
+
+    expert_A: int64. kept_A: bool.
+    """
     key_A = torch.where(kept_A, expert_A, num_experts)
+    in_memory = type(key_A) is Tensor and key_A.device.type == "cpu"
+    if in_memory and num_experts < 2**16 and not torch.compiler.is_compiling():
+        return _radix_sort(key_A, num_experts)
     sorted_A, assignment_R = torch.sort(key_A, stable=True)
     row_A = torch.empty_like(assignment_R)
     row_A[assignment_R] = torch.arange(row_A.shape[0], device=row_A.device)
@@ -34,27 +46,68 @@ def sort_by_expert(expert_A: Tensor, kept_A: Tensor, num_experts: int) -> Expert
     return ExpertOrder(assignment_R, row_A, starts.diff())
 
 
+def _radix_sort(key_A: Tensor, num_experts: int) -> ExpertOrder:
+    """Sort small whole numbers: numpy's stable sort of 8 or 16 bits is a radix sort."""
+    key = key_A.numpy().astype(numpy.uint8 if num_experts < 2**8 else numpy.uint16)
+    assignment = numpy.argsort(key, kind="stable")
+    row = numpy.empty_like(assignment)
+    row[assignment] = numpy.arange(len(row))
+    counts = numpy.bincount(key, minlength=num_experts + 1)[:num_experts]
+    return ExpertOrder(*(torch.from_numpy(array) for array in (assignment, row, counts)))
+
+
 class _Gather(torch.autograd.Function):
     """Rows of tokens; the gradient gathers by the inverse instead of scattering."""
 
     @staticmethod
-    def forward(ctx, x_ND, assignment_R, row_A, per_token):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(row_A)
+    def forward(ctx: Any, x_ND: Tensor, order: ExpertOrder, per_token: int) -> Tensor:
+        ctx.save_for_backward(order.row_A)
         ctx.per_token = per_token
-        return x_ND[assignment_R if per_token == 1 else assignment_R // per_token]
+        return x_ND.index_select(0, _token_of_row(order, per_token))
 
     @staticmethod
-    def backward(ctx, gradient_RD):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (row_A,) = ctx.saved_tensors
-        gradient_AD = gradient_RD[row_A]
+        gradient_AD = gradients[0].index_select(0, row_A)
         if ctx.per_token > 1:
             gradient_AD = gradient_AD.unflatten(0, (-1, ctx.per_token)).sum(1)
-        return gradient_AD, None, None, None
+        return gradient_AD, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Weighted rows back in the order of tokens, one pass over them each way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y_RD: Tensor, weight_A: Tensor, order: ExpertOrder, per_token: int
+    ) -> Tensor:
+        ctx.save_for_backward(y_RD, weight_A, order.assignment_R, order.row_A)
+        ctx.per_token = per_token
+        y_AD = y_RD.index_select(0, order.row_A).mul_(weight_A[:, None].to(y_RD.dtype))
+        return y_AD if per_token == 1 else y_AD.unflatten(0, (-1, per_token)).sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        y_RD, weight_A, assignment_R, row_A = ctx.saved_tensors
+        token_R = assignment_R if ctx.per_token == 1 else assignment_R // ctx.per_token
+        gradient_RD = gradients[0].index_select(0, token_R)
+        dweight_A = None
+        if ctx.needs_input_grad[1]:
+            dot_R = torch.linalg.vecdot(gradient_RD, y_RD)
+            dweight_A = dot_R[row_A].to(weight_A.dtype)
+        gradient_RD.mul_(weight_A[assignment_R][:, None].to(gradient_RD.dtype))
+        return gradient_RD, dweight_A, None, None
+
+
+def _token_of_row(order: ExpertOrder, per_token: int) -> Tensor:
+    return order.assignment_R if per_token == 1 else order.assignment_R // per_token
 
 
 def gather_rows(x_ND: Tensor, order: ExpertOrder, per_token: int) -> Tensor:
     """Return x_RD: the token of every row, rows in the order of their experts."""
-    return _Gather.apply(x_ND, order.assignment_R, order.row_A, per_token)
+    x_RD: Tensor = _Gather.apply(x_ND, order, per_token)
+    return x_RD
 
 
 def combine_rows(y_RD: Tensor, weight_A: Tensor, order: ExpertOrder, per_token: int) -> Tensor:
@@ -63,6 +116,5 @@ def combine_rows(y_RD: Tensor, weight_A: Tensor, order: ExpertOrder, per_token: 
     weight_A is zero for dropped assignments; what their rows hold does not matter as long as it is
     finite.
     """
-    y_AD = _Gather.apply(y_RD, order.row_A, order.assignment_R, 1)
-    y_AD = y_AD * weight_A[:, None].to(y_AD.dtype)
-    return y_AD if per_token == 1 else y_AD.unflatten(0, (-1, per_token)).sum(1)
+    y_ND: Tensor = _Combine.apply(y_RD, weight_A, order, per_token)
+    return y_ND

@@ -1,0 +1,54 @@
+"""Grouped products by `torch.nn.functional.grouped_mm`, with its traps closed.
+
+It leaves rows past the last offset uninitialised, in the output and in the gradient; it refuses
+expanded incoming gradients, float64, and rows of weights that are no multiple of 16 bytes.
+
+Shapes: R rows, D in, F out, E experts.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import grouped_mm
+
+ALIGNMENT = 16  # bytes
+
+
+def fits(x_RD: Tensor, weight_EDF: Tensor) -> bool:
+    """Whether grouped_mm takes these dtypes and shapes."""
+    if x_RD.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x_RD.shape[0] == 0:
+        return False
+    widths = weight_EDF.shape[1:]
+    return all(width * x_RD.element_size() % ALIGNMENT == 0 for width in widths)
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, weight_EDF: Tensor, offset_E: Tensor) -> Tensor:
+        past_R1 = torch.arange(x_RD.shape[0], device=x_RD.device)[:, None] >= offset_E[-1]
+        ctx.save_for_backward(x_RD, weight_EDF, offset_E, past_R1)
+        return grouped_mm(x_RD.contiguous(), weight_EDF, offs=offset_E).masked_fill_(past_R1, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_RD, weight_EDF, offset_E, past_R1 = ctx.saved_tensors
+        dy_RF = gradients[0].contiguous()
+        dx_RD = dweight_EDF = None
+        if ctx.needs_input_grad[0]:
+            dx_RD = grouped_mm(dy_RF, weight_EDF.mT, offs=offset_E).masked_fill_(past_R1, 0)
+        if ctx.needs_input_grad[1]:
+            dweight_EDF = grouped_mm(x_RD.contiguous().t(), dy_RF, offs=offset_E)
+        return dx_RD, dweight_EDF, None
+
+
+def grouped_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
+    """Multiply consecutive runs of rows with their expert's matrix: see reference.py.
+
+    The counts stay on the device.
+    """
+    offset_E = counts_E.cumsum(0).to(torch.int32)
+    y_RF: Tensor = _GroupedMatmul.apply(x_RD, weight_EDF, offset_E)
+    return y_RF

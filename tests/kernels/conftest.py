@@ -1,0 +1,20 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads, and no product too small to share."""
+    monkeypatch.setattr("switchlm.kernels.workers.LEAST_WORK", 0)
+    monkeypatch.setattr("switchlm.kernels.workers.WORST_IMBALANCE", 100.0)
+    torch.set_num_threads(2)

@@ -43,7 +43,7 @@ class Stack(nn.Module):
             config.relative_buckets, config.num_heads, config.relative_distance, not decoder
         )
         self.blocks = nn.ModuleList(
-            Block(config, sparse=config.is_sparse(layer), decoder=decoder)
+            Block(config, sparse=config.is_sparse(layer, decoder=decoder), decoder=decoder)
             for layer in range(num_layers)
         )
         self.final_norm = RMSNorm(config.d_model, config.norm_epsilon)

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from switchlm.checkpoint.huggingface import load, save
     from switchlm.model.config import ModelConfig, RouterConfig
     from switchlm.model.presets import preset
     from switchlm.model.switch import SwitchFeedForward
@@ -19,10 +20,20 @@ _HOMES = {
     "RouterConfig": "switchlm.model.config",
     "SwitchFeedForward": "switchlm.model.switch",
     "SwitchTransformer": "switchlm.model.transformer",
+    "load": "switchlm.checkpoint.huggingface",
     "preset": "switchlm.model.presets",
+    "save": "switchlm.checkpoint.huggingface",
 }
 
-__all__ = ["ModelConfig", "RouterConfig", "SwitchFeedForward", "SwitchTransformer", "preset"]
+__all__ = [
+    "ModelConfig",
+    "RouterConfig",
+    "SwitchFeedForward",
+    "SwitchTransformer",
+    "load",
+    "preset",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -92,7 +92,8 @@ class ModelConfig:
     T5 v1.0 is `activation=relu, gated=false, tied_head=true`; v1.1 is `gelu, true, false`.
 
     num_experts: 0 is the dense model: the FLOP-matched twin of every sparse one of the same shape.
-    sparse_step: every n-th layer is a Switch layer; 1 makes every layer one.
+    sparse_step: every n-th layer is a Switch layer; 1 makes every layer one, 0 none.
+    decoder_sparse_step: the same for the decoder; None takes sparse_step.
     attention_experts: Switch layers make queries, and keys and values, too (appendix A).
     initialisation_scale: s in std = sqrt(s / fan_in) (section 2.4).
     dropout, expert_dropout: rates; expert_dropout acts inside experts only (section 2.4).
@@ -107,6 +108,7 @@ class ModelConfig:
     num_decoder_layers: int = 12
     num_experts: int = 0
     sparse_step: int = 2
+    decoder_sparse_step: int | None = None
     attention_experts: bool = False
     activation: Literal["relu", "gelu"] = "relu"
     gated: bool = False
@@ -122,11 +124,20 @@ class ModelConfig:
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
 
     def __post_init__(self) -> None:
-        positive = ("vocabulary_size", "d_model", "d_ff", "d_kv", "num_heads", "sparse_step")
-        for name in (*positive, "num_encoder_layers", "num_decoder_layers", "relative_buckets"):
+        positive = ("vocabulary_size", "d_model", "d_ff", "d_kv", "num_heads")
+        for name in (*positive, "num_encoder_layers", "num_decoder_layers"):
             value = getattr(self, name)
             if not 1 <= value < LARGEST:
                 raise ConfigError(f"model.{name} must be at least 1 and below 2^31, got {value}.")
+        for name in ("sparse_step", "decoder_sparse_step"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < LARGEST:
+                raise ConfigError(f"model.{name} must lie in 0..2^31 - 1, got {value}.")
+        if not 4 <= self.relative_buckets < 2 * self.relative_distance < LARGEST:
+            raise ConfigError(
+                "model.relative_buckets must be at least 4 and below twice the relative_distance, "
+                f"got {self.relative_buckets} and {self.relative_distance}."
+            )
         if not 0 <= self.num_experts <= 65536:
             raise ConfigError(f"model.num_experts must lie in 0..65536, got {self.num_experts}.")
         for name in ("dropout", "expert_dropout"):
@@ -142,12 +153,18 @@ class ModelConfig:
                 f"{self.num_experts} experts (model.num_experts)."
             )
 
-    def is_sparse(self, layer: int) -> bool:
-        """Whether layer `layer` (from 0) of either stack is a Switch layer."""
+    def sparse_step_of(self, *, decoder: bool) -> int:
+        """The sparse step of that stack; 0 where it has no Switch layers."""
         if self.num_experts == 0:
-            return False
-        first = self.router.semantics.first_sparse_layer(self.sparse_step)
-        return layer % self.sparse_step == first
+            return 0
+        if decoder and self.decoder_sparse_step is not None:
+            return self.decoder_sparse_step
+        return self.sparse_step
+
+    def is_sparse(self, layer: int, *, decoder: bool = False) -> bool:
+        """Whether layer `layer` (from 0) of that stack is a Switch layer."""
+        step = self.sparse_step_of(decoder=decoder)
+        return step > 0 and layer % step == self.router.semantics.first_sparse_layer(step)
 
     def dense_twin(self) -> "ModelConfig":
         """The dense model of equal FLOPs a token: every Switch layer becomes one FFN."""

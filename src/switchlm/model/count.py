@@ -30,17 +30,17 @@ def flops_per_token(config: ModelConfig, input_length: int, target_length: int) 
         """Queries and outputs, keys and values, then scores and weighted sums."""
         return queries * 2 * project + keys * 2 * project + queries * keys * 4 * width
 
-    def feedforwards(num_layers: int) -> int:
-        sparse = sum(config.is_sparse(layer) for layer in range(num_layers))
+    def feedforwards(num_layers: int, decoder: bool) -> int:
+        sparse = sum(config.is_sparse(layer, decoder=decoder) for layer in range(num_layers))
         routers = sparse * 2 * config.d_model * config.num_experts
         chosen = config.router.experts_per_token
         return (num_layers - sparse + sparse * chosen) * feedforward + routers
 
     source, target = input_length, target_length
     encoder = config.num_encoder_layers * attention(source, source)
-    encoder += source * feedforwards(config.num_encoder_layers)
+    encoder += source * feedforwards(config.num_encoder_layers, False)
     decoder = config.num_decoder_layers * (attention(target, target) + attention(target, source))
-    decoder += target * (feedforwards(config.num_decoder_layers) + head)
+    decoder += target * (feedforwards(config.num_decoder_layers, True) + head)
     return (encoder + decoder) / (source + target)
 
 

@@ -37,23 +37,27 @@ def routing_losses(output: ModelOutput, config: ModelConfig) -> tuple[Tensor, Te
     """Return the weighted balance loss and the weighted router z-loss of all Switch layers.
 
     Over the layers: `paper` sums, `t5x` takes the mean, `hf` joins the layers of each stack and
-    adds the two stacks (see semantics.py). Both are zero for dense models.
+    adds the two stacks, leaving out those with Switch layers only (see semantics.py). Both are zero
+    for dense models.
     """
-    router = config.router
-    over_layers = router.semantics.balance_over_layers
-    if not output.routing:
+    router, semantics = config.router, config.router.semantics
+    stacks = [
+        layers
+        for layers, decoder in ((output.encoder_routing, False), (output.decoder_routing, True))
+        if layers
+        and (semantics.losses_where_all_sparse or config.sparse_step_of(decoder=decoder) > 1)
+    ]
+    if not stacks:
         zero = torch.zeros((), device=output.logits_BTV.device)
         return zero, zero
-    z_losses_L = torch.stack([layer.z_loss for layer in output.routing])
-    if over_layers == "joined":
-        stacks = [stack for stack in (output.encoder_routing, output.decoder_routing) if stack]
-        balance = torch.stack([joined_balance_loss(stack) for stack in stacks]).sum()
-        z_loss = torch.stack(
-            [torch.stack([layer.z_loss for layer in stack]).mean() for stack in stacks]
-        ).sum()
+    if semantics.balance_over_layers == "joined":
+        balance_X = torch.stack([joined_balance_loss(layers) for layers in stacks])
+        z_loss_X = torch.stack(
+            [torch.stack([layer.z_loss for layer in layers]).mean() for layers in stacks]
+        )
     else:
-        balance_L = torch.stack([layer.balance_loss for layer in output.routing])
-        balance = balance_L.sum() if over_layers == "sum" else balance_L.mean()
-        z_loss = z_losses_L.sum() if over_layers == "sum" else z_losses_L.mean()
+        balance_X = torch.stack([layer.balance_loss for layers in stacks for layer in layers])
+        z_loss_X = torch.stack([layer.z_loss for layers in stacks for layer in layers])
+    over_layers = torch.mean if semantics.balance_over_layers == "mean" else torch.sum
     weight = router.balance_weight if router.balance == "loss" else 0.0
-    return weight * balance, router.z_weight * z_loss
+    return weight * over_layers(balance_X), router.z_weight * over_layers(z_loss_X)

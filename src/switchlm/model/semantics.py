@@ -24,6 +24,7 @@ class Semantics:
     gate_in_activation_dtype: whether the argmax is taken after casting to the activations' dtype.
     balance_over_layers: `sum` and `mean` reduce the losses of the layers; `joined` averages the
         fractions and probabilities over the layers first and multiplies then.
+    losses_where_all_sparse: whether a stack of nothing but Switch layers has router losses.
     first_sparse_layer: the first Switch layer, from the sparse step; every step-th follows.
     """
 
@@ -34,6 +35,7 @@ class Semantics:
     jitter_reaches_experts: bool
     gate_in_activation_dtype: bool
     balance_over_layers: Literal["sum", "mean", "joined"]
+    losses_where_all_sparse: bool
     first_sparse_layer: Callable[[int], int]
 
 
@@ -46,6 +48,7 @@ SEMANTICS: dict[str, Semantics] = {
         jitter_reaches_experts=False,
         gate_in_activation_dtype=False,
         balance_over_layers="sum",
+        losses_where_all_sparse=True,
         first_sparse_layer=lambda step: step - 1,
     ),
     "t5x": Semantics(
@@ -56,6 +59,7 @@ SEMANTICS: dict[str, Semantics] = {
         jitter_reaches_experts=False,
         gate_in_activation_dtype=False,
         balance_over_layers="mean",
+        losses_where_all_sparse=True,
         first_sparse_layer=lambda step: step - 1,
     ),
     "hf": Semantics(
@@ -66,6 +70,7 @@ SEMANTICS: dict[str, Semantics] = {
         jitter_reaches_experts=True,
         gate_in_activation_dtype=True,
         balance_over_layers="joined",
+        losses_where_all_sparse=False,
         first_sparse_layer=lambda step: 1 % step,
     ),
 }

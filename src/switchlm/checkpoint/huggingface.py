@@ -1,0 +1,129 @@
+"""Models in the Hugging Face format: load those of transformers, save what it loads.
+
+model, tokenizer = switchlm.load("google/switch-base-8")
+switchlm.save(model, tokenizer, "my-model")
+"""
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from switchlm.checkpoint.hub import CONFIG, find_model
+from switchlm.checkpoint.huggingface_config import Report, read_config
+from switchlm.checkpoint.matching import Match, match
+from switchlm.checkpoint.saving import write_model
+from switchlm.checkpoint.survey import survey
+from switchlm.checkpoint.weights import LARGEST_CONFIG, Weights, inside, open_weights, read_json
+from switchlm.model.transformer import SwitchTransformer
+
+if TYPE_CHECKING:
+    from switchlm.data.tokenizer import Tokenizer
+
+TOKENIZER = "tokenizer.json"
+
+
+def load(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    report: Report | None = None,
+) -> "tuple[SwitchTransformer, Tokenizer | None]":
+    """Load a model and its tokenizer, None where the folder has none; the model is in eval mode.
+
+    name: a run, a model folder, or a name on the hub (at `revision`). dtype: None keeps that of the
+    files. report: told of repairs and oddities; without it they are warnings.
+
+    Tensors are read one by one into their place, experts stacked, so that memory holds the model
+    and one tensor. Raises CheckpointError where anything is missing, extra, misshapen or damaged.
+    """
+    tell = report or _warn
+    folder = find_model(name, revision=revision, local_files_only=local_files_only)
+    values = read_json(folder, CONFIG, LARGEST_CONFIG)
+    weights = open_weights(folder)
+    if weights.pickled:
+        tell(
+            f"The weights of {str(name)!r} are pickles (.bin). Only tensors are read from them and "
+            "nothing in them is run, but safetensors are the better format."
+        )
+    found = survey(weights.tensors)
+
+    def head_differs() -> bool:
+        assert found.head_key is not None
+        embedding = "shared.weight"
+        return embedding in weights.tensors and not weights.equal(found.head_key, embedding)
+
+    config, family = read_config(values, found, head_differs, tell)
+    matched = match(config, family, weights, tell)
+    with torch.device("meta"):
+        model = SwitchTransformer(config)
+    _fill(model, matched, weights, dtype, torch.device(device))
+    return model.eval(), _tokenizer(folder, tell)
+
+
+def save(
+    model: SwitchTransformer,
+    tokenizer: "Tokenizer | None",
+    directory: str | Path,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    report: Report | None = None,
+) -> None:
+    """Save a model as transformers loads it, with tokenizer and model card.
+
+    The folder appears whole or not at all; an older model in its place is replaced. What
+    transformers cannot represent is saved in the same scheme and said in the card and to `report`
+    (without it, as a warning).
+    """
+    write_model(model, tokenizer, Path(directory), max_shard_bytes, report or _warn)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+def _tokenizer(folder: Path, report: Report) -> "Tokenizer | None":
+    if not (folder / TOKENIZER).exists():
+        report(f"{str(folder)!r} has no {TOKENIZER}; the model is loaded without a tokenizer.")
+        return None
+    from switchlm.data.tokenizer import Tokenizer
+
+    return Tokenizer.load(inside(folder, TOKENIZER).parent)
+
+
+@torch.no_grad()
+def _fill(
+    model: nn.Module,
+    matched: Match,
+    weights: Weights,
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> None:
+    """Give the model of the meta device its memory, then copy tensor by tensor."""
+    dtypes: dict[str, torch.dtype] = {}
+    for entry in matched.entries:
+        own = dtype or weights.tensors[matched.sources[entry.theirs]].dtype
+        dtypes[entry.ours] = torch.promote_types(dtypes.get(entry.ours, own), own)
+    places: dict[str, Tensor] = {}
+    for name, meta in model.state_dict(keep_vars=True).items():
+        places[name] = torch.empty(meta.shape, dtype=dtypes[name], device=device)
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(meta, nn.Parameter):
+            setattr(module, attribute, nn.Parameter(places[name]))
+        else:
+            setattr(module, attribute, places[name])
+    wanted: dict[str, list[tuple[str, int | None]]] = {}
+    for entry in matched.entries:
+        wanted.setdefault(matched.sources[entry.theirs], []).append((entry.ours, entry.expert))
+    for key, tensor in weights.read(wanted.keys()):
+        for name, expert in wanted[key]:
+            if expert is None:
+                places[name].copy_(tensor)
+            else:
+                places[name][expert].copy_(tensor.t())

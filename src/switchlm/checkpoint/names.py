@@ -1,0 +1,229 @@
+"""One declarative table: every parameter's name here, its key in the Hugging Face format, its shape.
+
+The format is that of transformers' `SwitchTransformersForConditionalGeneration` and, for dense
+models, `T5ForConditionalGeneration`; where transformers has no word for something (gated experts,
+Switch attention, a selection bias) the same scheme is continued.
+
+Shape letters: V vocabulary, D d_model, W heads * d_kv, F d_ff, E experts, R relative buckets,
+H heads. Placeholders: {stack} encoder or decoder, {i} layer, {j} expert, {last} the feed-forward
+sublayer (1 in the encoder, 2 in the decoder), {ffn} `mlp` (Switch) or `DenseReluDense` (T5).
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from switchlm.model.config import ModelConfig
+
+Family = Literal["switch", "t5"]
+FFN_NAMES: dict[Family, str] = {"switch": "mlp", "t5": "DenseReluDense"}
+STACKS = ("encoder", "decoder")
+LAST_SUBLAYER = {"encoder": 1, "decoder": 2}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    ours, theirs: templates of the names. shape: a letter a dim of *their* tensor. needs: features
+    a model, stack or block must have for the row to apply. A row with {j} in `theirs` is one expert
+    of a stacked tensor: ours is [E, *reversed(shape)], each expert transposed.
+    """
+
+    ours: str
+    theirs: str
+    shape: str
+    needs: frozenset[str] = frozenset()
+
+    @property
+    def is_expert(self) -> bool:
+        return "{j}" in self.theirs
+
+
+def _row(ours: str, theirs: str, shape: str, needs: str = "") -> Row:
+    return Row(ours, theirs, shape, frozenset(needs.split()))
+
+
+def _switch(ours: str, theirs: str, needs: str) -> tuple[Row, ...]:
+    """The router of a Switch layer."""
+    return (
+        _row(f"{ours}.router.weight", f"{theirs}.router.classifier.weight", "ED", needs),
+        _row(f"{ours}.router.bias_E", f"{theirs}.router.selection_bias", "E", f"{needs} bias"),
+    )
+
+
+_SELF, _CROSS = "block.{i}.layer.0.SelfAttention", "block.{i}.layer.1.EncDecAttention"
+_FFN = "block.{i}.layer.{last}.{ffn}"
+_RELATIVE_BIAS = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+
+MODEL_ROWS: tuple[Row, ...] = (
+    _row("embedding.weight", "shared.weight", "VD"),
+    _row("head.weight", "lm_head.weight", "VD", "untied"),
+)
+STACK_ROWS: tuple[Row, ...] = (
+    _row("relative_bias.weight", _RELATIVE_BIAS, "RH"),
+    _row("final_norm.weight", "final_layer_norm.weight", "D"),
+)
+BLOCK_ROWS: tuple[Row, ...] = (
+    _row("blocks.{i}.attention_norm.weight", "block.{i}.layer.0.layer_norm.weight", "D"),
+    _row("blocks.{i}.attention.query.weight", f"{_SELF}.q.weight", "WD", "dense_attention"),
+    _row("blocks.{i}.attention.key.weight", f"{_SELF}.k.weight", "WD", "dense_attention"),
+    _row("blocks.{i}.attention.value.weight", f"{_SELF}.v.weight", "WD", "dense_attention"),
+    _row("blocks.{i}.attention.output.weight", f"{_SELF}.o.weight", "DW"),
+    *_switch("blocks.{i}.attention.query", f"{_SELF}.q", "switch_attention"),
+    _row(
+        "blocks.{i}.attention.query.experts.projection",
+        f"{_SELF}.q.experts.expert_{{j}}.weight",
+        "WD",
+        "switch_attention",
+    ),
+    *_switch("blocks.{i}.attention.key_value", f"{_SELF}.kv", "switch_attention"),
+    _row(
+        "blocks.{i}.attention.key_value.experts.projection",
+        f"{_SELF}.kv.experts.expert_{{j}}.weight",
+        "WD",
+        "switch_attention",
+    ),
+    _row(
+        "blocks.{i}.cross_attention_norm.weight",
+        "block.{i}.layer.1.layer_norm.weight",
+        "D",
+        "decoder",
+    ),
+    _row("blocks.{i}.cross_attention.query.weight", f"{_CROSS}.q.weight", "WD", "decoder"),
+    _row("blocks.{i}.cross_attention.key.weight", f"{_CROSS}.k.weight", "WD", "decoder"),
+    _row("blocks.{i}.cross_attention.value.weight", f"{_CROSS}.v.weight", "WD", "decoder"),
+    _row("blocks.{i}.cross_attention.output.weight", f"{_CROSS}.o.weight", "DW", "decoder"),
+    _row("blocks.{i}.feedforward_norm.weight", "block.{i}.layer.{last}.layer_norm.weight", "D"),
+    _row("blocks.{i}.feedforward.up.weight", f"{_FFN}.wi.weight", "FD", "dense plain"),
+    _row("blocks.{i}.feedforward.gate.weight", f"{_FFN}.wi_0.weight", "FD", "dense gated"),
+    _row("blocks.{i}.feedforward.up.weight", f"{_FFN}.wi_1.weight", "FD", "dense gated"),
+    _row("blocks.{i}.feedforward.down.weight", f"{_FFN}.wo.weight", "DF", "dense"),
+    *_switch("blocks.{i}.feedforward", _FFN, "sparse"),
+    *(
+        _row(
+            f"blocks.{{i}}.feedforward.experts.{ours}",
+            f"{_FFN}.experts.expert_{{j}}.{theirs}.weight",
+            shape,
+            f"sparse {needs}",
+        )
+        for ours, theirs, shape, needs in (
+            ("up", "wi", "FD", "plain"),
+            ("gate", "wi_0", "FD", "gated"),
+            ("up", "wi_1", "FD", "gated"),
+            ("down", "wo", "DF", ""),
+        )
+    ),
+)
+
+# Other names under which files hold what `ours` is; where several are present they must be equal.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "shared.weight": ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+    "lm_head.weight": ("decoder.lm_head.weight",),
+}
+# In files of old T5 models; unused there and in transformers, so left out on purpose.
+IGNORED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a model: its name here, its key there, and the shape of their tensor.
+
+    expert: which slice of ours it is, transposed; None where the tensors are the same.
+    """
+
+    ours: str
+    theirs: str
+    shape: tuple[int, ...]
+    expert: int | None = None
+
+
+def entries(config: ModelConfig, family: Family) -> Iterator[Entry]:
+    """Yield every tensor of a model of that configuration, lazily, in the order of the layers."""
+    sizes = {
+        "V": config.vocabulary_size,
+        "D": config.d_model,
+        "W": config.num_heads * config.d_kv,
+        "F": config.d_ff,
+        "E": config.num_experts,
+        "R": config.relative_buckets,
+        "H": config.num_heads,
+    }
+    everywhere = {
+        "gated" if config.gated else "plain",
+        "tied" if config.tied_head else "untied",
+        "bias" if config.router.balance == "bias" else "no_bias",
+    }
+
+    def expand(rows: tuple[Row, ...], prefix: str, features: set[str], **fill: int | str):  # type: ignore[no-untyped-def]
+        for row in rows:
+            if not row.needs <= features:
+                continue
+            ours = prefix + row.ours.format(**fill)
+            shape = tuple(sizes[letter] for letter in row.shape)
+            if not row.is_expert:
+                yield Entry(ours, prefix + row.theirs.format(**fill), shape)
+                continue
+            for expert in range(config.num_experts):
+                yield Entry(ours, prefix + row.theirs.format(j=expert, **fill), shape, expert)
+
+    yield from expand(MODEL_ROWS, "", everywhere)
+    for stack in STACKS:
+        decoder = stack == "decoder"
+        yield from expand(STACK_ROWS, f"{stack}.", everywhere)
+        for layer in range(config.num_decoder_layers if decoder else config.num_encoder_layers):
+            sparse = config.is_sparse(layer, decoder=decoder)
+            switched = sparse and config.attention_experts
+            features = everywhere | {
+                stack,
+                "sparse" if sparse else "dense",
+                "switch_attention" if switched else "dense_attention",
+            }
+            names = {"ffn": FFN_NAMES[family], "last": LAST_SUBLAYER[stack]}
+            yield from expand(BLOCK_ROWS, f"{stack}.", features, i=layer, **names)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a key of a file stands: the row it matches, and its stack, layer and expert."""
+
+    row: Row
+    family: Family | None
+    stack: str | None
+    layer: int | None
+    expert: int | None
+
+
+_NUMBERS = re.compile(r"(?<=\.block\.)\d{1,9}(?=\.)|(?<=\.expert_)\d{1,9}(?=\.)")
+
+
+def _templates() -> dict[str, tuple[Row, Family | None, str | None]]:
+    table: dict[str, tuple[Row, Family | None, str | None]] = {
+        row.theirs: (row, None, None) for row in MODEL_ROWS
+    }
+    for stack in STACKS:
+        for row in (*STACK_ROWS, *BLOCK_ROWS):
+            for family, ffn in FFN_NAMES.items():
+                key = row.theirs.replace("{ffn}", ffn).replace("{last}", str(LAST_SUBLAYER[stack]))
+                key = key.replace("{i}", "#").replace("{j}", "#").replace("block.0.", "block.#.")
+                known = family if "{ffn}" in row.theirs else None
+                table.setdefault(f"{stack}.{key}", (row, known, stack))
+    return table
+
+
+_TEMPLATES = _templates()
+
+
+def locate(key: str) -> Place | None:
+    """Read a key of the format back; None where the table has no such key."""
+    found = _TEMPLATES.get(_NUMBERS.sub("#", key))
+    if found is None:
+        return None
+    row, family, stack = found
+    numbers = [int(number) for number in _NUMBERS.findall(key)]
+    expert = numbers.pop() if row.is_expert else None
+    layer = numbers.pop() if numbers else None
+    if row.theirs == _RELATIVE_BIAS and layer != 0:
+        return None
+    return Place(row, family, stack, layer, expert)

@@ -1,0 +1,161 @@
+"""Write a model folder of the Hugging Face format: whole, or not at all."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from switchlm.checkpoint.card import model_card
+from switchlm.checkpoint.files import make_folder, remove_folder, sync_file, sync_folder
+from switchlm.checkpoint.huggingface_config import Report, family_of, write_config
+from switchlm.checkpoint.limits import limits
+from switchlm.checkpoint.names import Entry, entries
+from switchlm.checkpoint.weights import SAFETENSORS
+from switchlm.errors import CheckpointError
+from switchlm.model.config import ModelConfig
+from switchlm.model.transformer import SwitchTransformer
+
+if TYPE_CHECKING:
+    from switchlm.data.tokenizer import Tokenizer
+
+_OURS = (
+    "config.json",
+    "generation_config.json",
+    "README.md",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+)
+
+
+def write_model(
+    model: SwitchTransformer,
+    tokenizer: "Tokenizer | None",
+    folder: Path,
+    max_shard_bytes: int,
+    report: Report,
+) -> None:
+    """Write into a hidden folder beside `folder`, then rename; see huggingface.save."""
+    _check_replaceable(folder)
+    for limit in limits(model.config):
+        report(limit)
+    make_folder(folder.absolute().parent)
+    partial = Path(
+        tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.absolute().parent)
+    )
+    try:
+        _write_weights(model, partial, max_shard_bytes)
+        _write_texts(model, partial)
+        if tokenizer is not None:
+            tokenizer.save(partial)
+        partial.chmod(0o755)
+        for path in partial.iterdir():
+            sync_file(path)
+        sync_folder(partial)
+        _put_in_place(partial, folder)
+    finally:
+        remove_folder(partial)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Only a model folder is ever replaced, so that no other files of a user's get lost."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"{str(folder)!r} is a file; a model needs a folder.")
+    for path in folder.iterdir():
+        if path.is_dir() or not any(path.match(pattern) for pattern in _OURS):
+            raise CheckpointError(
+                f"Will not replace {str(folder)!r} with a model: it holds {path.name!r}, which is "
+                "no part of a saved model. Choose another folder, or empty this one."
+            )
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    old = None
+    if folder.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.absolute().parent))
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    sync_folder(folder.absolute().parent)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def _write_texts(model: SwitchTransformer, folder: Path) -> None:
+    config = model.config
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", write_config(config, dtype))
+    tokens = {
+        "decoder_start_token_id": config.pad_id,
+        "eos_token_id": config.end_id,
+        "pad_token_id": config.pad_id,
+    }
+    _write_json(folder / "generation_config.json", tokens)
+    (folder / "README.md").write_text(model_card(config, dtype), encoding="utf-8")
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_weights(model: SwitchTransformer, folder: Path, max_shard_bytes: int) -> None:
+    """Write the tensors in the order of the layers, a shard at a time."""
+    tensors = model.state_dict()
+    _check_names(model.config, tensors)
+    shards = list(_shards(model.config, tensors, max_shard_bytes))
+    places: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards, start=1):
+        name = SAFETENSORS
+        if len(shards) > 1:
+            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        content = {entry.theirs: _their_tensor(tensors, entry) for entry in shard}
+        save_file(content, folder / name, metadata={"format": "pt"})
+        total += sum(tensor.numel() * tensor.element_size() for tensor in content.values())
+        places |= dict.fromkeys(content, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        _write_json(folder / f"{SAFETENSORS}.index.json", index)
+
+
+def _check_names(config: ModelConfig, tensors: dict[str, Tensor]) -> None:
+    expected = {entry.ours for entry in entries(config, family_of(config))}
+    if expected != tensors.keys():
+        name = min(expected ^ tensors.keys())
+        raise CheckpointError(
+            f"This model cannot be saved in the Hugging Face format: its tensors and its "
+            f"configuration differ at {name!r}. Were its layers replaced?"
+        )
+
+
+def _shards(
+    config: ModelConfig, tensors: dict[str, Tensor], max_shard_bytes: int
+) -> Iterator[list[Entry]]:
+    shard: list[Entry] = []
+    size = 0
+    for entry in entries(config, family_of(config)):
+        tensor = tensors[entry.ours]
+        count = tensor.shape[0] if entry.expert is not None else 1
+        needed = tensor.numel() * tensor.element_size() // count
+        if shard and size + needed > max_shard_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append(entry)
+        size += needed
+    yield shard
+
+
+def _their_tensor(tensors: dict[str, Tensor], entry: Entry) -> Tensor:
+    tensor = tensors[entry.ours].detach()
+    if entry.expert is not None:
+        tensor = tensor[entry.expert].t()
+    return tensor.to("cpu", memory_format=torch.contiguous_format).contiguous()

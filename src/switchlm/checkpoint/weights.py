@@ -1,0 +1,204 @@
+"""Weight files of a model folder: which there are, what is in them, and their tensors one by one.
+
+Names in an index are those of strangers: a file is only opened if it lies in the folder. Shapes are
+known before any tensor is read. safetensors files are mapped into memory, never read whole; `.bin`
+files are unpickled with weights_only, which runs no code of theirs.
+"""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from switchlm.errors import CheckpointError
+
+SAFETENSORS = "model.safetensors"
+PICKLED = "pytorch_model.bin"
+LARGEST_CONFIG = 2**24  # bytes
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A tensor in a file, not yet read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+
+
+class Weights:
+    """All tensors of a model folder.
+
+    tensors: what there is, by key, in the order of the files.
+    """
+
+    def __init__(self, folder: Path, files: Mapping[str, frozenset[str] | None]) -> None:
+        """files: names of files, and the keys the index promises of each, None without one."""
+        self.tensors: dict[str, Description] = {}
+        self.pickled = any(name.endswith(".bin") for name in files)
+        for name, promised in files.items():
+            path = inside(folder, name)
+            described = _describe_pickled(path) if self.pickled else _describe(path)
+            if promised is not None and promised != described.keys():
+                key = min(promised ^ described.keys())
+                where = "the index" if key in promised else "the file"
+                raise CheckpointError(
+                    f"{name} and the weight index disagree: only {where} has {key[:200]!r}. The "
+                    "folder mixes files of different models, or a download is incomplete."
+                )
+            for key, description in described.items():
+                if key in self.tensors:
+                    raise CheckpointError(f"{key[:200]!r} is in two weight files.")
+                self.tensors[key] = description
+
+    def read(self, keys: frozenset[str] | set[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (key, tensor) of the keys, file by file; a tensor is backed by its file."""
+        by_file: dict[Path, list[str]] = {}
+        for key, description in self.tensors.items():
+            if key in keys:
+                by_file.setdefault(description.file, []).append(key)
+        for path, names in by_file.items():
+            if self.pickled:
+                loaded = _unpickle(path)
+                yield from ((name, loaded[name]) for name in names)
+            else:
+                with _opened(path) as file:
+                    yield from ((name, file.get_tensor(name)) for name in names)
+
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two tensors hold the same numbers."""
+        one, two = self.tensors[first], self.tensors[second]
+        if (one.shape, one.dtype) != (two.shape, two.dtype):
+            return False
+        found = dict(self.read({first, second}))
+        return torch.equal(found[first], found[second])
+
+
+def open_weights(folder: Path) -> Weights:
+    """Find the weights of a model folder as transformers does, safetensors first."""
+    for single in (SAFETENSORS, PICKLED):
+        if (folder / single).is_file():
+            return Weights(folder, {single: None})
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            return Weights(folder, _read_index(folder, index.name))
+    raise CheckpointError(
+        f"There are no weights in {str(folder)!r}: neither {SAFETENSORS} nor {PICKLED}, whole or "
+        "with an index."
+    )
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the file of that name in the folder; anything that leads out of it is an error.
+
+    In a cache of huggingface_hub, links from a snapshot to the blobs beside it are followed.
+    """
+    plain = name and Path(name).name == name and name not in (".", "..") and "\0" not in name
+    path = folder / name if plain and "\\" not in name else None
+    if path is None:
+        raise CheckpointError(
+            f"The weight index names the file {name[:200]!r}, which is not a plain file name."
+        )
+    home = folder.resolve()
+    roots = [home]
+    if home.parent.name == "snapshots":
+        roots.append(home.parent.parent / "blobs")
+    target = path.resolve()
+    if not any(target.is_relative_to(root) for root in roots):
+        raise CheckpointError(f"{name[:200]!r} is a link that leads out of the model folder.")
+    if not target.is_file():
+        raise CheckpointError(
+            f"The file {name[:200]!r} is missing in {str(folder)!r}; the model is incomplete."
+        )
+    return path
+
+
+def read_json(folder: Path, name: str, largest: int | None = None) -> dict[str, Any]:
+    """Read a JSON object of the folder; every damage is a CheckpointError."""
+    path = inside(folder, name)
+    if largest is not None and path.stat().st_size > largest:
+        raise CheckpointError(f"{name} has {path.stat().st_size} bytes; that is no configuration.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"Cannot read {name}: {str(error)[:200]}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{name} must hold a JSON object.")
+    return values
+
+
+def _read_index(folder: Path, name: str) -> dict[str, frozenset[str]]:
+    places = read_json(folder, name).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise CheckpointError(f"{name} has no weight_map from tensors to files.")
+    suffix = ".bin" if name.startswith(PICKLED) else ".safetensors"
+    keys: dict[str, set[str]] = {}
+    for key, file in places.items():
+        if not file.endswith(suffix):
+            raise CheckpointError(f"{name} names the file {file[:200]!r}, not a {suffix} file.")
+        keys.setdefault(file, set()).add(key)
+    if not keys:
+        raise CheckpointError(f"The weight_map of {name} is empty.")
+    return {file: frozenset(names) for file, names in keys.items()}
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name} is damaged: {str(error)[:200]}") from None
+
+
+def _describe(path: Path) -> dict[str, Description]:
+    described = {}
+    with _opened(path) as file:
+        for key in file.keys():  # noqa: SIM118 (not a mapping)
+            part = file.get_slice(key)
+            dtype = _DTYPES.get(part.get_dtype())
+            if dtype is None:
+                raise CheckpointError(
+                    f"{key[:200]!r} in {path.name} is of type {part.get_dtype()}; weights are "
+                    f"{', '.join(_DTYPES)}."
+                )
+            described[key] = Description(tuple(part.get_shape()), dtype, path)
+    return described
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path.name} is damaged, or holds more than tensors, which could run code and is not "
+            f"read: {str(error)[:200]}"
+        ) from None
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise CheckpointError(f"{path.name} holds no table of tensors.")
+    return loaded
+
+
+def _describe_pickled(path: Path) -> dict[str, Description]:
+    described = {}
+    for key, tensor in _unpickle(path).items():
+        whole = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        if not whole or tensor.dtype not in _DTYPES.values():
+            raise CheckpointError(f"{key[:200]!r} in {path.name} is not a tensor of numbers.")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{key[:200]!r} in {path.name} claims more than the file holds.")
+        described[key] = Description(tuple(tensor.shape), tensor.dtype, path)
+    return described

@@ -22,7 +22,7 @@ def metrics():
                 "layers": ["encoder 0"],
                 "load": [[0.5, 0.25, 0.25, 0.0]],
                 "gate": [0.4],
-                "dropped": [0.01],
+                "dropped_by_layer": [0.01],
             }
         )
     return [*lines, {"step": 100, "seconds": 10.0, "evaluation_loss": 2.9}]

@@ -58,7 +58,7 @@ def _series(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Split metric lines into training and evaluation points, thinned evenly, NaN left out."""
     training = [line for line in metrics if "loss" in line]
     evaluation = [line for line in metrics if "evaluation_loss" in line]
-    keys = ("step", "seconds", "loss", "tokens_per_second", "dropped", "gate", "load")
+    keys = ("step", "seconds", "loss", "tokens_per_second", "dropped_by_layer", "gate", "load")
     return {
         "layers": next((line["layers"] for line in training if line.get("layers")), []),
         "training": [_pick(line, keys) for line in _thin(training)],

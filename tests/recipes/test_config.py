@@ -1,0 +1,49 @@
+"""A run's configuration: base, preset, file, sources and overrides, in that order."""
+
+import pytest
+
+from switchlm.errors import ConfigError
+from switchlm.model.presets import preset
+from switchlm.recipes.config import RunConfig, from_sections, run_config, to_sections
+
+
+def test_sections_round_trip_with_the_router_on_its_own():
+    config = run_config(preset="switch-c-2048", overrides=["training.steps=7"])
+    sections = to_sections(config)
+    assert "router" not in sections["model"]
+    assert sections["router"]["capacity_factor"] == 1.0
+    assert from_sections(sections) == config
+
+
+def test_later_settings_win_and_leave_the_others_alone():
+    values = {"preset": "nano", "router": {"mode": "hf"}, "training": {"steps": 5, "seed": 3}}
+    config = run_config(values=values, sources=["a.txt"], overrides=["training.steps=9"])
+    assert config.model.d_model == preset("nano").d_model
+    assert config.model.router.mode == "hf"
+    assert (config.training.steps, config.training.seed) == (9, 3)
+    assert config.data.sources == ("a.txt",)
+
+
+def test_a_preset_on_the_command_line_wins_over_the_file_s():
+    config = run_config(preset="dense-nano", values={"preset": "small"})
+    assert config.model == preset("dense-nano")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.step=1"], "training.step.*Did you mean 'steps'"),
+        (["trainin.steps=1"], "trainin.*Did you mean 'training'"),
+        (["router.modes=hf"], "Did you mean 'mode'"),
+        (["router.mode=hff"], "Did you mean 'hf'"),
+        (["training.steps=many"], "training.steps must be of type int"),
+        (["model=3"], "'model' must be a mapping"),
+    ],
+)
+def test_mistakes_are_named(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        run_config(overrides=overrides)
+
+
+def test_the_default_is_whole():
+    assert run_config() == RunConfig()

@@ -1,7 +1,8 @@
 """The README.md of a saved model."""
 
-from switchlm.checkpoint.huggingface_config import ARCHITECTURES, family_of
+from switchlm.checkpoint.config_fields import ARCHITECTURES
 from switchlm.checkpoint.limits import limits, remarks
+from switchlm.checkpoint.write_config import family_of
 from switchlm.model import count
 from switchlm.model.config import ModelConfig
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from switchlm.checkpoint.config_fields import Report
 from switchlm.checkpoint.hub import CONFIG, find_model
-from switchlm.checkpoint.huggingface_config import Report, read_config
 from switchlm.checkpoint.matching import Match, match
+from switchlm.checkpoint.read_config import read_config
 from switchlm.checkpoint.saving import write_model
 from switchlm.checkpoint.survey import survey
 from switchlm.checkpoint.weights import LARGEST_CONFIG, Weights, inside, open_weights, read_json

@@ -1,6 +1,6 @@
 """What transformers cannot represent of a model, in words for warnings and model cards."""
 
-from switchlm.checkpoint.huggingface_config import transformers_step
+from switchlm.checkpoint.write_config import transformers_step
 from switchlm.model.config import ModelConfig
 
 

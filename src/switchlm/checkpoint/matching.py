@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import islice
 
-from switchlm.checkpoint.huggingface_config import Report
+from switchlm.checkpoint.config_fields import Report
 from switchlm.checkpoint.names import ALIASES, IGNORED, Entry, Family, entries
 from switchlm.checkpoint.weights import Weights
 from switchlm.errors import CheckpointError
@@ -80,7 +80,7 @@ def _source(entry: Entry, config: ModelConfig, family: Family, weights: Weights)
 
 def _duplicates(config: ModelConfig, sources: dict[str, str]) -> dict[str, str]:
     """Return the other names that files hold a tensor under, and the key it was found under."""
-    names = {}
+    names: dict[str, str] = {}
     for original, others in ALIASES.items():
         holder = original if original in sources else "shared.weight"
         names |= dict.fromkeys((original, *others), sources[holder])

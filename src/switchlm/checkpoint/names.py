@@ -1,4 +1,4 @@
-"""One declarative table: every parameter's name here, its key in the Hugging Face format, its shape.
+"""One declarative table: each parameter here, its key in the Hugging Face format, its shape.
 
 The format is that of transformers' `SwitchTransformersForConditionalGeneration` and, for dense
 models, `T5ForConditionalGeneration`; where transformers has no word for something (gated experts,
@@ -141,6 +141,40 @@ class Entry:
 
 def entries(config: ModelConfig, family: Family) -> Iterator[Entry]:
     """Yield every tensor of a model of that configuration, lazily, in the order of the layers."""
+    everywhere = {
+        "gated" if config.gated else "plain",
+        "tied" if config.tied_head else "untied",
+        "bias" if config.router.balance == "bias" else "no_bias",
+    }
+    yield from _expand(MODEL_ROWS, config, everywhere, "", {})
+    for stack in STACKS:
+        decoder = stack == "decoder"
+        prefix = f"{stack}."
+        yield from _expand(STACK_ROWS, config, everywhere, prefix, {})
+        for layer in range(config.num_decoder_layers if decoder else config.num_encoder_layers):
+            sparse = config.is_sparse(layer, decoder=decoder)
+            switched = sparse and config.attention_experts
+            features = everywhere | {
+                stack,
+                "sparse" if sparse else "dense",
+                "switch_attention" if switched else "dense_attention",
+            }
+            fill: dict[str, int | str] = {
+                "i": layer,
+                "ffn": FFN_NAMES[family],
+                "last": LAST_SUBLAYER[stack],
+            }
+            yield from _expand(BLOCK_ROWS, config, features, prefix, fill)
+
+
+def _expand(
+    rows: tuple[Row, ...],
+    config: ModelConfig,
+    features: set[str],
+    prefix: str,
+    fill: dict[str, int | str],
+) -> Iterator[Entry]:
+    """Yield the entries of the rows that apply, one an expert where tensors are stacked."""
     sizes = {
         "V": config.vocabulary_size,
         "D": config.d_model,
@@ -150,38 +184,16 @@ def entries(config: ModelConfig, family: Family) -> Iterator[Entry]:
         "R": config.relative_buckets,
         "H": config.num_heads,
     }
-    everywhere = {
-        "gated" if config.gated else "plain",
-        "tied" if config.tied_head else "untied",
-        "bias" if config.router.balance == "bias" else "no_bias",
-    }
-
-    def expand(rows: tuple[Row, ...], prefix: str, features: set[str], **fill: int | str):  # type: ignore[no-untyped-def]
-        for row in rows:
-            if not row.needs <= features:
-                continue
-            ours = prefix + row.ours.format(**fill)
-            shape = tuple(sizes[letter] for letter in row.shape)
-            if not row.is_expert:
-                yield Entry(ours, prefix + row.theirs.format(**fill), shape)
-                continue
+    for row in rows:
+        if not row.needs <= features:
+            continue
+        ours = prefix + row.ours.format(**fill)
+        shape = tuple(sizes[letter] for letter in row.shape)
+        if row.is_expert:
             for expert in range(config.num_experts):
                 yield Entry(ours, prefix + row.theirs.format(j=expert, **fill), shape, expert)
-
-    yield from expand(MODEL_ROWS, "", everywhere)
-    for stack in STACKS:
-        decoder = stack == "decoder"
-        yield from expand(STACK_ROWS, f"{stack}.", everywhere)
-        for layer in range(config.num_decoder_layers if decoder else config.num_encoder_layers):
-            sparse = config.is_sparse(layer, decoder=decoder)
-            switched = sparse and config.attention_experts
-            features = everywhere | {
-                stack,
-                "sparse" if sparse else "dense",
-                "switch_attention" if switched else "dense_attention",
-            }
-            names = {"ffn": FFN_NAMES[family], "last": LAST_SUBLAYER[stack]}
-            yield from expand(BLOCK_ROWS, f"{stack}.", features, i=layer, **names)
+        else:
+            yield Entry(ours, prefix + row.theirs.format(**fill), shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +207,7 @@ class Place:
     expert: int | None
 
 
-_NUMBERS = re.compile(r"(?<=\.block\.)\d{1,9}(?=\.)|(?<=\.expert_)\d{1,9}(?=\.)")
+_NUMBERS = re.compile(r"(?<=\.block\.)[0-9]{1,9}(?=\.)|(?<=\.expert_)[0-9]{1,9}(?=\.)")
 
 
 def _templates() -> dict[str, tuple[Row, Family | None, str | None]]:

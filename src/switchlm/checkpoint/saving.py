@@ -1,5 +1,6 @@
 """Write a model folder of the Hugging Face format: whole, or not at all."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,16 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from switchlm.checkpoint.card import model_card
+from switchlm.checkpoint.config_fields import Report
 from switchlm.checkpoint.files import make_folder, remove_folder, sync_file, sync_folder
-from switchlm.checkpoint.huggingface_config import Report, family_of, write_config
 from switchlm.checkpoint.limits import limits
-from switchlm.checkpoint.names import Entry, entries
+from switchlm.checkpoint.names import ALIASES, Entry, entries
 from switchlm.checkpoint.weights import SAFETENSORS
+from switchlm.checkpoint.write_config import family_of, write_config
 from switchlm.errors import CheckpointError
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
@@ -142,7 +143,7 @@ def _shards(
 ) -> Iterator[list[Entry]]:
     shard: list[Entry] = []
     size = 0
-    for entry in entries(config, family_of(config)):
+    for entry in _saved(config):
         tensor = tensors[entry.ours]
         count = tensor.shape[0] if entry.expert is not None else 1
         needed = tensor.numel() * tensor.element_size() // count
@@ -154,8 +155,21 @@ def _shards(
     yield shard
 
 
+def _saved(config: ModelConfig) -> Iterator[Entry]:
+    """Yield all entries; where the head is untied, transformers wants the embedding thrice."""
+    family = family_of(config)
+    for entry in entries(config, family):
+        yield entry
+        if entry.theirs == "shared.weight" and family == "switch" and not config.tied_head:
+            for key in ALIASES["shared.weight"]:
+                yield dataclasses.replace(entry, theirs=key)
+
+
 def _their_tensor(tensors: dict[str, Tensor], entry: Entry) -> Tensor:
+    """Return the tensor as it is written: on the CPU, contiguous, sharing no memory."""
     tensor = tensors[entry.ours].detach()
     if entry.expert is not None:
-        tensor = tensor[entry.expert].t()
-    return tensor.to("cpu", memory_format=torch.contiguous_format).contiguous()
+        return tensor[entry.expert].t().cpu().contiguous()
+    if entry.theirs in ALIASES["shared.weight"]:
+        return tensor.cpu().clone()
+    return tensor.cpu().contiguous()

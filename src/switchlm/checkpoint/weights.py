@@ -8,7 +8,7 @@ files are unpickled with weights_only, which runs no code of theirs.
 import json
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class Weights:
                     raise CheckpointError(f"{key[:200]!r} is in two weight files.")
                 self.tensors[key] = description
 
-    def read(self, keys: frozenset[str] | set[str]) -> Iterator[tuple[str, Tensor]]:
+    def read(self, keys: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield (key, tensor) of the keys, file by file; a tensor is backed by its file."""
         by_file: dict[Path, list[str]] = {}
         for key, description in self.tensors.items():

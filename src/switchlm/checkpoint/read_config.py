@@ -1,4 +1,4 @@
-"""config.json to ModelConfig and back, and what transformers cannot say.
+"""config.json to ModelConfig, checked against what the weights say.
 
 Fields absent from a file have transformers' own defaults. Where the file and the weights disagree
 on layers, sparse layers, experts, gating or the head, the weights are right and the repair is
@@ -6,24 +6,17 @@ reported. Nothing in the file is imported or run: `auto_map` and the like are no
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any, Literal
 
+from switchlm.checkpoint.config_fields import EXTRA_KEY, Extra, Fields, Report, sparse_layers
 from switchlm.checkpoint.names import Family
 from switchlm.checkpoint.survey import StackSurvey, Survey
-from switchlm.config import from_mapping, to_mapping
+from switchlm.config import from_mapping
 from switchlm.errors import CheckpointError, ConfigError
 from switchlm.model.config import ModelConfig, RouterConfig
-from switchlm.model.semantics import SEMANTICS, Semantics
+from switchlm.model.semantics import Semantics
 
-Report = Callable[[str], None]
-
-EXTRA_KEY = "switchlm"
-NEVER_DROPS = 2**31 - 1  # transformers knows absolute capacities only
-ARCHITECTURES: dict[Family, str] = {
-    "switch": "SwitchTransformersForConditionalGeneration",
-    "t5": "T5ForConditionalGeneration",
-}
 MODEL_TYPES: dict[str, Family] = {"switch_transformers": "switch", "t5": "t5", "mt5": "t5"}
 _T5_DEFAULTS = {
     "d_model": 512,
@@ -38,52 +31,6 @@ _ACTIVATIONS: dict[str, Literal["relu", "gelu"]] = {
     "gelu_new": "gelu",
     "gelu_pytorch_tanh": "gelu",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fields:
-    """The fields of config.json that are read; the defaults are SwitchTransformersConfig's."""
-
-    vocab_size: int = 32128
-    d_model: int = 768
-    d_kv: int = 64
-    d_ff: int = 2048
-    num_layers: int = 12
-    num_decoder_layers: int | None = 12
-    num_heads: int = 12
-    num_experts: int = 8
-    num_sparse_encoder_layers: int = 3
-    num_sparse_decoder_layers: int = 3
-    encoder_sparse_step: int | None = None
-    decoder_sparse_step: int | None = None
-    expert_capacity: int = 64
-    router_bias: bool = False
-    router_jitter_noise: float = 0.01
-    router_z_loss_coef: float = 0.001
-    router_aux_loss_coef: float = 0.001
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    dropout_rate: float = 0.1
-    layer_norm_epsilon: float = 1e-6
-    dense_act_fn: str = "relu"
-    feed_forward_proj: str | None = None
-    tie_word_embeddings: bool = True
-    scale_decoder_outputs: bool | None = None
-    pad_token_id: int | None = 0
-    eos_token_id: Any = 1
-    decoder_start_token_id: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Extra:
-    """What transformers has no field for, kept in config.json under the key `switchlm`."""
-
-    sparse_step: int = 2
-    decoder_sparse_step: int | None = None
-    attention_experts: bool = False
-    initialisation_scale: float = 0.1
-    expert_dropout: float = 0.0
-    router: RouterConfig = field(default_factory=RouterConfig)
 
 
 def read_config(
@@ -294,13 +241,6 @@ def _sparse_step(stack: str, claimed: int, found: StackSurvey, semantics: Semant
     )
 
 
-def sparse_layers(step: int, num_layers: int, semantics: Semantics) -> frozenset[int]:
-    """Return which layers are sparse under that step; 0 is none."""
-    if step <= 0:
-        return frozenset()
-    return frozenset(range(semantics.first_sparse_layer(step), num_layers, step))
-
-
 def _token(value: Any, default: int) -> int:
     """One token; of several ends the first."""
     if isinstance(value, list) and value:
@@ -310,89 +250,3 @@ def _token(value: Any, default: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
         raise CheckpointError(f"config.json has the token id {value!r}; it must be a number.")
     return value
-
-
-def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Return the content of config.json; see limits() for what it cannot say to transformers."""
-    family = family_of(config)
-    values: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[family]],
-        "model_type": "switch_transformers" if family == "switch" else "t5",
-        "vocab_size": config.vocabulary_size,
-        "d_model": config.d_model,
-        "d_kv": config.d_kv,
-        "d_ff": config.d_ff,
-        "num_layers": config.num_encoder_layers,
-        "num_decoder_layers": config.num_decoder_layers,
-        "num_heads": config.num_heads,
-        "relative_attention_num_buckets": config.relative_buckets,
-        "relative_attention_max_distance": config.relative_distance,
-        "dropout_rate": config.dropout,
-        "layer_norm_epsilon": config.norm_epsilon,
-        "tie_word_embeddings": config.tied_head,
-        "is_encoder_decoder": True,
-        "use_cache": True,
-        "pad_token_id": config.pad_id,
-        "eos_token_id": config.end_id,
-        "decoder_start_token_id": config.pad_id,
-        "dtype": dtype,
-    }
-    plain = "relu" if config.activation == "relu" else "gelu_new"
-    gated = f"gated-{config.activation}"
-    if family == "t5" or config.gated:
-        values["feed_forward_proj"] = gated if config.gated else plain
-    if family == "switch":
-        values |= {"dense_act_fn": plain, **_switch_fields(config)}
-    extra = Extra(
-        sparse_step=config.sparse_step,
-        decoder_sparse_step=config.decoder_sparse_step,
-        attention_experts=config.attention_experts,
-        initialisation_scale=config.initialisation_scale,
-        expert_dropout=config.expert_dropout,
-        router=config.router,
-    )
-    return {**values, EXTRA_KEY: to_mapping(extra)}
-
-
-def _switch_fields(config: ModelConfig) -> dict[str, Any]:
-    router = config.router
-    values: dict[str, Any] = {
-        "num_experts": config.num_experts,
-        "expert_capacity": router.expert_capacity or NEVER_DROPS,
-        "router_bias": False,
-        "router_dtype": "float32",
-        "router_ignore_padding_tokens": False,
-        "router_jitter_noise": router.exploration_rate if router.exploration == "jitter" else 0.0,
-        "router_aux_loss_coef": router.balance_weight if router.balance == "loss" else 0.0,
-        "router_z_loss_coef": router.z_weight,
-        "add_router_probs": False,
-    }
-    for stack in ("encoder", "decoder"):
-        layers = stack_layers(config, stack)
-        values[f"num_sparse_{stack}_layers"] = len(layers)
-        # transformers computes a step from the number above unless the step itself is given.
-        values[f"{stack}_sparse_step"] = transformers_step(config, stack)
-    return values
-
-
-def family_of(config: ModelConfig) -> Family:
-    """Dense models are saved as T5, all others as Switch Transformers."""
-    return "switch" if config.num_experts else "t5"
-
-
-def stack_layers(config: ModelConfig, stack: str) -> frozenset[int]:
-    """Return the sparse layers of that stack."""
-    decoder = stack == "decoder"
-    num_layers = config.num_decoder_layers if decoder else config.num_encoder_layers
-    return frozenset(i for i in range(num_layers) if config.is_sparse(i, decoder=decoder))
-
-
-def transformers_step(config: ModelConfig, stack: str) -> int | None:
-    """Return the sparse step that gives transformers the same layers, None if there is none."""
-    num_layers = config.num_decoder_layers if stack == "decoder" else config.num_encoder_layers
-    wanted = stack_layers(config, stack)
-    own = config.sparse_step_of(decoder=stack == "decoder")
-    for step in (own, *range(num_layers + 2)):
-        if sparse_layers(step, num_layers, SEMANTICS["hf"]) == wanted:
-            return step
-    return None

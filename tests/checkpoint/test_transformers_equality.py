@@ -1,0 +1,214 @@
+"""Logits, losses and gradients equal those of transformers on the same weights."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from switchlm.checkpoint.huggingface import load
+from switchlm.checkpoint.names import entries
+from switchlm.model.config import RouterConfig
+from switchlm.model.losses import cross_entropy, routing_losses
+from switchlm.model.switch import SwitchFeedForward
+
+slow_examples = settings(
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def quiet(message: str) -> None:
+    """Take the reports of a load that are not the point of a test."""
+
+
+def batch(seed: int, rows: int = 3, source: int = 11, target: int = 7) -> dict[str, torch.Tensor]:
+    """Return inputs and targets with padding on the right in some rows and on the left in one."""
+    random = torch.Generator().manual_seed(seed)
+    inputs = torch.randint(2, 48, (rows, source), generator=random)
+    targets = torch.randint(2, 48, (rows, target), generator=random)
+    mask = torch.ones(rows, source, dtype=torch.long)
+    mask[0, 6:] = 0
+    mask[1, :2] = 0
+    target_mask = torch.ones(rows, target, dtype=torch.long)
+    target_mask[0, 4:] = 0
+    return {
+        "inputs": inputs * mask,
+        "mask": mask,
+        "targets": targets,
+        "target_mask": target_mask,
+        "decoder_inputs": torch.nn.functional.pad(targets, (1, 0))[:, :-1] * target_mask,
+    }
+
+
+def compare(theirs: Any, ours: Any, data: dict[str, torch.Tensor], check: Any, **options: Any):
+    """Compare logits, loss and every gradient; options go to transformers' forward."""
+    output = theirs(
+        input_ids=data["inputs"],
+        attention_mask=data["mask"],
+        decoder_input_ids=data["decoder_inputs"],
+        decoder_attention_mask=data["target_mask"],
+        labels=data["targets"].masked_fill(data["target_mask"] == 0, -100),
+        **options,
+    )
+    real = data["target_mask"].bool()
+    mine = ours(data["inputs"], data["decoder_inputs"], data["mask"], data["target_mask"])
+    total, count = cross_entropy(mine.logits_BTV, data["targets"], real)
+    balance, z_loss = routing_losses(mine, ours.config)
+    loss = total / count
+    if options:
+        loss = loss + balance + z_loss
+    check(mine.logits_BTV[real], output.logits[real], "logits")
+    check(loss, output.loss, "loss")
+    output.loss.backward()
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    family = "t5" if theirs.config.model_type == "t5" else "switch"
+    for entry in entries(ours.config, family):
+        gradient = ours.get_parameter(entry.ours).grad
+        if entry.expert is not None:
+            gradient = gradient[entry.expert].t()
+        expected = gradients.pop(entry.theirs)
+        check(gradient, torch.zeros_like(gradient) if expected is None else expected, entry.theirs)
+    assert not gradients
+
+
+sparse_shapes = st.fixed_dictionaries(
+    {
+        "num_experts": st.integers(1, 5),
+        "num_layers": st.integers(1, 5),
+        "num_decoder_layers": st.integers(1, 5),
+        "encoder_sparse_step": st.integers(0, 4),
+        "decoder_sparse_step": st.integers(0, 4),
+        "num_heads": st.sampled_from([1, 2, 4]),
+        "d_kv": st.sampled_from([4, 8]),
+        "tie_word_embeddings": st.booleans(),
+        "expert_capacity": st.sampled_from([1, 2, 3, 64]),
+        "relative_attention_num_buckets": st.sampled_from([4, 8, 32]),
+    }
+)
+
+
+def has_router_losses(fields: dict[str, Any]) -> bool:
+    """transformers fails where it looks for routers of a stack that has none."""
+    return all(
+        step == 1 or (step > 1 and fields[layers] > 1)
+        for step, layers in (
+            (fields["encoder_sparse_step"], "num_layers"),
+            (fields["decoder_sparse_step"], "num_decoder_layers"),
+        )
+    )
+
+
+@slow_examples
+@given(fields=sparse_shapes, seed=st.integers(0, 1000))
+def test_sparse_models_agree(fields, seed, their_switch, theirs_on_disk, assert_close):
+    torch.manual_seed(seed)
+    theirs = their_switch(relative_attention_max_distance=20, **fields)
+    ours, _ = load(theirs_on_disk(theirs), report=quiet)
+    options = {"output_router_logits": True} if has_router_losses(fields) else {}
+    compare(theirs, ours, batch(seed), assert_close, **options)
+
+
+@pytest.mark.parametrize("capacity", [2, 64])
+@pytest.mark.parametrize("step", [1, 2])
+def test_router_losses_agree(capacity, step, their_switch, theirs_on_disk, assert_close):
+    theirs = their_switch(
+        num_layers=4,
+        num_decoder_layers=4,
+        encoder_sparse_step=step,
+        decoder_sparse_step=2,
+        expert_capacity=capacity,
+        router_aux_loss_coef=0.3,
+        router_z_loss_coef=0.2,
+    )
+    ours, _ = load(theirs_on_disk(theirs), report=quiet)
+    data = batch(1)
+    dropped = sum(
+        (~routing.kept_A).sum().item() for routing in ours.encode(data["inputs"], data["mask"])[1]
+    )
+    assert (dropped > 0) == (capacity == 2)
+    compare(theirs, ours, data, assert_close, output_router_logits=True)
+
+
+def test_training_with_jitter_agrees(their_switch, theirs_on_disk, assert_close):
+    """The experts see the jitter too; both draw the same numbers from the same seed."""
+    theirs = their_switch(router_jitter_noise=0.3, expert_capacity=4).train()
+    ours, _ = load(theirs_on_disk(theirs), report=quiet)
+    data = batch(2)
+    outputs = []
+    for run in (
+        lambda: (
+            theirs(
+                input_ids=data["inputs"],
+                attention_mask=data["mask"],
+                decoder_input_ids=data["decoder_inputs"],
+            ).logits
+        ),
+        lambda: ours.train()(data["inputs"], data["decoder_inputs"], data["mask"]).logits_BTV,
+    ):
+        torch.manual_seed(5)
+        outputs.append(run())
+    assert_close(outputs[1], outputs[0], "logits")
+    ours.eval()
+    still = ours(data["inputs"], data["decoder_inputs"], data["mask"]).logits_BTV
+    assert not torch.allclose(still, outputs[0], rtol=1e-2)
+
+
+def test_labels_alone_agree(their_switch, theirs_on_disk, assert_close):
+    """Without masks transformers routes and attends to padding like to any token."""
+    theirs = their_switch(expert_capacity=3)
+    ours, _ = load(theirs_on_disk(theirs), report=quiet)
+    data = batch(3)
+    labels = data["targets"].masked_fill(data["target_mask"] == 0, -100)
+    output = theirs(input_ids=data["inputs"], labels=labels, output_router_logits=True)
+    decoder_inputs = theirs._shift_right(labels)
+    mine = ours(data["inputs"], decoder_inputs)
+    total, count = cross_entropy(mine.logits_BTV, data["targets"], data["target_mask"].bool())
+    loss = total / count + sum(routing_losses(mine, ours.config))
+    assert_close(mine.logits_BTV, output.logits, "logits")
+    assert_close(loss, output.loss, "loss")
+
+
+@slow_examples
+@given(
+    fields=st.fixed_dictionaries(
+        {
+            "num_layers": st.integers(1, 3),
+            "num_decoder_layers": st.integers(1, 3),
+            "feed_forward_proj": st.sampled_from(["relu", "gated-gelu", "gated-relu", "gelu_new"]),
+            "tie_word_embeddings": st.booleans(),
+            "num_heads": st.sampled_from([1, 3]),
+        }
+    ),
+    seed=st.integers(0, 1000),
+)
+def test_dense_models_agree(fields, seed, their_t5, theirs_on_disk, assert_close):
+    torch.manual_seed(seed)
+    theirs = their_t5(**fields)
+    ours, _ = load(theirs_on_disk(theirs), report=quiet)
+    compare(theirs, ours, batch(seed), assert_close)
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 5])
+def test_capacity_counts_row_by_row(capacity):
+    """The layer against a loop over rows and tokens, whatever version of transformers is there."""
+    router = RouterConfig(mode="hf", expert_capacity=capacity)
+    layer = SwitchFeedForward(8, 12, 3, router=router, initialisation_scale=4.0).eval()
+    x_BSD = torch.randn(4, 9, 8)
+    y_BSD, routing = layer(x_BSD)
+    probability_BSE = (x_BSD @ layer.router.weight.t()).softmax(-1)
+    expected_BSD = torch.zeros_like(x_BSD)
+    for row in range(4):
+        taken = [0, 0, 0]
+        for place in range(9):
+            gate, expert = probability_BSE[row, place].max(-1)
+            taken[expert] += 1
+            if taken[expert] > capacity:
+                continue
+            hidden = torch.relu(x_BSD[row, place] @ layer.experts.up[expert])
+            expected_BSD[row, place] = gate * (hidden @ layer.experts.down[expert])
+    assert not routing.kept_A.all()
+    torch.testing.assert_close(y_BSD, expected_BSD, rtol=1e-5, atol=1e-6)

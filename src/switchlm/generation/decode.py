@@ -52,7 +52,8 @@ def generate(
     samples. encoder_capacity: enforce the encoder's capacity as configured, each prompt by itself
     (as transformers' `generate` does); the decoder, which sees one token at a time, drops none.
 
-    Raises ConfigError for a limit or seeds that make no sense, DataError for an empty prompt.
+    Raises ConfigError for a limit or seeds that make no sense, DataError for an empty
+    prompt or a token that the vocabulary lacks.
     """
     batch = inputs_BS.shape[0]
     if max_new_tokens < 1:
@@ -62,6 +63,12 @@ def generate(
         raise ConfigError(f"There are {len(seeds)} seeds for {batch} prompts; give one a prompt.")
     if inputs_BS.shape[1] == 0 or (segments_BS is not None and not (segments_BS != 0).any(1).all()):
         raise DataError("A prompt is empty: there is nothing to generate from.")
+    highest = int(inputs_BS.max())
+    if highest >= model.config.vocabulary_size:
+        raise DataError(
+            f"A prompt has the token id {highest}, but the model's vocabulary ends at "
+            f"{model.config.vocabulary_size - 1}: the tokenizer is another model's."
+        )
 
     config, device = model.config, inputs_BS.device
     drawn_BT = uniforms(seeds, max_new_tokens).to(device) if sampling.temperature else None

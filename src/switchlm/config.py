@@ -18,6 +18,9 @@ from switchlm.errors import ConfigError, nearest
 
 Section = TypeVar("Section")
 
+# What yaml.safe_load raises: impossible dates and bad UTF-8 are plain ValueErrors.
+UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
+
 
 def from_mapping(cls: type[Section], values: Mapping[str, Any], path: str = "") -> Section:
     """Build the dataclass `cls` from nested mappings.
@@ -64,7 +67,7 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
                 raise ConfigError(f"Cannot set {key!r}: {parent!r} is not a section.")
         try:
             section[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except UNREADABLE as error:
             raise ConfigError(f"Cannot read the value of {assignment!r}: {error}") from None
     return result
 
@@ -75,7 +78,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"There is no configuration file {str(path)!r}.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise ConfigError(f"Cannot read the configuration {str(path)!r}: {error}") from None
     if values is None:
         return {}
@@ -118,7 +121,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             hint = nearest(str(value), [str(option) for option in arguments])
             raise ConfigError(f"{where} is {value!r}.{hint}")
         return value
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else from_mapping(kind, value, where)
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):
@@ -132,21 +135,18 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 
 def _scalar(kind: type, value: Any, where: str) -> Any:
-    if kind is float and not isinstance(value, bool):
+    if kind in (int, float) and not isinstance(value, bool):
+        if kind is int and isinstance(value, int):
+            return value
         # YAML 1.1 reads 1e-3 as a string: accept what Python calls a number.
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if math.isfinite(number):
+        if kind is float and math.isfinite(number):
             return number
-    elif kind is int and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            number = float(value)
-            if number.is_integer():
-                return int(value) if isinstance(value, int) else int(number)
-        except ValueError:
-            pass
+        if kind is int and number.is_integer():
+            return int(number)
     elif isinstance(value, kind):
         return value
     raise ConfigError(f"{where} must be of type {kind.__name__}, got {value!r}.")

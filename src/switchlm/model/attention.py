@@ -70,24 +70,36 @@ def segment_mask(query_segments_BQ: Tensor, key_segments_BM: Tensor) -> Tensor:
 
 
 def masked(bias: Tensor, allowed: Tensor | None) -> Tensor:
-    """Return the bias with the lowest number where attention is not allowed."""
+    """Return the bias with a very low number where attention is not allowed.
+
+    The number is finite in float32 and in bfloat16, so that a query that may attend to nothing
+    takes the mean of all values instead of NaN.
+    """
     if allowed is None:
         return bias
-    return torch.where(allowed, bias, torch.finfo(bias.dtype).min)
+    return torch.where(allowed, bias, torch.finfo(torch.bfloat16).min)
 
 
 def attend(
     query_BHQK: Tensor, key_BHMK: Tensor, value_BHMK: Tensor, bias: Tensor | None, dropout: float
 ) -> Tensor:
     """Return softmax(q k^T + bias) v, [B, Q, H * K]; no bias is a bias of zero."""
-    y_BHQK = nn.functional.scaled_dot_product_attention(
-        query_BHQK,
-        key_BHMK,
-        value_BHMK,
-        attn_mask=None if bias is None else bias.to(query_BHQK.dtype),
-        dropout_p=dropout,
-        scale=1.0,
-    )
+    if bias is not None and bias.requires_grad and bias.device.type == "cpu":
+        # No fused kernel gives the gradient of the bias on a CPU: these are the steps, with fewer
+        # passes over the scores than the fallback of scaled_dot_product_attention takes.
+        score_BHQM = query_BHQK @ key_BHMK.mT
+        score_BHQM += bias
+        weight_BHQM = nn.functional.dropout(score_BHQM.softmax(-1), dropout)
+        y_BHQK = weight_BHQM.to(value_BHMK.dtype) @ value_BHMK
+    else:
+        y_BHQK = nn.functional.scaled_dot_product_attention(
+            query_BHQK,
+            key_BHMK,
+            value_BHMK,
+            attn_mask=None if bias is None else bias.to(query_BHQK.dtype),
+            dropout_p=dropout,
+            scale=1.0,
+        )
     return y_BHQK.transpose(1, 2).flatten(2)
 
 
@@ -143,13 +155,17 @@ class SwitchAttention(nn.Module):
     def __init__(self, config: ModelConfig, causal: bool) -> None:
         super().__init__()
         width = config.num_heads * config.d_kv
-        options = {
-            "router": config.router,
-            "initialisation_scale": config.initialisation_scale,
-            "causal": causal,
-        }
-        self.query = SwitchProjection(config.d_model, width, config.num_experts, **options)
-        self.key_value = SwitchProjection(config.d_model, width, config.num_experts, **options)
+        self.query, self.key_value = (
+            SwitchProjection(
+                config.d_model,
+                width,
+                config.num_experts,
+                router=config.router,
+                initialisation_scale=config.initialisation_scale,
+                causal=causal,
+            )
+            for _ in range(2)
+        )
         self.output = nn.Linear(width, config.d_model, bias=False)
         self.num_heads = config.num_heads
         self.dropout = config.dropout

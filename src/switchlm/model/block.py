@@ -23,8 +23,8 @@ class Block(nn.Module):
             if sparse and config.attention_experts
             else Attention(*attention)
         )
-        self.cross_attention_norm = RMSNorm(*norm) if decoder else None
-        self.cross_attention = Attention(*attention) if decoder else None
+        self.cross_attention_norm: RMSNorm | None = RMSNorm(*norm) if decoder else None
+        self.cross_attention: Attention | None = Attention(*attention) if decoder else None
         self.feedforward_norm = RMSNorm(*norm)
         self.feedforward: FeedForward | SwitchFeedForward
         if sparse:
@@ -64,7 +64,7 @@ class Block(nn.Module):
             self.attention_norm(x_BSD), bias, store=store, mask_BQ=mask_BS
         )
         x_BSD = x_BSD + self.dropout(y_BSD)
-        if self.cross_attention is not None:
+        if self.cross_attention is not None and self.cross_attention_norm is not None:
             y_BSD, _ = self.cross_attention(
                 self.cross_attention_norm(x_BSD), memory_bias, memory=memory
             )

@@ -7,6 +7,7 @@ from typing import Literal
 from switchlm.errors import ConfigError
 from switchlm.model.semantics import SEMANTICS, Mode, Semantics
 
+Activation = Literal["relu", "gelu"]
 LARGEST = 2**31  # no dimension of a real model comes near; stops absurd allocations early
 
 
@@ -110,7 +111,7 @@ class ModelConfig:
     sparse_step: int = 2
     decoder_sparse_step: int | None = None
     attention_experts: bool = False
-    activation: Literal["relu", "gelu"] = "relu"
+    activation: Activation = "relu"
     gated: bool = False
     tied_head: bool = True
     relative_buckets: int = 32

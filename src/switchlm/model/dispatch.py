@@ -32,6 +32,11 @@ class Dispatcher(Protocol):
     def combine(self, y_RD: Tensor, rows: Rows, routing: Routing, num_tokens: int) -> Tensor: ...
 
 
+def per_token(routing: Routing, num_tokens: int) -> int:
+    """Return K, the assignments of a token, where they stand in token order."""
+    return max(routing.expert_A.numel() // max(num_tokens, 1), 1)
+
+
 class LocalDispatcher:
     """All experts are here: a permutation."""
 
@@ -40,14 +45,13 @@ class LocalDispatcher:
         order = sort_by_expert(routing.expert_A, routing.kept_A, routing.load_E.numel())
         if routing.token_A is not None:
             return Rows(x_ND[routing.token_A[order.assignment_R]], order)
-        return Rows(gather_rows(x_ND, order, routing.expert_A.numel() // x_ND.shape[0]), order)
+        return Rows(gather_rows(x_ND, order, per_token(routing, x_ND.shape[0])), order)
 
     def combine(self, y_RD: Tensor, rows: Rows, routing: Routing, num_tokens: int) -> Tensor:
         """Return y_ND: gate times output, summed over a token's experts; zero where dropped."""
         weight_A = torch.where(routing.kept_A, routing.gate_A, 0.0)
         if routing.token_A is None:
-            per_token = routing.expert_A.numel() // num_tokens
-            return combine_rows(y_RD, weight_A, rows.order, per_token)
+            return combine_rows(y_RD, weight_A, rows.order, per_token(routing, num_tokens))
         y_AD = combine_rows(y_RD, weight_A, rows.order, 1)
         y_ND = y_AD.new_zeros(num_tokens, y_AD.shape[1])
         return y_ND.index_add(0, routing.token_A, y_AD)

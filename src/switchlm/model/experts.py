@@ -3,12 +3,14 @@
 Shapes: R rows in the order of their experts, D d_model, F d_ff, P projection width, E experts.
 """
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from switchlm.kernels.select import grouped_matmul
+from switchlm.kernels.select import expert_feedforward, grouped_matmul
+from switchlm.model.config import Activation
 from switchlm.model.feedforward import ACTIVATIONS
 
 
@@ -16,6 +18,8 @@ class Experts(Protocol):
     """Maps the rows of every expert with that expert's weights; rows past the counts give zeros."""
 
     num_experts: int
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def __call__(self, x_RD: Tensor, counts_E: Tensor) -> Tensor: ...
 
@@ -31,7 +35,7 @@ class FeedForwardExperts(nn.Module):
         d_model: int,
         d_ff: int,
         num_experts: int,
-        activation: str = "relu",
+        activation: Activation = "relu",
         gated: bool = False,
         dropout: float = 0.0,
     ) -> None:
@@ -44,13 +48,17 @@ class FeedForwardExperts(nn.Module):
         self.dropout = dropout
 
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+        if not (self.training and self.dropout):
+            return expert_feedforward(
+                x_RD, counts_E, self.up, self.down, self.activation, self.gate
+            )
         activate = ACTIVATIONS[self.activation]
         hidden_RF = grouped_matmul(x_RD, self.up, counts_E)
         if self.gate is None:
             hidden_RF = activate(hidden_RF)
         else:
             hidden_RF = activate(grouped_matmul(x_RD, self.gate, counts_E)) * hidden_RF
-        hidden_RF = nn.functional.dropout(hidden_RF, self.dropout, self.training)
+        hidden_RF = nn.functional.dropout(hidden_RF, self.dropout)
         return grouped_matmul(hidden_RF, self.down, counts_E)
 
 

@@ -5,7 +5,9 @@ from functools import partial
 
 from torch import Tensor, nn
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+from switchlm.model.config import Activation
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
     "gelu": partial(nn.functional.gelu, approximate="tanh"),
 }
@@ -18,7 +20,7 @@ class FeedForward(nn.Module):
         self,
         d_model: int,
         d_ff: int,
-        activation: str = "relu",
+        activation: Activation = "relu",
         gated: bool = False,
         dropout: float = 0.0,
     ) -> None:

@@ -32,6 +32,8 @@ def truncated_normal_(weight: Tensor, fan_in: int, scale: float) -> None:
 def initialise_switch(layer: "SwitchLayer", scale: float) -> None:
     """Initialise a Switch layer; each expert as if it were alone."""
     nn.init.normal_(layer.router.weight, std=ROUTER_STD)
+    if layer.router.bias_E is not None:
+        layer.router.bias_E.zero_()
     for weight_EDF in layer.experts.parameters():
         truncated_normal_(weight_EDF, weight_EDF.shape[1], scale)
 

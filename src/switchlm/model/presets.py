@@ -4,7 +4,6 @@
 of `tiny`, and so on.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from switchlm.errors import ConfigError, nearest
@@ -12,26 +11,20 @@ from switchlm.model.config import ModelConfig, RouterConfig
 
 BYTES = 384  # 3 special tokens, 256 bytes, 100 sentinels, filled up to a multiple of 128
 
-_BASE: Mapping[str, Any] = {"d_model": 768, "d_ff": 3072, "num_heads": 12}
-_GATED: Mapping[str, Any] = {"activation": "gelu", "gated": True, "tied_head": False}
 _DROPLESS = RouterConfig(capacity_factor=None, evaluation_capacity_factor=None)
 
 
-def _layers(number: int) -> dict[str, int]:
-    return {"num_encoder_layers": number, "num_decoder_layers": number}
+def _layers(number: int, **shape: Any) -> ModelConfig:
+    """Return a model with that many layers in each stack."""
+    return ModelConfig(num_encoder_layers=number, num_decoder_layers=number, **shape)
 
 
 _SPARSE: dict[str, ModelConfig] = {
-    "nano": ModelConfig(
-        vocabulary_size=BYTES,
-        d_model=32,
-        d_ff=64,
-        d_kv=16,
-        num_heads=2,
-        num_experts=4,
-        **_layers(2),
+    "nano": _layers(
+        2, vocabulary_size=BYTES, d_model=32, d_ff=64, d_kv=16, num_heads=2, num_experts=4
     ),
-    "tiny": ModelConfig(
+    "tiny": _layers(
+        2,
         vocabulary_size=BYTES,
         d_model=32,
         d_ff=128,
@@ -40,33 +33,28 @@ _SPARSE: dict[str, ModelConfig] = {
         num_experts=16,
         sparse_step=1,
         router=_DROPLESS,
-        **_layers(2),
     ),
-    "small": ModelConfig(
-        vocabulary_size=8192,
-        d_model=512,
-        d_ff=2048,
-        num_heads=8,
-        num_experts=64,
-        **_layers(6),
-    ),
+    "small": _layers(6, vocabulary_size=8192, d_model=512, d_ff=2048, num_heads=8, num_experts=64),
     **{
-        f"switch-base-{experts}": ModelConfig(num_experts=experts, **_BASE, **_layers(12))
+        f"switch-base-{experts}": _layers(
+            12, d_model=768, d_ff=3072, num_heads=12, num_experts=experts
+        )
         for experts in (8, 16, 32, 64, 128, 256)
     },
-    "switch-large-128": ModelConfig(
-        d_model=1024, d_ff=4096, num_heads=16, num_experts=128, **_layers(24)
-    ),
-    "switch-xxl-128": ModelConfig(
+    "switch-large-128": _layers(24, d_model=1024, d_ff=4096, num_heads=16, num_experts=128),
+    "switch-xxl-128": _layers(
+        24,
         d_model=4096,
         d_ff=10240,
         num_heads=64,
         num_experts=128,
+        activation="gelu",
+        gated=True,
+        tied_head=False,
         router=RouterConfig(evaluation_capacity_factor=4.0, min_capacity=2),
-        **_GATED,
-        **_layers(24),
     ),
-    "switch-c-2048": ModelConfig(
+    "switch-c-2048": _layers(
+        15,
         d_model=2080,
         d_ff=6144,
         num_heads=30,
@@ -74,7 +62,6 @@ _SPARSE: dict[str, ModelConfig] = {
         sparse_step=1,
         tied_head=False,
         router=RouterConfig(capacity_factor=1.0, min_capacity=2),
-        **_layers(15),
     ),
 }
 

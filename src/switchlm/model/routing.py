@@ -46,7 +46,7 @@ class Routing:
     def dropped(self) -> Tensor:
         """The share of wanted assignments that capacity dropped, a float32 scalar."""
         wanted = self.load_E.sum()
-        return 1 - self.kept_A.sum() / wanted.clamp(min=1)
+        return (wanted - self.kept_A.sum()) / wanted.clamp(min=1)
 
 
 @dataclass(frozen=True, kw_only=True)

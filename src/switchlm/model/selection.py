@@ -31,34 +31,34 @@ def sample(probability_NE: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reroute_overflow(
-    probability_NE: Tensor, group_N: Tensor, valid_N: Tensor, capacity: int
+    probability_NE: Tensor, first_N1: Tensor, valid_N1: Tensor, group_N: Tensor, capacity: int
 ) -> tuple[Tensor, Tensor]:
     """No-token-left-behind (appendix B): overflow asks the next best expert, round by round.
 
-    A token that found a seat keeps it; those still standing queue for their next choice in token
-    order. Returns expert_N (the one that took the token, or the last one asked) and kept_N.
+    first_N1: int64, the expert that each token asks first; then it goes by probability. A token
+    that found a seat keeps it; those still standing queue for their next choice in token order.
+    Returns expert_N1 (the one that took the token, or the last one asked) and kept_N1.
     """
-    num_tokens, num_experts = probability_NE.shape
-    num_groups = int(group_N.max()) + 1 if num_tokens else 0
-    score_NE = probability_NE.clone()
-    expert_N = score_NE.argmax(-1)
+    num_experts = probability_NE.shape[1]
+    num_groups = int(group_N.max()) + 1 if group_N.numel() else 0
+    left_NE = probability_NE.clone()
+    next_N, expert_N, valid_N = first_N1[:, 0], first_N1[:, 0], valid_N1[:, 0]
     kept_N = torch.zeros_like(valid_N)
-    taken = torch.zeros(
-        num_groups * (num_experts + 1), dtype=torch.long, device=probability_NE.device
-    )
+    taken = torch.zeros(num_groups * (num_experts + 1), dtype=torch.long, device=group_N.device)
     for _ in range(num_experts):
         standing_N = valid_N & ~kept_N
         if not standing_N.any():
             break
-        expert_N = torch.where(standing_N, score_NE.argmax(-1), expert_N)
-        asked_N = torch.where(standing_N, expert_N, num_experts)
+        expert_N = torch.where(standing_N, next_N, expert_N)
+        asked_N = torch.where(standing_N, next_N, num_experts)
         place_N = position_in_expert(asked_N[:, None], group_N, num_experts)[:, 0]
         seat_N = group_N * (num_experts + 1) + asked_N
         seated_N = standing_N & (place_N + taken[seat_N] < capacity)
         kept_N = kept_N | seated_N
         taken = taken + torch.bincount(seat_N[seated_N], minlength=taken.numel())
-        score_NE.scatter_(1, expert_N[:, None], -torch.inf)
-    return expert_N, kept_N
+        left_NE.scatter_(1, next_N[:, None], -torch.inf)
+        next_N = left_NE.argmax(-1)
+    return expert_N[:, None], kept_N[:, None]
 
 
 @torch.no_grad()

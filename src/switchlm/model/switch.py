@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from switchlm.model.config import RouterConfig
+from switchlm.model.config import Activation, RouterConfig
 from switchlm.model.dispatch import Dispatcher, LocalDispatcher
 from switchlm.model.experts import Experts, FeedForwardExperts, ProjectionExperts
 from switchlm.model.exploration import explore
@@ -19,10 +19,10 @@ class SwitchLayer(nn.Module):
     owner of experts replaces it.
     """
 
-    def __init__(self, router: Router, experts: nn.Module) -> None:
+    def __init__(self, router: Router, experts: Experts) -> None:
         super().__init__()
         self.router = router
-        self.experts: Experts | nn.Module = experts
+        self.experts = experts
         self.dispatcher: Dispatcher = LocalDispatcher()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Routing]:
@@ -39,10 +39,10 @@ class SwitchLayer(nn.Module):
             seen_ND = explore(x_ND, config.exploration, config.exploration_rate)
         if config.semantics.jitter_reaches_experts and x_ND.dtype == torch.float32:
             x_ND = seen_ND
+        row_tokens = x.shape[-2] if x.dim() > 1 else 1
+        routing = self.router(seen_ND, valid_N, row_tokens, x_ND.dtype)
         if torch.is_autocast_enabled(x.device.type):
             x_ND = x_ND.to(torch.get_autocast_dtype(x.device.type))
-
-        routing = self.router(seen_ND, valid_N, row_tokens=x.shape[-2] if x.dim() > 1 else 1)
         rows = self.dispatcher.dispatch(x_ND, routing)
         y_RD = self.experts(rows.x_RD, rows.order.counts_E)
         y_ND = self.dispatcher.combine(y_RD, rows, routing, x_ND.shape[0])
@@ -66,7 +66,7 @@ class SwitchFeedForward(SwitchLayer):
         num_experts: int,
         *,
         router: RouterConfig | None = None,
-        activation: str = "relu",
+        activation: Activation = "relu",
         gated: bool = False,
         expert_dropout: float = 0.0,
         initialisation_scale: float = 0.1,

@@ -3,7 +3,8 @@
 Shapes: B batch, S source, T target, M memory (cached positions), D d_model, V vocabulary.
 """
 
-from typing import Protocol
+from functools import partial
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +51,33 @@ class Stack(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.activation_checkpointing = False
 
-    def run(self, layer: int, x_BSD: Tensor, *args, **kwargs):  # type: ignore[no-untyped-def]
+    def memories(self, encoded_BSD: Tensor) -> list[KeysValues]:
+        """Return the keys and values of the encoder's output for each block of a decoder."""
+        attentions = [cast(Block, block).cross_attention for block in self.blocks]
+        return [a.keys_values(encoded_BSD) for a in attentions if a is not None]
+
+    def run(
+        self,
+        layer: int,
+        x_BSD: Tensor,
+        bias: Tensor,
+        *,
+        mask_BS: Tensor | None = None,
+        memory: KeysValues | None = None,
+        memory_bias: Tensor | None = None,
+        store: KeyValueStore | None = None,
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Run one block, recomputing its activations in the backward pass if so configured."""
+        block = partial(
+            self.blocks[layer],
+            mask_BS=mask_BS,
+            memory=memory,
+            memory_bias=memory_bias,
+            store=store,
+        )
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.blocks[layer], x_BSD, *args, use_reentrant=False, **kwargs)
-        return self.blocks[layer](x_BSD, *args, **kwargs)
+            return checkpoint(block, x_BSD, bias, use_reentrant=False)
+        return block(x_BSD, bias)
 
 
 class SwitchTransformer(nn.Module):
@@ -150,12 +173,8 @@ class SwitchTransformer(nn.Module):
 
         x_BTD = stack.dropout(self.embedding(decoder_inputs_BT))
         routing: tuple[Routing, ...] = ()
-        for layer, block in enumerate(stack.blocks):
-            memory = (
-                block.cross_attention.keys_values(encoded_BSD)
-                if cache is None
-                else cache.cross_attention[layer]
-            )
+        memories = stack.memories(encoded_BSD) if cache is None else cache.cross_attention
+        for layer, memory in enumerate(memories):
             x_BTD, layer_routing = stack.run(
                 layer,
                 x_BTD,

@@ -79,10 +79,10 @@ def compare(
     if as_json:
         typer.echo(json.dumps(result))
         return
-    table = Table(title="")
+    table = Table()
     rows = recipe.result_table(result)
     for column in rows[0]:
-        table.add_column(column, justify="left" if column == "model" else "right")
+        table.add_column(column, justify="right" if column else "left")
     for row in rows:
         table.add_row(*row.values())
     console.print(table)

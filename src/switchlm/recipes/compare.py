@@ -7,6 +7,7 @@ in time, the sparse model reaches the dense model's final held-out loss.
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,10 @@ from switchlm.checkpoint.huggingface import save
 from switchlm.checkpoint.run_folder import RunFolder
 from switchlm.config import read_yaml, write_yaml
 from switchlm.data.loader import Loader, open_data
-from switchlm.generation.fill import fill
+from switchlm.errors import ConfigError
+from switchlm.generation.fill import fill, put_into_blanks, read_spans
 from switchlm.model import count
 from switchlm.model.transformer import SwitchTransformer
-from switchlm.errors import ConfigError
 from switchlm.recipes.config import (
     RunConfig,
     from_sections,
@@ -38,12 +39,12 @@ from switchlm.training.loop import train
 
 Event = dict[str, Any]
 ENDLESS = 10**9  # steps: more than any budget of time allows
-LAST_WORK = 15.0  # seconds kept for the last evaluation, the models and the report
+LAST_WORK = 0.04  # share of the budget kept for the last evaluation, the models and the report
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two configurations that differ in the experts, and in what the dense twin does better with."""
+    """Two configurations: they differ in the experts, and where the dense twin is better off."""
 
     sparse: RunConfig
     dense: RunConfig
@@ -70,9 +71,7 @@ def configure(
     base = run_config(from_sections({}), values=values)
     stated = {} if path is None else read_yaml(path)
     dense = stated.pop("dense", dense)
-    sparse = run_config(
-        base, preset=preset, values=stated, sources=sources, overrides=overrides
-    )
+    sparse = run_config(base, preset=preset, values=stated, sources=sources, overrides=overrides)
     if by_time:
         training = dataclasses.replace(sparse.training, steps=ENDLESS)
         sparse = dataclasses.replace(sparse, training=training)
@@ -112,10 +111,10 @@ def compare(
         "sparse": _Racer(config.sparse, loader, RunFolder(out / "sparse")),
     }
     yield {"phase": "training"}
-    deadline = None if seconds is None else started + seconds - LAST_WORK
+    deadline = started + (math.inf if seconds is None else seconds * (1 - LAST_WORK))
     step = 0
-    while step < training.steps and not should_stop():
-        if deadline is not None and time.monotonic() > deadline:
+    while step == 0 or (step < training.steps and time.monotonic() < deadline):
+        if should_stop():
             break
         step = min(step + training.log_every, training.steps)
         for name, racer in racers.items():
@@ -203,12 +202,17 @@ def _result(config: Comparison, racers: dict[str, _Racer], loader: Loader) -> Ev
 
 def _example(racers: dict[str, _Racer], loader: Loader) -> dict[str, str]:
     """Fill the blanks of a held-out text with both models."""
-    (text, truth) = loader.example()
+    text, targets = loader.example()
+    truth = read_spans(loader.tokenizer.encode(targets), loader.tokenizer)
     filled = {
         f"filled by the {name} model": fill(racer.model, loader.tokenizer, text)
         for name, racer in racers.items()
     }
-    return {"held-out text with blanks": text, **filled, "the text itself": truth}
+    return {
+        "held-out text with blanks": text,
+        **filled,
+        "the text itself": put_into_blanks(text, truth),
+    }
 
 
 def headline(result: Event) -> str:
@@ -226,23 +230,29 @@ def headline(result: Event) -> str:
 
 
 def result_table(result: Event) -> list[dict[str, str]]:
-    """Return the closing table: a row a model, text in every cell."""
-    rows = []
-    for name in ("dense", "sparse"):
-        sparse = name == "sparse" and result["step_ratio"] is not None
-        rows.append(
-            {
-                "model": name,
-                "held-out loss": f"{result[f'{name}_loss']:.4f}",
-                "parameters": f"{result['parameters'][name]:,}",
-                "FLOPs a token": f"{result['flops_per_token'][name]:,.0f}",
-                "steps": f"{result['steps']:,}",
-                "training time": f"{result['seconds'][name]:.0f} s",
-                "dense loss reached at": f"{result['crossing']['step']:,.0f}" if sparse else "",
-                "speed-up in steps": f"{1 / result['step_ratio']:.2f} x" if sparse else "",
-                "speed-up in time": f"{1 / result['time_ratio']:.2f} x" if sparse else "",
-            }
-        )
+    """Return the closing table: a row a figure, a column a model, text in every cell."""
+    names = ("dense", "sparse")
+
+    def row(label: str, cells: dict[str, str]) -> dict[str, str]:
+        return {"": label, **{name: cells.get(name, "") for name in names}}
+
+    def both(key: str, form: str, unit: str = "") -> dict[str, str]:
+        return {name: format(result[key][name], form) + unit for name in names}
+
+    rows = [
+        row("held-out loss", {name: f"{result[f'{name}_loss']:.4f}" for name in names}),
+        row("parameters", both("parameters", ",")),
+        row("FLOPs a token", both("flops_per_token", ",.0f")),
+        row("steps", dict.fromkeys(names, f"{result['steps']:,}")),
+        row("training time", both("seconds", ".0f", " s")),
+    ]
+    if result["crossing"] is not None:
+        reached = result["crossing"]
+        rows += [
+            row("dense loss reached at step", {"sparse": f"{reached['step']:,.0f}"}),
+            row("speed-up in steps", {"sparse": f"{1 / result['step_ratio']:.2f} x"}),
+            row("speed-up in time", {"sparse": f"{1 / result['time_ratio']:.2f} x"}),
+        ]
     return rows
 
 

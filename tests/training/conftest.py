@@ -1,11 +1,14 @@
 """A tiny model and a tiny loader for training tests."""
 
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Generator, Iterator
 
 import pytest
 import torch
 
 from switchlm.data.batch import Batch
+from switchlm.data.config import DataConfig
+from switchlm.data.loader import Loader, open_data
 from switchlm.model.config import ModelConfig, RouterConfig
 from switchlm.model.transformer import SwitchTransformer
 
@@ -40,7 +43,7 @@ class CountingLoader:
             source_B=source_B,
         )
 
-    def iterate(self, start_step: int, prefetch: int = 2) -> Iterator[tuple[int, Batch]]:
+    def iterate(self, start_step: int) -> Generator[tuple[int, Batch], None, None]:
         step = start_step
         while True:
             yield step, self.batch(step)
@@ -73,6 +76,26 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def text_loader(tmp_path_factory: pytest.TempPathFactory) -> Loader:
+    """The real pipeline over two small sources."""
+    folder = tmp_path_factory.mktemp("text")
+    words = random.Random(0)
+    for source in ("red", "blue"):
+        (folder / source).mkdir()
+        for document in range(20):
+            text = " ".join(f"{source}{words.randrange(30)}" for _ in range(120))
+            (folder / source / f"{document}.txt").write_text(text, encoding="utf-8")
+    config = DataConfig(
+        sources=(f"red={folder / 'red'}:0.7", f"blue={folder / 'blue'}:0.3"),
+        mixing="weights",
+        input_length=48,
+        batch_size=4,
+        held_out_share=0.2,
+    )
+    return open_data(config, seed=0, cache_dir=folder / "cache")
 
 
 @pytest.fixture

@@ -6,17 +6,16 @@ anywhere and resumed is the run that was never stopped, bit for bit on a CPU.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch.optim import Optimizer
 
 from switchlm.checkpoint.run_folder import RunFolder, truncate_metrics
 from switchlm.checkpoint.store import CheckpointStore
 from switchlm.data.batch import Batch
-from switchlm.data.loader import Loader
 from switchlm.errors import CheckpointError
 from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.model.router import Router
@@ -36,6 +35,23 @@ from switchlm.training.step import StepRecord, seed_step, summarise_routing, tra
 Line = dict[str, Any]
 
 
+class BatchSource(Protocol):
+    """What the loop reads: `data.loader.Loader`, or anything else that gives batches by step."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names that Batch.source_B indexes."""
+        ...
+
+    def iterate(self, start_step: int) -> Generator[tuple[int, Batch], None, None]:
+        """Yield (step, batch) from `start_step` on without end; the batch depends on it alone."""
+        ...
+
+    def held_out(self, num_batches: int) -> list[Batch]:
+        """Return a fixed set of batches for evaluation."""
+        ...
+
+
 @dataclass
 class Progress:
     """How far a run is: whole steps, seconds of training alone, real tokens read."""
@@ -47,7 +63,7 @@ class Progress:
 
 def train(
     model: SwitchTransformer,
-    loader: Loader,
+    loader: BatchSource,
     config: TrainingConfig,
     *,
     run: RunFolder | None = None,
@@ -76,7 +92,7 @@ class _Run:
     def __init__(
         self,
         model: SwitchTransformer,
-        loader: Loader,
+        loader: BatchSource,
         config: TrainingConfig,
         folder: RunFolder | None,
         should_stop: Callable[[], bool],

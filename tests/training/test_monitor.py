@@ -1,0 +1,90 @@
+import json
+import sys
+
+import pytest
+
+from switchlm.checkpoint.run_folder import RunFolder
+from switchlm.errors import MissingExtraError
+from switchlm.training.config import TrainingConfig
+from switchlm.training.monitor import MetricsFile, open_monitor, read_metrics, scalars
+
+LINE = {"step": 3, "loss": 2.5, "load": [[0.5, 0.5]], "layers": ["a"], "skipped": 0}
+
+
+def test_lines_are_on_disk_at_once_and_appended(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with open_monitor(run, TrainingConfig()) as monitor:
+        assert monitor.write(LINE) is LINE
+        assert read_metrics(run.metrics) == [LINE]
+    with open_monitor(run, TrainingConfig()) as monitor:
+        monitor.write({"step": 4, "loss": None})
+    assert read_metrics(run.metrics) == [LINE, {"step": 4, "loss": None}]
+
+
+def test_a_line_cut_short_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(json.dumps(LINE).encode() + b'\n{"step": 4, "lo')
+    assert read_metrics(path) == [LINE]
+    assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_numbers_that_json_lacks_are_refused(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="JSON"):
+        metrics.write({"step": 1, "loss": float("nan")})
+    metrics.close()
+
+
+def test_scalars_are_single_numbers():
+    assert scalars(LINE) == {"loss": 2.5, "skipped": 0}
+
+
+def test_tensorboard_gets_the_scalars(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = RunFolder(tmp_path)
+    with open_monitor(run, TrainingConfig(tensorboard=True)) as monitor:
+        monitor.write(LINE)
+    events = EventAccumulator(str(run.tensorboard))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 2.5)]
+
+
+@pytest.mark.parametrize(
+    ("module", "config"),
+    [
+        ("torch.utils.tensorboard", TrainingConfig(tensorboard=True)),
+        ("wandb", TrainingConfig(wandb="project")),
+    ],
+)
+def test_a_missing_package_is_named(tmp_path, monkeypatch, module, config):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'switchlm\["):
+        open_monitor(RunFolder(tmp_path), config)
+
+
+def test_wandb_gets_the_scalars(tmp_path, monkeypatch):
+    calls = []
+
+    class FakeRun:
+        def log(self, values: dict[str, float], step: int) -> None:
+            calls.append((step, values))
+
+        def finish(self) -> None:
+            calls.append("finished")
+
+    class FakeModule:
+        @staticmethod
+        def init(**options: object) -> FakeRun:
+            calls.append(options["project"])
+            return FakeRun()
+
+    monkeypatch.setitem(sys.modules, "wandb", FakeModule)  # type: ignore[arg-type]
+    with open_monitor(RunFolder(tmp_path), TrainingConfig(wandb="mine")) as monitor:
+        monitor.write(LINE)
+    assert calls == ["mine", (3, {"loss": 2.5, "skipped": 0}), "finished"]
+
+
+def test_without_a_run_folder_nothing_is_written():
+    with open_monitor(None, TrainingConfig(tensorboard=True)) as monitor:
+        assert monitor.write(LINE) is LINE

@@ -15,15 +15,14 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 
 from switchlm.data import sources
+from switchlm.data.atomic import Report, flush, locked
 from switchlm.data.order import Int64, UInt64
 from switchlm.data.readers import Document
 from switchlm.data.sources import Source
@@ -33,8 +32,6 @@ from switchlm.errors import DataError
 FORMAT = 1
 REPORT_SECONDS = 2.0
 _BATCH = 256  # documents tokenized at once
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,20 +104,6 @@ def open_cache(
     return cache
 
 
-@contextmanager
-def locked(path: Path, report: Report) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; the system lets go of it if the process dies."""
-    import fcntl
-
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report("Waiting for another process that prepares the same text.")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _read(folder: Path) -> TokenCache | None:
     """Open a finished cache; None where there is none or its files do not have their sizes."""
     try:
@@ -161,7 +144,7 @@ def _write(
             if time.monotonic() - reported > REPORT_SECONDS:
                 reported = time.monotonic()
                 report(f"Tokenizing {name}: {len(lengths):,} documents, {total:,} tokens")
-        _flush(file)
+        flush(file)
     left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
     if not lengths:
         raise DataError(
@@ -178,18 +161,13 @@ def _write(
     manifest = {"sizes": sizes, "dtype": np.dtype(dtype).name, "skipped": left_out}
     with (folder / "manifest.json").open("w", encoding="utf-8") as text:
         json.dump(manifest, text)
-        _flush(text)
+        flush(text)
 
 
 def _save(path: Path, values: np.ndarray) -> None:
     with path.open("wb") as file:
         np.save(file, values, allow_pickle=False)
-        _flush(file)
-
-
-def _flush(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+        flush(file)
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

@@ -1,7 +1,7 @@
-"""From a configuration to batches, any of them, in any order, on any number of workers."""
+"""Batches, any of them, in any order, on any number of workers: a pure function of (seed, step)."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -9,16 +9,19 @@ from pathlib import Path
 import numpy as np
 
 from switchlm.data import mixture, sources
+from switchlm.data.atomic import Report
 from switchlm.data.batch import Batch
-from switchlm.data.cache import TokenCache, open_cache
+from switchlm.data.cache import open_cache
 from switchlm.data.config import DataConfig
 from switchlm.data.mixture import Mixture
 from switchlm.data.order import Int64
-from switchlm.data.rows import RunningText, choose_held_out
+from switchlm.data.row_shape import RowShape
+from switchlm.data.rows import Rows
 from switchlm.data.samples import Samples
-from switchlm.data.span_corruption import Noise
+from switchlm.data.split import choose_held_out
 from switchlm.data.tokenizer import Tokenizer
-from switchlm.errors import DataError
+from switchlm.data.vocabulary import open_tokenizer
+from switchlm.errors import DataError, nearest
 
 _HELD_OUT_SEED = 0  # runs with other seeds are measured on the same masked text
 
@@ -96,8 +99,11 @@ class Loader:
 
     def _source_index(self, name: str) -> int:
         if name not in self.sources:
-            raise DataError(f"There is no data source {name!r}: {', '.join(self.sources)}.")
-        return self.sources.index(name)
+            raise DataError(f"There is no data source {name!r}.{nearest(name, self.sources)}")
+        index = self.sources.index(name)
+        if self._held_out is not None and not self._held_out.has_rows(index):
+            raise DataError(f"The data source {name!r} has no held-out text: it is too short.")
+        return index
 
 
 def open_data(
@@ -106,7 +112,7 @@ def open_data(
     seed: int,
     cache_dir: Path | None = None,
     tokenizer: Tokenizer | None = None,
-    report: Callable[[str], None] | None = None,
+    report: Report | None = None,
 ) -> Loader:
     """Read the sources, make or load the tokenizer, tokenize, and return the loader.
 
@@ -117,7 +123,7 @@ def open_data(
     say = report or (lambda line: None)
     folder = cache_dir or Path.home() / ".cache" / "switchlm"
     parsed = sources.parse_all(config.sources)
-    tokenizer = tokenizer or Tokenizer.bytes()
+    tokenizer = tokenizer or open_tokenizer(config, parsed, folder, say)
     caches = [
         open_cache(
             source,
@@ -129,46 +135,50 @@ def open_data(
         )
         for source in parsed
     ]
-    noise = Noise(density=config.noise_density, mean_span=config.mean_span)
-    row_length = noise.raw_length(config.input_length)
-    train_rows, held_out_rows = [], []
-    for source, cache in zip(parsed, caches, strict=True):
-        chosen_D = choose_held_out(
-            cache.hashes_D, cache.lengths_D, config.held_out_share, least=row_length
-        )
-        train_rows.append(_rows(cache, ~chosen_D, row_length, seed))
-        held_out_rows.append(_rows(cache, chosen_D, row_length, _HELD_OUT_SEED))
-        if not train_rows[-1].num_rows:
+    shape = RowShape.of(config, caches, len(tokenizer.sentinel_ids))
+    held_out = [
+        choose_held_out(cache.hashes_D, cache.lengths_D, config.held_out_share, shape.raw_length)
+        for cache in caches
+    ]
+    train_rows = [
+        shape.rows(cache, ~chosen_D, seed) for cache, chosen_D in zip(caches, held_out, strict=True)
+    ]
+    held_out_rows = [
+        shape.rows(cache, chosen_D, _HELD_OUT_SEED)
+        for cache, chosen_D in zip(caches, held_out, strict=True)
+    ]
+    for source, rows in zip(parsed, train_rows, strict=True):
+        if not rows.num_rows:
             raise DataError(
-                f"The data source {source.name!r} has {train_rows[-1].num_tokens} tokens to train "
-                f"on, less than one row of {row_length}. Give more text or lower data.input_length."
+                f"The data source {source.name!r} has {rows.num_tokens} tokens to train on, less "
+                f"than one row of {shape.raw_length}. Give more text or lower data.input_length."
             )
-    probabilities_S = mixture.probabilities(
+    shares_S = mixture.probabilities(
         [rows.num_tokens for rows in train_rows],
         [source.weight for source in parsed],
         config.mixing,
         config.mixing_exponent,
     )
-
-    def samples(rows: list[RunningText], seed: int) -> Samples:
-        return Samples(
-            rows,
-            Mixture(probabilities_S, seed),
-            noise,
-            tokenizer,
-            seed=seed,
-            input_length=config.input_length,
-            target_length=config.target_length,
+    for source, rows, kept, share in zip(parsed, train_rows, held_out_rows, shares_S, strict=True):
+        say(
+            f"{source.name}: {rows.num_tokens:,} tokens to train on, {kept.num_tokens:,} held out, "
+            f"{share:.1%} of the rows"
         )
-
     return Loader(
-        samples(train_rows, seed),
-        samples(held_out_rows, _HELD_OUT_SEED) if all(r.num_rows for r in held_out_rows) else None,
+        Samples(train_rows, Mixture(shares_S, seed), shape, tokenizer, seed),
+        _held_out(held_out_rows, shares_S, shape, tokenizer),
         tokenizer,
         tuple(source.name for source in parsed),
         config.batch_size,
     )
 
 
-def _rows(cache: TokenCache, chosen_D: np.ndarray, row_length: int, seed: int) -> RunningText:
-    return RunningText(cache, chosen_D, row_length, seed)
+def _held_out(
+    rows: list[Rows], shares_S: np.ndarray, shape: RowShape, tokenizer: Tokenizer
+) -> Samples | None:
+    """Return held-out samples in the mixture of training, of the sources that have any."""
+    shares_S = shares_S * np.array([part.num_rows > 0 for part in rows])
+    if not shares_S.any():
+        return None
+    mixed = Mixture(shares_S / shares_S.sum(), _HELD_OUT_SEED)
+    return Samples(rows, mixed, shape, tokenizer, _HELD_OUT_SEED)

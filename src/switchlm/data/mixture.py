@@ -76,9 +76,10 @@ class Mixture:
 
 
 def _quotas(probabilities_S: np.ndarray) -> Int64:
-    """Share out BLOCK samples by largest remainder, at least one to each source."""
-    exact_S = probabilities_S * (BLOCK - len(probabilities_S))
-    quotas_S = 1 + np.floor(exact_S).astype(np.int64)
+    """Share out BLOCK samples by largest remainder, at least one to each that has any share."""
+    drawn_S = (probabilities_S > 0).astype(np.int64)
+    exact_S = probabilities_S * (BLOCK - drawn_S.sum())
+    quotas_S = drawn_S + np.floor(exact_S).astype(np.int64)
     missing = BLOCK - int(quotas_S.sum())
     largest = np.argsort(-(exact_S - np.floor(exact_S)), kind="stable")[:missing]
     quotas_S[largest] += 1

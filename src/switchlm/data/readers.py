@@ -7,8 +7,10 @@ as a missing column, is a DataError.
 import gzip
 import io
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -47,20 +49,29 @@ def read_file(
                 yield from _json_lines(stream, path, text_column, skipped)
             else:
                 yield from _plain(stream, "" if alone else name, alone, skipped)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"Cannot read {str(path)!r}: {error}") from None
 
 
-def _open(path: Path, kinds: list[str]) -> BinaryIO:
-    if kinds[-1:] == ["gz"]:
-        return cast(BinaryIO, gzip.open(path, "rb"))
+@contextmanager
+def _open(path: Path, kinds: list[str]) -> Iterator[BinaryIO]:
+    """Open a file for reading, decompressed where its name says that it is compressed."""
     if kinds[-1:] == ["zst"]:
         try:
             import zstandard
         except ImportError:
             raise MissingExtraError("zstandard", "data", f"Reading {path.name}") from None
-        return zstandard.open(path, "rb")
-    return path.open("rb")
+        try:
+            with zstandard.open(path, "rb") as stream:
+                yield cast(BinaryIO, io.BufferedReader(stream))
+        except zstandard.ZstdError as error:
+            raise DataError(f"Cannot decompress {str(path)!r}: {error}") from None
+    elif kinds[-1:] == ["gz"]:
+        with gzip.open(path, "rb") as stream:
+            yield cast(BinaryIO, stream)
+    else:
+        with path.open("rb") as stream:
+            yield stream
 
 
 def _plain(stream: BinaryIO, group: str, alone: bool, skipped: Counter[str]) -> Iterator[Document]:
@@ -72,13 +83,29 @@ def _plain(stream: BinaryIO, group: str, alone: bool, skipped: Counter[str]) -> 
         if text is not None:
             yield Document(text=text)
         return
-    section = head + stream.read(SECTION)
-    while section:
+    carried = head
+    while section := carried + stream.read(SECTION):
         section += stream.readline(SECTION)
+        # Without a line end in reach the cut may fall inside a character.
+        whole_characters = len(section) - _unfinished(section)
+        section, carried = section[:whole_characters], section[whole_characters:]
+        if not section:  # the file ends inside a character
+            section, carried = carried, b""
         text = _decode(section, skipped)
         if text is not None:
             yield Document(text=text, group=group)
-        section = stream.read(SECTION)
+
+
+def _unfinished(raw: bytes) -> int:
+    """Return how many bytes at the end begin a UTF-8 character without finishing it."""
+    for back in range(1, min(3, len(raw)) + 1):
+        byte = raw[-back]
+        if byte >= 0xC0:
+            needed = 2 + (byte >= 0xE0) + (byte >= 0xF0)
+            return back if back < needed else 0
+        if byte < 0x80:
+            break
+    return 0
 
 
 def _decode(raw: bytes, skipped: Counter[str]) -> str | None:
@@ -95,7 +122,7 @@ def _decode(raw: bytes, skipped: Counter[str]) -> str | None:
 def _json_lines(
     stream: BinaryIO, path: Path, column: str, skipped: Counter[str]
 ) -> Iterator[Document]:
-    for number, line in enumerate(io.BufferedReader(stream), start=1):
+    for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
         try:

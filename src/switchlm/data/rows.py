@@ -1,16 +1,27 @@
-"""Rows of raw tokens out of a token cache: running text, or whole documents packed together.
+"""Rows of raw tokens out of a token cache: examples of text, before they are masked.
 
-Both kinds answer `examples(index_N, seed)`: the raw text of numbered rows of the source, a pure
-function. A source's rows are numbered on for ever: row `num_rows` is the first of the second pass,
-shuffled anew. Suffixes: D documents, N rows, E examples in those rows, L raw positions.
+Running text is here, packed documents are in packing.py; both answer `examples(index_N)`. A
+source's rows are numbered on for ever: row `num_rows` is the first of the second pass, shuffled
+anew. Suffixes: D documents, N rows, E examples in those rows, L raw positions.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from switchlm.data.cache import TokenCache
 from switchlm.data.order import Int64, derive_key, hash_numbers, permute
+
+
+class Rows(Protocol):
+    """What a source of rows answers."""
+
+    num_rows: int
+    num_tokens: int
+
+    def examples(self, index_N: Int64) -> "Examples":
+        """Return the examples in the rows of those numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,25 +51,11 @@ def join(parts: list[Examples]) -> Examples:
     )
 
 
-def choose_held_out(hashes_D: np.ndarray, lengths_D: Int64, share: float, least: int) -> np.ndarray:
-    """Return bool [D]: which documents are held out.
-
-    A document's own hash decides, so adding others moves none. Where those are fewer than `least`
-    tokens, the documents next in the order of hashes join, as long as as many stay for training.
-    """
-    if share == 0:
-        return np.zeros(len(hashes_D), dtype=bool)
-    chosen_D = hashes_D < np.uint64(share * 2.0**64)
-    if lengths_D[chosen_D].sum() < least:
-        limit = max(share, 0.5) * lengths_D.sum()
-        for value in np.unique(hashes_D):
-            with_next_D = hashes_D <= value
-            if lengths_D[with_next_D].sum() > limit:
-                break
-            chosen_D = with_next_D
-            if lengths_D[chosen_D].sum() >= least:
-                break
-    return chosen_D
+def shuffle(index_N: Int64, num_rows: int, seed: int) -> tuple[Int64, Int64]:
+    """Return the pass over the source that each number belongs to, and its row in that pass."""
+    pass_N, place_N = index_N // num_rows, index_N % num_rows
+    key_N = hash_numbers(derive_key(seed, "order"), pass_N)
+    return pass_N, permute(place_N, num_rows, key_N)
 
 
 class RunningText:
@@ -83,9 +80,7 @@ class RunningText:
 
     def examples(self, index_N: Int64) -> Examples:
         """Return the rows of those numbers, one example each."""
-        pass_N, place_N = index_N // self.num_rows, index_N % self.num_rows
-        key_N = hash_numbers(derive_key(self._seed, "order"), pass_N)
-        row_N = permute(place_N, self.num_rows, key_N)
+        pass_N, row_N = shuffle(index_N, self.num_rows, self._seed)
         offset_N = (hash_numbers(derive_key(self._seed, "offset"), pass_N) >> np.uint64(1)).astype(
             np.int64
         )
@@ -100,7 +95,9 @@ class RunningText:
     def _read(self, position_NL: Int64) -> Int64:
         """Return the tokens at positions of the chosen text."""
         run_NL = np.searchsorted(self._run_at, position_NL[:, :1], side="right") - 1
-        across = np.flatnonzero(self._run_at[run_NL[:, 0] + 1] <= position_NL.max(axis=1))
+        first_N, last_N = position_NL[:, 0], position_NL[:, -1]
+        run_end_N = self._run_at[run_NL[:, 0] + 1]
+        across = np.flatnonzero((last_N >= run_end_N) | (last_N < first_N))
         shift_NL = np.broadcast_to(self._shift[run_NL], position_NL.shape)
         if across.size:
             shift_NL = shift_NL.copy()

@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from switchlm.data.batch import Batch
 from switchlm.data.mixture import Mixture
 from switchlm.data.order import Int64, derive_key, hash_numbers
-from switchlm.data.rows import Examples, RunningText, join
-from switchlm.data.span_corruption import Noise, corrupt, noise_mask
+from switchlm.data.row_shape import RowShape
+from switchlm.data.rows import Examples, Rows, join
+from switchlm.data.span_corruption import corrupt, noise_mask
 from switchlm.data.tokenizer import Tokenizer
 
 
@@ -22,23 +24,23 @@ class Samples:
 
     def __init__(
         self,
-        rows: Sequence[RunningText],
+        rows: Sequence[Rows],
         mixture: Mixture,
-        noise: Noise,
+        shape: RowShape,
         tokenizer: Tokenizer,
-        *,
         seed: int,
-        input_length: int,
-        target_length: int | None,
     ) -> None:
         self._rows = rows
         self._mixture = mixture
-        self._noise = noise
+        self._shape = shape
         self._sentinels = np.array(tokenizer.sentinel_ids, dtype=np.int64)
         self._end_id = tokenizer.end_id
         self._pad_id = tokenizer.pad_id
         self._mask_key = derive_key(seed, "mask")
-        self._lengths = (input_length, target_length)
+
+    def has_rows(self, source: int) -> bool:
+        """Return whether the source of that index has any text here."""
+        return self._rows[source].num_rows > 0
 
     def batch(self, sample_B: Int64, only_source: int | None = None) -> Batch:
         """Return the samples of those numbers; a pure function of the seed and each number."""
@@ -49,18 +51,46 @@ class Samples:
         examples = self._gather(source_B, index_B)
         sample_key_E = hash_numbers(self._mask_key, sample_B[examples.row_E])
         key_E = hash_numbers(sample_key_E, np.arange(len(examples.row_E)))
-        mask_EL = noise_mask(examples.length_E, self._noise, key_E)
+        mask_EL = noise_mask(examples.length_E, self._shape.noise, key_E)
         done = corrupt(
             examples.tokens_EL, examples.length_E, mask_EL, self._sentinels, self._end_id
         )
-        rows = len(sample_B)
+        rows, row_E, shape = len(sample_B), examples.row_E, self._shape
+        inputs_BS, input_segments_BS = self._lay_out(
+            done.inputs, done.input_length_N, row_E, rows, shape.input_length
+        )
+        targets_BT, target_segments_BT = self._lay_out(
+            done.targets, done.target_length_N, row_E, rows, shape.target_length
+        )
         return Batch(
-            inputs_BS=torch.from_numpy(done.inputs.reshape(rows, -1)),
-            targets_BT=torch.from_numpy(done.targets.reshape(rows, -1)),
-            input_segments_BS=None,
-            target_segments_BT=None,
+            inputs_BS=inputs_BS,
+            targets_BT=targets_BT,
+            input_segments_BS=input_segments_BS,
+            target_segments_BT=target_segments_BT,
             source_B=torch.from_numpy(source_B.astype(np.int32)),
         )
+
+    def _lay_out(
+        self, values: Int64, length_E: Int64, row_E: Int64, num_rows: int, length: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Put examples into rows, one after the other; full rows of one example need no segments.
+
+        Returns int64 tokens and int32 segments, both [rows, length].
+        """
+        if not self._shape.segments:
+            return torch.from_numpy(values.reshape(num_rows, length)), None
+        place_E = np.arange(len(row_E)) - np.searchsorted(row_E, row_E)
+        end_E = np.cumsum(length_E)
+        row_start_E = (end_E - length_E)[np.searchsorted(row_E, row_E)]
+        # Where an example's first token goes, against where it stands in `values`.
+        shift_E = row_E * length - row_start_E
+        position = np.arange(len(values)) + np.repeat(shift_E, length_E)
+        tokens = np.full(num_rows * length, self._pad_id, dtype=np.int64)
+        segments = np.zeros(num_rows * length, dtype=np.int32)
+        tokens[position] = values
+        segments[position] = np.repeat(place_E + 1, length_E)
+        shape = (num_rows, length)
+        return torch.from_numpy(tokens.reshape(shape)), torch.from_numpy(segments.reshape(shape))
 
     def _gather(self, source_B: Int64, index_B: Int64) -> Examples:
         """Return the raw text of all rows, in the order of the batch."""

@@ -63,6 +63,15 @@ class Corrupted:
     target_length_N: Int64
 
 
+def check_sentinels(num_spans: int, num_sentinels: int) -> None:
+    """Raise DataError where a row has more masked spans than the tokenizer has sentinels."""
+    if num_spans > num_sentinels:
+        raise DataError(
+            f"A row has {num_spans} masked spans but the tokenizer has {num_sentinels} sentinels. "
+            "Use shorter rows, a larger mean_span, or a tokenizer with more sentinels."
+        )
+
+
 def noise_mask(length_N: Int64, noise: Noise, key_N: UInt64) -> np.ndarray:
     """Return bool [N, longest]: true where a token is masked; a pure function of length and key."""
     noise_N, spans_N = noise.counts(length_N)
@@ -113,11 +122,7 @@ def corrupt(
     start_NL[:, 1:] &= ~mask_NL[:, :-1]
     span_NL = np.cumsum(start_NL, axis=1) - 1
     num_spans = int(span_NL[:, -1].max()) + 1
-    if num_spans > len(sentinel_ids):
-        raise DataError(
-            f"A row has {num_spans} masked spans but the tokenizer has {len(sentinel_ids)} "
-            "sentinels. Use shorter rows, a larger mean_span, or a tokenizer with more sentinels."
-        )
+    check_sentinels(num_spans, len(sentinel_ids))
     sentinel_NL = np.asarray(sentinel_ids, dtype=np.int64)[span_NL]
 
     values_NL = np.empty((num_examples, longest + 1), dtype=np.int64)

@@ -7,6 +7,7 @@ so that the embedding has a round size.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
+from switchlm.data.config import LARGEST_VOCABULARY
 from switchlm.data.order import Int64
 from switchlm.errors import DataError
 
@@ -22,7 +24,7 @@ PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 NUM_SENTINELS = 100
 MULTIPLE = 128
 _FIRST_BYTE = 3  # after the three special tokens, as in ByT5
-_PADS = (PAD, "[PAD]", "<|pad|>", "<|endoftext|>")
+_PADS = (PAD, "[PAD]", "<|pad|>")
 _ENDS = (END, "<eos>", "<|endoftext|>", "<|end_of_text|>", "[SEP]")
 
 
@@ -48,10 +50,18 @@ class Tokenizer:
         while (number := backend.token_to_id(sentinel(len(ids)))) is not None:
             ids.append(number)
         self.sentinel_ids: tuple[int, ...] = tuple(ids)
-        self._sentinels = frozenset(ids)
+        self._sentinels = {number: sentinel(index) for index, number in enumerate(ids)}
+        self._special = np.array([self.pad_id, self.end_id, *ids], dtype=np.int64)
         self._bytes = _is_byte_model(backend)
+        added = [token.content for token in backend.get_added_tokens_decoder().values()]
+        self._special_names = re.compile(f"({'|'.join(map(re.escape, added))})")
         highest = max(backend.get_vocab(with_added_tokens=True).values())
         self.vocabulary_size = -(-(highest + 1) // MULTIPLE) * MULTIPLE
+        if highest >= LARGEST_VOCABULARY:
+            raise DataError(
+                f"The tokenizer has the token id {highest}, past the limit of "
+                f"{LARGEST_VOCABULARY}: its file is probably damaged."
+            )
 
     def _find_or_add(self, names: Sequence[str]) -> int:
         for name in names:
@@ -110,7 +120,7 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "pad_token": self.backend.id_to_token(self.pad_id),
             "eos_token": self.backend.id_to_token(self.end_id),
-            "extra_special_tokens": [
+            "additional_special_tokens": [
                 self.backend.id_to_token(number) for number in self.sentinel_ids
             ],
             "clean_up_tokenization_spaces": False,
@@ -125,7 +135,20 @@ class Tokenizer:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Return token ids without an end token; special tokens in the text are understood."""
+        """Return token ids without an end token; special tokens in the text are understood.
+
+        Raises DataError for text that is not Unicode.
+        """
+        _check_unicode(text)
+        if self._bytes:
+            ids: list[int] = []
+            # Splitting by a group puts the special tokens at the odd places.
+            for place, part in enumerate(self._special_names.split(text)):
+                if place % 2:
+                    ids.append(self.backend.token_to_id(part) or 0)
+                else:
+                    ids += _encode_bytes(part).tolist()
+            return ids
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_plain(self, texts: Sequence[str]) -> list[Int64]:
@@ -140,13 +163,15 @@ class Tokenizer:
             encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         finally:
             self.backend.encode_special_tokens = False
-        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        ids = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        # Some tokenizers keep the special names among their ordinary pieces.
+        return [tokens[~np.isin(tokens, self._special)] for tokens in ids]
 
     def decode(self, ids: Iterable[int], *, keep_sentinels: bool = True) -> str:
         """Return the text; padding and end tokens are left out, sentinels stay unless told."""
         dropped = {self.pad_id, self.end_id}
         if not keep_sentinels:
-            dropped |= self._sentinels
+            dropped |= self._sentinels.keys()
         pieces: list[str] = []
         plain: list[int] = []
         # A run of ordinary ids is decoded at once: a character may span several of them.
@@ -155,8 +180,7 @@ class Tokenizer:
             if number in dropped:
                 continue
             if number in self._sentinels:
-                place = self.sentinel_ids.index(number)
-                pieces += [self.backend.decode(plain), sentinel(place)]
+                pieces += [self.backend.decode(plain), self._sentinels[number]]
                 plain = []
             else:
                 plain.append(number)
@@ -194,6 +218,13 @@ def _is_byte_model(backend: tokenizers.Tokenizer) -> bool:
         return False
     symbols = enumerate(_byte_symbols())
     return all(backend.token_to_id(symbol) == _FIRST_BYTE + byte for byte, symbol in symbols)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError("The text holds half of a surrogate pair, which is not Unicode.") from None
 
 
 def _encode_bytes(text: str) -> Int64:

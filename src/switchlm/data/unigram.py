@@ -1,0 +1,110 @@
+"""Train a Unigram tokenizer (Kudo 2018) with byte fallback: lossless on any text.
+
+As in SentencePiece, a space is written `▁` inside pieces (so that a `▁` in a text comes back as a
+space, the one exception to losslessness). Unlike it, nothing is normalised and nothing prepended:
+line breaks and indentation survive, as program text needs.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from switchlm.data.tokenizer import (
+    END,
+    NUM_SENTINELS,
+    PAD,
+    UNKNOWN,
+    Tokenizer,
+    append_end,
+)
+from switchlm.errors import DataError
+
+COVERAGE = 0.9995  # of the characters; rarer ones are spelt in bytes, as in mT5's training
+_SPECIAL = (PAD, END, UNKNOWN)
+_BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+_ASCII = tuple(chr(code) for code in range(33, 127))
+# A text may spell such a name out: then it must lose to the pieces of its characters.
+_RESERVED_SCORE = -1e6
+# Letters and digits part from other signs: fewer different words, so training is several times
+# faster, and pieces that mean the same in more places.
+_WORD = r"\n+|▁*[\p{L}\p{M}\p{N}_]+|▁*[^▁\n\p{L}\p{M}\p{N}_]+|▁+"
+
+
+def train_unigram(
+    texts: Iterable[str], vocabulary_size: int, num_sentinels: int = NUM_SENTINELS
+) -> Tokenizer:
+    """Return a tokenizer of at most `vocabulary_size` ids, specials, bytes and sentinels included.
+
+    Raises DataError where the vocabulary is too small, or the texts are too few to fill a piece.
+    """
+    num_pieces = vocabulary_size - len(_SPECIAL) - len(_BYTE_PIECES) - num_sentinels
+    if num_pieces < len(_ASCII) + 1:
+        least = vocabulary_size - num_pieces + len(_ASCII) + 1
+        raise DataError(
+            f"A unigram tokenizer needs data.vocabulary_size of at least {least}, "
+            f"got {vocabulary_size}."
+        )
+    texts = list(texts)
+    alphabet = _alphabet(texts, limit=num_pieces // 2)
+    if not alphabet:
+        raise DataError("There is no text to train a tokenizer on.")
+    learner = tokenizers.Tokenizer(models.Unigram())
+    _add_splitting(learner)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=num_pieces,
+        initial_alphabet=list(_ASCII),
+        unk_token=UNKNOWN,
+        special_tokens=[UNKNOWN],
+        show_progress=False,
+    )
+    learner.train_from_iterator(_keep_only(texts, alphabet), trainer)
+    learned = json.loads(learner.to_str())["model"]["vocab"]
+    reserved = {*_SPECIAL, *_BYTE_PIECES}
+    pieces = [(piece, score) for piece, score in learned if piece not in reserved][:num_pieces]
+    return _assemble(pieces, num_sentinels)
+
+
+def _alphabet(texts: list[str], limit: int) -> set[str]:
+    """Return the commonest characters that cover the texts, at most `limit`."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    wanted, covered, alphabet = COVERAGE * counts.total(), 0, set(_ASCII)
+    for character, count in counts.most_common(limit):
+        if covered > wanted:
+            break
+        alphabet.add(character)
+        covered += count
+    return alphabet if counts else set()
+
+
+def _keep_only(texts: list[str], alphabet: set[str]) -> Iterable[str]:
+    others = re.compile(f"[^{re.escape(''.join(sorted(alphabet)))}]+")
+    return (others.sub("\n", text) for text in texts)
+
+
+def _add_splitting(backend: tokenizers.Tokenizer) -> None:
+    """Cut text at line breaks and before words, each word with the spaces before it."""
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), behavior="isolated")
+
+
+def _assemble(pieces: list[tuple[str, float]], num_sentinels: int) -> Tokenizer:
+    """Build the tokenizer: specials, pieces, bytes, then sentinels on top."""
+    vocabulary = [(name, _RESERVED_SCORE) for name in _SPECIAL]
+    vocabulary += pieces
+    vocabulary += [(name, _RESERVED_SCORE) for name in _BYTE_PIECES]
+    backend = tokenizers.Tokenizer(
+        models.Unigram(vocabulary, unk_id=_SPECIAL.index(UNKNOWN), byte_fallback=True)
+    )
+    _add_splitting(backend)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    backend.add_special_tokens([AddedToken(name, normalized=False) for name in _SPECIAL])
+    append_end(backend)
+    return Tokenizer(backend, num_sentinels)

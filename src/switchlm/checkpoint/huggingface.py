@@ -6,7 +6,7 @@ switchlm.save(model, tokenizer, "my-model")
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,19 @@ from torch import Tensor, nn
 from switchlm.checkpoint.config_fields import Report
 from switchlm.checkpoint.hub import CONFIG, find_model
 from switchlm.checkpoint.matching import Match, match
+from switchlm.checkpoint.names import Family
 from switchlm.checkpoint.read_config import read_config
 from switchlm.checkpoint.saving import write_model
 from switchlm.checkpoint.survey import survey
 from switchlm.checkpoint.weights import LARGEST_CONFIG, Weights, inside, open_weights, read_json
+from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
 
 if TYPE_CHECKING:
     from switchlm.data.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
+OTHER_TOKENIZERS = ("spiece.model", "vocab.json")
 
 
 def load(
@@ -52,19 +55,25 @@ def load(
             f"The weights of {str(name)!r} are pickles (.bin). Only tensors are read from them and "
             "nothing in them is run, but safetensors are the better format."
         )
-    found = survey(weights.tensors)
-
-    def head_differs() -> bool:
-        assert found.head_key is not None
-        embedding = "shared.weight"
-        return embedding in weights.tensors and not weights.equal(found.head_key, embedding)
-
-    config, family = read_config(values, found, head_differs, tell)
+    config, family = _understand(values, weights, tell)
     matched = match(config, family, weights, tell)
     with torch.device("meta"):
         model = SwitchTransformer(config)
     _fill(model, matched, weights, dtype, torch.device(device))
     return model.eval(), _tokenizer(folder, tell)
+
+
+def load_config(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    report: Report | None = None,
+) -> ModelConfig:
+    """Return the configuration of a saved model as `load` understands it, without its weights."""
+    folder = find_model(name, revision=revision, local_files_only=local_files_only)
+    values = read_json(folder, CONFIG, LARGEST_CONFIG)
+    return _understand(values, open_weights(folder), report or _warn)[0]
 
 
 def save(
@@ -90,11 +99,27 @@ def _warn(message: str) -> None:
 
 def _tokenizer(folder: Path, report: Report) -> "Tokenizer | None":
     if not (folder / TOKENIZER).exists():
-        report(f"{str(folder)!r} has no {TOKENIZER}; the model is loaded without a tokenizer.")
+        for other in OTHER_TOKENIZERS:
+            if (folder / other).exists():
+                report(f"{other} is no tokenizer this can read ({TOKENIZER} is); loading without.")
         return None
     from switchlm.data.tokenizer import Tokenizer
 
-    return Tokenizer.load(inside(folder, TOKENIZER).parent)
+    return Tokenizer.load(inside(folder, TOKENIZER))
+
+
+def _understand(
+    values: dict[str, Any], weights: Weights, report: Report
+) -> tuple[ModelConfig, Family]:
+    """Return what config.json says, mended where the names and shapes of the weights say better."""
+    found = survey(weights.tensors)
+
+    def head_differs() -> bool:
+        assert found.head_key is not None
+        embedding = "shared.weight"
+        return embedding in weights.tensors and not weights.equal(found.head_key, embedding)
+
+    return read_config(values, found, head_differs, report)
 
 
 @torch.no_grad()

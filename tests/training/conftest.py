@@ -1,7 +1,7 @@
 """A tiny model and a tiny loader for training tests."""
 
 import random
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 
 import pytest
 import torch
@@ -67,15 +67,6 @@ def tiny_config(**changes: object) -> ModelConfig:
         "router": router,
     }
     return ModelConfig(**{**shape, **changes})  # type: ignore[arg-type]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Products of this size are fastest on one thread, and tests share the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,7 @@ class Loader:
 
     def iterate(
         self, start_step: int = 0, prefetch: int = 2, rank: int = 0, world_size: int = 1
-    ) -> Iterator[tuple[int, Batch]]:
+    ) -> Generator[tuple[int, Batch], None, None]:
         """Yield (step, batch) for ever, `prefetch` batches made ahead in a background thread."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="switchlm-loader") as worker:
             ahead = deque(

@@ -1,7 +1,7 @@
 """Batches, any of them, in any order, on any number of workers: a pure function of (seed, step)."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path

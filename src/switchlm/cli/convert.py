@@ -1,0 +1,62 @@
+"""switchlm convert: write a model in another layout or number format.
+
+One layout serves both ends: safetensors with the names of transformers, and a config.json whose
+key of our own says what transformers has no field for. A layout with stacked experts would save
+nothing but the stacking at load time. So `native` writes any model, and `huggingface` the same
+files once it is certain that transformers loads them and computes the same.
+"""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from switchlm.cli.options import Json, Model, note
+from switchlm.errors import CheckpointError
+
+
+class Layout(StrEnum):
+    huggingface = "huggingface"
+    native = "native"
+
+
+class Precision(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    to: Annotated[
+        Layout,
+        typer.Option(help="huggingface refuses what transformers cannot represent; native not."),
+    ] = Layout.huggingface,
+    dtype: Annotated[
+        Precision | None, typer.Option(help="Number format of the weights; as they are by default.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model in another layout."""
+    import torch
+
+    from switchlm.checkpoint.huggingface import load, save
+    from switchlm.checkpoint.limits import limits
+
+    kind = None if dtype is None else getattr(torch, dtype.value)
+    loaded, tokenizer = load(model, dtype=kind, report=note)
+    obstacles = limits(loaded.config)
+    if to is Layout.huggingface and obstacles:
+        raise CheckpointError(
+            f"{model!r} has no faithful form in transformers. {' '.join(obstacles)} "
+            "Use --to native, which keeps everything."
+        )
+    save(loaded, tokenizer, out, report=note)
+    if as_json:
+        files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+        typer.echo(json.dumps({"out": str(out), "layout": to.value, "files": files}))
+    else:
+        typer.echo(f"Model: {out}")

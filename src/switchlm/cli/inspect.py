@@ -1,0 +1,167 @@
+"""switchlm inspect: sizes, FLOPs and layers of a model; with text, who goes to which expert."""
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from switchlm.cli.options import (
+    Batches,
+    BatchSize,
+    Data,
+    Device,
+    Json,
+    note,
+    open_model,
+    read_batches,
+)
+from switchlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from switchlm.evaluation.routing import LayerRouting
+    from switchlm.model.config import ModelConfig
+
+MOST_EXPERTS = 16  # shown of a layer, the busiest first
+
+
+def inspect(
+    model: Annotated[
+        str | None, typer.Option(help="A run, a model folder, or a name on the hub.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Or a model by name, without weights.")] = None,
+    data: Data = None,
+    batches: Batches = 4,
+    batch_size: BatchSize = None,
+    input_length: Annotated[int, typer.Option(min=1, help="Tokens in a row of inputs.")] = 512,
+    target_length: Annotated[
+        int, typer.Option(min=1, help="Tokens in a row of targets, for FLOPs.")
+    ] = 114,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Show the size of a model, and who goes to which expert."""
+    if (model is None) == (preset is None):
+        raise ConfigError("Give either --model DIR or --preset NAME.")
+    layers: list[LayerRouting] = []
+    if model is None:
+        from switchlm.model.presets import preset as find_preset
+
+        if data:
+            raise ConfigError("--data needs --model: a preset has no weights to route text with.")
+        config = find_preset(str(preset))
+    elif data:
+        from switchlm.evaluation.routing import routing_statistics
+
+        loaded, tokenizer = open_model(model, device)
+        config = loaded.config
+        read, _ = read_batches(
+            model,
+            tokenizer,
+            data,
+            batches=batches,
+            batch_size=batch_size,
+            input_length=input_length,
+        )
+        layers = routing_statistics(loaded, read, tokenizer)
+    else:
+        from switchlm.checkpoint.huggingface import load_config
+
+        config = load_config(model, report=note)
+
+    sizes = describe(config, input_length, target_length)
+    if as_json:
+        routing = {"routing": [dataclasses.asdict(layer) for layer in layers]} if layers else {}
+        typer.echo(json.dumps({"model": model or preset, **sizes, **routing}))
+        return
+    console = Console()
+    console.print(_size_table(sizes))
+    for layer in layers:
+        console.print(_layer_table(layer))
+    if data and not layers:
+        note("This model is dense: it has no experts.")
+
+
+def describe(config: "ModelConfig", input_length: int, target_length: int) -> dict[str, Any]:
+    """Return parameters, FLOPs, shape, layers and router as plain values."""
+    from switchlm.config import to_mapping
+    from switchlm.model import count
+
+    shape = to_mapping(config)
+    router = shape.pop("router")
+
+    def layers(num_layers: int, decoder: bool) -> list[str]:
+        sparse = [config.is_sparse(layer, decoder=decoder) for layer in range(num_layers)]
+        return ["switch" if is_sparse else "dense" for is_sparse in sparse]
+
+    return {
+        "parameters": count.parameters(config),
+        "active_parameters": count.active_parameters(config),
+        "flops_per_token": count.flops_per_token(config, input_length, target_length),
+        "input_length": input_length,
+        "target_length": target_length,
+        "encoder_layers": layers(config.num_encoder_layers, decoder=False),
+        "decoder_layers": layers(config.num_decoder_layers, decoder=True),
+        "shape": shape,
+        "router": router if config.num_experts else None,
+    }
+
+
+def _size_table(sizes: dict[str, Any]) -> Table:
+    shape = sizes["shape"]
+    table = Table(show_header=False)
+    lengths = f"{sizes['input_length']} inputs, {sizes['target_length']} targets"
+    rows = {
+        "parameters": f"{sizes['parameters']:,}",
+        "active parameters a token": f"{sizes['active_parameters']:,}",
+        "forward FLOPs a token": f"{sizes['flops_per_token']:,.0f} ({lengths})",
+        "vocabulary": f"{shape['vocabulary_size']:,}",
+        "d_model, d_ff": f"{shape['d_model']}, {shape['d_ff']}",
+        "heads x d_kv": f"{shape['num_heads']} x {shape['d_kv']}",
+        "encoder layers": _layer_line(sizes["encoder_layers"]),
+        "decoder layers": _layer_line(sizes["decoder_layers"]),
+    }
+    if sizes["router"]:
+        router = sizes["router"]
+        capacity = router["expert_capacity"] or router["evaluation_capacity_factor"]
+        kind = "capacity" if router["expert_capacity"] else "capacity factor"
+        rows["experts a Switch layer"] = f"{shape['num_experts']}"
+        rows["router"] = f"mode {router['mode']}, " + (
+            "dropless" if capacity is None else f"{kind} {capacity} in evaluation"
+        )
+    for label, value in rows.items():
+        table.add_row(label, value)
+    return table
+
+
+def _layer_line(layers: list[str]) -> str:
+    return f"{len(layers)}, of them Switch layers: {layers.count('switch')}"
+
+
+def _layer_table(layer: "LayerRouting") -> Table:
+    total = max(sum(layer.load_E), 1)
+    table = Table(
+        title=f"{layer.name}: {layer.dropped:.1%} dropped, mean gate {layer.gate:.2f}",
+        title_justify="left",
+    )
+    table.add_column("expert", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("mostly")
+    table.add_column("most frequent tokens")
+    busiest = sorted(range(len(layer.load_E)), key=lambda expert: -layer.load_E[expert])
+    for expert in busiest[:MOST_EXPERTS]:
+        load = layer.load_E[expert]
+        classes = {kind: loads[expert] for kind, loads in layer.class_load.items()}
+        kinds = sorted(classes, key=lambda kind: -classes[kind])[:2] if load else []
+        table.add_row(
+            str(expert),
+            f"{load / total:.1%}",
+            ", ".join(f"{kind} {classes[kind] / load:.0%}" for kind in kinds if classes[kind]),
+            Text(" ".join(repr(text) for text, _ in layer.top_tokens[expert])),
+        )
+    if len(busiest) > MOST_EXPERTS:
+        table.caption = f"and {len(busiest) - MOST_EXPERTS} experts more (all with --json)"
+    return table

@@ -1,0 +1,116 @@
+"""What several verbs share: options, and how they read models and texts."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from switchlm.errors import CheckpointError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from switchlm.data.batch import Batch
+    from switchlm.data.tokenizer import Tokenizer
+    from switchlm.model.transformer import SwitchTransformer
+
+LONGEST_INPUT = 4096  # tokens; attention takes memory with the square of it
+
+Model = Annotated[str, typer.Option(help="A run, a model folder, or a name on the hub.")]
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(help="Text: [name=]path[:weight], python:stdlib, ...; may be repeated."),
+]
+Batches = Annotated[int, typer.Option(min=1, help="Read at most so many batches of text.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Rows in a batch.")]
+InputLength = Annotated[int | None, typer.Option(min=1, help="Tokens in a row of inputs.")]
+
+
+def note(message: str) -> None:
+    """Say something beside the result."""
+    typer.echo(f"Note: {message}", err=True)
+
+
+def find_device(name: str) -> Any:
+    """Return the torch.device of that name; `auto` is the GPU if there is one."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"Cannot compute on the device {name!r}: {reason}") from None
+    return torch.device(name)
+
+
+def open_model(name: str, device: str = "auto") -> "tuple[SwitchTransformer, Tokenizer]":
+    """Load a model that must have a tokenizer."""
+    place = find_device(device)
+    from switchlm.checkpoint.huggingface import load
+
+    model, tokenizer = load(name, device=place, report=note)
+    if tokenizer is None:
+        raise CheckpointError(
+            f"The model {name!r} has no tokenizer.json, so there is no telling its tokens from "
+            "text. Copy the one it was trained with into its folder."
+        )
+    return model, tokenizer
+
+
+def read_text(argument: str | None) -> str:
+    """Return the text of the argument, or of standard input where that is left out or `-`."""
+    if argument is not None and argument != "-":
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError:
+            raise DataError("The text is not valid UTF-8.") from None
+        return argument
+    if sys.stdin.isatty():
+        raise DataError("There is no text: give it as an argument, or pipe it in.")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"The text on standard input is not valid UTF-8: {error}") from None
+
+
+def read_batches(
+    name: str,
+    tokenizer: "Tokenizer",
+    data: list[str] | None,
+    *,
+    batches: int,
+    batch_size: int | None,
+    input_length: int | None,
+) -> "tuple[list[Batch], tuple[str, ...]]":
+    """Return masked text and the names of its sources.
+
+    It is all of the text of `data`, or, where that is left out, what the run of that name held out
+    in training. Rows are as in that run, if it is one.
+    """
+    from switchlm.checkpoint.run_folder import RunFolder
+    from switchlm.config import read_yaml
+    from switchlm.data.loader import open_data
+    from switchlm.recipes.config import run_config
+
+    run = RunFolder(Path(name)).config
+    config = run_config(values=read_yaml(run) if run.is_file() else {}).data
+    stated = {"batch_size": batch_size, "input_length": input_length}
+    changes: dict[str, Any] = {key: value for key, value in stated.items() if value is not None}
+    if data:
+        changes |= {"sources": tuple(data), "held_out_share": 0.0}
+    elif not config.sources:
+        raise DataError(
+            f"There is no text: {name!r} is no run whose held-out text could be used. Give some "
+            "with --data."
+        )
+    if input_length is not None:
+        changes["target_length"] = None
+    loader = open_data(
+        dataclasses.replace(config, **changes), seed=0, tokenizer=tokenizer, report=note
+    )
+    read = [loader.batch(step) for step in range(batches)] if data else loader.held_out(batches)
+    return read, loader.sources

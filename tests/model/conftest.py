@@ -1,6 +1,6 @@
 """The dense one-hot Switch layer of appendix F: what the sparse one must equal."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -39,7 +39,7 @@ def dense_layer(
     real_GS1 = real_GS[..., None].float()
     logits_GSE = torch.einsum("gsd,ed->gse", x_GSD, layer.router.weight)
     probability_GSE = logits_GSE.softmax(-1)
-    order_GSE = probability_GSE.argsort(-1, descending=True, stable=True)
+    order_GSE = probability_GSE.argsort(dim=-1, descending=True, stable=True)
 
     taken_GE = torch.zeros(x_GSD.shape[0], num_experts)
     wanted_GSE = torch.zeros_like(probability_GSE)
@@ -93,12 +93,3 @@ def dense_layer(
 def dense() -> Callable[..., Dense]:
     """The oracle as a function of (layer, x_GSD, capacity, real_GS)."""
     return dense_layer
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors of these tests are tiny: a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

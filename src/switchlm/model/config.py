@@ -55,6 +55,10 @@ class RouterConfig:
                 raise ConfigError(
                     f"router.{name} must be positive or null (dropless), got {value}."
                 )
+        if self.min_capacity is not None and self.min_capacity < 1:
+            raise ConfigError(
+                f"router.min_capacity must be at least 1 or null, got {self.min_capacity}."
+            )
         if not 0 <= self.exploration_rate < 1:
             raise ConfigError(
                 f"router.exploration_rate must lie in [0, 1), got {self.exploration_rate}."
@@ -130,6 +134,13 @@ class ModelConfig:
             value = getattr(self, name)
             if not 1 <= value < LARGEST:
                 raise ConfigError(f"model.{name} must be at least 1 and below 2^31, got {value}.")
+        for name in ("pad_id", "end_id"):
+            value = getattr(self, name)
+            if not 0 <= value < self.vocabulary_size:
+                raise ConfigError(
+                    f"model.{name} must be one of the {self.vocabulary_size} ids of the "
+                    f"vocabulary, got {value}."
+                )
         for name in ("sparse_step", "decoder_sparse_step"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < LARGEST:

@@ -24,24 +24,32 @@ def flops_per_token(config: ModelConfig, input_length: int, target_length: int) 
     width = config.num_heads * config.d_kv
     project = 2 * config.d_model * width
     feedforward = 2 * config.d_model * config.d_ff * (3 if config.gated else 2)
+    router = 2 * config.d_model * config.num_experts
+    chosen = config.router.experts_per_token
     head = 2 * config.d_model * config.vocabulary_size
 
-    def attention(queries: int, keys: int) -> int:
-        """Queries and outputs, keys and values, then scores and weighted sums."""
-        return queries * 2 * project + keys * 2 * project + queries * keys * 4 * width
+    def attend(queries: int, keys: int) -> int:
+        """Scores and weighted sums."""
+        return queries * keys * 4 * width
 
-    def feedforwards(num_layers: int, decoder: bool) -> int:
-        sparse = sum(config.is_sparse(layer, decoder=decoder) for layer in range(num_layers))
-        routers = sparse * 2 * config.d_model * config.num_experts
-        chosen = config.router.experts_per_token
-        return (num_layers - sparse + sparse * chosen) * feedforward + routers
+    def self_attention(tokens: int, sparse: bool) -> int:
+        if sparse and config.attention_experts:
+            # Queries, shared keys and values: a Switch layer each; outputs.
+            return tokens * (2 * (router + chosen * project) + project) + attend(tokens, tokens)
+        return tokens * 4 * project + attend(tokens, tokens)
+
+    def stack(tokens: int, decoder: bool) -> int:
+        total = 0
+        for layer in range(config.num_decoder_layers if decoder else config.num_encoder_layers):
+            sparse = config.is_sparse(layer, decoder=decoder)
+            total += self_attention(tokens, sparse)
+            total += tokens * (router + chosen * feedforward if sparse else feedforward)
+        return total
 
     source, target = input_length, target_length
-    encoder = config.num_encoder_layers * attention(source, source)
-    encoder += source * feedforwards(config.num_encoder_layers, False)
-    decoder = config.num_decoder_layers * (attention(target, target) + attention(target, source))
-    decoder += target * (feedforwards(config.num_decoder_layers, True) + head)
-    return (encoder + decoder) / (source + target)
+    cross = target * 2 * project + source * 2 * project + attend(target, source)
+    decoder = stack(target, True) + config.num_decoder_layers * cross + target * head
+    return (stack(source, False) + decoder) / (source + target)
 
 
 def _parameters(config: ModelConfig, experts_a_layer: int) -> int:

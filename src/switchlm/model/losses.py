@@ -33,6 +33,11 @@ def joined_balance_loss(routing: tuple[Routing, ...]) -> Tensor:
     return (fraction_GE * probability_GE).sum(-1).mean() * fraction_GE.shape[-1]
 
 
+def weighted(weight: float, loss: Tensor) -> Tensor:
+    """Return weight * loss; without a weight, spare the backward pass."""
+    return weight * loss if weight else torch.zeros_like(loss)
+
+
 def routing_losses(output: ModelOutput, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Return the weighted balance loss and the weighted router z-loss of all Switch layers.
 
@@ -60,4 +65,6 @@ def routing_losses(output: ModelOutput, config: ModelConfig) -> tuple[Tensor, Te
         z_loss_X = torch.stack([layer.z_loss for layers in stacks for layer in layers])
     over_layers = torch.mean if semantics.balance_over_layers == "mean" else torch.sum
     weight = router.balance_weight if router.balance == "loss" else 0.0
-    return weight * over_layers(balance_X), router.z_weight * over_layers(z_loss_X)
+    return weighted(weight, over_layers(balance_X)), weighted(
+        router.z_weight, over_layers(z_loss_X)
+    )

@@ -44,7 +44,7 @@ def read_verified(folder: Path, into: Mapping[str, Any] | None = None) -> dict[s
     return state
 
 
-def _fill(folder: Path, structure: dict[str, Any], into: Mapping[str, Any]) -> dict[str, Any]:
+def _fill(folder: Path, structure: Any, into: Mapping[str, Any]) -> dict[str, Any]:
     stored = {name: (dtype, shape) for name, dtype, shape in describe(structure)}
     given, _ = split(into)
     for section in into:
@@ -55,7 +55,9 @@ def _fill(folder: Path, structure: dict[str, Any], into: Mapping[str, Any]) -> d
         for name, (dtype, shape) in stored.items()
     }
     tensors.load(folder, values)
-    state: dict[str, Any] = join(structure, values)
+    state = join(structure, values)
+    if not isinstance(state, dict):
+        raise TypeError(f"it holds a {type(state).__name__} instead of named sections")
     return state
 
 

@@ -20,14 +20,14 @@ from switchlm.errors import CheckpointError
 FILE_BYTES = 2**30  # the writer holds one file in memory twice
 
 
-def save(folder: Path, tensors: dict[str, Tensor], file_bytes: int = FILE_BYTES) -> None:
-    """Write CPU tensors into safetensors files of about `file_bytes` each.
+def save(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write CPU tensors into safetensors files of about `FILE_BYTES` each.
 
     Raises OSError, or whatever else the writing met.
     """
     _hush()
     writer = dcp.HuggingFaceStorageWriter(
-        str(folder), fqn_to_index_mapping=_assign_files(tensors, file_bytes)
+        str(folder), fqn_to_index_mapping=_assign_files(tensors, FILE_BYTES)
     )
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
     try:

@@ -1,0 +1,78 @@
+"""Kept memory is handed out again when its last tensor is gone, and never before."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from switchlm.kernels import buffers
+
+SHAPE = (2, 1024, 1024)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_free() -> Iterator[None]:
+    buffers.release()
+    yield
+    buffers.release()
+
+
+def test_a_dead_tensors_memory_comes_back() -> None:
+    first = buffers.empty(SHAPE, torch.float32)
+    address = first.data_ptr()
+    del first
+    assert buffers.free_bytes() == 8 << 20
+    again = buffers.empty((2 * 1024 * 1024,), torch.float32)
+    assert again.data_ptr() == address
+    assert buffers.free_bytes() == 0
+
+
+def test_a_view_keeps_the_memory() -> None:
+    first = buffers.empty(SHAPE, torch.float32)
+    row = first[1, 5].fill_(3.0)
+    address = first.data_ptr()
+    del first
+    second = buffers.empty(SHAPE, torch.float32).fill_(7.0)
+    assert second.data_ptr() != address
+    assert torch.equal(row, torch.full((1024,), 3.0))
+
+
+def test_a_gradient_keeps_it_until_it_is_dropped() -> None:
+    weight = torch.zeros(SHAPE, requires_grad=True)
+
+    class Fill(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, weight: torch.Tensor) -> torch.Tensor:
+            return weight.new_zeros(())
+
+        @staticmethod
+        def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+            return buffers.empty(SHAPE, torch.float32).fill_(1.0)
+
+    addresses = set()
+    for _ in range(3):
+        Fill.apply(weight).backward()
+        assert weight.grad is not None
+        assert buffers.free_bytes() == 0  # the gradient is the buffer, not a copy of it
+        addresses.add(weight.grad.data_ptr())
+        weight.grad = None
+        assert buffers.free_bytes() == 8 << 20
+    assert len(addresses) == 1
+
+
+def test_sizes_that_no_longer_occur_are_given_up() -> None:
+    del_me = buffers.empty(SHAPE, torch.float32)
+    del del_me
+    kept = buffers.empty((3, 1024, 1024), torch.float32)
+    assert buffers.free_bytes() == 0
+    assert kept.shape == (3, 1024, 1024)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3), (2, 3), (3, 1024, 1024)])
+def test_shape_and_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = buffers.empty(shape, dtype)
+    assert tensor.shape == shape
+    assert tensor.dtype == dtype
+    assert tensor.is_contiguous()
+    assert torch.equal(tensor.zero_(), torch.zeros(shape, dtype=dtype))

@@ -1,0 +1,57 @@
+import dataclasses
+
+import pytest
+import torch
+import transformers
+
+from switchlm.checkpoint import huggingface
+from switchlm.model.presets import preset
+from switchlm.model.transformer import SwitchTransformer
+
+
+def test_the_copy_has_the_same_weights_and_tokenizer(run_json, nano, tmp_path):
+    out = tmp_path / "copy"
+    result = run_json("convert", "--model", nano, "--out", out)
+    assert "model.safetensors" in result["files"]
+    (model, tokenizer), (copy, its_tokenizer) = huggingface.load(nano), huggingface.load(out)
+    assert copy.config == model.config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(copy.state_dict()[name], tensor)
+    assert its_tokenizer.to_json() == tokenizer.to_json()
+    transformers.SwitchTransformersForConditionalGeneration.from_pretrained(out)
+
+
+def test_numbers_may_take_less_room(run, nano, tmp_path):
+    result = run("convert", "--model", nano, "--out", tmp_path / "half", "--dtype", "bfloat16")
+    assert result.exit_code == 0
+    model, _ = huggingface.load(tmp_path / "half")
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.fixture
+def gated(tmp_path):
+    """A model that transformers cannot represent."""
+    config = dataclasses.replace(preset("nano"), gated=True, activation="gelu")
+    with pytest.warns(UserWarning, match="gated"):
+        huggingface.save(SwitchTransformer(config), None, tmp_path / "gated")
+    return tmp_path / "gated"
+
+
+def test_what_transformers_cannot_represent_is_refused(refuse, gated, tmp_path):
+    message = refuse("convert", "--model", gated, "--to", "huggingface", "--out", tmp_path / "x")
+    assert "no gated feed-forward" in message
+    assert "--to native" in message
+    assert not (tmp_path / "x").exists()
+
+
+def test_native_keeps_everything(run, gated, tmp_path):
+    result = run("convert", "--model", gated, "--to", "native", "--out", tmp_path / "x")
+    assert result.exit_code == 0
+    assert "no gated feed-forward" in result.stderr
+    assert huggingface.load(tmp_path / "x")[0].config.gated
+
+
+def test_other_files_of_the_user_s_are_not_replaced(refuse, nano, tmp_path):
+    tmp_path.joinpath("thesis.tex").write_text("years of work")
+    assert "thesis.tex" in refuse("convert", "--model", nano, "--out", tmp_path)
+    assert tmp_path.joinpath("thesis.tex").read_text() == "years of work"

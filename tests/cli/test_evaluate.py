@@ -1,0 +1,64 @@
+import math
+
+import pytest
+
+from switchlm.checkpoint import huggingface
+
+SHORT = ("--input-length", 48, "--batch-size", 4, "--batches", 3)
+
+
+def test_losses_by_source_add_up(run_json, nano, text_file):
+    sources = ("--data", f"a={text_file}:1", "--data", f"b={text_file}:3")
+    result = run_json("evaluate", "--model", nano, *sources, *SHORT)
+    parts = result["sources"]
+    assert set(parts) == {"a", "b"}
+    assert sum(part["tokens"] for part in parts.values()) == result["tokens"]
+    weighted = sum(part["loss"] * part["tokens"] for part in parts.values())
+    assert weighted / result["tokens"] == pytest.approx(result["loss"])
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    assert 3 < result["loss"] < 30, "an untrained model knows nothing"
+
+
+def test_the_table_shows_the_same(run, run_json, nano, text_file):
+    line = ("evaluate", "--model", nano, "--data", text_file, *SHORT)
+    shown = run(*line)
+    assert shown.exit_code == 0
+    assert f"{run_json(*line)['loss']:.4f}" in shown.stdout
+    assert "story" in shown.stdout
+
+
+def test_a_run_is_measured_on_what_it_held_out(run_json, nano, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(40):
+        texts.joinpath(f"{i}.txt").write_text(f"Document {i} has the number {i * 7}. " * 8)
+    model, tokenizer = huggingface.load(nano)
+    huggingface.save(model, tokenizer, tmp_path / "run" / "model")
+    tmp_path.joinpath("run", "config.yaml").write_text(
+        f"data: {{sources: ['{texts}'], input_length: 48, batch_size: 4, held_out_share: 0.2}}\n"
+    )
+    result = run_json("evaluate", "--model", tmp_path / "run", "--batches", 2)
+    assert set(result["sources"]) == {"texts"}
+    everything = run_json("evaluate", "--model", tmp_path / "run", "--data", texts, "--batches", 2)
+    assert everything["loss"] != result["loss"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Give some with --data"),
+        (["--data", "/no/such/file"], "no file, folder or glob"),
+        (["--data", "python:nonsense"], "python:stdlib"),
+        (["--data", "{text}", "--input-length", "2"], "input_length"),
+        (["--data", "{text}", "--input-length", "60000"], "3333 masked spans"),
+    ],
+)
+def test_mistakes_are_told(refuse, nano, text_file, arguments, message):
+    arguments = [argument.format(text=text_file) for argument in arguments]
+    assert message in refuse("evaluate", "--model", nano, *arguments)
+
+
+def test_a_text_too_short_for_a_row_is_told(refuse, nano, tmp_path):
+    tmp_path.joinpath("short.txt").write_text("Too short.")
+    message = refuse("evaluate", "--model", nano, "--data", tmp_path / "short.txt")
+    assert "less than one row" in message

@@ -1,0 +1,82 @@
+import json
+
+import pytest
+
+TEXT = "def <extra_id_0>(self): return <extra_id_1>"
+
+
+def test_fill_prints_the_text_and_json_all_about_it(run, run_json, nano):
+    result = run("generate", "--model", nano, TEXT, "--fill")
+    assert result.exit_code == 0
+    data = run_json("generate", "--model", nano, TEXT, "--fill")
+    assert result.stdout == data["filled"] + "\n"
+    assert data["text"] == TEXT
+    assert set(data) == {"text", "output", "spans", "finished", "filled"}
+
+
+def test_a_text_may_come_from_standard_input(run_json, nano):
+    assert run_json("generate", "--model", nano, input="größe\n")["text"] == "größe"
+    assert run_json("generate", "--model", nano, "-", input="a\n")["text"] == "a"
+
+
+def test_greedy_is_the_default_and_seeds_decide_samples(run_json, nano):
+    def output(*options):
+        line = ("generate", "--model", nano, TEXT, "--max-new-tokens", 20, *options)
+        return run_json(*line)["output"]
+
+    assert output() == output("--greedy") == output("--temperature", 0, "--seed", 7)
+    assert output("--top-k", 1) == output()
+    sampled = ("--temperature", 2, "--top-k", 200, "--top-p", 0.9, "--seed")
+    assert output(*sampled, 1) == output(*sampled, 1)
+    assert output(*sampled, 1) != output(*sampled, 2)
+
+
+def test_an_output_cut_off_is_said(run, nano):
+    result = run("generate", "--model", nano, TEXT, "--max-new-tokens", 1)
+    assert "--max-new-tokens" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([""], "The text is empty"),
+        (["  \n "], "The text is empty"),
+        (["no blank", "--fill"], "no blank to fill"),
+        (["<extra_id_4711>", "--fill"], "knows only <extra_id_0> to <extra_id_99>"),
+        (["text", "--temperature", "-1"], "temperature must be 0"),
+        (["text", "--temperature", "nan"], "temperature must be 0"),
+        (["text", "--top-p", "0"], "top-p must lie"),
+        (["text", "--top-k", "0"], "top-k must be at least 1"),
+        (["text", "--greedy", "--top-k", "5"], "--greedy leaves no room"),
+        (["a long text", "--max-input-tokens", "3"], "11 tokens, more than 3"),
+        (["text", "--device", "abacus"], "device 'abacus'"),
+        (["text", "--device", "cuda:99"], "device 'cuda:99'"),
+        (["bad \udcff"], "not valid UTF-8"),
+    ],
+)
+def test_mistakes_are_told(refuse, nano, arguments, message):
+    assert message in refuse("generate", "--model", nano, *arguments)
+
+
+def test_bad_bytes_on_standard_input_are_told(refuse, nano):
+    assert "not valid UTF-8" in refuse("generate", "--model", nano, input=b"\xff\xfe")
+
+
+def test_wrong_folders_are_told(refuse, tmp_path, nano):
+    assert "There is no folder" in refuse("generate", "--model", tmp_path / "nowhere", "text")
+    assert "neither a model folder" in refuse("generate", "--model", tmp_path, "text")
+    tmp_path.joinpath("config.json").write_text("{")
+    assert "config.json" in refuse("generate", "--model", tmp_path, "text")
+
+
+def test_a_model_without_a_tokenizer_is_told(refuse, tmp_path, nano):
+    from switchlm.checkpoint import huggingface
+
+    model, _ = huggingface.load(nano)
+    huggingface.save(model, None, tmp_path / "bare")
+    assert "no tokenizer.json" in refuse("generate", "--model", tmp_path / "bare", "text")
+
+
+def test_the_config_of_a_saved_model_is_json(nano):
+    with open(f"{nano}/config.json") as file:
+        assert json.load(file)["vocab_size"] == 384

@@ -1,0 +1,176 @@
+import inspect
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from importlib import import_module
+
+import pytest
+
+from switchlm import __version__
+from switchlm.cli.main import VERBS
+
+
+def switchlm(*arguments, **options):
+    command = [sys.executable, "-m", "switchlm", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+def with_verb(body, *arguments):
+    """Start a command line whose verb `generate` has another body."""
+    program = f"""
+import sys
+import typer
+import switchlm.cli.generate
+from switchlm.cli.main import main
+from switchlm.errors import DataError
+def generate(out: str = "x") -> None:
+{textwrap.indent(textwrap.dedent(body), "    ")}
+switchlm.cli.generate.generate = generate
+sys.argv = ["switchlm", "generate", *{list(arguments)!r}]
+main()
+"""
+    return subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_help_is_quick_and_names_every_verb():
+    def seconds():
+        """Of processor time, which does not depend on what else runs here."""
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    started = seconds()
+    result = switchlm("--help")
+    assert result.returncode == 0
+    assert all(verb in result.stdout for verb in VERBS)
+    assert seconds() - started < 0.5
+
+
+def test_help_imports_no_verb_and_nothing_heavy():
+    program = (
+        "import sys\nfrom switchlm.cli.main import main\nsys.argv = ['switchlm', '--help']\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "verbs = [name for name in sys.modules if name.startswith('switchlm.')]\n"
+        "heavy = [name for name in ('torch', 'numpy', 'tokenizers') if name in sys.modules]\n"
+        "print(sorted(verbs), heavy, file=sys.stderr)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stderr.strip() == "['switchlm.cli', 'switchlm.cli.main', 'switchlm.errors'] []"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_is_there_and_says_what_the_table_says(verb, run):
+    function = getattr(import_module(f"switchlm.cli.{verb}"), verb)
+    assert inspect.getdoc(function).splitlines()[0] == VERBS[verb]
+    result = run(verb, "--help")
+    assert result.exit_code == 0
+    assert "--help" in result.output
+
+
+def test_help_of_a_verb_needs_no_torch():
+    program = (
+        "import sys\nfrom switchlm.cli.main import load\n"
+        f"for verb in {list(VERBS)!r}:\n    load(verb)\n"
+        "print('torch' in sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout.strip() == "False", result.stderr
+
+
+def test_version():
+    result = switchlm("--version")
+    assert result.returncode == 0
+    assert result.stdout.strip() == f"switchlm {__version__}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["genrate"], "Did you mean 'generate'?"),
+        (["generate", "--model", "x", "--temprature", "1"], "--temprature"),
+        (["generate", "--model", "x", "text", "--seed", "many"], "--seed"),
+        (["generate", "text"], "--model"),
+        ([], "Usage"),
+    ],
+)
+def test_wrong_usage_is_status_2(arguments, message):
+    result = switchlm(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr + result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_a_user_s_mistake_is_one_paragraph_and_status_2():
+    process = with_verb("raise DataError('Bad\\n  text: mend it.')")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert (out, err) == ("", "Error: Bad text: mend it.\n")
+
+
+@pytest.mark.parametrize("arguments", [["--debug"], ["--out", "y", "--debug"]])
+def test_debug_shows_the_traceback_of_a_mistake(arguments):
+    process = with_verb("raise DataError('Bad text.')", *arguments)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "Traceback" in err
+    assert err.endswith("Error: Bad text.\n")
+
+
+def test_any_other_failure_is_status_1_without_a_traceback():
+    process = with_verb("raise OSError(28, 'No space left on device')")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.startswith("Failed: OSError: [Errno 28] No space left on device\n")
+    assert "Traceback" not in err
+
+
+def test_debug_shows_the_traceback_of_any_other_failure():
+    process = with_verb("raise OSError('Broken.')", "--debug")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" in err
+
+
+def test_debug_after_two_dashes_is_text():
+    process = with_verb("raise DataError(out)", "--out", "y", "--", "--debug")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "Traceback" not in err
+
+
+WAIT = """
+import time
+print("ready", flush=True)
+time.sleep(60)
+"""
+TRAIN = """
+import time
+from switchlm.cli.signals import stop_on_signal
+with stop_on_signal() as should_stop:
+    print("ready", flush=True)
+    while not should_stop():
+        time.sleep(0.01)
+    print("saved", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "number", "status", "output"),
+    [
+        (WAIT, signal.SIGINT, 130, ""),
+        (WAIT, signal.SIGTERM, -signal.SIGTERM, ""),  # which a shell reports as 143
+        (TRAIN, signal.SIGINT, 130, "saved\n"),
+        (TRAIN, signal.SIGTERM, 143, "saved\n"),
+    ],
+)
+def test_signals_have_their_statuses(body, number, status, output):
+    process = with_verb(body)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert out == output
+    assert "Traceback" not in err

@@ -135,12 +135,12 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 
 def _scalar(kind: type, value: Any, where: str) -> Any:
-    if kind in (int, float) and not isinstance(value, bool):
-        if kind is int and isinstance(value, int):
+    if kind in (int, float):
+        if kind is int and type(value) is int:
             return value
         # YAML 1.1 reads 1e-3 as a string: accept what Python calls a number.
         try:
-            number = float(value)
+            number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if kind is float and math.isfinite(number):

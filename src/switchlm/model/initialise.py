@@ -6,15 +6,13 @@ routers, N(0, 1) for the embedding, uniform by fan average for relative biases.
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from switchlm.model.config import ModelConfig
-
-if TYPE_CHECKING:
-    from switchlm.model.switch import SwitchLayer
+from switchlm.model.experts import Experts
+from switchlm.model.router import Router
 
 ROUTER_STD = 0.02
 # The standard deviation of a unit normal cut at two standard deviations.
@@ -29,12 +27,12 @@ def truncated_normal_(weight: Tensor, fan_in: int, scale: float) -> None:
 
 
 @torch.no_grad()
-def initialise_switch(layer: "SwitchLayer", scale: float) -> None:
-    """Initialise a Switch layer; each expert as if it were alone."""
-    nn.init.normal_(layer.router.weight, std=ROUTER_STD)
-    if layer.router.bias_E is not None:
-        layer.router.bias_E.zero_()
-    for weight_EDF in layer.experts.parameters():
+def initialise_switch(router: Router, experts: Experts, scale: float) -> None:
+    """Initialise the parts of a Switch layer; each expert as if it were alone."""
+    nn.init.normal_(router.weight, std=ROUTER_STD)
+    if router.bias_E is not None:
+        router.bias_E.zero_()
+    for weight_EDF in experts.parameters():
         truncated_normal_(weight_EDF, weight_EDF.shape[1], scale)
 
 
@@ -50,7 +48,7 @@ def initialise(model: nn.Module, config: ModelConfig) -> None:
             bound = math.sqrt(3 * scale / (sum(module.weight.shape) / 2))
             nn.init.uniform_(module.weight, -bound, bound)
         elif hasattr(module, "router"):
-            initialise_switch(module, scale)
+            initialise_switch(module.router, module.experts, scale)
         elif isinstance(module, nn.Linear):
             fan_in = module.in_features * (config.d_kv if kind == "query" else 1)
             if kind in ("query", "key", "value", "output"):

@@ -76,7 +76,7 @@ class SwitchFeedForward(SwitchLayer):
             Router(d_model, num_experts, router or RouterConfig(), causal),
             FeedForwardExperts(d_model, d_ff, num_experts, activation, gated, expert_dropout),
         )
-        initialise_switch(self, initialisation_scale)
+        initialise_switch(self.router, self.experts, initialisation_scale)
 
 
 class SwitchProjection(SwitchLayer):
@@ -96,4 +96,4 @@ class SwitchProjection(SwitchLayer):
             Router(d_model, num_experts, router or RouterConfig(), causal),
             ProjectionExperts(d_model, width, num_experts),
         )
-        initialise_switch(self, initialisation_scale)
+        initialise_switch(self.router, self.experts, initialisation_scale)

@@ -1,1 +1,1 @@
-
+"""The one training loop: objective, optimisers, schedules, precision, and what it reports."""

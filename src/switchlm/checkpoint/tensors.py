@@ -17,7 +17,7 @@ from torch import Tensor
 
 from switchlm.errors import CheckpointError
 
-FILE_BYTES = 2**30  # the writer holds one file in memory twice
+FILE_BYTES = 2**28  # the writer holds one file in memory twice; a larger tensor has its own
 
 
 def save(folder: Path, tensors: dict[str, Tensor]) -> None:

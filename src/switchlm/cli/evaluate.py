@@ -18,6 +18,7 @@ from switchlm.cli.options import (
     open_model,
     read_batches,
 )
+from switchlm.errors import CheckpointError
 
 
 def evaluate(
@@ -40,6 +41,11 @@ def evaluate(
         model, tokenizer, data, batches=batches, batch_size=batch_size, input_length=input_length
     )
     result = held_out_loss(loaded, read, names)
+    if not math.isfinite(result["loss"]):
+        raise CheckpointError(
+            f"The loss of {model!r} is {result['loss']}: its weights are damaged, or too large for "
+            "the number format that it computes in."
+        )
     for part in (result, *result["sources"].values()):
         part["perplexity"] = math.exp(min(part["loss"], 700.0))
     if as_json:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from switchlm.errors import ConfigError, DataError
+from switchlm.errors import CheckpointError, ConfigError, DataError
 from switchlm.generation.cache import StaticCache
 from switchlm.generation.inference import dropless, evaluation_mode
 from switchlm.generation.sampling import GREEDY, Sampling, next_tokens, uniforms
@@ -53,7 +53,7 @@ def generate(
     (as transformers' `generate` does); the decoder, which sees one token at a time, drops none.
 
     Raises ConfigError for a limit or seeds that make no sense, DataError for an empty
-    prompt or a token that the vocabulary lacks.
+    prompt or a token that the vocabulary lacks, CheckpointError for a model that gives no numbers.
     """
     batch = inputs_BS.shape[0]
     if max_new_tokens < 1:
@@ -83,6 +83,11 @@ def generate(
                 output = model.decode(
                     token_B1, encoded_BSD, input_segments_BS=segments_BS, cache=cache
                 )
+                if step == 0 and not output.logits_BTV.isfinite().all():
+                    raise CheckpointError(
+                        "The model's logits are not finite: its weights are damaged, or too large "
+                        "for the number format that it computes in."
+                    )
                 token_B = next_tokens(
                     output.logits_BTV[:, -1],
                     sampling,

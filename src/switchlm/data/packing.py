@@ -95,7 +95,9 @@ class PackedDocuments:
         self._pieces = pieces
         self._seed = seed
         inputs_P, targets_P = noise.corrupted_lengths(pieces.length_P)
-        # One size for both limits: the larger share of a row, counted in input tokens.
+        # One size for both limits: the larger share of a row, counted in input tokens. Trying the
+        # two limits one by one leaves a third of the room empty: long pieces would take the inputs
+        # first, and the many targets of the short ones would then have no place.
         size_P = np.maximum(inputs_P, -(-targets_P * input_length // target_length))
         self._order_P, self._first_B = pack(size_P, input_length)
         self.num_rows = len(self._first_B) - 1

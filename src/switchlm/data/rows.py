@@ -33,6 +33,11 @@ class Examples:
     length_E: Int64
     row_E: Int64
 
+    @property
+    def place_E(self) -> Int64:
+        """The place of each example in its row, from 0."""
+        return np.arange(len(self.row_E)) - np.searchsorted(self.row_E, self.row_E)
+
 
 def join(parts: list[Examples]) -> Examples:
     """Return the examples of all parts in the order of their rows."""

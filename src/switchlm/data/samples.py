@@ -50,7 +50,7 @@ class Samples:
             source_B, index_B = np.full_like(sample_B, only_source), sample_B
         examples = self._gather(source_B, index_B)
         sample_key_E = hash_numbers(self._mask_key, sample_B[examples.row_E])
-        key_E = hash_numbers(sample_key_E, np.arange(len(examples.row_E)))
+        key_E = hash_numbers(sample_key_E, examples.place_E)
         mask_EL = noise_mask(examples.length_E, self._shape.noise, key_E)
         done = corrupt(
             examples.tokens_EL, examples.length_E, mask_EL, self._sentinels, self._end_id
@@ -79,16 +79,15 @@ class Samples:
         """
         if not self._shape.segments:
             return torch.from_numpy(values.reshape(num_rows, length)), None
-        place_E = np.arange(len(row_E)) - np.searchsorted(row_E, row_E)
-        end_E = np.cumsum(length_E)
-        row_start_E = (end_E - length_E)[np.searchsorted(row_E, row_E)]
+        first_E = np.searchsorted(row_E, row_E)  # the first example of each example's row
+        row_start_E = (np.cumsum(length_E) - length_E)[first_E]
         # Where an example's first token goes, against where it stands in `values`.
         shift_E = row_E * length - row_start_E
         position = np.arange(len(values)) + np.repeat(shift_E, length_E)
         tokens = np.full(num_rows * length, self._pad_id, dtype=np.int64)
         segments = np.zeros(num_rows * length, dtype=np.int32)
         tokens[position] = values
-        segments[position] = np.repeat(place_E + 1, length_E)
+        segments[position] = np.repeat(np.arange(len(row_E)) - first_E + 1, length_E)
         shape = (num_rows, length)
         return torch.from_numpy(tokens.reshape(shape)), torch.from_numpy(segments.reshape(shape))
 

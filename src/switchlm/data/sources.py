@@ -32,10 +32,10 @@ class Source:
 def parse(text: str) -> Source:
     """Read `[name=]location[:weight]`. A path that exists is taken whole, colons and all."""
     match = _NAME.fullmatch(text)
-    name, location = (match[1], match[2]) if match and not Path(text).exists() else ("", text)
+    name, location = (match[1], match[2]) if match and not os.path.exists(text) else ("", text)
     weight = None
     head, colon, tail = location.rpartition(":")
-    if colon and _NUMBER.fullmatch(tail) and not Path(location).exists():
+    if colon and _NUMBER.fullmatch(tail) and not os.path.exists(location):
         location, weight = head, float(tail)
         if not 0 < weight < float("inf"):
             raise DataError(f"The weight of the data source {text!r} must be positive.")
@@ -67,7 +67,10 @@ def parse_all(texts: Sequence[str]) -> tuple[Source, ...]:
 def _default_name(location: str) -> str:
     if location.startswith(("python:", "hub:")):
         return location.split(":")[1].rpartition("/")[2]
-    return Path(location).name.split(".")[0] or Path(location).resolve().name or location
+    path = Path(location)
+    while has_magic(path.name):
+        path = path.parent
+    return path.name.split(".")[0] or path.resolve().name or location
 
 
 def is_hub(source: Source) -> bool:
@@ -84,10 +87,10 @@ def files(source: Source) -> list[tuple[str, Path]]:
     if location.startswith("python:"):
         root = _python_folder(location)
         found = [path for path in _walk(root) if path.suffix == ".py"]
-    elif Path(location).is_file():
+    elif os.path.isfile(location):
         root = Path(location).parent
         found = [Path(location)]
-    elif Path(location).is_dir():
+    elif os.path.isdir(location):
         root = Path(location)
         found = _walk(root)
     elif has_magic(location):

@@ -40,7 +40,8 @@ class Noise:
     def raw_length(self, input_length: int) -> int:
         """Return how many raw tokens fill `input_length` exactly (T5's `random_spans_helper`).
 
-        Raises DataError where none does, which only happens to very short rows.
+        Raises DataError where no number does: in rows of a few tokens, and where nearly every
+        other token is a span.
         """
         length_L = np.arange(2, int((input_length + 1) / (1 - self.density)) + 3)
         inputs_L, _ = self.corrupted_lengths(length_L)
@@ -48,7 +49,7 @@ class Noise:
         if not exact.size:
             raise DataError(
                 f"No text fills rows of input_length {input_length} exactly with noise_density "
-                f"{self.density} and mean_span {self.mean_span}. Use longer rows."
+                f"{self.density} and mean_span {self.mean_span}. Use longer rows or longer spans."
             )
         return int(length_L[exact[-1]])
 

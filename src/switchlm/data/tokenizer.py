@@ -57,11 +57,6 @@ class Tokenizer:
         self._special_names = re.compile(f"({'|'.join(map(re.escape, added))})")
         highest = max(backend.get_vocab(with_added_tokens=True).values())
         self.vocabulary_size = -(-(highest + 1) // MULTIPLE) * MULTIPLE
-        if highest >= LARGEST_VOCABULARY:
-            raise DataError(
-                f"The tokenizer has the token id {highest}, past the limit of "
-                f"{LARGEST_VOCABULARY}: its file is probably damaged."
-            )
 
     def _find_or_add(self, names: Sequence[str]) -> int:
         for name in names:
@@ -102,8 +97,8 @@ class Tokenizer:
     def from_json(cls, text: str) -> "Tokenizer":
         """Read the text of a `tokenizer.json`."""
         try:
-            json.loads(text)
-        except ValueError as error:
+            _check_ids(json.loads(text))
+        except (ValueError, RecursionError) as error:
             raise DataError(f"The tokenizer file is not JSON: {error}") from None
         return cls(_parse(text))
 
@@ -192,6 +187,23 @@ def append_end(backend: tokenizers.Tokenizer) -> None:
     backend.post_processor = processors.TemplateProcessing(
         single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, 1)]
     )
+
+
+def _check_ids(file: Any) -> None:
+    """Refuse absurd ids before the library makes room for all that lie below them."""
+    model = file.get("model") if isinstance(file, dict) else None
+    if not isinstance(model, dict):
+        raise DataError("The tokenizer file has no model: it is not a tokenizer.json.")
+    vocabulary = model.get("vocab")
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    added = file.get("added_tokens") or []
+    ids += [token.get("id") for token in added if isinstance(token, dict)]
+    for number in ids:
+        if not isinstance(number, int) or not 0 <= number < LARGEST_VOCABULARY:
+            raise DataError(
+                f"The tokenizer file has the token id {number!r}; ids lie between 0 and "
+                f"{LARGEST_VOCABULARY}, so it is probably damaged."
+            )
 
 
 def _parse(text: str) -> tokenizers.Tokenizer:

@@ -39,6 +39,9 @@ def train_unigram(
 ) -> Tokenizer:
     """Return a tokenizer of at most `vocabulary_size` ids, specials, bytes and sentinels included.
 
+    Training adds up in several threads, so doing it again may give slightly different pieces: keep
+    the result.
+
     Raises DataError where the vocabulary is too small, or the texts are too few to fill a piece.
     """
     num_pieces = vocabulary_size - len(_SPECIAL) - len(_BYTE_PIECES) - num_sentinels
@@ -64,8 +67,9 @@ def train_unigram(
     learner.train_from_iterator(_keep_only(texts, alphabet), trainer)
     learned = json.loads(learner.to_str())["model"]["vocab"]
     reserved = {*_SPECIAL, *_BYTE_PIECES}
-    pieces = [(piece, score) for piece, score in learned if piece not in reserved][:num_pieces]
-    return _assemble(pieces, num_sentinels)
+    # Short decimals: the library does not read its own longer ones back exactly.
+    pieces = [(piece, round(score, 6)) for piece, score in learned if piece not in reserved]
+    return _assemble(pieces[:num_pieces], num_sentinels)
 
 
 def _alphabet(texts: list[str], limit: int) -> set[str]:

@@ -1,0 +1,214 @@
+import itertools
+import threading
+
+import pytest
+import torch
+
+from switchlm.data.config import DataConfig
+from switchlm.data.loader import open_data
+from switchlm.errors import DataError
+
+FIELDS = ("inputs_BS", "targets_BT", "input_segments_BS", "target_segments_BT", "source_B")
+
+
+def assert_equal(left, right, rows=slice(None)):
+    for name in FIELDS:
+        whole, part = getattr(left, name), getattr(right, name)
+        assert (whole is None) == (part is None), name
+        if whole is not None:
+            assert torch.equal(whole[rows], part), name
+
+
+@pytest.fixture(params=["running", "packed", "mixed"])
+def loader(request, open_corpus, corpus, tmp_path):
+    """Loaders of each kind; the corpus is so small that a few steps cross epochs."""
+    if request.param == "running":
+        return open_corpus()
+    if request.param == "packed":
+        return open_corpus(input_length=64, pack=True)
+    extra = tmp_path / "extra.jsonl"
+    extra.write_text("".join(f'{{"text": "record {n} {"x y " * n}"}}\n' for n in range(30)))
+    return open_corpus(sources=(f"a={corpus}:0.7", f"b={extra}:0.3"), target_length=24)
+
+
+def test_full_rows_of_running_text_need_no_segments(open_corpus):
+    batch = open_corpus().batch(0)
+    assert batch.inputs_BS.shape == (8, 32)
+    assert batch.input_segments_BS is None
+    assert batch.target_segments_BT is None
+    assert batch.inputs_BS.dtype == batch.targets_BT.dtype == torch.int64
+    assert batch.source_B.dtype == torch.int32
+    assert (batch.inputs_BS[:, -1] == 1).all()
+    assert (batch.targets_BT[:, -1] == 1).all()
+    assert (batch.inputs_BS != 0).all()
+
+
+def test_longer_targets_are_padded_and_have_segments(open_corpus):
+    batch = open_corpus(target_length=24).batch(0)
+    assert batch.targets_BT.shape == (8, 24)
+    assert (batch.input_segments_BS == 1).all()
+    assert (batch.targets_BT[batch.target_segments_BT == 0] == 0).all()
+    assert (batch.target_segments_BT == 1).sum(1).unique().numel() == 1
+
+
+def test_a_batch_is_a_function_of_seed_and_step(loader):
+    late = loader.batch(900)
+    for step in range(3):
+        loader.batch(step)
+    assert_equal(late, loader.batch(900))
+    assert not torch.equal(late.inputs_BS, loader.batch(901).inputs_BS)
+
+
+def test_any_number_of_workers_make_the_same_global_batch(loader):
+    for step in (0, 1, 57):
+        whole = loader.batch(step)
+        for workers in (1, 2, 4, 8):
+            share = 8 // workers
+            for rank in range(workers):
+                rows = slice(rank * share, (rank + 1) * share)
+                assert_equal(whole, loader.batch(step, rank, workers), rows)
+
+
+def test_workers_joining_and_leaving_in_mid_epoch_repeat_and_lose_nothing(open_corpus):
+    loader = open_corpus(input_length=16)
+    seen = []
+    for step, workers in enumerate(itertools.chain([4] * 9, [2] * 9, [1] * 9, [4] * 9)):
+        seen += [loader.sample_ids(step, rank, workers).tolist() for rank in range(workers)]
+    assert sorted(itertools.chain(*seen)) == list(range(36 * 8))
+
+
+def test_a_fresh_loader_resumes_exactly_across_an_epoch(open_corpus):
+    running = open_corpus(seed=5)
+    expected = dict(itertools.islice(running.iterate(), 60))
+    for step, batch in itertools.islice(open_corpus(seed=5).iterate(start_step=40), 20):
+        assert_equal(expected[step], batch)
+    assert not torch.equal(open_corpus(seed=6).batch(40).inputs_BS, expected[40].inputs_BS)
+
+
+def test_iterate_prefetches_in_a_thread_and_stops_it(open_corpus):
+    loader = open_corpus()
+    batches = loader.iterate(prefetch=3)
+    assert next(batches)[0] == 0
+    assert any(thread.name.startswith("switchlm-loader") for thread in threading.enumerate())
+    batches.close()
+    assert not any(thread.name.startswith("switchlm-loader") for thread in threading.enumerate())
+
+
+def test_what_goes_wrong_in_the_thread_reaches_the_caller(open_corpus):
+    loader = open_corpus()
+    with pytest.raises(DataError, match="cannot be shared out evenly among 3"):
+        next(loader.iterate(world_size=3))
+
+
+def test_held_out_text_is_never_trained_on(open_corpus):
+    loader = open_corpus(input_length=64)
+
+    def numbers(batches):
+        lines = [
+            line
+            for batch in batches
+            for inputs, targets in zip(batch.inputs_BS, batch.targets_BT, strict=True)
+            for line in restore(loader.tokenizer, inputs.tolist(), targets.tolist()).split("\n")[1:]
+        ]
+        # Every document begins with its own number and a colon.
+        return {line.split(":")[0] for line in lines if line.partition(":")[0].isdigit()}
+
+    held_out = numbers(loader.held_out(6))
+    trained = numbers(loader.batch(step) for step in range(40))
+    assert held_out
+    assert len(trained) > 40
+    assert not held_out & trained
+
+
+def restore(tokenizer, inputs, targets):
+    spans, current = {}, []
+    for token in targets[:-1]:
+        if token in tokenizer.sentinel_ids:
+            current = spans.setdefault(token, [])
+        else:
+            current.append(token)
+    ids = [piece for token in inputs[:-1] for piece in spans.get(token, [token])]
+    return "".join("\n" if number == 1 else tokenizer.decode([number]) for number in ids)
+
+
+def test_held_out_batches_are_the_same_for_every_seed(open_corpus):
+    for first, second in zip(
+        open_corpus(seed=1).held_out(3), open_corpus(seed=2).held_out(3), strict=True
+    ):
+        assert_equal(first, second)
+
+
+def test_held_out_batches_by_source(open_corpus, corpus, tmp_path):
+    extra = tmp_path / "extra"
+    extra.mkdir()
+    for number in range(20):
+        (extra / f"{number}.txt").write_text(f"zzz {number} " * 20)
+    loader = open_corpus(sources=(str(corpus), f"z={extra}"))
+    assert loader.sources == ("corpus", "z")
+    for index, name in enumerate(loader.sources):
+        (batch,) = loader.held_out(1, source=name)
+        assert (batch.source_B == index).all()
+    (only_z,) = loader.held_out(1, source="z")
+    assert "zzz" in loader.tokenizer.decode(only_z.inputs_BS[0].tolist())
+    with pytest.raises(DataError, match="no data source 'y'"):
+        loader.held_out(1, source="y")
+
+
+def test_a_source_of_one_document_has_no_held_out_text(open_corpus, corpus, tmp_path):
+    single = tmp_path / "single.jsonl"
+    single.write_text(f'{{"text": "{"words and more " * 50}"}}\n')
+    mixed = open_corpus(sources=(str(corpus), str(single)))
+    assert (mixed.held_out(4)[0].source_B == 0).all()
+    with pytest.raises(DataError, match="'single' has no held-out text"):
+        mixed.held_out(1, source="single")
+    with pytest.raises(DataError, match="No document is held out"):
+        open_corpus(sources=(str(single),)).held_out(1)
+
+
+def test_a_single_text_file_is_cut_so_that_some_is_held_out(open_corpus, tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"{number}: a line of a long book\n" for number in range(12_000)))
+    assert len(open_corpus(sources=(str(path),)).held_out(2)) == 2
+
+
+def test_an_example_is_shown_as_text(open_corpus):
+    inputs, targets = open_corpus().example()
+    assert "<extra_id_0>" in inputs
+    assert targets.startswith("<extra_id_0>")
+
+
+def test_settings_that_do_not_fit_are_refused(open_corpus, tmp_path):
+    with pytest.raises(DataError, match="target_length 5 is too short: inputs of 32"):
+        open_corpus(target_length=5)
+    with pytest.raises(DataError, match="masked spans but the tokenizer has 100 sentinels"):
+        open_corpus(input_length=900, mean_span=1.0)
+    with pytest.raises(DataError, match="less than one row"):
+        open_corpus(input_length=20_000, mean_span=100.0)
+    with pytest.raises(DataError, match="no data sources"):
+        open_corpus(sources=())
+
+
+def test_progress_and_the_mixture_are_reported(open_corpus, corpus):
+    lines = []
+    open_corpus(sources=(f"a={corpus}:3", f"b={corpus}:1"), report=lines.append)
+    assert any(line.startswith("a: ") and line.endswith("75.0% of the rows") for line in lines)
+    assert any(line.startswith("b: ") and line.endswith("25.0% of the rows") for line in lines)
+
+
+def test_a_unigram_tokenizer_is_trained_once(open_corpus):
+    lines = []
+    first = open_corpus(tokenizer="unigram", vocabulary_size=768, report=lines.append)
+    second = open_corpus(tokenizer="unigram", vocabulary_size=768, report=lines.append)
+    assert sum("Training a tokenizer" in line for line in lines) == 1
+    assert first.tokenizer.fingerprint() == second.tokenizer.fingerprint()
+    assert_equal(first.batch(3), second.batch(3))
+
+
+def test_a_saved_tokenizer_can_be_named_or_given(open_corpus, corpus, tmp_path):
+    trained = open_corpus(tokenizer="unigram", vocabulary_size=768)
+    trained.tokenizer.save(tmp_path / "saved")
+    named = open_corpus(tokenizer=str(tmp_path / "saved"))
+    assert_equal(trained.batch(0), named.batch(0))
+    config = DataConfig(sources=(str(corpus),), input_length=32, batch_size=8, held_out_share=0.1)
+    given = open_data(config, seed=0, cache_dir=tmp_path / "cache", tokenizer=trained.tokenizer)
+    assert_equal(trained.batch(0), given.batch(0))

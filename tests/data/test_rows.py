@@ -1,0 +1,59 @@
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from switchlm.data.cache import TokenCache
+from switchlm.data.rows import RunningText
+
+
+def cache_of(lengths):
+    """A cache whose token at every place is that place."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return TokenCache(
+        tokens=np.arange(offsets[-1], dtype=np.uint32),
+        offsets=offsets,
+        hashes_D=np.zeros(len(lengths), dtype=np.uint64),
+        skipped="",
+    )
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(2, 30), st.booleans()), min_size=1, max_size=20),
+    st.integers(2, 25),
+    st.integers(0, 5),
+)
+def test_rows_are_consecutive_text_of_the_chosen_documents_and_no_other(documents, length, seed):
+    lengths, chosen = np.array([n for n, _ in documents]), np.array([c for _, c in documents])
+    cache = cache_of(lengths)
+    parts = [cache.tokens[cache.offsets[d] : cache.offsets[d + 1]] for d in np.flatnonzero(chosen)]
+    text = np.concatenate([np.zeros(0, dtype=np.uint32), *parts])
+    rows = RunningText(cache, chosen, length, seed)
+    assert rows.num_tokens == len(text)
+    assert rows.num_rows == len(text) // length
+    if not rows.num_rows:
+        return
+    place = {int(token): at for at, token in enumerate(text)}
+    for epoch in range(3):
+        found = rows.examples(np.arange(rows.num_rows) + epoch * rows.num_rows).tokens_EL
+        at = np.vectorize(place.__getitem__)(found)
+        assert ((at[:, 1:] - at[:, :-1]) % len(text) == 1 % len(text)).all()
+        # 0 repeated over an epoch; what is left over is less than a row.
+        assert len(np.unique(at)) == rows.num_rows * length
+
+
+def test_passes_are_shuffled_and_cut_elsewhere():
+    rows = RunningText(cache_of([1000]), np.array([True]), 10, seed=1)
+    first = rows.examples(np.arange(100)).tokens_EL[:, 0]
+    second = rows.examples(np.arange(100, 200)).tokens_EL[:, 0]
+    assert not np.array_equal(first, np.sort(first))
+    assert first[0] % 10 != second[0] % 10
+    other = RunningText(cache_of([1000]), np.array([True]), 10, seed=2)
+    assert not np.array_equal(first, other.examples(np.arange(100)).tokens_EL[:, 0])
+
+
+def test_a_row_does_not_depend_on_what_is_asked_for_with_it():
+    rows = RunningText(cache_of([300, 200]), np.array([True, True]), 10, seed=1)
+    together = rows.examples(np.arange(200)).tokens_EL
+    for index in (0, 49, 50, 199):
+        assert together[index].tolist() == rows.examples(np.array([index])).tokens_EL[0].tolist()

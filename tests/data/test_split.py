@@ -1,0 +1,47 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from switchlm.data.split import choose_held_out
+
+HASHES = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=50)
+
+
+def choose(hashes, share=0.1, least=0, length=100):
+    hashes = np.array(hashes, dtype=np.uint64)
+    return choose_held_out(hashes, np.full(len(hashes), length), share, least)
+
+
+@settings(max_examples=60, deadline=None)
+@given(HASHES, HASHES, st.floats(0.0, 0.5))
+def test_more_documents_move_none(hashes, others, share):
+    alone = choose(hashes, share)
+    among = choose(hashes + others, share)
+    assert alone.tolist() == among[: len(hashes)].tolist()
+
+
+def test_the_share_is_about_what_was_asked_for():
+    hashes = np.random.default_rng(0).integers(0, 2**64, size=20_000, dtype=np.uint64)
+    assert choose(hashes, 0.03).mean() == pytest.approx(0.03, abs=0.005)
+    assert not choose(hashes, 0.0).any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(HASHES, st.integers(0, 3000))
+def test_equal_documents_stay_together_and_training_keeps_half(hashes, least):
+    hashes = hashes + hashes[:3]
+    chosen = choose(hashes, 0.0001, least)
+    for value in set(hashes):
+        assert len({bool(c) for c, h in zip(chosen, hashes, strict=True) if h == value}) == 1
+    assert chosen.sum() <= max(len(hashes) / 2, sum(h < 2**64 * 0.0001 for h in hashes))
+
+
+def test_a_small_corpus_still_holds_out_a_row():
+    hashes = [2**63 + number for number in range(10)]
+    assert choose(hashes, 0.01, least=250).sum() == 3
+    assert choose(hashes, 0.01, least=10**9).sum() == 5
+
+
+def test_a_single_document_is_for_training():
+    assert not choose([2**63], 0.01, least=50).any()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from switchlm.checkpoint.huggingface import load
 from switchlm.checkpoint.names import entries
@@ -190,6 +191,42 @@ def test_dense_models_agree(fields, seed, their_t5, theirs_on_disk, assert_close
     theirs = their_t5(**fields)
     ours, _ = load(theirs_on_disk(theirs), report=quiet)
     compare(theirs, ours, batch(seed), assert_close)
+
+
+class GatedFeedForward(torch.nn.Module):
+    """What Switch-XXL has and transformers has not: GEGLU, in experts and dense layers."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.wi_0 = torch.nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wi_1 = torch.nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = torch.nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = torch.nn.functional.gelu(self.wi_0(x), approximate="tanh")
+        return self.wo(gate * self.wi_1(x))
+
+
+def test_switch_xxl_agrees(their_switch, theirs_on_disk, assert_close, monkeypatch):
+    """transformers, given the gated layers it lacks, against the layout of the released files."""
+    modeling = pytest.importorskip(
+        "transformers.models.switch_transformers.modeling_switch_transformers"
+    )
+    monkeypatch.setattr(modeling, "SwitchTransformersDenseActDense", GatedFeedForward)
+    monkeypatch.setattr(
+        modeling.SwitchTransformersPreTrainedModel, "_init_weights", lambda *_: None
+    )
+    theirs = their_switch(num_layers=4, num_sparse_encoder_layers=2, tie_word_embeddings=False)
+    folder = theirs_on_disk(theirs)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["decoder.lm_head.weight"] = tensors.pop("lm_head.weight")
+    save_file(tensors, folder / "model.safetensors")
+    said: list[str] = []
+    ours, _ = load(folder, report=said.append)
+    assert ours.config.gated
+    assert not ours.config.tied_head
+    assert "GEGLU" in "".join(said)
+    compare(theirs, ours, batch(4), assert_close, output_router_logits=True)
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 5])

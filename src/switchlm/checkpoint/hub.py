@@ -1,10 +1,12 @@
 """Find a model: a run, a model folder, or a name on the Hugging Face hub."""
 
+import re
 from pathlib import Path
 
 from switchlm.errors import CheckpointError, MissingExtraError
 
 CONFIG = "config.json"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
 _SMALL_FILES = ("*.json", "tokenizer*", "*.txt", "README.md")
 
 
@@ -23,14 +25,9 @@ def find_model(name: str | Path, *, revision: str | None, local_files_only: bool
             f"{str(name)!r} is neither a model folder ({CONFIG} is missing) nor a run with a saved "
             "model in it."
         )
-    if isinstance(name, Path) or not _is_hub_name(name):
+    if isinstance(name, Path) or not HUB_NAME.fullmatch(name):
         raise CheckpointError(f"There is no folder {str(name)!r}, and it is no name on the hub.")
     return _download(name, revision, local_files_only)
-
-
-def _is_hub_name(name: str) -> bool:
-    parts = name.split("/")
-    return len(parts) <= 2 and all(part and not part.startswith(".") for part in parts)
 
 
 def _download(name: str, revision: str | None, local_files_only: bool) -> Path:

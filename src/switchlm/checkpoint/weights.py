@@ -7,6 +7,7 @@ files are unpickled with weights_only, which runs no code of theirs.
 
 import json
 import pickle
+import struct
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,22 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+
+# What torch.load raises for damaged pickles: they program its unpickler, wrong arguments and all.
+DAMAGE = (
+    pickle.UnpicklingError,
+    struct.error,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +199,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except DAMAGE as error:
         raise CheckpointError(
             f"{path.name} is damaged, or holds more than tensors, which could run code and is not "
             f"read: {str(error)[:200]}"
@@ -194,11 +211,15 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
 
 def _describe_pickled(path: Path) -> dict[str, Description]:
     described = {}
+    claimed = 0
     for key, tensor in _unpickle(path).items():
         whole = isinstance(tensor, Tensor) and tensor.layout == torch.strided
         if not whole or tensor.dtype not in _DTYPES.values():
             raise CheckpointError(f"{key[:200]!r} in {path.name} is not a tensor of numbers.")
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        size = tensor.numel() * tensor.element_size()
+        claimed += size
+        # Tensors may be views of one memory: honest ones are the four names of the embedding.
+        if size > tensor.untyped_storage().nbytes() or claimed > 4 * path.stat().st_size:
             raise CheckpointError(f"{key[:200]!r} in {path.name} claims more than the file holds.")
         described[key] = Description(tuple(tensor.shape), tensor.dtype, path)
     return described

@@ -14,6 +14,7 @@ from switchlm.cli.options import (
     BatchSize,
     Data,
     Device,
+    InputLength,
     Json,
     note,
     open_model,
@@ -36,7 +37,7 @@ def inspect(
     data: Data = None,
     batches: Batches = 4,
     batch_size: BatchSize = None,
-    input_length: Annotated[int, typer.Option(min=1, help="Tokens in a row of inputs.")] = 512,
+    input_length: InputLength = None,
     target_length: Annotated[
         int, typer.Option(min=1, help="Tokens in a row of targets, for FLOPs.")
     ] = 114,
@@ -72,7 +73,7 @@ def inspect(
 
         config = load_config(model, report=note)
 
-    sizes = describe(config, input_length, target_length)
+    sizes = describe(config, input_length or 512, target_length)
     if as_json:
         routing = {"routing": [dataclasses.asdict(layer) for layer in layers]} if layers else {}
         typer.echo(json.dumps({"model": model or preset, **sizes, **routing}))

@@ -25,7 +25,9 @@ Data = Annotated[
 ]
 Batches = Annotated[int, typer.Option(min=1, help="Read at most so many batches of text.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Rows in a batch.")]
-InputLength = Annotated[int | None, typer.Option(min=1, help="Tokens in a row of inputs.")]
+InputLength = Annotated[
+    int | None, typer.Option(min=1, help="Tokens in a row of inputs; the run's, or 512.")
+]
 
 
 def note(message: str) -> None:

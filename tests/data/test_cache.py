@@ -89,7 +89,7 @@ def test_a_damaged_cache_is_built_again(corpus, tmp_path, damage):
 
 def test_a_folder_that_cannot_be_written_is_an_error(corpus, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match="Cannot write the token cache"):
+    with pytest.raises(DataError, match="Cannot write the cache in"):
         build(corpus, tmp_path / "file")
 
 

@@ -11,7 +11,6 @@ nothing, however many processes build at once and wherever one of them is killed
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections import Counter
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from switchlm.data import sources
-from switchlm.data.atomic import Report, flush, locked
+from switchlm.data.atomic import Report, building, flush
 from switchlm.data.order import Int64, UInt64
 from switchlm.data.readers import Document
 from switchlm.data.sources import Source
@@ -76,29 +75,16 @@ def open_cache(
     final = folder / f"tokens-{key}"
     if (cache := _read(final)) is not None:
         return cache
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / f"{final.name}.lock", report):
-            if (cache := _read(final)) is not None:
-                return cache
-            for leftover in [final, *folder.glob(f"{final.name}.part-*")]:
-                shutil.rmtree(leftover, ignore_errors=True)
-            part = folder / f"{final.name}.part-{os.getpid()}"
-            part.mkdir()
-            try:
-                skipped: Counter[str] = Counter()
-                documents = sources.read(
-                    source, text_column=text_column, max_documents=max_documents, skipped=skipped
-                )
-                _write(part, source.name, documents, tokenizer, skipped, report)
-                os.replace(part, final)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-    except OSError as error:
-        raise DataError(
-            f"Cannot write the token cache in {str(folder)!r}: {error}. Point the cache at a "
-            "folder with room that you may write to."
-        ) from None
+    with building(final, report) as part:
+        if (cache := _read(final)) is not None:
+            return cache
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one
+        part.mkdir()
+        skipped: Counter[str] = Counter()
+        documents = sources.read(
+            source, text_column=text_column, max_documents=max_documents, skipped=skipped
+        )
+        _write(part, source.name, documents, tokenizer, skipped, report)
     cache = _read(final)
     assert cache is not None
     return cache

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from switchlm.data import sources
-from switchlm.data.atomic import Report, flush, locked
+from switchlm.data.atomic import Report, building, flush
 from switchlm.data.cache import fingerprint
 from switchlm.data.config import DataConfig
 from switchlm.data.sources import Source
@@ -31,16 +30,13 @@ def open_tokenizer(
     settings = [_FORMAT, config.vocabulary_size, TRAINING_CHARACTERS, prints]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
     kept = folder / f"tokenizer-{key}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / f"{kept.name}.lock", report):
+    with building(kept, report) as part:
         if not kept.exists():
             report(f"Training a tokenizer of {config.vocabulary_size:,} pieces; kept for next time")
-            texts = _sample(config, parsed)
-            part = folder / f"{kept.name}.part-{os.getpid()}"
+            trained = train_unigram(_sample(config, parsed), config.vocabulary_size)
             with part.open("w", encoding="utf-8") as file:
-                file.write(train_unigram(texts, config.vocabulary_size).to_json())
+                file.write(trained.to_json())
                 flush(file)
-            os.replace(part, kept)
     return Tokenizer.load(kept)
 
 

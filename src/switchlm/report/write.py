@@ -60,12 +60,17 @@ def _series(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     evaluation = [line for line in metrics if "evaluation_loss" in line]
     keys = ("step", "seconds", "loss", "tokens_per_second", "dropped_by_layer", "gate", "load")
     return {
-        "layers": next((line["layers"] for line in training if line.get("layers")), []),
+        "layers": next((_labels(line["layers"]) for line in training if line.get("layers")), []),
         "training": [_pick(line, keys) for line in _thin(training)],
         "evaluation": [
             _pick(line, ("step", "seconds", "evaluation_loss")) for line in _thin(evaluation)
         ],
     }
+
+
+def _labels(layers: Sequence[str]) -> list[str]:
+    """`encoder.blocks.3.feedforward` is `encoder 3` to a reader."""
+    return [name.replace(".blocks.", " ").removesuffix(".feedforward") for name in layers]
 
 
 def _pick(line: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:

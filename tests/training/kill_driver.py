@@ -93,7 +93,7 @@ def kill_and_resume(folder: Path, num_kills: int) -> dict[str, Any]:
     """Run once undisturbed, once with kills, a third of them inside a save; compare the two."""
     text = folder / "text"
     write_text(text)
-    steps = 40 + 8 * num_kills
+    steps = 20 + 8 * num_kills
     whole, killed = RunFolder(folder / "whole"), RunFolder(folder / "killed")
     started = time.monotonic()
     work(whole, text, steps)

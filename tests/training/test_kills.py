@@ -21,11 +21,11 @@ def drive(folder: Path, num_kills: int) -> dict:
 
 
 def test_a_killed_run_ends_bitwise_as_the_undisturbed_one(tmp_path):
-    result = drive(tmp_path, 5)
+    result = drive(tmp_path, 3)
     assert result["resumed"], "a killed run could not go on"
     assert result["curves"]
     assert result["states"]
-    assert result["kills"] >= 4
+    assert result["kills"] >= 2
 
 
 @pytest.mark.slow

@@ -59,12 +59,12 @@ def test_lines_of_dense_models_have_no_routing(build, loader):
 
 def test_it_learns(build, loader):
     config = TrainingConfig(
-        steps=200, log_every=50, warmup_steps=20, learning_rate=0.02, evaluate_every=100
+        steps=120, log_every=30, warmup_steps=20, learning_rate=0.02, evaluate_every=60
     )
     lines = list(train(build(), loader, config))
     losses = [line["loss"] for line in lines if "loss" in line]
     held_out = [line["evaluation_loss"] for line in lines if "evaluation_loss" in line]
-    assert losses[-1] < 0.3 * losses[0]
+    assert losses[-1] < 0.4 * losses[0]
     assert held_out[-1] < held_out[0]
 
 
@@ -81,6 +81,18 @@ def test_the_loss_of_a_line_is_the_mean_since_the_last(build, loader):
     each = [line["loss"] for line in train(build(), loader, one)]
     means = [line["loss"] for line in train(build(), loader, four)]
     assert means == pytest.approx([sum(each[:4]) / 4, sum(each[4:]) / 4])
+
+
+def test_the_last_step_is_always_logged(build, loader):
+    config = TrainingConfig(steps=5, log_every=3, evaluate_every=None)
+    assert [line["step"] for line in train(build(), loader, config)] == [3, 5]
+
+
+def test_a_folder_with_a_run_in_it_is_refused(build, loader, tmp_path):
+    config = TrainingConfig(steps=1, evaluate_every=None)
+    list(train(build(), loader, config, run=RunFolder(tmp_path)))
+    with pytest.raises(CheckpointError, match="There are checkpoints of a run"):
+        list(train(build(), loader, config, run=RunFolder(tmp_path)))
 
 
 def test_accumulation_reads_the_next_batches(build, loader):

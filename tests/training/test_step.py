@@ -188,7 +188,7 @@ def test_bias_balancing_evens_the_loads(build):
         summary = summarise_routing(training_step(model, optimizer, [batch]).routing)
         return float(summary.load_LE.amax(1).mean() * summary.load_LE.shape[1])
 
-    loads = [highest_load() for _ in range(60)]
+    loads = [highest_load() for _ in range(40)]
     assert loads[0] > 1.5
     assert loads[-1] < 1.08
 

@@ -72,11 +72,13 @@ def train(
 ) -> Iterator[Line]:
     """Train `model` in place on its device and yield every metrics line as it is written.
 
-    A line of training has step, loss (means since the last line, nats a target), balance_loss,
-    z_loss, dropped, learning_rate, gradient_norm, tokens, tokens_per_second, seconds (of training
-    alone), skipped and spikes (since the last line); sparse models add layers, load, gate and
-    dropped_by_layer of the step itself. A line of evaluation has step, seconds, evaluation_loss,
-    and evaluation_loss_by_source.
+    A line of training (every `log_every` steps, and the last step) has step, tokens and seconds of
+    training so far; loss (nats a target), balance_loss, z_loss (both weighted) and gradient_norm
+    (before clipping) as means since the last line, None if every step was skipped; skipped, spikes
+    and tokens_per_second since then; and learning_rate and dropped of the step itself. Sparse
+    models add, of the step, layers (names), load (a list of shares a layer), gate and
+    dropped_by_layer. A line of evaluation has step, seconds, evaluation_loss and
+    evaluation_loss_by_source.
 
     run: where metrics.jsonl and checkpoints go; without it nothing is written. resume: go on from
     the newest whole checkpoint there, or from the start if there is none yet. The run ends after
@@ -125,6 +127,11 @@ class _Run:
         config = self.config
         if resume:
             self._resume()
+        elif self.store is not None and self.store.steps():
+            raise CheckpointError(
+                f"There are checkpoints of a run in {str(self.store.folder)!r} already. Resume it, "
+                "or give another folder."
+            )
         held_out: Sequence[Batch] = ()
         if config.evaluate_every is not None:
             held_out = self.loader.held_out(config.evaluate_batches)
@@ -138,7 +145,7 @@ class _Run:
             self.model.train()
             while not self._done():
                 record = self._step(batches)
-                if self._due(config.log_every):
+                if self._due_to_log():
                     yield monitor.write(self._training_line(record))
                 if held_out and self._due(config.evaluate_every):
                     evaluated = self.progress.step
@@ -168,13 +175,16 @@ class _Run:
         )
         progress.step += 1
         self.averages.add(record.figures)
-        if self._due(config.log_every):
+        if self._due_to_log():
             self.averages.fold()  # waits for the device, so that the time is the step's
         progress.seconds += time.perf_counter() - started
         return record
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.progress.step % every == 0
+
+    def _due_to_log(self) -> bool:
+        return self._due(self.config.log_every) or self.progress.step == self.config.steps
 
     def _done(self) -> bool:
         config, progress = self.config, self.progress

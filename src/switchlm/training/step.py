@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from switchlm.data.batch import Batch
@@ -123,14 +123,15 @@ def backward(
     return losses, routing
 
 
-def nudge_biases(model: nn.Module, routing: Sequence[Routings], finite: Tensor) -> None:
+def nudge_biases(model: SwitchTransformer, routing: Sequence[Routings], finite: Tensor) -> None:
     """Move the selection biases of routers balanced by `bias`; not at all after a bad batch."""
+    if model.config.router.balance != "bias":
+        return
     routers = [module for module in model.modules() if isinstance(module, Router)]
-    for layer, router in enumerate(routers):
-        if router.config.balance == "bias":
-            load_E = torch.stack([batch[layer].load_E for batch in routing]).sum(0)
-            # Equal loads move no bias.
-            router.nudge_bias(torch.where(finite, load_E, 0))
+    for router, layers in zip(routers, zip(*routing, strict=True), strict=True):
+        load_E = sum_of([layer.load_E for layer in layers])
+        # Equal loads move no bias.
+        router.nudge_bias(torch.where(finite, load_E, 0))
 
 
 @torch.no_grad()

@@ -181,6 +181,14 @@ def test_saving_replaces_a_model_and_nothing_else(nano):
     assert sorted(nano.parent.iterdir()) == [nano]
 
 
+def test_relative_folders_are_saved_to(tmp_path, monkeypatch):
+    model = build(NANO)
+    monkeypatch.chdir(tmp_path)
+    switchlm.save(model, None, "deep/model")
+    same_tensors(model, switchlm.load("deep/model")[0])
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["model"]
+
+
 def test_a_failing_save_leaves_no_trace(nano, monkeypatch):
     before = {path.name: path.read_bytes() for path in nano.iterdir()}
 

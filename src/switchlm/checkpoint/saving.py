@@ -45,13 +45,12 @@ def write_model(
     report: Report,
 ) -> None:
     """Write into a hidden folder beside `folder`, then rename; see huggingface.save."""
+    folder = folder.absolute()
     _check_replaceable(folder)
     for limit in limits(model.config):
         report(limit)
-    make_folder(folder.absolute().parent)
-    partial = Path(
-        tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.absolute().parent)
-    )
+    make_folder(folder.parent)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
         _write_weights(model, partial, max_shard_bytes)
         _write_texts(model, partial)
@@ -83,10 +82,10 @@ def _check_replaceable(folder: Path) -> None:
 def _put_in_place(partial: Path, folder: Path) -> None:
     old = None
     if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.absolute().parent))
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
         os.replace(folder, old)
     os.replace(partial, folder)
-    sync_folder(folder.absolute().parent)
+    sync_folder(folder.parent)
     if old is not None:
         shutil.rmtree(old)
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from switchlm.kernels.attention import biased_attention, fits
 from switchlm.model.config import ModelConfig
 from switchlm.model.routing import Routing
 from switchlm.model.switch import SwitchProjection
@@ -84,13 +85,8 @@ def attend(
     query_BHQK: Tensor, key_BHMK: Tensor, value_BHMK: Tensor, bias: Tensor | None, dropout: float
 ) -> Tensor:
     """Return softmax(q k^T + bias) v, [B, Q, H * K]; no bias is a bias of zero."""
-    if bias is not None and bias.requires_grad and bias.device.type == "cpu":
-        # No fused kernel gives the gradient of the bias on a CPU: these are the steps, with fewer
-        # passes over the scores than the fallback of scaled_dot_product_attention takes.
-        score_BHQM = query_BHQK @ key_BHMK.mT
-        score_BHQM += bias
-        weight_BHQM = nn.functional.dropout(score_BHQM.softmax(-1), dropout)
-        y_BHQK = weight_BHQM.to(value_BHMK.dtype) @ value_BHMK
+    if bias is not None and bias.requires_grad and not dropout and fits(query_BHQK, bias):
+        y_BHQK = biased_attention(query_BHQK, key_BHMK, value_BHMK, bias)
     else:
         y_BHQK = nn.functional.scaled_dot_product_attention(
             query_BHQK,

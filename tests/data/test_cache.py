@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from switchlm.data import cache
+from switchlm.data import cache, readers
 from switchlm.data.cache import open_cache
 from switchlm.data.sources import parse
 from switchlm.data.tokenizer import Tokenizer
@@ -160,3 +160,17 @@ def test_a_builder_killed_in_the_middle_leaves_no_trace(corpus, tmp_path):
     (made,) = finished(folder)
     assert ".part-" not in made
     assert json.loads((folder / made / "manifest.json").read_text())["dtype"] == "uint16"
+
+
+def test_equal_documents_and_sections_of_one_file_share_a_hash(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "WHOLE", 100)
+    monkeypatch.setattr(readers, "SECTION", 50)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "large.txt").write_text("".join(f"line {number}\n" for number in range(100)))
+    for name in ("one.txt", "same.txt"):
+        (folder / name).write_text("the same words")
+    hashes = build(folder, tmp_path / "cache").hashes_D.tolist()
+    assert len(hashes) > 10
+    assert len(set(hashes)) == 2
+    assert hashes[-1] == hashes[-2] != hashes[0]

@@ -19,7 +19,7 @@ def assert_equal(left, right, rows=slice(None)):
             assert torch.equal(whole[rows], part), name
 
 
-@pytest.fixture(params=["running", "packed", "mixed"])
+@pytest.fixture(params=["running", "packed", "mixed", "mixed and packed"])
 def loader(request, open_corpus, corpus, tmp_path):
     """Loaders of each kind; the corpus is so small that a few steps cross epochs."""
     if request.param == "running":
@@ -28,7 +28,10 @@ def loader(request, open_corpus, corpus, tmp_path):
         return open_corpus(input_length=64, pack=True)
     extra = tmp_path / "extra.jsonl"
     extra.write_text("".join(f'{{"text": "record {n} {"x y " * n}"}}\n' for n in range(30)))
-    return open_corpus(sources=(f"a={corpus}:0.7", f"b={extra}:0.3"), target_length=24)
+    sources = (f"a={corpus}:0.7", f"b={extra}:0.3")
+    if request.param == "mixed":
+        return open_corpus(sources=sources, target_length=24)
+    return open_corpus(sources=sources, input_length=64, pack=True)
 
 
 def test_full_rows_of_running_text_need_no_segments(open_corpus):
@@ -77,12 +80,19 @@ def test_workers_joining_and_leaving_in_mid_epoch_repeat_and_lose_nothing(open_c
     assert sorted(itertools.chain(*seen)) == list(range(36 * 8))
 
 
-def test_a_fresh_loader_resumes_exactly_across_an_epoch(open_corpus):
-    running = open_corpus(seed=5)
-    expected = dict(itertools.islice(running.iterate(), 60))
-    for step, batch in itertools.islice(open_corpus(seed=5).iterate(start_step=40), 20):
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_fresh_loader_resumes_exactly_across_an_epoch(open_corpus, corpus, tmp_path, pack):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(f'{{"text": "another text, number {n}"}}\n' for n in range(40)))
+    settings = {"sources": (f"{corpus}:0.6", f"{other}:0.4"), "input_length": 64, "pack": pack}
+    # An epoch of the larger source is about 15 steps.
+    expected = dict(itertools.islice(open_corpus(seed=5, **settings).iterate(), 60))
+    resumed = open_corpus(seed=5, **settings).iterate(start_step=10)
+    for step, batch in itertools.islice(resumed, 50):
         assert_equal(expected[step], batch)
-    assert not torch.equal(open_corpus(seed=6).batch(40).inputs_BS, expected[40].inputs_BS)
+    resumed.close()
+    other_seed = open_corpus(seed=6, **settings).batch(40)
+    assert not torch.equal(other_seed.inputs_BS, expected[40].inputs_BS)
 
 
 def test_iterate_prefetches_in_a_thread_and_stops_it(open_corpus):

@@ -112,3 +112,13 @@ def test_targets_get_more_room_where_examples_are_short():
     short = Pieces(start_P=np.zeros(50, int), length_P=np.full(50, 10))
     assert target_length_for([long], noise, 512) == 120
     assert target_length_for([short], noise, 512) == 208
+
+
+def test_documents_of_one_token_are_left_out(open_corpus, tmp_path):
+    path = tmp_path / "short.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "bc"}\n{"text": "def"}\n' * 3)
+    loader = open_corpus(sources=(str(path),), pack=True, held_out_share=0.0)
+    found = {
+        restore(loader.tokenizer, *example) for example in examples_of(loader, loader.batch(0))
+    }
+    assert found == {"bc", "def"}

@@ -46,6 +46,11 @@ def test_any_text_comes_back_unchanged(trained, text):
     assert trained.decode(trained.encode_plain([text])[0]) == text
 
 
+def test_names_of_reserved_pieces_are_ordinary_text(trained):
+    for name in ("<0x0A>", "</s>", "<unk>", "<pad>", " <0xFF>x"):
+        assert trained.decode(trained.encode_plain([name])[0]) == name
+
+
 def test_it_is_saved_for_transformers(trained, tmp_path):
     from transformers import AutoTokenizer
 

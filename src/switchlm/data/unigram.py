@@ -27,8 +27,6 @@ COVERAGE = 0.9995  # of the characters; rarer ones are spelt in bytes, as in mT5
 _SPECIAL = (PAD, END, UNKNOWN)
 _BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _ASCII = tuple(chr(code) for code in range(33, 127))
-# A text may spell such a name out: then it must lose to the pieces of its characters.
-_RESERVED_SCORE = -1e6
 # Letters and digits part from other signs: fewer different words, so training is several times
 # faster, and pieces that mean the same in more places.
 _WORD = r"\n+|▁*[\p{L}\p{M}\p{N}_]+|▁*[^▁\n\p{L}\p{M}\p{N}_]+|▁+"
@@ -99,9 +97,10 @@ def _add_splitting(backend: tokenizers.Tokenizer) -> None:
 
 def _assemble(pieces: list[tuple[str, float]], num_sentinels: int) -> Tokenizer:
     """Build the tokenizer: specials, pieces, bytes, then sentinels on top."""
-    vocabulary = [(name, _RESERVED_SCORE) for name in _SPECIAL]
+    # A text that spells one of these names out never meets it: `<` and letters are split first.
+    vocabulary = [(name, 0.0) for name in _SPECIAL]
     vocabulary += pieces
-    vocabulary += [(name, _RESERVED_SCORE) for name in _BYTE_PIECES]
+    vocabulary += [(name, 0.0) for name in _BYTE_PIECES]
     backend = tokenizers.Tokenizer(
         models.Unigram(vocabulary, unk_id=_SPECIAL.index(UNKNOWN), byte_fallback=True)
     )

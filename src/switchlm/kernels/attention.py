@@ -9,6 +9,8 @@ Shapes: B batch, H heads, Q queries, M keys and values (memory), K head width, N
 G groups of rows.
 """
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from switchlm.kernels import workers
-from switchlm.kernels.workers import Run
 
-GROUPS = 16  # each sums its own gradient of the bias; no more threads than groups
+MOST_GROUPS = 16  # each sums its own gradient of the bias; no more threads than groups
 CACHED_SCORES = 2**18  # of one block of rows: 1 MiB
-LEAST_SCORES = 2**20  # of the batch; below, waking a thread does not pay
 
 
 def fits(query_BHQK: Tensor, bias: Tensor) -> bool:
@@ -41,6 +41,38 @@ def biased_attention(
     return y_BHQK
 
 
+@dataclass(frozen=True)
+class _Groups:
+    """Rows of the batch in groups, as many as fill the cache, whatever the number of threads.
+
+    rows: of the batch. scores_a_row: H * Q * M.
+    """
+
+    rows: int
+    scores_a_row: int
+
+    @property
+    def size(self) -> int:
+        """Rows of a group; the last may have fewer."""
+        wanted = self.rows * self.scores_a_row // CACHED_SCORES
+        return max(math.ceil(self.rows / min(max(wanted, 1), MOST_GROUPS)), 1)
+
+    @property
+    def number(self) -> int:
+        return math.ceil(self.rows / self.size)
+
+    def parts(self) -> list[list[int]]:
+        """Return the groups of each thread."""
+        threads = max(min(torch.get_num_threads(), self.number), 1)
+        return [list(range(thread, self.number, threads)) for thread in range(threads)]
+
+    def blocks(self, group: int) -> list[tuple[int, int]]:
+        """Return (first row, end row) of the blocks of a group whose scores fit the cache."""
+        first, end = group * self.size, min((group + 1) * self.size, self.rows)
+        step = max(CACHED_SCORES // max(self.scores_a_row, 1), 1)
+        return [(row, min(row + step, end)) for row in range(first, end, step)]
+
+
 class _BiasedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
@@ -48,10 +80,11 @@ class _BiasedAttention(torch.autograd.Function):
         query_NQK, key_NMK, value_NMK = (x.flatten(0, 1) for x in (query, key, value))
         weight_NQM = query_NQK.new_empty(rows * heads, queries, key.shape[2])
         y_NQK = torch.empty_like(query_NQK)
+        groups = _Groups(rows, heads * queries * key.shape[2])
 
-        def attend(part: list[Run]) -> None:
-            for _, first, end in part:
-                for row, last in _blocks(first, end, weight_NQM.shape, heads):
+        def attend(part: list[int]) -> None:
+            for group in part:
+                for row, last in groups.blocks(group):
                     at = slice(row * heads, last * heads)
                     score_NQM = weight_NQM[at]
                     torch.bmm(query_NQK[at], key_NMK[at].mT, out=score_NQM)
@@ -59,17 +92,18 @@ class _BiasedAttention(torch.autograd.Function):
                     torch.softmax(score_NQM, -1, out=score_NQM)
                     torch.bmm(score_NQM, value_NMK[at], out=y_NQK[at])
 
-        workers.share(attend, _parts(rows, weight_NQM.numel()))
+        workers.share(attend, groups.parts())
         ctx.save_for_backward(query_NQK, key_NMK, value_NMK, weight_NQM, y_NQK)
         ctx.bias_shape = bias.shape
-        ctx.rows, ctx.heads = rows, heads
+        ctx.groups = groups
+        ctx.heads = heads
         return y_NQK.unflatten(0, (rows, heads))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         query_NQK, key_NMK, value_NMK, weight_NQM, y_NQK = ctx.saved_tensors
-        rows, heads = ctx.rows, ctx.heads
+        groups, heads = ctx.groups, ctx.heads
         dy_NQK = gradients[0].flatten(0, 1)
         # Softmax's gradient is weight * (dweight - sum of weight * dweight), and that sum is dy y.
         mean_NQ1 = (dy_NQK * y_NQK).sum(-1, keepdim=True)
@@ -77,11 +111,12 @@ class _BiasedAttention(torch.autograd.Function):
             torch.empty_like(x) for x in (query_NQK, key_NMK, value_NMK)
         )
         shared = ctx.bias_shape[0] == 1
-        dbias = query_NQK.new_zeros(GROUPS if shared else rows, *ctx.bias_shape[1:])
+        sums = groups.number if shared else groups.rows
+        dbias = query_NQK.new_zeros(sums, *ctx.bias_shape[1:])
 
-        def differentiate(part: list[Run]) -> None:
-            for group, first, end in part:
-                for row, last in _blocks(first, end, weight_NQM.shape, heads):
+        def differentiate(part: list[int]) -> None:
+            for group in part:
+                for row, last in groups.blocks(group):
                     at = slice(row * heads, last * heads)
                     torch.bmm(weight_NQM[at].mT, dy_NQK[at], out=dvalue_NMK[at])
                     dscore_NQM = torch.bmm(dy_NQK[at], value_NMK[at].mT)
@@ -91,30 +126,11 @@ class _BiasedAttention(torch.autograd.Function):
                     into = dbias[group : group + 1] if shared else dbias[row:last]
                     into += dscore_NQM.unflatten(0, (-1, heads)).sum_to_size(into.shape)
 
-        workers.share(differentiate, _parts(rows, weight_NQM.numel()))
+        workers.share(differentiate, groups.parts())
         dquery, dkey, dvalue = (
-            x.unflatten(0, (rows, heads)) for x in (dquery_NQK, dkey_NMK, dvalue_NMK)
+            x.unflatten(0, (groups.rows, heads)) for x in (dquery_NQK, dkey_NMK, dvalue_NMK)
         )
         return dquery, dkey, dvalue, dbias.sum(0, keepdim=True) if shared else dbias
-
-
-def _parts(rows: int, scores: int) -> list[list[Run]]:
-    """Return what each thread takes: (group, first row, end row)."""
-    size = max(-(-rows // GROUPS), 1)
-    groups = [
-        (group, first, min(first + size, rows)) for group, first in enumerate(range(0, rows, size))
-    ]
-    threads = min(torch.get_num_threads(), len(groups))
-    if threads < 2 or scores < LEAST_SCORES:
-        return [groups]
-    return [groups[thread::threads] for thread in range(threads)]
-
-
-def _blocks(first: int, end: int, weight_shape: torch.Size, heads: int) -> list[tuple[int, int]]:
-    """Return (row, end) of the blocks whose scores fit the cache."""
-    scores_a_row = heads * weight_shape[1] * weight_shape[2]
-    size = max(CACHED_SCORES // max(scores_a_row, 1), 1)
-    return [(row, min(row + size, end)) for row in range(first, end, size)]
 
 
 def _rows(bias: Tensor, first: int, end: int) -> Tensor:

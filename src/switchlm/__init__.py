@@ -8,31 +8,55 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from switchlm.checkpoint.huggingface import load, save
+    from switchlm.data.config import DataConfig
+    from switchlm.data.loader import open_data
+    from switchlm.generation.fill import fill
     from switchlm.model.config import ModelConfig, RouterConfig
+    from switchlm.model.losses import cross_entropy, routing_losses
     from switchlm.model.presets import preset
     from switchlm.model.switch import SwitchFeedForward
-    from switchlm.model.transformer import SwitchTransformer
+    from switchlm.model.transformer import SwitchTransformer, shift_right
+    from switchlm.recipes.config import RunConfig, run_config
+    from switchlm.recipes.pretrain import pretrain
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DataConfig": "switchlm.data.config",
     "ModelConfig": "switchlm.model.config",
     "RouterConfig": "switchlm.model.config",
+    "RunConfig": "switchlm.recipes.config",
     "SwitchFeedForward": "switchlm.model.switch",
     "SwitchTransformer": "switchlm.model.transformer",
+    "cross_entropy": "switchlm.model.losses",
+    "fill": "switchlm.generation.fill",
     "load": "switchlm.checkpoint.huggingface",
+    "open_data": "switchlm.data.loader",
     "preset": "switchlm.model.presets",
+    "pretrain": "switchlm.recipes.pretrain",
+    "routing_losses": "switchlm.model.losses",
+    "run_config": "switchlm.recipes.config",
     "save": "switchlm.checkpoint.huggingface",
+    "shift_right": "switchlm.model.transformer",
 }
 
 __all__ = [
+    "DataConfig",
     "ModelConfig",
     "RouterConfig",
+    "RunConfig",
     "SwitchFeedForward",
     "SwitchTransformer",
+    "cross_entropy",
+    "fill",
     "load",
+    "open_data",
     "preset",
+    "pretrain",
+    "routing_losses",
+    "run_config",
     "save",
+    "shift_right",
 ]
 
 

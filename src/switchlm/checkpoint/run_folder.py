@@ -27,6 +27,11 @@ class RunFolder:
         return self.root / "config.yaml"
 
     @property
+    def tokenizer(self) -> Path:
+        """The tokenizer that the run trains with, so that it resumes with the same."""
+        return self.root / "tokenizer"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a line; every line has its `step`."""
         return self.root / "metrics.jsonl"

@@ -73,7 +73,9 @@ def compare(
     progress = Progress(console, steps=steps, seconds=seconds)
     result: dict = {}
     with stop_on_signal() as should_stop:
-        events = recipe.compare(pair, out, seconds=seconds, should_stop=should_stop)
+        events = recipe.compare(
+            pair, out, seconds=seconds, should_stop=should_stop, report=progress.say
+        )
         for event in progress.watch(events):
             result = event.get("result", result)
     if as_json:

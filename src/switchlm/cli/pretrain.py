@@ -36,7 +36,7 @@ def pretrain(
     console = Console(stderr=as_json)
     progress = Progress(console, steps=run.training.steps, seconds=run.training.seconds)
     with stop_on_signal() as should_stop:
-        events = recipe(run, out, resume=resume, should_stop=should_stop)
+        events = recipe(run, out, resume=resume, should_stop=should_stop, report=progress.say)
         for event in progress.watch(events):
             if as_json and "step" in event:
                 typer.echo(json.dumps(event))

@@ -42,6 +42,12 @@ class Progress:
                 self._take(event)
                 yield event
 
+    def say(self, line: str) -> None:
+        """Show a line of a phase that has no steps to count."""
+        self.phase = line
+        if not self.console.is_terminal:
+            self.console.print(line, markup=False, highlight=False)
+
     def _take(self, event: dict[str, Any]) -> None:
         if "phase" in event:
             self.phase = event["phase"]

@@ -90,21 +90,22 @@ def compare(
     *,
     seconds: float | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Event]:
     """Train both models for `training.steps` steps, or until `seconds` of wall time are spent.
 
     Yields events: `{"phase": text}`, the metric lines of both with `run` ("dense" or "sparse"), and
     last `{"result": {...}}`, which compare.json holds too. Writes OUT/dense and OUT/sparse (run
-    folders), OUT/compare.json and OUT/report.html.
+    folders), OUT/compare.json and OUT/report.html. report: called with a line now and then while
+    text is prepared.
     """
     started = time.monotonic()
     yield {"phase": "reading text"}
     training = config.sparse.training
-    loader = open_data(config.sparse.data, seed=training.seed)
-    vocabulary = loader.tokenizer.vocabulary_size
+    loader = open_data(config.sparse.data, seed=training.seed, report=report)
     config = Comparison(
-        sparse=with_vocabulary(config.sparse, vocabulary),
-        dense=with_vocabulary(config.dense, vocabulary),
+        sparse=with_vocabulary(config.sparse, loader.tokenizer),
+        dense=with_vocabulary(config.dense, loader.tokenizer),
     )
     racers = {
         "dense": _Racer(config.dense, loader, RunFolder(out / "dense")),

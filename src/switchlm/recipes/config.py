@@ -7,6 +7,7 @@ from typing import Any
 
 from switchlm.config import from_mapping, override, to_mapping
 from switchlm.data.config import DataConfig
+from switchlm.data.tokenizer import Tokenizer
 from switchlm.errors import ConfigError
 from switchlm.model.config import ModelConfig
 from switchlm.model.presets import preset as find_preset
@@ -71,11 +72,15 @@ def from_sections(values: dict[str, Any]) -> RunConfig:
     return from_mapping(RunConfig, {"model": model, **values})
 
 
-def with_vocabulary(config: RunConfig, size: int) -> RunConfig:
-    """Return the configuration with the tokenizer's vocabulary."""
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, vocabulary_size=size)
+def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    """Return the configuration with the tokenizer's vocabulary and special tokens."""
+    model = dataclasses.replace(
+        config.model,
+        vocabulary_size=tokenizer.vocabulary_size,
+        pad_id=tokenizer.pad_id,
+        end_id=tokenizer.end_id,
     )
+    return dataclasses.replace(config, model=model)
 
 
 def _split_router(model: dict[str, Any]) -> dict[str, Any]:

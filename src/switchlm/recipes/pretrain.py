@@ -10,6 +10,7 @@ from switchlm.checkpoint.huggingface import save
 from switchlm.checkpoint.run_folder import RunFolder
 from switchlm.config import write_yaml
 from switchlm.data.loader import open_data
+from switchlm.data.tokenizer import Tokenizer
 from switchlm.errors import ConfigError
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.recipes.config import RunConfig, to_sections, with_vocabulary
@@ -30,10 +31,12 @@ def pretrain(
     *,
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Iterator[dict[str, Any]]:
     """Train as configured; yield `{"phase": text}` and every line of metrics.jsonl.
 
-    Writes the run folder OUT. With `resume`, goes on from the newest valid checkpoint in it.
+    Writes the run folder OUT. With `resume`, goes on from the newest valid checkpoint in it, with
+    the run's own tokenizer. report: called with a line now and then while text is prepared.
     """
     folder = RunFolder(out)
     if folder.exists() and not resume:
@@ -42,9 +45,11 @@ def pretrain(
             "--out."
         )
     yield {"phase": "reading text"}
-    loader = open_data(config.data, seed=config.training.seed)
-    config = with_vocabulary(config, loader.tokenizer.vocabulary_size)
+    tokenizer = Tokenizer.load(folder.tokenizer) if folder.tokenizer.exists() else None
+    loader = open_data(config.data, seed=config.training.seed, tokenizer=tokenizer, report=report)
+    config = with_vocabulary(config, loader.tokenizer)
     folder.create()
+    loader.tokenizer.save(folder.tokenizer)
     write_yaml(folder.config, to_sections(config))
     model = build_model(config)
     yield {"phase": "training"}

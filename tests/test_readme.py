@@ -1,0 +1,66 @@
+"""The README cannot rot: its Python runs, its commands parse, its tree and links exist."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from switchlm.cli.main import VERBS, load
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_the_python_runs_from_top_to_bottom(tmp_path):
+    """In one process, since the last block loads what the one before saved."""
+    code = "\n".join(blocks("python"))
+    assert code.count("switchlm.save") == 1
+    assert code.count("switchlm.load") == 1
+    environment = {**os.environ, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "% dropped" in done.stdout
+    assert (tmp_path / "my-model" / "model.safetensors").exists()
+
+
+COMMANDS = [line for block in blocks("") for line in block.splitlines() if line[:8] == "switchlm"]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_commands_parse(line):
+    _, verb, *arguments = shlex.split(line)
+    command = load(verb)
+    assert isinstance(command, typer.core.TyperCommand)
+    command.make_context(verb, arguments)
+
+
+def test_the_commands_name_every_verb():
+    assert {line.split()[1] for line in COMMANDS} == set(VERBS)
+
+
+def test_the_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"make (\w+)", README)
+    assert {"demo", "test"} <= set(targets)
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_links_and_tree_exist():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    tree = next(block for block in blocks("") if block.startswith("src/"))
+    rooms = set(re.findall(r"\b(\w+)/", tree.split("benchmarks/")[0])) - {"src", "switchlm"}
+    found = {path.name for path in (ROOT / "src" / "switchlm").iterdir() if path.is_dir()}
+    assert rooms == found - {"__pycache__"}

@@ -164,7 +164,7 @@ class _Run:
         started = time.perf_counter()
         parts = [next(batches)[1] for _ in range(config.accumulate)]
         progress.tokens += sum(batch.num_tokens for batch in parts)
-        seed_step(config.seed, progress.step)
+        seed_step(config.seed, progress.step, self.device)
         set_learning_rate(self.optimizer, learning_rate(progress.step, config))
         record = training_step(
             self.model,

@@ -50,12 +50,19 @@ class RoutingSummary:
     gate_L: Tensor
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seed torch from (seed, step) alone, so that noise does not depend on where a run began."""
+def seed_step(seed: int, step: int, device: torch.device | None = None) -> None:
+    """Seed torch from (seed, step) alone, so that noise does not depend on where a run began.
+
+    Seeds the CPU's generator and that of `device`; torch.manual_seed would format a stack trace for
+    every kind of device that is not in use.
+    """
     mixed = (seed * 0x9E3779B97F4A7C15 + step + 1) & MASK_64
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = ((mixed ^ (mixed >> shift)) * factor) & MASK_64
-    torch.manual_seed((mixed ^ (mixed >> 31)) >> 1)
+    mixed = (mixed ^ (mixed >> 31)) >> 1
+    torch.default_generator.manual_seed(mixed)
+    if device is not None and device.type != "cpu":
+        torch.get_device_module(device).manual_seed(mixed)
 
 
 def training_step(

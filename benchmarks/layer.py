@@ -34,8 +34,8 @@ class _Ours(nn.Module):
         self.layer = SwitchFeedForward(d_model, d_ff, num_experts, router=router)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        y_ND, _ = self.layer(x_ND[None])
-        return y_ND[0]
+        y_ND, _ = self.layer(x_ND)
+        return y_ND
 
 
 def step(layer: nn.Module, x_ND: Tensor, dy_ND: Tensor) -> Callable[[], None]:
@@ -50,7 +50,7 @@ def step(layer: nn.Module, x_ND: Tensor, dy_ND: Tensor) -> Callable[[], None]:
 
 
 def one_shape(
-    tokens: int, d_model: int, d_ff: int, experts: int, repeats: int, peers: bool
+    tokens: int, d_model: int, d_ff: int, experts: int, repeats: int, clock: str, peers: bool
 ) -> dict[str, Any]:
     """Measure all layers of one shape."""
     x_ND = torch.randn(tokens, d_model, requires_grad=True)
@@ -66,7 +66,7 @@ def one_shape(
     if peers:
         layers |= {name: peer(d_model, d_ff, experts) for name, peer in PEERS.items()}
     seconds = harness.measure(
-        {name: step(layer, x_ND, dy_ND) for name, layer in layers.items()}, repeats
+        {name: step(layer, x_ND, dy_ND) for name, layer in layers.items()}, repeats, clock=clock
     )
     bandwidth = harness.copy_bandwidth()
     expert_bytes = 2 * experts * d_model * d_ff * 4
@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=harness.CLOCKS, default="wall")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--name", default="layer", help="of the files in results/")
@@ -123,13 +124,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     found = [
-        one_shape(*shape, repeats=options.repeats, peers=not options.no_peers)
+        one_shape(*shape, options.repeats, options.clock, peers=not options.no_peers)
         for group in options.shapes
         for shape in SHAPES[group]
     ]
     record = {
         "environment": harness.environment(options.seed),
         "repeats": options.repeats,
+        "clock": options.clock,
         "shapes": found,
     }
     harness.write(

@@ -5,6 +5,8 @@ one-hot einsum, whose capacity is the paper's. Shapes: N tokens, D d_model, F d_
 C capacity, G groups of S tokens.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -53,10 +55,10 @@ class PaddedBMM(_Peer):
 
 
 class OneHotEinsum(_Peer):
-    """The paper's own form (Mesh TensorFlow): dispatch and combine tensors, groups of 1024."""
+    """The paper's own form (Mesh TensorFlow): dispatch and combine tensors, in groups."""
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        tokens = min(1024, x_ND.shape[0])
+        tokens = math.gcd(1024, x_ND.shape[0])
         capacity = max(int(tokens * 1.25 / self.num_experts), 4)
         x_GSD = x_ND.unflatten(0, (-1, tokens))
         gate_N, expert_N = self.route(x_ND)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from switchlm.kernels import cpu, workers
-from switchlm.kernels.workers import Run
 
 
 @given(counts=st.lists(st.integers(0, 500), min_size=1, max_size=80), threads=st.integers(1, 8))
@@ -17,12 +16,10 @@ from switchlm.kernels.workers import Run
 def test_every_row_is_someones_once(counts: list[int], threads: int) -> None:
     torch.set_num_threads(threads)
     plan = workers.plan(counts, sum(counts) + 3, work_per_row=2**22)
-    runs = sorted(run for part in plan.parts for run in part)
-    assert [end - start for _, start, end in runs] == [count for count in counts if count]
-    starts = [sum(counts[:expert]) for expert, _, _ in runs]
-    assert [start for _, start, _ in runs] == starts
+    busy = sorted(expert for part in plan.parts for expert in part)
+    assert busy == [expert for expert, count in enumerate(counts) if count]
     assert plan.idle == [expert for expert, count in enumerate(counts) if not count]
-    assert plan.total == sum(counts)
+    assert plan.sizes == [*counts, 3]
     assert len(plan.parts) in (1, threads)
 
 
@@ -42,8 +39,8 @@ def test_parts_run_on_threads_of_their_own_without_gradients() -> None:
     torch.set_num_threads(3)
     seen = {}
 
-    def note(part: list[Run]) -> None:
-        seen[part[0][0]] = (
+    def note(part: list[int]) -> None:
+        seen[part[0]] = (
             threading.get_ident(),
             torch.get_num_threads(),
             torch.is_inference_mode_enabled(),
@@ -51,7 +48,7 @@ def test_parts_run_on_threads_of_their_own_without_gradients() -> None:
         if threading.current_thread() is not threading.main_thread():
             assert not torch.is_grad_enabled()
 
-    parts = [[(expert, expert, expert + 1)] for expert in range(3)]
+    parts = [[0], [1], [2]]
     workers.share(note, parts)
     assert seen[0][0] == threading.get_ident()
     assert all(threads == 1 for _, threads, _ in seen.values())
@@ -65,12 +62,12 @@ def test_parts_run_on_threads_of_their_own_without_gradients() -> None:
 def test_an_error_in_a_thread_reaches_the_caller(failing: int) -> None:
     torch.set_num_threads(2)
 
-    def fail(part: list[Run]) -> None:
-        if part[0][0] == failing:
+    def fail(part: list[int]) -> None:
+        if part[0] == failing:
             raise ValueError("broken expert")
 
     with pytest.raises(ValueError, match="broken expert"):
-        workers.share(fail, [[(0, 0, 1)], [(1, 1, 2)]])
+        workers.share(fail, [[0], [1]])
     assert torch.get_num_threads() == 2
 
 

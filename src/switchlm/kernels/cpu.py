@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from switchlm.kernels import buffers, workers
-from switchlm.kernels.workers import Plan, Run
+from switchlm.kernels.workers import Plan
 
 
 def weight_gradient(weight_EDF: Tensor, plan: Plan) -> Tensor:
@@ -31,12 +31,12 @@ def weight_gradient(weight_EDF: Tensor, plan: Plan) -> Tensor:
 
 def forward(x_RD: Tensor, weight_EDF: Tensor, plan: Plan) -> Tensor:
     """Return y_RF: each row times its expert's matrix; zeros past the counts."""
-    y_RF = x_RD.new_empty(x_RD.shape[0], weight_EDF.shape[2])
-    y_RF[plan.total :].zero_()
+    y_RF = plan.empty(x_RD, weight_EDF.shape[2])
+    x_E, weight_E, y_E = plan.pieces(x_RD), weight_EDF.unbind(), plan.pieces(y_RF)
 
-    def multiply(part: list[Run]) -> None:
-        for expert, start, end in part:
-            torch.mm(x_RD[start:end], weight_EDF[expert], out=y_RF[start:end])
+    def multiply(experts: list[int]) -> None:
+        for e in experts:
+            torch.mm(x_E[e], weight_E[e], out=y_E[e])
 
     workers.share(multiply, plan.parts)
     return y_RF
@@ -50,10 +50,12 @@ def backward_rows(dy_RF: Tensor, weight_EDF: Tensor, plan: Plan) -> Tensor:
 def backward_weight(dy_RF: Tensor, x_RD: Tensor, weight_EDF: Tensor, plan: Plan) -> Tensor:
     """Return dweight_EDF; zeros for experts without rows."""
     dweight_EDF = weight_gradient(weight_EDF, plan)
+    # One call that makes all views costs a fraction of one call a view.
+    x_E, dy_E, dweight_E = plan.pieces(x_RD.t(), 1), plan.pieces(dy_RF), dweight_EDF.unbind()
 
-    def multiply(part: list[Run]) -> None:
-        for expert, start, end in part:
-            torch.mm(x_RD[start:end].t(), dy_RF[start:end], out=dweight_EDF[expert])
+    def multiply(experts: list[int]) -> None:
+        for e in experts:
+            torch.mm(x_E[e], dy_E[e], out=dweight_E[e])
 
     workers.share(multiply, plan.parts)
     return dweight_EDF

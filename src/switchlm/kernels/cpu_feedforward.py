@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from switchlm.kernels import workers
 from switchlm.kernels.cpu import weight_gradient
-from switchlm.kernels.workers import Plan, Run
+from switchlm.kernels.workers import Plan
 
 Activation = Literal["relu", "gelu"]
 
@@ -42,11 +42,26 @@ class _Hidden:
     linear_RF: Tensor | None
 
 
-def _activate(inner: Tensor, activation: Activation, out: Tensor) -> Tensor:
-    """Return the activated rows: in place for ReLU, in `out` otherwise."""
+class _Spare:
+    """Room for one expert's hidden rows at a time, as often as it is asked for: stays in cache."""
+
+    def __init__(self, like: Tensor, weights: _Weights, plan: Plan, experts: list[int]) -> None:
+        most = max((plan.sizes[e] for e in experts), default=0)
+        self._like = like
+        self._shape = (most, weights.inner_EDF.shape[2])
+        self._rooms: dict[int, Tensor] = {}
+
+    def __call__(self, room: int, rows: int) -> Tensor:
+        if room not in self._rooms:
+            self._rooms[room] = self._like.new_empty(self._shape)
+        return self._rooms[room].narrow(0, 0, rows)
+
+
+def _activate(inner: Tensor, activation: Activation, spare: _Spare, rows: int) -> Tensor:
+    """Return the activated rows: in place for ReLU, in room 1 otherwise."""
     if activation == "relu":
         return inner.clamp_min_(0)
-    return torch.ops.aten.gelu.out(inner, approximate="tanh", out=out)
+    return torch.ops.aten.gelu.out(inner, approximate="tanh", out=spare(1, rows))
 
 
 def _activate_backward(gradient: Tensor, inner: Tensor, activation: Activation) -> None:
@@ -63,28 +78,24 @@ def _forward(
     x_RD: Tensor, weights: _Weights, plan: Plan, activation: Activation, hidden: _Hidden | None
 ) -> Tensor:
     """Return y_RD. Fills `hidden`, or forgets each expert's hidden rows when there is none."""
-    rows, width = x_RD.shape[0], weights.inner_EDF.shape[2]
-    y_RD = x_RD.new_empty(rows, weights.down_EFD.shape[2])
-    y_RD[plan.total :].zero_()
-    gated = weights.linear_EDF is not None
+    y_RD = plan.empty(x_RD, weights.down_EFD.shape[2])
+    x_E, y_E = plan.pieces(x_RD), plan.pieces(y_RD)
+    inner_weight_E, down_E = weights.inner_EDF.unbind(), weights.down_EFD.unbind()
+    linear_weight_E = () if weights.linear_EDF is None else weights.linear_EDF.unbind()
+    inner_E = () if hidden is None else plan.pieces(hidden.inner_RF)
+    linear_E = () if hidden is None or hidden.linear_RF is None else plan.pieces(hidden.linear_RF)
 
-    def run(part: list[Run]) -> None:
-        most = max((end - start for _, start, end in part), default=0)
-        spare = [x_RD.new_empty(most, width) for _ in range(1 + (1 + gated) * (hidden is None))]
-        for expert, start, end in part:
-            x = x_RD[start:end]
-            scratch = spare[0][: end - start]
-            inner = spare[1][: end - start] if hidden is None else hidden.inner_RF[start:end]
-            torch.mm(x, weights.inner_EDF[expert], out=inner)
-            middle = _activate(inner, activation, out=scratch)
-            if weights.linear_EDF is not None:
-                if hidden is None or hidden.linear_RF is None:
-                    linear = spare[2][: end - start]
-                else:
-                    linear = hidden.linear_RF[start:end]
-                torch.mm(x, weights.linear_EDF[expert], out=linear)
-                middle = torch.mul(middle, linear, out=scratch)
-            torch.mm(middle, weights.down_EFD[expert], out=y_RD[start:end])
+    def run(experts: list[int]) -> None:
+        spare = _Spare(x_RD, weights, plan, experts)
+        for e in experts:
+            x, rows = x_E[e], plan.sizes[e]
+            inner = torch.mm(x, inner_weight_E[e], out=inner_E[e] if inner_E else spare(0, rows))
+            middle = _activate(inner, activation, spare, rows)
+            if linear_weight_E:
+                linear = linear_E[e] if linear_E else spare(2, rows)
+                torch.mm(x, linear_weight_E[e], out=linear)
+                middle = torch.mul(middle, linear, out=spare(1, rows))
+            torch.mm(middle, down_E[e], out=y_E[e])
 
     workers.share(run, plan.parts)
     return y_RD
@@ -100,45 +111,44 @@ def _backward(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, inner, linear and down, those that `needs` asks for."""
-    gated = weights.linear_EDF is not None
-    dx_RD = x_RD.new_empty(x_RD.shape) if needs[0] else None
-    if dx_RD is not None:
-        dx_RD[plan.total :].zero_()
+    dx_RD = plan.empty(x_RD, x_RD.shape[1]) if needs[0] else None
     dinner_EDF, dlinear_EDF, ddown_EFD = (
         weight_gradient(weight, plan) if weight is not None and needed else None
         for weight, needed in zip(
             (weights.inner_EDF, weights.linear_EDF, weights.down_EFD), needs[1:], strict=True
         )
     )
+    x_E, dy_E, inner_E = plan.pieces(x_RD.t(), 1), plan.pieces(dy_RD), plan.pieces(hidden.inner_RF)
+    linear_E = () if hidden.linear_RF is None else plan.pieces(hidden.linear_RF)
+    dx_E = () if dx_RD is None else plan.pieces(dx_RD)
+    dinner_E, dlinear_E, ddown_E = (
+        () if gradient is None else gradient.unbind()
+        for gradient in (dinner_EDF, dlinear_EDF, ddown_EFD)
+    )
+    inner_weight_E, down_E = weights.inner_EDF.mT.unbind(), weights.down_EFD.mT.unbind()
+    linear_weight_E = () if weights.linear_EDF is None else weights.linear_EDF.mT.unbind()
 
-    def run(part: list[Run]) -> None:
-        most = max((end - start for _, start, end in part), default=0)
-        spare = [x_RD.new_empty(most, weights.inner_EDF.shape[2]) for _ in range(2 + gated)]
-        for expert, start, end in part:
-            x, dy = x_RD[start:end], dy_RD[start:end]
-            gradient, scratch = spare[0][: end - start], spare[1][: end - start]
-            inner = hidden.inner_RF[start:end]
-            torch.mm(dy, weights.down_EFD[expert].t(), out=gradient)
-            middle = inner if activation == "relu" else _activate(inner, activation, scratch)
-            if hidden.linear_RF is not None:
-                linear = hidden.linear_RF[start:end]
-                dlinear = spare[2][: end - start]
-                torch.mul(gradient, middle, out=dlinear)
-                gradient.mul_(linear)
-                middle = torch.mul(middle, linear, out=scratch)
-            if ddown_EFD is not None:
-                torch.mm(middle.t(), dy, out=ddown_EFD[expert])
+    def run(experts: list[int]) -> None:
+        spare = _Spare(x_RD, weights, plan, experts)
+        for e in experts:
+            x, dy, inner, rows = x_E[e], dy_E[e], inner_E[e], plan.sizes[e]
+            gradient = torch.mm(dy, down_E[e], out=spare(0, rows))
+            middle = inner if activation == "relu" else _activate(inner, activation, spare, rows)
+            if linear_E:
+                dlinear = torch.mul(gradient, middle, out=spare(2, rows))
+                gradient.mul_(linear_E[e])
+                middle = torch.mul(middle, linear_E[e], out=spare(1, rows))
+            if ddown_E:
+                torch.mm(middle.t(), dy, out=ddown_E[e])
             _activate_backward(gradient, inner, activation)
-            if dinner_EDF is not None:
-                torch.mm(x.t(), gradient, out=dinner_EDF[expert])
-            if dlinear_EDF is not None:
-                torch.mm(x.t(), dlinear, out=dlinear_EDF[expert])
-            if dx_RD is None:
-                continue
-            dx = dx_RD[start:end]
-            torch.mm(gradient, weights.inner_EDF[expert].t(), out=dx)
-            if weights.linear_EDF is not None:
-                dx.addmm_(dlinear, weights.linear_EDF[expert].t())
+            if dinner_E:
+                torch.mm(x, gradient, out=dinner_E[e])
+            if dlinear_E:
+                torch.mm(x, dlinear, out=dlinear_E[e])
+            if dx_E:
+                torch.mm(gradient, inner_weight_E[e], out=dx_E[e])
+                if linear_weight_E:
+                    dx_E[e].addmm_(dlinear, linear_weight_E[e])
 
     workers.share(run, plan.parts)
     return dx_RD, dinner_EDF, dlinear_EDF, ddown_EFD

@@ -12,11 +12,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-Run = tuple[int, int, int]
+Item = TypeVar("Item")
 
 FIXED_ROWS = 48  # reading an expert's weights costs as much as multiplying about so many rows
 LEAST_WORK = 2**25  # multiply-adds a product below which waking a thread does not pay
@@ -27,18 +29,24 @@ WORST_IMBALANCE = 1.3
 class Plan:
     """Which rows are whose, and which thread takes whom.
 
-    parts: for every thread its (expert, first row, end row); one part where sharing does not pay.
-    idle: the experts without rows. total: the rows that have an expert.
+    sizes: rows of every expert, and last the rows of none. parts: for every thread its experts,
+    those with rows only; one part where sharing does not pay. idle: the experts without rows.
     """
 
-    parts: list[list[Run]]
+    sizes: list[int]
+    parts: list[list[int]]
     idle: list[int]
-    total: int
 
-    @property
-    def most_rows(self) -> int:
-        """The rows of the busiest expert."""
-        return max((end - start for part in self.parts for _, start, end in part), default=0)
+    def pieces(self, rows: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+        """Return views of the rows of every expert, and last of those of none."""
+        return rows.split_with_sizes(self.sizes, dim)
+
+    def empty(self, like: Tensor, width: int) -> Tensor:
+        """Return uninitialised rows of this width; those of no expert are zeros."""
+        rows = like.new_empty(sum(self.sizes), width)
+        if self.sizes[-1]:
+            rows[-self.sizes[-1] :].zero_()
+        return rows
 
 
 def plan(counts: list[int], num_rows: int, work_per_row: int) -> Plan:
@@ -46,32 +54,27 @@ def plan(counts: list[int], num_rows: int, work_per_row: int) -> Plan:
 
     counts: rows of each expert. work_per_row: multiply-adds of one row in one product.
     """
-    runs = []
-    idle = []
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            runs.append((expert, start, start + count))
-            start += count
-        else:
-            idle.append(expert)
-    assert start <= num_rows, f"experts have {start} rows in all, the input has {num_rows}"
+    total = sum(counts)
+    assert total <= num_rows, f"experts have {total} rows in all, the input has {num_rows}"
+    sizes = [*counts, num_rows - total]
+    busy = [expert for expert, count in enumerate(counts) if count]
+    idle = [expert for expert, count in enumerate(counts) if not count]
     threads = torch.get_num_threads()
-    if threads == 1 or len(runs) < threads or start * work_per_row < LEAST_WORK:
-        return Plan([runs], idle, start)
+    if threads == 1 or len(busy) < threads or total * work_per_row < LEAST_WORK:
+        return Plan(sizes, [busy], idle)
     heap: list[tuple[int, int]] = [(0, thread) for thread in range(threads)]
-    parts: list[list[Run]] = [[] for _ in range(threads)]
-    for run in sorted(runs, key=lambda run: run[1] - run[2]):
+    parts: list[list[int]] = [[] for _ in range(threads)]
+    for expert in sorted(busy, key=counts.__getitem__, reverse=True):
         load, thread = heap[0]
-        parts[thread].append(run)
-        heapq.heapreplace(heap, (load + run[2] - run[1] + FIXED_ROWS, thread))
-    fair = (start + FIXED_ROWS * len(runs)) / threads
+        parts[thread].append(expert)
+        heapq.heapreplace(heap, (load + counts[expert] + FIXED_ROWS, thread))
+    fair = (total + FIXED_ROWS * len(busy)) / threads
     if max(heap)[0] > WORST_IMBALANCE * fair:
-        return Plan([runs], idle, start)
-    return Plan(parts, idle, start)
+        return Plan(sizes, [busy], idle)
+    return Plan(sizes, parts, idle)
 
 
-def share(work: Callable[[list[Run]], None], parts: list[list[Run]]) -> None:
+def share(work: Callable[[list[Item]], None], parts: list[list[Item]]) -> None:
     """Call `work` once a part, each on its own thread; the first runs on this one.
 
     Threads record no gradients. Under a dispatch mode (a FLOP counter, say), which lives in one
@@ -97,7 +100,7 @@ def share(work: Callable[[list[Run]], None], parts: list[list[Run]]) -> None:
         future.result()
 
 
-def _quietly(work: Callable[[list[Run]], None], part: list[Run], inference: bool) -> None:
+def _quietly(work: Callable[[list[Item]], None], part: list[Item], inference: bool) -> None:
     with torch.inference_mode(inference), torch.no_grad():
         work(part)
 

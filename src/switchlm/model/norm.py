@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from switchlm.kernels.norm import rms_norm
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (Zhang & Sennrich 2019), the mean square always in float32.
@@ -16,6 +18,4 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.rms_norm(
-            x.float(), self.weight.shape, self.weight.float(), self.epsilon
-        ).to(x.dtype)
+        return rms_norm(x.float(), self.weight.float(), self.epsilon).to(x.dtype)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from switchlm.kernels import buffers
+from switchlm.kernels import buffers, select
 
 SHAPE = (2, 1024, 1024)
 
@@ -66,6 +66,31 @@ def test_sizes_that_no_longer_occur_are_given_up() -> None:
     kept = buffers.empty((3, 1024, 1024), torch.float32)
     assert buffers.free_bytes() == 0
     assert kept.shape == (3, 1024, 1024)
+
+
+def test_lengths_that_vary_a_little_share_a_block() -> None:
+    addresses = set()
+    for rows in (1500, 1400, 1530):
+        tensor = buffers.empty((rows, 1024), torch.float32)
+        addresses.add(tensor.data_ptr())
+        del tensor
+    assert len(addresses) == 1
+
+
+def test_a_layer_trains_in_the_same_memory_every_step() -> None:
+    x_RD = torch.randn(4100, 32)
+    up_EDF = torch.randn(32, 32, 1100, requires_grad=True)
+    down_EFD = torch.randn(32, 1100, 32, requires_grad=True)
+    counts_E = torch.full((32,), 128)
+    addresses = set()
+    for _ in range(3):
+        select.expert_feedforward(x_RD, counts_E, up_EDF, down_EFD).sum().backward()
+        assert up_EDF.grad is not None
+        assert down_EFD.grad is not None
+        addresses |= {up_EDF.grad.data_ptr(), down_EFD.grad.data_ptr()}
+        assert buffers.free_bytes() == 20 << 20  # the hidden rows; the gradients were not copied
+        up_EDF.grad = down_EFD.grad = None
+    assert len(addresses) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchlm.kernels import workers
+from switchlm.kernels import buffers, workers
 from switchlm.kernels.cpu import weight_gradient
 from switchlm.kernels.workers import Plan
 
@@ -166,8 +166,8 @@ class _ExpertFeedForward(torch.autograd.Function):
         activation: Activation,
     ) -> Tensor:
         shape = (x_RD.shape[0], inner_EDF.shape[2])
-        linear_RF = None if linear_EDF is None else x_RD.new_empty(shape)
-        hidden = _Hidden(x_RD.new_empty(shape), linear_RF)
+        linear_RF = None if linear_EDF is None else buffers.empty(shape, x_RD.dtype)
+        hidden = _Hidden(buffers.empty(shape, x_RD.dtype), linear_RF)
         weights = _Weights(inner_EDF, linear_EDF, down_EFD)
         y_RD = _forward(x_RD, weights, plan, activation, hidden)
         ctx.save_for_backward(

@@ -1,30 +1,31 @@
 """Race a Switch Transformer against its FLOP-matched dense twin on the same batches.
 
-The two runs take turns on the same machine, so that whatever slows it slows both, and take the
-same number of steps. What the paper's section 3 measures comes out: how much earlier, in steps and
-in time, the sparse model reaches the dense model's final held-out loss.
+The two runs share the machine in the same seconds, so that whatever slows it slows both, and take
+the same number of steps. What the paper's section 3 measures comes out: how much earlier, in steps
+and in time, the sparse model reaches the dense model's final held-out loss.
 """
 
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from switchlm.checkpoint.huggingface import save
+from switchlm.checkpoint.huggingface import load
 from switchlm.checkpoint.run_folder import RunFolder
-from switchlm.config import read_yaml, write_yaml
+from switchlm.config import read_yaml
 from switchlm.data.loader import Loader, open_data
 from switchlm.errors import ConfigError
 from switchlm.generation.fill import fill, put_into_blanks, read_spans
 from switchlm.model import count
-from switchlm.model.transformer import SwitchTransformer
 from switchlm.recipes.config import (
     RunConfig,
     from_sections,
@@ -32,10 +33,10 @@ from switchlm.recipes.config import (
     to_sections,
     with_vocabulary,
 )
-from switchlm.recipes.pretrain import build_model
+from switchlm.recipes.pretrain import default_device
+from switchlm.recipes.racer import Racer
 from switchlm.recipes.speedup import crossing
 from switchlm.report.write import ReportRun, write_report
-from switchlm.training.loop import train
 
 Event = dict[str, Any]
 ENDLESS = 10**9  # steps: more than any budget of time allows
@@ -107,25 +108,25 @@ def compare(
         sparse=with_vocabulary(config.sparse, loader.tokenizer),
         dense=with_vocabulary(config.dense, loader.tokenizer),
     )
-    racers = {
-        "dense": _Racer(config.dense, loader, RunFolder(out / "dense")),
-        "sparse": _Racer(config.sparse, loader, RunFolder(out / "sparse")),
-    }
-    yield {"phase": "training"}
-    deadline = started + (math.inf if seconds is None else seconds * (1 - LAST_WORK))
-    step = 0
-    while step == 0 or (step < training.steps and time.monotonic() < deadline):
-        if should_stop():
-            break
-        step = min(step + training.log_every, training.steps)
-        for name, racer in racers.items():
-            for line in racer.advance(step):
-                yield {"run": name, **line}
-
-    yield {"phase": "evaluating and saving"}
-    for name, racer in racers.items():
-        for line in racer.finish():
-            yield {"run": name, **line}
+    # On a CPU both run at once, each on its share of the cores; an accelerator they take in turns.
+    together = default_device().type == "cpu"
+    threads = max(1, torch.get_num_threads() // (2 if together else 1))
+    with ExitStack() as opened:
+        racers = {}
+        for name, run in (("dense", config.dense), ("sparse", config.sparse)):
+            folder = RunFolder(out / name)
+            racers[name] = Racer(run, loader.tokenizer, folder, threads)
+            opened.callback(racers[name].close)
+        yield {"phase": "training"}
+        deadline = started + (math.inf if seconds is None else seconds * (1 - LAST_WORK))
+        step = 0
+        while step == 0 or (step < training.steps and time.monotonic() < deadline):
+            if should_stop():
+                break
+            step = min(step + training.log_every, training.steps)
+            yield from _ask(racers, f"advance {step}", together)
+        yield {"phase": "evaluating and saving"}
+        yield from _ask(racers, "finish", together)
     result = _result(config, racers, loader)
     out.joinpath("compare.json").write_text(
         json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8"
@@ -134,46 +135,19 @@ def compare(
     yield {"result": result}
 
 
-class _Racer:
-    """One of the two runs, advanced a few steps at a time."""
-
-    def __init__(self, config: RunConfig, loader: Loader, folder: RunFolder) -> None:
-        self.config, self.loader, self.folder = config, loader, folder
-        folder.create()
-        write_yaml(folder.config, to_sections(config))
-        self.model: SwitchTransformer = build_model(config)
-        self.stopping = False
-        self.metrics: list[Event] = []
-        self.lines = train(
-            self.model,
-            loader,
-            config.training,
-            run=folder,
-            should_stop=lambda: self.stopping,
-        )
-
-    def advance(self, step: int) -> Iterator[Event]:
-        """Train until the line of `step` is out."""
-        for line in self.lines:
-            self.metrics.append(line)
-            yield line
-            if "loss" in line and line["step"] >= step:
-                return
-
-    def finish(self) -> Iterator[Event]:
-        """Let the loop evaluate and save its last state, then save the model."""
-        self.stopping = True
-        for line in self.lines:
-            self.metrics.append(line)
-            yield line
-        save(self.model, self.loader.tokenizer, self.folder.model)
-
-    @property
-    def evaluations(self) -> list[Event]:
-        return [line for line in self.metrics if "evaluation_loss" in line]
+def _ask(racers: Mapping[str, Racer], command: str, together: bool) -> Iterator[Event]:
+    """Let both runs do as told, at once or one after the other, and yield their lines."""
+    if together:
+        for racer in racers.values():
+            racer.ask(command)
+    for name, racer in racers.items():
+        if not together:
+            racer.ask(command)
+        for line in racer.answers():
+            yield {"run": name, **line}
 
 
-def _result(config: Comparison, racers: dict[str, _Racer], loader: Loader) -> Event:
+def _result(config: Comparison, racers: Mapping[str, Racer], loader: Loader) -> Event:
     dense, sparse = racers["dense"].evaluations, racers["sparse"].evaluations
     last = {"dense": dense[-1], "sparse": sparse[-1]}
     reached = crossing(sparse, last["dense"]["evaluation_loss"])
@@ -201,12 +175,14 @@ def _result(config: Comparison, racers: dict[str, _Racer], loader: Loader) -> Ev
     }
 
 
-def _example(racers: dict[str, _Racer], loader: Loader) -> dict[str, str]:
+def _example(racers: Mapping[str, Racer], loader: Loader) -> dict[str, str]:
     """Fill the blanks of a held-out text with both models."""
     text, targets = loader.example()
     truth = read_spans(loader.tokenizer.encode(targets), loader.tokenizer)
     filled = {
-        f"filled by the {name} model": fill(racer.model, loader.tokenizer, text)
+        f"filled by the {name} model": fill(
+            load(str(racer.folder.model))[0], loader.tokenizer, text
+        )
         for name, racer in racers.items()
     }
     return {
@@ -257,7 +233,7 @@ def result_table(result: Event) -> list[dict[str, str]]:
     return rows
 
 
-def _report(path: Path, racers: dict[str, _Racer], result: Event) -> None:
+def _report(path: Path, racers: Mapping[str, Racer], result: Event) -> None:
     reached = result["crossing"]
     write_report(
         path,

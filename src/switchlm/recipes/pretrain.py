@@ -19,10 +19,18 @@ from switchlm.training.loop import train
 from switchlm.training.monitor import read_metrics
 
 
+def default_device() -> torch.device:
+    """Return the accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
 def build_model(config: RunConfig) -> SwitchTransformer:
-    """Return a new model, its parameters a pure function of the configuration and the seed."""
+    """Return a new model on the default device.
+
+    Its parameters are drawn on the CPU, a pure function of the configuration and the seed.
+    """
     torch.manual_seed(config.training.seed)
-    return SwitchTransformer(config.model)
+    return SwitchTransformer(config.model).to(default_device())
 
 
 def pretrain(

@@ -1,0 +1,60 @@
+"""A run in a process of its own: it obeys, answers, and ends with its parent or with a reason."""
+
+import random
+
+import pytest
+
+from switchlm.checkpoint.run_folder import RunFolder
+from switchlm.data.tokenizer import Tokenizer
+from switchlm.recipes.config import run_config, with_vocabulary
+from switchlm.recipes.racer import Racer, RacerError
+
+
+@pytest.fixture
+def start(tmp_path):
+    draw = random.Random(0)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(40):
+        text = " ".join(draw.choices(["token", "expert", "router", "gate"], k=120))
+        (texts / f"{number}.txt").write_text(text, encoding="utf-8")
+    started = []
+
+    def begin(*overrides):
+        config = run_config(
+            preset="nano",
+            sources=[str(texts)],
+            overrides=[
+                *("data.input_length=32", "data.batch_size=2", "training.log_every=2"),
+                *("training.evaluate_every=2", "training.evaluate_batches=1"),
+                *overrides,
+            ],
+        )
+        tokenizer = Tokenizer.bytes()
+        folder = RunFolder(tmp_path / "run")
+        started.append(Racer(with_vocabulary(config, tokenizer), tokenizer, folder, threads=1))
+        return started[-1]
+
+    yield begin
+    for racer in started:
+        racer.close()
+
+
+def test_it_goes_as_far_as_it_is_told_and_no_further(start):
+    racer = start()
+    racer.ask("advance 2")
+    assert [line["step"] for line in racer.answers() if "loss" in line] == [2]
+    racer.ask("advance 6")
+    assert [line["step"] for line in racer.answers() if "loss" in line] == [4, 6]
+    racer.ask("finish")
+    list(racer.answers())
+    assert racer.evaluations[-1]["step"] == 6
+    assert (racer.folder.model / "model.safetensors").exists()
+
+
+def test_a_child_that_fails_is_an_error_and_no_hang(start):
+    racer = start("model.d_model=30")
+    racer.folder.config.write_text("model: {d_model: none}\n")
+    racer.ask("advance 2")
+    with pytest.raises(RacerError, match="ended with status 1"):
+        list(racer.answers())

@@ -30,8 +30,8 @@ def test_every_parameter_is_in_one_group(build):
         ("encoder.blocks.0.feedforward.up.weight", "weights"),
         ("encoder.blocks.1.feedforward.experts.up", "experts"),
         ("decoder.blocks.1.feedforward.router.weight", "routers"),
-        ("encoder.final_norm.weight", "norms and biases"),
-        ("decoder.relative_bias.weight", "norms and biases"),
+        ("encoder.final_norm.weight", "norms"),
+        ("decoder.relative_bias.weight", "positions"),
     ],
 )
 def test_parameters_fall_into_their_groups(build, name, group):
@@ -48,14 +48,18 @@ def test_norms_and_biases_are_not_decayed(build, loader):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for name, parameter in model.named_parameters():
-        decayed = group_of(name, parameter) != "norms and biases"
+        decayed = group_of(name, parameter) not in ("norms", "positions")
         expected = before[name] * (0.95 if decayed else 1.0)
         torch.testing.assert_close(parameter.detach(), expected)
 
 
-def test_learning_rate_factors_reach_experts_and_routers(build):
+def test_learning_rate_factors_reach_their_parameters(build):
     model = build()
-    config = TrainingConfig(expert_learning_rate_factor=3.0, router_learning_rate_factor=0.5)
+    config = TrainingConfig(
+        expert_learning_rate_factor=3.0,
+        router_learning_rate_factor=0.5,
+        position_learning_rate_factor=2.0,
+    )
     optimizer = build_optimizer(model, config)
     set_learning_rate(optimizer, 0.1)
     rates = {
@@ -65,7 +69,7 @@ def test_learning_rate_factors_reach_experts_and_routers(build):
         if any(parameter is member for member in group["params"])
     }
     assert rates == pytest.approx(
-        {"weights": 0.1, "experts": 0.3, "routers": 0.05, "norms and biases": 0.1}
+        {"weights": 0.1, "experts": 0.3, "routers": 0.05, "positions": 0.2, "norms": 0.1}
     )
 
 

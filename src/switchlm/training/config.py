@@ -16,7 +16,8 @@ class TrainingConfig:
     learning_rate, schedule, warmup_steps, decay_steps: see schedule.py.
     optimizer: `adamw` or the T5 `adafactor`; `betas` are AdamW's. Decay spares norms and biases.
     scale_by_parameter, per_expert_rms: options of Adafactor, see adafactor.py.
-    expert_learning_rate_factor, router_learning_rate_factor: multiply the learning rate there.
+    expert_learning_rate_factor, router_learning_rate_factor, position_learning_rate_factor:
+        multiply the learning rate of experts, routers and relative position biases.
     gradient_clip: largest norm of all gradients together; None leaves them alone.
     accumulate: loader batches a step; the loss is that of one batch as large as all of them.
     precision: see precision.py.
@@ -40,6 +41,7 @@ class TrainingConfig:
     per_expert_rms: bool = False
     expert_learning_rate_factor: float = 1.0
     router_learning_rate_factor: float = 1.0
+    position_learning_rate_factor: float = 1.0
     gradient_clip: float | None = 1.0
     accumulate: int = 1
     precision: Precision = "float32"
@@ -65,7 +67,8 @@ class TrainingConfig:
             _require(value is None or value > 0, name, value, "positive")
         for name in ("warmup_steps", "weight_decay", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        for name in ("expert_learning_rate_factor", "router_learning_rate_factor"):
+        for part in ("expert", "router", "position"):
+            name = f"{part}_learning_rate_factor"
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),

@@ -11,7 +11,9 @@ from switchlm.training.config import TrainingConfig
 
 
 def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
-    """Return groups for weights, experts, routers, and what is not decayed: norms and biases.
+    """Return groups for weights, experts, routers, position biases and norms.
+
+    The last two are not decayed.
 
     Each has `rate_factor`, by which the schedule's learning rate is multiplied.
     """
@@ -19,7 +21,11 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
         "weights": {"rate_factor": 1.0},
         "experts": {"rate_factor": config.expert_learning_rate_factor},
         "routers": {"rate_factor": config.router_learning_rate_factor},
-        "norms and biases": {"rate_factor": 1.0, "weight_decay": 0.0},
+        "positions": {
+            "rate_factor": config.position_learning_rate_factor,
+            "weight_decay": 0.0,
+        },
+        "norms": {"rate_factor": 1.0, "weight_decay": 0.0},
     }
     for group in groups.values():
         group["params"] = []
@@ -31,8 +37,10 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
 
 def group_of(name: str, parameter: Tensor) -> str:
     """Return the group of a parameter of SwitchTransformer."""
-    if parameter.dim() < 2 or "relative_bias" in name:
-        return "norms and biases"
+    if "relative_bias" in name:
+        return "positions"
+    if parameter.dim() < 2:
+        return "norms"
     if ".experts." in name:
         return "experts"
     if ".router." in name:

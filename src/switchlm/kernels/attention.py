@@ -77,7 +77,7 @@ class _BiasedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         rows, heads, queries = query.shape[:3]
-        query_NQK, key_NMK, value_NMK = (x.flatten(0, 1) for x in (query, key, value))
+        query_NQK, key_NKM, value_NMK = (x.flatten(0, 1) for x in (query, key.mT, value))
         weight_NQM = query_NQK.new_empty(rows * heads, queries, key.shape[2])
         y_NQK = torch.empty_like(query_NQK)
         groups = _Groups(rows, heads * queries * key.shape[2])
@@ -87,13 +87,13 @@ class _BiasedAttention(torch.autograd.Function):
                 for row, last in groups.blocks(group):
                     at = slice(row * heads, last * heads)
                     score_NQM = weight_NQM[at]
-                    torch.bmm(query_NQK[at], key_NMK[at].mT, out=score_NQM)
+                    torch.bmm(query_NQK[at], key_NKM[at], out=score_NQM)
                     score_NQM.unflatten(0, (-1, heads)).add_(_rows(bias, row, last))
                     torch.softmax(score_NQM, -1, out=score_NQM)
                     torch.bmm(score_NQM, value_NMK[at], out=y_NQK[at])
 
         workers.share(attend, groups.parts())
-        ctx.save_for_backward(query_NQK, key_NMK, value_NMK, weight_NQM, y_NQK)
+        ctx.save_for_backward(query_NQK, key_NKM, value_NMK, weight_NQM)
         ctx.bias_shape = bias.shape
         ctx.groups = groups
         ctx.heads = heads
@@ -102,13 +102,11 @@ class _BiasedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        query_NQK, key_NMK, value_NMK, weight_NQM, y_NQK = ctx.saved_tensors
+        query_NQK, key_NKM, value_NMK, weight_NQM = ctx.saved_tensors
         groups, heads = ctx.groups, ctx.heads
         dy_NQK = gradients[0].flatten(0, 1)
-        # Softmax's gradient is weight * (dweight - sum of weight * dweight), and that sum is dy y.
-        mean_NQ1 = (dy_NQK * y_NQK).sum(-1, keepdim=True)
-        dquery_NQK, dkey_NMK, dvalue_NMK = (
-            torch.empty_like(x) for x in (query_NQK, key_NMK, value_NMK)
+        dquery_NQK, dkey_NKM, dvalue_NMK = (
+            torch.empty_like(x) for x in (query_NQK, key_NKM, value_NMK)
         )
         shared = ctx.bias_shape[0] == 1
         sums = groups.number if shared else groups.rows
@@ -120,18 +118,25 @@ class _BiasedAttention(torch.autograd.Function):
                     at = slice(row * heads, last * heads)
                     torch.bmm(weight_NQM[at].mT, dy_NQK[at], out=dvalue_NMK[at])
                     dscore_NQM = torch.bmm(dy_NQK[at], value_NMK[at].mT)
-                    dscore_NQM.sub_(mean_NQ1[at]).mul_(weight_NQM[at])
-                    torch.bmm(dscore_NQM, key_NMK[at], out=dquery_NQK[at])
-                    torch.bmm(dscore_NQM.mT, query_NQK[at], out=dkey_NMK[at])
+                    _softmax_backward_(dscore_NQM, weight_NQM[at])
+                    torch.bmm(dscore_NQM, key_NKM[at].mT, out=dquery_NQK[at])
+                    torch.bmm(query_NQK[at].mT, dscore_NQM, out=dkey_NKM[at])
                     into = dbias[group : group + 1] if shared else dbias[row:last]
                     into += dscore_NQM.unflatten(0, (-1, heads)).sum_to_size(into.shape)
 
         workers.share(differentiate, groups.parts())
         dquery, dkey, dvalue = (
-            x.unflatten(0, (groups.rows, heads)) for x in (dquery_NQK, dkey_NMK, dvalue_NMK)
+            x.unflatten(0, (groups.rows, heads)) for x in (dquery_NQK, dkey_NKM.mT, dvalue_NMK)
         )
         return dquery, dkey, dvalue, dbias.sum(0, keepdim=True) if shared else dbias
 
 
 def _rows(bias: Tensor, first: int, end: int) -> Tensor:
     return bias if bias.shape[0] == 1 else bias[first:end]
+
+
+def _softmax_backward_(gradient_NQM: Tensor, weight_NQM: Tensor) -> None:
+    """Turn the gradient of softmax's output into that of its input, in place, in one pass."""
+    torch.ops.aten._softmax_backward_data.out(
+        gradient_NQM, weight_NQM, -1, weight_NQM.dtype, grad_input=gradient_NQM
+    )

@@ -1,1 +1,1 @@
-"""Grouped matrix products and the permutations around them: tensors in, tensors out."""
+"""What costs time: grouped products, permutations, attention, norms. Tensors in, tensors out."""

@@ -112,7 +112,7 @@ def cases(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--vocabulary", type=int, default=32128)
+    parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=harness.CLOCKS, default="wall")

@@ -1,5 +1,11 @@
+import signal
+
 import pytest
 import torch
+
+# A shell that starts the tests in the background has SIGINT ignored, and children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -28,6 +28,14 @@ class CheckpointError(UserError):
     """A checkpoint or model folder that is missing, damaged, or does not fit."""
 
 
+class LaunchError(UserError):
+    """Processes that were started, but do not make up one job."""
+
+
+class LostRankError(SwitchLMError):
+    """Another process of the job died or hangs; the message names it."""
+
+
 class MissingExtraError(UserError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

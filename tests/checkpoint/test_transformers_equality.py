@@ -232,9 +232,10 @@ def test_switch_xxl_agrees(their_switch, theirs_on_disk, assert_close, monkeypat
     compare(theirs, ours, batch(4), assert_close, output_router_logits=True)
 
 
-@pytest.mark.parametrize("capacity", [1, 2, 5])
+@pytest.mark.parametrize("capacity", [1, 2, 4])
 def test_capacity_counts_row_by_row(capacity):
     """The layer against a loop over rows and tokens, whatever version of transformers is there."""
+    torch.manual_seed(1)
     router = RouterConfig(mode="hf", expert_capacity=capacity)
     layer = SwitchFeedForward(8, 12, 3, router=router, initialisation_scale=4.0).eval()
     x_BSD = torch.randn(4, 9, 8)

@@ -83,7 +83,7 @@ def dense_layer(
     return Dense(
         y=y_GSD,
         balance=(fraction_GE * proxy_GE).mean(-1).sum() / groups * num_experts**2,
-        z_loss=z_GS.sum() / real_GS.sum().clamp(min=1),
+        z_loss=(z_GS.sum(1) / tokens_G1[:, 0]).sum() / groups,
         dispatch_GSEC=dispatch_GSEC,
         combine_GSEC=combine_GSEC,
     )

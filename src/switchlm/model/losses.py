@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from switchlm.model.config import ModelConfig
+from switchlm.model.local import local
 from switchlm.model.routing import ModelOutput, Routing
 
 
@@ -17,13 +18,18 @@ def cross_entropy(
 
     mask_BT: bool, true where a target counts; None counts all.
     """
+    losses_BT = token_losses(logits_BTV, targets_BT)
+    if mask_BT is None:
+        return losses_BT.sum(), torch.tensor(losses_BT.numel(), device=losses_BT.device)
+    return torch.where(mask_BT, losses_BT, 0.0).sum(), mask_BT.sum()
+
+
+def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Return losses_BT, float32: the negative log likelihood of each target in nats."""
     losses_N = nn.functional.cross_entropy(
         logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="none"
     )
-    if mask_BT is None:
-        return losses_N.sum(), torch.tensor(losses_N.numel(), device=losses_N.device)
-    mask_N = mask_BT.flatten()
-    return torch.where(mask_N, losses_N, 0.0).sum(), mask_N.sum()
+    return local(losses_N).view(targets_BT.shape)
 
 
 def joined_balance_loss(routing: tuple[Routing, ...]) -> Tensor:

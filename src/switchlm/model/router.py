@@ -91,7 +91,9 @@ class Router(nn.Module):
             valid_N = None
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE = nn.functional.linear(x_ND.to(self.dtype), self.weight.to(self.dtype))
-            tokens_a_group = group_size(x_ND.shape[0], row_tokens, semantics)
+            tokens_a_group = group_size(
+                x_ND.shape[0], row_tokens, semantics, self.config.group_rows
+            )
             scores = Scores(logits_NE, logits_NE.softmax(-1), valid_N, tokens_a_group)
             if self.experts_choose:
                 return self._experts_choose(scores)
@@ -198,7 +200,9 @@ class Router(nn.Module):
         probability_GE = scores.by_group(probability_NE).sum(1) / tokens_G1.clamp(min=1)
         fraction_GE = wanted_GE / wanted_GE.sum(-1, keepdim=True).clamp(min=1)
         balance_G = (fraction_GE * probability_GE).sum(-1) * self.num_experts
-        z_N = logits_NE.logsumexp(-1).square() * real_N
+        groups = (tokens_G1 > 0).sum().clamp(min=1)
+        z_N1 = (logits_NE.logsumexp(-1).square() * real_N)[:, None]
+        z_G1 = scores.by_group(z_N1).sum(1) / tokens_G1.clamp(min=1)
         return Routing(
             expert_A=expert_A,
             gate_A=gate_A,
@@ -207,6 +211,6 @@ class Router(nn.Module):
             load_E=wanted_GE.sum(0).long(),
             fraction_GE=fraction_GE,
             probability_GE=probability_GE,
-            balance_loss=balance_G.sum() / (tokens_G1 > 0).sum().clamp(min=1),
-            z_loss=z_N.sum() / real_N.sum().clamp(min=1),
+            balance_loss=balance_G.sum() / groups,
+            z_loss=z_G1.sum() / groups,
         )

@@ -24,7 +24,8 @@ class Routing:
         its mean router probability (P in equation 6); only the second carries gradients.
     balance_loss: float32 scalar, E times the sum of f * P, mean over groups: 1 when uniform. Not
         yet weighted.
-    z_loss: float32 scalar, mean over tokens of logsumexp(logits)^2. Not yet weighted.
+    z_loss: float32 scalar, mean over the tokens of a group of logsumexp(logits)^2, mean over
+        groups. Not yet weighted.
     """
 
     expert_A: Tensor

@@ -7,7 +7,7 @@ from switchlm.model.config import Activation, RouterConfig
 from switchlm.model.dispatch import Dispatcher, LocalDispatcher
 from switchlm.model.experts import Experts, FeedForwardExperts, ProjectionExperts
 from switchlm.model.exploration import explore
-from switchlm.model.initialise import initialise_switch
+from switchlm.model.initialise import initialise_all
 from switchlm.model.router import Router
 from switchlm.model.routing import Routing
 
@@ -24,6 +24,11 @@ class SwitchLayer(nn.Module):
         self.router = router
         self.experts = experts
         self.dispatcher: Dispatcher = LocalDispatcher()
+
+    def initialise(self, scale: float) -> None:
+        """Draw all parameters anew (section 2.4), unless they are on the meta device."""
+        if self.router.weight.device.type != "meta":
+            initialise_all(self, scale, d_kv=1)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Map x [..., S, D] to (y [..., S, width], routing).
@@ -44,7 +49,7 @@ class SwitchLayer(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x_ND = x_ND.to(torch.get_autocast_dtype(x.device.type))
         rows = self.dispatcher.dispatch(x_ND, routing)
-        y_RD = self.experts(rows.x_RD, rows.order.counts_E)
+        y_RD = self.experts(rows.x_RD, rows.counts_E)
         y_ND = self.dispatcher.combine(y_RD, rows, routing, x_ND.shape[0])
         return y_ND.view(*x.shape[:-1], y_ND.shape[-1]), routing
 
@@ -76,7 +81,7 @@ class SwitchFeedForward(SwitchLayer):
             Router(d_model, num_experts, router or RouterConfig(), causal),
             FeedForwardExperts(d_model, d_ff, num_experts, activation, gated, expert_dropout),
         )
-        initialise_switch(self.router, self.experts, initialisation_scale)
+        self.initialise(initialisation_scale)
 
 
 class SwitchProjection(SwitchLayer):
@@ -96,4 +101,4 @@ class SwitchProjection(SwitchLayer):
             Router(d_model, num_experts, router or RouterConfig(), causal),
             ProjectionExperts(d_model, width, num_experts),
         )
-        initialise_switch(self.router, self.experts, initialisation_scale)
+        self.initialise(initialisation_scale)

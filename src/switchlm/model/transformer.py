@@ -3,6 +3,7 @@
 Shapes: B batch, S source, T target, M memory (cached positions), D d_model, V vocabulary.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol, cast
 
@@ -10,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from switchlm.model.attention import KeysValues, KeyValueStore, RelativeBias, masked, segment_mask
+from switchlm.model.attention import (
+    KeysValues,
+    KeyValueStore,
+    Memory,
+    RelativeBias,
+    masked,
+    segment_mask,
+)
 from switchlm.model.block import Block
 from switchlm.model.config import ModelConfig
 from switchlm.model.initialise import initialise
@@ -63,7 +71,7 @@ class Stack(nn.Module):
         bias: Tensor,
         *,
         mask_BS: Tensor | None = None,
-        memory: KeysValues | None = None,
+        memory: Memory | None = None,
         memory_bias: Tensor | None = None,
         store: KeyValueStore | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
@@ -84,7 +92,8 @@ class SwitchTransformer(nn.Module):
     """A sparse or dense T5-style encoder-decoder language model.
 
     Build under `torch.device("meta")` for shapes alone; elsewhere parameters are initialised as
-    configured (section 2.4).
+    configured (section 2.4). `project` multiplies the decoder's output with the vocabulary, x and
+    weight to logits; parallelism over the vocabulary replaces it.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -98,7 +107,9 @@ class SwitchTransformer(nn.Module):
             if config.tied_head
             else nn.Linear(config.d_model, config.vocabulary_size, bias=False)
         )
-        initialise(self, config)
+        self.project: Callable[[Tensor, Tensor], Tensor] = nn.functional.linear
+        if self.embedding.weight.device.type != "meta":
+            initialise(self, config)
 
     def forward(
         self,
@@ -173,14 +184,13 @@ class SwitchTransformer(nn.Module):
 
         x_BTD = stack.dropout(self.embedding(decoder_inputs_BT))
         routing: tuple[Routing, ...] = ()
-        memories = stack.memories(encoded_BSD) if cache is None else cache.cross_attention
-        for layer, memory in enumerate(memories):
+        for layer in range(len(stack.blocks)):
             x_BTD, layer_routing = stack.run(
                 layer,
                 x_BTD,
                 bias,
                 mask_BS=mask_BT,
-                memory=memory,
+                memory=encoded_BSD if cache is None else cache.cross_attention[layer],
                 memory_bias=memory_bias,
                 store=None if cache is None else cache.self_attention[layer],
             )
@@ -204,8 +214,8 @@ class SwitchTransformer(nn.Module):
 
     def _logits(self, x_BTD: Tensor) -> Tensor:
         if self.head is not None:
-            return self.head(x_BTD)
-        return nn.functional.linear(x_BTD * self.config.d_model**-0.5, self.embedding.weight)
+            return self.project(x_BTD, self.head.weight)
+        return self.project(x_BTD * self.config.d_model**-0.5, self.embedding.weight)
 
 
 def shift_right(targets_BT: Tensor, segments_BT: Tensor | None, pad_id: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""One model over many processes: launch, mesh, and what is sharded how."""

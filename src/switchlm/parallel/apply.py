@@ -1,0 +1,118 @@
+"""`apply`: the one call that spreads a model over processes. The model itself does not change.
+
+Tensor parallelism first, experts next, then FSDP2 over what is left: experts over (replicas, data),
+everything else over (replicas, data x expert), a block at a time. An axis of length 1 does nothing.
+"""
+
+import functools
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from switchlm.model.block import Block
+from switchlm.model.initialise import draw
+from switchlm.model.router import Router
+from switchlm.model.switch import SwitchLayer
+from switchlm.model.transformer import SwitchTransformer
+from switchlm.parallel.expert import shard_experts
+from switchlm.parallel.mesh import Mesh
+from switchlm.parallel.tensor import split_tensors
+
+
+def apply(model: SwitchTransformer, mesh: Mesh, *, wire_dtype: torch.dtype | None = None) -> None:
+    """Shard `model` over `mesh` in place; build it on the meta device, then `materialise` it.
+
+    wire_dtype: what weights are gathered in (None: their own). Routers, norms, positions and the
+    embedding are gathered in their own dtype, since they compute in it (section 2.4), and gradients
+    are summed in float32.
+
+    Gradients are sums over all processes: divide the loss by what is counted globally. Raises
+    ConfigError where an axis does not divide what it splits.
+    """
+    split_tensors(model, mesh)
+    shard_experts(model, mesh)
+    policy = MixedPrecisionPolicy(param_dtype=wire_dtype, reduce_dtype=torch.float32)
+    weights, experts = mesh.weights, mesh.experts
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        for layer in [module for module in block.modules() if isinstance(module, SwitchLayer)]:
+            if experts is not None:
+                fully_shard(
+                    cast(nn.Module, layer.experts),
+                    mesh=experts,
+                    mp_policy=policy,
+                    shard_placement_fn=functools.partial(_whole_experts, experts.size(-1)),
+                )
+        if weights is not None:
+            if wire_dtype is not None:
+                fully_shard(_exact_modules(block), mesh=weights)
+            fully_shard(block, mesh=weights, mp_policy=policy, ignored_params=_experts(block))
+    if weights is not None:
+        fully_shard(model, mesh=weights, ignored_params=_experts(model))
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def send_gradients(model: nn.Module, now: bool) -> None:
+    """Say whether the next backward pass sends gradients, or keeps them for one that does."""
+    if isinstance(model, FSDPModule):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_requires_gradient_sync(now, recurse=False)
+
+
+@torch.no_grad()
+def materialise(model: SwitchTransformer, device: torch.device, seed: int) -> None:
+    """Give a sharded model of the meta device its memory, and draw what this process holds of it.
+
+    The numbers are those of the same model on one process. No more than one whole dense parameter,
+    or the experts here of one, is in memory besides.
+    """
+    model.to_empty(device=device)
+    scale, d_kv = model.config.initialisation_scale, model.config.d_kv
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        place = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        box = box_of(parameter)
+        experts = None
+        if ".experts." in name:
+            experts = range(box[0].start, box[0].stop)
+            box = (slice(None), *box[1:])
+        place.copy_(draw(name, shape, scale, d_kv, seed, experts)[box])
+    for buffer in model.buffers():
+        buffer.zero_()
+
+
+def box_of(tensor: Tensor) -> tuple[slice, ...]:
+    """Return which part of a sharded tensor is here; all of it, if it is not sharded."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    shape, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
+
+
+def _whole_experts(num_shards: int, parameter: nn.Parameter) -> Shard | None:
+    """Shard a stack by experts where they suffice, else by the rows of their matrices."""
+    here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    fits = here.shape[0] % num_shards == 0 or here.shape[1] % num_shards
+    return Shard(0) if fits else Shard(1)
+
+
+def _experts(module: nn.Module) -> set[nn.Parameter]:
+    return {p for name, p in module.named_parameters() if ".experts." in f".{name}"}
+
+
+def _exact_modules(block: Block) -> list[nn.Module]:
+    """Return the routers and norms of a block, which compute in float32."""
+    return [
+        module
+        for name, module in block.named_modules()
+        if isinstance(module, Router) or name.endswith("norm")
+    ]

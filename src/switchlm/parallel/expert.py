@@ -1,0 +1,176 @@
+"""Expert parallelism: every process owns some experts, and tokens travel to them and back.
+
+Two all-to-alls a layer in each direction (section 5.4). Only kept tokens travel, each exactly once
+to its expert, in the dtype the experts compute in; how many go where is exchanged first.
+
+Shapes: N tokens, D width, R rows sent (in the order of all experts), Q rows received, P processes
+of the expert axis, E experts in all, L experts here.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from switchlm.errors import ConfigError
+from switchlm.kernels.permute import ExpertOrder, combine_rows, gather_rows, sort_by_expert
+from switchlm.model.dispatch import Rows, per_token
+from switchlm.model.experts import FeedForwardExperts
+from switchlm.model.routing import Routing
+from switchlm.model.switch import SwitchLayer
+from switchlm.parallel.mesh import Mesh
+
+# Which dim of a stacked weight is d_ff: experts are split along it over the tensor axis.
+FEEDFORWARD_DIM = {"up": 2, "gate": 2, "down": 1}
+
+
+@dataclass(frozen=True)
+class Journey:
+    """How the rows came here: what `combine` needs to send them back.
+
+    order: of this process's own assignments. arrival: from the order in which rows arrived (by
+    process, then expert) to that of the experts here. sent, received: rows a process.
+    """
+
+    order: ExpertOrder
+    arrival: ExpertOrder
+    sent: list[int]
+    received: list[int]
+
+
+class AllToAllDispatcher:
+    """Carries rows to the processes of their experts and back.
+
+    experts: the expert axis, None if all experts are here. tensor: the axis that splits each
+    expert's d_ff, None if it is whole; then the outputs are summed over it.
+    """
+
+    def __init__(self, experts: DeviceMesh | None, tensor: DeviceMesh | None) -> None:
+        self.experts, self.tensor = experts, tensor
+
+    def dispatch(self, x_ND: Tensor, routing: Routing) -> Rows:
+        """Return the rows of the experts here, from all processes, sorted by expert."""
+        order = sort_by_expert(routing.expert_A, routing.kept_A, routing.load_E.numel())
+        if routing.token_A is not None:
+            x_RD = x_ND[routing.token_A[order.assignment_R]]
+        else:
+            x_RD = gather_rows(x_ND, order, per_token(routing, x_ND.shape[0]))
+        counts_PL = self.exchange_counts(order.counts_E)
+        num_processes, num_experts = counts_PL.shape
+        sent = order.counts_E.view(num_processes, num_experts).sum(1).tolist()
+        received = counts_PL.sum(1).tolist()
+        x_QD = self._travel(x_RD[: sum(sent)], sent, received)
+        expert_L = torch.arange(num_experts, device=x_ND.device).repeat(num_processes)
+        expert_Q = expert_L.repeat_interleave(counts_PL.reshape(-1), output_size=x_QD.shape[0])
+        arrival = sort_by_expert(expert_Q, torch.ones_like(expert_Q, dtype=torch.bool), num_experts)
+        x_QD = gather_rows(x_QD, arrival, 1)
+        if self.tensor is not None:
+            x_QD = enter(x_QD, self.tensor)
+        return Rows(x_QD, arrival.counts_E, Journey(order, arrival, sent, received))
+
+    def combine(self, y_RD: Tensor, rows: Rows, routing: Routing, num_tokens: int) -> Tensor:
+        """Return y_ND: gate times output, summed over a token's experts; zero where dropped."""
+        journey: Journey = rows.way_back
+        if self.tensor is not None:
+            y_RD = leave(y_RD, self.tensor)
+        ones_Q = torch.ones(y_RD.shape[0], dtype=y_RD.dtype, device=y_RD.device)
+        y_QD = combine_rows(y_RD, ones_Q, journey.arrival, 1)
+        y_RD = self._travel(y_QD, journey.received, journey.sent)
+        dropped = routing.kept_A.numel() - y_RD.shape[0]
+        if dropped:
+            y_RD = nn.functional.pad(y_RD, (0, 0, 0, dropped))
+        weight_A = torch.where(routing.kept_A, routing.gate_A, 0.0)
+        if routing.token_A is None:
+            return combine_rows(y_RD, weight_A, journey.order, per_token(routing, num_tokens))
+        y_AD = combine_rows(y_RD, weight_A, journey.order, 1)
+        y_ND = y_AD.new_zeros(num_tokens, y_AD.shape[1])
+        return y_ND.index_add(0, routing.token_A, y_AD)
+
+    def exchange_counts(self, counts_E: Tensor) -> Tensor:
+        """Return counts_PL, int64: how many rows each process sends to each expert here."""
+        if self.experts is None:
+            return counts_E[None]
+        received_E = torch.empty_like(counts_E)
+        dist.all_to_all_single(received_E, counts_E, group=self.experts.get_group())
+        return received_E.view(self.experts.size(), -1)
+
+    def _travel(self, x_RD: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Send sent[p] rows to process p, and return those that come; gradients travel back."""
+        if self.experts is None:
+            return x_RD
+        arrived: Tensor = all_to_all_single_autograd(
+            x_RD.contiguous(), received, sent, self.experts.get_group()
+        )
+        return arrived
+
+
+def enter(x: Tensor, tensor: DeviceMesh) -> Tensor:
+    """Return x, which each process then uses in part; its gradients are summed over the axis."""
+    spread = DTensor.from_local(x, tensor, [Replicate()], run_check=False)
+    return cast(Tensor, spread.to_local(grad_placements=[Partial()]))
+
+
+def leave(y: Tensor, tensor: DeviceMesh) -> Tensor:
+    """Return the sum of the parts y over the axis."""
+    part = DTensor.from_local(y, tensor, [Partial()], run_check=False)
+    return part.redistribute(placements=[Replicate()]).to_local()
+
+
+def shard_experts(model: nn.Module, mesh: Mesh) -> None:
+    """Give every process its experts, as DTensors, and install the dispatcher.
+
+    A parameter is cut where it is: build the model on the meta device to allocate nothing whole.
+    """
+    experts_mesh, tensor_mesh = mesh.sub("expert"), mesh.sub("tensor")
+    both = mesh.sub("expert", "tensor")
+    if both is None:
+        return
+    for layer in [module for module in model.modules() if isinstance(module, SwitchLayer)]:
+        experts = cast(nn.Module, layer.experts)
+        _check(layer, mesh)
+        for name, weight in list(experts.named_parameters()):
+            placements: list[Placement] = [Shard(0)] if experts_mesh is not None else []
+            if tensor_mesh is not None:
+                placements.append(Shard(FEEDFORWARD_DIM[name]))
+            setattr(experts, name, shard(weight, both, placements))
+        layer.dispatcher = AllToAllDispatcher(experts_mesh, tensor_mesh)
+
+
+def shard(weight: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> nn.Parameter:
+    """Return this process's part of a parameter that all processes hold whole; nothing travels."""
+    local = weight.detach()
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    for index, size, placement in zip(coordinate, mesh.shape, placements, strict=True):
+        assert isinstance(placement, Shard)
+        local = local.chunk(size, placement.dim)[index]
+    local = local.contiguous() if local.device.type == "meta" else local.clone()
+    return nn.Parameter(
+        DTensor.from_local(local, mesh, placements, run_check=False),
+        requires_grad=weight.requires_grad,
+    )
+
+
+def _check(layer: SwitchLayer, mesh: Mesh) -> None:
+    num_experts, processes = layer.router.num_experts, mesh.size("expert")
+    if num_experts % processes:
+        raise ConfigError(
+            f"{num_experts} experts cannot be shared out evenly among mesh.expert {processes}; use "
+            "a number that divides them."
+        )
+    tensor = mesh.size("tensor")
+    if tensor == 1:
+        return
+    if not isinstance(layer.experts, FeedForwardExperts):
+        raise ConfigError(
+            "model.attention_experts does not go with mesh.tensor above 1: the projections of one "
+            "head would have to be whole. Use mesh.expert and mesh.data."
+        )
+    d_ff = layer.experts.down.shape[1]
+    if d_ff % tensor:
+        raise ConfigError(f"model.d_ff {d_ff} cannot be split over mesh.tensor {tensor}.")

@@ -1,0 +1,195 @@
+"""Who is alive: every rank leaves word in the store, so that the survivors can name the lost.
+
+Gloo says "connection closed by peer [10.0.0.7]:4711" or "timed out waiting 600000 ms"; which rank
+that was, where it ran and how far it came, is said here.
+
+Of each rank the store holds `who` (host and process), `beat` (step and time) and, after a failure,
+`end`: what went wrong there. A rank that still runs answers so as soon as its own collective fails;
+those who do not answer are the lost ones.
+"""
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from switchlm.errors import LostRankError
+
+BEAT_SECONDS = 1.0
+# How long the others have to answer once a collective failed, and a store whose host may be dead.
+ANSWER_SECONDS = 5.0
+ALIVE = "the connection to the others failed"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """What the store knows of a rank. step and at (Unix seconds): of its last beat, if any."""
+
+    rank: int
+    host: str
+    process: int
+    step: int | None
+    at: float
+    end: str | None
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (host {self.host}, process {self.process})"
+
+    def last_heard(self, now: float) -> str:
+        """Say when it last left word."""
+        where = "before its first step" if self.step is None else f"at step {self.step}"
+        return f"{where}, {max(now - self.at, 0):.0f} s ago"
+
+
+class Watch:
+    """One rank's view of all ranks, by way of the store."""
+
+    def __init__(
+        self, store: dist.Store, rank: int, world_size: int, local_rank: int, node: int
+    ) -> None:
+        self.rank, self.world_size, self.local_rank, self.node = rank, world_size, local_rank, node
+        self._store = dist.PrefixStore("watch", store)
+        self._beaten = 0.0
+        self._step: int | None = None
+
+    def meet(self, seconds: float) -> list[int]:
+        """Say who this is; return the ranks that did not come within `seconds`."""
+        who = {"host": socket.gethostname(), "process": os.getpid(), "at": time.time()}
+        self._store.set(f"who/{self.rank}", json.dumps(who))
+        keys = [f"who/{rank}" for rank in range(self.world_size)]
+        try:
+            self._store.wait(keys, timedelta(seconds=seconds))
+        except dist.DistStoreError:
+            return [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+        return []
+
+    def note(self, step: int) -> None:
+        """Leave word that `step` steps are done; cheap enough for every step."""
+        self._step = step
+        now = time.monotonic()
+        if now - self._beaten >= BEAT_SECONDS:
+            self._beaten = now
+            self._beat()
+
+    def _beat(self) -> None:
+        beat = {"step": self._step, "at": time.time()}
+        self._store.set(f"beat/{self.rank}", json.dumps(beat))
+
+    @contextmanager
+    def first_on_node(self, what: str) -> Iterator[None]:
+        """Run the block in local rank 0 of each node first, and in the others after it.
+
+        what: a name for this piece of work, used once a run.
+        """
+        key = f"first/{what}/{self.node}"
+        if self.local_rank > 0:
+            self._store.wait([key], timedelta(days=7))
+        try:
+            yield
+        finally:
+            if self.local_rank == 0:
+                self._store.set(key, "done")
+
+    @contextmanager
+    def naming_the_lost(self) -> Iterator[None]:
+        """Turn the failure of a collective in the block into LostRankError; leave others alone."""
+        try:
+            yield
+        except Exception as error:
+            if not of_a_collective(error):
+                message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                within(ANSWER_SECONDS, lambda: self._answer(message))
+                raise
+            raise LostRankError(self._explain(error)) from error
+
+    def _answer(self, end: str) -> None:
+        self._beat_at_the_end()
+        self._store.set(f"end/{self.rank}", end)
+
+    def _beat_at_the_end(self) -> None:
+        if self._step is not None:
+            self._beat()
+
+    def _explain(self, error: Exception) -> str:
+        reason = f"({' '.join(str(error).split())[:200]})"
+        members = within(2 * ANSWER_SECONDS, self._roll_call)
+        if members is None:
+            return (
+                f"A collective failed on rank {self.rank}, and the store of the job does not "
+                "answer either: rank 0, or the host it runs on, is gone, stopped or cut off. "
+                f"{reason}"
+            )
+        now = time.time()
+        failed = [m for m in members if m.end not in (None, ALIVE)]
+        silent = [m for m in members if m.end is None]
+        told = [f"{m} failed: {m.end}." for m in failed]
+        told += [
+            f"{m} was last heard of {m.last_heard(now)}; it was killed, or it hangs."
+            for m in ([] if failed else silent)
+        ]
+        if not told:
+            told = ["All ranks still answer: look at the network between the hosts."]
+        return f"A collective failed on rank {self.rank}. {' '.join(told)} {reason}"
+
+    def _roll_call(self) -> list[Member]:
+        """Answer, wait for the answers of the others, and return what is known of all."""
+        self._answer(ALIVE)
+        until = time.monotonic() + ANSWER_SECONDS
+        keys = [f"end/{rank}" for rank in range(self.world_size)]
+        while not self._store.check(keys) and time.monotonic() < until:
+            time.sleep(0.1)
+        return [self._member(rank) for rank in range(self.world_size)]
+
+    def _member(self, rank: int) -> Member:
+        who = json.loads(self._store.get(f"who/{rank}"))
+        beat = {"step": None, "at": who["at"]}
+        if self._store.check([f"beat/{rank}"]):
+            beat = json.loads(self._store.get(f"beat/{rank}"))
+        end = None
+        if self._store.check([f"end/{rank}"]):
+            end = self._store.get(f"end/{rank}").decode()
+        return Member(
+            rank=rank,
+            host=who["host"],
+            process=who["process"],
+            step=beat["step"],
+            at=beat["at"],
+            end=end,
+        )
+
+
+def of_a_collective(error: Exception) -> bool:
+    """Whether torch.distributed, gloo or NCCL raised this; gloo raises bare RuntimeErrors."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error).split("\n")[0]
+
+
+def within(seconds: float, work: Callable[[], T]) -> T | None:
+    """Return what `work` returns, None if it fails or takes longer; it goes on in a daemon thread.
+
+    A store whose host is stopped lets its clients wait for ever.
+    """
+    found: list[T] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except dist.DistError as error:
+            logging.getLogger(__name__).debug("The store does not answer: %s", error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else None

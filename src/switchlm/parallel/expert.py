@@ -60,10 +60,8 @@ class AllToAllDispatcher:
             x_RD = x_ND[routing.token_A[order.assignment_R]]
         else:
             x_RD = gather_rows(x_ND, order, per_token(routing, x_ND.shape[0]))
-        counts_PL = self.exchange_counts(order.counts_E)
+        counts_PL, sent, received = self.exchange_counts(order.counts_E)
         num_processes, num_experts = counts_PL.shape
-        sent = order.counts_E.view(num_processes, num_experts).sum(1).tolist()
-        received = counts_PL.sum(1).tolist()
         x_QD = self._travel(x_RD[: sum(sent)], sent, received)
         expert_L = torch.arange(num_experts, device=x_ND.device).repeat(num_processes)
         expert_Q = expert_L.repeat_interleave(counts_PL.reshape(-1), output_size=x_QD.shape[0])
@@ -91,8 +89,16 @@ class AllToAllDispatcher:
         y_ND = y_AD.new_zeros(num_tokens, y_AD.shape[1])
         return y_ND.index_add(0, routing.token_A, y_AD)
 
-    def exchange_counts(self, counts_E: Tensor) -> Tensor:
-        """Return counts_PL, int64: how many rows each process sends to each expert here."""
+    def exchange_counts(self, counts_E: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        """Return counts_PL, int64, how many rows each process sends to each expert here.
+
+        And the rows that go to each process, and those that come from each.
+        """
+        counts_PL = self._swap(counts_E)
+        sent_P = counts_E.view(counts_PL.shape).sum(1)
+        return counts_PL, sent_P.tolist(), counts_PL.sum(1).tolist()
+
+    def _swap(self, counts_E: Tensor) -> Tensor:
         if self.experts is None:
             return counts_E[None]
         received_E = torch.empty_like(counts_E)

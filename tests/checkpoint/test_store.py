@@ -217,7 +217,7 @@ def check_failure(store: CheckpointStore, message: str, size: int = 4) -> None:
     assert_is(CheckpointStore(store.folder).load(), 1)
 
 
-@pytest.mark.parametrize("fails_at", range(8))
+@pytest.mark.parametrize("fails_at", range(6))
 def test_an_error_of_the_disk_at_any_sync_is_told(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:

@@ -7,10 +7,13 @@ finds accidents; it is no signature, and reading a checkpoint is safe without it
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from switchlm.checkpoint.files import sync_file
+from switchlm.checkpoint.ranks import ALONE, Ranks
 from switchlm.errors import CheckpointError
 
 NAME = "manifest.json"
@@ -18,24 +21,54 @@ FORMAT = 1
 LARGEST = 2**24  # bytes; a manifest has about a hundred a file
 
 
-def write(folder: Path, step: int) -> None:
-    """Describe all files of `folder` as they are now, as the checkpoint of `step`."""
-    files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+def write(folder: Path, step: int, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Describe all files of `folder` as they are now, as the checkpoint of `step`.
+
+    known: size and SHA-256 of files that need not be read again for them.
+    """
+    known = known or {}
+    files = {
+        path.name: known.get(path.name) or _describe(path) for path in sorted(folder.iterdir())
+    }
     path = folder / NAME
     path.write_bytes(_encode({"format": FORMAT, "step": step, "files": files}))
     sync_file(path)
 
 
-def verify(folder: Path) -> int:
+def verify(folder: Path, ranks: Ranks = ALONE) -> int:
     """Read every file of a checkpoint, compare it with the manifest, and return the step.
 
-    Raises CheckpointError that names the first file which is missing, not listed, or differs.
+    Ranks share the reading. Raises CheckpointError on all of them that names the first file which
+    is missing, not listed, or differs.
     """
-    try:
+    content = ranks.first(lambda: _listed(folder))
+    files = content["files"]
+    by_size = sorted(files, key=lambda name: (-files[name]["size"], name))
+    share = by_size[ranks.rank :: ranks.size]
+    ranks.each(lambda: _compare_content(folder, {name: files[name] for name in share}))
+    step: int = content["step"]
+    return step
+
+
+def _listed(folder: Path) -> dict[str, Any]:
+    """Return the manifest, whose files are all there in their sizes, and no others."""
+    with _readable(folder):
         content = _read(folder)
-        _compare(folder, content["files"])
-        step: int = content["step"]
-        return step
+        _compare_names(folder, content["files"])
+        return content
+
+
+def _compare_content(folder: Path, files: dict[str, Any]) -> None:
+    with _readable(folder):
+        for name, expected in files.items():
+            if _describe(folder / name) != expected:
+                raise _damaged(folder, f"{name} does not have the SHA-256 of the manifest")
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(f"Cannot read the checkpoint {str(folder)!r}: {error}.") from error
 
@@ -65,7 +98,7 @@ def _read(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _compare(folder: Path, files: dict[str, Any]) -> None:
+def _compare_names(folder: Path, files: dict[str, Any]) -> None:
     present = {path.name: path for path in folder.iterdir() if path.name != NAME}
     for name, path in present.items():
         if path.is_symlink() or (name not in files and name.endswith(".safetensors")):
@@ -76,9 +109,6 @@ def _compare(folder: Path, files: dict[str, Any]) -> None:
         size = present[name].stat().st_size
         if not isinstance(expected, dict) or size != expected.get("size"):
             raise _damaged(folder, f"{name} has {size} bytes, not those of the manifest")
-    for name, expected in files.items():
-        if _describe(present[name]) != expected:
-            raise _damaged(folder, f"{name} does not have the SHA-256 of the manifest")
 
 
 def _describe(path: Path) -> dict[str, Any]:

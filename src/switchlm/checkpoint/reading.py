@@ -2,63 +2,123 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from switchlm.checkpoint import manifest, tensors
+from switchlm.checkpoint import coverage, manifest, tensors
+from switchlm.checkpoint.ranks import ALONE, Ranks
 from switchlm.checkpoint.state import describe, join, split
 from switchlm.errors import CheckpointError
 
 STATE = "state.json"
 
 
-def load_folder(folder: Path, into: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def load_folder(
+    folder: Path, into: Mapping[str, Any] | None = None, ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """Return the state in `folder`, which may be a copy of a checkpoint under any name.
 
-    into: sections of the state (such as `model`) with tensors to fill in place; these are the
-    tensors of the state returned, all others are new, on the CPU. A section must have exactly the
-    tensors of the checkpoint, in shape and dtype.
+    into: sections of the state (such as `model`) with tensors to fill in place, DTensors on any
+    mesh among them, of which each rank reads its own part; these are the tensors of the state
+    returned, all others are new, whole, and on the CPU. A section must have exactly the tensors of
+    the checkpoint, in shape and dtype.
 
-    Raises CheckpointError for a damaged folder or a section that does not fit, before anything is
-    written into the tensors of `into`.
+    Raises CheckpointError, on all ranks, for a damaged folder, for parts of tensors that are
+    missing or stored twice, and for a section that does not fit, before anything is written into
+    the tensors of `into`.
     """
-    manifest.verify(folder)
-    return read_verified(folder, into)
+    manifest.verify(folder, ranks)
+    return read_verified(folder, into, ranks)
 
 
-def read_verified(folder: Path, into: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def read_verified(
+    folder: Path, into: Mapping[str, Any] | None = None, ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """Return the state in a folder that `manifest.verify` has passed; see `load_folder`."""
+    paths = sorted(folder.glob("*.safetensors"))[ranks.rank :: ranks.size]
+    headers = ranks.each(lambda: _headers(folder, paths))
+    state: dict[str, Any] = {}
+
+    def prepare() -> None:
+        with _explain(folder):
+            state.update(_prepare(folder, headers, into or {}))
+
+    def fill() -> None:
+        with _explain(folder):
+            tensors.load(folder, state["values"], state["stored"])
+
+    ranks.each(prepare)
+    ranks.each(fill)
+    joined: dict[str, Any] = state["joined"]
+    return joined
+
+
+def _headers(folder: Path, paths: list[Path]) -> list[list[Any]]:
+    with _explain(folder):
+        return [
+            [name, stored.box, stored.code, stored.file] for name, stored in tensors.index(paths)
+        ]
+
+
+def _prepare(
+    folder: Path, headers: list[list[list[Any]]], into: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the tensors to fill, where their parts are, and the state that they make up."""
+    structure = json.loads((folder / STATE).read_bytes())
+    described = {name: (dtype, shape) for name, dtype, shape in describe(structure)}
+    stored: dict[str, list[tensors.Stored]] = {}
+    for name, box, code, file in (part for parts in headers for part in parts):
+        sides = tuple((int(start), int(stop)) for start, stop in box)
+        stored.setdefault(name, []).append(tensors.Stored(sides, code, file))
+    _bound(folder, described)
+    check_parts(f"The checkpoint {str(folder)!r} is damaged: it", described, stored)
+    given, _ = split(into)
+    for section in into:
+        _match(folder, section, described, given)
+    values = {
+        name: given[name] if name in given else torch.empty(shape, dtype=dtype)
+        for name, (dtype, shape) in described.items()
+    }
+    joined = join(structure, values)
+    if not isinstance(joined, dict):
+        raise TypeError(f"it holds a {type(joined).__name__} instead of named sections")
+    return {"values": values, "stored": stored, "joined": joined}
+
+
+def check_parts(
+    where: str,
+    described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    stored: Mapping[str, list[tensors.Stored]],
+) -> None:
+    """Raise CheckpointError unless the stored parts make up every tensor, in its dtype.
+
+    where: what holds them, for the message; described: dtype and shape by name.
+    """
+    shapes = {name: shape for name, (_, shape) in described.items()}
+    coverage.check(shapes, {name: [p.box for p in parts] for name, parts in stored.items()}, where)
+    for name, (dtype, _) in described.items():
+        for part in stored.get(name, ()):
+            if part.code != tensors.CODES[dtype]:
+                raise CheckpointError(f"{where} holds {name} as {part.code}, not as {dtype}.")
+
+
+@contextmanager
+def _explain(folder: Path) -> Iterator[None]:
+    """Turn what damaged files do to a reader into the project's own error."""
     try:
-        structure = json.loads((folder / STATE).read_bytes())
-        state = _fill(folder, structure, into or {})
+        yield
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"The checkpoint {str(folder)!r} is damaged: {STATE} cannot be read ({error})."
         ) from error
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"Cannot read the checkpoint {str(folder)!r}: {error}.") from error
-    return state
-
-
-def _fill(folder: Path, structure: Any, into: Mapping[str, Any]) -> dict[str, Any]:
-    stored = {name: (dtype, shape) for name, dtype, shape in describe(structure)}
-    given, _ = split(into)
-    for section in into:
-        _match(folder, section, stored, given)
-    _bound(folder, stored)
-    values = {
-        name: given[name] if name in given else torch.empty(shape, dtype=dtype)
-        for name, (dtype, shape) in stored.items()
-    }
-    tensors.load(folder, values)
-    state = join(structure, values)
-    if not isinstance(state, dict):
-        raise TypeError(f"it holds a {type(state).__name__} instead of named sections")
-    return state
 
 
 def _match(

@@ -1,27 +1,20 @@
-"""Checkpoints of training: atomic, verified, written in the background.
+"""Checkpoints of training: atomic, verified, written in the background, free of layout.
 
     RUN/checkpoints/step-00001000/
-        model-00001-of-00001.safetensors   all tensors of the state by name, bit-exact (tensors.py)
-        model.safetensors.index.json       which file holds which; written by DCP, not read
+        model-00001-of-00001.safetensors   parts of the tensors by name, bit-exact (tensors.py)
         state.json                         the structure around them, and all numbers (state.py)
         manifest.json                      size and SHA-256 of each, written last (manifest.py)
 
-A save goes through these steps; the process, or the power, may fail after any of them:
-1. The files are written and synced in `.step-00001000.partial-PID`, the manifest last, then the
-   folder is synced. A crash leaves a hidden folder that the next save deletes.
-2. A checkpoint of the same step is renamed to `.step-00001000.replaced-PID`. While its place is
-   empty, readers take it from there, and the next save puts it back.
-3. The partial folder is renamed to `step-00001000`, and the parent synced: the save has happened.
-4. What is no longer kept is renamed to `.step-00000500.deleted-PID`, the parent synced, and only
-   then deleted: no visible checkpoint is ever half deleted.
+Every rank copies and writes its own parts into one folder; rank 0 makes the folder, and makes it
+the checkpoint once all have written (shelf.py). The files say where each part stands in its tensor,
+so that any other mesh, or one process, reads what it needs of them.
 """
 
 import json
 import logging
-import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +23,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from switchlm.checkpoint import files, manifest, tensors
-from switchlm.checkpoint.reading import STATE, read_verified
-from switchlm.checkpoint.state import split
+from switchlm.checkpoint.layout import Held, Planner, part_of
+from switchlm.checkpoint.ranks import Ranks
+from switchlm.checkpoint.reading import STATE, check_parts, read_verified
+from switchlm.checkpoint.shelf import Shelf
+from switchlm.checkpoint.state import describe, split
 from switchlm.errors import CheckpointError
-
-VISIBLE = re.compile(r"step-(\d{8,})")
-HIDDEN = re.compile(r"\.step-(\d{8,})\.(partial|replaced|deleted)-(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +47,35 @@ class Found:
 
 
 class CheckpointStore:
-    """The checkpoints of one run, of one process that writes and any number that read.
+    """The checkpoints of one run: of the processes that write it, and any number that read.
 
-    folder: `RUN/checkpoints`; made at the first save.
+    folder: `RUN/checkpoints`, the same for all ranks, on a file system they share; made at the
+        first save.
     keep: how many of the newest checkpoints stay; None keeps all.
     report: called with one sentence, from any thread, when a save has failed or a damaged
-        checkpoint is passed over; the default is a warning in the log.
+        checkpoint is passed over; the default is a warning in the log. On rank 0 only.
+    group: the gloo group of all processes of the run, which nothing else may use (see
+        `ranks.background_group`); None for a single process. Every rank calls every method, with
+        the same arguments, and they all get the same answer or the same error, which names the
+        rank where something failed.
     """
 
     def __init__(
-        self, folder: Path, *, keep: int | None = None, report: Callable[[str], None] | None = None
+        self,
+        folder: Path,
+        *,
+        keep: int | None = None,
+        report: Callable[[str], None] | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         if keep is not None and keep < 1:
             raise CheckpointError(f"A run must keep at least one checkpoint, not {keep}.")
         self.folder = Path(folder)
         self.keep = keep
+        self._shelf = Shelf(self.folder)
+        self._ranks = Ranks(group)
+        self._planner = Planner(self._ranks)
+        self._staging = tensors.Staging()
         self._report = report or logging.getLogger(__name__).warning
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -75,23 +83,20 @@ class CheckpointStore:
     def save(self, step: int, state: Mapping[str, Any], *, wait: bool = False) -> None:
         """Copy the tensors of `state` to the CPU now, and write the checkpoint in the background.
 
-        state: nested dicts, lists and tuples of tensors, numbers and strings, see state.py. It may
-        change as soon as this returns. A checkpoint of the same step is replaced. At most one save
-        is under way: this waits for the one before, and raises its error if it failed.
+        state: nested dicts, lists and tuples of tensors, numbers and strings, see state.py; it may
+        change as soon as this returns. Of DTensors each part is saved once; all else must be the
+        same on all ranks, and is rank 0's. A checkpoint of the same step is replaced. At most one
+        save is under way: this waits for the one before, and raises its error if it failed. The
+        memory of the copy is kept for the next save.
 
         Raises CheckpointError, also if a checkpoint of a later step is there, for then `newest`
         would go on from that one; see `discard_after`.
         """
         self.wait()
-        later = [known for known in self.steps() if known > step]
-        if later:
-            raise CheckpointError(
-                f"Cannot save step {step} in {str(self.folder)!r}: the later step {later[-1]} is "
-                "there. Resume from that one, or discard what comes after the step resumed from."
-            )
+        self._ranks.first(lambda: self._refuse_later(step))
         named, structure = split(state)
-        staged = tensors.stage(named)
-        self._pending = self._writer.submit(self._write, step, staged, structure)
+        pieces = self._pieces(named)
+        self._pending = self._writer.submit(self._write, step, pieces, structure)
         if wait:
             self.wait()
 
@@ -111,12 +116,15 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """The steps with a finished checkpoint, ascending; not verified."""
-        return sorted(self._finished())
+        if self._ranks.size > 1 and self._pending is not None:
+            wait_for([self._pending])  # the ranks talk about one thing at a time
+        return self._ranks.first(self._steps)
 
     def newest(self) -> Found | None:
         """Return the newest checkpoint whose files all match its manifest; None if there is none.
 
-        Every byte is read. Raises CheckpointError if there are checkpoints, but all are damaged.
+        Every byte is read, by one rank or another. Raises CheckpointError if there are checkpoints,
+        but all are damaged.
         """
         self.wait()
         damaged = []
@@ -124,7 +132,7 @@ class CheckpointStore:
             try:
                 self._verify(step, folder)
             except CheckpointError as error:
-                if folder.exists():  # else the writing process has just retired it
+                if self._ranks.first(folder.exists):  # else the writer has just retired it
                     damaged.append(str(error))
                 continue
             return Found(step=step, folder=folder, damaged=tuple(damaged))
@@ -149,8 +157,8 @@ class CheckpointStore:
             if found is None:
                 raise CheckpointError(f"There is no checkpoint in {str(self.folder)!r}.")
             for problem in found.damaged:
-                self._report(f"{problem} Going on from step {found.step} instead.")
-            return read_verified(found.folder, into)
+                self._tell(f"{problem} Going on from step {found.step} instead.")
+            return read_verified(found.folder, into, self._ranks)
         finished = self._finished()
         if step not in finished:
             known = ", ".join(map(str, sorted(finished))) or "none"
@@ -163,7 +171,7 @@ class CheckpointStore:
             found = self.newest()
             assert found is not None, "a damaged checkpoint was there a moment ago"
             raise CheckpointError(f"{error} The newest that is whole: step {found.step}.") from None
-        return read_verified(finished[step], into)
+        return read_verified(finished[step], into, self._ranks)
 
     def discard_after(self, step: int) -> None:
         """Delete the checkpoints after `step`: the run goes on from there in another way.
@@ -172,7 +180,9 @@ class CheckpointStore:
         """
         self.wait()
         with _explain(f"Cannot delete the checkpoints after step {step}"):
-            self._discard([known for known in self.steps() if known > step])
+            self._ranks.first(
+                lambda: self._shelf.discard([known for known in self._steps() if known > step])
+            )
 
     def __enter__(self) -> "CheckpointStore":
         return self
@@ -185,96 +195,113 @@ class CheckpointStore:
     ) -> None:
         try:
             self.wait()
-        except CheckpointError:
+        except (CheckpointError, RuntimeError):
             if error is None:  # else that one matters more, and this one has been reported
                 raise
         finally:
             self._writer.shutdown()
 
-    def _write(self, step: int, named: dict[str, Tensor], structure: Any) -> None:
+    def _write(self, step: int, pieces: dict[str, tensors.Piece], structure: Any) -> None:
         try:
             with _explain(f"Cannot save the checkpoint of step {step} in {str(self.folder)!r}"):
-                self._write_and_commit(step, named, structure)
+                self._write_and_commit(step, pieces, structure)
             if self.keep is not None:
+                keep = self.keep
                 with _explain(f"The checkpoint of step {step} is saved, but older ones must go"):
-                    self._discard(self.steps()[: -self.keep])
+                    self._ranks.first(lambda: self._shelf.discard(self._steps()[:-keep]))
         except CheckpointError as error:
-            self._report(str(error))
+            self._tell(str(error))
             raise
 
-    def _write_and_commit(self, step: int, named: dict[str, Tensor], structure: Any) -> None:
-        files.make_folder(self.folder)
-        self._sweep()
-        partial = self._hidden(step, "partial")
+    def _write_and_commit(
+        self, step: int, pieces: dict[str, tensors.Piece], structure: Any
+    ) -> None:
+        partial = self.folder / self._ranks.first(lambda: self._shelf.begin(step).name)
         try:
-            partial.mkdir()
-            tensors.save(partial, named)
-            (partial / STATE).write_text(json.dumps(structure), encoding="utf-8")
-            for path in partial.iterdir():
-                files.sync_file(path)
-            manifest.write(partial, step)
-            files.sync_folder(partial)
-            self._put_in_place(partial, step)
+            written = self._ranks.each(lambda: self._write_part(partial, pieces))
+            self._ranks.first(lambda: self._commit(partial, step, written, structure))
         finally:
-            files.remove_folder(partial)
+            if self._ranks.is_first:
+                files.remove_folder(partial)
 
-    def _put_in_place(self, partial: Path, step: int) -> None:
-        place, replaced = self._visible(step), self._hidden(step, "replaced")
-        if place.exists():
-            place.rename(replaced)
-        partial.rename(place)
-        files.sync_folder(self.folder)
-        files.remove_folder(replaced)
+    def _write_part(
+        self, partial: Path, pieces: dict[str, tensors.Piece]
+    ) -> dict[str, dict[str, Any]]:
+        """Write the files of this rank; return size and SHA-256 of each."""
+        if not partial.is_dir():
+            raise CheckpointError(
+                f"The folder {str(partial)!r}, just made by rank 0, is not there. All processes "
+                "must see one file system: put the run where every host reads and writes."
+            )
+        written = tensors.save(partial, pieces)
+        if not self._ranks.is_first:
+            files.sync_folder(partial)  # its entries may be another host's to sync
+        return written
 
-    def _discard(self, steps: list[int]) -> None:
-        if not steps:
-            return
-        hidden = [self._hidden(step, "deleted") for step in steps]
-        for step, target in zip(steps, hidden, strict=True):
-            self._finished()[step].rename(target)
-        files.sync_folder(self.folder)
-        for target in hidden:
-            files.remove_folder(target)
+    def _commit(
+        self, partial: Path, step: int, written: list[dict[str, Any]], structure: Any
+    ) -> None:
+        """Make the files that all ranks have written the checkpoint of `step`."""
+        stored: dict[str, list[tensors.Stored]] = {}
+        for name, part in tensors.index(sorted(partial.glob("*.safetensors"))):
+            stored.setdefault(name, []).append(part)
+        described = {name: (dtype, shape) for name, dtype, shape in describe(structure)}
+        check_parts(f"What was written of step {step}", described, stored)
+        (partial / STATE).write_text(json.dumps(structure), encoding="utf-8")
+        files.sync_file(partial / STATE)
+        known = {file: found for files_of_rank in written for file, found in files_of_rank.items()}
+        manifest.write(partial, step, known)
+        files.sync_folder(partial)
+        self._shelf.put_in_place(partial, step)
 
-    def _sweep(self) -> None:
-        """Put back what a dead save displaced, and delete the rest that it left."""
-        for path in list(self.folder.iterdir()):
-            match = HIDDEN.fullmatch(path.name)
-            if match is None:
-                continue
-            step, kind, pid = int(match[1]), match[2], int(match[3])
-            if pid != os.getpid() and files.process_lives(pid):
-                continue
-            if kind == "replaced" and not self._visible(step).exists():
-                path.rename(self._visible(step))
-            else:
-                files.remove_folder(path)
-        files.sync_folder(self.folder)
+    def _pieces(self, named: dict[str, Tensor]) -> dict[str, tensors.Piece]:
+        """Copy what this rank writes of the tensors, and say into which file each part goes."""
+        layout = self._planner.layout(named)
+        places = tensors.assign_files(layout, {name: t.itemsize for name, t in named.items()})
+        mine = {
+            name: held
+            for name, holders in layout.items()
+            for held in holders
+            if held.rank == self._ranks.rank and (name, held.rank) in places
+        }
+        staged = self._staging.copy({name: part_of(named[name]) for name in mine})
+        return {
+            name: tensors.Piece(staged[name], _start(held), places[name, held.rank])
+            for name, held in mine.items()
+        }
+
+    def _refuse_later(self, step: int) -> None:
+        later = [known for known in self._steps() if known > step]
+        if later:
+            raise CheckpointError(
+                f"Cannot save step {step} in {str(self.folder)!r}: the later step {later[-1]} is "
+                "there. Resume from that one, or discard what comes after the step resumed from."
+            )
+
+    def _steps(self) -> list[int]:
+        return sorted(self._shelf.finished())
 
     def _finished(self) -> dict[int, Path]:
-        """Every checkpoint by step; a displaced one counts while its place is empty."""
-        if not self.folder.is_dir():
-            return {}
-        visible, displaced = {}, {}
-        for path in self.folder.iterdir():
-            if match := VISIBLE.fullmatch(path.name):
-                visible[int(match[1])] = path
-            elif (match := HIDDEN.fullmatch(path.name)) and match[2] == "replaced":
-                displaced[int(match[1])] = path
-        return displaced | visible
+        """Return the checkpoints by step, as rank 0 sees them."""
+        found = self._ranks.first(
+            lambda: [[step, path.name] for step, path in self._shelf.finished().items()]
+        )
+        return {int(step): self.folder / str(name) for step, name in found}
 
     def _verify(self, step: int, folder: Path) -> None:
-        found = manifest.verify(folder)
+        found = manifest.verify(folder, self._ranks)
         if found != step:
             raise CheckpointError(
                 f"The checkpoint {str(folder)!r} is damaged: its manifest is of step {found}."
             )
 
-    def _visible(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
+    def _tell(self, message: str) -> None:
+        if self._ranks.is_first:
+            self._report(message)
 
-    def _hidden(self, step: int, kind: str) -> Path:
-        return self.folder / f".step-{step:08d}.{kind}-{os.getpid()}"
+
+def _start(held: Held) -> tuple[int, ...]:
+    return tuple(start for start, _ in held.box)
 
 
 @contextmanager

@@ -1,81 +1,203 @@
-"""Named tensors to safetensors files and back, by torch.distributed.checkpoint (DCP).
+"""Parts of named tensors to safetensors files and back, bit for bit, on any layout.
 
-DCP's own file format keeps its index as a pickle (`.metadata`), which runs code when read. Its
-Hugging Face writer and reader keep the same planning, slicing and resharding, but write safetensors
-with the offsets in their headers: bit-exact, mapped into memory when read, and no pickle anywhere.
-Only tensors are handed to it, since DCP pickles all else.
-
-DCP up to torch 2.13 syncs its files before it flushes them; the caller must sync them again.
+A file holds some parts under the names of their tensors; where a part stands in its tensor is in
+the metadata of the header, written as torch.distributed.checkpoint (DCP) writes it, which can read
+these files. Files are written in one go with their SHA-256, and mapped into memory when read, so
+that a process reads no more than it needs. Nothing is pickled.
 """
 
-import warnings
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from switchlm.checkpoint.layout import Box, Layout, box_of, overlap, part_of, slices, volume
 from switchlm.errors import CheckpointError
 
-FILE_BYTES = 2**28  # the writer holds one file in memory twice; a larger tensor has its own
+FILE_BYTES = 2**28  # about; a larger part has a file of its own
+OFFSETS = "DCP_SHARDING_INFO"
+CODES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
 
 
-def save(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write CPU tensors into safetensors files of about `FILE_BYTES` each.
+@dataclass(frozen=True)
+class Piece:
+    """A part of a tensor on its way to a file: CPU memory, and where it starts in the tensor."""
 
-    Raises OSError, or whatever else the writing met.
+    tensor: Tensor
+    offset: tuple[int, ...]
+    file: str
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A part of a tensor in a file: its box, the dtype's code, the file's name."""
+
+    box: Box
+    code: str
+    file: str
+
+
+def assign_files(layout: Layout, item_bytes: Mapping[str, int]) -> dict[tuple[str, int], str]:
+    """Return the file of each (name, rank); a file is of one rank, of about FILE_BYTES."""
+    numbers: dict[tuple[str, int], int] = {}
+    number = 0
+    by_rank: dict[int, list[tuple[str, int]]] = {}
+    for name, holders in layout.items():
+        for held in holders:
+            size = volume(held.box) * item_bytes[name]
+            if size:
+                by_rank.setdefault(held.rank, []).append((name, size))
+    for rank, parts in sorted(by_rank.items()):
+        filled = FILE_BYTES
+        for name, size in parts:
+            if filled + size > FILE_BYTES:
+                number, filled = number + 1, 0
+            filled += size
+            numbers[name, rank] = number
+    return {key: f"model-{n:05}-of-{number:05}.safetensors" for key, n in numbers.items()}
+
+
+def save(folder: Path, pieces: Mapping[str, Piece]) -> dict[str, dict[str, Any]]:
+    """Write the pieces into their files, synced; return size and SHA-256 by file.
+
+    Raises OSError.
     """
-    _hush()
-    writer = dcp.HuggingFaceStorageWriter(
-        str(folder), fqn_to_index_mapping=_assign_files(tensors, FILE_BYTES)
+    files: dict[str, dict[str, Piece]] = {}
+    for name, piece in pieces.items():
+        files.setdefault(piece.file, {})[name] = piece
+    return {file: _write(folder / file, content) for file, content in files.items()}
+
+
+def index(paths: Iterable[Path]) -> Iterator[tuple[str, Stored]]:
+    """Yield the name and place of every part in the files, from their headers.
+
+    Raises CheckpointError for a file whose header makes no sense.
+    """
+    for path in paths:
+        with _opened(path) as file:
+            try:
+                offsets = json.loads((file.metadata() or {}).get(OFFSETS, "{}"))
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    part = file.get_slice(name)
+                    shape = part.get_shape()
+                    start = offsets[name]["saved_offsets"] if name in offsets else [0] * len(shape)
+                    box = tuple((int(a), int(a) + n) for a, n in zip(start, shape, strict=True))
+                    yield name, Stored(box, part.get_dtype(), path.name)
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                raise CheckpointError(f"The header of {str(path)!r} is damaged: {error}") from None
+
+
+@torch.no_grad()
+def load(folder: Path, into: Mapping[str, Tensor], stored: Mapping[str, Iterable[Stored]]) -> None:
+    """Fill what is here of each tensor from the parts that overlap it; nothing else is read."""
+    wanted: dict[str, list[tuple[str, Box, Box, Box]]] = {}
+    for name, tensor in into.items():
+        here = box_of(tensor)
+        for part in stored.get(name, ()):
+            common = overlap(here, part.box)
+            if common is not None:
+                wanted.setdefault(part.file, []).append((name, here, part.box, common))
+    for file_name, parts in wanted.items():
+        with _opened(folder / file_name) as file:
+            for name, here, box, common in parts:
+                found = file.get_tensor(name)  # backed by the file, read where it is used
+                part_of(into[name])[slices(common, here)].copy_(found[slices(common, box)])
+
+
+class Staging:
+    """Copies of tensors in the CPU's memory, which is kept and used again by the next save.
+
+    Memory is what costs time: fresh pages are slow to get, and pinned ones slower still. So this
+    holds on to as many bytes as a rank saves.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return contiguous copies, by name; they hold until the next call."""
+        self._buffers = {name: self._buffer(name, tensor) for name, tensor in tensors.items()}
+        streams = set()
+        for name, tensor in tensors.items():
+            pinned = tensor.device.type != "cpu"
+            self._buffers[name].copy_(tensor, non_blocking=pinned)
+            if pinned:
+                streams.add(torch.accelerator.current_stream(tensor.device))
+        for stream in streams:
+            stream.synchronize()
+        return dict(self._buffers)
+
+    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
+        known = self._buffers.get(name)
+        if known is not None and (known.shape, known.dtype) == (tensor.shape, tensor.dtype):
+            return known
+        return torch.empty(
+            tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda"
+        )
+
+
+def header(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Any) -> bytes:
+    """Return the header of a safetensors file that holds such tensors in this order.
+
+    The format wants no gaps, so put larger dtypes first to have all of them aligned.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    start = 0
+    for name, (dtype, shape) in shapes.items():
+        stop = start + volume(tuple((0, size) for size in shape)) * dtype.itemsize
+        entries[name] = {
+            "dtype": CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, stop],
+        }
+        start = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor, without a copy."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write(path: Path, pieces: Mapping[str, Piece]) -> dict[str, Any]:
+    ordered = dict(sorted(pieces.items(), key=lambda item: (-item[1].tensor.itemsize, item[0])))
+    offsets = {name: {"saved_offsets": list(piece.offset)} for name, piece in ordered.items()}
+    head = header(
+        {name: (piece.tensor.dtype, tuple(piece.tensor.shape)) for name, piece in ordered.items()},
+        {OFFSETS: json.dumps(offsets), "DCP_VERSION": "1.0"},
     )
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    digest = hashlib.sha256(head)
+    size = len(head)
+    with path.open("wb") as stream:
+        stream.write(head)
+        for piece in ordered.values():
+            content = raw(piece.tensor)
+            stream.write(content)
+            digest.update(content)
+            size += len(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _opened(path: Path) -> Any:
     try:
-        dcp.save(dict(tensors), storage_writer=writer, planner=planner, no_dist=True)
-    except dcp.CheckpointException as error:
-        raise _first_cause(error) from error
-
-
-def load(folder: Path, into: dict[str, Tensor]) -> None:
-    """Fill the tensors of `into` in place from the files of `folder`, by name.
-
-    Raises CheckpointError if the files do not hold such tensors.
-    """
-    _hush()
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    try:
-        dcp.load(into, storage_reader=reader, planner=planner, no_dist=True)
-    except dcp.CheckpointException as error:
-        raise CheckpointError(
-            f"Cannot read the tensors of {str(folder)!r}: {_first_cause(error)}"
-        ) from error
-
-
-def stage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies in the CPU's memory, contiguous and apart from one another."""
-    contiguous = torch.contiguous_format
-    return {
-        name: tensor.detach().to("cpu", copy=True, memory_format=contiguous)
-        for name, tensor in tensors.items()
-    }
-
-
-def _assign_files(tensors: dict[str, Tensor], file_bytes: int) -> dict[str, int] | None:
-    files: dict[str, int] = {}
-    index, filled = 1, 0
-    for name, tensor in tensors.items():
-        if filled and filled + tensor.nbytes > file_bytes:
-            index, filled = index + 1, 0
-        filled += tensor.nbytes
-        files[name] = index
-    return files or None
-
-
-def _first_cause(error: dcp.CheckpointException) -> BaseException:
-    return next((cause for cause, _ in error.failures.values()), error)
-
-
-def _hush() -> None:
-    # One process is what the caller meant; DCP warns of it at every call.
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{str(path)!r} is damaged: {str(error)[:200]}") from None

@@ -15,14 +15,15 @@ from typer.core import TyperCommand, TyperGroup
 from switchlm import __version__
 from switchlm.errors import SwitchLMError, UserError
 
-# What `switchlm --help` says of each verb. The function `VERB` of `switchlm.cli.VERB` is it; that
-# file is imported only when the verb is asked for.
+# What `switchlm --help` says of each verb. The function `VERB` of `switchlm.cli.VERB` is it, with _
+# for -; that file is imported only when the verb is asked for.
 VERBS = {
     "pretrain": "Pre-train a Switch Transformer, or a dense model, on text.",
     "compare": "Race a Switch Transformer against its FLOP-matched dense twin on the same text.",
     "evaluate": "Measure the loss of a model on text, in total and by source.",
     "generate": "Fill the blanks of a text, or show what the model answers to it.",
     "inspect": "Show the size of a model, and who goes to which expert.",
+    "verify-parallel": "Compare every layout over many processes with one process.",
     "convert": "Write a model in another layout.",
 }
 
@@ -88,7 +89,8 @@ def root(
 def load(verb: str) -> Any:
     """Import a verb's file and return its command."""
     one = typer.Typer(add_completion=False)
-    one.command(verb)(getattr(import_module(f"switchlm.cli.{verb}"), verb))
+    name = verb.replace("-", "_")
+    one.command(verb)(getattr(import_module(f"switchlm.cli.{name}"), name))
     return typer.main.get_command(one)
 
 

@@ -26,6 +26,7 @@ def pretrain(
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics as JSON lines.")] = False,
 ) -> None:
     """Pre-train a Switch Transformer, or a dense model, on text."""
+    from switchlm.parallel.launch import launched
     from switchlm.recipes.config import run_config
     from switchlm.recipes.pretrain import pretrain as recipe
 
@@ -33,11 +34,13 @@ def pretrain(
         config = out / "config.yaml"
     values = {} if config is None else read_yaml(config)
     run = run_config(preset=preset, values=values, sources=data or (), overrides=set_ or ())
-    console = Console(stderr=as_json)
+    launch = launched()
+    is_main = launch is None or launch.rank == 0
+    console = Console(stderr=as_json, quiet=not is_main)
     progress = Progress(console, steps=run.training.steps, seconds=run.training.seconds)
     with stop_on_signal() as should_stop:
         events = recipe(run, out, resume=resume, should_stop=should_stop, report=progress.say)
         for event in progress.watch(events):
-            if as_json and "step" in event:
+            if as_json and is_main and "step" in event:
                 typer.echo(json.dumps(event))
     console.print(f"Model: {out / 'model'}   Report: {out / 'report.html'}")

@@ -74,10 +74,17 @@ class Loader:
             finally:
                 worker.shutdown(wait=False, cancel_futures=True)
 
-    def held_out(self, num_batches: int, source: str | None = None) -> list[Batch]:
+    def share(self, rank: int, world_size: int) -> "LoaderShare":
+        """Return what `rank` of `world_size` workers reads: its rows of every batch."""
+        return LoaderShare(self, rank, world_size)
+
+    def held_out(
+        self, num_batches: int, source: str | None = None, rank: int = 0, world_size: int = 1
+    ) -> list[Batch]:
         """Return a fixed set of batches of documents never trained on, the same for every seed.
 
-        source: only rows of that source; otherwise the mixture of training.
+        source: only rows of that source; otherwise the mixture of training. rank, world_size: as
+        in `batch`.
         """
         if self._held_out is None:
             raise DataError(
@@ -86,7 +93,7 @@ class Loader:
             )
         only = None if source is None else self._source_index(source)
         return [
-            self._held_out.batch(self.sample_ids(step), only_source=only)
+            self._held_out.batch(self.sample_ids(step, rank, world_size), only_source=only)
             for step in range(num_batches)
         ]
 
@@ -104,6 +111,28 @@ class Loader:
         if self._held_out is not None and not self._held_out.has_rows(index):
             raise DataError(f"The data source {name!r} has no held-out text: it is too short.")
         return index
+
+
+class LoaderShare:
+    """One worker's rows of every batch of a loader."""
+
+    def __init__(self, whole: Loader, rank: int, world_size: int) -> None:
+        """Raises DataError where the rows of a batch cannot be shared out evenly."""
+        whole.sample_ids(0, rank, world_size)
+        self.whole, self.rank, self.world_size = whole, rank, world_size
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names of the mixture."""
+        return self.whole.sources
+
+    def iterate(self, start_step: int = 0) -> Generator[tuple[int, Batch], None, None]:
+        """Yield (step, rows of this worker) for ever."""
+        return self.whole.iterate(start_step, rank=self.rank, world_size=self.world_size)
+
+    def held_out(self, num_batches: int) -> list[Batch]:
+        """Return this worker's rows of the held-out batches."""
+        return self.whole.held_out(num_batches, rank=self.rank, world_size=self.world_size)
 
 
 def open_data(

@@ -14,28 +14,35 @@ from switchlm.errors import DataError
 from switchlm.generation.inference import evaluation_mode
 from switchlm.model.losses import token_losses
 from switchlm.model.transformer import SwitchTransformer, shift_right
+from switchlm.parallel.mesh import ALONE, AnyMesh
+from switchlm.parallel.tensor import losses_of
 
 
 def held_out_loss(
-    model: SwitchTransformer, batches: Iterable[Batch], sources: Sequence[str]
+    model: SwitchTransformer,
+    batches: Iterable[Batch],
+    sources: Sequence[str],
+    mesh: AnyMesh = ALONE,
 ) -> dict[str, Any]:
     """Return the mean negative log likelihood in nats a target token, and how many counted.
 
     sources: the names that `Batch.source_B` indexes. The result is `loss`, `tokens`, and `sources`:
     a mapping of each name met to its own `loss` and `tokens`. Capacity is enforced as configured
-    for evaluation (`router.evaluation_capacity_factor`).
+    for evaluation (`router.evaluation_capacity_factor`). On many processes each gives its share of
+    the batches, the model being sharded over `mesh`; all get the result.
 
     Raises DataError when there is no target token at all.
     """
     device = model.embedding.weight.device
     loss_S = torch.zeros(len(sources), dtype=torch.float64)
     tokens_S = torch.zeros(len(sources), dtype=torch.int64)
-    with evaluation_mode(model):
+    with evaluation_mode(model), losses_of(mesh):
         for batch in batches:
             source_B = batch.source_B.long().cpu()
             loss_B, tokens_B = row_losses(model, batch.to(device))
             loss_S.index_add_(0, source_B, loss_B.double().cpu())
             tokens_S.index_add_(0, source_B, tokens_B.cpu())
+    loss_S, tokens_S = mesh.total(loss_S), mesh.total(tokens_S)
     if not tokens_S.sum():
         raise DataError("There is no held-out text to evaluate on: not one target token.")
     return {

@@ -5,6 +5,7 @@ everything else over (replicas, data x expert), a block at a time. An axis of le
 """
 
 import functools
+import warnings
 from typing import cast
 
 import torch
@@ -33,9 +34,12 @@ def apply(model: SwitchTransformer, mesh: Mesh, *, wire_dtype: torch.dtype | Non
     Gradients are sums over all processes: divide the loss by what is counted globally. Raises
     ConfigError where an axis does not divide what it splits.
     """
+    _hush()
     split_tensors(model, mesh)
     shard_experts(model, mesh)
-    policy = MixedPrecisionPolicy(param_dtype=wire_dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(
+        param_dtype=wire_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     weights, experts = mesh.weights, mesh.experts
     for block in [module for module in model.modules() if isinstance(module, Block)]:
         for layer in [module for module in block.modules() if isinstance(module, SwitchLayer)]:
@@ -68,7 +72,7 @@ def send_gradients(model: nn.Module, now: bool) -> None:
 
 @torch.no_grad()
 def materialise(model: SwitchTransformer, device: torch.device, seed: int) -> None:
-    """Give a sharded model of the meta device its memory, and draw what this process holds of it.
+    """Give a model of the meta device its memory, and draw what this process holds of it.
 
     The numbers are those of the same model on one process. No more than one whole dense parameter,
     or the experts here of one, is in memory besides.
@@ -116,3 +120,9 @@ def _exact_modules(block: Block) -> list[nn.Module]:
         for name, module in block.named_modules()
         if isinstance(module, Router) or name.endswith("norm")
     ]
+
+
+def _hush() -> None:
+    # Nothing works in place on a block's output, and slicing a flattened axis goes on working.
+    for said in ("FSDP2-wrapped module", "Slicing a flattened dim", ".*_StridedShard"):
+        warnings.filterwarnings("ignore", message=said)

@@ -8,6 +8,9 @@
 The last axis varies fastest, so that tensor neighbours, who talk most, share a host.
 """
 
+import itertools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,8 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from switchlm.errors import ConfigError
+from switchlm.parallel.launch import launched, process_group
+from switchlm.parallel.watch import Watch
 
 AXES = ("replicas", "data", "expert", "tensor")
 
@@ -56,17 +62,43 @@ class MeshConfig:
         return self.replicas, data, self.expert, self.tensor
 
 
+def layouts(num_processes: int) -> Iterator[MeshConfig]:
+    """Yield every mesh of so many processes."""
+    divisors = [size for size in range(1, num_processes + 1) if num_processes % size == 0]
+    for replicas, data, expert in itertools.product(divisors, repeat=3):
+        tensor, rest = divmod(num_processes, replicas * data * expert)
+        if not rest:
+            yield MeshConfig(replicas=replicas, data=data, expert=expert, tensor=tensor)
+
+
 @dataclass(frozen=True)
 class Mesh:
-    """All processes, and where this one stands among them."""
+    """All processes, and where this one stands among them.
+
+    watch: who is alive; None where nobody looks. storage: a group of all processes for checkpoints,
+    which are written while training goes on. restarted: whether the job failed before and was
+    started anew.
+    """
 
     device_mesh: DeviceMesh
+    watch: Watch | None = None
+    storage: dist.ProcessGroup | None = None
+    restarted: bool = False
 
     @classmethod
-    def of(cls, config: MeshConfig, device_type: str) -> "Mesh":
+    def of(
+        cls,
+        config: MeshConfig,
+        device_type: str,
+        watch: Watch | None = None,
+        restarted: bool = False,
+    ) -> "Mesh":
         """Lay the processes of the running job out on the grid."""
         shape = config.shape(dist.get_world_size())
-        return cls(init_device_mesh(device_type, shape, mesh_dim_names=AXES))
+        grid = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+        fake = dist.get_backend() == "fake"
+        storage = None if fake else dist.new_group(backend="gloo")
+        return cls(grid, watch, storage, restarted)
 
     def size(self, axis: str) -> int:
         """Return how many processes there are along an axis."""
@@ -94,9 +126,28 @@ class Mesh:
 
     def total(self, values: Tensor) -> Tensor:
         """Return the sum of `values` over all shares of a batch, the same bits everywhere."""
+        if self.num_shares == 1:
+            return values
         values = values.clone()
         dist.all_reduce(values, group=self._shares.get_group())
         return values
+
+    def length(self, part: Tensor) -> Tensor:
+        """Return the Euclidean length of a vector from the lengths of its parts on all processes.
+
+        The same bits everywhere; a part that is not finite makes the whole so.
+        """
+        square = part.square()
+        dist.all_reduce(square)
+        return square.sqrt()
+
+    def copies(self, tensor: Tensor) -> int:
+        """Return how many processes hold what this one holds of a tensor."""
+        shards = 1
+        if isinstance(tensor, DTensor):
+            for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+                shards *= 1 if placement.is_replicate() else size
+        return self.device_mesh.size() // shards
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so; all agree on the answer."""
@@ -107,6 +158,15 @@ class Mesh:
     def wait(self) -> None:
         """Return when all processes have come here."""
         dist.barrier()
+
+    def note(self, step: int) -> None:
+        """Leave word that this process has come to `step`."""
+        if self.watch is not None:
+            self.watch.note(step)
+
+    def first_on_node(self, what: str) -> AbstractContextManager[None]:
+        """Run the block in one process of each host first, then in the others."""
+        return nullcontext() if self.watch is None else self.watch.first_on_node(what)
 
     def sub(self, *axes: str) -> DeviceMesh | None:
         """Return the mesh of the axes longer than 1, in order; None if there are none."""
@@ -142,6 +202,8 @@ class Alone:
     num_shares = 1
     share = 0
     is_main = True
+    storage = None
+    restarted = False
 
     def size(self, axis: str) -> int:
         """Return 1."""
@@ -151,6 +213,14 @@ class Alone:
         """Return the values."""
         return values
 
+    def length(self, part: Tensor) -> Tensor:
+        """Return the length: the part is the whole."""
+        return part
+
+    def copies(self, tensor: Tensor) -> int:
+        """Return 1."""
+        return 1
+
     def any(self, flag: bool) -> bool:
         """Return the flag."""
         return flag
@@ -158,5 +228,30 @@ class Alone:
     def wait(self) -> None:
         """Return at once."""
 
+    def note(self, step: int) -> None:
+        """Do nothing: nobody waits for word."""
+
+    def first_on_node(self, what: str) -> AbstractContextManager[None]:
+        """Run the block."""
+        return nullcontext()
+
 
 ALONE = Alone()
+AnyMesh = Mesh | Alone
+
+
+@contextmanager
+def joined(config: MeshConfig) -> Iterator[AnyMesh]:
+    """Join the job that this process was started for, for the length of the block.
+
+    Raises ConfigError if the mesh does not fit the number of processes, LaunchError if they do not
+    find one another, and LostRankError if one is lost.
+    """
+    launch = launched()
+    if launch is None:
+        config.shape(1)
+        yield ALONE
+        return
+    with process_group(launch, config.timeout) as watch:
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        yield Mesh.of(config, device_type, watch, launch.restarts > 0)

@@ -11,6 +11,7 @@ from switchlm.data.tokenizer import Tokenizer
 from switchlm.errors import ConfigError
 from switchlm.model.config import ModelConfig
 from switchlm.model.presets import preset as find_preset
+from switchlm.parallel.mesh import MeshConfig
 from switchlm.training.config import TrainingConfig
 
 
@@ -24,6 +25,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=lambda: find_preset("tiny"))
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
 def run_config(
@@ -56,7 +58,7 @@ def run_config(
 
 
 def to_sections(config: RunConfig) -> dict[str, Any]:
-    """Return plain mappings as they stand in YAML: model, router, data, training."""
+    """Return plain mappings as they stand in YAML: model, router, data, training, mesh."""
     values = to_mapping(config)
     return {**_split_router(values.pop("model")), **values}
 

@@ -13,6 +13,8 @@ from switchlm.data.loader import open_data
 from switchlm.data.tokenizer import Tokenizer
 from switchlm.errors import ConfigError
 from switchlm.model.transformer import SwitchTransformer
+from switchlm.parallel.apply import apply, materialise
+from switchlm.parallel.mesh import ALONE, AnyMesh, Mesh, joined
 from switchlm.recipes.config import RunConfig, to_sections, with_vocabulary
 from switchlm.report.write import ReportRun, write_report
 from switchlm.training.loop import train
@@ -20,17 +22,25 @@ from switchlm.training.monitor import read_metrics
 
 
 def default_device() -> torch.device:
-    """Return the accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    """Return the accelerator of this process if there is one, else the CPU."""
+    kind = torch.accelerator.current_accelerator()
+    if kind is None:
+        return torch.device("cpu")
+    return torch.device(kind.type, torch.accelerator.current_device_index())
 
 
-def build_model(config: RunConfig) -> SwitchTransformer:
-    """Return a new model on the default device.
+def build_model(config: RunConfig, mesh: AnyMesh = ALONE) -> SwitchTransformer:
+    """Return a new model on the default device, sharded over the mesh.
 
-    Its parameters are drawn on the CPU, a pure function of the configuration and the seed.
+    Its parameters are a pure function of the configuration and the seed, whatever the mesh.
     """
-    torch.manual_seed(config.training.seed)
-    return SwitchTransformer(config.model).to(default_device())
+    with torch.device("meta"):
+        model = SwitchTransformer(config.model)
+    if isinstance(mesh, Mesh):
+        exact = config.training.precision == "float32"
+        apply(model, mesh, wire_dtype=None if exact else torch.bfloat16)
+    materialise(model, default_device(), config.training.seed)
+    return model
 
 
 def pretrain(
@@ -44,8 +54,24 @@ def pretrain(
     """Train as configured; yield `{"phase": text}` and every line of metrics.jsonl.
 
     Writes the run folder OUT. With `resume`, goes on from the newest valid checkpoint in it, with
-    the run's own tokenizer. report: called with a line now and then while text is prepared.
+    the run's own tokenizer; so it does when a job was started anew after it failed. report: called
+    with a line now and then while text is prepared.
+
+    Started by torchrun, each process calls this and trains its part of the mesh (docs/guides/
+    parallel.md); OUT is on a file system that all of them see.
     """
+    with joined(config.mesh) as mesh:
+        yield from _pretrain(config, out, mesh, resume or mesh.restarted, should_stop, report)
+
+
+def _pretrain(
+    config: RunConfig,
+    out: Path,
+    mesh: AnyMesh,
+    resume: bool,
+    should_stop: Callable[[], bool],
+    report: Callable[[str], None],
+) -> Iterator[dict[str, Any]]:
     folder = RunFolder(out)
     if folder.exists() and not resume:
         raise ConfigError(
@@ -54,18 +80,33 @@ def pretrain(
         )
     yield {"phase": "reading text"}
     tokenizer = Tokenizer.load(folder.tokenizer) if folder.tokenizer.exists() else None
-    loader = open_data(config.data, seed=config.training.seed, tokenizer=tokenizer, report=report)
+    with mesh.first_on_node("text"):
+        loader = open_data(
+            config.data, seed=config.training.seed, tokenizer=tokenizer, report=report
+        )
+    share = loader.share(mesh.share, mesh.num_shares)
     config = with_vocabulary(config, loader.tokenizer)
-    folder.create()
-    loader.tokenizer.save(folder.tokenizer)
-    write_yaml(folder.config, to_sections(config))
-    model = build_model(config)
+    mesh.wait()
+    if mesh.is_main:
+        folder.create()
+        loader.tokenizer.save(folder.tokenizer)
+        write_yaml(folder.config, to_sections(config))
+    mesh.wait()
+    model = build_model(config, mesh)
     yield {"phase": "training"}
     yield from train(
-        model, loader, config.training, run=folder, resume=resume, should_stop=should_stop
+        model,
+        share,
+        config.training,
+        run=folder,
+        resume=resume,
+        should_stop=should_stop,
+        mesh=mesh,
     )
     yield {"phase": "saving the model"}
-    save(model, loader.tokenizer, folder.model)
+    save(model, loader.tokenizer, folder.model, group=mesh.storage)
+    if not mesh.is_main:
+        return
     metrics = read_metrics(folder.metrics)
     evaluations = [line for line in metrics if "evaluation_loss" in line]
     last = evaluations[-1]["evaluation_loss"] if evaluations else None

@@ -8,11 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from switchlm.model.local import local
+from switchlm.parallel.mesh import ALONE, AnyMesh
 
-def global_norm(gradients: list[Tensor]) -> Tensor:
-    """Return the Euclidean norm of all gradients together, a float32 scalar, without a sync."""
-    norms = torch._foreach_norm(gradients)
-    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
+
+def global_norm(gradients: list[Tensor], mesh: AnyMesh = ALONE) -> Tensor:
+    """Return the Euclidean norm of all gradients together, a float32 scalar, without a sync.
+
+    Where several processes hold the same part of a gradient, each counts its share of it, so that
+    one sum over all processes is enough.
+    """
+    norms = torch._foreach_norm([local(gradient) for gradient in gradients])
+    parts = [
+        norm.float() / math.sqrt(mesh.copies(gradient))
+        for norm, gradient in zip(norms, gradients, strict=True)
+    ]
+    return mesh.length(torch.linalg.vector_norm(torch.stack(parts)))
 
 
 def keep_where(skip: Tensor, old: Tensor, new: Tensor) -> None:

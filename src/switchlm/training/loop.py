@@ -11,6 +11,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch.optim import Optimizer
 
 from switchlm.checkpoint.run_folder import RunFolder, truncate_metrics
@@ -20,6 +21,7 @@ from switchlm.errors import CheckpointError
 from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.model.router import Router
 from switchlm.model.transformer import SwitchTransformer
+from switchlm.parallel.mesh import ALONE, AnyMesh
 from switchlm.training.averages import Averages
 from switchlm.training.config import TrainingConfig
 from switchlm.training.monitor import open_monitor
@@ -69,8 +71,12 @@ def train(
     run: RunFolder | None = None,
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
+    mesh: AnyMesh = ALONE,
 ) -> Iterator[Line]:
     """Train `model` in place on its device and yield every metrics line as it is written.
+
+    On many processes each calls this with the same arguments, its model sharded over `mesh` and
+    `loader` giving its share of every batch; all yield the same lines, the main one writes them.
 
     A line of training (every `log_every` steps, and the last step) has step, tokens and seconds of
     training so far; loss (nats a target), balance_loss, z_loss (both weighted) and gradient_norm
@@ -85,7 +91,7 @@ def train(
     `config.steps`, after `config.seconds`, or once `should_stop` says so, with a last checkpoint
     and a last evaluation.
     """
-    return _Run(model, loader, config, run, should_stop).lines(resume)
+    return _Run(model, loader, config, run, should_stop, mesh).lines(resume)
 
 
 class _Run:
@@ -98,9 +104,10 @@ class _Run:
         config: TrainingConfig,
         folder: RunFolder | None,
         should_stop: Callable[[], bool],
+        mesh: AnyMesh,
     ) -> None:
         self.model, self.loader, self.config, self.folder = model, loader, config, folder
-        self.should_stop = should_stop
+        self.should_stop, self.mesh = should_stop, mesh
         self.device = model.embedding.weight.device
         self.optimizer: Optimizer = build_optimizer(model, config)
         self.progress = Progress()
@@ -114,7 +121,9 @@ class _Run:
         self.store = (
             None
             if folder is None
-            else CheckpointStore(folder.checkpoints, keep=config.keep_checkpoints)
+            else CheckpointStore(
+                folder.checkpoints, keep=config.keep_checkpoints, group=mesh.storage
+            )
         )
         set_router_dtype(model, config.precision)
         model.encoder.activation_checkpointing = config.activation_checkpointing
@@ -139,7 +148,8 @@ class _Run:
         with ExitStack() as opened:
             if self.store is not None:
                 opened.enter_context(self.store)
-            monitor = opened.enter_context(open_monitor(self.folder, config))
+            folder = self.folder if self.mesh.is_main else None
+            monitor = opened.enter_context(open_monitor(folder, config))
             batches = self.loader.iterate(self.progress.step * config.accumulate)
             opened.enter_context(closing(batches))
             self.model.train()
@@ -163,8 +173,9 @@ class _Run:
         config, progress = self.config, self.progress
         started = time.perf_counter()
         parts = [next(batches)[1] for _ in range(config.accumulate)]
-        progress.tokens += sum(batch.num_tokens for batch in parts)
-        seed_step(config.seed, progress.step, self.device)
+        num_tokens = sum(batch.num_tokens for batch in parts)
+        progress.tokens += int(self.mesh.total(torch.tensor(num_tokens)))
+        seed_step(config.seed, progress.step, self.device, self.mesh.share)
         set_learning_rate(self.optimizer, learning_rate(progress.step, config))
         record = training_step(
             self.model,
@@ -172,8 +183,10 @@ class _Run:
             [batch.to(self.device) for batch in parts],
             gradient_clip=config.gradient_clip,
             precision=config.precision,
+            mesh=self.mesh,
         )
         progress.step += 1
+        self.mesh.note(progress.step)
         self.averages.add(record.figures)
         if self._due_to_log():
             self.averages.fold()  # waits for the device, so that the time is the step's
@@ -189,7 +202,9 @@ class _Run:
     def _done(self) -> bool:
         config, progress = self.config, self.progress
         out_of_time = config.seconds is not None and progress.seconds >= config.seconds
-        return progress.step >= config.steps or out_of_time or self.should_stop()
+        if progress.step >= config.steps:
+            return True
+        return self.mesh.any(out_of_time or self.should_stop())
 
     def _training_line(self, record: StepRecord) -> Line:
         progress, logged = self.progress, self.logged
@@ -204,7 +219,7 @@ class _Run:
             / max(progress.seconds - logged.seconds, 1e-9),
             "seconds": progress.seconds,
         }
-        summary = summarise_routing(record.routing)
+        summary = summarise_routing(record.routing, self.mesh)
         if summary is not None:
             line |= {
                 "dropped": float(summary.dropped_L.mean()),
@@ -217,7 +232,7 @@ class _Run:
         return line
 
     def _evaluation_line(self, held_out: Sequence[Batch]) -> Line:
-        result = held_out_loss(self.model, held_out, self.loader.sources)
+        result = held_out_loss(self.model, held_out, self.loader.sources, self.mesh)
         return {
             "step": self.progress.step,
             "seconds": self.progress.seconds,
@@ -252,4 +267,5 @@ class _Run:
             self.logged = Progress(**progress["logged"])
             self.averages.restore(progress["averages"])
             self.store.discard_after(self.progress.step)
-        truncate_metrics(self.folder.metrics, self.progress.step)
+        if self.mesh.is_main:
+            truncate_metrics(self.folder.metrics, self.progress.step)

@@ -15,6 +15,9 @@ from switchlm.model.losses import cross_entropy, routing_losses
 from switchlm.model.router import Router
 from switchlm.model.routing import Routing
 from switchlm.model.transformer import SwitchTransformer, shift_right
+from switchlm.parallel.apply import send_gradients
+from switchlm.parallel.mesh import ALONE, AnyMesh
+from switchlm.parallel.tensor import losses_of
 from switchlm.training.config import Precision
 from switchlm.training.guard import global_norm
 from switchlm.training.precision import computing
@@ -50,13 +53,14 @@ class RoutingSummary:
     gate_L: Tensor
 
 
-def seed_step(seed: int, step: int, device: torch.device | None = None) -> None:
+def seed_step(seed: int, step: int, device: torch.device | None = None, share: int = 0) -> None:
     """Seed torch from (seed, step) alone, so that noise does not depend on where a run began.
 
-    Seeds the CPU's generator and that of `device`; torch.manual_seed would format a stack trace for
-    every kind of device that is not in use.
+    share: which share of the batch this process sees; each has its own noise. Seeds the CPU's
+    generator and that of `device`; torch.manual_seed would format a stack trace for every kind of
+    device that is not in use.
     """
-    mixed = (seed * 0x9E3779B97F4A7C15 + step + 1) & MASK_64
+    mixed = (seed * 0x9E3779B97F4A7C15 + step + 1 + (share << 40)) & MASK_64
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = ((mixed ^ (mixed >> shift)) * factor) & MASK_64
     mixed = (mixed ^ (mixed >> 31)) >> 1
@@ -72,15 +76,18 @@ def training_step(
     *,
     gradient_clip: float | None = None,
     precision: Precision = "float32",
+    mesh: AnyMesh = ALONE,
 ) -> StepRecord:
     """Update the model on micro-batches as if they were one batch; learning rates are set already.
 
+    batches: this process's share of them; the model is sharded over `mesh`.
+
     The loss is the summed cross-entropy over the targets of all micro-batches, plus the mean of
     their routing losses. If loss or gradients are not finite, weights, optimizer state and
-    selection biases stay bitwise as they are.
+    selection biases stay bitwise as they are, on all processes.
     """
     optimizer.zero_grad(set_to_none=True)
-    losses, routing = backward(model, batches, precision)
+    losses, routing = backward(model, batches, precision, mesh)
     with torch.no_grad():
         gradients = [
             parameter.grad
@@ -88,7 +95,7 @@ def training_step(
             for parameter in group["params"]
             if parameter.grad is not None
         ]
-        norm = global_norm(gradients)
+        norm = global_norm(gradients, mesh)
         finite = torch.isfinite(norm) & torch.isfinite(losses).all()
         skipped = 1.0 - finite.float()
         optimizer.found_inf = skipped  # type: ignore[attr-defined]
@@ -96,22 +103,28 @@ def training_step(
             None if gradient_clip is None else (norm / gradient_clip).clamp(min=1.0)
         )
         optimizer.step()
-        nudge_biases(model, routing, finite)
+        nudge_biases(model, routing, finite, mesh)
         figures = torch.cat([losses, torch.stack([norm, skipped])])
     return StepRecord(figures=figures, routing=routing)
 
 
 def backward(
-    model: SwitchTransformer, batches: Sequence[Batch], precision: Precision
+    model: SwitchTransformer,
+    batches: Sequence[Batch],
+    precision: Precision,
+    mesh: AnyMesh = ALONE,
 ) -> tuple[Tensor, tuple[Routings, ...]]:
     """Add the gradients of the loss of all batches together.
 
-    Returns float32 [3] (cross-entropy, balance loss, z-loss) and the routing of each batch.
+    Returns float32 [3] (cross-entropy, balance loss, z-loss), of all processes, and the routing of
+    each batch here.
     """
-    num_targets = sum(batch.target_mask_BT.sum() for batch in batches)
+    num_targets = mesh.total(sum_of([batch.target_mask_BT.sum() for batch in batches]))
+    num_parts = len(batches) * mesh.num_shares
     losses = None
     routing: tuple[Routings, ...] = ()
-    for batch in batches:
+    for number, batch in enumerate(batches, start=1):
+        send_gradients(model, now=number == len(batches))
         with computing(precision, batch.inputs_BS.device):
             output = model(
                 batch.inputs_BS,
@@ -120,41 +133,51 @@ def backward(
                 batch.target_segments_BT,
             )
         mask_BT = None if batch.target_segments_BT is None else batch.target_mask_BT
-        summed, _ = cross_entropy(output.logits_BTV, batch.targets_BT, mask_BT)
-        balance, z_loss = routing_losses(output, model.config)
-        parts = torch.stack([summed / num_targets, balance / len(batches), z_loss / len(batches)])
-        parts.sum().backward()
+        with losses_of(mesh):
+            summed, _ = cross_entropy(output.logits_BTV, batch.targets_BT, mask_BT)
+            balance, z_loss = routing_losses(output, model.config)
+            parts = torch.stack([summed / num_targets, balance / num_parts, z_loss / num_parts])
+            parts.sum().backward()
         losses = parts.detach() if losses is None else losses + parts.detach()
         routing += (output.routing,)
     assert losses is not None, "a step needs at least one batch"
-    return losses, routing
+    return mesh.total(losses), routing
 
 
-def nudge_biases(model: SwitchTransformer, routing: Sequence[Routings], finite: Tensor) -> None:
+def nudge_biases(
+    model: SwitchTransformer, routing: Sequence[Routings], finite: Tensor, mesh: AnyMesh = ALONE
+) -> None:
     """Move the selection biases of routers balanced by `bias`; not at all after a bad batch."""
     if model.config.router.balance != "bias":
         return
     routers = [module for module in model.modules() if isinstance(module, Router)]
-    for router, layers in zip(routers, zip(*routing, strict=True), strict=True):
-        load_E = sum_of([layer.load_E for layer in layers])
+    for router, load_E in zip(routers, _loads(routing, mesh), strict=True):
         # Equal loads move no bias.
         router.nudge_bias(torch.where(finite, load_E, 0))
 
 
 @torch.no_grad()
-def summarise_routing(routing: Sequence[Routings]) -> RoutingSummary | None:
-    """Summarise the routing of a step's batches; None for dense models."""
+def summarise_routing(routing: Sequence[Routings], mesh: AnyMesh = ALONE) -> RoutingSummary | None:
+    """Summarise the routing of a step's batches on all processes; None for dense models."""
     if not routing[0]:
         return None
-    load_LE = torch.stack(
-        [sum_of([layer.load_E for layer in batches]) for batches in zip(*routing, strict=True)]
-    )
+    load_LE = _loads(routing, mesh)
     dropped = [torch.stack([layer.dropped for layer in layers]) for layers in routing]
     gate = [torch.stack([mean_gate(layer) for layer in layers]) for layers in routing]
+    means_2L = mesh.total(torch.stack([sum_of(dropped), sum_of(gate)]))
+    dropped_L, gate_L = means_2L / (len(routing) * mesh.num_shares)
     return RoutingSummary(
         load_LE=load_LE / load_LE.sum(-1, keepdim=True).clamp(min=1),
-        dropped_L=sum_of(dropped) / len(routing),
-        gate_L=sum_of(gate) / len(routing),
+        dropped_L=dropped_L,
+        gate_L=gate_L,
+    )
+
+
+def _loads(routing: Sequence[Routings], mesh: AnyMesh) -> Tensor:
+    """Return load_LE, int64: how many tokens of a step asked for each expert, everywhere."""
+    layers = zip(*routing, strict=True)
+    return mesh.total(
+        torch.stack([sum_of([layer.load_E for layer in batches]) for batches in layers])
     )
 
 

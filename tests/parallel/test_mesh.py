@@ -1,0 +1,66 @@
+"""The grid of processes, and what they tell one another."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.parallel.processes import run_in_processes
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from switchlm.errors import ConfigError
+from switchlm.parallel.mesh import ALONE, Mesh, MeshConfig, joined, layouts
+
+
+def test_data_takes_the_processes_that_are_left():
+    assert MeshConfig(expert=2, tensor=2).shape(8) == (1, 2, 2, 2)
+    assert MeshConfig(replicas=2, data=2).shape(4) == (2, 2, 1, 1)
+    assert MeshConfig().shape(1) == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("config", [MeshConfig(data=3), MeshConfig(expert=3), MeshConfig(tensor=8)])
+def test_a_product_that_is_not_the_number_of_processes_is_refused(config):
+    with pytest.raises(ConfigError, match=r"cannot be 4 processes.*torchrun --nproc-per-node"):
+        config.shape(4)
+
+
+@pytest.mark.parametrize("name", ["replicas", "data", "expert", "tensor", "timeout"])
+def test_sizes_below_one_are_refused(name):
+    with pytest.raises(ConfigError, match=f"{name} must be"):
+        MeshConfig(**{name: 0})
+
+
+def test_a_mesh_of_several_needs_several_processes():
+    with pytest.raises(ConfigError, match="cannot be 1 processes"), joined(MeshConfig(expert=2)):
+        pass
+    with joined(MeshConfig()) as mesh:
+        assert mesh is ALONE
+
+
+def test_layouts_are_all_products_once():
+    found = [(m.replicas, m.data, m.expert, m.tensor) for m in layouts(8)]
+    assert len(found) == len(set(found)) == 20
+    assert all(a * b * c * d == 8 for a, b, c, d in found)
+
+
+def test_four_processes_agree(tmp_path):
+    run_in_processes(4, tmp_path, agree)
+
+
+def agree(rank):
+    mesh = Mesh.of(MeshConfig(data=2, tensor=2), "cpu")
+    # Tensor neighbours, who are next to one another, have the same share of a batch.
+    assert (mesh.num_shares, mesh.share, mesh.is_main) == (2, rank // 2, rank == 0)
+    assert mesh.total(torch.tensor(10 + mesh.share)) == 21
+    assert mesh.any(rank == 3)
+    assert not mesh.any(False)
+    # A vector [0 .. 7] sharded over both axes; another whole on each process.
+    grid = mesh.sub("data", "tensor")
+    part = DTensor.from_local(torch.arange(2.0) + 2 * rank, grid, [Shard(0), Shard(0)])
+    copy = DTensor.from_local(torch.ones(3), grid, [Replicate(), Replicate()])
+    half = DTensor.from_local(torch.ones(2), grid, [Replicate(), Shard(0)])
+    assert [mesh.copies(tensor) for tensor in (part, copy, half, torch.ones(1))] == [1, 4, 2, 4]
+    length = mesh.length(part.to_local().norm())
+    torch.testing.assert_close(length, torch.arange(8.0).norm())
+    assert mesh.length(torch.tensor(float("nan") if rank == 1 else 0.0)).isnan()
+    bits = [torch.empty(()) for _ in range(4)]
+    dist.all_gather(bits, length)
+    assert len({float(value) for value in bits}) == 1

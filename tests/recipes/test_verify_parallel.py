@@ -1,0 +1,80 @@
+"""Every layout on two and four processes computes what one process does (T15)."""
+
+import pytest
+import torch
+
+from switchlm.parallel.mesh import MeshConfig
+from switchlm.recipes.config import run_config
+from switchlm.recipes.verify_parallel import compare, verify_parallel
+
+FEATURES = {
+    "plain": (),
+    "v1.1": ("model.gated=true", "model.activation=gelu", "model.tied_head=false"),
+    "capacity and z-loss": (
+        "router.capacity_factor=0.6",
+        "router.z_weight=0.1",
+        "training.optimizer=adafactor",
+        "training.accumulate=2",
+    ),
+    "experts choose": ("router.selection=expert_choice", "router.group_rows=3"),
+    "two experts, biases": (
+        "router.experts_per_token=2",
+        "router.balance=bias",
+        "model.sparse_step=1",
+        "training.activation_checkpointing=true",
+    ),
+    "bfloat16": ("training.precision=selective",),
+    "dense": ("model.num_experts=0",),
+}
+
+
+def check(overrides, num_processes):
+    config = run_config(preset="nano", overrides=overrides)
+    results = list(verify_parallel(config, num_processes))
+    fitting = [result for result in results if result.does_not_fit is None]
+    assert all(result.equal for result in fitting), [r for r in fitting if not r.equal]
+    return results
+
+
+@pytest.mark.parametrize("name", [*FEATURES])
+def test_two_processes(name):
+    results = check(FEATURES[name], 2)
+    assert len(results) == 4
+    assert all(result.does_not_fit is None for result in results)
+
+
+def test_four_processes():
+    results = check(("training.accumulate=2",), 4)
+    assert len(results) == 10
+    [unfit] = [result for result in results if result.does_not_fit is not None]
+    assert unfit.mesh == MeshConfig(replicas=1, data=1, expert=1, tensor=4)
+    assert "num_heads 2 cannot be split evenly over mesh.tensor 4" in unfit.does_not_fit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FEATURES])
+def test_four_processes_with(name):
+    check(FEATURES[name], 4)
+
+
+WHOLE = {"losses": torch.ones(2, 3), "a": torch.ones(4), "b": torch.arange(4.0)}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"losses": torch.ones(2, 3) + torch.eye(2, 3)},
+        {"b": torch.arange(4.0) * 1.001},
+        {"b": torch.tensor([0.0, 1.0, 2.0, float("nan")])},
+    ],
+)
+def test_a_difference_is_seen(changed):
+    assert compare(MeshConfig(), WHOLE, WHOLE, "float32").equal
+    result = compare(MeshConfig(), WHOLE | changed, WHOLE, "float32")
+    assert not result.equal
+    assert result.parameter == "b" or "b" not in changed
+
+
+def test_a_missing_gradient_is_seen():
+    part = {name: tensor for name, tensor in WHOLE.items() if name != "a"}
+    assert not compare(MeshConfig(), part, WHOLE, "float32").equal

@@ -27,7 +27,7 @@ from switchlm.checkpoint.store import CheckpointStore
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply, materialise
-from switchlm.parallel.mesh import Mesh, MeshConfig
+from switchlm.parallel.mesh import AXES, Mesh, MeshConfig
 from switchlm.training.config import TrainingConfig
 from switchlm.training.optimizer import build_optimizer, optimizer_state
 
@@ -46,7 +46,7 @@ FOUR = [
 
 
 def name_of(mesh: MeshConfig) -> str:
-    return "-".join(f"{axis}{getattr(mesh, axis) or 1}" for axis in ("replicas", "data", "expert", "tensor"))  # fmt: skip
+    return "-".join(f"{axis}{getattr(mesh, axis) or 1}" for axis in AXES)
 
 
 def play(folder: Path, size: int, scene: Callable[[], Any], survivors: int | None = None) -> Any:

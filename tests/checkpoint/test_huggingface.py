@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -195,7 +196,7 @@ def test_a_failing_save_leaves_no_trace(nano, monkeypatch):
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("switchlm.checkpoint.saving.save_file", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         switchlm.save(build(NANO), None, nano)
     assert {path.name: path.read_bytes() for path in nano.iterdir()} == before

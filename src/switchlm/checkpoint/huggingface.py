@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from switchlm.checkpoint.config_fields import Report
 from switchlm.checkpoint.hub import CONFIG, find_model
+from switchlm.checkpoint.layout import box_of, part_of, slices, volume, whole
 from switchlm.checkpoint.matching import Match, match
-from switchlm.checkpoint.names import Family
+from switchlm.checkpoint.names import Entry, Family
+from switchlm.checkpoint.ranks import Ranks
 from switchlm.checkpoint.read_config import read_config
 from switchlm.checkpoint.saving import write_model
 from switchlm.checkpoint.survey import survey
@@ -83,14 +86,47 @@ def save(
     *,
     max_shard_bytes: int = 5_000_000_000,
     report: Report | None = None,
+    group: ProcessGroup | None = None,
 ) -> None:
     """Save a model as transformers loads it, with tokenizer and model card.
 
     The folder appears whole or not at all; an older model in its place is replaced. What
     transformers cannot represent is saved in the same scheme and said in the card and to `report`
     (without it, as a warning).
+
+    group: the gloo group of all processes that hold a part of the model, each of which then calls
+    this and writes its share of the files; no more than one matrix of an expert, or one dense
+    parameter, is whole anywhere. Nothing else may use the group meanwhile.
     """
-    write_model(model, tokenizer, Path(directory), max_shard_bytes, report or _warn)
+    write_model(model, tokenizer, Path(directory), max_shard_bytes, report or _warn, Ranks(group))
+
+
+def fill(
+    model: SwitchTransformer,
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    report: Report | None = None,
+    group: ProcessGroup | None = None,
+) -> None:
+    """Copy the weights of a saved model into `model`, in its own dtype, wherever its parts are.
+
+    model: built from `load_config(name)`; plain, or sharded over processes, each of which calls
+    this and reads no more than its own parts. name, revision: as in `load`. group: as in `save`; if
+    reading fails on one process, all of them raise CheckpointError.
+    """
+    tell = report or _warn
+    ranks = Ranks(group)
+
+    def work() -> None:
+        folder = find_model(name, revision=revision, local_files_only=local_files_only)
+        weights = open_weights(folder)
+        _, family = _understand(read_json(folder, CONFIG, LARGEST_CONFIG), weights, tell)
+        matched = match(model.config, family, weights, tell)
+        _copy(model.state_dict(keep_vars=True), matched, weights)
+
+    ranks.each(work)
 
 
 def _warn(message: str) -> None:
@@ -144,12 +180,23 @@ def _fill(
             setattr(module, attribute, nn.Parameter(places[name]))
         else:
             setattr(module, attribute, places[name])
-    wanted: dict[str, list[tuple[str, int | None]]] = {}
+    _copy(places, matched, weights)
+
+
+@torch.no_grad()
+def _copy(places: dict[str, Tensor], matched: Match, weights: Weights) -> None:
+    """Copy what is here of every parameter, an expert at a time."""
+    boxes = {name: box_of(place) for name, place in places.items()}
+    wanted: dict[str, list[Entry]] = {}
     for entry in matched.entries:
-        wanted.setdefault(matched.sources[entry.theirs], []).append((entry.ours, entry.expert))
+        box = boxes[entry.ours]
+        here = entry.expert is None or box[0][0] <= entry.expert < box[0][1]
+        if here and volume(box):
+            wanted.setdefault(matched.sources[entry.theirs], []).append(entry)
     for key, tensor in weights.read(wanted.keys()):
-        for name, expert in wanted[key]:
-            if expert is None:
-                places[name].copy_(tensor)
-            else:
-                places[name][expert].copy_(tensor.t())
+        for entry in wanted[key]:
+            box, part = boxes[entry.ours], part_of(places[entry.ours])
+            if entry.expert is not None:
+                part = part[entry.expert - box[0][0]]
+                box, tensor = box[1:], tensor.t()
+            part.copy_(tensor[slices(box, whole(tuple(tensor.shape)))])

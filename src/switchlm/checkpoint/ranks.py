@@ -39,24 +39,31 @@ class Ranks:
         """
         if self.size == 1:
             return [work()]
-        found, problem = _try(work)
-        answers = self._gather({"value": found, "error": _told(problem)})
-        failed = [rank for rank, answer in enumerate(answers) if answer["error"] is not None]
-        if failed:
-            told = answers[failed[0]]["error"]
-            more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-            _raise(told["kind"], f"Rank {failed[0]}{more}: {told['message']}", problem)
+        try:
+            found = work()
+        except Exception as error:
+            answers = self._gather({"error": _tell(error)})
+            raise _worst(answers) or error from error
+        answers = self._gather({"value": found})
+        problem = _worst(answers)
+        if problem is not None:
+            raise problem
         return [answer["value"] for answer in answers]
 
     def first(self, work: Callable[[], T]) -> T:
         """Do `work` on rank 0, and return its result (a JSON value), or raise its error, on all."""
         if self.size == 1:
             return work()
-        found, problem = _try(work) if self.is_first else (None, None)
-        answer = self._spread({"value": found, "error": _told(problem)})
-        told = answer["error"]
-        if told is not None:
-            _raise(told["kind"], told["message"], problem)
+        answer = None
+        if self.is_first:
+            try:
+                answer = {"value": work()}
+            except Exception as error:
+                self._spread({"error": _tell(error)})
+                raise
+        answer = self._spread(answer)
+        if "error" in answer:
+            raise _error(answer["error"], "")
         value: T = answer["value"]
         return value
 
@@ -92,33 +99,27 @@ class Ranks:
 ALONE = Ranks()
 
 
-def _try(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    problem: Exception | None = None
-    try:
-        return work(), None
-    except Exception as error:
-        if isinstance(error, dist.DistError):
-            raise
-        problem = error  # whatever it is: the others wait to hear of it before it is raised
-    return None, problem
+def _tell(error: Exception) -> list[str]:
+    """Return the kind of an error and its message, as `_error` takes them."""
+    if isinstance(error, CheckpointError):
+        return ["checkpoint", str(error)]
+    if isinstance(error, OSError | SafetensorError):
+        return ["disk", str(error)]
+    return ["other", f"{type(error).__name__}: {error}"]
 
 
-def _told(problem: Exception | None) -> dict[str, str] | None:
-    """Return kind and message of an error."""
-    if problem is None:
+def _error(told: list[str], who: str) -> Exception:
+    kind, message = told
+    return (OSError if kind == "disk" else CheckpointError)(who + message)
+
+
+def _worst(answers: list[dict[str, Any]]) -> Exception | None:
+    """Return the error of the first rank that has one."""
+    failed = [rank for rank, answer in enumerate(answers) if "error" in answer]
+    if not failed:
         return None
-    if isinstance(problem, CheckpointError):
-        return {"kind": "checkpoint", "message": str(problem)}
-    if isinstance(problem, OSError | SafetensorError):
-        return {"kind": "disk", "message": str(problem)}
-    return {"kind": "other", "message": f"{type(problem).__name__}: {problem}"}
-
-
-def _raise(kind: str, message: str, own: Exception | None) -> None:
-    """Raise what another rank, or this one, met; what nobody foresaw is raised as it is here."""
-    if own is not None and kind == "other":
-        raise own
-    raise (OSError if kind == "disk" else CheckpointError)(message) from own
+    more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+    return _error(answers[failed[0]]["error"], f"Rank {failed[0]}{more}: ")
 
 
 def _encode(value: Any) -> Tensor:

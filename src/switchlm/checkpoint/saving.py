@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -9,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from switchlm.checkpoint.card import model_card
@@ -17,6 +17,8 @@ from switchlm.checkpoint.config_fields import Report
 from switchlm.checkpoint.files import make_folder, remove_folder, sync_file, sync_folder
 from switchlm.checkpoint.limits import limits
 from switchlm.checkpoint.names import ALIASES, Entry, entries
+from switchlm.checkpoint.ranks import Ranks
+from switchlm.checkpoint.shards import Shard, write_shards
 from switchlm.checkpoint.weights import SAFETENSORS
 from switchlm.checkpoint.write_config import family_of, write_config
 from switchlm.errors import CheckpointError
@@ -43,26 +45,54 @@ def write_model(
     folder: Path,
     max_shard_bytes: int,
     report: Report,
+    ranks: Ranks,
 ) -> None:
     """Write into a hidden folder beside `folder`, then rename; see huggingface.save."""
     folder = folder.absolute()
+    tensors = model.state_dict()
+    _check_names(model.config, tensors)
+    partial = folder.parent / ranks.first(lambda: _begin(model.config, folder, report))
+    try:
+        shards = _shards(model.config, tensors, _shard_bytes(tensors, max_shard_bytes, ranks))
+        written = write_shards(partial, tensors, shards, ranks)
+        ranks.first(lambda: _finish(model, tokenizer, partial, folder, written))
+    finally:
+        if ranks.is_first:
+            remove_folder(partial)
+
+
+def _begin(config: ModelConfig, folder: Path, report: Report) -> str:
+    """Make the hidden folder, and return its name."""
     _check_replaceable(folder)
-    for limit in limits(model.config):
+    for limit in limits(config):
         report(limit)
     make_folder(folder.parent)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-    try:
-        _write_weights(model, partial, max_shard_bytes)
-        _write_texts(model, partial)
-        if tokenizer is not None:
-            tokenizer.save(partial)
-        partial.chmod(0o755)
-        for path in partial.iterdir():
-            sync_file(path)
-        sync_folder(partial)
-        _put_in_place(partial, folder)
-    finally:
-        remove_folder(partial)
+    return partial.name
+
+
+def _finish(
+    model: SwitchTransformer,
+    tokenizer: "Tokenizer | None",
+    partial: Path,
+    folder: Path,
+    written: list[Shard],
+) -> None:
+    """Add what is no weight, and put the folder in its place."""
+    if len(written) > 1:
+        index = {
+            "metadata": {"total_size": sum(shard.num_bytes for shard in written)},
+            "weight_map": {key: shard.file for shard in written for key in shard.keys},
+        }
+        _write_json(partial / f"{SAFETENSORS}.index.json", index)
+    _write_texts(model, partial)
+    if tokenizer is not None:
+        tokenizer.save(partial)
+    partial.chmod(0o755)
+    for path in partial.iterdir():
+        sync_file(path)
+    sync_folder(partial)
+    _put_in_place(partial, folder)
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -107,26 +137,6 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_weights(model: SwitchTransformer, folder: Path, max_shard_bytes: int) -> None:
-    """Write the tensors in the order of the layers, a shard at a time."""
-    tensors = model.state_dict()
-    _check_names(model.config, tensors)
-    shards = list(_shards(model.config, tensors, max_shard_bytes))
-    places: dict[str, str] = {}
-    total = 0
-    for number, shard in enumerate(shards, start=1):
-        name = SAFETENSORS
-        if len(shards) > 1:
-            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        content = {entry.theirs: _their_tensor(tensors, entry) for entry in shard}
-        save_file(content, folder / name, metadata={"format": "pt"})
-        total += sum(tensor.numel() * tensor.element_size() for tensor in content.values())
-        places |= dict.fromkeys(content, name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        _write_json(folder / f"{SAFETENSORS}.index.json", index)
-
-
 def _check_names(config: ModelConfig, tensors: dict[str, Tensor]) -> None:
     expected = {entry.ours for entry in entries(config, family_of(config))}
     if expected != tensors.keys():
@@ -137,21 +147,26 @@ def _check_names(config: ModelConfig, tensors: dict[str, Tensor]) -> None:
         )
 
 
+def _shard_bytes(tensors: dict[str, Tensor], largest: int, ranks: Ranks) -> int:
+    """Return how large shards are: no larger than asked for, and one a rank at least."""
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return largest if ranks.size == 1 else min(largest, math.ceil(total / ranks.size))
+
+
 def _shards(
     config: ModelConfig, tensors: dict[str, Tensor], max_shard_bytes: int
-) -> Iterator[list[Entry]]:
-    shard: list[Entry] = []
+) -> list[list[Entry]]:
+    """Share the entries out among files, in the order of the layers."""
+    shards: list[list[Entry]] = [[]]
     size = 0
     for entry in _saved(config):
-        tensor = tensors[entry.ours]
-        count = tensor.shape[0] if entry.expert is not None else 1
-        needed = tensor.numel() * tensor.element_size() // count
-        if shard and size + needed > max_shard_bytes:
-            yield shard
-            shard, size = [], 0
-        shard.append(entry)
+        needed = math.prod(entry.shape) * tensors[entry.ours].element_size()
+        if shards[-1] and size + needed > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
         size += needed
-    yield shard
+    return shards
 
 
 def _saved(config: ModelConfig) -> Iterator[Entry]:
@@ -162,13 +177,3 @@ def _saved(config: ModelConfig) -> Iterator[Entry]:
         if entry.theirs == "shared.weight" and family == "switch" and not config.tied_head:
             for key in ALIASES["shared.weight"]:
                 yield dataclasses.replace(entry, theirs=key)
-
-
-def _their_tensor(tensors: dict[str, Tensor], entry: Entry) -> Tensor:
-    """Return the tensor as it is written: on the CPU, contiguous, sharing no memory."""
-    tensor = tensors[entry.ours].detach()
-    if entry.expert is not None:
-        return tensor[entry.expert].t().cpu().contiguous()
-    if entry.theirs in ALIASES["shared.weight"]:
-        return tensor.cpu().clone()
-    return tensor.cpu().contiguous()

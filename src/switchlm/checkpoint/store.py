@@ -54,10 +54,9 @@ class CheckpointStore:
     keep: how many of the newest checkpoints stay; None keeps all.
     report: called with one sentence, from any thread, when a save has failed or a damaged
         checkpoint is passed over; the default is a warning in the log. On rank 0 only.
-    group: the gloo group of all processes of the run, which nothing else may use (see
-        `ranks.background_group`); None for a single process. Every rank calls every method, with
-        the same arguments, and they all get the same answer or the same error, which names the
-        rank where something failed.
+    group: a gloo group of all processes of the run, which nothing else may use; None for a single
+        process. Every rank calls every method, with the same arguments, and they all get the same
+        answer or the same error, which names the rank where something failed.
     """
 
     def __init__(
@@ -284,9 +283,9 @@ class CheckpointStore:
     def _finished(self) -> dict[int, Path]:
         """Return the checkpoints by step, as rank 0 sees them."""
         found = self._ranks.first(
-            lambda: [[step, path.name] for step, path in self._shelf.finished().items()]
+            lambda: {str(step): path.name for step, path in self._shelf.finished().items()}
         )
-        return {int(step): self.folder / str(name) for step, name in found}
+        return {int(step): self.folder / name for step, name in found.items()}
 
     def _verify(self, step: int, folder: Path) -> None:
         found = manifest.verify(folder, self._ranks)

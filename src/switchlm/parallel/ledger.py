@@ -7,7 +7,7 @@
 It reads the calls themselves, so it counts a real job and one of fake processes alike. The payload
 of a collective is the size of its whole tensor here: the input of all-reduce, reduce-scatter and
 all-to-all, the output of all-gather, in the dtype that is sent. How many bytes pass the wire
-follows from it and from the number of processes.
+follows from it and from the number of processes. What a process sends to itself alone is left out.
 """
 
 import math
@@ -93,7 +93,7 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
             return NotImplemented  # it calls again with its parts, and the collectives it needs
-        kind = KINDS.get(func.namespace, {}).get(func._schema.name.partition("::")[2])
+        kind = kind_of(func)
         if kind is not None:
             names = (argument.name for argument in func._schema.arguments)
             self._note(kind, {**dict(zip(names, args, strict=False)), **(kwargs or {})})
@@ -111,6 +111,8 @@ class Ledger(TorchDispatchMode):
             for tensor in _tensors(value)
         ]
         axes, size = self._group(given)
+        if size == 1:
+            return
         payload = sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)
         self.collectives.append(
             Collective(
@@ -141,6 +143,11 @@ class Ledger(TorchDispatchMode):
         return "x".join(
             axis for axis, place in zip(AXES, places, strict=True) if (place != place[0]).any()
         )
+
+
+def kind_of(func: Any) -> str | None:
+    """Return the kind of collective that an operator is, None if it is none."""
+    return KINDS.get(func.namespace, {}).get(func._schema.name.partition("::")[2])
 
 
 def by_kind(

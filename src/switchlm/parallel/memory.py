@@ -1,0 +1,171 @@
+"""What is in memory while a block of code runs, and at its fullest moment: bytes by what they are.
+
+    with Memory(model, optimizer.state.values()) as memory:
+        training_step(...)
+    memory.peak
+
+It follows the storages of all tensors that operators return, so it counts real tensors and fake
+ones alike. What an allocator adds by rounding and by fragmentation, and what the process holds
+besides tensors, is not in it.
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from switchlm.parallel.ledger import kind_of
+
+Purpose = Literal["weights", "gradients", "optimizer", "activations", "buffers"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """Bytes of one process.
+
+    weights, gradients, optimizer: of this process's shards. buffers: weights gathered from other
+    processes, and what is gathered or reduced. activations: all else, gradients of activations and
+    gradients on their way to be reduced among them.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    buffers: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them together."""
+        return sum(dataclasses.astuple(self))
+
+
+class Memory(TorchDispatchMode):
+    """Follows memory from here to the end of the block.
+
+    model: its parameters and buffers are weights. states: the optimizer's tensors, a mapping a
+    parameter. Where the block runs in a FakeTensorMode, enter that first.
+    """
+
+    def __init__(self, model: nn.Module, states: Iterable[Mapping[str, Any]] = ()) -> None:
+        super().__init__()
+        self._fake: FakeTensorMode | None = None
+        self._depth = 0
+        self._known: dict[int, tuple[weakref.ref, int, Purpose]] = {}
+        self._now: dict[Purpose, int] = dict.fromkeys(Bytes.__dataclass_fields__, 0)  # type: ignore[arg-type]
+        self.peak = Bytes()
+        self._model = model
+        self._hooks: list[Any] = []
+        self._states = list(states)
+
+    def __enter__(self) -> "Memory":
+        self._fake = active_fake_mode()
+        self._depth = 0 if self._fake is None else len(self._fake.enter_stack)
+        for tensor in (*self._model.parameters(), *self._model.buffers()):
+            self._see(tensor, "weights")
+        for state in self._states:
+            for tensor in state.values():
+                self._see(tensor, "optimizer")
+        for parameter in self._model.parameters():
+            if parameter.requires_grad:
+                self._hooks.append(
+                    parameter.register_post_accumulate_grad_hook(
+                        lambda p: self._see(p.grad, "gradients")
+                    )
+                )
+        self._resize = torch.UntypedStorage.resize_
+        memory = self
+
+        def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            # Sharded training gives gathered weights their memory, and takes it, by this.
+            result = memory._resize(storage, size)
+            memory._size(storage, "buffers")
+            return result
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def now(self) -> Bytes:
+        """What is in memory at this moment."""
+        return Bytes(**self._now)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            self._see(value, "activations")
+        kind = kind_of(func)
+        if kind in ("all_gather", "reduce_scatter"):
+            for value in tree_iter((args, result)):
+                self._see(value, "buffers", again=True)
+            if kind == "reduce_scatter":
+                # The first tensor is where the sum goes: the gradient of this process's shards.
+                into = result if isinstance(result, Tensor) else next(_tensors(args))
+                self._see(into, "gradients", again=True)
+        return result
+
+    def _see(self, value: Any, purpose: Purpose, again: bool = False) -> None:
+        """Follow a tensor's storage if it is new; with `again`, say what a known one is for."""
+        if isinstance(value, DTensor):
+            value = value._local_tensor
+        if not isinstance(value, Tensor) or self._is_shadow(value):
+            return
+        storage = value.untyped_storage()
+        if storage._cdata not in self._known or again or purpose == "gradients":
+            self._size(storage, purpose)
+
+    def _is_shadow(self, tensor: Tensor) -> bool:
+        """Whether a tensor has no memory in any process.
+
+        To learn the shape of a result, DTensor runs operators on fake tensors of the whole shape,
+        in a fake mode of its own or in the one that is active, entered once more.
+        """
+        if self._fake is None:
+            return isinstance(tensor, FakeTensor)
+        return len(self._fake.enter_stack) > self._depth
+
+    def _size(self, storage: torch.UntypedStorage, purpose: Purpose) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            reference, old, was = self._known[key]
+            if was in ("weights", "optimizer"):
+                purpose = was
+            self._now[was] -= old
+        else:
+            reference = weakref.ref(storage, lambda _: self._forget(key))
+        self._known[key] = (reference, size, purpose)
+        self._now[purpose] += size
+        if sum(self._now.values()) > self.peak.total:
+            self.peak = self.now
+
+    def _forget(self, key: int) -> None:
+        _, size, purpose = self._known.pop(key)
+        self._now[purpose] -= size
+
+
+def active_fake_mode() -> FakeTensorMode | None:
+    """Return the fake mode in which operators run here, if any."""
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    assert mode is None or isinstance(mode, FakeTensorMode)
+    return mode
+
+
+def _tensors(value: Any) -> Any:
+    return (leaf for leaf in tree_iter(value) if isinstance(leaf, Tensor))

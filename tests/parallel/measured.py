@@ -1,0 +1,54 @@
+"""A real training step on real processes, measured: what plan and simulate are compared with."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from switchlm.data.batch import Batch
+from switchlm.model import selection
+from switchlm.model.transformer import SwitchTransformer
+from switchlm.parallel.apply import apply, materialise
+from switchlm.parallel.mesh import Mesh
+from switchlm.recipes.config import RunConfig
+from switchlm.recipes.simulate import blank_batch, measure_step, wire_dtype
+
+
+def measure(rank: int, configs: list[RunConfig], out: str) -> None:
+    """Write down what one step of each configuration takes in this process.
+
+    Tokens go to the experts in turn, as balanced as loads can be; everything else is real.
+    """
+    figures = []
+    for config in configs:
+        mesh = Mesh.of(config.mesh, "cpu")
+
+        def in_turn(
+            probability_NE: Tensor, num_choices: int, bias_E: object = None, mesh: Mesh = mesh
+        ) -> Tensor:
+            num_tokens, num_experts = probability_NE.shape
+            first = mesh.rank("expert") * num_tokens
+            return ((first + torch.arange(num_tokens)) % num_experts)[:, None]
+
+        selection.choose = in_turn
+        with torch.device("meta"):
+            model = SwitchTransformer(config.model)
+        apply(model, mesh, wire_dtype=wire_dtype(config))
+        materialise(model, torch.device("cpu"), seed=0)
+        rows = config.data.batch_size // mesh.num_shares
+        batch = random_batch(config, rows)
+        step = measure_step(model, [batch] * config.training.accumulate, config, mesh)
+        collectives = [[c.kind, c.axes, c.size, str(c.dtype), c.payload] for c in step.collectives]
+        figures.append({"peak": dataclasses.asdict(step.peak), "collectives": collectives})
+    Path(out, f"{rank}.json").write_text(json.dumps(figures))
+
+
+def random_batch(config: RunConfig, rows: int) -> Batch:
+    batch = blank_batch(config.data, rows)
+    return dataclasses.replace(
+        batch,
+        inputs_BS=torch.randint_like(batch.inputs_BS, 2, config.model.vocabulary_size),
+        targets_BT=torch.randint_like(batch.targets_BT, 2, config.model.vocabulary_size),
+    )

@@ -1,0 +1,128 @@
+"""`switchlm pretrain` under torchrun, as a user types it: the run of one process, on any mesh."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from switchlm.checkpoint.huggingface import load
+
+SETTINGS = {
+    "training.log_every": 5,
+    "training.evaluate_every": 10,
+    "training.evaluate_batches": 2,
+    "training.checkpoint_every": 4,
+    "training.accumulate": 2,
+    "data.batch_size": 4,
+    "data.input_length": 32,
+    "data.held_out_share": 0.1,
+    "router.group_rows": 1,
+    "router.exploration": "argmax",
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with text, and a place for the token cache."""
+    folder = tmp_path_factory.mktemp("home")
+    for number in range(20):
+        words = " ".join(f"{number} and {other} are {number * other};" for other in range(60))
+        (folder / f"{number}.txt").write_text(words, encoding="utf-8")
+    return folder
+
+
+def run(home: Path, out: str, processes: int, *arguments: str, mesh: str = "", steps: int = 20):
+    """Run `switchlm pretrain` in so many processes, and return what it said."""
+    axes = [f"--set=mesh.{axis}" for axis in mesh.split()]
+    settings = {**SETTINGS, "training.steps": steps}
+    command = [
+        *([sys.executable] if processes == 1 else torchrun(processes)),
+        *("-m", "switchlm", "pretrain", "--preset", "nano", "--out", str(home / out)),
+        *("--data", str(home / "*.txt")),
+        *(f"--set={name}={value}" for name, value in settings.items()),
+        *axes,
+        *arguments,
+    ]
+    environment = {**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=home, env=environment, capture_output=True, text=True, timeout=200
+    )
+
+
+def torchrun(processes: int) -> list[str]:
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(processes)),
+    ]
+
+
+def metrics(home: Path, out: str) -> list[dict]:
+    lines = (home / out / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def alone(home):
+    done = run(home, "alone", 1)
+    assert done.returncode == 0, done.stderr
+    return metrics(home, "alone")
+
+
+def assert_same_run(found: list[dict], expected: list[dict]) -> None:
+    """Compare all that does not depend on the clock."""
+    assert [line.keys() for line in found] == [line.keys() for line in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in ("step", "tokens", "load", "layers", "skipped", "learning_rate"):
+            assert ours.get(name) == theirs.get(name), name
+        for name in ("loss", "balance_loss", "gradient_norm", "dropped", "evaluation_loss"):
+            if name in theirs:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_stopped_and_resumed_on_other_meshes_it_is_the_same_run(home, alone):
+    """4 -> 2 -> 1 -> 4 processes in mid-epoch (T4)."""
+    legs = [
+        (4, 6, "data=2 expert=2"),
+        (2, 10, "data=1 tensor=2 expert=1"),
+        (1, 13, "data=1 tensor=1"),
+        (4, 20, "expert=2 tensor=2"),
+    ]
+    for processes, steps, mesh in legs:
+        resume = ["--resume"] if steps > 6 else []
+        done = run(home, "legs", processes, *resume, mesh=mesh, steps=steps)
+        assert done.returncode == 0, done.stderr[-3000:]
+    # A leg logs and evaluates at its end as well, so that the next line is a shorter mean.
+    found = {line["step"]: line for line in metrics(home, "legs") if "loss" in line}
+    expected = {line["step"]: line for line in alone if "loss" in line}
+    for step, line in expected.items():
+        assert found[step]["tokens"] == line["tokens"]
+        assert found[step]["load"] == line["load"]
+    *_, last = (line for line in metrics(home, "legs") if "evaluation_loss" in line)
+    assert last["evaluation_loss"] == pytest.approx(alone[-1]["evaluation_loss"], rel=1e-4)
+    whole, parts = (load(home / out)[0].state_dict() for out in ("alone", "legs"))
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-4)
+
+
+def test_replicas_write_the_same_metrics(home, alone):
+    done = run(home, "copies", 4, mesh="replicas=2 data=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(metrics(home, "copies"), alone)
+    assert done.stdout.count("Model: ") == 1, "only the first process speaks"
+
+
+def test_a_mesh_that_does_not_fit_is_one_sentence(home):
+    done = run(home, "none", 2, mesh="expert=4")
+    assert done.returncode != 0
+    assert "mesh.replicas 1 x data any x expert 4 x tensor 1 cannot be 2 processes" in done.stderr
+    assert not (home / "none").exists()
+
+
+def test_rows_that_cannot_be_shared_out_are_one_sentence(home):
+    done = run(home, "none", 4, "--set=data.batch_size=6", mesh="data=4")
+    assert done.returncode != 0
+    assert "data.batch_size 6 cannot be shared out evenly among 4" in done.stderr
+    assert not (home / "none").exists()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from itertools import pairwise
 
-from switchlm.checkpoint.layout import Box, volume
+from switchlm.checkpoint.layout import Box, overlap, volume, whole
 from switchlm.errors import CheckpointError
 
 SHOWN = 5
@@ -38,38 +38,42 @@ def check(
 
 
 def _problems(name: str, shape: tuple[int, ...], boxes: tuple[Box, ...]) -> list[str]:
+    everything = whole(shape)
     for box in boxes:
-        fits = len(box) == len(shape)
-        if not fits or any(a < 0 or b > size for (a, b), size in zip(box, shape, strict=True)):
+        inside = len(box) == len(shape) and overlap(box, everything) == box
+        if not inside:
             return [f"a part of {name} lies outside its shape {list(shape)}"]
-    total = volume(tuple((0, size) for size in shape))
-    if total == 0:
+    if volume(everything) == 0 or boxes == (everything,):
         return []
     if not boxes:
         return [f"{name} is missing"]
-    if boxes == (tuple((0, size) for size in shape),):
-        return []
-    found = []
     bands = _bands(shape, boxes)
-    for what, bad in (
-        ("missing", [(a, b, most == 0) for a, b, fewest, most in bands if fewest == 0]),
-        ("stored twice", [(a, b, fewest > 1) for a, b, fewest, most in bands if most > 1]),
-    ):
-        if bad:
-            part = "" if all(entire for _, _, entire in bad) else "a part of "
-            numbers = ", ".join(str(a) if b == a + 1 else f"{a} to {b - 1}" for a, b, _ in bad)
-            plural = len(bad) > 1 or bad[0][1] > bad[0][0] + 1
-            kind = "expert" if ".experts." in name else "row"
-            if not shape:
-                found.append(f"{name} is {what}")
-                continue
-            noun, verb = (f"{kind}s", "are") if plural and not part else (kind, "is")
-            noun = f"{kind}s" if plural else kind
-            found.append(f"{part}{noun} {numbers} of {name} {verb} {what}")
-    return found
+    missing = [(start, stop, most == 0) for start, stop, fewest, most in bands if fewest == 0]
+    doubled = [(start, stop, fewest > 1) for start, stop, fewest, most in bands if most > 1]
+    return [
+        f"{_say(name, shape, bad)} {what}"
+        for bad, what in ((missing, "missing"), (doubled, "stored twice"))
+        if bad
+    ]
 
 
-@lru_cache(maxsize=4096)
+def _say(name: str, shape: tuple[int, ...], bad: list[tuple[int, int, bool]]) -> str:
+    """Name the ranges (start, stop, whether all of it) of the first dim: `expert 3 of w is`."""
+    if not shape:
+        return f"{name} is"
+    unit = "expert" if ".experts." in name else "row"
+    ranges = [
+        str(start) if stop == start + 1 else f"{start} to {stop - 1}" for start, stop, _ in bad
+    ]
+    many = len(bad) > 1 or bad[0][1] > bad[0][0] + 1
+    shown = ", ".join(ranges[:SHOWN]) + " and more" * (len(ranges) > SHOWN)
+    units = f"{unit}{'s' * many} {shown} of {name}"
+    if not all(entire for _, _, entire in bad):
+        return f"a part of {units} is"
+    return f"{units} {'are' if many else 'is'}"
+
+
+@lru_cache(maxsize=64)
 def _bands(shape: tuple[int, ...], boxes: tuple[Box, ...]) -> Bands:
     """Sweep over the first dim; many tensors of a model are cut alike, hence the cache."""
     if not shape:

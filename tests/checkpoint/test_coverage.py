@@ -1,0 +1,107 @@
+"""Parts that do not make up a tensor are found, against a count of every single number."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+
+from switchlm.checkpoint.coverage import check
+from switchlm.checkpoint.layout import Box
+from switchlm.errors import CheckpointError
+
+EXPERTS = "model/encoder.blocks.1.feedforward.experts.up"
+
+
+def grid(shape: tuple[int, ...], generator: random.Random) -> list[Box]:
+    """Cut every dim at random places; the boxes of the grid tile the shape."""
+    sides = []
+    for size in shape:
+        cuts = sorted(
+            {0, size, *(generator.randint(0, size) for _ in range(generator.randint(0, 3)))}
+        )
+        sides.append(list(itertools.pairwise(cuts)))
+    return [tuple(box) for box in itertools.product(*sides)]
+
+
+def covered(shape: tuple[int, ...], boxes: list[Box]) -> bool:
+    counts = np.zeros(shape, dtype=int)
+    for box in boxes:
+        counts[tuple(slice(a, b) for a, b in box)] += 1
+    return bool((counts == 1).all())
+
+
+def found(shape: tuple[int, ...], boxes: list[Box], name: str = EXPERTS) -> str | None:
+    try:
+        check({name: shape}, {name: boxes}, "It")
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_it_finds_what_counting_every_number_finds(seed: int) -> None:
+    generator = random.Random(seed)
+    shape = tuple(generator.randint(1, 6) for _ in range(generator.randint(0, 3)))
+    boxes = grid(shape, generator)
+    generator.shuffle(boxes)
+    assert found(shape, boxes) is None
+    harm = generator.choice(["remove", "double", "move", "none"])
+    index = generator.randrange(len(boxes))
+    if harm == "remove":
+        del boxes[index]
+    elif harm == "double":
+        boxes.append(boxes[index])
+    elif harm == "move":
+        boxes[index] = boxes[generator.randrange(len(boxes))]
+    assert (found(shape, boxes) is None) == covered(shape, boxes)
+
+
+def test_parts_that_are_no_grid_may_tile_too() -> None:
+    pinwheel: list[Box] = [
+        ((0, 1), (0, 2)), ((0, 2), (2, 3)), ((2, 3), (1, 3)), ((1, 3), (0, 1)), ((1, 2), (1, 2)),
+    ]  # fmt: skip
+    assert found((3, 3), pinwheel) is None
+    assert found((3, 3), pinwheel[:-1]) == (
+        f"It does not hold every tensor exactly once: a part of expert 1 of {EXPERTS} is missing."
+    )
+
+
+def one(expert: int) -> Box:
+    return ((expert, expert + 1), (0, 4), (0, 2))
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        ([0, 1, 2, 4], f"expert 3 of {EXPERTS} is missing"),
+        ([0, 1], f"experts 2 to 4 of {EXPERTS} are missing"),
+        ([0, 1, 2, 3, 3, 4], f"expert 3 of {EXPERTS} is stored twice"),
+        ([1, 1, 2, 3, 4], f"expert 0 of {EXPERTS} is missing; expert 1 of {EXPERTS} is stored"),
+        ([], f"{EXPERTS} is missing"),
+        ([0, 1, 2, 3, 4, 5], f"a part of {EXPERTS} lies outside its shape"),
+    ],
+)
+def test_experts_are_named(experts: list[int], message: str) -> None:
+    assert message in (found((5, 4, 2), [one(expert) for expert in experts]) or "")
+
+
+def test_half_an_expert_and_rows_are_named() -> None:
+    boxes = [one(0), one(1), ((2, 3), (0, 2), (0, 2))]
+    assert f"a part of expert 2 of {EXPERTS} is missing" in (found((3, 4, 2), boxes) or "")
+    assert "rows 2 to 3 of model/w are missing" in (found((4,), [((0, 2),)], "model/w") or "")
+    assert "model/s is stored twice" in (found((), [(), ()], "model/s") or "")
+
+
+def test_tensors_nobody_knows_and_empty_ones() -> None:
+    with pytest.raises(CheckpointError, match="x is stored, but is no part of it"):
+        check({}, {"x": [((0, 1),)]}, "It")
+    check({"x": (0, 3)}, {}, "It")
+    check({"x": (0, 3)}, {"x": [((0, 0), (0, 3))]}, "It")
+
+
+def test_ten_thousand_parts_take_no_time() -> None:
+    shape = (2048, 64, 64)
+    boxes = [((e, e + 1), (r, r + 16), (0, 64)) for e in range(2048) for r in range(0, 64, 16)]
+    assert found(shape, boxes) is None
+    assert "expert 2047" in (found(shape, boxes[:-1]) or "")

@@ -1,11 +1,13 @@
-"""A toy training under torchrun: test_elastic.py kills and stops it.
+"""A toy training: test_elastic.py starts, kills, stops and cuts it off.
 
     torchrun ... elastic_worker.py FOLDER STEPS SECONDS_A_STEP TIMEOUT
 
-Every rank adds its own random gradient to the sum of all; rank 0 saves every fifth step.
+Every rank adds its own random gradient to the sum of all; rank 0 saves every fifth step. Like
+`switchlm pretrain`, it goes on if it was restarted, and stops on SIGTERM once its step is saved.
 """
 
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -14,32 +16,43 @@ import torch
 import torch.distributed as dist
 
 from switchlm.checkpoint.store import CheckpointStore
+from switchlm.cli.signals import stop_on_signal
 from switchlm.errors import SwitchLMError
 from switchlm.parallel.launch import launched, process_group
+
+
+def say(line: str) -> None:
+    os.write(1, f"{line}\n".encode())  # at once, and whole: the lines of all ranks go to one file
 
 
 def work(folder: Path, steps: int, step_seconds: float, timeout: float) -> None:
     launch = launched()
     assert launch is not None
-    with process_group(launch, timeout) as watch:
+    host = os.environ.get("TEST_HOST", socket.gethostname())
+    say(f"process {launch.rank} {os.getpid()} {host}")
+    with stop_on_signal() as should_stop, process_group(launch, timeout) as watch:
         weight = torch.zeros(8)
         store = CheckpointStore(folder / "checkpoints")
         done = 0
-        if store.steps():
+        if watch.restarted and store.steps():
             done = int(store.load(into={"weight": weight})["progress"])
-        print(f"rank {launch.rank} pid {os.getpid()} from {done} try {launch.restarts}", flush=True)
+        say(f"rank {launch.rank} from {done} restarted {watch.restarted}")
         dist.barrier()
-        for step in range(done, steps):
-            generator = torch.Generator().manual_seed(1000 * step + launch.rank)
-            gradient = torch.randn(8, generator=generator)
+        while done < steps:
+            generator = torch.Generator().manual_seed(1000 * done + launch.rank)
+            gradient = torch.cat([torch.randn(8, generator=generator), torch.zeros(1)])
+            gradient[-1] = should_stop()
             dist.all_reduce(gradient)
-            weight += gradient
+            weight += gradient[:-1]
             time.sleep(step_seconds)
-            watch.note(step + 1)
-            if (step + 1) % 5 == 0 and launch.rank == 0:
-                store.save(step + 1, {"weight": weight, "progress": step + 1})
-                print(f"saved {step + 1}", flush=True)
-        store.wait()
+            done += 1
+            watch.note(done)
+            stop = bool(gradient[-1] > 0)
+            if (done % 5 == 0 or stop) and launch.rank == 0:
+                store.save(done, {"weight": weight, "progress": done}, wait=True)
+                say(f"saved {done}")
+            if stop:
+                return
         if launch.rank == 0:
             (folder / "weight.txt").write_text(repr(weight.tolist()))
 
@@ -49,5 +62,5 @@ if __name__ == "__main__":
     try:
         work(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]))
     except SwitchLMError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        say(f"{type(error).__name__}: {error}")
         sys.exit(1)

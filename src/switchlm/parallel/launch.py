@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from switchlm.errors import LaunchError
+from switchlm.parallel.meeting import meet, open_store
 from switchlm.parallel.watch import Watch
 
 # Processes of one job may start minutes apart: Python and torch come from a shared file system.
@@ -32,17 +33,28 @@ class Launch:
     """Which process of a job this is.
 
     rank, world_size: of all processes; local_rank, local_world_size: of those of this node.
-    node: the number of this node. restarts: how often the job was restarted before.
-    shares_store: torchrun's agent keeps one store over restarts, so each needs names of its own.
+    address: HOST:PORT of the store where they meet. node: the number of this node. restarts: how
+    often this process was started anew, by torchrun or by SLURM.
     """
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
-    node: int = 0
-    restarts: int = 0
-    shares_store: bool = False
+    address: str
+    node: int
+    restarts: int
+
+    def __post_init__(self) -> None:
+        for kind, rank, size in (
+            ("", self.rank, self.world_size),
+            ("local ", self.local_rank, self.local_world_size),
+        ):
+            if rank >= size:
+                raise LaunchError(
+                    f"This process has {kind}rank {rank} of {size}; {kind}ranks count from 0 to "
+                    f"{size - 1}. Start the processes by torchrun or srun, which number them."
+                )
 
 
 def launched(environment: Mapping[str, str] | None = None) -> Launch | None:
@@ -52,71 +64,64 @@ def launched(environment: Mapping[str, str] | None = None) -> Launch | None:
     """
     found = os.environ if environment is None else environment
     if "RANK" in found or "WORLD_SIZE" in found:
-        launch = _by_torchrun(found)
-    elif int(found.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        launch = _by_slurm(found)
-    else:
-        return None
-    if not 0 <= launch.rank < launch.world_size:
-        raise LaunchError(
-            f"This process has rank {launch.rank} of {launch.world_size}; ranks count from 0 to "
-            f"{launch.world_size - 1}. Let torchrun set RANK and WORLD_SIZE."
+        return Launch(
+            rank=_number(found, "RANK"),
+            world_size=_number(found, "WORLD_SIZE"),
+            local_rank=_number(found, "LOCAL_RANK"),
+            local_world_size=_number(found, "LOCAL_WORLD_SIZE"),
+            address=_address(found, "torchrun sets both; start the processes by it."),
+            node=_number(found, "GROUP_RANK", 0),
+            restarts=_number(found, "TORCHELASTIC_RESTART_COUNT", 0) + _requeues(found),
         )
-    return launch
+    if _number(found, "SLURM_STEP_NUM_TASKS", 1) > 1:
+        node = _number(found, "SLURM_NODEID")
+        return Launch(
+            rank=_number(found, "SLURM_PROCID"),
+            world_size=_number(found, "SLURM_STEP_NUM_TASKS"),
+            local_rank=_number(found, "SLURM_LOCALID"),
+            local_world_size=_tasks_of_node(found.get("SLURM_STEP_TASKS_PER_NODE", ""), node),
+            address=_address(found, _SLURM_ADVICE),
+            node=node,
+            restarts=_requeues(found),
+        )
+    return None
 
 
-def _by_torchrun(found: Mapping[str, str]) -> Launch:
-    world_size = _number(found, "WORLD_SIZE")
-    launch = Launch(
-        rank=_number(found, "RANK"),
-        world_size=world_size,
-        local_rank=_number(found, "LOCAL_RANK"),
-        local_world_size=_number(found, "LOCAL_WORLD_SIZE"),
-        node=int(found.get("GROUP_RANK", "0")),
-        restarts=int(found.get("TORCHELASTIC_RESTART_COUNT", "0")),
-        shares_store=found.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-    )
-    _check_address(found, "torchrun sets both; start the processes by it.")
-    return launch
+_SLURM_ADVICE = (
+    'Before srun, write: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | '
+    "head -n 1) MASTER_PORT=29500"
+)
 
 
-def _by_slurm(found: Mapping[str, str]) -> Launch:
-    """Return the place in a job step whose tasks srun started one a GPU, without torchrun."""
-    node = _number(found, "SLURM_NODEID")
-    launch = Launch(
-        rank=_number(found, "SLURM_PROCID"),
-        world_size=_number(found, "SLURM_STEP_NUM_TASKS"),
-        local_rank=_number(found, "SLURM_LOCALID"),
-        local_world_size=_tasks_of_node(found.get("SLURM_STEP_TASKS_PER_NODE", "1"), node),
-        node=node,
-        restarts=int(found.get("SLURM_RESTART_COUNT", "0")),
-    )
-    _check_address(
-        found,
-        'Before srun, write: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | '
-        "head -n 1) MASTER_PORT=29500",
-    )
-    return launch
+def _requeues(found: Mapping[str, str]) -> int:
+    """How often SLURM put the job back into the queue and started it anew."""
+    return _number(found, "SLURM_RESTART_COUNT", 0)
 
 
-def _number(found: Mapping[str, str], name: str) -> int:
+def _number(found: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = found.get(name)
-    if text is None or not re.fullmatch(r"\d+", text):
+    if text is None and default is not None:
+        return default
+    if text is None or not re.fullmatch(r"[0-9]{1,9}", text):
         raise LaunchError(
             f"The environment says that this is one of several processes, but {name} is "
-            f"{'missing' if text is None else repr(text)}. Start the processes by torchrun, which "
-            "sets it, or unset RANK and WORLD_SIZE to run a single one."
+            f"{'missing' if text is None else repr(text)}. Start the processes by torchrun or "
+            "srun, which set it, or, to run a single one, unset RANK, WORLD_SIZE and "
+            "SLURM_STEP_NUM_TASKS."
         )
     return int(text)
 
 
-def _check_address(found: Mapping[str, str], advice: str) -> None:
+def _address(found: Mapping[str, str], advice: str) -> str:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not found.get(name):
             raise LaunchError(
                 f"{name} is missing: the processes of this job cannot find one another. {advice}"
             )
-    _number(found, "MASTER_PORT")
+    port = _number(found, "MASTER_PORT")
+    if not 0 < port < 2**16:
+        raise LaunchError(f"MASTER_PORT must be from 1 to {2**16 - 1}, got {port}. {advice}")
+    return f"{found['MASTER_ADDR']}:{port}"
 
 
 def _tasks_of_node(text: str, node: int) -> int:
@@ -146,18 +151,18 @@ def process_group(
     which names who did not come.
     """
     backend = _choose_backend(launch)
-    store = _open_store(launch, start_seconds)
-    if launch.shares_store:
-        # One store lives through all restarts: a new rank would read the address of a dead one.
-        store = dist.PrefixStore(f"attempt_{launch.restarts}", store)
-    watch = Watch(store, launch.rank, launch.world_size, launch.local_rank, launch.node)
-    _meet(watch, start_seconds)
+    rank, world_size = launch.rank, launch.world_size
+    store = open_store(launch.address, rank, world_size, start_seconds)
+    store, restarted = meet(store, rank, world_size, launch.restarts, start_seconds)
+    watch = Watch(
+        store, rank, world_size, local_rank=launch.local_rank, node=launch.node, restarted=restarted
+    )
     with watch.naming_the_lost():
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("default", store),
-            rank=launch.rank,
-            world_size=launch.world_size,
+            rank=rank,
+            world_size=world_size,
             timeout=timedelta(seconds=timeout_seconds),
         )
         yield watch
@@ -184,47 +189,3 @@ def _choose_backend(launch: Launch) -> str:
         )
     torch.cuda.set_device(launch.local_rank)
     return "cpu:gloo,cuda:nccl"
-
-
-def _open_store(launch: Launch, start_seconds: float) -> dist.Store:
-    """Connect to the store at MASTER_ADDR:MASTER_PORT; rank 0, or torchrun's agent, hosts it."""
-    try:
-        store, _rank, _world_size = next(
-            dist.rendezvous(
-                "env://",
-                launch.rank,
-                launch.world_size,
-                timeout=timedelta(seconds=start_seconds),
-            )
-        )
-    except dist.DistError as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise LaunchError(
-            f"Rank {launch.rank} of {launch.world_size} did not meet the others at {place} in "
-            f"{start_seconds:g} s. Look whether all {launch.world_size} processes were started, "
-            "the port is free on the first host, and firewalls let it through. "
-            f"({_first_line(error)})"
-        ) from error
-    return store
-
-
-def _meet(watch: Watch, start_seconds: float) -> None:
-    """Let every rank say who it is, and wait for all of them."""
-    missing = watch.meet(start_seconds)
-    if missing:
-        raise LaunchError(
-            f"Rank {watch.rank} waited {start_seconds:g} s for {_ranks(missing)} of "
-            f"{watch.world_size} processes. Look into the log of those; all must start within that "
-            "time."
-        )
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200]
-
-
-__all__ = ["Launch", "Watch", "launched", "process_group"]

@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,8 +25,9 @@ import torch.distributed as dist
 from switchlm.errors import LostRankError
 
 BEAT_SECONDS = 1.0
-# How long the others have to answer once a collective failed, and a store whose host may be dead.
-ANSWER_SECONDS = 5.0
+# How long the others have to answer once a collective failed, and to read the answers.
+ANSWER_SECONDS = 4.0
+READ_SECONDS = 2.0
 ALIVE = "the connection to the others failed"
 
 T = TypeVar("T")
@@ -34,17 +35,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """What the store knows of a rank. step and at (Unix seconds): of its last beat, if any."""
+    """What the store knows of a rank; step and at (Unix seconds) are those of its last beat."""
 
     rank: int
-    host: str
-    process: int
+    who: str
     step: int | None
     at: float
     end: str | None
 
     def __str__(self) -> str:
-        return f"rank {self.rank} (host {self.host}, process {self.process})"
+        return f"rank {self.rank} ({self.who})"
 
     def last_heard(self, now: float) -> str:
         """Say when it last left word."""
@@ -53,26 +53,28 @@ class Member:
 
 
 class Watch:
-    """One rank's view of all ranks, by way of the store."""
+    """One rank's view of all ranks, by way of the store.
+
+    restarted: whether the job was started before, and failed or was put back.
+    """
 
     def __init__(
-        self, store: dist.Store, rank: int, world_size: int, local_rank: int, node: int
+        self,
+        store: dist.Store,
+        rank: int,
+        world_size: int,
+        *,
+        local_rank: int = 0,
+        node: int = 0,
+        restarted: bool = False,
     ) -> None:
         self.rank, self.world_size, self.local_rank, self.node = rank, world_size, local_rank, node
+        self.restarted = restarted
         self._store = dist.PrefixStore("watch", store)
         self._beaten = 0.0
         self._step: int | None = None
-
-    def meet(self, seconds: float) -> list[int]:
-        """Say who this is; return the ranks that did not come within `seconds`."""
         who = {"host": socket.gethostname(), "process": os.getpid(), "at": time.time()}
-        self._store.set(f"who/{self.rank}", json.dumps(who))
-        keys = [f"who/{rank}" for rank in range(self.world_size)]
-        try:
-            self._store.wait(keys, timedelta(seconds=seconds))
-        except dist.DistStoreError:
-            return [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-        return []
+        self._store.set(f"who/{rank}", json.dumps(who))
 
     def note(self, step: int) -> None:
         """Leave word that `step` steps are done; cheap enough for every step."""
@@ -123,7 +125,7 @@ class Watch:
 
     def _explain(self, error: Exception) -> str:
         reason = f"({' '.join(str(error).split())[:200]})"
-        members = within(2 * ANSWER_SECONDS, self._roll_call)
+        members = within(ANSWER_SECONDS + READ_SECONDS, self._roll_call)
         if members is None:
             return (
                 f"A collective failed on rank {self.rank}, and the store of the job does not "
@@ -145,28 +147,36 @@ class Watch:
     def _roll_call(self) -> list[Member]:
         """Answer, wait for the answers of the others, and return what is known of all."""
         self._answer(ALIVE)
-        until = time.monotonic() + ANSWER_SECONDS
-        keys = [f"end/{rank}" for rank in range(self.world_size)]
+        self._await("end", range(self.world_size), ANSWER_SECONDS)
+        members = [self._member(rank) for rank in range(self.world_size)]
+        self._store.set(f"read/{self.rank}", "")
+        if self.rank == 0:  # it may be the store's host: the others must have read, too
+            answered = [member.rank for member in members if member.end == ALIVE]
+            self._await("read", answered, READ_SECONDS / 2)
+        return members
+
+    def _await(self, key: str, ranks: Iterable[int], seconds: float) -> None:
+        """Wait until all the ranks have left that word, or so long."""
+        keys = [f"{key}/{rank}" for rank in ranks]
+        until = time.monotonic() + seconds
         while not self._store.check(keys) and time.monotonic() < until:
             time.sleep(0.1)
-        return [self._member(rank) for rank in range(self.world_size)]
 
     def _member(self, rank: int) -> Member:
-        who = json.loads(self._store.get(f"who/{rank}"))
-        beat = {"step": None, "at": who["at"]}
-        if self._store.check([f"beat/{rank}"]):
-            beat = json.loads(self._store.get(f"beat/{rank}"))
-        end = None
-        if self._store.check([f"end/{rank}"]):
-            end = self._store.get(f"end/{rank}").decode()
+        who = self._read(f"who/{rank}")
+        beat = self._read(f"beat/{rank}")
+        said = json.loads(who) if who else {"host": "unknown", "process": "?", "at": time.time()}
+        done = json.loads(beat) if beat else {"step": None, "at": said["at"]}
         return Member(
             rank=rank,
-            host=who["host"],
-            process=who["process"],
-            step=beat["step"],
-            at=beat["at"],
-            end=end,
+            who=f"host {said['host']}, process {said['process']}",
+            step=done["step"],
+            at=done["at"],
+            end=self._read(f"end/{rank}"),
         )
+
+    def _read(self, key: str) -> str | None:
+        return self._store.get(key).decode() if self._store.check([key]) else None
 
 
 def of_a_collective(error: Exception) -> bool:

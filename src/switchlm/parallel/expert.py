@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from switchlm.errors import ConfigError
 from switchlm.kernels.permute import ExpertOrder, combine_rows, gather_rows, sort_by_expert
-from switchlm.model.dispatch import Rows, per_token
+from switchlm.model.dispatch import LocalDispatcher, Rows
 from switchlm.model.experts import FeedForwardExperts
 from switchlm.model.routing import Routing
 from switchlm.model.switch import SwitchLayer
@@ -31,14 +31,15 @@ FEEDFORWARD_DIM = {"up": 2, "gate": 2, "down": 1}
 
 @dataclass(frozen=True)
 class Journey:
-    """How the rows came here: what `combine` needs to send them back.
+    """How rows came here: what is needed to send them back.
 
     order: of this process's own assignments. arrival: from the order in which rows arrived (by
-    process, then expert) to that of the experts here. sent, received: rows a process.
+    process, then expert) to that of the experts here; None if none had to travel. sent, received:
+    rows a process.
     """
 
     order: ExpertOrder
-    arrival: ExpertOrder
+    arrival: ExpertOrder | None
     sent: list[int]
     received: list[int]
 
@@ -52,42 +53,35 @@ class AllToAllDispatcher:
 
     def __init__(self, experts: DeviceMesh | None, tensor: DeviceMesh | None) -> None:
         self.experts, self.tensor = experts, tensor
+        self.local = LocalDispatcher()
 
     def dispatch(self, x_ND: Tensor, routing: Routing) -> Rows:
         """Return the rows of the experts here, from all processes, sorted by expert."""
-        order = sort_by_expert(routing.expert_A, routing.kept_A, routing.load_E.numel())
-        if routing.token_A is not None:
-            x_RD = x_ND[routing.token_A[order.assignment_R]]
-        else:
-            x_RD = gather_rows(x_ND, order, per_token(routing, x_ND.shape[0]))
-        counts_PL, sent, received = self.exchange_counts(order.counts_E)
-        num_processes, num_experts = counts_PL.shape
-        x_QD = self._travel(x_RD[: sum(sent)], sent, received)
-        expert_L = torch.arange(num_experts, device=x_ND.device).repeat(num_processes)
-        expert_Q = expert_L.repeat_interleave(counts_PL.reshape(-1), output_size=x_QD.shape[0])
-        arrival = sort_by_expert(expert_Q, torch.ones_like(expert_Q, dtype=torch.bool), num_experts)
-        x_QD = gather_rows(x_QD, arrival, 1)
+        own = self.local.dispatch(x_ND, routing)
+        counts_PL, sent, received = self.exchange_counts(own.counts_E)
+        x_QD, counts_L, arrival = own.x_RD[: sum(sent)], own.counts_E, None
+        if self.experts is not None:
+            x_QD = self._travel(x_QD, sent, received)
+            # The rows are on their way while their order is worked out.
+            arrival = _order_of_arrival(counts_PL, sum(received))
+            x_QD, counts_L = gather_rows(x_QD, arrival, 1), arrival.counts_E
         if self.tensor is not None:
             x_QD = enter(x_QD, self.tensor)
-        return Rows(x_QD, arrival.counts_E, Journey(order, arrival, sent, received))
+        return Rows(x_QD, counts_L, Journey(own.way_back, arrival, sent, received))
 
-    def combine(self, y_RD: Tensor, rows: Rows, routing: Routing, num_tokens: int) -> Tensor:
+    def combine(self, y_QD: Tensor, rows: Rows, routing: Routing, num_tokens: int) -> Tensor:
         """Return y_ND: gate times output, summed over a token's experts; zero where dropped."""
         journey: Journey = rows.way_back
         if self.tensor is not None:
-            y_RD = leave(y_RD, self.tensor)
-        ones_Q = torch.ones(y_RD.shape[0], dtype=y_RD.dtype, device=y_RD.device)
-        y_QD = combine_rows(y_RD, ones_Q, journey.arrival, 1)
-        y_RD = self._travel(y_QD, journey.received, journey.sent)
-        dropped = routing.kept_A.numel() - y_RD.shape[0]
-        if dropped:
-            y_RD = nn.functional.pad(y_RD, (0, 0, 0, dropped))
-        weight_A = torch.where(routing.kept_A, routing.gate_A, 0.0)
-        if routing.token_A is None:
-            return combine_rows(y_RD, weight_A, journey.order, per_token(routing, num_tokens))
-        y_AD = combine_rows(y_RD, weight_A, journey.order, 1)
-        y_ND = y_AD.new_zeros(num_tokens, y_AD.shape[1])
-        return y_ND.index_add(0, routing.token_A, y_AD)
+            y_QD = leave(y_QD, self.tensor)
+        if journey.arrival is not None:
+            ones_Q = torch.ones(y_QD.shape[0], dtype=y_QD.dtype, device=y_QD.device)
+            y_QD = combine_rows(y_QD, ones_Q, journey.arrival, 1)
+            y_QD = self._travel(y_QD, journey.received, journey.sent)
+        dropped = routing.kept_A.numel() - y_QD.shape[0]
+        y_RD = nn.functional.pad(y_QD, (0, 0, 0, dropped)) if dropped else y_QD
+        own = Rows(y_RD, rows.counts_E, journey.order)
+        return self.local.combine(y_RD, own, routing, num_tokens)
 
     def exchange_counts(self, counts_E: Tensor) -> tuple[Tensor, list[int], list[int]]:
         """Return counts_PL, int64, how many rows each process sends to each expert here.
@@ -107,12 +101,19 @@ class AllToAllDispatcher:
 
     def _travel(self, x_RD: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Send sent[p] rows to process p, and return those that come; gradients travel back."""
-        if self.experts is None:
-            return x_RD
+        assert self.experts is not None
         arrived: Tensor = all_to_all_single_autograd(
             x_RD.contiguous(), received, sent, self.experts.get_group()
         )
         return arrived
+
+
+def _order_of_arrival(counts_PL: Tensor, num_rows: int) -> ExpertOrder:
+    """Return the order that brings rows from (process, expert) to (expert, process)."""
+    num_processes, num_experts = counts_PL.shape
+    expert_L = torch.arange(num_experts, device=counts_PL.device).repeat(num_processes)
+    expert_Q = expert_L.repeat_interleave(counts_PL.reshape(-1), output_size=num_rows)
+    return sort_by_expert(expert_Q, torch.ones_like(expert_Q, dtype=torch.bool), num_experts)
 
 
 def enter(x: Tensor, tensor: DeviceMesh) -> Tensor:

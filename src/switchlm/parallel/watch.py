@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -165,8 +165,10 @@ class Watch:
     def _member(self, rank: int) -> Member:
         who = self._read(f"who/{rank}")
         beat = self._read(f"beat/{rank}")
-        said = json.loads(who) if who else {"host": "unknown", "process": "?", "at": time.time()}
-        done = json.loads(beat) if beat else {"step": None, "at": said["at"]}
+        said: dict[str, Any] = (
+            json.loads(who) if who else {"host": "unknown", "process": "?", "at": time.time()}
+        )
+        done: dict[str, Any] = json.loads(beat) if beat else {"step": None, "at": said["at"]}
         return Member(
             rank=rank,
             who=f"host {said['host']}, process {said['process']}",

@@ -1,0 +1,179 @@
+"""Who is named when a collective fails: ranks that are threads, over a store on loopback."""
+
+import json
+import re
+import threading
+import time
+
+import pytest
+import torch.distributed as dist
+from tests.parallel.test_launch import clients
+
+from switchlm.errors import ConfigError, LostRankError
+from switchlm.parallel import watch as module
+from switchlm.parallel.watch import Watch, of_a_collective, within
+
+BROKEN = "[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711"
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch):
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(module, "READ_SECONDS", 1.0)
+
+
+@pytest.fixture
+def watches():
+    host, stores = clients(3)
+    yield [Watch(store, rank, 3) for rank, store in enumerate(stores)]
+    del host
+
+
+def fail_in(watches, errors):
+    """Raise an error (None: none) within each rank's watch, all at once; return what comes out."""
+    found = {}
+
+    def run(rank, error):
+        try:
+            with watches[rank].naming_the_lost():
+                raise error
+        except Exception as told:
+            found[rank] = told
+
+    threads = [threading.Thread(target=run, args=each) for each in errors.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return found
+
+
+def test_the_silent_rank_is_named_with_its_step_by_all_others(watches):
+    watches[2].note(41)
+    found = fail_in(watches, {0: RuntimeError(BROKEN), 1: RuntimeError(BROKEN)})
+    for rank in (0, 1):
+        assert isinstance(found[rank], LostRankError)
+        message = str(found[rank])
+        assert message.startswith(f"A collective failed on rank {rank}. rank 2 (host ")
+        assert re.search(
+            r"last heard of at step 41, \d s ago; it was killed, or it hangs\.", message
+        )
+        assert message.count("was last heard") == 1
+        assert BROKEN in message
+
+
+def test_a_rank_without_a_step_is_named_too(watches):
+    found = fail_in(watches, {0: RuntimeError(BROKEN), 1: RuntimeError(BROKEN)})
+    assert "was last heard of before its first step" in str(found[0])
+
+
+def test_a_rank_that_failed_by_itself_is_to_blame_and_keeps_its_error(watches):
+    own = OSError("No space left on device")
+    found = fail_in(watches, {0: own, 1: RuntimeError(BROKEN)})
+    assert found[0] is own
+    assert "failed: OSError: No space left on device." in str(found[1])
+    assert "was last heard" not in str(found[1]), "nobody is called lost while one has said why"
+
+
+def test_if_all_answer_it_is_the_network(watches):
+    found = fail_in(watches, dict.fromkeys(range(3), RuntimeError(BROKEN)))
+    for error in found.values():
+        assert "All ranks still answer: look at the network between the hosts" in str(error)
+
+
+def test_if_the_store_is_gone_its_host_is_named():
+    host, stores = clients(1)
+    watch = Watch(stores[0], 1, 2)
+    del host
+    with pytest.raises(LostRankError, match="rank 0, or the host it runs on, is gone"):
+        fail_and_raise(watch)
+
+
+def fail_and_raise(watch):
+    with watch.naming_the_lost():
+        raise RuntimeError(BROKEN)
+
+
+def test_a_stores_host_that_stopped_does_not_hold_the_others():
+    _host, stores = clients(1)
+    watch = Watch(stores[0], 1, 2)
+    watch._store = Stopped()
+    start = time.monotonic()
+    with pytest.raises(LostRankError, match="is gone, stopped or cut off"):
+        fail_and_raise(watch)
+    assert time.monotonic() - start < 4
+
+
+class Stopped:
+    def set(self, key, value):
+        time.sleep(30)
+
+
+def test_rank_0_stays_until_the_others_have_read(watches):
+    """It may be the host of the store: were it to leave first, they would blame it."""
+    left = {}
+
+    def run(rank, wait):
+        time.sleep(wait)
+        try:
+            fail_and_raise(watches[rank])
+        except LostRankError:
+            left[rank] = time.monotonic()
+
+    threads = [threading.Thread(target=run, args=each) for each in [(0, 0), (1, 0.5)]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert left[0] > left[1] - 0.2
+
+
+def test_other_errors_pass_as_they_are(watches):
+    own = ConfigError("mesh.data must be at least 1, got 0.")
+    assert fail_in(watches, {1: own})[1] is own
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError(BROKEN), True),
+        (dist.DistBackendError("NCCL error"), True),
+        (dist.DistNetworkError("reset"), True),
+        (RuntimeError("shapes do not fit"), False),
+        (ValueError("gloo"), False),
+    ],
+)
+def test_what_is_an_error_of_a_collective(error, expected):
+    assert of_a_collective(error) is expected
+
+
+def test_beats_are_at_most_one_a_second(watches):
+    for step in range(100):
+        watches[1].note(step)
+    assert json.loads(watches[0]._store.get("beat/1"))["step"] == 0
+
+
+def test_the_first_of_a_node_goes_first():
+    _host, stores = clients(3)
+    order = []
+    nodes = [Watch(store, rank, 3, local_rank=rank) for rank, store in enumerate(stores)]
+
+    def run(rank):
+        with nodes[rank].first_on_node("text"):
+            time.sleep(0.3 if rank == 0 else 0)
+            order.append(rank)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (2, 1, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert order[0] == 0
+    assert sorted(order) == [0, 1, 2]
+
+
+def test_work_that_takes_too_long_is_left_alone():
+    assert within(5, lambda: 3) == 3
+    start = time.monotonic()
+    assert within(0.2, lambda: time.sleep(30)) is None
+    assert time.monotonic() - start < 5

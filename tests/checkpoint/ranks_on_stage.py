@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from switchlm.checkpoint.store import CheckpointStore
+from switchlm.errors import CheckpointError
+from switchlm.model.config import ModelConfig
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply, materialise
@@ -97,13 +99,20 @@ def _act(meeting: Path, rank: int, size: int, scene: Callable[[], Any]) -> None:
 class Run:
     """A small model with its optimizer on a mesh (None: no mesh), and a store."""
 
-    def __init__(self, mesh: MeshConfig | None, seed: int, optimizer: Any = "adamw") -> None:
+    def __init__(
+        self,
+        mesh: MeshConfig | None,
+        seed: int,
+        optimizer: Any = "adamw",
+        config: ModelConfig | None = None,
+    ) -> None:
+        config = config or CONFIGS[optimizer]
         if mesh is None:
             torch.manual_seed(seed)
-            self.model = SwitchTransformer(CONFIGS[optimizer])
+            self.model = SwitchTransformer(config)
         else:
             with torch.device("meta"):
-                self.model = SwitchTransformer(CONFIGS[optimizer])
+                self.model = SwitchTransformer(config)
             apply(self.model, Mesh.of(mesh, "cpu"))
             materialise(self.model, torch.device("cpu"), seed)
         self.optimizer = build_optimizer(self.model, TrainingConfig(optimizer=optimizer))
@@ -145,6 +154,27 @@ class Run:
 def open_store(folder: Path, **options: Any) -> CheckpointStore:
     group = dist.new_group(backend="gloo") if dist.is_initialized() else None
     return CheckpointStore(folder, group=group, **options)
+
+
+def message_of(work: Callable[[], Any]) -> str:
+    """Return what the project's own error says, or a disk's."""
+    try:
+        work()
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return "no error"
+
+
+def only_on(rank: int, error: Exception) -> Callable[..., Any]:
+    """Return a sync that fails on one rank."""
+    fsync = os.fsync
+
+    def step(descriptor: int) -> None:
+        if dist.get_rank() == rank:
+            raise error
+        fsync(descriptor)
+
+    return step
 
 
 def differences(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:

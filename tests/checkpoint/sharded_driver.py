@@ -20,11 +20,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fallible_disk import Disk
-from ranks_on_stage import FOUR, ONE, TWO, Run, differences, name_of, open_store, play
+from ranks_on_stage import (
+    FOUR,
+    ONE,
+    TWO,
+    Run,
+    differences,
+    message_of,
+    name_of,
+    only_on,
+    open_store,
+    play,
+)
 from torch import Tensor
 
 from switchlm.checkpoint.store import CheckpointStore
-from switchlm.errors import CheckpointError
 from switchlm.parallel.mesh import MeshConfig
 
 Meshes = list[MeshConfig | None]
@@ -125,26 +135,6 @@ def example(content: int) -> dict[str, Any]:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         weight = distribute_tensor(weight, mesh, [Shard(0)])
     return {"model": {"w": weight, "b": torch.randn(3, generator=generator)}, "content": content}
-
-
-def message_of(work: Callable[[], Any]) -> str:
-    try:
-        work()
-    except CheckpointError as error:
-        return str(error)
-    return "no error"
-
-
-def only_on(rank: int, error: Exception) -> Callable[..., Any]:
-    """Return a step of the disk that fails on one rank."""
-    fsync = os.fsync
-
-    def step(descriptor: int) -> None:
-        if dist.get_rank() == rank:
-            raise error
-        fsync(descriptor)
-
-    return step
 
 
 def faults(folder: Path) -> dict[str, Any]:

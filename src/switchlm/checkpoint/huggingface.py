@@ -22,6 +22,7 @@ from switchlm.checkpoint.read_config import read_config
 from switchlm.checkpoint.saving import write_model
 from switchlm.checkpoint.survey import survey
 from switchlm.checkpoint.weights import LARGEST_CONFIG, Weights, inside, open_weights, read_json
+from switchlm.errors import CheckpointError
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
 
@@ -124,7 +125,12 @@ def fill(
         weights = open_weights(folder)
         _, family = _understand(read_json(folder, CONFIG, LARGEST_CONFIG), weights, tell)
         matched = match(model.config, family, weights, tell)
-        _copy(model.state_dict(keep_vars=True), matched, weights)
+        places = model.state_dict()
+        if any(place.is_meta for place in places.values()):
+            raise CheckpointError(
+                "Cannot fill a model that has no memory yet; call model.to_empty(device=...) first."
+            )
+        _copy(places, matched, weights)
 
     ranks.each(work)
 

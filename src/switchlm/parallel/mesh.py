@@ -254,4 +254,4 @@ def joined(config: MeshConfig) -> Iterator[AnyMesh]:
         return
     with process_group(launch, config.timeout) as watch:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
-        yield Mesh.of(config, device_type, watch, launch.restarts > 0)
+        yield Mesh.of(config, device_type, watch, watch.restarted)

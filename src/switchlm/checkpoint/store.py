@@ -26,10 +26,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from switchlm.checkpoint import files, manifest, tensors
-from switchlm.checkpoint.layout import Held, Planner, part_of
+from switchlm.checkpoint.layout import Planner, part_of
 from switchlm.checkpoint.ranks import Ranks
 from switchlm.checkpoint.reading import STATE, check_parts, read_verified
 from switchlm.checkpoint.shelf import Shelf
+from switchlm.checkpoint.staging import Staging
 from switchlm.checkpoint.state import describe, split
 from switchlm.errors import CheckpointError
 
@@ -74,13 +75,13 @@ class CheckpointStore:
         self._shelf = Shelf(self.folder)
         self._ranks = Ranks(group)
         self._planner = Planner(self._ranks)
-        self._staging = tensors.Staging()
+        self._staging = Staging()
         self._report = report or logging.getLogger(__name__).warning
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
     def save(self, step: int, state: Mapping[str, Any], *, wait: bool = False) -> None:
-        """Copy the tensors of `state` to the CPU now, and write the checkpoint in the background.
+        """Copy the tensors of `state` now, and write the checkpoint in the background.
 
         state: nested dicts, lists and tuples of tensors, numbers and strings, see state.py; it may
         change as soon as this returns. Of DTensors each part is saved once; all else must be the
@@ -94,10 +95,29 @@ class CheckpointStore:
         self.wait()
         self._ranks.first(lambda: self._refuse_later(step))
         named, structure = split(state)
-        pieces = self._pieces(named)
-        self._pending = self._writer.submit(self._write, step, pieces, structure)
+        places, parts = self._share(named)
+        land = self._staging.copy(parts)
+
+        def write() -> None:
+            copies = land()
+            pieces = {
+                name: tensors.Piece(copies[name], start, file)
+                for name, (start, file) in places.items()
+            }
+            self._write(step, pieces, structure)
+
+        self._pending = self._writer.submit(write)
         if wait:
             self.wait()
+
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Get the memory for copies of such a state in the background.
+
+        Without it the first save gets it, and pauses for a few times as long as those after it.
+        """
+        self.wait()
+        _, parts = self._share(split(state)[0])
+        self._pending = self._writer.submit(self._staging.reserve, parts)
 
     def wait(self) -> None:
         """Return when the last save is safe on the disk; raise CheckpointError if it failed.
@@ -253,21 +273,19 @@ class CheckpointStore:
         files.sync_folder(partial)
         self._shelf.put_in_place(partial, step)
 
-    def _pieces(self, named: dict[str, Tensor]) -> dict[str, tensors.Piece]:
-        """Copy what this rank writes of the tensors, and say into which file each part goes."""
+    def _share(
+        self, named: dict[str, Tensor]
+    ) -> tuple[dict[str, tuple[tuple[int, ...], str]], dict[str, Tensor]]:
+        """Return what this rank writes: where each part starts and its file, and the parts."""
         layout = self._planner.layout(named)
-        places = tensors.assign_files(layout, {name: t.itemsize for name, t in named.items()})
-        mine = {
-            name: held
+        files = tensors.assign_files(layout, {name: t.itemsize for name, t in named.items()})
+        places = {
+            name: (tuple(start for start, _ in held.box), files[name, held.rank])
             for name, holders in layout.items()
             for held in holders
-            if held.rank == self._ranks.rank and (name, held.rank) in places
+            if held.rank == self._ranks.rank and (name, held.rank) in files
         }
-        staged = self._staging.copy({name: part_of(named[name]) for name in mine})
-        return {
-            name: tensors.Piece(staged[name], _start(held), places[name, held.rank])
-            for name, held in mine.items()
-        }
+        return places, {name: part_of(named[name]) for name in places}
 
     def _refuse_later(self, step: int) -> None:
         later = [known for known in self._steps() if known > step]
@@ -297,10 +315,6 @@ class CheckpointStore:
     def _tell(self, message: str) -> None:
         if self._ranks.is_first:
             self._report(message)
-
-
-def _start(held: Held) -> tuple[int, ...]:
-    return tuple(start for start, _ in held.box)
 
 
 @contextmanager

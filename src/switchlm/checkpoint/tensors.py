@@ -117,39 +117,6 @@ def load(folder: Path, into: Mapping[str, Tensor], stored: Mapping[str, Iterable
                 part_of(into[name])[slices(common, here)].copy_(found[slices(common, box)])
 
 
-class Staging:
-    """Copies of tensors in the CPU's memory, which is kept and used again by the next save.
-
-    Memory is what costs time: fresh pages are slow to get, and pinned ones slower still. So this
-    holds on to as many bytes as a rank saves.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return contiguous copies, by name; they hold until the next call."""
-        self._buffers = {name: self._buffer(name, tensor) for name, tensor in tensors.items()}
-        streams = set()
-        for name, tensor in tensors.items():
-            pinned = tensor.device.type != "cpu"
-            self._buffers[name].copy_(tensor, non_blocking=pinned)
-            if pinned:
-                streams.add(torch.accelerator.current_stream(tensor.device))
-        for stream in streams:
-            stream.synchronize()
-        return dict(self._buffers)
-
-    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
-        known = self._buffers.get(name)
-        if known is not None and (known.shape, known.dtype) == (tensor.shape, tensor.dtype):
-            return known
-        return torch.empty(
-            tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda"
-        )
-
-
 def header(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Any) -> bytes:
     """Return the header of a safetensors file that holds such tensors in this order.
 

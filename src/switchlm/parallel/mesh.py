@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 
 import torch
@@ -97,7 +98,8 @@ class Mesh:
         shape = config.shape(dist.get_world_size())
         grid = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
         fake = dist.get_backend() == "fake"
-        storage = None if fake else dist.new_group(backend="gloo")
+        patience = timedelta(seconds=config.timeout)
+        storage = None if fake else dist.new_group(backend="gloo", timeout=patience)
         return cls(grid, watch, storage, restarted)
 
     def size(self, axis: str) -> int:

@@ -23,6 +23,8 @@ VERBS = {
     "evaluate": "Measure the loss of a model on text, in total and by source.",
     "generate": "Fill the blanks of a text, or show what the model answers to it.",
     "inspect": "Show the size of a model, and who goes to which expert.",
+    "plan": "Find the fastest layout of a model on a cluster, and what it takes.",
+    "simulate": "Run the step of one process of thousands without them, and measure it.",
     "verify-parallel": "Compare every layout over many processes with one process.",
     "convert": "Write a model in another layout.",
 }

@@ -61,6 +61,7 @@ class Memory(TorchDispatchMode):
         self._depth = 0
         self._known: dict[int, tuple[weakref.ref, int, Purpose]] = {}
         self._now: dict[Purpose, int] = dict.fromkeys(Bytes.__dataclass_fields__, 0)  # type: ignore[arg-type]
+        self._highest = 0
         self.peak = Bytes()
         self._model = model
         self._hooks: list[Any] = []
@@ -105,12 +106,20 @@ class Memory(TorchDispatchMode):
         """What is in memory at this moment."""
         return Bytes(**self._now)
 
+    def mark(self) -> int:
+        """Return the most bytes that there were since the last mark."""
+        highest, self._highest = self._highest, sum(self._now.values())
+        return highest
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
             return NotImplemented
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
             self._see(value, "activations")
+        if func.namespace == "fsdp":  # copies into and out of what is gathered and reduced
+            for value in tree_iter((args, kwargs)):
+                self._see(value, "buffers", again=True)
         kind = kind_of(func)
         if kind in ("all_gather", "reduce_scatter"):
             for value in tree_iter((args, result)):
@@ -152,7 +161,9 @@ class Memory(TorchDispatchMode):
             reference = weakref.ref(storage, lambda _: self._forget(key))
         self._known[key] = (reference, size, purpose)
         self._now[purpose] += size
-        if sum(self._now.values()) > self.peak.total:
+        total = sum(self._now.values())
+        self._highest = max(self._highest, total)
+        if total > self.peak.total:
             self.peak = self.now
 
     def _forget(self, key: int) -> None:

@@ -156,23 +156,22 @@ def timed(step: Callable[[], None]) -> float:
 
 
 def profiled(step: Callable[[], None]) -> Tensor:
-    """Return seconds [3] of a step: all, communication under way, the main thread waiting for it.
+    """Return seconds [3] of a step: all, communication under way, the main thread not computing.
 
-    Communication that is under way while the main thread does not wait is hidden.
+    The main thread computes alone; when it does not, it waits for communication. What is under way
+    while it computes is hidden.
     """
     sleep_until_all()
     with profile(activities=[ProfilerActivity.CPU]) as trace:
-        start = time.perf_counter()
+        start, computing = time.perf_counter(), time.thread_time()
         step()
-        seconds = time.perf_counter() - start
-    under_way, waiting = [], []
-    for event in trace.events():
-        span = (event.time_range.start, event.time_range.end)
-        if event.name.startswith("gloo:"):
-            under_way.append(span)
-        elif "wait_tensor" in event.name or event.name == "c10d::Work::wait":
-            waiting.append(span)
-    return torch.tensor([seconds, union(under_way) / 1e6, union(waiting) / 1e6])
+        seconds, computing = time.perf_counter() - start, time.thread_time() - computing
+    under_way = [
+        (event.time_range.start, event.time_range.end)
+        for event in trace.events()
+        if event.name.startswith("gloo:")
+    ]
+    return torch.tensor([seconds, union(under_way) / 1e6, seconds - computing])
 
 
 def union(spans: list[tuple[float, float]]) -> float:

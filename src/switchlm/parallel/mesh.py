@@ -77,30 +77,22 @@ class Mesh:
     """All processes, and where this one stands among them.
 
     watch: who is alive; None where nobody looks. storage: a group of all processes for checkpoints,
-    which are written while training goes on. restarted: whether the job failed before and was
-    started anew.
+    which are written while training goes on.
     """
 
     device_mesh: DeviceMesh
     watch: Watch | None = None
     storage: dist.ProcessGroup | None = None
-    restarted: bool = False
 
     @classmethod
-    def of(
-        cls,
-        config: MeshConfig,
-        device_type: str,
-        watch: Watch | None = None,
-        restarted: bool = False,
-    ) -> "Mesh":
+    def of(cls, config: MeshConfig, device_type: str, watch: Watch | None = None) -> "Mesh":
         """Lay the processes of the running job out on the grid."""
         shape = config.shape(dist.get_world_size())
         grid = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
         fake = dist.get_backend() == "fake"
         patience = timedelta(seconds=config.timeout)
         storage = None if fake else dist.new_group(backend="gloo", timeout=patience)
-        return cls(grid, watch, storage, restarted)
+        return cls(grid, watch, storage)
 
     def size(self, axis: str) -> int:
         """Return how many processes there are along an axis."""
@@ -125,6 +117,11 @@ class Mesh:
     def is_main(self) -> bool:
         """Whether this process speaks for all: it writes and prints."""
         return dist.get_rank() == 0
+
+    @property
+    def restarted(self) -> bool:
+        """Whether the job failed before and was started anew."""
+        return self.watch is not None and self.watch.restarted
 
     def total(self, values: Tensor) -> Tensor:
         """Return the sum of `values` over all shares of a batch, the same bits everywhere."""
@@ -256,4 +253,4 @@ def joined(config: MeshConfig) -> Iterator[AnyMesh]:
         return
     with process_group(launch, config.timeout) as watch:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
-        yield Mesh.of(config, device_type, watch, watch.restarted)
+        yield Mesh.of(config, device_type, watch)

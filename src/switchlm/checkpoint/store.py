@@ -34,6 +34,8 @@ from switchlm.checkpoint.staging import Staging
 from switchlm.checkpoint.state import describe, split
 from switchlm.errors import CheckpointError
 
+Pieces = Mapping[str, tensors.Piece]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
@@ -98,15 +100,14 @@ class CheckpointStore:
         places, parts = self._share(named)
         land = self._staging.copy(parts)
 
-        def write() -> None:
+        def pieces() -> Pieces:
             copies = land()
-            pieces = {
+            return {
                 name: tensors.Piece(copies[name], start, file)
                 for name, (start, file) in places.items()
             }
-            self._write(step, pieces, structure)
 
-        self._pending = self._writer.submit(write)
+        self._pending = self._writer.submit(self._write, step, pieces, structure)
         if wait:
             self.wait()
 
@@ -220,7 +221,7 @@ class CheckpointStore:
         finally:
             self._writer.shutdown()
 
-    def _write(self, step: int, pieces: dict[str, tensors.Piece], structure: Any) -> None:
+    def _write(self, step: int, pieces: Callable[[], Pieces], structure: Any) -> None:
         try:
             with _explain(f"Cannot save the checkpoint of step {step} in {str(self.folder)!r}"):
                 self._write_and_commit(step, pieces, structure)
@@ -232,20 +233,16 @@ class CheckpointStore:
             self._tell(str(error))
             raise
 
-    def _write_and_commit(
-        self, step: int, pieces: dict[str, tensors.Piece], structure: Any
-    ) -> None:
+    def _write_and_commit(self, step: int, pieces: Callable[[], Pieces], structure: Any) -> None:
         partial = self.folder / self._ranks.first(lambda: self._shelf.begin(step).name)
         try:
-            written = self._ranks.each(lambda: self._write_part(partial, pieces))
+            written = self._ranks.each(lambda: self._write_part(partial, pieces()))
             self._ranks.first(lambda: self._commit(partial, step, written, structure))
         finally:
             if self._ranks.is_first:
                 files.remove_folder(partial)
 
-    def _write_part(
-        self, partial: Path, pieces: dict[str, tensors.Piece]
-    ) -> dict[str, dict[str, Any]]:
+    def _write_part(self, partial: Path, pieces: Pieces) -> dict[str, dict[str, Any]]:
         """Write the files of this rank; return size and SHA-256 of each."""
         if not partial.is_dir():
             raise CheckpointError(

@@ -41,6 +41,7 @@ def test_killed_ranks_are_started_anew_and_the_result_is_the_undisturbed_one(tmp
     assert result(tmp_path) == undisturbed(2)
 
 
+@pytest.mark.slow
 def test_more_failures_than_restarts_end_the_job(tmp_path):
     with Job(tmp_path / "log", torchrun(*toy(tmp_path), restarts=0)) as job:
         job.wait_for(SAVED)
@@ -65,11 +66,8 @@ def test_random_kills_of_four_ranks(tmp_path, seed):
 
 def stop_one(tmp_path, stopped, processes):
     """Stop a rank; return the job, and when each survivor had ended."""
-    with Job(
-        tmp_path / "log",
-        torchrun(*toy(tmp_path, timeout=5), processes=processes),
-        TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3",
-    ) as job:
+    command = torchrun(*toy(tmp_path, timeout=5), processes=processes)
+    with Job(tmp_path / "log", command) as job:
         job.wait_for(SAVED)
         pid = job.workers()[stopped]
         others = [rank for rank in range(processes) if rank != stopped]
@@ -93,6 +91,7 @@ def check_named(job, stopped, pid, seconds):
         assert line.count("was last heard") == 1, "nobody else is blamed"
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named_and_leaves_no_orphans(tmp_path):
     job, pid, seconds = stop_one(tmp_path, 1, 2)
     check_named(job, 1, pid, seconds)
@@ -105,6 +104,7 @@ def test_a_stopped_rank_of_four_is_named_by_those_who_are_left(tmp_path, stopped
     check_named(job, stopped, pid, seconds)
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_saves_the_state_and_the_next_job_goes_on(tmp_path):
     with Job(tmp_path / "log", torchrun(*toy(tmp_path))) as job:
         job.wait_for(SAVED)

@@ -89,7 +89,7 @@ def test_killed_ranks_leave_no_trace_in_the_result(text, tmp_path, undisturbed):
 def test_a_stopped_rank_is_named(text, tmp_path, stopped):
     run = tmp_path / "run"
     command = torchrun(*pretrain(text, run, timeout=5))
-    with Job(tmp_path / "log", command, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3") as job:
+    with Job(tmp_path / "log", command) as job:
         wait_for_step(run, 10, job)
         pid = job.workers()[stopped]
         job.send(stopped, signal.SIGSTOP)

@@ -86,7 +86,6 @@ def test_a_cut_cable_ends_both_hosts_within_the_timeout(tmp_path, hosts):
                         prefix=inside(pid),
                     ),
                     GLOO_SOCKET_IFNAME=device,
-                    TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3",
                 )
             )
             for node, (pid, device) in enumerate(zip(hosts, ["left", "right"], strict=True))

@@ -111,7 +111,7 @@ class Cluster:
         members = 1
         stride = 1
         for axis in reversed(AXES):
-            if axis in collective.axes.split("x"):
+            if axis in collective.axes:
                 fit = max(self.gpus_per_node // stride, 1)
                 members *= math.gcd(sizes[axis], fit) if fit < sizes[axis] else sizes[axis]
             stride *= sizes[axis]

@@ -20,6 +20,7 @@ SETTINGS = {
     "data.batch_size": 4,
     "data.input_length": 32,
     "data.held_out_share": 0.1,
+    "data.pack": "true",
     "router.group_rows": 1,
     "router.exploration": "argmax",
 }

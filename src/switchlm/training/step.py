@@ -162,14 +162,15 @@ def summarise_routing(routing: Sequence[Routings], mesh: AnyMesh = ALONE) -> Rou
     if not routing[0]:
         return None
     load_LE = _loads(routing, mesh)
-    dropped = [torch.stack([layer.dropped for layer in layers]) for layers in routing]
-    gate = [torch.stack([mean_gate(layer) for layer in layers]) for layers in routing]
-    means_2L = mesh.total(torch.stack([sum_of(dropped), sum_of(gate)]))
-    dropped_L, gate_L = means_2L / (len(routing) * mesh.num_shares)
+    layers = list(zip(*routing, strict=True))
+    kept_L = torch.stack([sum_of([layer.kept_A.sum() for layer in batches]) for batches in layers])
+    gates_L = torch.stack([sum_of([_sum_of_gates(one) for one in batches]) for batches in layers])
+    kept_L, gates_L = mesh.total(torch.stack([kept_L.double(), gates_L.double()]))
+    wanted_L = load_LE.sum(-1)
     return RoutingSummary(
-        load_LE=load_LE / load_LE.sum(-1, keepdim=True).clamp(min=1),
-        dropped_L=dropped_L,
-        gate_L=gate_L,
+        load_LE=load_LE / wanted_L[:, None].clamp(min=1),
+        dropped_L=((wanted_L - kept_L) / wanted_L.clamp(min=1)).float(),
+        gate_L=(gates_L / kept_L.clamp(min=1)).float(),
     )
 
 
@@ -181,10 +182,9 @@ def _loads(routing: Sequence[Routings], mesh: AnyMesh) -> Tensor:
     )
 
 
-def mean_gate(routing: Routing) -> Tensor:
-    """Return the mean gate of the assignments that were kept, a float32 scalar."""
-    kept = torch.where(routing.kept_A, routing.gate_A.float(), 0.0)
-    return kept.sum() / routing.kept_A.sum().clamp(min=1)
+def _sum_of_gates(routing: Routing) -> Tensor:
+    """Return the sum of the gates of the assignments that were kept, a float32 scalar."""
+    return torch.where(routing.kept_A, routing.gate_A.float(), 0.0).sum()
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:

@@ -139,7 +139,8 @@ def test_what_does_not_fit_is_counted_and_the_nearest_is_named() -> None:
     found = plan(config, Cluster(gpu=small, gpus_per_node=4))
     assert not found.layouts
     missing = [misfit.missing for misfit in found.misfits]
-    assert missing == sorted(missing) and missing[0] > 0
+    assert missing == sorted(missing)
+    assert missing[0] > 0
     assert "Nothing fits" in found.reason
     assert "training.optimizer=adafactor" in found.reason
 
@@ -149,7 +150,8 @@ def test_a_batch_that_no_mesh_can_share_is_said_to_be_so() -> None:
         config_of("nano"), data=dataclasses.replace(config_of("nano").data, batch_size=1)
     )
     found = plan(config, Cluster(gpu=GPUS["h200"], gpus_per_node=3))
-    assert not found.layouts and not found.misfits
+    assert not found.layouts
+    assert not found.misfits
     assert "data.batch_size 1" in found.reason
 
 

@@ -52,7 +52,7 @@ def apply(model: SwitchTransformer, mesh: Mesh, *, wire_dtype: torch.dtype | Non
                 )
         if weights is not None:
             if wire_dtype is not None:
-                fully_shard(_exact_modules(block), mesh=weights)
+                fully_shard(exact_modules(block), mesh=weights)
             fully_shard(block, mesh=weights, mp_policy=policy, ignored_params=_experts(block))
     if weights is not None:
         fully_shard(model, mesh=weights, ignored_params=_experts(model))
@@ -113,7 +113,7 @@ def _experts(module: nn.Module) -> set[nn.Parameter]:
     return {p for name, p in module.named_parameters() if ".experts." in f".{name}"}
 
 
-def _exact_modules(block: Block) -> list[nn.Module]:
+def exact_modules(block: Block) -> list[nn.Module]:
     """Return the routers and norms of a block, which compute in float32."""
     return [
         module

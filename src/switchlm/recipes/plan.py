@@ -13,7 +13,7 @@ times (written, read, and read again), and 28 bytes a parameter for AdamW, 40 fo
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from switchlm.errors import ConfigError
@@ -93,12 +93,17 @@ class Plan:
     reason: str
 
 
-def plan(config: RunConfig, cluster: Cluster) -> Plan:
-    """Judge every mesh of all GPUs, for data.batch_size rows; `config.mesh` is not read."""
+def plan(
+    config: RunConfig, cluster: Cluster, meshes: Iterable[MeshConfig] | None = None
+) -> Plan:
+    """Judge every mesh of all GPUs, or those given, for data.batch_size rows.
+
+    `config.mesh` is not read.
+    """
     found: list[Layout] = []
     misfits: list[Misfit] = []
     impossible = 0
-    for mesh in candidates(cluster):
+    for mesh in candidates(cluster) if meshes is None else meshes:
         try:
             rows_of_a_share(config.data.batch_size, mesh.replicas * (mesh.data or 1) * mesh.expert)
             standing = standing_bytes(config, mesh)

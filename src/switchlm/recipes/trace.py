@@ -19,7 +19,7 @@ from switchlm.data.config import DataConfig
 from switchlm.model.block import Block
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
-from switchlm.parallel.apply import _exact_modules
+from switchlm.parallel.apply import exact_modules
 from switchlm.parallel.balanced import balance
 from switchlm.parallel.expert import shard_experts
 from switchlm.parallel.fake import fake_job
@@ -176,7 +176,7 @@ class _Marks:
 def _cast(model: nn.Module, dense: torch.dtype, experts: torch.dtype) -> None:
     """Give the weights of blocks the dtypes that they are gathered in."""
     for block in [module for module in model.modules() if isinstance(module, Block)]:
-        exact = {id(p) for module in _exact_modules(block) for p in module.parameters()}
+        exact = {id(p) for module in exact_modules(block) for p in module.parameters()}
         for module in block.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if id(parameter) not in exact:

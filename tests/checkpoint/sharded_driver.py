@@ -202,11 +202,12 @@ def kills(folder: Path, steps: list[tuple[int, int]]) -> dict[str, Any]:
         with CheckpointStore(place) as store:
             store.save(1, example(1), wait=True)
 
-        def scene(victim: int = victim, stop_at: int = stop_at) -> None:
+        def scene(victim: int = victim, stop_at: int = stop_at) -> str:
             with open_store(place, keep=1) as store:
                 if dist.get_rank() == victim:
                     Disk(folder / "run", stop_at).install()
                 store.save(2, example(2), wait=True)
+            return "lived"
 
         ended = play(folder, 2, scene, all_live=False, quiet=True)
         with CheckpointStore(place, keep=1) as store:

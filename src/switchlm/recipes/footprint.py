@@ -18,7 +18,7 @@ import torch
 from switchlm.parallel.ledger import Collective
 from switchlm.parallel.memory import Bytes
 from switchlm.parallel.mesh import AXES, MeshConfig
-from switchlm.parallel.shares import Share, shares
+from switchlm.parallel.shares import Share, shapes_of, shares
 from switchlm.recipes.config import RunConfig
 from switchlm.recipes.simulate import rows_of_a_share, wire_dtype
 from switchlm.recipes.trace import STACKS, Segment, layer_like, trace
@@ -215,7 +215,7 @@ class _Walk:
         for stack in reversed(STACKS):
             for layer in reversed(range(self.layers(stack))):
                 blocks = self.of(stack, layer)
-                ahead = self.of(stack, layer - 1)[0].flat if layer else 0
+                ahead = self.ahead(stack, layer)
                 inside = sum(group.gathered for group in blocks)
                 segment = self.segments[f"backward {stack} {self.like(stack, layer)}"]
                 self.note(segment.rise, root.gathered + inside + ahead + sending)
@@ -228,12 +228,19 @@ class _Walk:
                 if self.config.training.accumulate == 1:
                     self.activations -= segment.gradients
                 self.settle(blocks, sends)
-            self.step(f"end of {stack}", root.gathered + sending)
+            self.step(f"end of {stack}", root.gathered + self.ahead(stack, 0) + sending)
         if sends and root.managed:
             # What is left of the activations are the root's gradients.
             self.note(root.held, root.reduced)
         self.activations = 0
         self.settle([root], sends)
+
+    def ahead(self, stack: str, layer: int) -> int:
+        """Return the bytes of the weights that are gathered while that block runs backwards."""
+        if layer > 0:
+            return self.of(stack, layer - 1)[0].flat
+        last = self.layers("encoder") - 1
+        return self.of("encoder", last)[0].flat if stack == "decoder" else 0
 
     def settle(self, groups: list[Group], sends: bool) -> None:
         """Leave gradients where they stay: whole ones wait for the last micro-batch."""
@@ -296,12 +303,13 @@ def _traffic(
         for one in segments[name].collectives:
             if one.axes == "tensor" or one.kind == "all_to_all":
                 traffic[one] += times * parts
-    shares_axes = ("replicas", "data", "expert")
-    for axes, dtype, payload in (
-        (shares_axes, torch.int64, 8),
-        (shares_axes, torch.float32, 12),
-        (AXES, torch.float32, 4),
-    ):
+    # What the step itself sums: targets, losses, the gradients' norm, loads for selection biases.
+    everyone = ("replicas", "data", "expert")
+    sums = [(everyone, torch.int64, 8), (everyone, torch.float32, 12), (AXES, torch.float32, 4)]
+    if config.model.router.balance == "bias":
+        routers = [name for name in shapes_of(config.model) if name.endswith("router.weight")]
+        sums.append((everyone, torch.int64, 8 * config.model.num_experts * len(routers)))
+    for axes, dtype, payload in sums:
         one = _collective("all_reduce", mesh, axes, dtype, payload)
         if one.size > 1:
             traffic[one] += 1

@@ -93,9 +93,7 @@ class Plan:
     reason: str
 
 
-def plan(
-    config: RunConfig, cluster: Cluster, meshes: Iterable[MeshConfig] | None = None
-) -> Plan:
+def plan(config: RunConfig, cluster: Cluster, meshes: Iterable[MeshConfig] | None = None) -> Plan:
     """Judge every mesh of all GPUs, or those given, for data.batch_size rows.
 
     `config.mesh` is not read.

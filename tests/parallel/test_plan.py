@@ -76,6 +76,10 @@ def test_a_plan_agrees_with_every_layout_simulated() -> None:
     assert judged == 9
 
 
+def test_one_expert_a_process_is_split_over_the_tensor_axis_and_spread() -> None:
+    agrees(config_of("nano", "mesh.expert=4", "mesh.tensor=2", "mesh.data=2"), 16, within=0.05)
+
+
 def slow(*overrides: str) -> object:
     return pytest.param(overrides, marks=pytest.mark.slow)
 

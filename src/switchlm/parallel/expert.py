@@ -156,7 +156,8 @@ def shard(weight: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> nn.P
     for index, size, placement in zip(coordinate, mesh.shape, placements, strict=True):
         assert isinstance(placement, Shard)
         local = local.chunk(size, placement.dim)[index]
-    local = local.contiguous() if local.device.type == "meta" else local.clone()
+    # A dim of length 1 may have any stride, which FSDP does not take; a copy has the usual ones.
+    local = local.clone(memory_format=torch.contiguous_format)
     return nn.Parameter(
         DTensor.from_local(local, mesh, placements, run_check=False),
         requires_grad=weight.requires_grad,

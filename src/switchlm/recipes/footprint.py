@@ -125,6 +125,11 @@ def footprint(config: RunConfig, mesh: MeshConfig) -> Footprint:
     )
 
 
+def num_routers(config: RunConfig) -> int:
+    """Return how many routers the model has."""
+    return sum(name.endswith("router.weight") for name in shapes_of(config.model))
+
+
 def standing_bytes(config: RunConfig, mesh: MeshConfig) -> int:
     """Return the bytes of weights, gradients and optimizer of a process: what no batch changes."""
     every = list(shares(config.model, mesh, exact_apart=False))
@@ -175,6 +180,8 @@ class _Walk:
         self.config, self.groups, self.segments = config, groups, segments
         every = [share for group in groups.values() for share in group.shares]
         self.weights = FLOAT32 * sum(share.held for share in every)
+        if config.model.router.balance == "bias":
+            self.weights += FLOAT32 * config.model.num_experts * num_routers(config)
         self.optimizer = sum(optimizer_bytes(share, config.training) for share in every)
         self.waiting: dict[int, int] = {}
         self.gradients = 0
@@ -307,8 +314,8 @@ def _traffic(
     everyone = ("replicas", "data", "expert")
     sums = [(everyone, torch.int64, 8), (everyone, torch.float32, 12), (AXES, torch.float32, 4)]
     if config.model.router.balance == "bias":
-        routers = [name for name in shapes_of(config.model) if name.endswith("router.weight")]
-        sums.append((everyone, torch.int64, 8 * config.model.num_experts * len(routers)))
+        loads = config.model.num_experts * num_routers(config)
+        sums.append((everyone, torch.int64, 8 * loads))
     for axes, dtype, payload in sums:
         one = _collective("all_reduce", mesh, axes, dtype, payload)
         if one.size > 1:

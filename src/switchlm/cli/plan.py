@@ -69,6 +69,7 @@ def plan(
         return
     if found.layouts:
         console.print(_table(found.layouts[:show]))
+        console.print(_memory(found.layouts[0]), highlight=False)
         console.print(_traffic_table(found.layouts[0]))
     console.print(found.reason, highlight=False)
     console.print(_counts(found), style="dim", highlight=False)
@@ -85,32 +86,23 @@ def _counts(found: "Plan") -> str:
 
 
 def _table(layouts: "tuple[Layout, ...]") -> Table:
-    from switchlm.recipes.plan import words
-
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("layout", no_wrap=True)
-    columns = (
-        "weights",
-        "gradients",
-        "optimizer",
-        "activations",
-        "buffers",
-        "GB",
-        "ms",
-        "tokens/s",
-    )
-    for column in columns:
+    for column in ("replicas", "data", "expert", "tensor", "GB a GPU", "ms a step", "tokens/s"):
         table.add_column(column, justify="right")
     for layout in layouts:
-        peak = layout.peak
-        sizes = (*dataclasses.astuple(peak), peak.total)
+        mesh = layout.mesh
         table.add_row(
-            words(layout.mesh),
-            *(f"{size / 1e9:.2f}" for size in sizes),
+            *(str(size) for size in (mesh.replicas, mesh.data, mesh.expert, mesh.tensor)),
+            f"{layout.peak.total / 1e9:.2f}",
             f"{1e3 * layout.times.step:.1f}",
-            f"{layout.tokens_per_second / 1e6:.2f}",
+            f"{layout.tokens_per_second:,.0f}",
         )
     return table
+
+
+def _memory(layout: "Layout") -> str:
+    parts = dataclasses.asdict(layout.peak).items()
+    return "The first, GB a GPU: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts)
 
 
 def _traffic_table(layout: "Layout") -> Table:

@@ -63,7 +63,8 @@ def test_help_imports_no_verb_and_nothing_heavy():
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_is_there_and_says_what_the_table_says(verb, run):
-    function = getattr(import_module(f"switchlm.cli.{verb}"), verb)
+    name = verb.replace("-", "_")
+    function = getattr(import_module(f"switchlm.cli.{name}"), name)
     assert inspect.getdoc(function).splitlines()[0] == VERBS[verb]
     result = run(verb, "--help")
     assert result.exit_code == 0

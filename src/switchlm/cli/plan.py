@@ -40,7 +40,7 @@ def plan(
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Find the layouts of a model that fit a cluster, and the fastest of them."""
+    """Find the fastest layout of a model on a cluster, and what it takes."""
     from switchlm.parallel.hardware import Cluster, find_gpu
 
     kind = find_gpu(gpu)

@@ -22,7 +22,7 @@ def simulate(
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Run a training step of the first of many processes without them, and measure it."""
+    """Run the step of one process of thousands without them, and measure it."""
     from switchlm.recipes.footprint import footprint
     from switchlm.recipes.simulate import simulate as recipe
 

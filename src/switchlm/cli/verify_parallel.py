@@ -26,7 +26,7 @@ def verify_parallel(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
-    """Train a few steps in every layout of so many processes, and compare with one process."""
+    """Compare every layout over many processes with one process."""
     from switchlm.recipes.config import run_config
     from switchlm.recipes.verify_parallel import verify_parallel as recipe
 

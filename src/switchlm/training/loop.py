@@ -148,6 +148,7 @@ class _Run:
         with ExitStack() as opened:
             if self.store is not None:
                 opened.enter_context(self.store)
+                self.store.prepare(self._tensors())
             folder = self.folder if self.mesh.is_main else None
             monitor = opened.enter_context(open_monitor(folder, config))
             batches = self.loader.iterate(self.progress.step * config.accumulate)

@@ -17,6 +17,7 @@ def fake_job(config: MeshConfig, num_processes: int) -> Iterator[Mesh]:
 
     Raises ConfigError if the mesh does not fit them, or if a real job is running here.
     """
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
@@ -29,3 +30,6 @@ def fake_job(config: MeshConfig, num_processes: int) -> Iterator[Mesh]:
         yield Mesh.of(config, "cpu")
     finally:
         dist.destroy_process_group()
+        # What DTensor remembers of operators holds the groups of this job; an equal mesh of the
+        # next job would be taken for it.
+        _clear_sharding_prop_cache()

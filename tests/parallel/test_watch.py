@@ -106,7 +106,7 @@ def test_a_stores_host_that_stopped_does_not_hold_the_others():
 
 class Stopped:
     def set(self, key, value):
-        time.sleep(30)
+        threading.Event().wait()
 
 
 def test_rank_0_stays_until_the_others_have_read(watches):

@@ -1,7 +1,7 @@
 """The one record that leaves this room: padded or packed rows of token ids."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -24,13 +24,13 @@ class Batch:
     target_segments_BT: Tensor | None
     source_B: Tensor
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: torch.device | str) -> Self:
         """Return the batch on `device`; copies only what is elsewhere."""
         move: dict[str, Any] = {
             name: None if value is None else value.to(device, non_blocking=True)
             for name, value in vars(self).items()
         }
-        return Batch(**move)
+        return replace(self, **move)
 
     @property
     def target_mask_BT(self) -> Tensor:

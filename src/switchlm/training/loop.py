@@ -25,6 +25,7 @@ from switchlm.parallel.mesh import ALONE, AnyMesh
 from switchlm.training.averages import Averages
 from switchlm.training.config import TrainingConfig
 from switchlm.training.monitor import open_monitor
+from switchlm.training.objective import Objective, target_cross_entropy
 from switchlm.training.optimizer import (
     build_optimizer,
     optimizer_state,
@@ -72,6 +73,7 @@ def train(
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     mesh: AnyMesh = ALONE,
+    objective: Objective = target_cross_entropy,
 ) -> Iterator[Line]:
     """Train `model` in place on its device and yield every metrics line as it is written.
 
@@ -86,12 +88,14 @@ def train(
     dropped_by_layer. A line of evaluation has step, seconds, evaluation_loss and
     evaluation_loss_by_source.
 
+    objective: what is minimised, and `loss` in the lines; held-out losses are cross-entropy always.
+
     run: where metrics.jsonl and checkpoints go; without it nothing is written. resume: go on from
     the newest whole checkpoint there, or from the start if there is none yet. The run ends after
     `config.steps`, after `config.seconds`, or once `should_stop` says so, with a last checkpoint
     and a last evaluation.
     """
-    return _Run(model, loader, config, run, should_stop, mesh).lines(resume)
+    return _Run(model, loader, config, run, should_stop, mesh, objective).lines(resume)
 
 
 class _Run:
@@ -105,9 +109,10 @@ class _Run:
         folder: RunFolder | None,
         should_stop: Callable[[], bool],
         mesh: AnyMesh,
+        objective: Objective,
     ) -> None:
         self.model, self.loader, self.config, self.folder = model, loader, config, folder
-        self.should_stop, self.mesh = should_stop, mesh
+        self.should_stop, self.mesh, self.objective = should_stop, mesh, objective
         self.device = model.embedding.weight.device
         self.optimizer: Optimizer = build_optimizer(model, config)
         self.progress = Progress()
@@ -185,6 +190,7 @@ class _Run:
             gradient_clip=config.gradient_clip,
             precision=config.precision,
             mesh=self.mesh,
+            objective=self.objective,
         )
         progress.step += 1
         self.mesh.note(progress.step)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from switchlm.data.batch import Batch
-from switchlm.model.losses import cross_entropy, routing_losses
+from switchlm.model.losses import routing_losses
 from switchlm.model.router import Router
 from switchlm.model.routing import Routing
 from switchlm.model.transformer import SwitchTransformer, shift_right
@@ -20,6 +20,7 @@ from switchlm.parallel.mesh import ALONE, AnyMesh
 from switchlm.parallel.tensor import losses_of
 from switchlm.training.config import Precision
 from switchlm.training.guard import global_norm
+from switchlm.training.objective import Objective, target_cross_entropy
 from switchlm.training.precision import computing
 
 MASK_64 = 2**64 - 1
@@ -30,7 +31,7 @@ Routings = tuple[Routing, ...]
 class StepRecord:
     """What a step leaves behind: detached tensors on the model's device, nothing synchronised.
 
-    figures: float32 [5]: cross-entropy in nats a target, weighted balance loss, weighted z-loss,
+    figures: float32 [5]: the objective in nats a target, weighted balance loss, weighted z-loss,
         gradient norm before clipping, and 1 if the step was skipped for a number that is not
         finite, else 0.
     routing: of the last step, a tuple of layers for each micro-batch.
@@ -77,17 +78,18 @@ def training_step(
     gradient_clip: float | None = None,
     precision: Precision = "float32",
     mesh: AnyMesh = ALONE,
+    objective: Objective = target_cross_entropy,
 ) -> StepRecord:
     """Update the model on micro-batches as if they were one batch; learning rates are set already.
 
     batches: this process's share of them; the model is sharded over `mesh`.
 
-    The loss is the summed cross-entropy over the targets of all micro-batches, plus the mean of
-    their routing losses. If loss or gradients are not finite, weights, optimizer state and
+    The loss is the summed objective of all micro-batches over their targets, plus the mean of their
+    routing losses. If loss or gradients are not finite, weights, optimizer state and
     selection biases stay bitwise as they are, on all processes.
     """
     optimizer.zero_grad(set_to_none=True)
-    losses, routing = backward(model, batches, precision, mesh)
+    losses, routing = backward(model, batches, precision, mesh, objective)
     with torch.no_grad():
         gradients = [
             parameter.grad
@@ -113,11 +115,12 @@ def backward(
     batches: Sequence[Batch],
     precision: Precision,
     mesh: AnyMesh = ALONE,
+    objective: Objective = target_cross_entropy,
 ) -> tuple[Tensor, tuple[Routings, ...]]:
     """Add the gradients of the loss of all batches together.
 
-    Returns float32 [3] (cross-entropy, balance loss, z-loss), of all processes, and the routing of
-    each batch here.
+    Returns float32 [3] (objective a target, balance loss, z-loss), of all processes, and the
+    routing of each batch here.
     """
     num_targets = mesh.total(sum_of([batch.target_mask_BT.sum() for batch in batches]))
     num_parts = len(batches) * mesh.num_shares
@@ -132,9 +135,8 @@ def backward(
                 batch.input_segments_BS,
                 batch.target_segments_BT,
             )
-        mask_BT = None if batch.target_segments_BT is None else batch.target_mask_BT
         with losses_of(mesh):
-            summed, _ = cross_entropy(output.logits_BTV, batch.targets_BT, mask_BT)
+            summed = objective(output, batch)
             balance, z_loss = routing_losses(output, model.config)
             parts = torch.stack([summed / num_targets, balance / num_parts, z_loss / num_parts])
             parts.sum().backward()

@@ -6,7 +6,7 @@ anywhere and resumed is the run that was never stopped, bit for bit on a CPU.
 """
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,12 +18,12 @@ from switchlm.checkpoint.run_folder import RunFolder, truncate_metrics
 from switchlm.checkpoint.store import CheckpointStore
 from switchlm.data.batch import Batch
 from switchlm.errors import CheckpointError
-from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.model.router import Router
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.mesh import ALONE, AnyMesh
 from switchlm.training.averages import Averages
 from switchlm.training.config import TrainingConfig
+from switchlm.training.evaluation import Evaluator, HeldOutLoss
 from switchlm.training.monitor import open_monitor
 from switchlm.training.objective import Objective, target_cross_entropy
 from switchlm.training.optimizer import (
@@ -57,11 +57,16 @@ class BatchSource(Protocol):
 
 @dataclass
 class Progress:
-    """How far a run is: whole steps, seconds of training alone, real tokens read."""
+    """How far a run is: whole steps, seconds of training alone, real tokens read.
+
+    evaluated: the step of the last evaluation. stopped: it said that there is no point in going on.
+    """
 
     step: int = 0
     seconds: float = 0.0
     tokens: int = 0
+    evaluated: int = 0
+    stopped: bool = False
 
 
 def train(
@@ -74,6 +79,7 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     mesh: AnyMesh = ALONE,
     objective: Objective = target_cross_entropy,
+    evaluator: Evaluator | None = None,
 ) -> Iterator[Line]:
     """Train `model` in place on its device and yield every metrics line as it is written.
 
@@ -85,17 +91,17 @@ def train(
     (before clipping) as means since the last line, None if every step was skipped; skipped, spikes
     and tokens_per_second since then; and learning_rate and dropped of the step itself. Sparse
     models add, of the step, layers (names), load (a list of shares a layer), gate and
-    dropped_by_layer. A line of evaluation has step, seconds, evaluation_loss and
-    evaluation_loss_by_source.
+    dropped_by_layer. A line of evaluation has step, seconds, and the figures of the evaluator.
 
     objective: what is minimised, and `loss` in the lines; held-out losses are cross-entropy always.
 
     run: where metrics.jsonl and checkpoints go; without it nothing is written. resume: go on from
-    the newest whole checkpoint there, or from the start if there is none yet. The run ends after
-    `config.steps`, after `config.seconds`, or once `should_stop` says so, with a last checkpoint
-    and a last evaluation.
+    the newest whole checkpoint there, or from the start if there is none yet. evaluator: judges the
+    model every `config.evaluate_every` steps; None takes the held-out loss of the loader. The run
+    ends after `config.steps`, after `config.seconds`, when the evaluator or once `should_stop` says
+    so, with a last checkpoint and a last evaluation.
     """
-    return _Run(model, loader, config, run, should_stop, mesh, objective).lines(resume)
+    return _Run(model, loader, config, run, should_stop, mesh, objective, evaluator).lines(resume)
 
 
 class _Run:
@@ -110,12 +116,15 @@ class _Run:
         should_stop: Callable[[], bool],
         mesh: AnyMesh,
         objective: Objective,
+        evaluator: Evaluator | None,
     ) -> None:
         self.model, self.loader, self.config, self.folder = model, loader, config, folder
         self.should_stop, self.mesh, self.objective = should_stop, mesh, objective
+        self.evaluator = evaluator if config.evaluate_every is not None else None
         self.device = model.embedding.weight.device
         self.optimizer: Optimizer = build_optimizer(model, config)
         self.progress = Progress()
+        self.saved = (0, 0)  # step of the newest checkpoint, and of its last evaluation
         self.averages = Averages()
         self.logged = Progress()
         self.layers = [
@@ -146,33 +155,34 @@ class _Run:
                 f"There are checkpoints of a run in {str(self.store.folder)!r} already. Resume it, "
                 "or give another folder."
             )
-        held_out: Sequence[Batch] = ()
-        if config.evaluate_every is not None:
-            held_out = self.loader.held_out(config.evaluate_batches)
-        evaluated = saved = self.progress.step
+        if self.evaluator is None and config.evaluate_every is not None:
+            batches = self.loader.held_out(config.evaluate_batches)
+            if batches:
+                self.evaluator = HeldOutLoss(batches, self.loader.sources, self.mesh)
         with ExitStack() as opened:
             if self.store is not None:
                 opened.enter_context(self.store)
                 self.store.prepare(self._tensors())
             folder = self.folder if self.mesh.is_main else None
             monitor = opened.enter_context(open_monitor(folder, config))
-            batches = self.loader.iterate(self.progress.step * config.accumulate)
-            opened.enter_context(closing(batches))
+            stream = self.loader.iterate(self.progress.step * config.accumulate)
+            opened.enter_context(closing(stream))
             self.model.train()
             while not self._done():
-                record = self._step(batches)
+                record = self._step(stream)
                 if self._due_to_log():
                     yield monitor.write(self._training_line(record))
-                if held_out and self._due(config.evaluate_every):
-                    evaluated = self.progress.step
-                    yield monitor.write(self._evaluation_line(held_out))
+                if self.evaluator is not None and self._due_to_evaluate():
+                    yield monitor.write(self._evaluation_line(self.evaluator))
                 if self._due(config.checkpoint_every):
-                    saved = self.progress.step
                     self._save()
-            if saved != self.progress.step:
+            interrupted = self.mesh.any(self.should_stop())
+            if interrupted:
+                self._save()  # before anything that takes time
+            if self.evaluator is not None and self._left_to_evaluate(interrupted):
+                yield monitor.write(self._evaluation_line(self.evaluator))
+            if not interrupted:
                 self._save()
-            if held_out and evaluated != self.progress.step:
-                yield monitor.write(self._evaluation_line(held_out))
 
     def _step(self, batches: Iterator[tuple[int, Batch]]) -> StepRecord:
         """Take one step and count it; time spent outside is not training time."""
@@ -206,10 +216,18 @@ class _Run:
     def _due_to_log(self) -> bool:
         return self._due(self.config.log_every) or self.progress.step == self.config.steps
 
+    def _due_to_evaluate(self) -> bool:
+        return self._due(self.config.evaluate_every) or self.progress.step == self.config.steps
+
+    def _left_to_evaluate(self, interrupted: bool) -> bool:
+        assert self.evaluator is not None
+        wanted = self.evaluator.when_stopped or not interrupted
+        return wanted and self.progress.evaluated != self.progress.step
+
     def _done(self) -> bool:
         config, progress = self.config, self.progress
         out_of_time = config.seconds is not None and progress.seconds >= config.seconds
-        if progress.step >= config.steps:
+        if progress.step >= config.steps or progress.stopped:
             return True
         return self.mesh.any(out_of_time or self.should_stop())
 
@@ -238,32 +256,34 @@ class _Run:
         self.logged = Progress(progress.step, progress.seconds, progress.tokens)
         return line
 
-    def _evaluation_line(self, held_out: Sequence[Batch]) -> Line:
-        result = held_out_loss(self.model, held_out, self.loader.sources, self.mesh)
-        return {
-            "step": self.progress.step,
-            "seconds": self.progress.seconds,
-            "evaluation_loss": result["loss"],
-            "evaluation_loss_by_source": {
-                name: part["loss"] for name, part in result["sources"].items()
-            },
-        }
+    def _evaluation_line(self, evaluator: Evaluator) -> Line:
+        progress = self.progress
+        verdict = evaluator.evaluate(self.model, progress.step)
+        progress.evaluated, progress.stopped = progress.step, verdict.stop
+        return {"step": progress.step, "seconds": progress.seconds, **verdict.figures}
 
     def _tensors(self) -> dict[str, Any]:
-        """Return what a checkpoint is loaded into, in place."""
+        """Return what a checkpoint is loaded into, in place; what is frozen is not in it."""
+        frozen = {name for name, part in self.model.named_parameters() if not part.requires_grad}
+        state = self.model.state_dict()
         return {
-            "model": self.model.state_dict(),
+            "model": {name: tensor for name, tensor in state.items() if name not in frozen},
             "optimizer": optimizer_state(self.model, self.optimizer),
         }
 
     def _save(self) -> None:
-        if self.store is not None:
-            progress = {
-                "done": vars(self.progress),
-                "logged": vars(self.logged),
-                "averages": self.averages.state(),
-            }
-            self.store.save(self.progress.step, {**self._tensors(), "progress": progress})
+        """Save a checkpoint, unless that has been done at this very point."""
+        point = (self.progress.step, self.progress.evaluated)
+        if self.store is None or self.saved == point:
+            return
+        progress = {
+            "done": vars(self.progress),
+            "logged": vars(self.logged),
+            "averages": self.averages.state(),
+            "evaluator": {} if self.evaluator is None else self.evaluator.state(),
+        }
+        self.store.save(self.progress.step, {**self._tensors(), "progress": progress})
+        self.saved = point
 
     def _resume(self) -> None:
         if self.store is None or self.folder is None:
@@ -273,6 +293,9 @@ class _Run:
             self.progress = Progress(**progress["done"])
             self.logged = Progress(**progress["logged"])
             self.averages.restore(progress["averages"])
+            if self.evaluator is not None and progress.get("evaluator"):
+                self.evaluator.restore(progress["evaluator"])
+            self.saved = (self.progress.step, self.progress.evaluated)
             self.store.discard_after(self.progress.step)
         if self.mesh.is_main:
             truncate_metrics(self.folder.metrics, self.progress.step)

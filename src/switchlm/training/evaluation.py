@@ -1,0 +1,115 @@
+"""How the loop has its model judged: figures for a line, and whether there is a point in going on.
+
+The loop asks, an evaluator answers with a `Verdict`, and knows nothing of the loop. What it
+remembers from one evaluation to the next stands in the checkpoints, so that a resumed run decides
+as the undisturbed one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from switchlm.data.batch import Batch
+from switchlm.evaluation.evaluator import held_out_loss
+from switchlm.model.transformer import SwitchTransformer
+from switchlm.parallel.mesh import ALONE, AnyMesh
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What an evaluation found: figures for its metrics line, and whether to end the run."""
+
+    figures: Mapping[str, Any]
+    stop: bool = False
+
+
+class Evaluator(Protocol):
+    """Judges the model of a run every `evaluate_every` steps, and at its end.
+
+    when_stopped: whether to judge once more where the user stops a run in between. Not if it
+    remembers, for the resumed run would then not be the undisturbed one.
+    """
+
+    when_stopped: bool
+
+    def evaluate(self, model: SwitchTransformer, step: int) -> Verdict:
+        """Judge the model as it is after `step` steps, and leave it in its mode."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Return what it remembers, as numbers, for a checkpoint."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned."""
+        ...
+
+
+class HeldOutLoss:
+    """The loss of pre-training on fixed batches; it never ends a run."""
+
+    when_stopped = True
+
+    def __init__(
+        self, batches: Sequence[Batch], sources: Sequence[str], mesh: AnyMesh = ALONE
+    ) -> None:
+        self.batches, self.sources, self.mesh = batches, sources, mesh
+
+    def evaluate(self, model: SwitchTransformer, step: int) -> Verdict:
+        """Return evaluation_loss and evaluation_loss_by_source, nats a target."""
+        result = held_out_loss(model, self.batches, self.sources, self.mesh)
+        by_source = {name: part["loss"] for name, part in result["sources"].items()}
+        return Verdict(
+            figures={"evaluation_loss": result["loss"], "evaluation_loss_by_source": by_source}
+        )
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+@dataclass
+class Best:
+    """The best evaluation of a run so far; `misses` counts those since then."""
+
+    step: int | None = None
+    score: float | None = None
+    misses: int = 0
+
+
+@dataclass(kw_only=True)
+class KeepBest:
+    """Keeps the model of the best score and ends the run when scores stay below it.
+
+    score: gives the figures of a model, `score` among them, higher is better. keep: told of every
+    new best model, at once; of equal scores the first counts. patience: end the run after that many
+    evaluations in a row without a new best; None never does.
+    """
+
+    score: Callable[[SwitchTransformer], Mapping[str, Any]]
+    keep: Callable[[SwitchTransformer], None]
+    patience: int | None = None
+    best: Best = field(default_factory=Best)
+    when_stopped = False
+
+    def evaluate(self, model: SwitchTransformer, step: int) -> Verdict:
+        """Return what `score` gives, and best_score and best_step so far."""
+        figures = self.score(model)
+        best, score = self.best, float(figures["score"])
+        if best.score is None or score > best.score:
+            self.keep(model)
+            best = self.best = Best(step=step, score=score)
+        else:
+            best.misses += 1
+        return Verdict(
+            figures={**figures, "best_score": best.score, "best_step": best.step},
+            stop=self.patience is not None and best.misses >= self.patience,
+        )
+
+    def state(self) -> dict[str, Any]:
+        return dict(vars(self.best))
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.best = Best(**state)

@@ -1,0 +1,135 @@
+import pytest
+import torch
+
+from switchlm.checkpoint.run_folder import RunFolder
+from switchlm.checkpoint.store import CheckpointStore
+from switchlm.training.config import TrainingConfig
+from switchlm.training.evaluation import Best, KeepBest
+from switchlm.training.loop import train
+from switchlm.training.monitor import read_metrics
+
+CLOCK = {"seconds", "tokens_per_second"}
+
+
+def scripted(*scores, patience=None):
+    """An evaluator that reads its scores off a list, by the step of the evaluation."""
+    kept = []
+    left = dict(enumerate(scores, start=1))
+    evaluator = KeepBest(
+        score=lambda model: {"score": left.pop(min(left))}, keep=kept.append, patience=patience
+    )
+    return evaluator, kept
+
+
+def weight_of(model):
+    return float(model.embedding.weight.detach().double().sum())
+
+
+def judge(patience=None):
+    """An evaluator whose scores are a function of the weights, so that they rise and fall."""
+    kept = []
+    return KeepBest(
+        score=lambda model: {"score": round(1e6 * weight_of(model)) % 7},
+        keep=lambda model: kept.append(weight_of(model)),
+        patience=patience,
+    ), kept
+
+
+def timeless(run):
+    return [{key: line[key] for key in line.keys() - CLOCK} for line in read_metrics(run.metrics)]
+
+
+def test_it_keeps_the_first_of_the_best():
+    evaluator, kept = scripted(0.5, 0.7, 0.7, 0.6)
+    models = ["first", "second", "third", "fourth"]
+    verdicts = [evaluator.evaluate(model, step) for step, model in enumerate(models)]
+    assert kept == ["first", "second"]
+    assert evaluator.best == Best(step=1, score=0.7, misses=2)
+    assert [verdict.figures["best_score"] for verdict in verdicts] == [0.5, 0.7, 0.7, 0.7]
+    assert not any(verdict.stop for verdict in verdicts)
+
+
+def test_it_is_patient_for_so_many_evaluations_in_a_row():
+    evaluator, _ = scripted(0.5, 0.4, 0.6, 0.5, 0.5, 0.5, patience=3)
+    assert [evaluator.evaluate(None, step).stop for step in range(6)] == [False] * 5 + [True]
+
+
+def test_it_goes_on_from_its_state():
+    one, _ = scripted(0.5, 0.4, patience=2)
+    one.evaluate(None, 1), one.evaluate(None, 2)
+    other, kept = scripted(0.4, patience=2)
+    other.restore(one.state())
+    assert other.evaluate(None, 3).stop
+    assert not kept
+
+
+def test_the_loop_stops_when_its_evaluator_says_so(build, loader, tmp_path):
+    evaluator, _ = scripted(1, 2, 1, 1, 3, patience=2)
+    config = TrainingConfig(steps=100, log_every=100, evaluate_every=3, checkpoint_every=None)
+    run = RunFolder(tmp_path)
+    lines = list(train(build(), loader, config, run=run, evaluator=evaluator))
+    assert [(line["step"], line["score"]) for line in lines] == [(3, 1), (6, 2), (9, 1), (12, 1)]
+    assert lines[-1]["best_step"] == 6
+    assert CheckpointStore(run.checkpoints).steps() == [12]
+
+    again, _ = scripted(patience=2)
+    assert not list(train(build(), loader, config, run=run, resume=True, evaluator=again))
+    assert again.best == evaluator.best
+
+
+def test_the_last_step_is_always_judged_and_its_checkpoint_knows(build, loader, tmp_path):
+    evaluator, _ = scripted(1, 2, 3)
+    config = TrainingConfig(steps=5, log_every=5, evaluate_every=2, checkpoint_every=5)
+    run = RunFolder(tmp_path)
+    lines = list(train(build(), loader, config, run=run, evaluator=evaluator))
+    assert [line["step"] for line in lines if "score" in line] == [2, 4, 5]
+    assert CheckpointStore(run.checkpoints).load()["progress"]["evaluator"]["score"] == 3
+
+
+@pytest.mark.parametrize("kill_after", [6, 10, 14])
+def test_a_resumed_run_decides_as_the_undisturbed_one(build, loader, tmp_path, kill_after):
+    options = {"log_every": 1, "evaluate_every": 3, "checkpoint_every": 5, "warmup_steps": 0}
+    config = TrainingConfig(steps=40, **options)
+    whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
+    evaluator, kept = judge(patience=4)
+    list(train(build(), loader, config, run=whole, evaluator=evaluator))
+
+    for line in train(build(), loader, config, run=parts, evaluator=judge(patience=4)[0]):
+        if line["step"] == kill_after:
+            break
+    resumed, kept_later = judge(patience=4)
+    model = build(seed=1)
+    list(train(model, loader, config, run=parts, resume=True, evaluator=resumed))
+    assert timeless(parts) == timeless(whole)
+    assert resumed.best == evaluator.best
+    assert kept_later == kept[len(kept) - len(kept_later) :]
+
+
+def test_a_run_that_is_asked_to_stop_is_not_judged_out_of_turn(build, loader, tmp_path):
+    """Else the resumed run would have seen one evaluation more than the undisturbed one."""
+    config = TrainingConfig(steps=9, log_every=1, evaluate_every=3)
+    whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
+    list(train(build(), loader, config, run=whole, evaluator=judge()[0]))
+    seen = []
+    options = {"run": parts, "evaluator": judge()[0], "should_stop": lambda: len(seen) >= 5}
+    for line in train(build(), loader, config, **options):
+        seen.append(line)
+    assert seen[-1]["step"] == 4
+    assert CheckpointStore(parts.checkpoints).steps() == [4]
+    list(train(build(), loader, config, run=parts, resume=True, evaluator=judge()[0]))
+    assert timeless(parts) == timeless(whole)
+
+
+def test_checkpoints_hold_what_trains(build, loader, tmp_path):
+    """And a frozen parameter of a resumed run is the one that the model came with."""
+    config = TrainingConfig(steps=2, evaluate_every=None)
+    run = RunFolder(tmp_path)
+    model = build()
+    model.embedding.weight.requires_grad_(False)
+    before = model.embedding.weight.clone()
+    list(train(model, loader, config, run=run))
+    saved = CheckpointStore(run.checkpoints).load()
+    assert saved["model"].keys() == model.state_dict().keys() - {"embedding.weight"}
+    assert "embedding.weight" not in saved["optimizer"]
+    assert model.embedding.weight.grad is None
+    assert torch.equal(model.embedding.weight, before)

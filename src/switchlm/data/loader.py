@@ -1,9 +1,6 @@
 """Batches, any of them, in any order, on any number of workers: a pure function of (seed, step)."""
 
-from collections import deque
 from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +16,7 @@ from switchlm.data.row_shape import RowShape
 from switchlm.data.rows import Rows
 from switchlm.data.samples import Samples
 from switchlm.data.split import choose_held_out
+from switchlm.data.steps import LoaderShare, made_ahead, sample_numbers
 from switchlm.data.tokenizer import Tokenizer
 from switchlm.data.vocabulary import open_tokenizer
 from switchlm.errors import DataError, nearest
@@ -45,13 +43,7 @@ class Loader:
 
     def sample_ids(self, step: int, rank: int = 0, world_size: int = 1) -> Int64:
         """Return the numbers of the samples that `rank` of `world_size` sees at `step`."""
-        if self.batch_size % world_size:
-            raise DataError(
-                f"data.batch_size {self.batch_size} cannot be shared out evenly among {world_size} "
-                "workers; use a multiple."
-            )
-        share = self.batch_size // world_size
-        return np.arange(share) + (step * self.batch_size + rank * share)
+        return sample_numbers(step, self.batch_size, rank, world_size)
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
         """Return the rows of the global batch of `step` that fall to `rank`."""
@@ -61,20 +53,9 @@ class Loader:
         self, start_step: int = 0, prefetch: int = 2, rank: int = 0, world_size: int = 1
     ) -> Generator[tuple[int, Batch], None, None]:
         """Yield (step, batch) for ever, `prefetch` batches made ahead in a background thread."""
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="switchlm-loader") as worker:
-            ahead = deque(
-                worker.submit(self.batch, step, rank, world_size)
-                for step in range(start_step, start_step + prefetch)
-            )
-            try:
-                for step in count(start_step):
-                    later = step + prefetch
-                    ahead.append(worker.submit(self.batch, later, rank, world_size))
-                    yield step, ahead.popleft().result()
-            finally:
-                worker.shutdown(wait=False, cancel_futures=True)
+        return made_ahead(lambda step: self.batch(step, rank, world_size), start_step, prefetch)
 
-    def share(self, rank: int, world_size: int) -> "LoaderShare":
+    def share(self, rank: int, world_size: int) -> LoaderShare:
         """Return what `rank` of `world_size` workers reads: its rows of every batch."""
         return LoaderShare(self, rank, world_size)
 
@@ -111,28 +92,6 @@ class Loader:
         if self._held_out is not None and not self._held_out.has_rows(index):
             raise DataError(f"The data source {name!r} has no held-out text: it is too short.")
         return index
-
-
-class LoaderShare:
-    """One worker's rows of every batch of a loader."""
-
-    def __init__(self, whole: Loader, rank: int, world_size: int) -> None:
-        """Raises DataError where the rows of a batch cannot be shared out evenly."""
-        whole.sample_ids(0, rank, world_size)
-        self.whole, self.rank, self.world_size = whole, rank, world_size
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The names of the mixture."""
-        return self.whole.sources
-
-    def iterate(self, start_step: int = 0) -> Generator[tuple[int, Batch], None, None]:
-        """Yield (step, rows of this worker) for ever."""
-        return self.whole.iterate(start_step, rank=self.rank, world_size=self.world_size)
-
-    def held_out(self, num_batches: int) -> list[Batch]:
-        """Return this worker's rows of the held-out batches."""
-        return self.whole.held_out(num_batches, rank=self.rank, world_size=self.world_size)
 
 
 def open_data(

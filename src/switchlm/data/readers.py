@@ -44,7 +44,7 @@ def read_file(
         if kinds[-1:] == ["parquet"]:
             yield from _parquet(path, text_column, skipped)
             return
-        with _open(path, kinds) as stream:
+        with open_stream(path, kinds) as stream:
             if not {"jsonl", "ndjson"}.isdisjoint(kinds[-2:]):
                 yield from _json_lines(stream, path, text_column, skipped)
             else:
@@ -54,7 +54,7 @@ def read_file(
 
 
 @contextmanager
-def _open(path: Path, kinds: list[str]) -> Iterator[BinaryIO]:
+def open_stream(path: Path, kinds: list[str]) -> Iterator[BinaryIO]:
     """Open a file for reading, decompressed where its name says that it is compressed."""
     if kinds[-1:] == ["zst"]:
         try:

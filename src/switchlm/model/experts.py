@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from switchlm.kernels.select import expert_feedforward, grouped_matmul
 from switchlm.model.config import Activation
-from switchlm.model.feedforward import ACTIVATIONS
+from switchlm.model.feedforward import Map, feed_forward
 from switchlm.model.local import local
 
 
@@ -53,14 +53,18 @@ class FeedForwardExperts(nn.Module):
         gate = None if self.gate is None else local(self.gate)
         if not (self.training and self.dropout):
             return expert_feedforward(x_RD, counts_E, up, down, self.activation, gate)
-        activate = ACTIVATIONS[self.activation]
-        hidden_RF = grouped_matmul(x_RD, up, counts_E)
-        if gate is None:
-            hidden_RF = activate(hidden_RF)
-        else:
-            hidden_RF = activate(grouped_matmul(x_RD, gate, counts_E)) * hidden_RF
-        hidden_RF = nn.functional.dropout(hidden_RF, self.dropout)
-        return grouped_matmul(hidden_RF, down, counts_E)
+
+        def by(weight_EDF: Tensor) -> Map:
+            return lambda rows: grouped_matmul(rows, weight_EDF, counts_E)
+
+        return feed_forward(
+            x_RD,
+            by(up),
+            None if gate is None else by(gate),
+            by(down),
+            self.activation,
+            self.dropout,
+        )
 
 
 class ProjectionExperts(nn.Module):

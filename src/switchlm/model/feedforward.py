@@ -13,8 +13,24 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
+Map = Callable[[Tensor], Tensor]
+
+
+def feed_forward(
+    x: Tensor, up: Map, gate: Map | None, down: Map, activation: Activation, dropout: float
+) -> Tensor:
+    """Return down(act(up(x))), or down(act(gate(x)) * up(x)) when gated (Shazeer 2020).
+
+    up, gate, down: the linear maps. dropout: on the intermediate activation.
+    """
+    activate = ACTIVATIONS[activation]
+    hidden = up(x)
+    hidden = activate(hidden) if gate is None else activate(gate(x)) * hidden
+    return down(nn.functional.dropout(hidden, dropout, dropout > 0))
+
+
 class FeedForward(nn.Module):
-    """down(act(up(x))), or down(act(gate(x)) * up(x)) when gated (Shazeer 2020). No biases."""
+    """One feed-forward network, see `feed_forward`. No biases."""
 
     def __init__(
         self,
@@ -32,8 +48,5 @@ class FeedForward(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        activate = ACTIVATIONS[self.activation]
-        hidden = self.up(x)
-        hidden = activate(hidden) if self.gate is None else activate(self.gate(x)) * hidden
-        hidden = nn.functional.dropout(hidden, self.dropout, self.training)
-        return self.down(hidden)
+        dropout = self.dropout if self.training else 0.0
+        return feed_forward(x, self.up, self.gate, self.down, self.activation, dropout)

@@ -1,0 +1,186 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021) on attention and on experts, put on from outside.
+
+An adapted weight W acts as W + scale * A B, and only A and B train. Dense projections have one
+pair; stacked experts have a pair each, [E, D, K] and [E, K, F], multiplied by grouped products as
+the experts themselves. B starts at zero: an adapted model starts as the model it was made from.
+
+Shapes: D in, F out, K rank, E experts, R rows in the order of their experts.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from switchlm.errors import ConfigError
+from switchlm.kernels.select import grouped_matmul
+from switchlm.model.attention import Attention, SwitchAttention
+from switchlm.model.experts import FeedForwardExperts, ProjectionExperts
+from switchlm.model.feedforward import Map, feed_forward
+from switchlm.model.initialise import draw
+from switchlm.model.local import local
+from switchlm.model.transformer import SwitchTransformer
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear map and its low-rank pair."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
+        super().__init__()
+        linear = partial(nn.Linear, bias=False, device=base.weight.device, dtype=base.weight.dtype)
+        self.base = base
+        self.a = linear(base.in_features, rank)
+        self.b = linear(rank, base.out_features)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.scale * self.b(self.a(x))
+
+    def merged(self) -> dict[str, Tensor]:
+        """Return the weights of the plain module that does the same."""
+        return {"weight": self.base.weight + self.scale * (self.b.weight @ self.a.weight)}
+
+
+class Pair(nn.Module):
+    """The low-rank pairs of one stacked weight, a_EDK and b_EKF."""
+
+    def __init__(self, weight_EDF: Tensor, rank: int) -> None:
+        super().__init__()
+        num_experts, width_in, width_out = weight_EDF.shape
+        self.a = nn.Parameter(weight_EDF.new_empty(num_experts, width_in, rank))
+        self.b = nn.Parameter(weight_EDF.new_empty(num_experts, rank, width_out))
+
+    def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+        return grouped_matmul(grouped_matmul(x_RD, self.a, counts_E), self.b, counts_E)
+
+    def product(self) -> Tensor:
+        """Return A B, [E, D, F]."""
+        return self.a @ self.b
+
+
+class AdaptedExperts(nn.Module):
+    """Frozen experts and a pair for each of their stacked weights (see the `Experts` protocol)."""
+
+    def __init__(
+        self, base: FeedForwardExperts | ProjectionExperts, rank: int, scale: float
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.pairs = nn.ModuleDict(
+            {name: Pair(weight, rank) for name, weight in base.named_parameters()}
+        )
+        self.num_experts = base.num_experts
+        self.scale = scale
+
+    def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+        base = self.base
+        if isinstance(base, ProjectionExperts):
+            return self._map("projection", counts_E)(x_RD)
+        return feed_forward(
+            x_RD,
+            self._map("up", counts_E),
+            None if base.gate is None else self._map("gate", counts_E),
+            self._map("down", counts_E),
+            base.activation,
+            base.dropout if self.training else 0.0,
+        )
+
+    def _map(self, name: str, counts_E: Tensor) -> Map:
+        """Return what one of the stacked weights and its pair do together."""
+        weight, pair = local(getattr(self.base, name)), self.pairs[name]
+        return lambda rows: (
+            grouped_matmul(rows, weight, counts_E) + self.scale * pair(rows, counts_E)
+        )
+
+    def merged(self) -> dict[str, Tensor]:
+        """Return the weights of the plain module that does the same."""
+        return {
+            name: weight + self.scale * cast(Pair, self.pairs[name]).product()
+            for name, weight in self.base.named_parameters()
+        }
+
+
+Adapted = AdaptedLinear | AdaptedExperts
+
+
+def apply(model: SwitchTransformer, rank: int, alpha: float, seed: int = 0) -> None:
+    """Freeze the model and put adapters on its attention projections and experts, in place.
+
+    rank: K. alpha: what A B is multiplied with, times the rank. seed: of A. Raises ConfigError
+    for a rank that is larger than a width, for then a pair has more numbers than its weight needs.
+    """
+    model.requires_grad_(False)
+    for name, part in list(_adaptable(model)):
+        widths = (
+            [(part.in_features, part.out_features)]
+            if isinstance(part, nn.Linear)
+            else [tuple(weight.shape[1:]) for weight in part.parameters()]
+        )
+        narrowest = min(min(pair) for pair in widths)
+        if rank > narrowest:
+            raise ConfigError(
+                f"The rank {rank} of the adapters is larger than {narrowest}, a width of "
+                f"{name}: choose a rank of at most {narrowest}; 4 to 64 are usual."
+            )
+        scale = alpha / rank
+        adapted = (
+            AdaptedLinear(part, rank, scale)
+            if isinstance(part, nn.Linear)
+            else AdaptedExperts(part, rank, scale)
+        )
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, adapted.train(part.training))
+    with torch.no_grad():
+        for name, parameter in adapters(model).items():
+            if name.removesuffix(".weight").endswith(".b"):
+                parameter.zero_()
+            elif not parameter.is_meta:
+                parameter.copy_(draw(name, tuple(parameter.shape), 1.0, 1, seed))
+
+
+def adapters(model: SwitchTransformer) -> dict[str, Tensor]:
+    """Return the pairs by name, all that an adapted model has learnt: live tensors."""
+    pairs: dict[str, Tensor] = {}
+    for name, part in _adapted(model):
+        for inner, parameter in part.named_parameters():
+            if not inner.startswith("base."):
+                pairs[f"{name}.{inner}"] = parameter
+    return pairs
+
+
+@torch.no_grad()
+def merged(model: SwitchTransformer) -> SwitchTransformer:
+    """Return a plain model that computes the same; what has no adapter is shared, not copied."""
+    parts = dict(_adapted(model))
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not any(name.startswith(f"{adapted}.") for adapted in parts)
+    }
+    for name, part in parts.items():
+        state |= {f"{name}.{inner}": tensor for inner, tensor in part.merged().items()}
+    with torch.device("meta"):
+        plain = SwitchTransformer(model.config)
+    plain.load_state_dict(state, assign=True)
+    return plain.train(model.training)
+
+
+def _adaptable(
+    model: nn.Module,
+) -> Iterator[tuple[str, nn.Linear | FeedForwardExperts | ProjectionExperts]]:
+    """Yield the attention projections and the experts, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, FeedForwardExperts | ProjectionExperts):
+            yield name, module
+        elif isinstance(module, Attention | SwitchAttention):
+            for inner, part in module.named_children():
+                if isinstance(part, nn.Linear):
+                    yield f"{name}.{inner}", part
+
+
+def _adapted(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear | AdaptedExperts):
+            yield name, module

@@ -149,13 +149,17 @@ def backward(
 def nudge_biases(
     model: SwitchTransformer, routing: Sequence[Routings], finite: Tensor, mesh: AnyMesh = ALONE
 ) -> None:
-    """Move the selection biases of routers balanced by `bias`; not at all after a bad batch."""
+    """Move the selection biases of routers balanced by `bias`; not at all after a bad batch.
+
+    A frozen router keeps its bias too.
+    """
     if model.config.router.balance != "bias":
         return
     routers = [module for module in model.modules() if isinstance(module, Router)]
     for router, load_E in zip(routers, _loads(routing, mesh), strict=True):
-        # Equal loads move no bias.
-        router.nudge_bias(torch.where(finite, load_E, 0))
+        if router.weight.requires_grad:
+            # Equal loads move no bias.
+            router.nudge_bias(torch.where(finite, load_E, 0))
 
 
 @torch.no_grad()

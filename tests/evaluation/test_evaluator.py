@@ -69,3 +69,16 @@ def test_evaluation_is_the_same_twice_although_training_explores(model):
 def test_no_target_is_an_error(model):
     with pytest.raises(DataError, match="no held-out text"):
         held_out_loss(model, [], ("a",))
+
+
+def test_the_interval_holds_the_loss_and_shrinks_with_rows(model):
+    batches = [make_batch(seed=seed) for seed in range(12)]
+    few = held_out_loss(model, batches[:2], ("en", "de"), resamples=400)
+    many = held_out_loss(model, batches, ("en", "de"), resamples=400)
+    widths = []
+    for result in (few, many):
+        for part in (result, *result["sources"].values()):
+            low, high = part["interval"]
+            assert low < part["loss"] < high
+        widths.append(result["interval"][1] - result["interval"][0])
+    assert widths[1] < widths[0] * 0.7

@@ -175,11 +175,10 @@ class TokenPairs:
         if not examples:
             raise DataError(f"The task {name!r} has no examples.")
         self.name = name
-        end = tokenizer.end_id
-        inputs, self.truncated_inputs = _encode(
+        self._inputs, self.truncated_inputs = encode_texts(
             [example.input for example in examples], tokenizer, limits.input_length
         )
-        targets, self.truncated_targets = _encode(
+        self._targets, self.truncated_targets = encode_texts(
             [example.target for example in examples], tokenizer, limits.target_length
         )
         if self.truncated_targets and limits.long_targets == "refuse":
@@ -191,8 +190,6 @@ class TokenPairs:
                 f"{examples[longest].target!r:.60}. Raise the target length, or have long targets "
                 "truncated."
             )
-        self._inputs = [np.append(ids, end) for ids in inputs]
-        self._targets = [np.append(ids, end) for ids in targets]
         input_length_E = np.array([len(ids) for ids in self._inputs])
         target_length_E = np.array([len(ids) for ids in self._targets])
         self.num_tokens = int(input_length_E.sum() + target_length_E.sum())
@@ -223,14 +220,16 @@ class TokenPairs:
         )
 
 
-def _encode(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> tuple[list[Int64], int]:
-    """Return int32 ids with room left for the end token, and how many texts were cut for it."""
+def encode_texts(
+    texts: Sequence[str], tokenizer: Tokenizer, length: int
+) -> tuple[list[Int64], int]:
+    """Return ids that end with the end token, at most `length`, and how many texts were cut."""
     found: list[Int64] = []
     cut = 0
     for start in range(0, len(texts), _CHUNK):
         for ids in tokenizer.encode_plain(texts[start : start + _CHUNK]):
             cut += len(ids) >= length
-            found.append(ids[: length - 1].astype(np.int32))
+            found.append(np.append(ids[: length - 1], tokenizer.end_id))
     return found, cut
 
 

@@ -6,11 +6,13 @@ Shapes: B batch, T target, V vocabulary.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from switchlm.data.batch import Batch
 from switchlm.errors import DataError
+from switchlm.evaluation.bootstrap import Floats, bootstrap, ratio
 from switchlm.generation.inference import evaluation_mode
 from switchlm.model.losses import token_losses
 from switchlm.model.transformer import SwitchTransformer, shift_right
@@ -23,6 +25,8 @@ def held_out_loss(
     batches: Iterable[Batch],
     sources: Sequence[str],
     mesh: AnyMesh = ALONE,
+    *,
+    resamples: int = 0,
 ) -> dict[str, Any]:
     """Return the mean negative log likelihood in nats a target token, and how many counted.
 
@@ -31,21 +35,27 @@ def held_out_loss(
     for evaluation (`router.evaluation_capacity_factor`). On many processes each gives its share of
     the batches, the model being sharded over `mesh`; all get the result.
 
+    resamples: of the bootstrap over rows; where there are any, a single process adds to every loss
+    its `interval`, the two ends of 95%.
+
     Raises DataError when there is no target token at all.
     """
     device = model.embedding.weight.device
     loss_S = torch.zeros(len(sources), dtype=torch.float64)
     tokens_S = torch.zeros(len(sources), dtype=torch.int64)
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
     with evaluation_mode(model), losses_of(mesh):
         for batch in batches:
             source_B = batch.source_B.long().cpu()
             loss_B, tokens_B = row_losses(model, batch.to(device))
-            loss_S.index_add_(0, source_B, loss_B.double().cpu())
-            tokens_S.index_add_(0, source_B, tokens_B.cpu())
+            rows.append((source_B, loss_B.double().cpu(), tokens_B.cpu()))
+    for source_B, loss_B, tokens_B in rows:
+        loss_S.index_add_(0, source_B, loss_B)
+        tokens_S.index_add_(0, source_B, tokens_B)
     loss_S, tokens_S = mesh.total(loss_S), mesh.total(tokens_S)
     if not tokens_S.sum():
         raise DataError("There is no held-out text to evaluate on: not one target token.")
-    return {
+    result: dict[str, Any] = {
         "loss": float(loss_S.sum() / tokens_S.sum()),
         "tokens": int(tokens_S.sum()),
         "sources": {
@@ -54,6 +64,19 @@ def held_out_loss(
             if tokens
         },
     }
+    if resamples:
+        source_N, loss_N, tokens_N = (torch.cat(parts).numpy() for parts in zip(*rows, strict=True))
+        statistics_N2 = np.stack([loss_N, tokens_N], axis=1)
+        result["interval"] = _interval(statistics_N2, resamples)
+        for name, part in result["sources"].items():
+            here_N = source_N == sources.index(name)
+            part["interval"] = _interval(statistics_N2[here_N], resamples)
+    return result
+
+
+def _interval(statistics_N2: Floats, resamples: int) -> list[float]:
+    found = bootstrap(statistics_N2, ratio, resamples=resamples)
+    return [found.low, found.high]
 
 
 def row_losses(model: SwitchTransformer, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -63,12 +63,7 @@ def generate(
         raise ConfigError(f"There are {len(seeds)} seeds for {batch} prompts; give one a prompt.")
     if inputs_BS.shape[1] == 0 or (segments_BS is not None and not (segments_BS != 0).any(1).all()):
         raise DataError("A prompt is empty: there is nothing to generate from.")
-    highest = int(inputs_BS.max())
-    if highest >= model.config.vocabulary_size:
-        raise DataError(
-            f"A prompt has the token id {highest}, but the model's vocabulary ends at "
-            f"{model.config.vocabulary_size - 1}: the tokenizer is another model's."
-        )
+    check_vocabulary(int(inputs_BS.max()), model.config.vocabulary_size)
 
     config, device = model.config, inputs_BS.device
     drawn_BT = uniforms(seeds, max_new_tokens).to(device) if sampling.temperature else None
@@ -100,6 +95,15 @@ def generate(
                 if finished_B.all():
                     break
     return Generated(tokens_BT=torch.stack(tokens, 1), finished_B=finished_B)
+
+
+def check_vocabulary(highest: int, vocabulary_size: int) -> None:
+    """Raise DataError where the highest token id of a text is not in the vocabulary."""
+    if highest >= vocabulary_size:
+        raise DataError(
+            f"A prompt has the token id {highest}, but the model's vocabulary ends at "
+            f"{vocabulary_size - 1}: the tokenizer is another model's."
+        )
 
 
 def encode_prompts(

@@ -1,0 +1,246 @@
+"""The metrics of tasks, in per cent, each with an interval of the bootstrap.
+
+A metric is two functions: statistics of every example, and the figure that their sums make. The
+name of a metric is what `Task.metrics` and `--metric` say. Suffixes: N examples, K statistics, L
+labels. A figure that is not defined is 0, such as the correlation with what is always the same.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from switchlm.data.task import Example
+from switchlm.errors import ConfigError, DataError, nearest
+from switchlm.evaluation import overlap
+from switchlm.evaluation.bootstrap import (
+    RESAMPLES,
+    Combine,
+    Floats,
+    Interval,
+    bootstrap,
+    divide,
+    ratio,
+)
+
+Labels = Sequence[str] | None
+NO_NUMBER = -1.0  # what a prediction counts as that should be a number, as in T5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """statistics: of predictions, examples and labels, float64 [N, K]; combine: their sums to a
+    share. labelled: whether it takes the labels of the task, positive the second one."""
+
+    statistics: Callable[[Sequence[str], Sequence[Example], Labels], Floats]
+    combine: Combine
+    labelled: bool = False
+
+
+def measure(
+    names: Sequence[str],
+    predictions: Sequence[str],
+    examples: Sequence[Example],
+    labels: Labels = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Return each metric of the predictions in per cent, with its 95% interval.
+
+    Examples of one identity are resampled together. Raises ConfigError for an unknown metric or one
+    that needs two labels where there are others, DataError where there is nothing to score.
+    """
+    if not examples:
+        raise DataError("There are no examples to score.")
+    groups = [example.identity for example in examples]
+    found = {}
+    for name in names:
+        metric = find_metric(name)
+        if metric.labelled and len(labels or ()) != 2:
+            raise ConfigError(
+                f"The metric {name!r} needs a task with two labels, of which the second counts; "
+                f"this one has {len(labels) if labels else 'none'}. Take macro_f1 or accuracy."
+            )
+        interval = bootstrap(
+            metric.statistics(predictions, examples, labels),
+            metric.combine,
+            groups,
+            resamples=resamples,
+            seed=seed,
+        )
+        found[name] = Interval(**{key: 100 * value for key, value in vars(interval).items()})
+    return found
+
+
+def find_metric(name: str) -> Metric:
+    """Return the metric of that name; raises ConfigError naming the near miss."""
+    if name not in METRICS:
+        raise ConfigError(f"There is no metric {name!r}.{nearest(name, METRICS)}")
+    return METRICS[name]
+
+
+def _each(
+    score: Callable[[str, Sequence[str]], float],
+    predictions: Sequence[str],
+    examples: Sequence[Example],
+    labels: Labels,
+) -> Floats:
+    values = [
+        score(prediction, example.references)
+        for prediction, example in zip(predictions, examples, strict=True)
+    ]
+    return np.stack([np.array(values, dtype=np.float64), np.ones(len(values))], axis=1)
+
+
+def _is_one(prediction: str, references: Sequence[str]) -> float:
+    return float(prediction.strip() in references)
+
+
+def _group_accuracy(
+    predictions: Sequence[str], examples: Sequence[Example], labels: Labels
+) -> Floats:
+    """Of each identity whether all is right, noted at its first example."""
+    first: dict[str, int] = {}
+    statistics_N2 = np.zeros((len(examples), 2))
+    for place, (prediction, example) in enumerate(zip(predictions, examples, strict=True)):
+        at = first.setdefault(example.identity, place)
+        if at == place:
+            statistics_N2[at] = 1.0
+        statistics_N2[at, 0] *= _is_one(prediction, example.references)
+    return statistics_N2
+
+
+def _counts(predictions: Sequence[str], examples: Sequence[Example], labels: Labels) -> Floats:
+    """For every label whether it is the right one, whether it was said, and whether both."""
+    right = [example.target for example in examples]
+    number = {label: place for place, label in enumerate(labels or sorted(set(right)))}
+    true_NL = np.zeros((len(right), len(number)))
+    said_NL = np.zeros_like(true_NL)
+    for place, (prediction, label) in enumerate(zip(predictions, right, strict=True)):
+        true_NL[place, number[label]] = 1.0
+        said = number.get(prediction.strip())  # anything else is wrong, whatever it is
+        if said is not None:
+            said_NL[place, said] = 1.0
+    return np.concatenate([true_NL, said_NL, true_NL * said_NL], axis=1)
+
+
+def _f1_of_labels(sums: Floats) -> Floats:
+    true_L, said_L, both_L = np.split(sums, 3, axis=-1)
+    return divide(2 * both_L, true_L + said_L)
+
+
+def _binary_f1(sums: Floats) -> Floats:
+    return _f1_of_labels(sums)[..., 1]
+
+
+def _macro_f1(sums: Floats) -> Floats:
+    return _f1_of_labels(sums).mean(-1)
+
+
+def _matthews(sums: Floats) -> Floats:
+    """The correlation of Matthews 1975, for any number of labels (Gorodkin 2004)."""
+    true_L, said_L, both_L = np.split(sums, 3, axis=-1)
+    total = true_L.sum(-1)
+    other = total - said_L.sum(-1)  # predictions that are no label
+    above = both_L.sum(-1) * total - (true_L * said_L).sum(-1)
+    said = total**2 - (said_L**2).sum(-1) - other**2
+    true = total**2 - (true_L**2).sum(-1)
+    return divide(above, np.sqrt(np.maximum(said * true, 0.0)))
+
+
+def _to_number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        return NO_NUMBER
+    return number if math.isfinite(number) else NO_NUMBER
+
+
+def _moments(
+    predictions: Sequence[str], examples: Sequence[Example], labels: Labels, *, ranked: bool = False
+) -> Floats:
+    """What a correlation is made of; values are centred, lest the sums of squares lose digits.
+
+    Ranks are those among all examples, in resamples too.
+    """
+    x_N = np.array([_to_number(text) for text in predictions])
+    y_N = np.array([_to_number(example.target) for example in examples])
+    if ranked:
+        x_N, y_N = _ranks(x_N), _ranks(y_N)
+    x_N, y_N = x_N - x_N.mean(), y_N - y_N.mean()
+    return np.stack([np.ones_like(x_N), x_N, y_N, x_N * x_N, y_N * y_N, x_N * y_N], axis=1)
+
+
+def _ranks(values_N: Floats) -> Floats:
+    """Return ranks from 1, equal values sharing the mean of theirs."""
+    _, place_N, count = np.unique(values_N, return_inverse=True, return_counts=True)
+    last = np.cumsum(count)
+    return (last - (count - 1) / 2)[place_N]
+
+
+def _correlation(sums: Floats) -> Floats:
+    n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
+    spread = np.maximum(n * xx - x * x, 0.0) * np.maximum(n * yy - y * y, 0.0)
+    # Below this a spread is rounding: all values are the same, and correlate with nothing.
+    spread = np.where(spread > 1e-12 * np.maximum(n * xx * n * yy, 1e-300), spread, 0.0)
+    return divide(n * xy - x * y, np.sqrt(spread))
+
+
+def _rouge(
+    kind: int | str,
+    stemmed: bool,
+    predictions: Sequence[str],
+    examples: Sequence[Example],
+    labels: Labels,
+) -> Floats:
+    stem = overlap.porter_stem() if stemmed else overlap.NO_STEMMING
+
+    def best(prediction: str, references: Sequence[str]) -> float:
+        said = overlap.rouge_words(prediction, stem)
+        wanted = [overlap.rouge_words(reference, stem) for reference in references]
+        if isinstance(kind, int):
+            return max(overlap.rouge_n(said, words, kind) for words in wanted)
+        return max(overlap.rouge_l(said, words) for words in wanted)
+
+    return _each(best, predictions, examples, labels)
+
+
+def _bleu_counts(predictions: Sequence[str], examples: Sequence[Example], labels: Labels) -> Floats:
+    """Of sacrebleu: matches and totals of 1 to 4 words, and the lengths of both sides."""
+    bleu = overlap.open_bleu()(effective_order=True)
+    rows = []
+    for prediction, example in zip(predictions, examples, strict=True):
+        score = bleu.sentence_score(prediction, list(example.references))
+        rows.append([*score.counts, *score.totals, score.sys_len, score.ref_len])
+    return np.array(rows, dtype=np.float64)
+
+
+def _bleu(sums: Floats) -> Floats:
+    compute = overlap.open_bleu().compute_bleu
+    rows = sums.reshape(-1, sums.shape[-1]).astype(int).tolist()
+    scores = [compute(row[:4], row[4:8], row[8], row[9]).score / 100 for row in rows]
+    return np.array(scores).reshape(sums.shape[:-1])
+
+
+METRICS: Mapping[str, Metric] = {
+    "accuracy": Metric(statistics=partial(_each, _is_one), combine=ratio),
+    "group_accuracy": Metric(statistics=_group_accuracy, combine=ratio),
+    "binary_f1": Metric(statistics=_counts, combine=_binary_f1, labelled=True),
+    "macro_f1": Metric(statistics=_counts, combine=_macro_f1),
+    "matthews": Metric(statistics=_counts, combine=_matthews),
+    "pearson": Metric(statistics=_moments, combine=_correlation),
+    "spearman": Metric(statistics=partial(_moments, ranked=True), combine=_correlation),
+    "exact_match": Metric(statistics=partial(_each, overlap.exact_match), combine=ratio),
+    "f1": Metric(statistics=partial(_each, overlap.answer_f1), combine=ratio),
+    "bleu": Metric(statistics=_bleu_counts, combine=_bleu),
+    **{
+        f"rouge{kind}{'_stemmed' * stemmed}": Metric(
+            statistics=partial(_rouge, kind, stemmed), combine=ratio
+        )
+        for kind in (1, 2, "L")
+        for stemmed in (False, True)
+    },
+}

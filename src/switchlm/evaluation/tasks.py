@@ -1,0 +1,137 @@
+"""How good a model is at a task: it answers every example, and metrics judge the answers.
+
+Shapes: B batch, S source, T target, D d_model, N examples.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from switchlm.data.pairs import encode_texts
+from switchlm.data.task import Example, Task
+from switchlm.data.tokenizer import Tokenizer
+from switchlm.errors import ConfigError
+from switchlm.evaluation.bootstrap import RESAMPLES, Interval
+from switchlm.evaluation.metrics import measure
+from switchlm.generation.decode import check_vocabulary, encode_prompts, generate, pad_prompts
+from switchlm.generation.inference import dropless, evaluation_mode
+from switchlm.model.losses import token_losses
+from switchlm.model.transformer import SwitchTransformer, shift_right
+
+_NO_LIMIT = 2**30  # tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScore:
+    """metrics: in per cent, in the order of the task, the first of which decides.
+
+    predictions: one an example, in their order. truncated_inputs: how many inputs were cut.
+    unfinished: how many answers the limit of new tokens cut off.
+    """
+
+    task: str
+    metrics: dict[str, Interval]
+    predictions: tuple[str, ...]
+    truncated_inputs: int
+    unfinished: int
+
+    @property
+    def value(self) -> float:
+        """The task's metric, in per cent."""
+        return next(iter(self.metrics.values())).value
+
+
+def score_task(
+    model: SwitchTransformer,
+    tokenizer: Tokenizer,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    input_length: int = 512,
+    max_new_tokens: int | None = None,
+    batch_size: int = 32,
+    rank_labels: bool = False,
+    resamples: int = RESAMPLES,
+    report: Callable[[int], None] = lambda done: None,
+) -> TaskScore:
+    """Let the model answer every example, greedily, and measure the answers.
+
+    input_length: tokens; longer inputs are cut at the end, as in training. max_new_tokens: the end
+    token included; None takes what the longest reference needs. rank_labels: take the most probable
+    of the task's labels instead of generating freely. report: called with the examples done so far.
+
+    No token is dropped, so an answer does not depend on its neighbours in the batch. Raises
+    ConfigError where labels are to be ranked and the task has none, and what `generate` and
+    `measure` raise.
+    """
+    if rank_labels and task.labels is None:
+        raise ConfigError(f"The task {task.name!r} has no labels to rank: its answers are free.")
+    prompts, truncated = encode_texts([e.input for e in examples], tokenizer, input_length)
+    labels = encode_texts(task.labels or (), tokenizer, _NO_LIMIT)[0]
+    if max_new_tokens is None and not rank_labels:
+        wanted = [reference for example in examples for reference in example.references]
+        max_new_tokens = max(map(len, encode_texts(wanted, tokenizer, _NO_LIMIT)[0]), default=1)
+
+    said = [""] * len(examples)
+    done = unfinished = 0
+    for chosen in _by_length(prompts, batch_size):
+        inputs_BS, segments_BS = pad_prompts(
+            [prompts[place].tolist() for place in chosen], model.config.pad_id
+        )
+        device = model.embedding.weight.device
+        inputs_BS, segments_BS = inputs_BS.to(device), segments_BS.to(device)
+        if rank_labels:
+            best_B = label_losses(model, inputs_BS, segments_BS, labels).argmin(1).tolist()
+            answers = [(task.labels or ())[label] for label in best_B]
+        else:
+            output = generate(model, inputs_BS, segments_BS, max_new_tokens=max_new_tokens or 1)
+            unfinished += int((~output.finished_B).sum())
+            rows = output.rows(model.config.end_id)
+            answers = [tokenizer.decode(row, keep_sentinels=False).strip() for row in rows]
+        for place, answer in zip(chosen, answers, strict=True):
+            said[place] = answer
+        done += len(chosen)
+        report(done)
+    return TaskScore(
+        task=task.name,
+        metrics=measure(task.metrics, said, examples, task.labels, resamples=resamples),
+        predictions=tuple(said),
+        truncated_inputs=truncated,
+        unfinished=unfinished,
+    )
+
+
+def _by_length(prompts: Sequence[np.ndarray], batch_size: int) -> Iterator[list[int]]:
+    """Yield the places of batches, the longest prompts first, so that little is padding."""
+    places = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    for start in range(0, len(places), batch_size):
+        yield places[start : start + batch_size]
+
+
+def label_losses(
+    model: SwitchTransformer,
+    inputs_BS: Tensor,
+    segments_BS: Tensor,
+    labels: Sequence[np.ndarray],
+) -> Tensor:
+    """Return [B, labels], float32: what each label costs as the answer, in nats, all its tokens.
+
+    labels: the token ids of each, the end token included. No token is dropped.
+    """
+    losses = []
+    check_vocabulary(int(inputs_BS.max()), model.config.vocabulary_size)
+    with evaluation_mode(model), dropless(model.decoder):
+        encoded_BSD = encode_prompts(model, inputs_BS, segments_BS)
+        for ids in labels:
+            check_vocabulary(int(ids.max()), model.config.vocabulary_size)
+            targets_BT = torch.from_numpy(ids).to(inputs_BS).expand(len(inputs_BS), -1)
+            logits_BTV = model.decode(
+                shift_right(targets_BT, None, model.config.pad_id),
+                encoded_BSD,
+                input_segments_BS=segments_BS,
+            ).logits_BTV
+            losses.append(token_losses(logits_BTV, targets_BT).sum(1))
+    return torch.stack(losses, 1)

@@ -19,13 +19,16 @@ from switchlm.training.config import TrainingConfig
 class RunConfig:
     """Everything that decides a run. In YAML the router stands in a section of its own.
 
-    The size of the vocabulary is the tokenizer's; what a preset says of it is replaced.
+    The size of the vocabulary is the tokenizer's; what a preset says of it is replaced. init_from:
+    the model whose weights and vocabulary the run starts with: a run, a model folder, or a name on
+    the hub.
     """
 
     model: ModelConfig = field(default_factory=lambda: find_preset("tiny"))
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    init_from: str | None = None
 
 
 def run_config(
@@ -58,7 +61,7 @@ def run_config(
 
 
 def to_sections(config: RunConfig) -> dict[str, Any]:
-    """Return plain mappings as they stand in YAML: model, router, data, training, mesh."""
+    """Return what stands in YAML: mappings model, router, data, training, mesh; and init_from."""
     values = to_mapping(config)
     return {**_split_router(values.pop("model")), **values}
 

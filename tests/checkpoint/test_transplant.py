@@ -14,9 +14,7 @@ from switchlm.model.transformer import SwitchTransformer
 
 SPARSE = preset("nano")
 DENSE = preset("dense-nano")
-DROPLESS = RouterConfig(
-    capacity_factor=None, evaluation_capacity_factor=None, exploration="argmax"
-)
+DROPLESS = RouterConfig(capacity_factor=None, evaluation_capacity_factor=None, exploration="argmax")
 LAYERS = ("encoder.blocks.1.feedforward", "decoder.blocks.1.feedforward")
 
 
@@ -177,5 +175,5 @@ def test_shapes_that_do_not_fit_are_refused(changes, message):
 
 @pytest.mark.parametrize("target", [DENSE, dataclasses.replace(SPARSE, num_experts=2)])
 def test_to_go_on_from_other_experts_is_refused(target):
-    with pytest.raises(CheckpointError, match="have 4 experts a Switch layer.*distil it"):
+    with pytest.raises(CheckpointError, match=r"have 4 experts a Switch layer.*distil it"):
         transplant(build(SPARSE), build(target))

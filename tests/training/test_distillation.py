@@ -1,5 +1,6 @@
 """Soft losses against what they are by definition, gradients too; teachers and taught sources."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from switchlm.model.losses import cross_entropy
 from switchlm.model.routing import ModelOutput
+from switchlm.training.config import TrainingConfig
 from switchlm.training.distillation import (
     Distillation,
     Taught,
@@ -16,6 +18,7 @@ from switchlm.training.distillation import (
     soft_cross_entropy,
     top_soft_cross_entropy,
 )
+from switchlm.training.loop import train
 
 B, T, V = 3, 5, 11
 
@@ -174,3 +177,26 @@ def test_a_taught_source_teaches_from_any_step_and_holds_out_plainly(build, load
     assert torch.equal(batch.inputs_BS, loader.batch(7).inputs_BS)
     assert not any(isinstance(one, TaughtBatch) for one in source.held_out(2))
     assert source.sources == loader.sources
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_a_student_learns_from_soft_targets_alone(build, loader, top_k):
+    config = TrainingConfig(steps=60, learning_rate=0.02, warmup_steps=10, evaluate_batches=2)
+    model = build()
+    first, *_, last = [line["loss"] for line in train(model, loader, with_lines(config))
+                       if "loss" in line]  # fmt: skip
+    assert last < 0.7 * first
+    teacher = Teacher(model, top_k=top_k)
+    source = Taught(loader, lambda number, batch: teacher(batch))
+    student = build(seed=1, num_experts=0)
+    objective = Distillation(hard_weight=0.0, soft_weight=1.0)
+    held_out = [
+        line["evaluation_loss"]
+        for line in train(student, source, with_lines(config), objective=objective)
+        if "evaluation_loss" in line
+    ]
+    assert held_out[-1] < 0.7 * held_out[0]
+
+
+def with_lines(config: TrainingConfig) -> TrainingConfig:
+    return dataclasses.replace(config, log_every=6, evaluate_every=6)

@@ -119,7 +119,7 @@ def test_another_run_s_cache_is_refused(made, text_loader, changes, message):
 
 
 def test_another_teacher_s_cache_is_refused(made, text_loader):
-    with pytest.raises(CheckpointError, match="its teacher is .*the run's .*delete it"):
+    with pytest.raises(CheckpointError, match=r"its teacher is .*the run's .*delete it"):
         LogitCache(made, key_of(a_teacher(1)), rows(text_loader))
 
 

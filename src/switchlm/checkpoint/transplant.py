@@ -38,6 +38,40 @@ class Account:
     drawn: tuple[str, ...]
 
 
+def check_fit(
+    source: ModelConfig, target: ModelConfig, *, feedforward: FeedForwardSource | None = None
+) -> None:
+    """Raise CheckpointError where `transplant` would, from the configurations alone."""
+    differing = [
+        f"{field} {getattr(target, field)} (not {getattr(source, field)})"
+        for field in _SHARED
+        if getattr(source, field) != getattr(target, field)
+    ]
+    if differing:
+        raise CheckpointError(
+            "The weights of one model cannot start another of a different shape: the new model has "
+            f"{', '.join(differing)}. Make these equal, or start from random weights."
+        )
+    if feedforward is None and _merges_experts(source, target):
+        raise CheckpointError(
+            f"The weights to start from have {source.num_experts} experts a Switch layer, and the "
+            "model to start has other layers or experts. Only a dense model, or one of the same "
+            "experts, can be gone on from; to make a smaller model of a sparse one, distil it."
+        )
+
+
+def _merges_experts(source: ModelConfig, target: ModelConfig) -> bool:
+    """Return whether a Switch layer of the source is to become something else."""
+    layers = [(layer, False) for layer in range(source.num_encoder_layers)]
+    layers += [(layer, True) for layer in range(source.num_decoder_layers)]
+    same = source.num_experts == target.num_experts
+    return any(
+        source.is_sparse(layer, decoder=decoder)
+        and not (same and target.is_sparse(layer, decoder=decoder))
+        for layer, decoder in layers
+    )
+
+
 @torch.no_grad()
 def transplant(
     source: SwitchTransformer,
@@ -56,7 +90,7 @@ def transplant(
 
     Raises CheckpointError where the two differ in what both must share.
     """
-    _check(source.config, target.config)
+    check_fit(source.config, target.config, feedforward=feedforward)
     givers = source.state_dict()
     taken: list[str] = []
     derived: list[str] = []
@@ -99,12 +133,6 @@ def _derive(
         experts = givers.get(name)  # for a router each expert is a row
     if experts is None:
         return None
-    if feedforward is None:
-        raise CheckpointError(
-            f"The weights to start from have {source.config.num_experts} experts a Switch layer, "
-            "and the model to start has another number. Only a dense model, or one of the same "
-            "experts, can be gone on from; to make a smaller model of a sparse one, distil it."
-        )
     if feedforward == "random" or (feedforward == "mean" and _ROUTER in name):
         return None
     if feedforward == "mean":
@@ -115,16 +143,3 @@ def _derive(
         # With more experts than the source has, the busiest come twice.
         return experts[busiest_E[torch.arange(shape[0]) % len(busiest_E)]]
     return experts[busiest_E[0]].t()
-
-
-def _check(source: ModelConfig, target: ModelConfig) -> None:
-    differing = [
-        f"{field} {getattr(target, field)} (not {getattr(source, field)})"
-        for field in _SHARED
-        if getattr(source, field) != getattr(target, field)
-    ]
-    if differing:
-        raise CheckpointError(
-            "The weights of one model cannot start another of a different shape: the new model has "
-            f"{', '.join(differing)}. Make these equal, or start from random weights."
-        )

@@ -26,7 +26,6 @@ from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.evaluation.routing import routing_statistics
 from switchlm.model import count
 from switchlm.model.config import ModelConfig
-from switchlm.model.presets import PRESETS
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.mesh import AnyMesh, joined
 from switchlm.recipes.config import to_sections
@@ -112,8 +111,8 @@ def _distill(
 def _check_others(settings: DistillationConfig, tokenizer: Tokenizer) -> None:
     """Refuse a student or baseline of other words before any work is done."""
     others = {}
-    if settings.student != "dense" and settings.student not in PRESETS:
-        others["student"] = settings.student
+    if settings.trained_student is not None:
+        others["student"] = settings.trained_student
     if settings.baseline is not None and _as_loss(settings.baseline) is None:
         others["baseline"] = settings.baseline
     for role, name in others.items():
@@ -183,8 +182,8 @@ def _start(
     report: Report,
 ) -> None:
     """Give a student its first weights, where they are not to be random."""
-    if settings.student != "dense" and settings.student not in PRESETS:
-        transplant(load(settings.student)[0], student)
+    if settings.trained_student is not None:
+        transplant(load(settings.trained_student)[0], student)
     elif settings.start == "teacher":
         load_by_layer: dict[str, Tensor] = {}
         if settings.feedforward == "most_used":

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from switchlm.checkpoint.huggingface import load_config
 from switchlm.checkpoint.run_folder import RunFolder
-from switchlm.checkpoint.transplant import FeedForwardSource
+from switchlm.checkpoint.transplant import FeedForwardSource, check_fit
 from switchlm.config import from_mapping, override, read_yaml, to_mapping
 from switchlm.errors import ConfigError, nearest
 from switchlm.model.config import ModelConfig
@@ -47,6 +47,11 @@ class DistillationConfig:
     temperature: float = 1.0
     top_k: int | None = None
     cache_logits: str | None = None
+
+    @property
+    def trained_student(self) -> str | None:
+        """The model that the student is, if it is one and not an architecture."""
+        return None if self.student in ("dense", *PRESETS) else self.student
 
     def __post_init__(self) -> None:
         for name in ("hard_weight", "soft_weight"):
@@ -150,6 +155,8 @@ def _check(distillation: DistillationConfig, teacher: ModelConfig, run: RunConfi
             f"{size:,}. A student learns the teacher's probabilities of each token, so theirs must "
             "be the same: take a preset, or a student trained with the teacher's tokenizer."
         )
+    if distillation.start == "teacher" and distillation.trained_student is None:
+        check_fit(teacher, run.model, feedforward=distillation.feedforward)
     if distillation.top_k is not None and distillation.top_k > size:
         raise ConfigError(
             f"distillation.top_k is {distillation.top_k:,}, but the teacher's vocabulary has only "

@@ -8,7 +8,7 @@ import torch
 
 from switchlm.checkpoint.huggingface import save
 from switchlm.checkpoint.run_folder import RunFolder
-from switchlm.checkpoint.transplant import transplant
+from switchlm.checkpoint.transplant import check_fit, transplant
 from switchlm.config import write_yaml
 from switchlm.data.loader import open_data
 from switchlm.data.tokenizer import Tokenizer
@@ -90,6 +90,8 @@ def _pretrain(
         )
     share = loader.share(mesh.share, mesh.num_shares)
     config = with_vocabulary(config, loader.tokenizer)
+    if start is not None:
+        check_fit(start.config, config.model)
     begin(folder, config, loader.tokenizer, mesh)
     model = build_model(config, mesh)
     if start is not None:

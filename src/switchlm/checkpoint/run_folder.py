@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from switchlm.checkpoint.files import make_folder, replace_file
-from switchlm.checkpoint.shelf import Shelf
 
 
 @dataclass(frozen=True)
@@ -17,10 +16,6 @@ class RunFolder:
     def exists(self) -> bool:
         """Whether a run has been started here."""
         return self.config.exists() or self.metrics.exists() or self.checkpoints.exists()
-
-    def has_checkpoint(self) -> bool:
-        """Whether a resumed run would go on from a checkpoint, not from the start."""
-        return bool(Shelf(self.checkpoints).finished())
 
     def create(self) -> None:
         """Make the folder, durably; one that exists is fine."""
@@ -50,6 +45,11 @@ class RunFolder:
     def model(self) -> Path:
         """The trained model in Hugging Face layout."""
         return self.root / "model"
+
+    @property
+    def adapters(self) -> Path:
+        """The best low-rank adapters alone, where a run trains some."""
+        return self.root / "adapters"
 
     @property
     def tensorboard(self) -> Path:

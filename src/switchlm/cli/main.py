@@ -20,8 +20,8 @@ from switchlm.errors import SwitchLMError, UserError
 VERBS = {
     "pretrain": "Pre-train a Switch Transformer, or a dense model, on text.",
     "compare": "Race a Switch Transformer against its FLOP-matched dense twin on the same text.",
-    "distill": "Teach a small model what a large one knows.",
-    "evaluate": "Measure the loss of models on text by source, or how well they do tasks.",
+    "finetune": "Fine-tune a model on tasks, and keep the checkpoint that does best at them.",
+    "evaluate": "Measure the loss of a model on text, in total and by source.",
     "generate": "Fill the blanks of a text, or show what the model answers to it.",
     "inspect": "Show the size of a model, and who goes to which expert.",
     "plan": "Find the fastest layout of a model on a cluster, and what it takes.",

@@ -51,7 +51,6 @@ def _glue() -> Iterator[Task]:
         labels=("not_duplicate", "duplicate"),
         metrics=("binary_f1", "accuracy"),
         columns={"is_duplicate": "label"},
-        ragged=True,  # a few rows of its training file lack columns
         hub="nyu-mll/glue:qqp",
     )
     yield Task(
@@ -114,21 +113,21 @@ def _superglue() -> Iterator[Task]:
         labels=TRUTH,
         label_values=TRUTH_VALUES,
         metrics=("accuracy",),
-        hub="aps/super_glue:boolq",
+        hub=f"aps/super_glue:boolq{PARQUET}",
     )
     yield Task(
         name="cb",
         input="cb hypothesis: {hypothesis} premise: {premise}",
         labels=("entailment", "contradiction", "neutral"),
         metrics=("macro_f1", "accuracy"),
-        hub="aps/super_glue:cb",
+        hub=f"aps/super_glue:cb{PARQUET}",
     )
     yield Task(
         name="copa",
         input="copa choice1: {choice1} choice2: {choice2} premise: {premise} question: {question}",
         labels=("choice1", "choice2"),
         metrics=("accuracy",),
-        hub="aps/super_glue:copa",
+        hub=f"aps/super_glue:copa{PARQUET}",
     )
     yield Task(
         name="multirc",
@@ -137,7 +136,7 @@ def _superglue() -> Iterator[Task]:
         label_values=TRUTH_VALUES,
         metrics=("binary_f1", "group_accuracy"),
         spread=task_records.multirc,
-        hub="aps/super_glue:multirc",
+        hub=f"aps/super_glue:multirc{PARQUET}",
     )
     yield Task(
         name="record",
@@ -145,7 +144,7 @@ def _superglue() -> Iterator[Task]:
         target="{answers}",
         metrics=("f1", "exact_match"),
         spread=task_records.record,
-        hub="aps/super_glue:record",
+        hub=f"aps/super_glue:record{PARQUET}",
     )
     yield Task(
         name="superglue_rte",
@@ -155,7 +154,7 @@ def _superglue() -> Iterator[Task]:
         columns={"sentence1": "premise", "sentence2": "hypothesis"},
         header=SENTENCES,
         folder="rte",
-        hub="aps/super_glue:rte",
+        hub=f"aps/super_glue:rte{PARQUET}",
     )
     yield Task(
         name="wic",
@@ -163,7 +162,7 @@ def _superglue() -> Iterator[Task]:
         labels=TRUTH,
         label_values=TRUTH_VALUES,
         metrics=("accuracy",),
-        hub="aps/super_glue:wic",
+        hub=f"aps/super_glue:wic{PARQUET}",
     )
     yield Task(
         name="wsc",
@@ -172,14 +171,14 @@ def _superglue() -> Iterator[Task]:
         label_values=TRUTH_VALUES,
         metrics=("accuracy",),
         spread=task_records.wsc,
-        hub="aps/super_glue:wsc.fixed",
+        hub=f"aps/super_glue:wsc.fixed{PARQUET}",
     )
     yield Task(
         name="axb",
         input="rte hypothesis: {sentence2} premise: {sentence1}",
         labels=ENTAILMENT,
         metrics=("matthews",),
-        hub="aps/super_glue:axb",
+        hub=f"aps/super_glue:axb{PARQUET}",
         hub_splits={"validation": "test"},
         files={"validation": "ax-b"},
     )
@@ -188,7 +187,7 @@ def _superglue() -> Iterator[Task]:
         input="rte hypothesis: {hypothesis} premise: {premise}",
         labels=ENTAILMENT,
         metrics=("accuracy",),
-        hub="aps/super_glue:axg",
+        hub=f"aps/super_glue:axg{PARQUET}",
         hub_splits={"validation": "test"},
         files={"validation": "ax-g"},
     )
@@ -262,7 +261,7 @@ def _reasoning() -> Iterator[Task]:
         metrics=("accuracy",),
         columns={"answer": "label"},
         files={"train": "train_xl"},
-        hub="allenai/winogrande:winogrande_xl",
+        hub=f"allenai/winogrande:winogrande_xl{PARQUET}",
     )
 
 

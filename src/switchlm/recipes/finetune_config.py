@@ -1,0 +1,163 @@
+"""The configuration of a fine-tuning run: the paper's settings, a YAML file, dotted overrides."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from switchlm.checkpoint.config_fields import Report
+from switchlm.checkpoint.huggingface import load_config
+from switchlm.config import from_mapping, override
+from switchlm.data.config import LONGEST
+from switchlm.data.tasks import TaskOptions
+from switchlm.errors import ConfigError
+from switchlm.model.config import ModelConfig
+from switchlm.recipes.config import build_config, put_over, to_sections
+from switchlm.training.config import TrainingConfig
+from switchlm.training.trainable import Trainable
+
+DROPOUT, EXPERT_DROPOUT = 0.1, 0.4  # the last row of Table 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """The `finetune` section: which model learns which tasks, and which part of it does.
+
+    model: a run, a model folder, or a name on the hub.
+    tasks: names of tasks or of mixtures, or paths of JSONL, TSV or CSV files; several are mixed in
+        proportion to their tokens, and count alike in the score.
+    data: the folder or file of a named task; None reads the hub.
+    columns: how to read a file of one's own.
+    train_split, validation_split: what is learnt, and what the score is taken on.
+    input_length, target_length: tokens in a row, the end token included.
+    batch_size: examples in the batch of a step. pack: put several short examples into a row.
+    truncate_targets: cut targets that are too long instead of refusing them.
+    evaluation_examples: score on at most that many examples of each task; None takes all.
+    patience: end the run after so many evaluations without a better score; None never does.
+    trainable: `all`, `non-expert`, `expert` or `router` parameters.
+    lora_rank, lora_alpha: with a rank only low-rank adapters train (model/lora.py), and
+        lora_alpha / lora_rank is what they are multiplied with.
+    """
+
+    model: str = ""
+    tasks: tuple[str, ...] = ()
+    data: str | None = None
+    columns: TaskOptions = field(default_factory=TaskOptions)
+    train_split: str = "train"
+    validation_split: str = "validation"
+    input_length: int = 512
+    target_length: int = 128
+    batch_size: int = 32
+    pack: bool = False
+    truncate_targets: bool = False
+    evaluation_examples: int | None = None
+    patience: int | None = None
+    trainable: Trainable = "all"
+    lora_rank: int | None = None
+    lora_alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("There is no model to fine-tune: name one with --model.")
+        if not self.tasks:
+            raise ConfigError("There is no task to fine-tune on: name one with --task.")
+        for name, least, most in (
+            ("input_length", 2, LONGEST),
+            ("target_length", 2, LONGEST),
+            ("batch_size", 1, 2**20),
+            ("evaluation_examples", 1, 2**62),
+            ("patience", 1, 2**31),
+            ("lora_rank", 1, 2**16),
+        ):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ConfigError(f"finetune.{name} must lie in [{least}, {most}], got {value}.")
+        if self.lora_alpha <= 0:
+            raise ConfigError(f"finetune.lora_alpha must be positive, got {self.lora_alpha}.")
+        if self.lora_rank is not None and self.trainable != "all":
+            raise ConfigError(
+                f"finetune.lora_rank is {self.lora_rank}, so only adapters train, but "
+                f"finetune.trainable is {self.trainable!r}: set one or the other."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRun:
+    """Everything that decides a run. The model's shape is the checkpoint's."""
+
+    finetune: FinetuneConfig
+    model: ModelConfig
+    training: TrainingConfig
+
+    def __post_init__(self) -> None:
+        if self.training.evaluate_every is None:
+            raise ConfigError(
+                "training.evaluate_every is null, but a fine-tuning run keeps the model of the "
+                "best score: set after how many steps to evaluate; the paper takes 200."
+            )
+
+
+def paper_training(lora: bool = False) -> TrainingConfig:
+    """Return the settings of section 4.1: T5's optimizer and rate, evaluation every 200 steps.
+
+    lora: adapters start at zero, where Adafactor's steps relative to a parameter's size are too
+    small, so they take AdamW.
+    """
+    return TrainingConfig(
+        steps=16_000,
+        learning_rate=1e-3,
+        schedule="constant",
+        warmup_steps=0,
+        optimizer="adamw" if lora else "adafactor",
+        evaluate_every=200,
+        checkpoint_every=200,
+    )
+
+
+def finetune_run(
+    values: Mapping[str, Any],
+    *,
+    stated: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    report: Report | None = None,
+) -> FinetuneRun:
+    """Resolve a configuration: the paper's settings, then a file, then what is stated.
+
+    values: sections as they stand in a YAML file. stated: of the `finetune` section; overrides:
+    dotted. Raises ConfigError for whatever does not fit, such as another shape than the model's.
+    """
+    asked = put_over(values, {"finetune": stated} if stated else {})
+    asked = override(asked, overrides)
+    finetune = from_mapping(FinetuneConfig, asked.get("finetune", {}), "finetune")
+    checkpoint = load_config(finetune.model, report=report)
+    usual = FinetuneRun(
+        finetune=finetune,
+        model=dataclasses.replace(checkpoint, dropout=DROPOUT, expert_dropout=EXPERT_DROPOUT),
+        training=paper_training(lora=finetune.lora_rank is not None),
+    )
+    config = build_config(FinetuneRun, put_over(to_sections(usual), asked))
+    _refuse_another_shape(config.model, checkpoint)
+    return config
+
+
+def _refuse_another_shape(model: ModelConfig, checkpoint: ModelConfig) -> None:
+    """Dropout and routing may be others than in the checkpoint; what shapes weights may not."""
+    free = ("dropout", "expert_dropout", "router")
+    for one in dataclasses.fields(ModelConfig):
+        found, saved = getattr(model, one.name), getattr(checkpoint, one.name)
+        if one.name not in free and found != saved:
+            raise ConfigError(
+                f"model.{one.name} is {found}, but the model to fine-tune has {saved}, which its "
+                f"weights are made for. Of the model only {', '.join(free[:2])} and the router can "
+                "be set."
+            )
+    for decoder in (False, True):
+        layers = range(model.num_decoder_layers if decoder else model.num_encoder_layers)
+        if any(
+            model.is_sparse(layer, decoder=decoder) != checkpoint.is_sparse(layer, decoder=decoder)
+            for layer in layers
+        ):
+            raise ConfigError(
+                f"router.mode is {model.router.mode!r}, which puts Switch layers where the model "
+                f"to fine-tune has dense ones; leave it at {checkpoint.router.mode!r}."
+            )

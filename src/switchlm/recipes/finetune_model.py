@@ -1,0 +1,84 @@
+"""The model of a fine-tuning run: loaded, its dropout and routing set, and in part frozen.
+
+What a run writes of it: the whole model, and adapters by themselves where it trains some.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from switchlm.checkpoint.adapters import AdapterConfig, save_adapters
+from switchlm.checkpoint.huggingface import load, save
+from switchlm.checkpoint.run_folder import RunFolder
+from switchlm.data.task import Task
+from switchlm.data.tokenizer import Tokenizer
+from switchlm.errors import CheckpointError, DataError
+from switchlm.model import lora
+from switchlm.model.config import ModelConfig
+from switchlm.model.transformer import SwitchTransformer
+from switchlm.recipes.finetune_config import FinetuneConfig, FinetuneRun
+from switchlm.recipes.pretrain import default_device
+from switchlm.training.trainable import train_only
+
+Say = Callable[[str], None]
+
+
+def open_model(config: FinetuneRun, report: Say) -> tuple[SwitchTransformer, Tokenizer]:
+    """Load the model as configured, on the default device, with only what shall train unfrozen."""
+    settings = config.finetune
+    model, tokenizer = load(
+        settings.model, dtype=torch.float32, device=default_device(), report=report
+    )
+    if tokenizer is None:
+        raise CheckpointError(
+            f"The model {settings.model!r} has no tokenizer.json, so it cannot read a task. Copy "
+            "the one it was trained with into its folder."
+        )
+    model = reconfigured(model, config.model)
+    if settings.lora_rank is None:
+        train_only(model, settings.trainable)
+    else:
+        lora.apply(model, settings.lora_rank, settings.lora_alpha, config.training.seed)
+    return model, tokenizer
+
+
+def reconfigured(model: SwitchTransformer, config: ModelConfig) -> SwitchTransformer:
+    """Return a model of that configuration with the weights of `model`, which it takes over."""
+    state = model.state_dict()
+    with torch.device("meta"):
+        other = SwitchTransformer(config)
+    for name, place in other.state_dict().items():
+        if name not in state:  # selection biases, where the router is to be balanced by them now
+            state[name] = torch.zeros(place.shape, device=model.embedding.weight.device)
+    other.load_state_dict({name: state[name] for name in other.state_dict()}, assign=True)
+    return other
+
+
+def check_spelling(tasks: Sequence[Task], tokenizer: Tokenizer, model: str) -> None:
+    """Raise DataError for a label that the tokenizer cannot write: no answer would be right."""
+    for task in tasks:
+        for label in task.labels or ():
+            spelt = tokenizer.decode(tokenizer.encode(label)).strip()
+            if spelt != label:
+                raise DataError(
+                    f"The model {model!r} cannot learn the task {task.name!r}: its tokenizer turns "
+                    f"the label {label!r} into {spelt!r}. Take a model whose vocabulary covers the "
+                    "task, or a file with other words for the labels."
+                )
+
+
+def keep(
+    model: SwitchTransformer,
+    tokenizer: Tokenizer,
+    settings: FinetuneConfig,
+    folder: RunFolder,
+    report: Say,
+) -> None:
+    """Write the model as the best of the run, adapters both alone and melted into it."""
+    if settings.lora_rank is not None:
+        about = AdapterConfig(
+            rank=settings.lora_rank, alpha=settings.lora_alpha, base=settings.model
+        )
+        save_adapters(model, about, folder.adapters)
+        model = lora.merged(model)
+    save(model, tokenizer, folder.model, report=report)

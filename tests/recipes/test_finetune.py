@@ -1,0 +1,186 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from switchlm.checkpoint import huggingface
+from switchlm.checkpoint.adapters import load_adapters
+from switchlm.data.tokenizer import Tokenizer
+from switchlm.errors import ConfigError
+from switchlm.evaluation.tasks import score_task
+from switchlm.model import lora
+from switchlm.model.presets import preset
+from switchlm.model.transformer import SwitchTransformer
+from switchlm.recipes.finetune import finetune, read_tasks
+from switchlm.recipes.finetune_config import finetune_run
+from switchlm.training.monitor import read_metrics
+
+CLOCK = {"seconds", "tokens_per_second"}
+SHORT = (
+    "finetune.input_length=16", "finetune.target_length=4", "finetune.batch_size=8",
+    "training.steps=12", "training.log_every=4", "training.evaluate_every=4",
+    "training.checkpoint_every=4", "training.learning_rate=0.01",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A folder with an untrained nano model."""
+    folder = tmp_path_factory.mktemp("models") / "nano"
+    torch.manual_seed(0)
+    huggingface.save(SwitchTransformer(preset("nano")), Tokenizer.bytes(), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory):
+    """A file that asks for the first letter of a word, in the columns `word` and `first`."""
+    path = tmp_path_factory.mktemp("task") / "first.jsonl"
+    words = [f"{'ab'[n % 2]}{n}" for n in range(60)]
+    lines = [json.dumps({"word": word, "first": word[0]}) for word in words]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def configure(base, task):
+    """Build the configuration of a short run."""
+
+    def configure(*overrides, **stated):
+        columns = {"template": "say: {word}", "target_column": "first", "metrics": ["accuracy"]}
+        usual = {"model": str(base), "tasks": [str(task)], "columns": columns}
+        return finetune_run({}, stated=usual | stated, overrides=(*SHORT, *overrides))
+
+    return configure
+
+
+def run(config, out, **options):
+    return [event for event in finetune(config, out, **options) if "step" in event]
+
+
+def timeless(out):
+    lines = read_metrics(out / "metrics.jsonl")
+    return [{key: line[key] for key in line.keys() - CLOCK} for line in lines]
+
+
+def files(folder):
+    return {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_paper_s_settings_are_the_usual_ones(base):
+    config = finetune_run({}, stated={"model": str(base), "tasks": ["sst2"]})
+    assert (config.model.dropout, config.model.expert_dropout) == (0.1, 0.4)
+    assert config.model.router.balance == "loss"
+    assert config.model.router.balance_weight == 0.01
+    training = config.training
+    assert (training.schedule, training.warmup_steps) == ("constant", 0)
+    assert (training.steps, training.evaluate_every) == (16_000, 200)
+
+
+def test_settings_can_be_others_but_the_shape_cannot(configure):
+    config = configure("model.expert_dropout=0.2", "router.balance_weight=0.1")
+    assert config.model.expert_dropout == 0.2
+    assert config.model.router.balance_weight == 0.1
+    with pytest.raises(ConfigError, match=r"model\.d_model is 64, but the model .* has 32"):
+        configure("model.d_model=64")
+
+
+def test_routing_cannot_move_the_switch_layers(configure, tmp_path):
+    shape = {"sparse_step": 4, "num_encoder_layers": 4, "num_decoder_layers": 4}
+    model = SwitchTransformer(dataclasses.replace(preset("nano"), **shape))
+    huggingface.save(model, Tokenizer.bytes(), tmp_path / "four")
+    found = configure(model=str(tmp_path / "four")).model.router.mode
+    other = "paper" if found == "hf" else "hf"
+    with pytest.raises(ConfigError, match="puts Switch layers where the model"):
+        configure(f"router.mode={other}", model=str(tmp_path / "four"))
+
+
+def test_a_run_leaves_the_best_model_and_all_that_says_how(configure, tmp_path):
+    out = tmp_path / "run"
+    judged = [line for line in run(configure(), out) if "score" in line]
+    assert [line["step"] for line in judged] == [4, 8, 12]
+    assert all(line["scores"]["first"].keys() == {"accuracy"} for line in judged)
+    assert {"config.yaml", "metrics.jsonl", "model", "report.html"} <= files(out).keys()
+    model, tokenizer = huggingface.load(out)
+    assert tokenizer is not None
+    assert model.config.num_experts == 4
+    best = judged[-1]
+    report = (out / "report.html").read_text(encoding="utf-8")
+    assert f"{best['best_score']:.1f}% at step {best['best_step']}" in report
+
+
+def test_it_learns_and_the_kept_model_has_the_best_score(configure, tmp_path):
+    config = configure("training.steps=120", "training.evaluate_every=30", "model.dropout=0")
+    judged = [line for line in run(config, tmp_path / "run") if "score" in line]
+    assert judged[-1]["best_score"] == max(line["score"] for line in judged) > 60
+    model, tokenizer = huggingface.load(tmp_path / "run")
+    (task,) = read_tasks(config.finetune).tasks
+    examples = read_tasks(config.finetune).validation[task.name]
+    found = score_task(model, tokenizer, task, examples, input_length=16, max_new_tokens=4)
+    assert found.value == judged[-1]["best_score"]
+
+
+VARIANTS = {
+    "all": (),
+    "router": ("finetune.trainable=router", "router.balance=bias"),
+    "lora": ("finetune.lora_rank=4", "finetune.patience=2"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_resumed_run_is_the_undisturbed_run(configure, tmp_path, variant):
+    """Bitwise, best score and model too, whether it died or was asked to stop."""
+    config = configure(*VARIANTS[variant], "training.steps=16", "training.checkpoint_every=6")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(config, whole)
+    seen: list[dict] = []
+    for event in finetune(config, parts, should_stop=lambda: len(seen) > 3):
+        seen.append(event)
+    for event in finetune(config, parts, resume=True):
+        if event.get("step") == 12 and "score" in event:
+            break  # dead before the checkpoint of this step
+    run(config, parts, resume=True)
+    assert timeless(parts) == timeless(whole)
+    assert files(parts / "model") == files(whole / "model")
+
+
+def test_only_routers_differ_where_only_routers_train(configure, base, tmp_path):
+    run(configure("finetune.trainable=router"), tmp_path / "run")
+    before = load_file(base / "model.safetensors")
+    after = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".router." in name}
+
+
+def test_adapters_alone_and_melted_in_are_the_same_model(configure, base, tmp_path):
+    run(configure("finetune.lora_rank=4", "finetune.lora_alpha=32"), tmp_path / "run")
+    melted, _ = huggingface.load(tmp_path / "run")
+    model, _ = huggingface.load(base)
+    before = model.state_dict()["encoder.blocks.1.feedforward.experts.up"].clone()
+    load_adapters(model, tmp_path / "run" / "adapters")
+    for name, tensor in lora.merged(model).state_dict().items():
+        assert torch.equal(tensor, melted.state_dict()[name]), name
+    after = melted.state_dict()["encoder.blocks.1.feedforward.experts.up"]
+    assert not torch.equal(after, before)
+
+
+def test_several_tasks_count_alike(configure, task, tmp_path):
+    other = tmp_path / "other.tsv"
+    lines = [f"{n}\tx" for n in range(40)]
+    other.write_text("word\tfirst\n" + "\n".join(lines), encoding="utf-8")
+    config = configure(tasks=[str(task), str(other)])
+    lines = run(config, tmp_path / "run")
+    judged = next(line for line in lines if "score" in line)
+    values = [found["accuracy"] for found in judged["scores"].values()]
+    assert judged["scores"].keys() == {"first", "other"}
+    assert judged["score"] == pytest.approx(sum(values) / 2)
+
+
+def test_an_interrupted_run_without_evaluation_says_so(configure, tmp_path):
+    out = tmp_path / "run"
+    lines = run(configure(), out, should_stop=lambda: True)
+    assert not lines
+    assert not (out / "model").exists()
+    assert "before the first evaluation" in (out / "report.html").read_text(encoding="utf-8")

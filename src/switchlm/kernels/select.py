@@ -1,16 +1,19 @@
 """Which kernel multiplies, and why.
 
-Shapes: R rows in the order of their experts, D in (d_model), F out (d_ff), E experts.
+Shapes: N tokens, A assignments (of a token to an expert), R = A rows in the order of their experts,
+D in (d_model), F out (d_ff), E experts.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 
-from switchlm.kernels import compiled, cpu, cpu_feedforward, reference, torch_grouped
+from switchlm.kernels import compiled, cpu, cpu_feedforward, reference, torch_grouped, trial
 from switchlm.kernels.cpu_feedforward import Activation
+from switchlm.kernels.permute import ExpertOrder, combine_rows, gather_rows
+from switchlm.kernels.trial import Choice
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -22,12 +25,7 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The kernel's name, a key of KERNELS, and the reason in one sentence."""
-
-    name: str
-    reason: str
+LEAST_ROWS = 1024  # below which launching dominates, as in decoding; not worth a trial
 
 
 def explain(x_RD: Tensor, weight_EDF: Tensor) -> Choice:
@@ -88,6 +86,105 @@ def expert_feedforward(
     if gate_EDF is not None:
         hidden_RF = hidden_RF * grouped_matmul(x_RD, up_EDF, counts_E)
     return grouped_matmul(hidden_RF, down_EFD, counts_E)
+
+
+def explain_switch(
+    x_ND: Tensor,
+    num_assignments: int,
+    num_experts: int,
+    d_ff: int,
+    activation: Activation = "relu",
+    gated: bool = False,
+) -> Choice:
+    """Return how `switch_feedforward` computes such a layer, now.
+
+    `separate`: rows are gathered, multiplied by `explain`'s kernel, and combined. `triton`: all in
+    fused kernels (the extra `triton`, or PyTorch's own on a GPU). `trial`: not known yet, the next
+    call tries both (see trial.py).
+    """
+    if x_ND.device.type != "cuda":
+        return Choice("separate", f"fused kernels are for GPUs, the tokens are on {x_ND.device}")
+    if torch.compiler.is_compiling() or type(x_ND) is not Tensor:
+        return Choice("separate", "traced: fused kernels are chosen by a trial")
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x_ND.dtype
+    if dtype not in (torch.bfloat16, torch.float32):
+        return Choice("separate", f"fused kernels take bfloat16 and float32, not {dtype}")
+    if num_assignments < LEAST_ROWS:
+        return Choice("separate", f"{num_assignments} rows are too few for fused kernels to pay")
+    if find_spec("triton") is None:
+        return Choice("separate", "Triton is not installed (the extra `triton`)")
+    key = _shape_class(x_ND, dtype, num_assignments, (num_experts, d_ff, activation, gated))
+    known = trial.remembered(key)
+    if known is None and torch.cuda.is_current_stream_capturing():
+        return Choice("separate", "a graph is being captured, which is no time for a trial")
+    return known or Choice("trial", "not tried yet with such shapes: the next call times both ways")
+
+
+def switch_feedforward(
+    x_ND: Tensor,
+    weight_A: Tensor,
+    order: ExpertOrder,
+    up_EDF: Tensor,
+    down_EFD: Tensor,
+    activation: Activation = "relu",
+    gate_EDF: Tensor | None = None,
+) -> Tensor:
+    """Return y_ND: the sum over a token's assignments of weight times expert.
+
+    The same as gathering rows, `expert_feedforward` and combining them. weight_A: float32, zero
+    where dropped; assignments stand in token order, as many a token.
+    """
+    x_ND, up_EDF, down_EFD = _autocast(x_ND, up_EDF, down_EFD)
+    if gate_EDF is not None:
+        (gate_EDF,) = _autocast(gate_EDF)
+    num_experts, _, d_ff = up_EDF.shape
+    shape = (num_experts, d_ff, activation, gate_EDF is not None)
+    choice = explain_switch(x_ND, weight_A.shape[0], *shape)
+
+    def bound(way: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, weight, up, down, gate=None: way(
+            x, weight, order, up, down, activation, gate
+        )
+
+    tensors = [x_ND, weight_A, up_EDF, down_EFD] + ([] if gate_EDF is None else [gate_EDF])
+    if choice.name == "trial":
+        key = _shape_class(x_ND, x_ND.dtype, weight_A.shape[0], shape)
+        ways = (("triton", bound(SWITCHES["triton"])), ("separate", bound(SWITCHES["separate"])))
+        choice = trial.choose(key, *ways, tensors)
+    return bound(SWITCHES[choice.name])(*tensors)
+
+
+def _separate(
+    x_ND: Tensor,
+    weight_A: Tensor,
+    order: ExpertOrder,
+    up_EDF: Tensor,
+    down_EFD: Tensor,
+    activation: Activation,
+    gate_EDF: Tensor | None,
+) -> Tensor:
+    per_token = weight_A.shape[0] // max(x_ND.shape[0], 1)
+    x_RD = gather_rows(x_ND, order, per_token)
+    y_RD = expert_feedforward(x_RD, order.counts_E, up_EDF, down_EFD, activation, gate_EDF)
+    return combine_rows(y_RD, weight_A, order, per_token)
+
+
+def _triton(*arguments: object) -> Tensor:
+    from switchlm.kernels import triton_feedforward
+
+    return triton_feedforward.switch_feedforward(*arguments)  # type: ignore[arg-type]
+
+
+SWITCHES: dict[str, Callable[..., Tensor]] = {"separate": _separate, "triton": _triton}
+
+
+def _shape_class(
+    x_ND: Tensor, dtype: torch.dtype, num_assignments: int, shape: tuple[Hashable, ...]
+) -> Hashable:
+    """Return what a trial's result holds for: sizes as they are, numbers of rows to a factor 2."""
+    num_tokens, d_model = x_ND.shape
+    rows = num_assignments.bit_length(), num_assignments // num_tokens
+    return x_ND.device, dtype, d_model, *shape, rows, torch.is_grad_enabled()
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -26,6 +26,17 @@ class Rows:
     way_back: Any
 
 
+@dataclass(frozen=True)
+class Seats:
+    """Where tokens that still stand in their own order belong, and what their outputs weigh.
+
+    order: of the assignments by expert. weight_A: float32, the gate; zero where dropped.
+    """
+
+    order: ExpertOrder
+    weight_A: Tensor
+
+
 class Dispatcher(Protocol):
     """Carries tokens to experts, wherever those live, and their outputs back."""
 

@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from switchlm.kernels.select import expert_feedforward, grouped_matmul
+from switchlm.kernels.select import expert_feedforward, grouped_matmul, switch_feedforward
 from switchlm.model.config import Activation
+from switchlm.model.dispatch import Seats
 from switchlm.model.feedforward import Map, feed_forward
 from switchlm.model.local import local
 
@@ -48,9 +49,14 @@ class FeedForwardExperts(nn.Module):
         self.activation = activation
         self.dropout = dropout
 
-    def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+    def forward(self, x_RD: Tensor, counts_E: Tensor, seats: Seats | None = None) -> Tensor:
+        """Map rows to rows; with seats, tokens x_ND to y_ND, summed by weight (no dropout)."""
         up, down = local(self.up), local(self.down)
         gate = None if self.gate is None else local(self.gate)
+        if seats is not None:
+            return switch_feedforward(
+                x_RD, seats.weight_A, seats.order, up, down, self.activation, gate
+            )
         if not (self.training and self.dropout):
             return expert_feedforward(x_RD, counts_E, up, down, self.activation, gate)
 

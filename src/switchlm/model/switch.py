@@ -8,6 +8,7 @@ from switchlm.model.dispatch import Dispatcher, LocalDispatcher
 from switchlm.model.experts import Experts, FeedForwardExperts, ProjectionExperts
 from switchlm.model.exploration import explore
 from switchlm.model.initialise import initialise_all
+from switchlm.model.one_pass import in_one_pass
 from switchlm.model.router import Router
 from switchlm.model.routing import Routing
 
@@ -48,9 +49,11 @@ class SwitchLayer(nn.Module):
         routing = self.router(seen_ND, valid_N, row_tokens, x_ND.dtype)
         if torch.is_autocast_enabled(x.device.type):
             x_ND = x_ND.to(torch.get_autocast_dtype(x.device.type))
-        rows = self.dispatcher.dispatch(x_ND, routing)
-        y_RD = self.experts(rows.x_RD, rows.counts_E)
-        y_ND = self.dispatcher.combine(y_RD, rows, routing, x_ND.shape[0])
+        y_ND = in_one_pass(self.dispatcher, self.experts, x_ND, routing)
+        if y_ND is None:
+            rows = self.dispatcher.dispatch(x_ND, routing)
+            y_RD = self.experts(rows.x_RD, rows.counts_E)
+            y_ND = self.dispatcher.combine(y_RD, rows, routing, x_ND.shape[0])
         return y_ND.view(*x.shape[:-1], y_ND.shape[-1]), routing
 
 

@@ -1,0 +1,157 @@
+"""What the Triton kernels share: tiles of rows, laid out on the device.
+
+How many rows an expert has is known to the GPU alone, and asking would make the host wait for it.
+So as many programs start as the rows could need at worst, and each looks up which rows of which
+expert are its own. Dropped rows count as those of one expert more, whose products are zeros; tiles
+past all rows belong to nobody.
+
+Shapes: R rows in the order of their experts, E experts, T tiles.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Without a GPU, Triton's interpreter runs the kernels program by program: small tiles, no tuning.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+_WIDEN = tl.constexpr(INTERPRETED)
+LARGEST_TILE, SMALLEST_TILE = 128, 16  # rows; a tensor core multiplies no fewer
+GROUPED_TILES = tl.constexpr(8)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Which rows every tile has: [first, end) of an expert; E means dropped, E + 1 none at all.
+
+    expert_T: int32. first_T, end_T: int64. end_E: int64, where each expert's rows end. rows: of a
+    full tile.
+    """
+
+    expert_T: Tensor
+    first_T: Tensor
+    end_T: Tensor
+    end_E: Tensor
+    rows: int
+
+    @property
+    def number(self) -> int:
+        return self.expert_T.shape[0]
+
+
+def lay_out(counts_E: Tensor, num_rows: int) -> Tiles:
+    """Cut the rows of every expert into tiles, as large as an expert's mean share fills."""
+    num_experts = counts_E.shape[0]
+    rows = LARGEST_TILE
+    while rows > SMALLEST_TILE and (INTERPRETED or num_rows < rows * num_experts):
+        rows //= 2
+    most = num_rows // rows + num_experts + 1
+    expert_T = counts_E.new_empty(most, dtype=torch.int32)
+    first_T, end_T = counts_E.new_empty(2, most).unbind()
+    end_E = torch.empty_like(counts_E)
+    with torch.cuda.device_of(counts_E):
+        _lay_out[(num_experts + 1,)](
+            counts_E,
+            expert_T,
+            first_T,
+            end_T,
+            end_E,
+            num_rows,
+            most,
+            num_experts,
+            EXPERTS=triton.next_power_of_2(num_experts),
+            ROWS=rows,
+        )
+    return Tiles(expert_T, first_T, end_T, end_E, rows)
+
+
+@triton.jit
+def _lay_out(
+    counts_E, expert_T, first_T, end_T, end_E, num_rows, most, E,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program an expert writes its tiles, and the last those of nobody."""
+    expert = tl.program_id(0)
+    lane = tl.arange(0, EXPERTS)
+    count_E = tl.load(counts_E + lane, mask=lane < E, other=0)
+    before_E = tl.where(lane < expert, count_E, 0)
+    first = tl.sum(before_E)
+    end = first + tl.sum(tl.where(lane == expert, count_E, 0))
+    end = tl.where(expert == E, num_rows, end)
+    tl.store(end_E + expert, end, mask=expert < E)
+    first_tile = tl.sum((before_E + ROWS - 1) // ROWS)
+    end_tile = first_tile + (end - first + ROWS - 1) // ROWS
+    last = tl.where(expert == E, most, end_tile)
+    for start in range(first_tile, last, EXPERTS):
+        tile = start + lane
+        here = tile < last
+        row = first + (tile - first_tile) * ROWS
+        tl.store(expert_T + tile, tl.where(tile < end_tile, expert, E + 1), mask=here)
+        tl.store(first_T + tile, row, mask=here)
+        tl.store(end_T + tile, end, mask=here)
+
+
+@triton.jit
+def tile_and_column(program, num_tiles, num_columns):
+    """Return what a program computes; those that run together share rows and weights in cache."""
+    a_group = GROUPED_TILES * num_columns
+    first = program // a_group * GROUPED_TILES
+    size = tl.minimum(num_tiles - first, GROUPED_TILES)
+    within = program % a_group
+    return first + within % size, within // size
+
+
+@triton.jit
+def load(pointers, mask, EVEN: tl.constexpr):
+    """Load, without a mask where all sizes are multiples of the blocks."""
+    if EVEN:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def add_product(a, b, sum, PRECISION: tl.constexpr):
+    """Return sum + a @ b, in float32.
+
+    The interpreter multiplies bfloat16 as if its bits were whole numbers, so there it is widened
+    first, which changes no product.
+    """
+    if _WIDEN:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sum)
+    else:
+        return tl.dot(a, b, sum, input_precision=PRECISION)
+
+
+@triton.jit
+def activate(inner, ACTIVATION: tl.constexpr):
+    """Return the activated values, float32: ReLU, or GELU in the tanh form."""
+    if ACTIVATION == "relu":
+        return tl.maximum(inner, 0.0)
+    else:
+        return inner * _gate(inner)
+
+
+@triton.jit
+def activate_backward(inner, ACTIVATION: tl.constexpr):
+    """Return the derivative of the activation, float32; of ReLU also from its output."""
+    if ACTIVATION == "relu":
+        return tl.where(inner > 0, 1.0, 0.0)
+    else:
+        gate = _gate(inner)
+        slope = 1.5957691216057308 * (1.0 + 0.134145 * inner * inner)
+        return gate + inner * gate * (1.0 - gate) * slope
+
+
+@triton.jit
+def _gate(x):
+    """(1 + tanh(u)) / 2 = sigmoid(2 u), with u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    return tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+def precision(like: Tensor) -> str:
+    """Return how float32 products are taken: as PyTorch is set to take its own."""
+    tf32 = like.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"

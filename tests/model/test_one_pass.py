@@ -1,0 +1,115 @@
+"""In one pass or step by step, a Switch layer computes the same, and says which it takes."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from switchlm.kernels import select, trial
+from switchlm.kernels.select import Choice, explain_switch
+from switchlm.model.config import RouterConfig
+from switchlm.model.switch import SwitchFeedForward
+
+TIGHT = RouterConfig(capacity_factor=0.5, exploration="argmax")
+TOPK = RouterConfig(
+    selection="topk", experts_per_token=2, capacity_factor=0.5, exploration="argmax"
+)
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Let every layer that can take the fused kernels, without a GPU; list the ways taken."""
+    pytest.importorskip("triton", reason="needs the extra `triton`")
+    taken: list[str] = []
+
+    def noted(name: str):
+        def way(*arguments: object) -> Tensor:
+            taken.append(name)
+            return ways[name](*arguments)
+
+        return way
+
+    ways = dict(select.SWITCHES)
+    for name in ways:
+        monkeypatch.setitem(select.SWITCHES, name, noted(name))
+    for module in ("switchlm.kernels.select", "switchlm.model.one_pass"):
+        monkeypatch.setattr(f"{module}.explain_switch", lambda *_: Choice("triton", "a test"))
+    yield taken
+    trial.forget()
+
+
+def results(layer: SwitchFeedForward, x_BSD: Tensor) -> list[Tensor]:
+    x_BSD = x_BSD.clone().requires_grad_()
+    y_BSD, routing = layer(x_BSD)
+    loss = (y_BSD * torch.linspace(-1, 1, y_BSD.numel()).view_as(y_BSD)).sum()
+    return [y_BSD, *torch.autograd.grad(loss + routing.balance_loss, [x_BSD, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("router", [TIGHT, TOPK], ids=["one expert", "two experts"])
+def test_equals_step_by_step(
+    router: RouterConfig, gated: bool, fused: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = SwitchFeedForward(16, 24, 4, router=router, gated=gated, activation="gelu")
+    x_BSD = torch.randn(2, 24, 16)
+    ours = results(layer, x_BSD)
+    assert fused == ["triton"]
+    monkeypatch.setattr("switchlm.model.one_pass.explain_switch", explain_switch)
+    theirs = results(layer, x_BSD)
+    assert fused == ["triton"]
+    torch.testing.assert_close(ours, theirs)
+    assert (ours[0] == 0).all(-1).any(), "some tokens are dropped"
+
+
+@pytest.mark.parametrize(
+    ("router", "dropout"),
+    [
+        (RouterConfig(selection="expert_choice", capacity_factor=1.0), 0.0),
+        (RouterConfig(), 0.4),
+    ],
+    ids=["expert choice", "expert dropout"],
+)
+def test_what_no_kernel_does_goes_step_by_step(
+    router: RouterConfig, dropout: float, fused: list[str]
+) -> None:
+    layer = SwitchFeedForward(16, 24, 4, router=router, expert_dropout=dropout)
+    layer(torch.randn(2, 24, 16))
+    assert fused == []
+
+
+def test_under_autocast_experts_compute_in_bfloat16(fused: list[str]) -> None:
+    layer = SwitchFeedForward(16, 24, 4).eval()
+    x_BSD = torch.randn(2, 24, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y_BSD, _ = layer(x_BSD)
+    assert fused == ["triton"]
+    assert y_BSD.dtype == torch.bfloat16
+    y_BSD.float().square().sum().backward()
+    assert layer.experts.up.grad.dtype == torch.float32
+    assert layer.experts.up.grad.norm() > 0
+
+
+def test_the_first_call_tries_both_ways_and_remembers(
+    fused: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_known(*arguments: object) -> Choice:
+        key = select._shape_class(arguments[0], arguments[0].dtype, arguments[1], arguments[2:])
+        return trial.remembered(key) or Choice("trial", "a test")
+
+    for module in ("switchlm.kernels.select", "switchlm.model.one_pass"):
+        monkeypatch.setattr(f"{module}.explain_switch", not_known)
+    layer = SwitchFeedForward(16, 24, 4).eval()
+    x_BSD = torch.randn(2, 24, 16)
+    layer(x_BSD)
+    first = len(fused)
+    assert set(fused) == {"triton", "separate"}
+    results(layer, x_BSD)
+    assert fused[first:] == []  # the interpreter is slow: step by step is chosen
+
+
+def test_explain_says_why_not() -> None:
+    x_ND = torch.randn(2048, 16)
+    choice = explain_switch(x_ND, 2048, 4, 24)
+    assert choice.name == "separate"
+    assert "fused kernels are for GPUs, the tokens are on cpu" in choice.reason

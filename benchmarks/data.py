@@ -18,7 +18,7 @@ import torch
 
 import harness
 from switchlm.data import sources
-from switchlm.data.config import DataConfig
+from switchlm.data.config import Columns, DataConfig
 from switchlm.data.loader import Loader, open_data
 from switchlm.data.tokenizer import Tokenizer
 from switchlm.model.initialise import initialise
@@ -65,7 +65,7 @@ def train(name: str, loader: Loader) -> Callable[[], object]:
 def tokenizing(repeats: int) -> dict[str, float]:
     """Return characters a second of the byte tokenizer, median over the standard library."""
     source = sources.parse("python:stdlib")
-    documents = sources.read(source, text_column="text", max_documents=None, skipped=Counter[str]())
+    documents = sources.read(source, columns=Columns(), max_documents=None, skipped=Counter[str]())
     texts = [document.text for document in documents]
     tokenizer = Tokenizer.bytes()
     seconds = harness.measure({"bytes": lambda: tokenizer.encode_plain(texts)}, repeats)["bytes"]

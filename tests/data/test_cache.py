@@ -10,6 +10,7 @@ import pytest
 
 from switchlm.data import cache, readers
 from switchlm.data.cache import open_cache
+from switchlm.data.config import Columns
 from switchlm.data.sources import parse
 from switchlm.data.tokenizer import Tokenizer
 from switchlm.errors import DataError
@@ -18,7 +19,7 @@ TOKENIZER = Tokenizer.bytes()
 
 
 def build(source, folder, tokenizer=TOKENIZER, report=lambda line: None, **settings):
-    settings = {"text_column": "text", "max_documents": None} | settings
+    settings = {"columns": Columns(), "max_documents": None} | settings
     return open_cache(parse(str(source)), tokenizer, Path(folder), report=report, **settings)
 
 
@@ -68,7 +69,7 @@ def test_a_corpus_without_text_is_refused_and_leaves_nothing(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "bad.txt").write_bytes(b"\xff")
-    with pytest.raises(DataError, match="'texts' has no text; skipped: 1 not UTF-8"):
+    with pytest.raises(DataError, match=r"'texts' has no text in .*; skipped: 1 not UTF-8"):
         build(folder, tmp_path / "cache")
     assert finished(tmp_path / "cache") == []
 

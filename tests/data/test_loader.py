@@ -1,4 +1,6 @@
 import itertools
+import json
+import re
 import threading
 
 import pytest
@@ -222,3 +224,46 @@ def test_a_saved_tokenizer_can_be_named_or_given(open_corpus, corpus, tmp_path):
     config = DataConfig(sources=(str(corpus),), input_length=32, batch_size=8, held_out_share=0.1)
     given = open_data(config, seed=0, cache_dir=tmp_path / "cache", tokenizer=trained.tokenizer)
     assert_equal(trained.batch(0), given.batch(0))
+
+
+@pytest.fixture
+def translations(tmp_path):
+    """One file a language, 40 parallel documents; a word of document 7 says `7` in each."""
+    folder = tmp_path / "translations"
+    folder.mkdir()
+    for language, repeats in (("xx", 30), ("yy", 3)):
+        records = [
+            {"document": f"d{number}", "text": f"{language}{number} " * repeats}
+            for number in range(40)
+        ]
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / f"{language}.jsonl").write_text(text)
+    return folder
+
+
+def test_documents_are_held_out_alike_in_all_languages(translations, open_corpus):
+    loader = open_corpus(
+        sources=(f"each:{translations}",), group_column="document", held_out_share=0.1
+    )
+    assert loader.sources == ("xx", "yy")
+    seen = {"train": set(), "held out": set()}
+    for kind, batches in (
+        ("train", [loader.batch(step) for step in range(60)]),
+        ("held out", loader.held_out(20)),
+    ):
+        for batch in batches:
+            for row in batch.inputs_BS:
+                text = loader.tokenizer.decode(row.tolist())
+                seen[kind] |= set(re.findall(r"(?<= )(?:xx|yy)(\d+)(?= )", text))
+    assert seen["held out"]
+    assert not seen["held out"] & seen["train"]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "unigram"])
+def test_a_language_without_text_is_refused_by_name(translations, open_corpus, tokenizer):
+    (translations / "zz.jsonl").write_text('{"document": "d0", "text": "  "}\n')
+    with pytest.raises(DataError, match=r"source 'zz' has no text in .*skipped: 1 empty.*Give it"):
+        open_corpus(
+            sources=(f"each:{translations}",), tokenizer=tokenizer, vocabulary_size=512,
+            mixing="temperature",
+        )  # fmt: skip

@@ -12,13 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from switchlm.data import readers
+from switchlm.data.config import Columns
 from switchlm.data.readers import read_file, read_hub
 from switchlm.errors import DataError, MissingExtraError
 
 
-def read(path, column="text", alone=False):
+def read(path, column="text", group=None, alone=False):
     skipped = Counter()
-    documents = list(read_file(path, path.name, column, alone=alone, skipped=skipped))
+    documents = list(
+        read_file(path, path.name, Columns(text=column, group=group), alone=alone, skipped=skipped)
+    )
     return documents, dict(skipped)
 
 
@@ -114,6 +117,22 @@ def test_parquet(tmp_path):
     assert skipped == {"without text in 'body'": 1}
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_records_have_the_group_that_a_column_names(tmp_path, kind):
+    records = [{"text": "a", "doc": 7}, {"text": "b", "doc": "x"}, {"text": "c", "doc": None}]
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        path.write_bytes(lines(*records))
+    else:
+        columns = {"text": ["a", "b", "c"], "doc": ["7", "x", None]}
+        pq.write_table(pa.table(columns), path)
+    documents, skipped = read(path, group="doc")
+    assert [(one.text, one.group) for one in documents] == [("a", "7"), ("b", "x")]
+    assert skipped == {"without a group in 'doc'": 1}
+    with pytest.raises(DataError, match=r"no column 'page'; it has: text, doc.*group_column"):
+        read(path, group="page")
+
+
 def test_a_missing_column_names_those_that_are_there(tmp_path):
     pq.write_table(pa.table({"body": ["one"], "id": [1]}), tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_bytes(lines({"body": "one", "id": 1}))
@@ -149,7 +168,7 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, name, module, extra):
 def test_the_hub_without_its_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingExtraError, match=r"switchlm\[hub\]"):
-        list(read_hub("hub:org/name", "text", Counter()))
+        list(read_hub("hub:org/name", Columns(), Counter()))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +189,7 @@ def test_hub_datasets_are_streamed(monkeypatch, location, asked):
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     skipped = Counter()
-    documents = list(read_hub(location, "text", skipped))
+    documents = list(read_hub(location, Columns(), skipped))
     assert [document.text for document in documents] == ["one"]
     assert calls == [asked]
     assert skipped == {"without text in 'text'": 1}
@@ -180,4 +199,4 @@ def test_hub_datasets_are_streamed(monkeypatch, location, asked):
 def test_a_hub_source_that_cannot_be_read_is_refused(monkeypatch, location):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace())
     with pytest.raises(DataError, match="write hub:NAME"):
-        list(read_hub(location, "text", Counter()))
+        list(read_hub(location, Columns(), Counter()))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from switchlm.data.config import Columns
 from switchlm.data.sources import Source, files, parse, parse_all, read
 from switchlm.errors import DataError
 
@@ -14,7 +15,7 @@ def names(text):
 
 def texts(text, **settings):
     skipped = Counter()
-    settings = {"text_column": "text", "max_documents": None} | settings
+    settings = {"columns": Columns(), "max_documents": None} | settings
     found = [document.text for document in read(parse(text), skipped=skipped, **settings)]
     return found, dict(skipped)
 
@@ -104,3 +105,39 @@ def test_a_relative_file_is_found(tmp_path, monkeypatch):
     Path(tmp_path / "a.txt").write_text("hello")
     monkeypatch.chdir(tmp_path)
     assert texts("a.txt")[0] == ["hello"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("news.*.txt", ["afr", "por-BR"]),
+        ("n*.txt", ["news.afr", "news.por-BR"]),
+        ("*", ["news.afr", "news.por-BR", "talk"]),
+        ("", ["news.afr", "news.por-BR", "talk"]),
+        ("[a-z]*.afr.txt", ["news"]),
+    ],
+)
+def test_each_file_may_be_a_source_named_by_what_differs(tmp_path, pattern, expected):
+    for name in ("news.afr.txt", "news.por-BR.txt", ".hidden"):
+        (tmp_path / name).write_text("text")
+    (tmp_path / "talk").mkdir()
+    (tmp_path / "talk" / "a.txt").write_text("text")
+    found = parse_all([f"each:{tmp_path}/{pattern}".rstrip("/")])
+    assert [source.name for source in found] == expected
+    assert all(files(source) for source in found)
+
+
+def test_each_takes_a_name_and_a_weight(tmp_path):
+    for name in ("en.jsonl.gz", "de.txt"):
+        (tmp_path / name).write_text("text")
+    found = parse_all([f"web=each:{tmp_path}/*:0.5", "python:stdlib:1"])
+    assert [(source.name, source.weight) for source in found] == [
+        ("web-de", 0.5),
+        ("web-en", 0.5),
+        ("stdlib", 1.0),
+    ]
+
+
+def test_each_of_nothing_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"no files for 'each:.*give a folder or a glob"):
+        parse_all([f"each:{tmp_path}/*.txt"])

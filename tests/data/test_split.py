@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchlm.data.split import choose_held_out
+from switchlm.data.split import choose_alike, choose_held_out
 
 HASHES = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=50)
 
@@ -45,3 +45,17 @@ def test_a_small_corpus_still_holds_out_a_row():
 
 def test_a_single_document_is_for_training():
     assert not choose([2**63], 0.01, least=50).any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(HASHES, min_size=1, max_size=4), st.floats(0.0, 0.5), st.integers(0, 500))
+def test_a_group_is_held_out_in_all_sources_or_in_none(sources, share, least):
+    hashes_SD = [np.array(hashes, dtype=np.uint64) for hashes in sources]
+    lengths_SD = [np.full(len(hashes), 100) for hashes in sources]
+    chosen_SD = choose_alike(hashes_SD, lengths_SD, share, least)
+    held_out = {value for h, c in zip(hashes_SD, chosen_SD, strict=True) for value in h[c]}
+    trained = {value for h, c in zip(hashes_SD, chosen_SD, strict=True) for value in h[~c]}
+    assert not held_out & trained
+    for hashes_D, chosen_D in zip(hashes_SD, chosen_SD, strict=True):
+        alone_D = choose_held_out(hashes_D, np.full(len(hashes_D), 100), share, least)
+        assert (chosen_D >= alone_D).all()

@@ -5,16 +5,13 @@ import torch
 
 from switchlm.data.batch import Batch
 from switchlm.data.tokenizer import Tokenizer
-from switchlm.evaluation.routing import (
-    routing_statistics,
-    switch_layers,
-    token_class,
-    token_text,
-)
+from switchlm.evaluation.routing import PLACES, routing_statistics, switch_layers
 from switchlm.model.presets import preset
+from switchlm.model.router import Router
 from switchlm.model.transformer import SwitchTransformer
 
 TEXTS = ("def size(self):\n", "x = 12", "a b")
+NAMES = ("code", "sums", "letters", "unused")
 
 
 @pytest.fixture
@@ -41,7 +38,7 @@ def batch(tokenizer):
         targets_BT=inputs_BS[:, :5],
         input_segments_BS=segments_BS,
         target_segments_BT=segments_BS[:, :5],
-        source_B=torch.zeros(3, dtype=torch.int32),
+        source_B=torch.arange(3, dtype=torch.int32),
     )
 
 
@@ -57,7 +54,7 @@ ROUTERS = {
 @pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS.keys())
 def test_every_real_token_is_counted_once_an_expert(batch, tokenizer, router):
     model = build(router)
-    layers = routing_statistics(model, [batch, batch], tokenizer, top=300)
+    layers = routing_statistics(model, [batch, batch], tokenizer, NAMES, top=300)
     assert [layer.name for layer in layers] == switch_layers(model)
     real = {"encoder": sum(map(len, TEXTS)), "decoder": 5 + 5 + 3}
     choices = router.get("experts_per_token", 1)
@@ -65,18 +62,25 @@ def test_every_real_token_is_counted_once_an_expert(batch, tokenizer, router):
         stack = layer.name.partition(".")[0]
         by_tokens = [sum(number for _, number in tokens) for tokens in layer.top_tokens]
         assert by_tokens == list(layer.load_E)
-        assert [sum(loads) for loads in zip(*layer.class_load.values(), strict=True)] == by_tokens
+        for loads_by_name in (layer.class_load, layer.source_load):
+            columns = zip(*loads_by_name.values(), strict=True)
+            assert [sum(loads) for loads in columns] == by_tokens
+        assert "unused" not in layer.source_load
+        assert len(layer.dropped_by_place) == PLACES
         if router.get("selection") != "expert_choice" or stack == "decoder":
             assert sum(layer.load_E) == 2 * choices * real[stack]
         assert 0 < layer.gate <= 1
         assert 0 <= layer.dropped < 1
         if router == ROUTERS["dropping"]:
             assert layer.dropped > 0
+            assert max(layer.dropped_by_place) > 0
+        elif router != ROUTERS["expert choice"]:
+            assert not any(layer.dropped_by_place)
 
 
 def test_counts_equal_the_routing_record(batch, tokenizer):
     model = build()
-    layers = routing_statistics(model, [batch], tokenizer)
+    layers = routing_statistics(model, [batch], tokenizer, NAMES)
     model.eval()
     with torch.no_grad():
         _, routing = model.encode(batch.inputs_BS, batch.input_segments_BS)
@@ -86,16 +90,16 @@ def test_counts_equal_the_routing_record(batch, tokenizer):
 
 
 def test_decoder_layers_see_the_targets_shifted_right(batch, tokenizer):
-    layers = routing_statistics(build(), [batch], tokenizer, top=300)
+    layers = routing_statistics(build(), [batch], tokenizer, NAMES, top=300)
     tokens = {text for tokens in layers[-1].top_tokens for text, _ in tokens}
     assert "<pad>" in tokens
     assert "s" not in tokens, "the fifth target is no input of the decoder"
-    assert sum(layers[-1].class_load["special"]) == len(TEXTS)
+    assert sum(layers[-1].class_load["start or end"]) == len(TEXTS)
 
 
 def test_switch_attention_layers_have_names_of_their_own(batch, tokenizer):
     model = build(attention_experts=True)
-    names = [layer.name for layer in routing_statistics(model, [batch], tokenizer)]
+    names = [layer.name for layer in routing_statistics(model, [batch], tokenizer, NAMES)]
     assert names[:3] == [
         "encoder.blocks.1.attention.query",
         "encoder.blocks.1.attention.key_value",
@@ -104,33 +108,24 @@ def test_switch_attention_layers_have_names_of_their_own(batch, tokenizer):
 
 
 def test_a_dense_model_has_no_layers(batch, tokenizer):
-    assert routing_statistics(build(num_experts=0), [batch], tokenizer) == []
+    assert routing_statistics(build(num_experts=0), [batch], tokenizer, NAMES) == []
 
 
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        ("the", "word"),
-        (" größe", "word"),
-        ("42", "number"),
-        ("\n", "space"),
-        ("():", "punctuation"),
-        ("+", "punctuation"),
-        ("x1", "mixed"),
-        ("\ufffd", "byte"),
-        ("<extra_id_7>", "special"),
-        ("</s>", "special"),
-        ("<p>", "mixed"),
-    ],
-)
-def test_classes_of_tokens(text, kind):
-    assert token_class(text) == kind
-
-
-def test_every_id_has_a_text(tokenizer):
-    texts = [token_text(tokenizer, number) for number in range(tokenizer.vocabulary_size + 5)]
-    assert all(texts)
-    assert texts[0] == "<pad>"
-    assert texts[1] == "</s>"
-    assert texts[3 + ord("q")] == "q"
-    assert texts[tokenizer.sentinel_ids[4]] == "<extra_id_4>"
+def test_drops_are_told_by_place(tokenizer):
+    """With one seat an expert and one group, whoever comes late is dropped."""
+    inputs_BS = torch.tensor([tokenizer.encode("a" * 32)])
+    batch = Batch(
+        inputs_BS=inputs_BS,
+        targets_BT=inputs_BS[:, :16],
+        input_segments_BS=None,
+        target_segments_BT=None,
+        source_B=torch.zeros(1, dtype=torch.int32),
+    )
+    model = build({"evaluation_capacity_factor": 0.1, "min_capacity": 1})
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, Router):
+                layer.weight.zero_()  # ties: all tokens want the first expert
+    encoder = routing_statistics(model, [batch], tokenizer, ("a",))[0]
+    assert encoder.dropped_by_place == (0.5, *[1.0] * (PLACES - 1))
+    assert encoder.dropped == pytest.approx(31 / 32)

@@ -22,6 +22,7 @@ import numpy as np
 
 from switchlm.data import sources
 from switchlm.data.atomic import Report, building, flush
+from switchlm.data.config import Columns
 from switchlm.data.order import Int64, UInt64
 from switchlm.data.readers import Document
 from switchlm.data.sources import Source
@@ -48,9 +49,11 @@ class TokenCache:
         return np.diff(self.offsets) - 1
 
 
-def fingerprint(source: Source, text_column: str, max_documents: int | None) -> str:
+def fingerprint(source: Source, columns: Columns, max_documents: int | None) -> str:
     """Return a hash of the text that a source would give: its files' names, sizes and times."""
-    listing: list[object] = [FORMAT, text_column, max_documents]
+    listing: list[object] = [FORMAT, columns.text, max_documents]
+    if columns.group is not None:
+        listing.append(columns.group)
     if sources.is_hub(source):
         listing.append(source.location)
     else:
@@ -65,12 +68,12 @@ def open_cache(
     tokenizer: Tokenizer,
     folder: Path,
     *,
-    text_column: str,
+    columns: Columns,
     max_documents: int | None,
     report: Report,
 ) -> TokenCache:
     """Open the cache of `source` in `folder`, building it where it is missing or damaged."""
-    text_hash = fingerprint(source, text_column, max_documents)
+    text_hash = fingerprint(source, columns, max_documents)
     key = hashlib.sha256(f"{text_hash} {tokenizer.fingerprint()}".encode()).hexdigest()[:24]
     final = folder / f"tokens-{key}"
     if (cache := _read(final)) is not None:
@@ -82,9 +85,9 @@ def open_cache(
         part.mkdir()
         skipped: Counter[str] = Counter()
         documents = sources.read(
-            source, text_column=text_column, max_documents=max_documents, skipped=skipped
+            source, columns=columns, max_documents=max_documents, skipped=skipped
         )
-        _write(part, source.name, documents, tokenizer, skipped, report)
+        _write(part, source, documents, tokenizer, skipped, report)
     cache = _read(final)
     assert cache is not None
     return cache
@@ -109,7 +112,7 @@ def _read(folder: Path) -> TokenCache | None:
 
 def _write(
     folder: Path,
-    name: str,
+    source: Source,
     documents: Iterator[Document],
     tokenizer: Tokenizer,
     skipped: Counter[str],
@@ -129,16 +132,17 @@ def _write(
             total = sum(lengths[-len(batch) :]) + total
             if time.monotonic() - reported > REPORT_SECONDS:
                 reported = time.monotonic()
-                report(f"Tokenizing {name}: {len(lengths):,} documents, {total:,} tokens")
+                report(f"Tokenizing {source.name}: {len(lengths):,} documents, {total:,} tokens")
         flush(file)
     left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
     if not lengths:
         raise DataError(
-            f"The data source {name!r} has no text"
-            + (f"; skipped: {left_out}." if left_out else ".")
+            f"The data source {source.name!r} has no text in {source.location!r}"
+            + (f"; skipped: {left_out}" if left_out else "")
+            + ". Give it some, or leave it out of the sources."
         )
     report(
-        f"Tokenized {name}: {len(lengths):,} documents, {total:,} tokens"
+        f"Tokenized {source.name}: {len(lengths):,} documents, {total:,} tokens"
         + (f"; skipped: {left_out}" if left_out else "")
     )
     _save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))

@@ -10,12 +10,21 @@ LARGEST_VOCABULARY = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
+class Columns:
+    """The fields of JSONL records and Parquet rows: the text, and what it belongs to."""
+
+    text: str = "text"
+    group: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Text in, batches out.
 
     sources: each `[name=]location[:weight]`; a location is a file, a folder, a glob,
-        `python:stdlib`, `python:site-packages` or `hub:NAME[:CONFIG][:SPLIT]`.
-    tokenizer: `bytes`, `unigram` (trained on the sources) or a path to a `tokenizer.json` or to the
+        `python:stdlib`, `python:site-packages` or `hub:NAME[:CONFIG][:SPLIT]`. `each:LOCATION`
+        makes every file of a folder or glob a source of its own.
+    tokenizer: `bytes`, `unigram` (trained on the mixture) or a path to a `tokenizer.json` or to the
         folder of one.
     vocabulary_size: of a trained tokenizer, sentinels included.
     input_length: tokens in a row of inputs, sentinels and the end token included.
@@ -29,6 +38,9 @@ class DataConfig:
     pack: False cuts the running text of all documents into full rows (pre-training); True masks
         every document by itself and packs several into a row, separated by segments.
     text_column: the field of JSONL records and Parquet rows that holds the text.
+    group_column: the field that says which document a record belongs to. Records that agree in it
+        are held out together, or trained on together, in all sources: so translations of one text
+        never stand on both sides.
     max_documents: read at most that many documents of each source; None reads all.
     """
 
@@ -45,6 +57,7 @@ class DataConfig:
     held_out_share: float = 0.01
     pack: bool = False
     text_column: str = "text"
+    group_column: str | None = None
     max_documents: int | None = None
 
     def __post_init__(self) -> None:
@@ -62,6 +75,13 @@ class DataConfig:
             )
         if not self.text_column:
             raise ConfigError("data.text_column must name a field, got an empty string.")
+        if self.group_column == "":
+            raise ConfigError("data.group_column must name a field, got an empty string.")
+
+    @property
+    def columns(self) -> Columns:
+        """The fields that are read of every record."""
+        return Columns(text=self.text_column, group=self.group_column)
 
     def _check_range(self, name: str, least: float, most: float) -> None:
         value = getattr(self, name)

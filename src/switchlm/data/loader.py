@@ -1,6 +1,6 @@
 """Batches, any of them, in any order, on any number of workers: a pure function of (seed, step)."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +8,14 @@ import numpy as np
 from switchlm.data import mixture, sources
 from switchlm.data.atomic import Report
 from switchlm.data.batch import Batch
-from switchlm.data.cache import open_cache
+from switchlm.data.cache import TokenCache, open_cache
 from switchlm.data.config import DataConfig
 from switchlm.data.mixture import Mixture
 from switchlm.data.order import Int64
 from switchlm.data.row_shape import RowShape
 from switchlm.data.rows import Rows
 from switchlm.data.samples import Samples
-from switchlm.data.split import choose_held_out
+from switchlm.data.split import choose_alike, choose_held_out
 from switchlm.data.steps import LoaderShare, made_ahead, sample_numbers
 from switchlm.data.tokenizer import Tokenizer
 from switchlm.data.vocabulary import open_tokenizer
@@ -117,17 +117,14 @@ def open_data(
             source,
             tokenizer,
             folder,
-            text_column=config.text_column,
+            columns=config.columns,
             max_documents=config.max_documents,
             report=say,
         )
         for source in parsed
     ]
     shape = RowShape.of(config, caches, len(tokenizer.sentinel_ids))
-    held_out = [
-        choose_held_out(cache.hashes_D, cache.lengths_D, config.held_out_share, shape.raw_length)
-        for cache in caches
-    ]
+    held_out = _choose_held_out(config, caches, shape.raw_length)
     train_rows = [
         shape.rows(cache, ~chosen_D, seed) for cache, chosen_D in zip(caches, held_out, strict=True)
     ]
@@ -159,6 +156,17 @@ def open_data(
         tuple(source.name for source in parsed),
         config.batch_size,
     )
+
+
+def _choose_held_out(
+    config: DataConfig, caches: Sequence[TokenCache], least: int
+) -> list[np.ndarray]:
+    """Return bool [D] for each source; with groups, the same ones in all of them."""
+    share = config.held_out_share
+    if config.group_column is None:
+        return [choose_held_out(one.hashes_D, one.lengths_D, share, least) for one in caches]
+    hashes_SD = [one.hashes_D for one in caches]
+    return choose_alike(hashes_SD, [one.lengths_D for one in caches], share, least)
 
 
 def _held_out(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from switchlm.data.config import Columns
 from switchlm.errors import DataError, MissingExtraError
 
 WHOLE = 2**20  # bytes; a text file up to this size is one document
@@ -33,7 +34,7 @@ class Document:
 
 
 def read_file(
-    path: Path, name: str, text_column: str, *, alone: bool, skipped: Counter[str]
+    path: Path, name: str, columns: Columns, *, alone: bool, skipped: Counter[str]
 ) -> Iterator[Document]:
     """Yield the documents of one file; its kind is told by its name.
 
@@ -42,11 +43,11 @@ def read_file(
     kinds = path.name.lower().split(".")[1:]
     try:
         if kinds[-1:] == ["parquet"]:
-            yield from _parquet(path, text_column, skipped)
+            yield from _parquet(path, columns, skipped)
             return
         with open_stream(path, kinds) as stream:
             if not {"jsonl", "ndjson"}.isdisjoint(kinds[-2:]):
-                yield from _json_lines(stream, path, text_column, skipped)
+                yield from _json_lines(stream, path, columns, skipped)
             else:
                 yield from _plain(stream, "" if alone else name, alone, skipped)
     except (OSError, EOFError, zlib.error) as error:
@@ -120,7 +121,7 @@ def _decode(raw: bytes, skipped: Counter[str]) -> str | None:
 
 
 def _json_lines(
-    stream: BinaryIO, path: Path, column: str, skipped: Counter[str]
+    stream: BinaryIO, path: Path, columns: Columns, skipped: Counter[str]
 ) -> Iterator[Document]:
     for number, line in enumerate(stream, start=1):
         if not line.strip():
@@ -133,34 +134,42 @@ def _json_lines(
         except (ValueError, RecursionError):
             skipped["not JSON"] += 1
             continue
-        if number == 1 and isinstance(record, dict) and column not in record:
-            raise _missing(path.name, column, list(record))
-        document = _from_record(record, column, skipped)
+        if number == 1 and isinstance(record, dict):
+            _check_columns(path.name, columns, list(record))
+        document = _from_record(record, columns, skipped)
         if document is not None:
             yield document
 
 
-def _from_record(record: Any, column: str, skipped: Counter[str]) -> Document | None:
-    text = record.get(column) if isinstance(record, dict) else None
+def _from_record(record: Any, columns: Columns, skipped: Counter[str]) -> Document | None:
+    text = record.get(columns.text) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        skipped[f"without text in {column!r}"] += 1
+        skipped[f"without text in {columns.text!r}"] += 1
+        return None
+    group = "" if columns.group is None else record.get(columns.group)
+    if group is None:
+        skipped[f"without a group in {columns.group!r}"] += 1
         return None
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:  # JSON may spell half a surrogate pair
         skipped["not UTF-8"] += 1
         return None
-    return Document(text=text)
+    return Document(text=text, group=str(group))
 
 
-def _missing(where: str, column: str, columns: list[str]) -> DataError:
-    return DataError(
-        f"{where} has no column {column!r}; it has: {', '.join(map(str, columns))}. "
-        "Name the one that holds the text with data.text_column."
-    )
+def _check_columns(where: str, columns: Columns, present: list[str]) -> None:
+    needed = {"text": columns.text} | ({"group": columns.group} if columns.group else {})
+    holds = {"text": "holds the text", "group": "says which document a record belongs to"}
+    for kind, column in needed.items():
+        if column not in present:
+            raise DataError(
+                f"{where} has no column {column!r}; it has: {', '.join(map(str, present))}. "
+                f"Name the one that {holds[kind]} with data.{kind}_column."
+            )
 
 
-def _parquet(path: Path, column: str, skipped: Counter[str]) -> Iterator[Document]:
+def _parquet(path: Path, columns: Columns, skipped: Counter[str]) -> Iterator[Document]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -168,18 +177,18 @@ def _parquet(path: Path, column: str, skipped: Counter[str]) -> Iterator[Documen
         raise MissingExtraError("pyarrow", "data", f"Reading {path.name}") from None
     try:
         table = pyarrow.parquet.ParquetFile(path)
-        if column not in table.schema_arrow.names:
-            raise _missing(path.name, column, table.schema_arrow.names)
-        for rows in table.iter_batches(batch_size=256, columns=[column]):
-            for text in rows.column(0).to_pylist():
-                document = _from_record({column: text}, column, skipped)
+        _check_columns(path.name, columns, table.schema_arrow.names)
+        wanted = [columns.text, *([columns.group] if columns.group else [])]
+        for rows in table.iter_batches(batch_size=256, columns=wanted):
+            for record in rows.to_pylist():
+                document = _from_record(record, columns, skipped)
                 if document is not None:
                     yield document
     except pyarrow.ArrowException as error:
         raise DataError(f"Cannot read the Parquet file {str(path)!r}: {error}") from None
 
 
-def read_hub(location: str, column: str, skipped: Counter[str]) -> Iterator[Document]:
+def read_hub(location: str, columns: Columns, skipped: Counter[str]) -> Iterator[Document]:
     """Stream `hub:NAME[:CONFIG][:SPLIT]`; the split is `train` unless named."""
     try:
         import datasets
@@ -195,9 +204,9 @@ def read_hub(location: str, column: str, skipped: Counter[str]) -> Iterator[Docu
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
         for number, record in enumerate(rows):
-            if number == 0 and column not in record:
-                raise _missing(location, column, list(record))
-            document = _from_record(record, column, skipped)
+            if number == 0:
+                _check_columns(location, columns, list(record))
+            document = _from_record(record, columns, skipped)
             if document is not None:
                 yield document
     except (OSError, ValueError) as error:

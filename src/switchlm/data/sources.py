@@ -1,6 +1,7 @@
 """Where text comes from: files, folders, globs, hub datasets and Python's own sources.
 
 A source is written `[name=]location[:weight]`, such as `en=texts/en:0.7` or `python:stdlib`.
+`each:location` stands for many: every file or folder in a folder or glob is a source of its own.
 """
 
 import os
@@ -12,11 +13,13 @@ from dataclasses import dataclass, replace
 from glob import glob, has_magic
 from pathlib import Path
 
+from switchlm.data.config import Columns
 from switchlm.data.readers import Document, read_file, read_hub
 from switchlm.errors import DataError
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.DOTALL)
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_TEXT_SUFFIXES = re.compile(r"(\.(txt|jsonl|ndjson|parquet|gz|zst))*$")
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "node_modules"})
 
 
@@ -55,7 +58,7 @@ def parse_all(texts: Sequence[str]) -> tuple[Source, ...]:
             "--data path/to/texts."
         )
     sources: list[Source] = []
-    for source in map(parse, texts):
+    for source in (one for text in texts for one in _expand(parse(text))):
         taken = {other.name for other in sources}
         name, number = source.name, 2
         while name in taken:
@@ -64,7 +67,46 @@ def parse_all(texts: Sequence[str]) -> tuple[Source, ...]:
     return tuple(sources)
 
 
+def _expand(source: Source) -> list[Source]:
+    """Return the sources that one `each:` stands for; any other stands for itself.
+
+    Each is named by what the wildcards matched, whole words only: `each:news.*.txt` gives
+    `news.afr.txt` the name `afr`.
+    """
+    if not source.location.startswith("each:"):
+        return [source]
+    pattern = source.location.removeprefix("each:")
+    if os.path.isdir(pattern):
+        paths = [os.path.join(pattern, name) for name in os.listdir(pattern)]
+    else:
+        paths = glob(pattern, recursive=True)
+    prefix = "" if source.name == source.location else f"{source.name}-"
+    found = [
+        replace(source, name=prefix + _matched(pattern, path), location=path)
+        for path in sorted(paths)
+        if not Path(path).name.startswith(".")
+    ]
+    if not found:
+        raise DataError(
+            f"There are no files for {source.location!r}: give a folder or a glob, as in "
+            "each:texts or 'each:texts/*.jsonl'."
+        )
+    return found
+
+
+def _matched(pattern: str, path: str) -> str:
+    """Return what tells a path from the others of its pattern."""
+    name = Path(path).name
+    if has_magic(pattern) and not os.path.isdir(pattern):
+        before, *_, after = re.split(r"[*?\[\]]", pattern)
+        start = len(re.sub(r"[^\W_]*$", "", before))
+        name = path[start : len(path) - len(re.sub(r"^[^\W_]*", "", after))]
+    return _TEXT_SUFFIXES.sub("", name)
+
+
 def _default_name(location: str) -> str:
+    if location.startswith("each:"):
+        return location
     if location.startswith(("python:", "hub:")):
         return location.split(":")[1].rpartition("/")[2]
     path = Path(location)
@@ -131,11 +173,11 @@ def _walk(root: Path) -> list[Path]:
 
 
 def read(
-    source: Source, *, text_column: str, max_documents: int | None, skipped: Counter[str]
+    source: Source, *, columns: Columns, max_documents: int | None, skipped: Counter[str]
 ) -> Iterator[Document]:
     """Yield the documents of a source in a fixed order; counts what is left out, by reason."""
     count = 0
-    for document in _read_all(source, text_column, skipped):
+    for document in _read_all(source, columns, skipped):
         if not document.text.strip():
             skipped["empty"] += 1
             continue
@@ -145,10 +187,10 @@ def read(
             return
 
 
-def _read_all(source: Source, text_column: str, skipped: Counter[str]) -> Iterator[Document]:
+def _read_all(source: Source, columns: Columns, skipped: Counter[str]) -> Iterator[Document]:
     if is_hub(source):
-        yield from read_hub(source.location, text_column, skipped)
+        yield from read_hub(source.location, columns, skipped)
         return
     found = files(source)
     for name, path in found:
-        yield from read_file(path, name, text_column, alone=len(found) == 1, skipped=skipped)
+        yield from read_file(path, name, columns, alone=len(found) == 1, skipped=skipped)

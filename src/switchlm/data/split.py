@@ -1,5 +1,7 @@
 """The held-out split: which documents are never trained on."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from switchlm.data.order import Int64, UInt64
@@ -24,3 +26,22 @@ def choose_held_out(hashes_D: UInt64, lengths_D: Int64, share: float, least: int
             if lengths_D[chosen_D].sum() >= least:
                 break
     return chosen_D
+
+
+def choose_alike(
+    hashes_SD: Sequence[UInt64], lengths_SD: Sequence[Int64], share: float, least: int
+) -> list[np.ndarray]:
+    """Return for each source which documents are held out, the same groups in all of them.
+
+    hashes_SD, lengths_SD: one array a source. As `choose_held_out`, but a group that joins in one
+    source, because that has too little text, joins in all: else translations of a held-out text
+    would be trained on.
+    """
+    chosen_SD = [
+        choose_held_out(hashes_D, lengths_D, share, least)
+        for hashes_D, lengths_D in zip(hashes_SD, lengths_SD, strict=True)
+    ]
+    # A document is chosen because its hash is small, so the largest chosen one bounds all.
+    held_out = [hashes_D[chosen_D] for hashes_D, chosen_D in zip(hashes_SD, chosen_SD, strict=True)]
+    largest = np.concatenate(held_out).max(initial=0)
+    return [(hashes_D <= largest) & (share > 0) for hashes_D in hashes_SD]

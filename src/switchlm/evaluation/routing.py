@@ -1,25 +1,28 @@
-"""Who goes to which expert: for every Switch layer, counts by expert, token class and token.
+"""Who goes to which expert: for every Switch layer, counts by expert and class, source and token.
 
-Shapes: B batch, S source, T target, N tokens, K experts a token, A assignments, E experts.
+All of it is read off the `Routing` record of the model's own output.
+
+Shapes: B batch, S source, T target, N tokens, K experts a token, A assignments, E experts,
+C classes, M sources of the mixture, P places in a row.
 """
 
-import re
-import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from switchlm.data.batch import Batch
 from switchlm.data.tokenizer import Tokenizer
+from switchlm.evaluation.token_classes import CLASSES, TokenClasses, token_text
 from switchlm.generation.inference import evaluation_mode
 from switchlm.model.router import Router
 from switchlm.model.routing import Routing
 from switchlm.model.transformer import SwitchTransformer, shift_right
+from switchlm.parallel.mesh import ALONE, AnyMesh
 
-SPECIAL = re.compile(r"<pad>|</s>|<extra_id_\d+>|<id \d+>")
+PLACES = 16  # that the rows are divided into, to see where tokens are dropped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +30,20 @@ class LayerRouting:
     """What one Switch layer did with a text; padding is left out everywhere.
 
     name: the module, such as `encoder.blocks.1.feedforward`. load_E: assignments to each expert,
-    before dropping. class_load: the same for each class of tokens (see token_class). top_tokens:
-    for each expert its most frequent tokens as (text, count). dropped: the share of assignments
-    that capacity dropped. gate: the mean gate.
+    before dropping. class_load, source_load: the same for each class of tokens (see
+    token_classes.py) and each source of the text. top_tokens: for each expert its most frequent
+    tokens as (text, count). dropped: the share of assignments that capacity dropped.
+    dropped_by_place: the share of tokens that no expert took, in equal parts of the row from its
+    start to its end. gate: the mean gate.
     """
 
     name: str
     load_E: tuple[int, ...]
     class_load: dict[str, tuple[int, ...]]
+    source_load: dict[str, tuple[int, ...]]
     top_tokens: tuple[tuple[tuple[str, int], ...], ...]
     dropped: float
+    dropped_by_place: tuple[float, ...]
     gate: float
 
 
@@ -50,17 +57,26 @@ def switch_layers(model: SwitchTransformer) -> list[str]:
 
 
 def routing_statistics(
-    model: SwitchTransformer, batches: Iterable[Batch], tokenizer: Tokenizer, top: int = 8
+    model: SwitchTransformer,
+    batches: Iterable[Batch],
+    tokenizer: Tokenizer,
+    sources: Sequence[str],
+    *,
+    top: int = 8,
+    mesh: AnyMesh = ALONE,
 ) -> list[LayerRouting]:
     """Return a record for every Switch layer, in layer order; none for a dense model.
 
     Encoder layers see the inputs, decoder layers the targets shifted right. Capacity is as
-    configured for evaluation.
+    configured for evaluation. sources: the names that `Batch.source_B` indexes. On many processes
+    each gives its share of the batches, and all get the counts of all, but for `top_tokens`, which
+    are of the process's own share.
     """
     names = switch_layers(model)
-    tallies = [_Tally(model.config.num_experts, model.config.vocabulary_size) for _ in names]
     if not names:
         return []
+    tallies = [_Tally(model.config.num_experts, len(sources)) for _ in names]
+    classes = TokenClasses(tokenizer)
     device = model.embedding.weight.device
     with evaluation_mode(model):
         for batch in batches:
@@ -70,90 +86,113 @@ def routing_statistics(
             )
             segments = (batch.input_segments_BS, batch.target_segments_BT)
             output = model(batch.inputs_BS, decoder_inputs_BT, *segments)
+            seen = [
+                _Tokens.of(tokens, part, batch.source_B, classes)
+                for tokens, part in zip((batch.inputs_BS, decoder_inputs_BT), segments, strict=True)
+            ]
             for index, routing in enumerate(output.routing):
-                in_encoder = index < len(output.encoder_routing)
-                tokens = batch.inputs_BS if in_encoder else decoder_inputs_BT
-                tallies[index].add(routing, tokens, segments[0 if in_encoder else 1])
-    return [tally.summary(name, tokenizer, top) for name, tally in zip(names, tallies, strict=True)]
+                tallies[index].add(routing, seen[index >= len(output.encoder_routing)])
+    return [
+        tally.summary(name, tokenizer, sources, top, mesh)
+        for name, tally in zip(names, tallies, strict=True)
+    ]
 
 
-@dataclass
-class _Tally:
-    """Running counts of one layer."""
+@dataclass(frozen=True, kw_only=True)
+class _Tokens:
+    """What is known of the tokens of a stack, each int64 or bool [N] on the CPU."""
 
-    num_experts: int
-    vocabulary_size: int
-    counts: Counter[int] = field(default_factory=Counter)  # of expert * vocabulary_size + token
-    kept: int = 0
-    gate_sum: float = 0.0
+    token_N: Tensor
+    class_N: Tensor
+    source_N: Tensor
+    place_N: Tensor
+    real_N: Tensor
 
-    def add(self, routing: Routing, tokens: Tensor, segments: Tensor | None) -> None:
-        token_N = tokens.flatten()
-        num_assignments = routing.expert_A.numel()
-        token_A = routing.token_A
-        if token_A is None:
-            places = torch.arange(num_assignments, device=token_N.device)
-            token_A = places // (num_assignments // token_N.numel())
-            wanted_A = torch.ones_like(routing.kept_A)
-        else:
-            # Experts chose: what they did not keep, they did not want.
-            wanted_A = routing.kept_A
-        if segments is not None:
-            wanted_A = wanted_A & (segments.flatten() != 0)[token_A]
-        pair_A = routing.expert_A * self.vocabulary_size + token_N[token_A]
-        pairs, numbers = pair_A[wanted_A].unique(return_counts=True)
-        self.counts.update(dict(zip(pairs.tolist(), numbers.tolist(), strict=True)))
-        self.kept += int((routing.kept_A & wanted_A).sum())
-        self.gate_sum += float(routing.gate_A[wanted_A].double().sum())
-
-    def summary(self, name: str, tokenizer: Tokenizer, top: int) -> LayerRouting:
-        load_E = [0] * self.num_experts
-        class_load: dict[str, list[int]] = defaultdict(lambda: [0] * self.num_experts)
-        top_tokens: list[list[tuple[str, int]]] = [[] for _ in load_E]
-        for pair, number in self.counts.most_common():
-            expert, token = divmod(pair, self.vocabulary_size)
-            text = token_text(tokenizer, token)
-            load_E[expert] += number
-            class_load[token_class(text)][expert] += number
-            if len(top_tokens[expert]) < top:
-                top_tokens[expert].append((text, number))
-        total = max(sum(load_E), 1)
-        return LayerRouting(
-            name=name,
-            load_E=tuple(load_E),
-            class_load={key: tuple(value) for key, value in sorted(class_load.items())},
-            top_tokens=tuple(map(tuple, top_tokens)),
-            dropped=1 - self.kept / total if self.counts else 0.0,
-            gate=self.gate_sum / total,
+    @classmethod
+    def of(
+        cls, tokens: Tensor, segments: Tensor | None, source_B: Tensor, classes: TokenClasses
+    ) -> "_Tokens":
+        tokens = tokens.cpu()
+        length = tokens.shape[1]
+        place = torch.arange(length) * PLACES // length
+        real = (
+            torch.ones_like(tokens, dtype=torch.bool) if segments is None else segments.cpu() != 0
+        )
+        return cls(
+            token_N=tokens.flatten(),
+            class_N=classes.of_rows(tokens).flatten(),
+            source_N=source_B.long().cpu().repeat_interleave(length),
+            place_N=place.repeat(tokens.shape[0]),
+            real_N=real.flatten(),
         )
 
 
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """Return how a token reads; padding, end token and ids without a meaning have names."""
-    if token == tokenizer.pad_id:
-        return "<pad>"
-    if token == tokenizer.end_id:
-        return "</s>"
-    return tokenizer.decode([token]) or f"<id {token}>"
+class _Tally:
+    """Running counts of one layer."""
+
+    def __init__(self, num_experts: int, num_sources: int) -> None:
+        self.class_CE = torch.zeros(len(CLASSES), num_experts, dtype=torch.int64)
+        self.source_ME = torch.zeros(num_sources, num_experts, dtype=torch.int64)
+        self.place_P2 = torch.zeros(PLACES, 2, dtype=torch.int64)  # taken by no expert; in all
+        self.tokens: Counter[tuple[int, int]] = Counter()  # (expert, token)
+        self.kept_and_gate = torch.zeros(2, dtype=torch.float64)
+
+    def add(self, routing: Routing, seen: _Tokens) -> None:
+        expert_A, kept_A = routing.expert_A.cpu(), routing.kept_A.cpu()
+        num_tokens = seen.token_N.numel()
+        if routing.token_A is None:
+            token_A = torch.arange(expert_A.numel()) // (expert_A.numel() // num_tokens)
+            wanted_A = seen.real_N[token_A]
+        else:
+            # Experts chose: what they did not keep, they did not want.
+            token_A = routing.token_A.cpu()
+            wanted_A = kept_A & seen.real_N[token_A]
+        expert_W, token_W = expert_A[wanted_A], token_A[wanted_A]
+        _count(self.class_CE, seen.class_N[token_W], expert_W)
+        _count(self.source_ME, seen.source_N[token_W], expert_W)
+        pairs = torch.stack([expert_W, seen.token_N[token_W]])
+        unique, numbers = pairs.unique(dim=1, return_counts=True)
+        self.tokens.update(
+            dict(zip(zip(*unique.tolist(), strict=True), numbers.tolist(), strict=True))
+        )
+        taken_N = torch.zeros(num_tokens, dtype=torch.bool)
+        taken_N[token_A[kept_A]] = True
+        _count(self.place_P2, seen.place_N[seen.real_N], (taken_N[seen.real_N]).long())
+        kept = (kept_A & wanted_A).sum().double()
+        self.kept_and_gate += torch.stack([kept, routing.gate_A.cpu()[wanted_A].double().sum()])
+
+    def summary(
+        self, name: str, tokenizer: Tokenizer, sources: Sequence[str], top: int, mesh: AnyMesh
+    ) -> LayerRouting:
+        class_CE, source_ME = mesh.total(self.class_CE), mesh.total(self.source_ME)
+        untaken_P, taken_P = mesh.total(self.place_P2).unbind(1)
+        kept, gate = mesh.total(self.kept_and_gate).tolist()
+        load_E = class_CE.sum(0)
+        total = max(int(load_E.sum()), 1)
+        top_tokens: list[list[tuple[str, int]]] = [[] for _ in load_E]
+        for (expert, token), number in self.tokens.most_common():
+            if len(top_tokens[expert]) < top:
+                top_tokens[expert].append((token_text(tokenizer, token), number))
+        return LayerRouting(
+            name=name,
+            load_E=tuple(load_E.tolist()),
+            class_load=_named(CLASSES, class_CE),
+            source_load=_named(sources, source_ME),
+            top_tokens=tuple(map(tuple, top_tokens)),
+            dropped=1 - kept / total if load_E.any() else 0.0,
+            dropped_by_place=tuple((untaken_P / (untaken_P + taken_P).clamp(min=1)).tolist()),
+            gate=gate / total,
+        )
 
 
-def token_class(text: str) -> str:
-    """Return what kind of token a text is.
+def _count(counts_IJ: Tensor, row_W: Tensor, column_W: Tensor) -> None:
+    """Add one for each pair of row and column."""
+    columns = counts_IJ.shape[1]
+    found = torch.bincount(row_W * columns + column_W, minlength=counts_IJ.numel())
+    counts_IJ += found.reshape(counts_IJ.shape)
 
-    `special` (sentinels, start, end), `space`, `word`, `number`, `punctuation`, `byte` (part of a
-    character) or `mixed`.
-    """
-    bare = text.strip()
-    if not bare:
-        return "space"
-    if SPECIAL.fullmatch(bare):
-        return "special"
-    if "\ufffd" in bare:
-        return "byte"
-    if bare.isalpha():
-        return "word"
-    if bare.isnumeric():
-        return "number"
-    if all(unicodedata.category(character)[0] in "PS" for character in bare):
-        return "punctuation"
-    return "mixed"
+
+def _named(names: Sequence[str], counts_IE: Tensor) -> dict[str, tuple[int, ...]]:
+    """Return the rows that are not empty, by name."""
+    rows = zip(names, counts_IE.tolist(), strict=True)
+    return {name: tuple(row) for name, row in rows if any(row)}

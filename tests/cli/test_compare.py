@@ -49,6 +49,24 @@ def test_both_runs_are_on_disk_and_the_result_is_whole(tmp_path, text):
         assert evaluations[-1]["evaluation_loss"] == stored[f"{name}_loss"]
         assert (out / name / "model" / "model.safetensors").exists()
     assert "dense twin" in (out / "report.html").read_text()
+    assert json.loads((out / "sparse" / "routing.json").read_text())[0]["load_E"]
+    assert not (out / "dense" / "routing.json").exists()
+
+
+def test_sources_are_compared_one_by_one(tmp_path, text):
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in text.glob("*.txt"):
+        (other / path.name).write_text(path.read_text()[::-1])
+    out = tmp_path / "race"
+    both = ("--data", f"there={text}", "--data", f"back={other}")
+    result = invoke("--out", out, *both, *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "sources with a lower loss" in result.output
+    sources = json.loads((out / "compare.json").read_text())["sources"]
+    assert list(sources) == ["there", "back"]
+    layers = json.loads((out / "sparse" / "routing.json").read_text())
+    assert set(layers[0]["source_load"]) == {"there", "back"}
 
 
 def test_both_models_train_on_the_same_batches_for_the_same_steps(tmp_path, text):

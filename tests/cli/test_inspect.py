@@ -36,6 +36,21 @@ def test_tables(run, nano, text_file):
     assert routed.exit_code == 0
     assert "encoder.blocks.1.feedforward" in routed.stdout
     assert "decoder.blocks.1.feedforward" in routed.stdout
+    words = " ".join(routed.stdout.split())
+    assert "of 4 experts are dead" in words
+    assert "more than its share of" not in words, "one source has all"
+
+
+def test_experts_are_told_by_source(run, nano, text_file, tmp_path):
+    digits = tmp_path / "digits.txt"
+    digits.write_text("".join(f"{number * 7919}\n" for number in range(600)))
+    data = ("--data", f"words={text_file}", "--data", f"digits={digits}")
+    result = run("inspect", "--model", nano, *data, *SHORT)
+    assert result.exit_code == 0
+    words = " ".join(result.stdout.replace("│", " ").split())
+    assert "more than" in words
+    assert "digits x" in words
+    assert "number " in words
 
 
 def test_routing_of_a_text(run_json, nano, text_file):
@@ -45,7 +60,8 @@ def test_routing_of_a_text(run_json, nano, text_file):
         "decoder.blocks.1.feedforward",
     ]
     assert sum(layers[0]["load_E"]) == 2 * 4 * 48
-    assert "number" in layers[0]["class_load"]
+    assert {"number", "word start", "sentinel"} <= set(layers[0]["class_load"])
+    assert layers[0]["source_load"] == {"story": layers[0]["load_E"]}
 
 
 def test_a_dense_model_is_said_to_be_one(run, tmp_path, nano, text_file):

@@ -85,7 +85,9 @@ def test_cut_characters_and_what_follows_a_sentinel_are_not_guessed(tokenizer):
 
 def test_pieces_have_the_same_classes():
     text = Path(inspect.getsourcefile(argparse)).read_text()
-    found = classes(train_unigram([text], 640), text[:4000])
+    pieces = train_unigram([text], 640)
+    assert classes(pieces, "д")[0] == ("<0xD0>", "inside a word")
+    found = classes(pieces, text[:4000])
     kinds = dict(found)
     assert {kind for token, kind in found if token[0] == " " and token[1:].isalpha()} == {
         "word start"
@@ -105,4 +107,6 @@ def test_every_id_has_a_text(tokenizer):
     assert texts[0] == "<pad>"
     assert texts[1] == "</s>"
     assert texts[3 + ord("q")] == "q"
+    assert texts[3 + 0xE2] == "<0xE2>"
+    assert all("\ufffd" not in text for text in texts)
     assert texts[tokenizer.sentinel_ids[4]] == "<extra_id_4>"

@@ -64,6 +64,43 @@ def test_the_page_opens_offline(tmp_path, metrics):
     assert not re.search(r"""(src|href)\s*=|@import|fetch\(|url\(""", text)
 
 
+def layer(name="encoder.blocks.0.feedforward", experts=4, sources=("en", "ru", "uk", "fr")):
+    """Records of a layer: `en` and `fr` like one expert, `ru` and `uk` another, 3 is idle."""
+    half = [0, 100, 0, 0] + [0] * (experts - 4)
+    source_load = {
+        name: [90, 10, 0, 0, *half[4:]] if name in ("en", "fr") else [10, 85, 5, 0, *half[4:]]
+        for name in sources
+    }
+    load_E = [sum(column) for column in zip(*source_load.values(), strict=True)]
+    return {
+        "name": name,
+        "load_E": load_E,
+        "class_load": {"space": load_E},
+        "source_load": source_load,
+        "top_tokens": [[["e", 9], ["</script>", 1]], *[[] for _ in load_E[1:]]],
+        "dropped": 0.25,
+        "dropped_by_place": [0.0, 0.5],
+        "gate": 0.5,
+    }
+
+
+def test_routing_and_sources_are_in_the_page(tmp_path, metrics):
+    path = tmp_path / "report.html"
+    run = ReportRun(name="sparse", metrics=metrics, routing=[layer()])
+    sources = {"en": {"dense_loss": 2.0, "sparse_loss": 1.5, "step_ratio": None}}
+    write_report(path, title="t", headline="h", runs=[run], sources=sources)
+    data = embedded(path)
+    assert data["sources"] == [
+        {"name": "en", "dense_loss": 2.0, "sparse_loss": 1.5, "step_ratio": None}
+    ]
+    shown = data["runs"][0]["routing"]["layers"][0]
+    assert shown["name"] == "encoder 0"
+    assert shown["dead"] == [3]
+    assert shown["listed"][0]["tokens"] == ["e", "</script>"]
+    places = dict(zip(data["runs"][0]["routing"]["sources"], shown["by_source"], strict=True))
+    assert places["ru"][shown["experts"].index(1)] == 8500
+
+
 def test_what_is_not_finite_becomes_a_gap(tmp_path):
     path = tmp_path / "report.html"
     lines = [

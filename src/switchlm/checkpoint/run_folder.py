@@ -57,6 +57,11 @@ class RunFolder:
         return self.root / "tensorboard"
 
     @property
+    def routing(self) -> Path:
+        """Who goes to which expert, measured at the end of the run."""
+        return self.root / "routing.json"
+
+    @property
     def report(self) -> Path:
         """The report, one file that opens offline."""
         return self.root / "report.html"

@@ -59,7 +59,7 @@ def inspect(
 
         loaded, tokenizer = open_model(model, device)
         config = loaded.config
-        read, _ = read_batches(
+        read, sources = read_batches(
             model,
             tokenizer,
             data,
@@ -67,7 +67,7 @@ def inspect(
             batch_size=batch_size,
             input_length=input_length,
         )
-        layers = routing_statistics(loaded, read, tokenizer)
+        layers = routing_statistics(loaded, read, tokenizer, sources)
     else:
         from switchlm.checkpoint.huggingface import load_config
 
@@ -81,7 +81,7 @@ def inspect(
     console = Console()
     console.print(_size_table(sizes))
     for layer in layers:
-        console.print(_layer_table(layer))
+        console.print(_layer_table(dataclasses.asdict(layer)))
     if data and not layers:
         note("This model is dense: it has no experts.")
 
@@ -142,27 +142,42 @@ def _layer_line(layers: list[str]) -> str:
     return f"{len(layers)}, of them Switch layers: {layers.count('switch')}"
 
 
-def _layer_table(layer: "LayerRouting") -> Table:
-    total = max(sum(layer.load_E), 1)
+def _layer_table(layer: "dict[str, Any]") -> Table:
+    """Say what the heat maps of the report show: what each expert serves, where tokens drop."""
+    from switchlm.report.routing import dead_experts, describe_expert
+
+    total, loads = sum(layer["load_E"]), layer["load_E"]
+    dead = dead_experts(loads)
+    several = len(layer["source_load"]) > 1
     table = Table(
-        title=f"{layer.name}: {layer.dropped:.1%} dropped, mean gate {layer.gate:.2f}",
+        title=f"{layer['name']}: {layer['dropped']:.1%} dropped, mean gate {layer['gate']:.2f}",
         title_justify="left",
     )
     table.add_column("expert", justify="right")
     table.add_column("share", justify="right")
-    table.add_column("mostly")
+    table.add_column("serves most")
+    if several:
+        table.add_column("more than its share of")
     table.add_column("most frequent tokens")
-    busiest = sorted(range(len(layer.load_E)), key=lambda expert: -layer.load_E[expert])
+    busiest = [one for one in sorted(range(len(loads)), key=lambda one: -loads[one]) if loads[one]]
     for expert in busiest[:MOST_EXPERTS]:
-        load = layer.load_E[expert]
-        classes = {kind: loads[expert] for kind, loads in layer.class_load.items()}
-        kinds = sorted(classes, key=lambda kind: -classes[kind])[:2] if load else []
+        found = describe_expert(layer, expert, list(layer["source_load"]))
+        sources = ", ".join(f"{name} x{times:.1f}" for name, times in found["sources"])
         table.add_row(
             str(expert),
-            f"{load / total:.1%}",
-            ", ".join(f"{kind} {classes[kind] / load:.0%}" for kind in kinds if classes[kind]),
-            Text(" ".join(repr(text) for text, _ in layer.top_tokens[expert])),
+            f"{loads[expert] / total:.1%}",
+            ", ".join(f"{name} {share:.0%}" for name, share in found["classes"]),
+            *([Text(sources)] if several else []),
+            Text(" ".join(map(repr, found["tokens"]))),
         )
+    remarks = [f"{len(dead)} of {len(loads)} experts are dead"]
     if len(busiest) > MOST_EXPERTS:
-        table.caption = f"and {len(busiest) - MOST_EXPERTS} experts more (all with --json)"
+        remarks.append(f"{len(busiest) - MOST_EXPERTS} more not shown (all with --json)")
+    if layer["dropped"]:
+        by_place = layer["dropped_by_place"]
+        worst = max(range(len(by_place)), key=lambda place: by_place[place])
+        start, end = worst / len(by_place), (worst + 1) / len(by_place)
+        remarks.append(f"most drops from {start:.0%} to {end:.0%} of a row: {by_place[worst]:.1%}")
+    table.caption = "; ".join(remarks)
+    table.caption_justify = "left"
     return table

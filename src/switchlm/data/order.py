@@ -5,7 +5,6 @@ worker, in any order, and is the same on every machine. Suffixes: N numbers, L p
 """
 
 import hashlib
-from math import isqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,21 +43,26 @@ def hash_grid(key_N: UInt64, length: int) -> UInt64:
     return mix(key_N[:, None] + counter_L[None, :])
 
 
-def permute(index_N: Int64, size: int, key_N: UInt64) -> Int64:
+def permute(index_N: Int64, size: int | Int64, key_N: UInt64) -> Int64:
     """Where each index of range(size) goes under the permutation that its key names.
+
+    size: of all permutations, below 2**52; or one for each index.
 
     A Feistel network over a grid just larger than `size`; what falls outside walks on until it is
     inside again (Black and Rogaway 2002), which keeps it a bijection. O(1) memory a number.
     """
-    rows = np.uint64(isqrt(max(size - 1, 0)) + 1)
-    columns = np.uint64(-(-size // int(rows)))
-    value_N = _feistel(np.asarray(index_N).astype(np.uint64), rows, columns, key_N)
-    while (outside := np.flatnonzero(value_N >= np.uint64(size))).size:
-        value_N[outside] = _feistel(value_N[outside], rows, columns, key_N[outside])
+    size_N = np.broadcast_to(np.asarray(size, dtype=np.uint64), np.shape(index_N))
+    grid_N = np.sqrt(size_N.astype(np.float64) - (size_N > 0)).astype(np.uint64) + np.uint64(1)
+    grid_2N = np.stack([grid_N, (size_N + grid_N - np.uint64(1)) // grid_N])
+    value_N = _feistel(np.asarray(index_N).astype(np.uint64), grid_2N, key_N)
+    while (outside := np.flatnonzero(value_N >= size_N)).size:
+        value_N[outside] = _feistel(value_N[outside], grid_2N[:, outside], key_N[outside])
     return value_N.astype(np.int64)
 
 
-def _feistel(value_N: UInt64, rows: np.uint64, columns: np.uint64, key_N: UInt64) -> UInt64:
+def _feistel(value_N: UInt64, grid_2N: UInt64, key_N: UInt64) -> UInt64:
+    """One pass over grids of so many rows and columns, an own grid for each value."""
+    rows, columns = grid_2N
     row_N, column_N = value_N // columns, value_N % columns
     for turn in range(_ROUNDS):
         turn_key_N = key_N + np.uint64(turn)

@@ -5,6 +5,7 @@ source's rows are numbered on for ever: row `num_rows` is the first of the secon
 anew. Suffixes: D documents, N rows, E examples in those rows, L raw positions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,8 +57,11 @@ def join(parts: list[Examples]) -> Examples:
     )
 
 
-def shuffle(index_N: Int64, num_rows: int, seed: int) -> tuple[Int64, Int64]:
-    """Return the pass over the source that each number belongs to, and its row in that pass."""
+def shuffle(index_N: Int64, num_rows: int | Int64, seed: int) -> tuple[Int64, Int64]:
+    """Return the pass over the source that each number belongs to, and its row in that pass.
+
+    num_rows: of the source, or of the source of each number.
+    """
     pass_N, place_N = index_N // num_rows, index_N % num_rows
     key_N = hash_numbers(derive_key(seed, "order"), pass_N)
     return pass_N, permute(place_N, num_rows, key_N)
@@ -71,9 +75,10 @@ class RunningText:
     """
 
     def __init__(self, cache: TokenCache, chosen_D: np.ndarray, row_length: int, seed: int) -> None:
-        self._tokens = cache.tokens
-        self._row_length = row_length
-        self._seed = seed
+        # A plain view: every slice of a memory map would be another map, which is slow to make.
+        self._tokens = np.asarray(cache.tokens)
+        self.row_length = row_length
+        self.seed = seed
         # Neighbouring chosen documents form a run: one stretch of the file.
         edge_D = np.diff(chosen_D.astype(np.int8), prepend=0, append=0)
         run_start, run_end = cache.offsets[edge_D == 1], cache.offsets[edge_D == -1]
@@ -85,27 +90,35 @@ class RunningText:
 
     def examples(self, index_N: Int64) -> Examples:
         """Return the rows of those numbers, one example each."""
-        pass_N, row_N = shuffle(index_N, self.num_rows, self._seed)
-        offset_N = (hash_numbers(derive_key(self._seed, "offset"), pass_N) >> np.uint64(1)).astype(
-            np.int64
-        )
-        start_N = row_N * self._row_length + offset_N % self.num_tokens
-        position_NL = start_N[:, None] + np.arange(self._row_length)
-        return Examples(
-            tokens_EL=self._read(position_NL % self.num_tokens),
-            length_E=np.full(len(index_N), self._row_length, dtype=np.int64),
-            row_E=np.arange(len(index_N)),
-        )
+        return running_rows([self], np.zeros_like(index_N), index_N)
 
-    def _read(self, position_NL: Int64) -> Int64:
-        """Return the tokens at positions of the chosen text."""
-        run_NL = np.searchsorted(self._run_at, position_NL[:, :1], side="right") - 1
-        first_N, last_N = position_NL[:, 0], position_NL[:, -1]
-        run_end_N = self._run_at[run_NL[:, 0] + 1]
-        across = np.flatnonzero((last_N >= run_end_N) | (last_N < first_N))
-        shift_NL = np.broadcast_to(self._shift[run_NL], position_NL.shape)
-        if across.size:
-            shift_NL = shift_NL.copy()
-            runs = np.searchsorted(self._run_at, position_NL[across], side="right") - 1
-            shift_NL[across] = self._shift[runs]
-        return self._tokens[position_NL + shift_NL].astype(np.int64)
+    def read(self, start: int) -> np.ndarray:
+        """Return the `row_length` tokens from a place in the chosen text on."""
+        run = self._run_at.searchsorted(start, side="right") - 1
+        if start + self.row_length <= self._run_at[run + 1]:
+            at = start + self._shift[run]
+            return self._tokens[at : at + self.row_length]
+        position_L = (start + np.arange(self.row_length)) % self.num_tokens
+        run_L = self._run_at.searchsorted(position_L, side="right") - 1
+        return self._tokens[position_L + self._shift[run_L]]
+
+
+def running_rows(texts: Sequence[RunningText], source_N: Int64, index_N: Int64) -> Examples:
+    """Return rows of several sources, one example each: number `index_N` of text `source_N`.
+
+    All sources at once, since a batch may draw from a hundred of them, few rows from each.
+    """
+    row_length, seed = texts[0].row_length, texts[0].seed
+    num_rows_N = np.array([text.num_rows for text in texts])[source_N]
+    num_tokens_N = np.array([text.num_tokens for text in texts])[source_N]
+    pass_N, row_N = shuffle(index_N, num_rows_N, seed)
+    offset_N = (hash_numbers(derive_key(seed, "offset"), pass_N) >> np.uint64(1)).astype(np.int64)
+    start_N = (row_N * row_length + offset_N % num_tokens_N) % num_tokens_N
+    tokens_NL = np.empty((len(index_N), row_length), dtype=np.int64)
+    for row, (source, start) in enumerate(zip(source_N.tolist(), start_N.tolist(), strict=True)):
+        tokens_NL[row] = texts[source].read(start)
+    return Examples(
+        tokens_EL=tokens_NL,
+        length_E=np.full(len(index_N), row_length, dtype=np.int64),
+        row_E=np.arange(len(index_N)),
+    )

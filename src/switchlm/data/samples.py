@@ -14,7 +14,7 @@ from switchlm.data.batch import Batch
 from switchlm.data.mixture import Mixture
 from switchlm.data.order import Int64, derive_key, hash_numbers
 from switchlm.data.row_shape import RowShape
-from switchlm.data.rows import Examples, Rows, join
+from switchlm.data.rows import Examples, Rows, RunningText, join, running_rows
 from switchlm.data.span_corruption import corrupt, noise_mask
 from switchlm.data.tokenizer import Tokenizer
 
@@ -93,6 +93,9 @@ class Samples:
 
     def _gather(self, source_B: Int64, index_B: Int64) -> Examples:
         """Return the raw text of all rows, in the order of the batch."""
+        running = [rows for rows in self._rows if isinstance(rows, RunningText)]
+        if len(running) == len(self._rows):
+            return running_rows(running, source_B, index_B)
         parts = []
         for source in np.unique(source_B):
             row_B = np.flatnonzero(source_B == source)

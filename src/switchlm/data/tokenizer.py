@@ -23,6 +23,7 @@ from switchlm.errors import DataError
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 NUM_SENTINELS = 100
 MULTIPLE = 128
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _FIRST_BYTE = 3  # after the three special tokens, as in ByT5
 _PADS = (PAD, "[PAD]", "<|pad|>")
 _ENDS = (END, "<eos>", "<|endoftext|>", "<|end_of_text|>", "[SEP]")
@@ -101,6 +102,15 @@ class Tokenizer:
         except (ValueError, RecursionError) as error:
             raise DataError(f"The tokenizer file is not JSON: {error}") from None
         return cls(_parse(text))
+
+    def byte(self, token: int) -> int | None:
+        """Return the byte that a token stands for by itself, as in `<0xE2>`; None for others."""
+        piece = self.backend.id_to_token(token) or ""
+        if match := _BYTE_PIECE.fullmatch(piece):
+            return int(match[1], 16)
+        # In byte-level vocabularies a byte that is no character has a printable one stand for it.
+        symbols = _byte_symbols()
+        return symbols.index(piece) if piece in symbols and not piece.isascii() else None
 
     def to_json(self) -> str:
         """Return the text of a `tokenizer.json`."""

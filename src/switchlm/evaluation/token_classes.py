@@ -72,7 +72,7 @@ class TokenClasses:
 
     def _decode(self, ids: tuple[int, ...]) -> str:
         if len(ids) == 1:
-            return token_text(self.tokenizer, ids[0])
+            return _text(self.tokenizer, ids[0])
         return self.tokenizer.decode(ids)
 
     @lru_cache(maxsize=2**16)  # noqa: B019 lives as long as the object does
@@ -82,7 +82,13 @@ class TokenClasses:
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """Return how a token reads; padding, end token and ids without a meaning have names."""
+    """Return how a token reads; what has no text of its own has a name, as in `<0xE2>`."""
+    text = _text(tokenizer, token)
+    byte = tokenizer.byte(token) if _CUT in text else None
+    return text if byte is None else f"<0x{byte:02X}>"
+
+
+def _text(tokenizer: Tokenizer, token: int) -> str:
     if token == tokenizer.pad_id:
         return "<pad>"
     if token == tokenizer.end_id:

@@ -8,6 +8,7 @@ and in time, the sparse model reaches the dense model's final held-out loss.
 import dataclasses
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -35,7 +36,8 @@ from switchlm.recipes.config import (
 )
 from switchlm.recipes.pretrain import default_device
 from switchlm.recipes.racer import Racer
-from switchlm.recipes.speedup import crossing
+from switchlm.recipes.routing import read_routing
+from switchlm.recipes.speedup import crossing, speed_by_source
 from switchlm.report.write import ReportRun, write_report
 
 Event = dict[str, Any]
@@ -160,6 +162,7 @@ def _result(config: Comparison, racers: Mapping[str, Racer], loader: Loader) -> 
         "step_ratio": None if reached is None else reached.step / last["dense"]["step"],
         "time_ratio": None if reached is None else reached.seconds / last["dense"]["seconds"],
         "crossing": None if reached is None else dataclasses.asdict(reached),
+        "sources": speed_by_source(dense, sparse),
         "steps": last["dense"]["step"],
         "seconds": {name: line["seconds"] for name, line in last.items()},
         "parameters": {name: count.parameters(model) for name, model in models.items()},
@@ -230,6 +233,13 @@ def result_table(result: Event) -> list[dict[str, str]]:
             row("speed-up in steps", {"sparse": f"{1 / result['step_ratio']:.2f} x"}),
             row("speed-up in time", {"sparse": f"{1 / result['time_ratio']:.2f} x"}),
         ]
+    if len(result["sources"]) > 1:
+        sources = result["sources"].values()
+        better = sum(one["sparse_loss"] < one["dense_loss"] for one in sources)
+        ratios = [one["step_ratio"] or math.inf for one in sources]
+        rows.append(row("sources with a lower loss", {"sparse": f"{better} of {len(ratios)}"}))
+        speed_up = {"sparse": f"{1 / statistics.median(ratios):.2f} x"}
+        rows.append(row("speed-up in steps, median source", speed_up))
     return rows
 
 
@@ -239,7 +249,13 @@ def _report(path: Path, racers: Mapping[str, Racer], result: Event) -> None:
         path,
         title="Switch Transformer against its dense twin",
         headline=headline(result),
-        runs=[ReportRun(name=name, metrics=racers[name].metrics) for name in ("sparse", "dense")],
+        runs=[
+            ReportRun(
+                name=name, metrics=racers[name].metrics, routing=read_routing(racers[name].folder)
+            )
+            for name in ("sparse", "dense")
+        ],
+        sources=result["sources"],
         table=result_table(result),
         target_loss=result["dense_loss"],
         crossing=reached,

@@ -16,6 +16,7 @@ from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply, materialise
 from switchlm.parallel.mesh import ALONE, AnyMesh, Mesh, joined
 from switchlm.recipes.config import RunConfig, to_sections, with_vocabulary
+from switchlm.recipes.routing import record_routing
 from switchlm.report.write import ReportRun, write_report
 from switchlm.training.loop import train
 from switchlm.training.monitor import read_metrics
@@ -105,6 +106,7 @@ def _pretrain(
     )
     yield {"phase": "saving the model"}
     save(model, loader.tokenizer, folder.model, group=mesh.storage)
+    routing = record_routing(model, share, loader.tokenizer, folder, mesh)
     if not mesh.is_main:
         return
     metrics = read_metrics(folder.metrics)
@@ -114,6 +116,6 @@ def _pretrain(
         folder.report,
         title=f"Pre-training: {out.name}",
         headline="" if last is None else f"Held-out loss {last:.3f} nats a target token.",
-        runs=[ReportRun(name=out.name, metrics=metrics)],
+        runs=[ReportRun(name=out.name, metrics=metrics, routing=routing)],
         configuration=to_sections(config),
     )

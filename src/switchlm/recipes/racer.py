@@ -24,6 +24,7 @@ from switchlm.data.tokenizer import Tokenizer
 from switchlm.errors import SwitchLMError
 from switchlm.recipes.config import RunConfig, from_sections, to_sections
 from switchlm.recipes.pretrain import build_model
+from switchlm.recipes.routing import record_routing
 from switchlm.training.loop import train
 
 Event = dict[str, Any]
@@ -122,6 +123,7 @@ class _Run:
                     break
             if word == "finish":
                 save(self.model, self.loader.tokenizer, self.folder.model)
+                record_routing(self.model, self.loader, self.loader.tokenizer, self.folder)
             _send(answers, {"done": True})
 
 

@@ -32,3 +32,29 @@ def crossing(evaluations: Sequence[Mapping[str, Any]], target: float) -> Crossin
             )
         before = line
     return None
+
+
+def speed_by_source(
+    dense: Sequence[Mapping[str, Any]], sparse: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, float | None]]:
+    """Return how the two runs compare on each source of the text (section 4.3).
+
+    dense, sparse: lines as of `crossing` that also have `evaluation_loss_by_source`. For each
+    source: `dense_loss` and `sparse_loss` at the end, and `step_ratio` and `time_ratio`, the share
+    of the dense run after which the sparse one had reached the dense run's last loss; None if it
+    never did.
+    """
+    last = {"dense": dense[-1], "sparse": sparse[-1]}
+    result: dict[str, dict[str, float | None]] = {}
+    for name, target in last["dense"]["evaluation_loss_by_source"].items():
+        lines = [
+            {**line, "evaluation_loss": line["evaluation_loss_by_source"][name]} for line in sparse
+        ]
+        reached = crossing(lines, target)
+        result[name] = {
+            "dense_loss": target,
+            "sparse_loss": last["sparse"]["evaluation_loss_by_source"][name],
+            "step_ratio": None if reached is None else reached.step / last["dense"]["step"],
+            "time_ratio": None if reached is None else reached.seconds / last["dense"]["seconds"],
+        }
+    return result

@@ -1,21 +1,24 @@
-"""Write report.html: metrics and results go in as JSON, page.html draws them."""
+"""Write report.html: metrics and results go in as JSON, the page's scripts draw them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from switchlm.report.routing import routing_data, short_name
 
 MAX_POINTS = 400  # of a curve: more than the page has pixels for
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportRun:
-    """One curve of the report: a name and the lines of its metrics.jsonl."""
+    """One run of the report: a name, the lines of its metrics.jsonl, and its routing.json."""
 
     name: str
     metrics: Sequence[Mapping[str, Any]]
+    routing: Sequence[Mapping[str, Any]] = ()
 
 
 def write_report(
@@ -25,6 +28,7 @@ def write_report(
     headline: str,
     runs: Sequence[ReportRun],
     table: Sequence[Mapping[str, Any]] = (),
+    sources: Mapping[str, Mapping[str, Any]] | None = None,
     target_loss: float | None = None,
     crossing: Mapping[str, float] | None = None,
     example: Mapping[str, str] | None = None,
@@ -32,14 +36,19 @@ def write_report(
 ) -> None:
     """Write the report.
 
-    headline: the result in a sentence. table: one mapping of column to text a row. target_loss: a
-    held-out loss drawn as a line (the dense twin's last). crossing: where the sparse model reached
-    it, `step` and `seconds`. example: label to text, shown as code. configuration: shown as is.
+    headline: the result in a sentence. table: one mapping of column to text a row. sources: for
+    each source of the text how two runs compare, as of `recipes.speedup`. target_loss: a held-out
+    loss drawn as a line (the dense twin's last). crossing: where the sparse model reached it,
+    `step` and `seconds`. example: label to text, shown as code. configuration: shown as is.
     """
     data = {
         "title": title,
         "headline": headline,
-        "runs": [{"name": run.name, **_series(run.metrics)} for run in runs],
+        "runs": [
+            {"name": run.name, **_series(run.metrics), "routing": routing_data(run.routing)}
+            for run in runs
+        ],
+        "sources": [{"name": name, **_pick(one, one)} for name, one in (sources or {}).items()],
         "table": [dict(row) for row in table],
         "target_loss": target_loss,
         "crossing": crossing,
@@ -48,10 +57,18 @@ def write_report(
     }
     # "</" would end the script element that holds the data.
     text = json.dumps(data, allow_nan=False).replace("</", "<\\/")
-    page = files("switchlm.report").joinpath("page.html").read_text(encoding="utf-8")
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(page.replace("__DATA__", text), encoding="utf-8")
+    partial.write_text(_page().replace("__DATA__", text), encoding="utf-8")
     partial.replace(path)
+
+
+def _page() -> str:
+    """Return the page with its style and scripts in it: one file that needs no other."""
+    parts = files("switchlm.report").joinpath("page")
+    page = parts.joinpath("page.html").read_text(encoding="utf-8")
+    for name in ("style.css", "charts.js", "routing.js", "page.js"):
+        page = page.replace(f"__{name}__", parts.joinpath(name).read_text(encoding="utf-8"))
+    return page
 
 
 def _series(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -60,7 +77,9 @@ def _series(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     evaluation = [line for line in metrics if "evaluation_loss" in line]
     keys = ("step", "seconds", "loss", "tokens_per_second", "dropped_by_layer", "gate", "load")
     return {
-        "layers": next((_labels(line["layers"]) for line in training if line.get("layers")), []),
+        "layers": next(
+            (list(map(short_name, line["layers"])) for line in training if line.get("layers")), []
+        ),
         "training": [_pick(line, keys) for line in _thin(training)],
         "evaluation": [
             _pick(line, ("step", "seconds", "evaluation_loss")) for line in _thin(evaluation)
@@ -68,12 +87,7 @@ def _series(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _labels(layers: Sequence[str]) -> list[str]:
-    """`encoder.blocks.3.feedforward` is `encoder 3` to a reader."""
-    return [name.replace(".blocks.", " ").removesuffix(".feedforward") for name in layers]
-
-
-def _pick(line: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+def _pick(line: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     return {key: _rounded(line[key]) for key in keys if key in line}
 
 

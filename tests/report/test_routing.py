@@ -66,6 +66,14 @@ def test_dead_experts_serve_less_than_a_twentieth_of_an_even_share():
     assert dead_experts([100, 100, 100, 6]) == []
 
 
+def test_without_sources_the_kinds_of_tokens_are_shown():
+    layer = record({"a": [30, 10]}) | {"source_load": {}}
+    data = routing_data([layer])
+    assert data["sources"] == []
+    assert data["layers"][0]["classes"][0]["name"] == "space"
+    assert data["layers"][0]["listed"][0]["sources"] == []
+
+
 def test_no_layers_is_nothing():
     assert routing_data([]) is None
 

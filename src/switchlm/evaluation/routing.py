@@ -60,7 +60,7 @@ def routing_statistics(
     model: SwitchTransformer,
     batches: Iterable[Batch],
     tokenizer: Tokenizer,
-    sources: Sequence[str],
+    sources: Sequence[str] = (),
     *,
     top: int = 8,
     mesh: AnyMesh = ALONE,
@@ -68,7 +68,8 @@ def routing_statistics(
     """Return a record for every Switch layer, in layer order; none for a dense model.
 
     Encoder layers see the inputs, decoder layers the targets shifted right. Capacity is as
-    configured for evaluation. sources: the names that `Batch.source_B` indexes. On many processes
+    configured for evaluation. sources: the names that `Batch.source_B` indexes; without them
+    there is no count by source. On many processes
     each gives its share of the batches, and all get the counts of all, but for `top_tokens`, which
     are of the process's own share.
     """
@@ -149,7 +150,8 @@ class _Tally:
             wanted_A = kept_A & seen.real_N[token_A]
         expert_W, token_W = expert_A[wanted_A], token_A[wanted_A]
         _count(self.class_CE, seen.class_N[token_W], expert_W)
-        _count(self.source_ME, seen.source_N[token_W], expert_W)
+        if self.source_ME.numel():
+            _count(self.source_ME, seen.source_N[token_W], expert_W)
         pairs = torch.stack([expert_W, seen.token_N[token_W]])
         unique, numbers = pairs.unique(dim=1, return_counts=True)
         self.tokens.update(

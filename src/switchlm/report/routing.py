@@ -34,7 +34,7 @@ def routing_data(layers: Sequence[Record]) -> dict[str, Any] | None:
     sources = _largest_sources(layers)
     cells = MOST_CELLS // (len(layers) * max(len(sources), 1))
     most = min(max(cells, LEAST_EXPERTS), MOST_EXPERTS)
-    shares = [_shares(layer["source_load"], sources) for layer in layers]
+    shares = [_shares(layer["source_load"], sources, len(layer["load_E"])) for layer in layers]
     order = similarity_order(np.concatenate([np.sqrt(part) for part in shares], axis=1))
     sources = [sources[place] for place in order]
     return {
@@ -48,8 +48,10 @@ def _largest_sources(layers: Sequence[Record]) -> list[str]:
     return sorted(loads, key=lambda name: -sum(loads[name]))[:MOST_SOURCES]
 
 
-def _shares(loads: Mapping[str, Sequence[int]], names: Sequence[str]) -> Floats:
+def _shares(loads: Mapping[str, Sequence[int]], names: Sequence[str], num_experts: int) -> Floats:
     """Return [M, E]: of the tokens of each name, the share that wanted each expert."""
+    if not names:
+        return np.zeros((0, num_experts))
     counts_ME = np.array([loads[name] for name in names], dtype=np.float64)
     return counts_ME / np.maximum(counts_ME.sum(1, keepdims=True), 1)
 
@@ -58,8 +60,8 @@ def _layer(layer: Record, sources: Sequence[str], most: int) -> dict[str, Any]:
     load_E = np.array(layer["load_E"], dtype=np.float64)
     share_E = load_E / max(load_E.sum(), 1)
     shown = np.sort(np.argsort(-share_E, kind="stable")[:most])
-    by_source_ME = _shares(layer["source_load"], sources)
-    by_class_CE = _shares(layer["class_load"], list(layer["class_load"]))
+    by_source_ME = _shares(layer["source_load"], sources, len(load_E))
+    by_class_CE = _shares(layer["class_load"], list(layer["class_load"]), len(load_E))
     # What an expert is for is what it serves more than the others do.
     profile_ME = np.concatenate([by_source_ME, by_class_CE])[:, shown]
     profile_ME = np.sqrt(profile_ME / np.maximum(share_E[shown], 1e-9))

@@ -5,6 +5,8 @@ import torch
 import transformers
 
 from switchlm.checkpoint import huggingface
+from switchlm.checkpoint.adapters import AdapterConfig, save_adapters
+from switchlm.model import lora
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 
@@ -19,6 +21,21 @@ def test_the_copy_has_the_same_weights_and_tokenizer(run_json, nano, tmp_path):
         assert torch.equal(copy.state_dict()[name], tensor)
     assert its_tokenizer.to_json() == tokenizer.to_json()
     transformers.SwitchTransformersForConditionalGeneration.from_pretrained(out)
+
+
+def test_adapters_are_melted_in(run, refuse, nano, tmp_path):
+    model, _ = huggingface.load(nano)
+    lora.apply(model, 2, 4.0)
+    with torch.no_grad():
+        for pair in lora.adapters(model).values():
+            pair.normal_()
+    save_adapters(model, AdapterConfig(rank=2, alpha=4.0), tmp_path / "adapters")
+    command = ("convert", "--model", nano, "--adapters", tmp_path / "adapters", "--out")
+    assert run(*command, tmp_path / "whole").exit_code == 0
+    whole = huggingface.load(tmp_path / "whole")[0].state_dict()
+    expected = lora.merged(model).state_dict()
+    assert all(torch.equal(whole[name], expected[name]) for name in expected)
+    assert "There are no adapters in" in refuse(*command[:4], nano, *command[5:], tmp_path / "x")
 
 
 def test_numbers_may_take_less_room(run, nano, tmp_path):

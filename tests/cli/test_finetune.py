@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,6 +174,26 @@ def test_a_run_is_resumed_with_what_it_began_with(run, refuse, command, tmp_path
     before = timeless(tmp_path / "run")
     assert run("finetune", "--out", tmp_path / "run", "--resume").exit_code == 0
     assert timeless(tmp_path / "run") == before
+
+
+def test_a_base_that_has_changed_is_told(run, refuse, command, tmp_path, nano):
+    """A checkpoint holds what trains only; the rest must be what it was."""
+    base = tmp_path / "base"
+    shutil.copytree(nano, base)
+    assert run(*command(model=base, trainable="router")).exit_code == 0
+    again = ("finetune", "--out", tmp_path / "run", "--resume")
+    assert run(*again).exit_code == 0
+    model, tokenizer = huggingface.load(base)
+    model.embedding.weight.data[0, 0] += 1
+    huggingface.save(model, tokenizer, base)
+    assert "is not the one that the run in" in refuse(*again)
+
+
+def test_several_processes_are_refused(refuse, command, monkeypatch):
+    launch = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**launch, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert "Fine-tuning runs in one process, but 2 were started" in refuse(*command())
 
 
 def test_a_pre_training_run_is_not_fine_tuned_further_by_resume(refuse, command, tmp_path):

@@ -52,6 +52,11 @@ class RunFolder:
         return self.root / "adapters"
 
     @property
+    def base(self) -> Path:
+        """The fingerprint of what a run that trains a part of a model leaves as it is."""
+        return self.root / "base.json"
+
+    @property
     def tensorboard(self) -> Path:
         """Event files of TensorBoard."""
         return self.root / "tensorboard"

@@ -36,6 +36,9 @@ def convert(
         Layout,
         typer.Option(help="huggingface refuses what transformers cannot represent; native not."),
     ] = Layout.huggingface,
+    adapters: Annotated[
+        Path | None, typer.Option(help="Melt these adapters in: RUN/adapters of a fine-tuning.")
+    ] = None,
     dtype: Annotated[
         Precision | None, typer.Option(help="Number format of the weights; as they are by default.")
     ] = None,
@@ -44,11 +47,16 @@ def convert(
     """Write a model in another layout."""
     import torch
 
+    from switchlm.checkpoint.adapters import load_adapters
     from switchlm.checkpoint.huggingface import load, save
     from switchlm.checkpoint.limits import limits
+    from switchlm.model import lora
 
     kind = None if dtype is None else getattr(torch, dtype.value)
     loaded, tokenizer = load(model, dtype=kind, report=note)
+    if adapters is not None:
+        load_adapters(loaded, adapters)
+        loaded = lora.merged(loaded)
     obstacles = limits(loaded.config)
     if to is Layout.huggingface and obstacles:
         raise CheckpointError(

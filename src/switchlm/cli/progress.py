@@ -96,6 +96,7 @@ class Progress:
             states = "; ".join(
                 f"{name} step {state['step']:,} loss {_number(state.get('loss'))} "
                 f"held-out {_number(state.get('evaluation_loss'))}"
+                + (f" score {state['score']:.2f}%" if "score" in state else "")
                 for name, state in self.runs.items()
             )
             self.console.print(f"{self._status()}; {states}", soft_wrap=True)

@@ -18,7 +18,7 @@ from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.launch import launched
 from switchlm.recipes.config import to_sections
 from switchlm.recipes.finetune_config import FinetuneConfig, FinetuneRun
-from switchlm.recipes.finetune_model import Say, check_spelling, keep, open_model
+from switchlm.recipes.finetune_model import Say, check_base, check_spelling, keep, open_model
 from switchlm.report.write import ReportRun, write_report
 from switchlm.training.evaluation import KeepBest
 from switchlm.training.loop import train
@@ -71,6 +71,7 @@ def finetune(
         report=report,
     )
     folder.create()
+    check_base(model, folder, settings.model)
     write_yaml(folder.config, to_sections(config))
     evaluator = KeepBest(
         score=scorer(config, examples, loader),

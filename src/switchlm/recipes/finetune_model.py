@@ -3,13 +3,17 @@
 What a run writes of it: the whole model, and adapters by themselves where it trains some.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 
 import torch
 
 from switchlm.checkpoint.adapters import AdapterConfig, save_adapters
+from switchlm.checkpoint.files import replace_file
 from switchlm.checkpoint.huggingface import load, save
 from switchlm.checkpoint.run_folder import RunFolder
+from switchlm.checkpoint.weights import read_json
 from switchlm.data.task import Task
 from switchlm.data.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, DataError
@@ -52,6 +56,26 @@ def reconfigured(model: SwitchTransformer, config: ModelConfig) -> SwitchTransfo
             state[name] = torch.zeros(place.shape, device=model.embedding.weight.device)
     other.load_state_dict({name: state[name] for name in other.state_dict()}, assign=True)
     return other
+
+
+def check_base(model: SwitchTransformer, folder: RunFolder, name: str) -> None:
+    """Note what of the model stays as it is, which no checkpoint of the run holds.
+
+    Raises CheckpointError where a resumed run finds something else under the name of its model.
+    """
+    digest = hashlib.sha256()
+    for key, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            digest.update(f"{key} {int(torch.hash_tensor(parameter).view(torch.int64))}\n".encode())
+    noted = {"frozen": digest.hexdigest()}
+    if not folder.base.exists():
+        replace_file(folder.base, json.dumps(noted).encode())
+    elif read_json(folder.root, folder.base.name) != noted:
+        raise CheckpointError(
+            f"The model {name!r} is not the one that the run in {str(folder.root)!r} began with: "
+            "its weights have changed since, and the run's checkpoints hold only what it trains. "
+            "Put the old model back to resume, or choose another --out for a new run."
+        )
 
 
 def check_spelling(tasks: Sequence[Task], tokenizer: Tokenizer, model: str) -> None:

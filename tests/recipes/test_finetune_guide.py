@@ -1,0 +1,50 @@
+"""The commands and settings of docs/guides/finetune.md are ones that can be typed."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from switchlm.checkpoint import huggingface
+from switchlm.cli.main import load
+from switchlm.model.presets import preset
+from switchlm.model.transformer import SwitchTransformer
+from switchlm.recipes.finetune_config import finetune_run
+
+ROOT = Path(__file__).resolve().parents[2]
+GUIDE = (ROOT / "docs" / "guides" / "finetune.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line
+    for block in re.findall(r"^```\n(.*?)^```$", GUIDE, re.S | re.M)
+    for line in block.splitlines()
+]
+SETTINGS = re.findall(r"`((?:finetune|training|model|router)\.\w+=\S+)`", GUIDE)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_commands_parse(line):
+    name, verb, *arguments = shlex.split(line)
+    assert name == "switchlm"
+    load(verb).make_context(verb, arguments)
+
+
+def test_the_settings_are_there(tmp_path):
+    torch.manual_seed(0)
+    huggingface.save(SwitchTransformer(preset("nano")), None, tmp_path / "nano")
+    stated = {"model": str(tmp_path / "nano"), "tasks": ["sst2"]}
+    assert len(SETTINGS) > 12
+    usual = finetune_run({}, stated=stated)
+    for setting in SETTINGS:
+        assert finetune_run({}, stated=stated, overrides=[setting]) != usual, setting
+
+
+def test_the_usual_settings_are_as_it_says(tmp_path):
+    torch.manual_seed(0)
+    huggingface.save(SwitchTransformer(preset("nano")), None, tmp_path / "nano")
+    usual = finetune_run({}, stated={"model": str(tmp_path / "nano"), "tasks": ["sst2"]})
+    assert "dropout 0.1, expert dropout 0.4" in GUIDE
+    assert (usual.model.dropout, usual.model.expert_dropout) == (0.1, 0.4)
+    assert f"{usual.training.steps:,} steps, and every {usual.training.evaluate_every}" in GUIDE
+    assert f"`finetune.lora_alpha` ({usual.finetune.lora_alpha:.0f})" in GUIDE

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from switchlm.checkpoint.huggingface import load
 from switchlm.checkpoint.run_folder import RunFolder
 from switchlm.config import read_yaml, write_yaml
 from switchlm.data.pairs import PairLoader
@@ -19,6 +20,8 @@ from switchlm.parallel.launch import launched
 from switchlm.recipes.config import to_sections
 from switchlm.recipes.finetune_config import FinetuneConfig, FinetuneRun
 from switchlm.recipes.finetune_model import Say, check_base, check_spelling, keep, open_model
+from switchlm.recipes.pretrain import default_device
+from switchlm.recipes.routing import record_routing
 from switchlm.report.write import ReportRun, write_report
 from switchlm.training.evaluation import KeepBest
 from switchlm.training.loop import train
@@ -88,7 +91,8 @@ def finetune(
         should_stop=should_stop,
         evaluator=evaluator,
     )
-    _write_report(config, examples, folder)
+    routing = _routing_of_the_best(loader, folder) if folder.model.exists() else []
+    _write_report(config, examples, folder, routing)
 
 
 def read_tasks(settings: FinetuneConfig) -> Examples:
@@ -170,7 +174,17 @@ def _check_folder(config: FinetuneRun, folder: RunFolder, resume: bool) -> None:
             )
 
 
-def _write_report(config: FinetuneRun, examples: Examples, folder: RunFolder) -> None:
+def _routing_of_the_best(loader: PairLoader, folder: RunFolder) -> list[dict[str, Any]]:
+    best, _ = load(folder.model, device=default_device(), report=lambda line: None)
+    return record_routing(best, loader, loader.tokenizer, folder)
+
+
+def _write_report(
+    config: FinetuneRun,
+    examples: Examples,
+    folder: RunFolder,
+    routing: Sequence[Mapping[str, Any]],
+) -> None:
     metrics = read_metrics(folder.metrics)
     evaluations = [line for line in metrics if "score" in line]
     names = {task.name: task.metrics[0] for task in examples.tasks}
@@ -186,7 +200,7 @@ def _write_report(config: FinetuneRun, examples: Examples, folder: RunFolder) ->
         folder.report,
         title=f"Fine-tuning: {folder.root.name}",
         headline=headline,
-        runs=[ReportRun(name=folder.root.name, metrics=metrics)],
+        runs=[ReportRun(name=folder.root.name, metrics=metrics, routing=routing)],
         table=[
             {
                 "step": f"{line['step']:,}",

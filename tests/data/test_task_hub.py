@@ -15,8 +15,8 @@ def stand_in(monkeypatch):
     """Put a stand-in for `datasets` in place; returns the calls, and what it answers."""
     calls, answers = [], []
 
-    def load_dataset(name, config, *, split, revision):
-        calls.append((name, config, split, revision))
+    def load_dataset(path, name=None, data_dir=None, split=None, revision=None):
+        calls.append((path, name or data_dir, split, revision))
         if isinstance(answers[0], Exception):
             raise answers[0]
         return answers
@@ -44,7 +44,7 @@ def stand_in(monkeypatch):
             "boolq",
             "validation",
             {"question": "q", "passage": "p", "label": 0},
-            ("aps/super_glue", "boolq", "validation", "refs/convert/parquet"),
+            ("aps/super_glue", "boolq", "validation", None),
         ),
         (
             "anli_r3",
@@ -69,6 +69,12 @@ def stand_in(monkeypatch):
             ("allenai/ai2_arc", "ARC-Challenge", "train", None),
         ),
         (
+            "scitldr",
+            "test",
+            {"source": ["One."], "target": ["Short."]},
+            ("allenai/scitldr", "Abstract", "test", "refs/convert/parquet"),
+        ),
+        (
             "trivia_qa",
             "train",
             {"question": "q", "answer": {"value": "v", "aliases": ["w"], "type": ""}},
@@ -85,7 +91,7 @@ def stand_in(monkeypatch):
                 "span2_text": "b",
                 "label": 1,
             },
-            ("aps/super_glue", "wsc.fixed", "train", "refs/convert/parquet"),
+            ("aps/super_glue", "wsc.fixed", "train", None),
         ),
     ],
 )

@@ -216,6 +216,7 @@ def test_parquet_and_compressed_files_are_read(tmp_path):
         ("dev.tsv", "sentence\tlabel\n", "The validation split of 'sst2' is empty"),
         ("dev.tsv", "", "The validation split of 'sst2' is empty"),
         ("dev.tsv", "sentence\tlabel\nfine\t1\tmore\n", "Row 2 of .* has 3 columns"),
+        ("dev.json", "1" * 5000, "is not JSON"),
         ("dev.jsonl", "{broken\n", "Line 1 of .* is not JSON"),
         ("dev.jsonl", "[1]\n", "is not a JSON object"),
         ("dev.json", "{broken", "is not JSON"),
@@ -229,6 +230,50 @@ def test_what_cannot_be_used_is_told(tmp_path, name, text, message):
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=message):
         read_examples(find_task("sst2"), "validation", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "record"),
+    [
+        ("squad", {"paragraphs": [{"context": "c"}]}),
+        ("squad", {"paragraphs": [7]}),
+        ("multirc", {"passage": {"text": "p"}}),
+        ("multirc", {"question": "q", "idx": 3}),
+        ("record", {"passage": {"text": "p", "entities": [3]}, "qas": []}),
+        ("wsc", {"text": "t", "span1_index": "first", "label": True}),
+        ("arc_easy", {"question": "q", "choices": {"text": ["a"], "label": []}}),
+        ("trivia_qa", {"question": "q", "answer": "bare"}),
+    ],
+)
+def test_records_of_another_layout_are_told(write, task, record):
+    with pytest.raises(DataError, match=f"Record 1 of .* is not laid out as those of '{task}'"):
+        read_examples(find_task(task), "train", write(train_dot_jsonl=[record]))
+
+
+def test_rows_of_another_length_are_refused_or_left_out(write):
+    pairs = "id\tquestion1\tquestion2\tis_duplicate\n1\tA?\tB?\t1\n2\tA?\n3\tA?\tB?\tC?\t0\n"
+    folder = write(train_dot_tsv=pairs)
+    assert len(read_examples(find_task("qqp"), "train", folder)) == 1
+    columns = TaskOptions(template="{question1}", target_column="is_duplicate")
+    with pytest.raises(DataError, match=r"Row 3 of .* has 2 columns, and there are names for 4"):
+        read_examples(find_task(str(folder), columns), "train")
+
+
+def test_lines_end_at_line_ends_alone(write):
+    text = "a\u2028b\x0bc"
+    folder = write(train_dot_source=f"{text}\r\nd\n", train_dot_target="one\ntwo\n")
+    examples = read_examples(find_task("xsum"), "train", folder)
+    assert [example.input for example in examples] == [f"summarize: {text}", "summarize: d"]
+
+
+def test_files_of_one_name_stay_apart(write):
+    folder = write(a__mine_dot_jsonl=[], b__mine_dot_jsonl=[])
+    paths = [str(folder / name / "mine.jsonl") for name in "aba"]
+    found = find_tasks(paths)
+    assert [(task.name, str(task.path)) for task in found] == [
+        ("mine", paths[0]),
+        ("mine-2", paths[1]),
+    ]
 
 
 def test_files_that_cannot_be_chosen_between_are_told(write):

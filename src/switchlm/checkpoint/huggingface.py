@@ -80,6 +80,12 @@ def load_config(
     return _understand(values, open_weights(folder), report or _warn)[0]
 
 
+def load_tokenizer(name: str | Path, *, report: Report | None = None) -> "Tokenizer | None":
+    """Return the tokenizer of a saved model, None where its folder has none."""
+    folder = find_model(name, revision=None, local_files_only=False)
+    return _tokenizer(folder, report or _warn)
+
+
 def save(
     model: SwitchTransformer,
     tokenizer: "Tokenizer | None",

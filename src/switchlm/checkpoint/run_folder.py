@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from switchlm.checkpoint.files import make_folder, replace_file
+from switchlm.checkpoint.shelf import Shelf
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,10 @@ class RunFolder:
     def exists(self) -> bool:
         """Whether a run has been started here."""
         return self.config.exists() or self.metrics.exists() or self.checkpoints.exists()
+
+    def has_checkpoint(self) -> bool:
+        """Whether a resumed run would go on from a checkpoint, not from the start."""
+        return bool(Shelf(self.checkpoints).finished())
 
     def create(self) -> None:
         """Make the folder, durably; one that exists is fine."""

@@ -1,46 +1,131 @@
-"""switchlm evaluate: held-out loss by source."""
+"""switchlm evaluate: held-out loss by source, or the metrics of tasks, with 95% intervals."""
 
 import json
 import math
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from switchlm.cli import scoring, task_options
+from switchlm.cli.figures import Figures, show_one, show_several, summarise
 from switchlm.cli.options import (
     Batches,
     BatchSize,
-    Data,
     Device,
     InputLength,
     Json,
-    Model,
     open_model,
     read_batches,
 )
-from switchlm.errors import CheckpointError
+from switchlm.errors import CheckpointError, ConfigError
+
+Result = dict[str, Any]
+Notes = dict[str, str]
 
 
 def evaluate(
-    model: Model,
-    data: Data = None,
+    model: Annotated[
+        list[str],
+        typer.Option(help="A run, a model folder, or a hub name; several are also summarised."),
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text: [name=]path[:weight], ...; of tasks: [TASK=]PATH. Repeatable."),
+    ] = None,
+    task: task_options.Tasks = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of tasks; validation if left out, or all of a file.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Score so many examples a task, spread evenly.")
+    ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Write every answer to this JSONL file.")
+    ] = None,
+    rank_labels: Annotated[
+        bool, typer.Option("--rank-labels", help="Choose among the labels, by likelihood.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of an answer; the longest reference's if left out.")
+    ] = None,
+    input_column: task_options.InputColumn = "input",
+    target_column: task_options.TargetColumn = "target",
+    template: task_options.Template = None,
+    target_template: task_options.TargetTemplate = None,
+    metric: task_options.Metrics = None,
     batches: Batches = 20,
     batch_size: BatchSize = None,
     input_length: InputLength = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure the loss of a model on text, in total and by source.
+    """Measure the loss of models on text by source, or how well they do tasks.
 
-    The text is all that --data gives; without it, what the run held out of its own data.
+    Without --task the text is all that --data gives, or what the run held out of its own data. With
+    --task the model answers examples, read from --data or from the hub. Intervals are of 95%, from
+    resampling rows of text, or examples (those that belong together, together).
     """
+    if task:
+        tasks = task_options.find(
+            task,
+            input_column=input_column,
+            target_column=target_column,
+            template=template,
+            target_template=target_template,
+            metrics=metric,
+        )
+        work = scoring.read(tasks, task_options.places(tasks, data), split, limit)
+        results = scoring.score(
+            model,
+            work,
+            predictions,
+            device=device,
+            input_length=input_length or 512,
+            batch_size=batch_size or 32,
+            max_new_tokens=max_new_tokens,
+            rank_labels=rank_labels,
+        )
+        notes = {task.name: f"{len(examples):,} examples" for task, examples in work}
+        _present(results, [scoring.figures(result) for result in results], notes, as_json)
+        return
+    stated = {
+        "--split": split,
+        "--limit": limit,
+        "--predictions": predictions,
+        "--rank-labels": rank_labels or None,
+        "--max-new-tokens": max_new_tokens,
+        "--template": template,
+        "--metric": metric,
+    }
+    for option, value in stated.items():
+        if value is not None:
+            raise ConfigError(f"{option} is about tasks: name one with --task, or leave it out.")
+    results = [_measure(one, data, batches, batch_size, input_length, device) for one in model]
+    notes = {
+        name: f"perplexity {part['perplexity']:.2f}, {part['tokens']:,} target tokens"
+        for name, part in {**results[0]["sources"], "all": results[0]}.items()
+    }
+    _present(results, [_text_figures(result) for result in results], notes, as_json)
+
+
+def _measure(
+    model: str,
+    data: list[str] | None,
+    batches: int,
+    batch_size: int | None,
+    input_length: int | None,
+    device: str,
+) -> Result:
+    """Return the loss of a model on text, in total and by source."""
+    from switchlm.evaluation.bootstrap import RESAMPLES
     from switchlm.evaluation.evaluator import held_out_loss
 
     loaded, tokenizer = open_model(model, device)
     read, names = read_batches(
         model, tokenizer, data, batches=batches, batch_size=batch_size, input_length=input_length
     )
-    result = held_out_loss(loaded, read, names)
+    result = held_out_loss(loaded, read, names, resamples=RESAMPLES)
     if not math.isfinite(result["loss"]):
         raise CheckpointError(
             f"The loss of {model!r} is {result['loss']}: its weights are damaged, or too large for "
@@ -48,16 +133,25 @@ def evaluate(
         )
     for part in (result, *result["sources"].values()):
         part["perplexity"] = math.exp(min(part["loss"], 700.0))
-    if as_json:
-        typer.echo(json.dumps({"model": model, **result}))
-        return
-    table = Table()
-    table.add_column("source")
-    for column in ("loss (nats a target token)", "perplexity", "target tokens"):
-        table.add_column(column, justify="right")
-    rows = list(result["sources"].items())
-    for name, part in [*rows, ("all", result)] if len(rows) > 1 else rows:
-        table.add_row(
-            name, f"{part['loss']:.4f}", f"{part['perplexity']:.2f}", f"{part['tokens']:,}"
-        )
-    Console().print(table)
+    return {"model": model, **result}
+
+
+def _text_figures(result: Result) -> Figures:
+    parts = {**result["sources"], **({"all": result} if len(result["sources"]) > 1 else {})}
+    return {
+        (name, "loss (nats a target token)"): {"value": part["loss"], "interval": part["interval"]}
+        for name, part in parts.items()
+    }
+
+
+def _present(results: list[Result], figures: list[Figures], notes: Notes, as_json: bool) -> None:
+    """Show one result as it is; several beside their mean and standard deviation."""
+    if len(results) == 1:
+        if as_json:
+            typer.echo(json.dumps(results[0]))
+        else:
+            show_one(figures[0], notes)
+    elif as_json:
+        typer.echo(json.dumps({"models": results, "summary": summarise(figures)}))
+    else:
+        show_several([result["model"] for result in results], figures)

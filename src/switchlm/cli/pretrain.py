@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from switchlm.cli.options import note
 from switchlm.cli.progress import Progress
 from switchlm.cli.signals import stop_on_signal
 from switchlm.config import read_yaml
@@ -19,6 +20,13 @@ def pretrain(
         list[str] | None, typer.Option(help="Text: [name=]path[:weight], python:stdlib, ...")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="A model by name.")] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(
+            help="Start from this model's weights and vocabulary: of equal shape, or dense, whose "
+            "networks become all experts. Its shape is the default."
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a setting: training.steps=500.")
     ] = None,
@@ -26,14 +34,20 @@ def pretrain(
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics as JSON lines.")] = False,
 ) -> None:
     """Pre-train a Switch Transformer, or a dense model, on text."""
+    from switchlm.checkpoint.huggingface import load_config
     from switchlm.parallel.launch import launched
-    from switchlm.recipes.config import run_config
+    from switchlm.recipes.config import RunConfig, run_config
     from switchlm.recipes.pretrain import pretrain as recipe
 
     if resume and config is None and (out / "config.yaml").exists():
         config = out / "config.yaml"
     values = {} if config is None else read_yaml(config)
-    run = run_config(preset=preset, values=values, sources=data or (), overrides=set_ or ())
+    overrides = list(set_ or ())
+    base = None
+    if init_from is not None:
+        overrides.append(f"init_from={json.dumps(init_from)}")
+        base = RunConfig(model=load_config(init_from, report=note))
+    run = run_config(base, preset=preset, values=values, sources=data or (), overrides=overrides)
     launch = launched()
     is_main = launch is None or launch.rank == 0
     console = Console(stderr=as_json, quiet=not is_main)

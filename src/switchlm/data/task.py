@@ -49,6 +49,7 @@ class Task:
     folder: what the task's folder may be called, if not like the task; case and dashes are all one.
     files: for a split, how its file's name begins, where it is not the usual train, validation
         (dev, val, valid) or test.
+    ragged: leave out rows of tables with too few or too many columns, which are refused elsewhere.
     hub: `NAME[:CONFIG][@REVISION]` of a dataset; hub_splits: our split to theirs.
     path: the user's own file or folder, for a task that is no named one.
     """
@@ -64,6 +65,7 @@ class Task:
     spread: Callable[[Record], Iterable[Record]] | None = None
     folder: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
+    ragged: bool = False
     hub: str | None = None
     hub_splits: Mapping[str, str] = field(default_factory=dict)
     path: Path | None = None
@@ -80,18 +82,23 @@ def make_examples(task: Task, records: Iterable[Record], place: str) -> Iterator
 
     Raises DataError for a missing column, an unknown label, and an empty input or target.
     """
-    number = 0
-    for record in records:
-        for row in task.spread(record) if task.spread else [record]:
-            number += 1
-            yield _example(task, row, number, place)
+    for number, record in enumerate(records, start=1):
+        where = f"Record {number} of {place}"
+        try:
+            rows = [record] if task.spread is None else list(task.spread(record))
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise DataError(
+                f"{where} is not laid out as those of {task.name!r}: it has "
+                f"{', '.join(map(str, record))}, which gave {type(error).__name__}: {error}."
+            ) from None
+        for row in rows:
+            yield _example(task, row, where)
 
 
-def _example(task: Task, row: Record, number: int, place: str) -> Example:
+def _example(task: Task, row: Record, where: str) -> Example:
     for theirs, ours in task.columns.items():
         if theirs in row and ours not in row:
             row = {**row, ours: row[theirs]}
-    where = f"Record {number} of {place}"
     if task.labels is not None and "label" in row:
         row = {**row, "label": _label(task, row["label"], where)}
     text = " ".join(_render(task.input, row, where, joined=True)).strip()
@@ -124,7 +131,7 @@ def _label(task: Task, value: Any, where: str) -> str:
         return text
     if text in task.label_values:
         return task.label_values[text]
-    if text.isdigit() and int(text) < len(labels):
+    if text.isdecimal() and int(text) < len(labels):
         return labels[int(text)]
     if text in _UNLABELLED:
         raise DataError(

@@ -10,6 +10,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,11 @@ _SHARD = re.compile(r"-\d+-of-\d+$")
 
 def read(task: Task, split: str, where: Path) -> Iterator[Record]:
     """Yield the records of a split, out of a folder or of the one file given."""
-    for path in find_files(task, split, where):
-        yield from _read_file(path, task)
+    try:
+        for path in find_files(task, split, where):
+            yield from _read_file(path, task)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"Cannot read {str(where)!r}: {error}") from None
 
 
 def find_files(task: Task, split: str, where: Path) -> list[Path]:
@@ -99,16 +103,13 @@ def _read_file(path: Path, task: Task) -> Iterator[Record]:
     if kind == "parquet":
         yield from _parquet(path)
         return
-    try:
-        text = _text(path)
-        if kind in ("json", "jsonl", "ndjson"):
-            yield from _json(text, path, by_line=kind != "json")
-        elif kind == _SOURCE:
-            yield from _pairs(text, path)
-        else:
-            yield from _table(text, path, task, kind == "csv")
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"Cannot read {str(path)!r}: {error}") from None
+    text = _text(path)
+    if kind in ("json", "jsonl", "ndjson"):
+        yield from _json(text, path, by_line=kind != "json")
+    elif kind == _SOURCE:
+        yield from _pairs(text, path)
+    else:
+        yield from _table(text, path, task, kind == "csv")
 
 
 def _text(path: Path) -> str:
@@ -124,12 +125,10 @@ def _json(text: str, path: Path, *, by_line: bool) -> Iterator[Record]:
     if not by_line:
         try:
             whole = json.loads(text)
-        except json.JSONDecodeError as error:
-            if not error.msg.startswith("Extra data"):
+        except (ValueError, RecursionError) as error:
+            if not str(error).startswith("Extra data"):
                 raise DataError(f"The file {str(path)!r} is not JSON: {error}") from None
             whole = None  # one record a line, under the name .json
-        except RecursionError:
-            raise DataError(f"The file {str(path)!r} is nested too deeply.") from None
         if whole is not None:
             if isinstance(whole, dict):
                 lists = [value for value in whole.values() if isinstance(value, list)]
@@ -156,7 +155,7 @@ def _pairs(text: str, path: Path) -> Iterator[Record]:
     other = path.with_name(re.sub(rf"\.{_SOURCE}(?=\.|$)", ".target", path.name))
     if not other.is_file():
         raise DataError(f"Beside {str(path)!r} there is no {other.name!r} with the targets.")
-    sources, targets = text.splitlines(), _text(other).splitlines()
+    sources, targets = _lines(text), _lines(_text(other))
     if len(sources) != len(targets):
         raise DataError(
             f"{path.name!r} has {len(sources):,} lines and {other.name!r} {len(targets):,}, but "
@@ -175,27 +174,27 @@ def _table(text: str, path: Path, task: Task, commas: bool) -> Iterator[Record]:
     if commas:
         lines = csv.reader(io.StringIO(text, newline=""))
     else:
-        lines = (line.split("\t") for line in text.replace("\r\n", "\n").split("\n") if line)
+        lines = (line.split("\t") for line in _lines(text) if line)
     try:
         first = [cell.strip() for cell in next(lines, [])]
-        names = first
-        if task.header and not {task.columns.get(cell, cell) for cell in first} & set(task.needed):
-            names = list(task.header)
-            yield _row(names, first, path, 1)
-        for number, cells in enumerate(lines, 2):
-            if cells:
-                yield _row(names, cells, path, number)
+        headless = not {task.columns.get(cell, cell) for cell in first} & set(task.needed)
+        names = list(task.header) if headless and task.header else first
+        rows = chain([first], lines) if names is not first else lines
+        for number, cells in enumerate(rows, 1 if names is not first else 2):
+            if len(cells) == len(names):
+                yield dict(zip(names, cells, strict=True))
+            elif cells and not task.ragged:
+                raise DataError(
+                    f"Row {number} of {str(path)!r} has {len(cells)} columns, and there are names "
+                    f"for {len(names)}: {', '.join(names)}."
+                )
     except csv.Error as error:
         raise DataError(f"The file {str(path)!r} is no CSV: {error}") from None
 
 
-def _row(names: Sequence[str], cells: Sequence[str], path: Path, number: int) -> Record:
-    if len(cells) > len(names):
-        raise DataError(
-            f"Row {number} of {str(path)!r} has {len(cells)} columns, and there are names for "
-            f"{len(names)}: {', '.join(names)}."
-        )
-    return dict(zip(names, cells, strict=False))
+def _lines(text: str) -> list[str]:
+    """Cut at line ends alone: a text may hold the other characters that `splitlines` cuts at."""
+    return text.removesuffix("\n").replace("\r\n", "\n").split("\n")
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -207,5 +206,5 @@ def _parquet(path: Path) -> Iterator[Record]:
     try:
         for rows in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
             yield from rows.to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
+    except pyarrow.ArrowException as error:
         raise DataError(f"Cannot read the Parquet file {str(path)!r}: {error}") from None

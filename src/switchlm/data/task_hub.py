@@ -23,11 +23,14 @@ def read(task: Task, split: str) -> Iterator[Record]:
     location, _, revision = task.hub.partition("@")
     name, _, config = location.partition(":")
     theirs = task.hub_splits.get(split, split)
+    # A branch of Parquet files has a folder, and no description, for each configuration.
+    part = {"data_dir": config, "revision": revision} if revision else {"name": config or None}
     try:
-        rows = datasets.load_dataset(name, config or None, split=theirs, revision=revision or None)
+        rows = datasets.load_dataset(name, split=theirs, **part)
         for row in rows:
             yield dict(row)
-    except (OSError, ValueError) as error:
+    # The packages behind `datasets` raise errors of their own kinds.
+    except Exception as error:
         raise DataError(
             f"Cannot read the {split} split of {task.name!r} from the hub ({task.hub}): {error}. "
             "Without a way to the hub, give its files with --data PATH."

@@ -5,7 +5,7 @@ What there is: `task_registry.py`. Where examples come from: files (`task_files.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from switchlm.data import task_files, task_hub
@@ -66,9 +66,20 @@ def find_task(name: str, options: TaskOptions | None = None) -> Task:
 
 
 def find_tasks(names: Iterable[str], options: TaskOptions | None = None) -> tuple[Task, ...]:
-    """Return the tasks of those names, mixtures spelt out, each once."""
-    found = [find_task(one, options) for name in names for one in MIXTURES.get(name, (name,))]
-    return tuple({task.name: task for task in found}.values())
+    """Return the tasks of those names, mixtures spelt out, each once.
+
+    Other files of the same name get a number.
+    """
+    found: dict[str, Task] = {}
+    for one in (part for name in names for part in MIXTURES.get(name, (name,))):
+        task = find_task(one, options)
+        if task in found.values():
+            continue
+        new, number = task.name, 2
+        while new in found:
+            new, number = f"{task.name}-{number}", number + 1
+        found[new] = replace(task, name=new) if new != task.name else task
+    return tuple(found.values())
 
 
 def read_examples(task: Task, split: str, where: Path | str | None = None) -> list[Example]:

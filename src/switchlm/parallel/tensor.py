@@ -58,6 +58,14 @@ def losses_of(mesh: AnyMesh) -> AbstractContextManager:
     return loss_parallel() if mesh.size("tensor") > 1 else nullcontext()
 
 
+def gathered(logits: Tensor) -> Tensor:
+    """Return whole logits where they are split over the vocabulary; any other tensor as it is.
+
+    For losses that `losses_of` does not know; takes the memory that splitting saves.
+    """
+    return logits.full_tensor() if isinstance(logits, DTensor) else logits
+
+
 def _split_attention(module: Attention, tensor: DeviceMesh) -> None:
     # The input is shared out once for all three projections, so that one all-reduce sums its
     # gradient; the encoder's output, given by keyword to cross-attention, likewise.

@@ -21,13 +21,16 @@ Config = TypeVar("Config")
 class RunConfig:
     """Everything that decides a run. In YAML the router stands in a section of its own.
 
-    The size of the vocabulary is the tokenizer's; what a preset says of it is replaced.
+    The size of the vocabulary is the tokenizer's; what a preset says of it is replaced. init_from:
+    the model whose weights and vocabulary the run starts with: a run, a model folder, or a name on
+    the hub.
     """
 
     model: ModelConfig = field(default_factory=lambda: find_preset("tiny"))
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    init_from: str | None = None
 
 
 def run_config(

@@ -1,4 +1,4 @@
-"""Pre-train a model on text with span corruption."""
+"""Pre-train a model on text with span corruption, from random weights or those of another model."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 
 from switchlm.checkpoint.huggingface import save
 from switchlm.checkpoint.run_folder import RunFolder
+from switchlm.checkpoint.transplant import check_fit, transplant
 from switchlm.config import write_yaml
 from switchlm.data.loader import open_data
 from switchlm.data.tokenizer import Tokenizer
@@ -17,6 +18,7 @@ from switchlm.parallel.apply import apply, materialise
 from switchlm.parallel.mesh import ALONE, AnyMesh, Mesh, joined
 from switchlm.recipes.config import RunConfig, to_sections, with_vocabulary
 from switchlm.recipes.routing import record_routing
+from switchlm.recipes.start import check_stated, open_whole
 from switchlm.report.write import ReportRun, write_report
 from switchlm.training.loop import train
 from switchlm.training.monitor import read_metrics
@@ -73,27 +75,28 @@ def _pretrain(
     should_stop: Callable[[], bool],
     report: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
-    folder = RunFolder(out)
-    if folder.exists() and not resume:
-        raise ConfigError(
-            f"There is a run in {str(out)!r} already. Go on with it by --resume, or choose another "
-            "--out."
-        )
-    yield {"phase": "reading text"}
+    folder = open_folder(out, resume)
     tokenizer = Tokenizer.load(folder.tokenizer) if folder.tokenizer.exists() else None
+    start: SwitchTransformer | None = None
+    if config.init_from is not None and not folder.has_checkpoint():
+        yield {"phase": f"loading {config.init_from}"}
+        start, theirs = open_whole(config.init_from, "model to start from", report)
+        if tokenizer is None and config.data.tokenizer != "bytes":
+            check_stated(config.data.tokenizer, theirs, config.init_from)
+        tokenizer = tokenizer or theirs
+    yield {"phase": "reading text"}
     with mesh.first_on_node("text"):
         loader = open_data(
             config.data, seed=config.training.seed, tokenizer=tokenizer, report=report
         )
     share = loader.share(mesh.share, mesh.num_shares)
     config = with_vocabulary(config, loader.tokenizer)
-    mesh.wait()
-    if mesh.is_main:
-        folder.create()
-        loader.tokenizer.save(folder.tokenizer)
-        write_yaml(folder.config, to_sections(config))
-    mesh.wait()
+    if start is not None:
+        check_fit(start.config, config.model)
+    begin(folder, config, loader.tokenizer, mesh)
     model = build_model(config, mesh)
+    if start is not None:
+        transplant(start, model)
     yield {"phase": "training"}
     yield from train(
         model,
@@ -119,3 +122,24 @@ def _pretrain(
         runs=[ReportRun(name=out.name, metrics=metrics, routing=routing)],
         configuration=to_sections(config),
     )
+
+
+def open_folder(out: Path, resume: bool) -> RunFolder:
+    """Return the folder of a run; ConfigError if one is there that is not to be resumed."""
+    folder = RunFolder(out)
+    if folder.exists() and not resume:
+        raise ConfigError(
+            f"There is a run in {str(out)!r} already. Go on with it by --resume, or choose another "
+            "--out."
+        )
+    return folder
+
+
+def begin(folder: RunFolder, config: RunConfig, tokenizer: Tokenizer, mesh: AnyMesh) -> None:
+    """Let the main process make the folder and write what a run is resumed with."""
+    mesh.wait()
+    if mesh.is_main:
+        folder.create()
+        tokenizer.save(folder.tokenizer)
+        write_yaml(folder.config, to_sections(config))
+    mesh.wait()

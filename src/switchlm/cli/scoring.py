@@ -1,0 +1,140 @@
+"""How `evaluate` scores models on tasks: examples read once, answered by every model."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from switchlm.cli.figures import Figures
+from switchlm.cli.options import note, open_model
+from switchlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from switchlm.data.task import Example, Task
+    from switchlm.evaluation.tasks import TaskScore
+
+    Work = Sequence[tuple[Task, Sequence[Example]]]
+
+Result = dict[str, Any]
+AVERAGE = "average"
+
+
+def read(
+    tasks: "Sequence[Task]",
+    places: dict[str, Path | None],
+    split: str | None,
+    limit: int | None,
+) -> "Work":
+    """Return the examples of each task, spread evenly over the split where they are limited."""
+    from switchlm.data.tasks import EVERYTHING, read_examples
+
+    found = []
+    for task in tasks:
+        place = places[task.name]
+        whole = place is not None and place.is_file()
+        examples = read_examples(task, split or (EVERYTHING if whole else "validation"), place)
+        if limit is not None and limit < len(examples):
+            examples = [examples[n * len(examples) // limit] for n in range(limit)]
+        found.append((task, examples))
+    return found
+
+
+def score(
+    models: Sequence[str],
+    work: "Work",
+    predictions: Path | None,
+    *,
+    device: str,
+    **settings: Any,
+) -> list[Result]:
+    """Return what every model scores on every task; settings: of `score_task`."""
+    from switchlm.evaluation.tasks import score_task
+
+    results = []
+    with _opened(predictions) as file:
+        for model in models:
+            loaded, tokenizer = open_model(model, device)
+            result: Result = {"model": model, "tasks": {}}
+            for task, examples in work:
+                found = score_task(loaded, tokenizer, task, examples, **settings)
+                _tell(found, settings["input_length"])
+                result["tasks"][task.name] = _as_json(found, len(examples))
+                if file is not None:
+                    for line in _lines(model, task.name, examples, found.predictions):
+                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            if len(work) > 1:
+                result[AVERAGE] = _average(result["tasks"])
+            results.append(result)
+    return results
+
+
+def figures(result: Result) -> Figures:
+    """Return the figures of a result by (task, metric)."""
+    found = {
+        (task, metric): figure
+        for task, part in result["tasks"].items()
+        for metric, figure in part["metrics"].items()
+    }
+    return found | ({("all", AVERAGE): {"value": result[AVERAGE]}} if AVERAGE in result else {})
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[TextIO | None]:
+    if path is None:
+        yield None
+        return
+    try:
+        file = path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"Cannot write predictions to {str(path)!r}: {error}.") from None
+    with file:
+        yield file
+
+
+def _as_json(found: "TaskScore", num_examples: int) -> Result:
+    return {
+        "examples": num_examples,
+        "truncated_inputs": found.truncated_inputs,
+        "unfinished": found.unfinished,
+        "metrics": {
+            name: {"value": interval.value, "interval": [interval.low, interval.high]}
+            for name, interval in found.metrics.items()
+        },
+    }
+
+
+def _lines(
+    model: str, task: str, examples: "Sequence[Example]", predictions: Sequence[str]
+) -> Iterator[Result]:
+    for example, prediction in zip(examples, predictions, strict=True):
+        yield {
+            "model": model,
+            "task": task,
+            "input": example.input,
+            "target": example.target,
+            "prediction": prediction,
+            "references": example.references,
+        }
+
+
+def _tell(found: "TaskScore", input_length: int) -> None:
+    if found.truncated_inputs:
+        note(
+            f"{found.task}: {found.truncated_inputs:,} inputs were cut to {input_length:,} tokens; "
+            "raise --input-length to read them whole."
+        )
+    if found.unfinished:
+        note(
+            f"{found.task}: {found.unfinished:,} answers had not ended where --max-new-tokens, or "
+            "the longest reference, ended them."
+        )
+
+
+def _average(tasks: Result) -> float:
+    """Return the mean over tasks of the mean of their metrics, as GLUE and SuperGLUE report it."""
+    means = [
+        sum(figure["value"] for figure in part["metrics"].values()) / len(part["metrics"])
+        for part in tasks.values()
+    ]
+    return sum(means) / len(means)

@@ -1,0 +1,220 @@
+"""What a teacher says of every training batch, on disk: a second student costs no teacher.
+
+A cache is a folder, memory-mapped, of K words for each of P target positions in R rows:
+    words.bin      uint16 or uint32 [P, K], the likeliest words
+    expected.bin   float32 [P, K + 1], their log-probabilities, and that of all others together
+    offsets.npy    int64 [R + 1], where each row of targets begins
+    rows.npy       uint64 [R], a hash of each row's inputs and targets
+    manifest.json  whose words they are, and the sizes of the files; written last
+Rows stand in the order of training, whatever processes share them out. The folder appears whole or
+not at all. It is refused where teacher, tokenizer, seed, temperature or K is another, and at any
+row that is not the row of the run.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from switchlm.data.atomic import Report, building, flush
+from switchlm.data.batch import Batch
+from switchlm.errors import CheckpointError
+from switchlm.training.distillation import TaughtBatch, Teacher, Untaught
+
+FORMAT = 1
+REPORT_EVERY = 100  # batches
+_MANIFEST = "manifest.json"
+_REMEDY = "Give another --cache-logits, or delete it to have it made anew."
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheKey:
+    """What a cache depends on besides the rows: digests of teacher and tokenizer, and numbers.
+
+    seed is that of the run, which decides the order of the rows.
+    """
+
+    teacher: str
+    tokenizer: str
+    seed: int
+    temperature: float
+    precision: str
+    top_k: int
+
+
+class LogitCache:
+    """A finished cache.
+
+    num_rows: how many the run will read. share of num_shares: which of every batch this process
+    reads.
+    """
+
+    def __init__(
+        self, folder: Path, key: CacheKey, num_rows: int, *, share: int = 0, num_shares: int = 1
+    ) -> None:
+        """Raises CheckpointError where the cache is another's, damaged, cut short or too small."""
+        self.folder, self.share, self.num_shares = folder, share, num_shares
+        manifest = _read_manifest(folder)
+        for name, wanted in asdict(key).items():
+            found = manifest["key"].get(name)
+            if found != wanted:
+                raise CheckpointError(
+                    f"The cache of logits {str(folder)!r} does not fit this run: its {name} is "
+                    f"{_short(found)}, the run's {_short(wanted)}. {_REMEDY}"
+                )
+        for name, size in manifest["sizes"].items():
+            path = folder / name
+            there = path.stat().st_size if path.is_file() else 0
+            if there != size:
+                raise CheckpointError(
+                    f"The cache of logits {str(folder)!r} is damaged: {name} has {there:,} bytes "
+                    f"of {size:,}. {_REMEDY}"
+                )
+        self.offsets = np.load(folder / "offsets.npy", allow_pickle=False)
+        self.rows = np.load(folder / "rows.npy", allow_pickle=False)
+        if len(self.rows) < num_rows:
+            raise CheckpointError(
+                f"The cache of logits {str(folder)!r} holds {len(self.rows):,} rows and the run "
+                f"needs {num_rows:,}: it was made for fewer steps. {_REMEDY}"
+            )
+        shape = (int(self.offsets[-1]), key.top_k)
+        self.words: np.ndarray = np.memmap(
+            folder / "words.bin", dtype=manifest["dtype"], mode="r", shape=shape
+        )
+        self.expected: np.ndarray = np.memmap(
+            folder / "expected.bin", dtype=np.float32, mode="r", shape=(shape[0], shape[1] + 1)
+        )
+
+    def teach(self, number: int, batch: Batch) -> TaughtBatch:
+        """Return this process's rows of the run's batch `number`, taught."""
+        num_rows, length = batch.targets_BT.shape
+        first = (number * self.num_shares + self.share) * num_rows
+        rows = slice(first, first + num_rows)
+        if not np.array_equal(self.rows[rows], _hash_rows(batch)):
+            raise CheckpointError(
+                f"The cache of logits {str(self.folder)!r} was made of other text: the rows of "
+                f"batch {number} differ from those of this run. {_REMEDY}"
+            )
+        places = slice(self.offsets[rows.start], self.offsets[rows.stop])
+        shape = (num_rows, length, -1)
+        words = self.words[places].astype(np.int64).reshape(shape)
+        expected = np.array(self.expected[places]).reshape(shape)
+        return TaughtBatch(
+            **vars(batch),
+            expected_BTK=torch.from_numpy(expected),
+            words_BTK=torch.from_numpy(words),
+        )
+
+
+def build(
+    folder: Path,
+    key: CacheKey,
+    teacher: Teacher,
+    source: Untaught,
+    num_batches: int,
+    report: Report = lambda line: None,
+) -> None:
+    """Let the teacher answer the first `num_batches` of `source`, unless the cache is there.
+
+    source: the batches of all processes together.
+    """
+    if folder.exists():
+        return
+    with building(folder, report) as part:
+        if not folder.exists():
+            part.mkdir()
+            _write(part, key, teacher, source, num_batches, report)
+
+
+def digest(module: nn.Module) -> str:
+    """Return a hash of all weights, equal for equal ones."""
+    state = hashlib.blake2b(digest_size=16)
+    for name, tensor in module.state_dict().items():
+        state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+def _write(
+    folder: Path,
+    key: CacheKey,
+    teacher: Teacher,
+    source: Untaught,
+    num_batches: int,
+    report: Report,
+) -> None:
+    dtype = np.uint16 if teacher.model.config.vocabulary_size <= 2**16 else np.uint32
+    lengths: list[int] = []
+    rows: list[np.ndarray] = []
+    with ExitStack() as opened:
+        words, expected = (
+            opened.enter_context((folder / name).open("wb"))
+            for name in ("words.bin", "expected.bin")
+        )
+        batches = opened.enter_context(closing(source.iterate(0)))
+        for number, batch in _first(batches, num_batches):
+            taught = teacher(batch)
+            assert taught.words_BTK is not None, "the teacher of a cache has a top_k"
+            words.write(_numbers(taught.words_BTK).astype(dtype).tobytes())
+            expected.write(_numbers(taught.expected_BTK).tobytes())
+            lengths += [batch.targets_BT.shape[1]] * len(batch.targets_BT)
+            rows.append(_hash_rows(batch))
+            if (number + 1) % REPORT_EVERY == 0:
+                report(f"The teacher answers: {number + 1:,} of {num_batches:,} batches")
+        for name, values in (
+            ("offsets.npy", np.cumsum([0, *lengths], dtype=np.int64)),
+            ("rows.npy", np.concatenate(rows)),
+        ):
+            with (folder / name).open("wb") as file:
+                np.save(file, values, allow_pickle=False)
+                flush(file)
+        flush(words)
+        flush(expected)
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    manifest = {
+        "format": FORMAT, "key": asdict(key), "dtype": np.dtype(dtype).name, "sizes": sizes
+    }  # fmt: skip
+    with (folder / _MANIFEST).open("w", encoding="utf-8") as text:
+        json.dump(manifest, text, indent=2)
+        flush(text)
+
+
+def _first(batches: Iterator[tuple[int, Batch]], count: int) -> Iterator[tuple[int, Batch]]:
+    for _ in range(count):
+        yield next(batches)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] == FORMAT:
+            return manifest
+        reason = f"its format is {manifest['format']!r}, not {FORMAT}"
+    except FileNotFoundError:
+        reason = f"it has no {_MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"its {_MANIFEST} cannot be read ({error})"
+    raise CheckpointError(f"{str(folder)!r} is no cache of logits: {reason}. {_REMEDY}")
+
+
+def _hash_rows(batch: Batch) -> np.ndarray:
+    """Return a hash of each row, uint64."""
+    parts = [batch.inputs_BS, batch.targets_BT, batch.target_mask_BT.long()]
+    table = np.ascontiguousarray(_numbers(torch.cat(parts, 1)))
+    hashes = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in table]
+    return np.frombuffer(b"".join(hashes), dtype="<u8")
+
+
+def _numbers(tensor: Tensor) -> np.ndarray:
+    return tensor.cpu().numpy()
+
+
+def _short(value: object) -> str:
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 16 else repr(value)

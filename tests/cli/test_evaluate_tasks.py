@@ -1,0 +1,145 @@
+import json
+import re
+import sys
+
+import pytest
+import torch
+
+from switchlm.checkpoint import huggingface
+from switchlm.data.tokenizer import Tokenizer
+from switchlm.model.presets import preset
+from switchlm.model.transformer import SwitchTransformer
+
+SENTENCES = [("fine work", 1), ("dull stuff", 0), ("a joy", 1), ("so so", 0), ("great", 1)]
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory):
+    """A folder with another untrained nano model."""
+    folder = tmp_path_factory.mktemp("models") / "other"
+    torch.manual_seed(1)
+    huggingface.save(SwitchTransformer(preset("nano")), Tokenizer.bytes(), folder)
+    return str(folder)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder with the validation splits of SST-2 and of RTE, as GLUE distributes them."""
+    rows = "".join(f"{text}\t{label}\n" for text, label in SENTENCES)
+    pairs = "".join(
+        f"{n}\tA {n}.\tB {n}.\t{name}entailment\n" for n, name in enumerate(["", "not_"])
+    )
+    for name, text in (
+        ("SST-2", f"sentence\tlabel\n{rows}"),
+        ("RTE", f"index\tsentence1\tsentence2\tlabel\n{pairs}"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dev.tsv").write_text(text)
+    return tmp_path
+
+
+SHORT = ("--max-new-tokens", 3, "--batch-size", 2)
+
+
+def test_a_task_is_scored_and_its_answers_written(run_json, nano, data, tmp_path):
+    answers = tmp_path / "answers.jsonl"
+    line = ("evaluate", "--model", nano, "--task", "sst2", "--data", data)
+    result = run_json(*line, "--rank-labels", "--predictions", answers)
+    assert result["model"] == nano
+    found = result["tasks"]["sst2"]
+    assert found["examples"] == 5
+    written = [json.loads(text) for text in answers.read_text("utf-8").splitlines()]
+    assert [one["input"] for one in written] == [f"sst2 sentence: {text}" for text, _ in SENTENCES]
+    assert all(one["references"] == [one["target"]] for one in written)
+    right = [one["prediction"] == one["target"] for one in written]
+    assert found["metrics"]["accuracy"]["value"] == pytest.approx(100 * sum(right) / 5)
+    low, high = found["metrics"]["accuracy"]["interval"]
+    assert 0 <= low <= found["metrics"]["accuracy"]["value"] <= high <= 100
+
+
+def test_several_tasks_have_an_average(run, run_json, nano, data):
+    line = ("evaluate", "--model", nano, "--task", "sst2", "--task", "rte", "--rank-labels")
+    result = run_json(*line, "--data", data)
+    values = [part["metrics"]["accuracy"]["value"] for part in result["tasks"].values()]
+    assert result["average"] == pytest.approx(sum(values) / 2)
+    each = ("--data", f"sst2={data}/SST-2/dev.tsv", "--data", f"rte={data / 'RTE'}")
+    assert run_json(*line, *each)["tasks"] == result["tasks"]
+    shown = run(*line, "--data", data)
+    assert shown.exit_code == 0
+    assert f"{result['average']:.2f}" in shown.stdout
+    assert "2 examples" in shown.stdout
+
+
+def test_several_models_are_summarised(run, run_json, nano, other, data):
+    line = ("evaluate", "--model", nano, "--model", other, "--task", "sst2", "--data", data)
+    result = run_json(*line, "--rank-labels")
+    values = [one["tasks"]["sst2"]["metrics"]["accuracy"]["value"] for one in result["models"]]
+    summary = result["summary"]["sst2"]["accuracy"]
+    assert summary["values"] == values
+    assert summary["mean"] == pytest.approx(sum(values) / 2)
+    assert summary["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    shown = run(*line, "--rank-labels").stdout
+    assert re.search(rf"mean\W+{summary['mean']:.2f}", shown)
+    assert re.search(rf"standard deviation\W+{summary['std']:.2f}", shown)
+
+
+def test_losses_of_several_models_are_summarised(run_json, run, nano, other, text_file):
+    short = ("--data", text_file, "--input-length", 48, "--batch-size", 4, "--batches", 2)
+    line = ("evaluate", "--model", nano, "--model", other, *short)
+    result = run_json(*line)
+    losses = [one["loss"] for one in result["models"]]
+    (summary,) = result["summary"]["story"].values()
+    assert summary["values"] == losses
+    assert f"{summary['mean']:.4f}" in run(*line).stdout
+
+
+def test_a_loss_has_an_interval(run_json, nano, text_file):
+    short = ("--data", text_file, "--input-length", 48, "--batch-size", 4, "--batches", 3)
+    result = run_json("evaluate", "--model", nano, *short)
+    assert result["interval"][0] < result["loss"] < result["interval"][1]
+    assert result["sources"]["story"]["interval"] == result["interval"]
+
+
+def test_a_file_of_ones_own_is_scored_whole_and_limited(run, run_json, nano, tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("question,answer\n" + "".join(f"{n} + {n},{2 * n}\n" for n in range(40)))
+    line = ("evaluate", "--model", nano, "--task", path, "--input-column", "question",
+            "--target-column", "answer", "--metric", "exact_match", *SHORT)  # fmt: skip
+    found = run_json(*line, "--limit", 4)["tasks"]["mine"]
+    assert (found["examples"], list(found["metrics"])) == (4, ["exact_match"])
+    assert run_json(*line)["tasks"]["mine"]["examples"] == 40
+    assert 0 < run_json(*line, "--split", "validation")["tasks"]["mine"]["examples"] < 15
+    cut = run(*line, "--input-length", 4)
+    assert "inputs were cut to 4 tokens" in cut.stderr
+    assert "40 answers had not ended" in cut.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "sst3"], "Did you mean 'sst2'"),
+        (["--task", "sst2", "--data", "{data}", "--split", "train"], "no train split of 'sst2'"),
+        (["--task", "sst2", "--data", "/no/such"], "no file or folder '/no/such'"),
+        (["--task", "sst2", "--data", "{data}/RTE/bare.tsv"], "no column 'label'"),
+        (["--task", "rte", "--data", "{data}/SST-2"], "'sentence1'"),
+        (["--task", "rte", "--data", "sst2={data}"], "is for no task here"),
+        (["--task", "sst2", "--data", "{data}", "--metric", "f1"], "its own columns"),
+        (["--task", "{data}/mine.jsonl", "--metric", "exact"], "Did you mean 'exact_match'"),
+        (["--task", "{data}/mine.jsonl", "--template", "{{inputs}}"], "Did you mean 'input'"),
+        (["--task", "{data}/mine.jsonl", "--rank-labels"], "no labels to rank"),
+        (["--task", "{data}/empty.jsonl"], "is empty"),
+        (["--task", "{data}/label.tsv", "--template", "x"], "empty target"),
+        (["--task", "sst2", "--data", "{data}/label.tsv"], "label '7'"),
+        (["--task", "sst2", "--data", "{data}", "--predictions", "/no/such/file"], "Cannot write"),
+        (["--split", "test"], "--split is about tasks"),
+        (["--task", "squad"], "switchlm[hub]"),
+    ],
+)
+def test_mistakes_are_told(refuse, nano, data, monkeypatch, arguments, message):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (data / "mine.jsonl").write_text('{"input": "a", "target": "b"}\n')
+    (data / "empty.jsonl").write_text("\n")
+    (data / "RTE" / "bare.tsv").write_text("index\tsentence\n0\tfine\n")
+    (data / "label.tsv").write_text("sentence\tlabel\ttarget\nfine\t7\t\n")
+    arguments = [argument.format(data=data) for argument in arguments]
+    assert message in refuse("evaluate", "--model", nano, *arguments)

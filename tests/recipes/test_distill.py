@@ -1,0 +1,202 @@
+"""A distillation from start to end: the result, students of every kind, caches, and going on."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from switchlm.checkpoint.huggingface import load, load_config
+from switchlm.model.presets import preset
+from switchlm.recipes.config import run_config
+from switchlm.recipes.distill import distill, headline, quality_kept
+from switchlm.recipes.distill_config import configure, resumed
+from switchlm.recipes.pretrain import pretrain
+from switchlm.training.distillation import Teacher
+
+SHORT = [
+    "training.steps=12", "training.log_every=3", "training.evaluate_every=6",
+    "training.evaluate_batches=2", "training.checkpoint_every=4", "training.warmup_steps=0",
+]  # fmt: skip
+UNTIMED = ("seconds", "tokens_per_second")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory):
+    """A home of the tests' own, for the token cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("home")
+        patch.setenv("HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def text(home):
+    draw = random.Random(0)
+    words = ["route", "every", "token", "to", "one", "expert", "and", "keep", "the", "load", "even"]
+    (home / "text").mkdir()
+    for document in range(40):
+        lines = [" ".join(draw.choices(words, k=12)) for _ in range(12)]
+        (home / "text" / f"{document}.txt").write_text("\n".join(lines), encoding="utf-8")
+    return str(home / "text")
+
+
+@pytest.fixture(scope="module")
+def models(home, text):
+    """Runs of a teacher, and of its dense twin."""
+    for name in ("nano", "dense-nano"):
+        rows = ["data.batch_size=4", "data.input_length=48", "data.held_out_share=0.1"]
+        config = run_config(preset=name, sources=[text], overrides=[*SHORT, *rows])
+        list(pretrain(config, home / name))
+    return home
+
+
+@pytest.fixture(scope="module")
+def teacher(models):
+    return str(models / "nano")
+
+
+def run(config, out: Path, **options):
+    """Distil and return (result, metrics lines)."""
+    events = list(distill(config, out, **options))
+    return events[-1]["result"], [event for event in events if "step" in event]
+
+
+def untimed(out: Path) -> list[dict]:
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in UNTIMED} for line in lines]
+
+
+def weights(out: Path) -> bytes:
+    return (out / "model" / "model.safetensors").read_bytes()
+
+
+def test_the_result_is_what_the_paper_reports(tmp_path, models, teacher):
+    dense = str(models / "dense-nano")
+    config = configure(teacher=teacher, baseline=dense, overrides=SHORT)
+    result, lines = run(config, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "distill.json").read_text()) == result
+    assert result["steps"] == 12
+    losses = {}
+    for name in ("nano", "dense-nano"):
+        metrics = (models / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = json.loads(metrics[-1])["evaluation_loss"]
+    assert result["teacher_loss"] == pytest.approx(losses["nano"], rel=1e-5)
+    assert result["baseline_loss"] == pytest.approx(losses["dense-nano"], rel=1e-5)
+    assert result["student_loss"] == lines[-1]["evaluation_loss"]
+    sizes = result["parameters"]
+    assert result["compression"] == 1 - sizes["student"] / sizes["teacher"]
+    assert result["configuration"]["model"]["num_experts"] == 0
+    assert load_config(tmp_path / "run") == dataclasses.replace(
+        load_config(teacher).dense_twin(), dropout=0.0
+    )
+    assert headline(result) in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_quality_kept_as_in_table_6():
+    kept = {loss: quality_kept(loss, 1.444, 1.636) for loss in (1.631, 1.598, 1.580, 1.444)}
+    assert {loss: round(value, 2) for loss, value in kept.items()} == {
+        1.631: 0.03, 1.598: 0.20, 1.580: 0.29, 1.444: 1.0,
+    }  # fmt: skip
+    assert quality_kept(1.5, 1.6, 1.6) is None
+    assert quality_kept(1.5, 1.4, None) is None
+
+
+def test_the_line_says_what_there_is_to_say():
+    result = {
+        "student_loss": 1.58, "teacher_loss": 1.444, "baseline_loss": 1.636, "quality_kept": 0.29,
+        "compression": 0.94, "parameters": {"student": 223, "teacher": 3800},
+    }  # fmt: skip
+    assert headline(result).startswith("Quality kept: 29% of the teacher's gain")
+    assert "compression 94% (223 of 3,800 parameters)" in headline(result)
+    assert "Quality" not in headline({**result, "baseline_loss": None})
+    assert "no better" in headline({**result, "quality_kept": None})
+
+
+def test_a_student_starts_from_the_teacher(tmp_path, teacher):
+    """With no learning rate to speak of it stays what it started as."""
+    still = [*SHORT, "training.learning_rate=1e-12"]
+    config = configure(teacher=teacher, feedforward="most_used", overrides=still)
+    run(config, tmp_path / "start")
+    theirs, _ = load(teacher)
+    mine, _ = load(tmp_path / "start")
+    assert torch.allclose(mine.embedding.weight, theirs.embedding.weight, atol=1e-9)
+    up = mine.encoder.blocks[1].feedforward.up.weight.t()
+    experts = theirs.encoder.blocks[1].feedforward.experts.up
+    assert any(torch.allclose(up, expert, atol=1e-9) for expert in experts)
+
+
+def test_students_of_every_kind(tmp_path, models, teacher):
+    smaller = configure(
+        teacher=teacher, student="nano", overrides=[*SHORT, "model.num_experts=2"],
+        feedforward="most_used",
+    )  # fmt: skip
+    result, _ = run(smaller, tmp_path / "smaller")
+    assert load_config(tmp_path / "smaller").num_experts == 2
+    assert 0 < result["compression"] < 1
+    other = configure(teacher=teacher, student="dense-tiny", overrides=SHORT, start="random")
+    run(other, tmp_path / "other")
+    assert load_config(tmp_path / "other").d_ff == preset("tiny").d_ff
+    still = [*SHORT, "training.learning_rate=1e-12"]
+    own = configure(teacher=teacher, student=str(models / "dense-nano"), overrides=still)
+    run(own, tmp_path / "own")
+    mine, theirs = load(tmp_path / "own")[0], load(models / "dense-nano")[0]
+    assert torch.allclose(mine.embedding.weight, theirs.embedding.weight, atol=1e-9)
+
+
+def test_the_control_asks_no_teacher(tmp_path, teacher, monkeypatch):
+    monkeypatch.setattr(Teacher, "__call__", refuse_to_answer)
+    control = configure(teacher=teacher, soft_weight=0.0, hard_weight=1.0, overrides=SHORT)
+    run(control, tmp_path / "control")
+
+
+def refuse_to_answer(*_arguments):
+    raise AssertionError("the teacher was asked")
+
+
+def test_a_cache_of_all_words_trains_the_same_student_and_the_second_asks_no_teacher(
+    tmp_path, teacher, monkeypatch
+):
+    run(configure(teacher=teacher, overrides=SHORT), tmp_path / "online")
+    size = load_config(teacher).vocabulary_size
+    cached = configure(
+        teacher=teacher, cache_logits=str(tmp_path / "logits"), top_k=size, overrides=SHORT
+    )
+    run(cached, tmp_path / "first")
+    monkeypatch.setattr(Teacher, "__call__", refuse_to_answer)
+    run(cached, tmp_path / "second")
+    assert untimed(tmp_path / "first") == untimed(tmp_path / "second")
+    assert weights(tmp_path / "first") == weights(tmp_path / "second")
+    online, cached = (
+        [line["loss"] for line in untimed(tmp_path / name) if "loss" in line]
+        for name in ("online", "first")
+    )
+    assert online == pytest.approx(cached, rel=1e-4)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_run_that_died_or_was_stopped_ends_bitwise_as_the_undisturbed_one(
+    tmp_path, teacher, cached
+):
+    settings = {"cache_logits": str(tmp_path / "logits"), "top_k": 8} if cached else {}
+    config = configure(teacher=teacher, overrides=SHORT, **settings)
+    run(config, tmp_path / "whole")
+    out = tmp_path / "broken"
+    died = distill(config, out)
+    for event in died:
+        if event.get("step") == 6:
+            break  # after the checkpoint of step 4, and none since
+    died.close()
+    seen: list[int] = []
+    for event in distill(resumed(out), out, resume=True, should_stop=lambda: 9 in seen):
+        seen.append(event.get("step", 0))
+    result, _ = run(resumed(out), out, resume=True)
+    undisturbed = json.loads((tmp_path / "whole" / "distill.json").read_text())
+    for each in (result, undisturbed):
+        del each["seconds"]
+    assert result == undisturbed
+    assert weights(out) == weights(tmp_path / "whole")
+    trained = [line for line in untimed(out) if "loss" in line]
+    assert trained == [line for line in untimed(tmp_path / "whole") if "loss" in line]

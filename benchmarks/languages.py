@@ -1,14 +1,16 @@
 """Many languages, sparse against dense (section 4.3 of the paper): gain and speed-up by language.
 
-    python benchmarks/languages.py [--data FOLDER] [--scale laptop|gpu|paper] [--seeds 0 1 2]
+    python benchmarks/languages.py [--data FOLDER] [--scale laptop|gpu] [--seeds 0 1 2]
         [--budget 4m] [--runs FOLDER]
+    python benchmarks/languages.py --scale paper [--finished SPARSE DENSE]
 
 FOLDER holds parallel text: LANGUAGES.tsv (code and name), files NAME.CODE.txt with the same lines
 in each language, and DOCUMENT_IDS.tsv with the document of each line, as NTREX-128 has them. Whole
 documents are held out, the same ones in all languages. Writes results/languages.json and .md, and
 docs/languages.png; every seed's run folder has its own report, with the experts by language.
 
-`gpu` and `paper` write what they train and need the hardware; neither was measured.
+The paper's scale needs a cluster: `--scale paper` prints the two jobs, and `--finished` reads the
+folders of both runs. Neither it nor `gpu` was measured.
 """
 
 import argparse
@@ -22,13 +24,24 @@ from typing import Any
 
 import harness
 from switchlm.cli.compare import parse_duration
+from switchlm.config import read_yaml
 from switchlm.recipes import compare as recipe
+from switchlm.recipes.speedup import crossing, speed_by_source
+from switchlm.training.monitor import read_metrics
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "ntrex128"
 CONFIGS = Path(__file__).parent / "languages"
 LANGUAGE_NAMES, DOCUMENTS = "LANGUAGES.tsv", "DOCUMENT_IDS.tsv"
+SCALES = ["laptop", "gpu", "paper"]
 # Section 4.3, mSwitch-Base against mT5-Base.
+PAPER_JOBS = """\
+# One file or folder of text a language below mc4/; the fastest mesh: switchlm plan with this file.
+torchrun --nnodes 16 --nproc-per-node 8 -m switchlm pretrain benchmarks/languages/paper.yaml \\
+    --data 'each:mc4' --out runs/mswitch --set mesh.expert=128
+torchrun --nnodes 16 --nproc-per-node 8 -m switchlm pretrain benchmarks/languages/paper.yaml \\
+    --data 'each:mc4' --out runs/mt5 --set model.num_experts=0
+python benchmarks/languages.py --scale paper --finished runs/mswitch runs/mt5"""
 PAPER = ["paper", "1,000,000", "", "101 of 101", "5", "", "", "91%"]
 
 
@@ -36,21 +49,28 @@ def main() -> None:
     """Prepare the text, race both models for every seed, and write record, page and figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--scale", choices=["laptop", "gpu", "paper"], default="laptop")
+    parser.add_argument("--scale", choices=SCALES, default="laptop")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
         "--budget", help="wall time a seed, such as 4m; else the steps of the config"
     )
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "languages")
+    parser.add_argument("--finished", type=Path, nargs=2, help="run folders, sparse and dense")
     parser.add_argument("--set", action="append", default=[], help="override a setting")
     parser.add_argument("--set-dense", action="append", default=[])
     parser.add_argument("--draft", action="store_true", help="only print; write no results")
     arguments = parser.parse_args()
-    if not (arguments.data / DOCUMENTS).is_file():
+    if arguments.finished:
+        results = [finished(*arguments.finished)]
+    elif arguments.scale == "paper":
+        print(PAPER_JOBS)
+        return
+    elif (arguments.data / DOCUMENTS).is_file():
+        texts = prepare(arguments.data, arguments.runs / "texts")
+        results = [race(texts, arguments, seed) for seed in arguments.seeds]
+    else:
         print(f"No parallel text in {arguments.data}: nothing is measured. Give some with --data.")
         return
-    texts = prepare(arguments.data, arguments.runs / "texts")
-    results = [race(texts, arguments, seed) for seed in arguments.seeds]
     record = {"environment": harness.environment(arguments.seeds[0]), **summarise(results)}
     record |= {"scale": arguments.scale, "budget": arguments.budget, "seeds": arguments.seeds}
     if not arguments.draft:
@@ -117,6 +137,31 @@ def race(texts: Path, arguments: argparse.Namespace, seed: int) -> dict[str, Any
         result = event.get("result", result)
     print(f"Report: {out / 'report.html'}")
     return result
+
+
+def finished(sparse: Path, dense: Path) -> dict[str, Any]:
+    """Return what `race` returns of two runs that were trained one by one."""
+    lines = {
+        name: [line for line in read_metrics(path / "metrics.jsonl") if "evaluation_loss" in line]
+        for name, path in (("sparse", sparse), ("dense", dense))
+    }
+    last = {name: ones[-1] for name, ones in lines.items()}
+    reached = crossing(lines["sparse"], last["dense"]["evaluation_loss"])
+    configuration = {
+        name: read_yaml(path / "config.yaml")
+        for name, path in (("sparse", sparse), ("dense", dense))
+    }
+    return {
+        "seeds": [configuration["sparse"]["training"]["seed"]],
+        "steps": last["dense"]["step"],
+        "seconds": {name: line["seconds"] for name, line in last.items()},
+        "dense_loss": last["dense"]["evaluation_loss"],
+        "sparse_loss": last["sparse"]["evaluation_loss"],
+        "step_ratio": reached and reached.step / last["dense"]["step"],
+        "time_ratio": reached and reached.seconds / last["dense"]["seconds"],
+        "sources": speed_by_source(lines["dense"], lines["sparse"]),
+        "configuration": configuration,
+    }
 
 
 def clear(out: Path) -> None:

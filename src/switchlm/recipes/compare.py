@@ -238,8 +238,9 @@ def result_table(result: Event) -> list[dict[str, str]]:
         better = sum(one["sparse_loss"] < one["dense_loss"] for one in sources)
         ratios = [one["step_ratio"] or math.inf for one in sources]
         rows.append(row("sources with a lower loss", {"sparse": f"{better} of {len(ratios)}"}))
-        speed_up = {"sparse": f"{1 / statistics.median(ratios):.2f} x"}
-        rows.append(row("speed-up in steps, median source", speed_up))
+        middle = statistics.median(ratios)
+        speed_up = "never reached" if middle == math.inf else f"{1 / middle:.2f} x"
+        rows.append(row("speed-up in steps, median source", {"sparse": speed_up}))
     return rows
 
 

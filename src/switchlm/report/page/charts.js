@@ -134,7 +134,7 @@ function gainBySource(sources, names) {
   const rows = [...sources].sort((a, b) => (b.dense_loss - b.sparse_loss) - (a.dense_loss - a.sparse_loss));
   const wide = 1180, left = 46, longest = Math.max(...rows.map(row => row.name.length));
   const labels = rows.length <= 160, step = (wide - left - 8) / rows.length;
-  const bottom = labels ? Math.min(170, 16 + 5.2 * longest) : 24, high = 250;
+  const bottom = labels ? Math.min(150, 14 + 4.4 * longest) : 24, high = 250;
   const losses = rows.flatMap(row => [row.dense_loss, row.sparse_loss]);
   const low = Math.min(...losses), top = Math.max(...losses), pad = (top - low) * 0.06 || 0.1;
   const py = loss => 8 + (top + pad - loss) / (top - low + 2 * pad) * high;
@@ -170,19 +170,20 @@ function speedUps(sources) {
   const highest = Math.max(2, ...reached), width = [0.1, 0.25, 0.5, 1, 2, 5].find(w => (highest - 1) / w <= 24) || highest / 24;
   const bins = Array(Math.ceil((highest - 1) / width + 1e-9) + 1).fill(0);
   reached.forEach(speed => { bins[Math.max(0, Math.floor((speed - 1) / width + 1e-9))] += 1; });
-  const most = Math.max(...bins, never), bar = (WIDTH - LEFT - RIGHT) / (bins.length + 1);
+  const most = Math.max(...bins, never), bar = (WIDTH - LEFT - RIGHT) / (bins.length + 1.6);
+  const bx = i => LEFT + (i ? i + .6 : 0.1) * bar;
   const py = n => HEIGHT - BOTTOM - n / most * (HEIGHT - TOP - BOTTOM);
   const svg = element("svg", {viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": "histogram of speed-ups in steps"});
   for (const t of ticks(0, most, 5).filter(Number.isInteger)) svg.append(
     element("line", {x1: LEFT, x2: WIDTH - RIGHT, y1: py(t), y2: py(t), stroke: "var(--line)"}),
     element("text", {x: LEFT - 6, y: py(t) + 4, "text-anchor": "end"}, t));
-  [never, ...bins].forEach((n, i) => svg.append(element("rect", {x: LEFT + i * bar + 1, y: py(n), width: bar - 2,
+  [never, ...bins].forEach((n, i) => svg.append(element("rect", {x: bx(i) + 1, y: py(n), width: bar - 2,
     height: HEIGHT - BOTTOM - py(n), fill: i ? "var(--run-0)" : "var(--faint)"},
     element("title", {}, i ? `${n} sources from ${format(1 + (i - 1) * width)} to ${format(1 + i * width)} times` : `${n} never`))));
-  svg.append(element("text", {x: LEFT + bar / 2, y: HEIGHT - 20, "text-anchor": "middle"}, bar > 34 ? "never" : "–"));
+  if (never) svg.append(element("text", {x: bx(0) + bar / 2, y: HEIGHT - 20, "text-anchor": "middle"}, "never"));
   const every = Math.ceil(40 / bar);
   bins.forEach((_, i) => { if (i % every === 0) svg.append(element("text",
-    {x: LEFT + (i + 1) * bar, y: HEIGHT - 20, "text-anchor": i ? "middle" : "start"}, format(1 + i * width))); });
+    {x: bx(i + 1), y: HEIGHT - 20, "text-anchor": "middle"}, format(1 + i * width))); });
   svg.append(element("text", {x: WIDTH - RIGHT, y: HEIGHT - 4, "text-anchor": "end"}, "times as fast in steps"));
   return element("figure", {}, element("figcaption", {}, "Speed-up in steps, by source ",
     element("small", {}, `${sources.length} sources` + (never ? `, ${never} never reached it` : ""))), svg);

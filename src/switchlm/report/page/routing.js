@@ -7,10 +7,10 @@ function percent(share) {
 
 // A map of rows by columns of ratios to an even share, with names for both. Cells are reached by
 // the mouse or, once the map has the focus, by the arrow keys; `say(row, column)` words a cell.
-function ratioMap(label, rows, columns, ratio, say) {
+function ratioMap(label, rows, columns, ratio, say, longest = 0) {
   const cellWidth = Math.max(5, Math.min(26, Math.floor(430 / columns.length)));
   const cellHeight = 13, top = 18, width = cellWidth * columns.length, height = cellHeight * rows.length;
-  const left = Math.min(190, 12 + 6.1 * Math.max(...rows.map(name => name.length)));
+  const left = Math.min(190, 12 + 5.8 * Math.max(longest, ...rows.map(name => name.length)));
   const svg = element("svg", {viewBox: `0 0 ${left + width + 4} ${top + height + 4}`, class: "map", tabindex: 0,
     role: "application", "aria-label": `${label}; arrow keys read its cells`, style: `max-width:${(left + width + 4) * 1.15}px`});
   const every = Math.ceil(22 / cellWidth);
@@ -72,7 +72,8 @@ function legend() {
     for (let x = 0; x < 97; x++) image.data.set([...shade(2 ** (x / 24 - 2)), 255], 4 * x);
     context.putImageData(image, 0, 0);
   });
-  return element("p", {class: "legend"}, "a quarter or less ", bar, " four times or more; the middle is its usual share");
+  return element("p", {class: "legend"}, "a quarter of an expert's usual share, or less", bar,
+    "four times, or more");
 }
 
 function classMap(layer) {
@@ -86,6 +87,7 @@ function classMap(layer) {
 }
 
 function sourceMaps(layer, sources) {
+  const longest = Math.max(...sources.map(name => name.length));
   const panels = [], count = Math.ceil(sources.length / PANEL_ROWS), size = Math.ceil(sources.length / count);
   for (let from = 0; from < sources.length; from += size) {
     const names = sources.slice(from, from + size);
@@ -96,7 +98,7 @@ function sourceMaps(layer, sources) {
       element("figcaption", {}, "By source ", element("small", {}, part)),
       ratioMap(`experts by source ${part}`, names, layer.experts.map(String), ratio, (row, column) =>
         `${percent(share(row, column) / PARTS)} of ${names[row]} goes to expert ${layer.experts[column]}, ` +
-        `${ratio(row, column).toFixed(2)} times its usual share`)));
+        `${ratio(row, column).toFixed(2)} times its usual share`, longest)));
   }
   return panels;
 }

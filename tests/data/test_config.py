@@ -15,6 +15,7 @@ from switchlm.errors import ConfigError
         ({"held_out_share": 0.9}, "data.held_out_share"),
         ({"vocabulary_size": 10}, "data.vocabulary_size"),
         ({"text_column": ""}, "data.text_column"),
+        ({"group_column": ""}, "data.group_column"),
         ({"mixing": "temprature"}, "Did you mean 'temperature'"),
         ({"batchsize": 3}, "Did you mean 'batch_size'"),
     ],

@@ -259,6 +259,18 @@ def test_documents_are_held_out_alike_in_all_languages(translations, open_corpus
     assert not seen["held out"] & seen["train"]
 
 
+def test_many_sources_are_told_of_in_one_line(translations, open_corpus):
+    record = json.dumps({"text": "a text of some length, " * 9})
+    for number in range(20):
+        (translations / f"n{number}.jsonl").write_text(f"{record}\n" * 3)
+    said = []
+    open_corpus(sources=(f"each:{translations}",), report=said.append)
+    told = [line for line in said if "to train on" in line]
+    assert len(told) == 1
+    assert told[0].startswith("22 sources: ")
+    assert "(xx) each of the rows" in told[0]
+
+
 @pytest.mark.parametrize("tokenizer", ["bytes", "unigram"])
 def test_a_language_without_text_is_refused_by_name(translations, open_corpus, tokenizer):
     (translations / "zz.jsonl").write_text('{"document": "d0", "text": "  "}\n')

@@ -21,6 +21,7 @@ from switchlm.data.tokenizer import Tokenizer
 from switchlm.data.vocabulary import open_tokenizer
 from switchlm.errors import DataError, nearest
 
+MOST_LINES = 16  # to tell of sources one by one
 _HELD_OUT_SEED = 0  # runs with other seeds are measured on the same masked text
 
 
@@ -144,18 +145,33 @@ def open_data(
         config.mixing,
         config.mixing_exponent,
     )
-    for source, rows, kept, share in zip(parsed, train_rows, held_out_rows, shares_S, strict=True):
-        say(
-            f"{source.name}: {rows.num_tokens:,} tokens to train on, {kept.num_tokens:,} held out, "
-            f"{share:.1%} of the rows"
-        )
+    names = tuple(source.name for source in parsed)
+    for line in _words(names, train_rows, held_out_rows, shares_S):
+        say(line)
     return Loader(
         Samples(train_rows, Mixture(shares_S, seed), shape, tokenizer, seed),
         _held_out(held_out_rows, shares_S, shape, tokenizer),
         tokenizer,
-        tuple(source.name for source in parsed),
+        names,
         config.batch_size,
     )
+
+
+def _words(
+    names: Sequence[str], train: Sequence[Rows], held_out: Sequence[Rows], shares_S: np.ndarray
+) -> list[str]:
+    """Return what is told of the mixture: a line a source, or one line of very many."""
+
+    def line(who: str, places: Sequence[int], share: str) -> str:
+        read, kept = (sum(part[place].num_tokens for place in places) for part in (train, held_out))
+        return f"{who}: {read:,} tokens to train on, {kept:,} held out, {share} of the rows"
+
+    every = range(len(names))
+    if len(names) <= MOST_LINES:
+        return [line(names[place], [place], f"{shares_S[place]:.1%}") for place in every]
+    shares = f"{shares_S.min():.2%} ({names[shares_S.argmin()]}) to "
+    shares += f"{shares_S.max():.2%} ({names[shares_S.argmax()]}) each"
+    return [line(f"{len(names)} sources", every, shares)]
 
 
 def _choose_held_out(

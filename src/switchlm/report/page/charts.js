@@ -82,8 +82,8 @@ function chart(title, small, series, {x, level = null, mark = null, fromZero = f
 
 // Blue is idle, the paper's white (or dark) is an even share, orange is overloaded.
 const SHADES = {
-  light: [[37, 84, 178], [150, 180, 225], [240, 240, 234], [240, 170, 90], [178, 60, 10]],
-  dark: [[96, 150, 255], [52, 84, 150], [38, 44, 54], [160, 92, 34], [255, 158, 82]],
+  light: [[92, 132, 205], [176, 198, 232], [244, 243, 238], [240, 166, 86], [176, 58, 8]],
+  dark: [[20, 42, 100], [42, 70, 128], [92, 97, 107], [196, 120, 56], [255, 178, 96]],
 };
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const painters = [];  // draw again what has colours of its own when the theme changes

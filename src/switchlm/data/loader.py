@@ -169,8 +169,8 @@ def _words(
     every = range(len(names))
     if len(names) <= MOST_LINES:
         return [line(names[place], [place], f"{shares_S[place]:.1%}") for place in every]
-    shares = f"{shares_S.min():.2%} ({names[shares_S.argmin()]}) to "
-    shares += f"{shares_S.max():.2%} ({names[shares_S.argmax()]}) each"
+    least, most = int(shares_S.argmin()), int(shares_S.argmax())
+    shares = f"{shares_S[least]:.2%} ({names[least]}) to {shares_S[most]:.2%} ({names[most]}) each"
     return [line(f"{len(names)} sources", every, shares)]
 
 

@@ -75,8 +75,7 @@ function chart(title, small, series, {x, level = null, mark = null, fromZero = f
   });
   svg.addEventListener("mouseleave", () => { hover.textContent = ""; });
   const caption = element("figcaption", {}, title, " ", element("small", {}, small));
-  for (const s of series) if (s.name) caption.append(
-    element("span", {class: "key", style: `background:${s.color}`}), element("small", {}, s.name));
+  for (const s of series) if (s.name) caption.append(named(s.name, s.color));
   return element("figure", {}, caption, svg);
 }
 
@@ -91,6 +90,12 @@ dark.addEventListener("change", () => painters.forEach(draw => draw()));
 function paint(draw) {
   painters.push(draw);
   draw();
+}
+
+// A colour and its name, never parted by a line end.
+function named(name, color) {
+  return element("span", {class: "named"}, element("span", {class: "key", style: `background:${color}`}),
+                 element("small", {}, name));
 }
 
 function hue(index, count) {
@@ -157,10 +162,9 @@ function gainBySource(sources, names) {
       "text-anchor": "end", class: "small"}, row.name));
     svg.append(group);
   });
-  return element("figure", {}, element("figcaption", {}, "Held-out loss of every source ",
+  return element("figure", {class: "scrolls"}, element("figcaption", {}, "Held-out loss of every source ",
     element("small", {}, "nats a target token, largest gain first"),
-    ...names.flatMap((name, i) => [element("span", {class: "key", style: `background:var(--run-${i})`}),
-                                   element("small", {}, name)])), svg);
+    ...names.map((name, i) => named(name, `var(--run-${i})`))), svg);
 }
 
 // How many sources reached the dense twin's last loss how many times as fast.

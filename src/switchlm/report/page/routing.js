@@ -1,5 +1,5 @@
 // Who goes to which expert, at the end of a run: heat maps with a layer to choose, and words.
-const PARTS = 10000, PANEL_ROWS = 64;
+const PARTS = 10000, PANEL_ROWS = 64, MANY_EXPERTS = 48;  // more take the whole width of the page
 
 function percent(share) {
   return share >= 0.0995 ? `${Math.round(100 * share)}%` : `${(100 * share).toFixed(1)}%`;
@@ -8,7 +8,8 @@ function percent(share) {
 // A map of rows by columns of ratios to an even share, with names for both. Cells are reached by
 // the mouse or, once the map has the focus, by the arrow keys; `say(row, column)` words a cell.
 function ratioMap(label, rows, columns, ratio, say, longest = 0) {
-  const cellWidth = Math.max(5, Math.min(26, Math.floor(430 / columns.length)));
+  const room = columns.length > MANY_EXPERTS ? 900 : 430;
+  const cellWidth = Math.max(5, Math.min(26, Math.floor(room / columns.length)));
   const cellHeight = 13, top = 18, width = cellWidth * columns.length, height = cellHeight * rows.length;
   const left = Math.min(190, 12 + 5.8 * Math.max(longest, ...rows.map(name => name.length)));
   const svg = element("svg", {viewBox: `0 0 ${left + width + 4} ${top + height + 4}`, class: "map", tabindex: 0,
@@ -76,10 +77,14 @@ function legend() {
     "four times, or more");
 }
 
+function width(layer) {
+  return layer.experts.length > MANY_EXPERTS ? {class: "across"} : {};
+}
+
 function classMap(layer) {
   const names = layer.classes.map(one => `${one.name}, ${percent(one.size / PARTS)}`);
   const ratio = (row, column) => layer.classes[row].share[column] / Math.max(layer.share[column], 1);
-  return element("figure", {},
+  return element("figure", width(layer),
     element("figcaption", {}, "By kind of token ", element("small", {}, "and how common it is")),
     ratioMap("experts by kind of token", names, layer.experts.map(String), ratio, (row, column) =>
       `${percent(layer.classes[row].share[column] / PARTS)} of “${layer.classes[row].name}” goes to expert ` +
@@ -94,7 +99,7 @@ function sourceMaps(layer, sources) {
     const share = (row, column) => layer.by_source[from + row][column];
     const ratio = (row, column) => share(row, column) / Math.max(layer.share[column], 1);
     const part = count > 1 ? `${from + 1} to ${from + names.length} of ${sources.length}` : "";
-    panels.push(element("figure", {},
+    panels.push(element("figure", width(layer),
       element("figcaption", {}, "By source ", element("small", {}, part)),
       ratioMap(`experts by source ${part}`, names, layer.experts.map(String), ratio, (row, column) =>
         `${percent(share(row, column) / PARTS)} of ${names[row]} goes to expert ${layer.experts[column]}, ` +

@@ -54,9 +54,8 @@ def test_the_run_ends_with_the_line_of_the_paper(run, arguments, tmp_path):
     words = " ".join(result.output.split())
     assert "nats a target); compression" in words
     assert "dense baseline 9.5000" in words
-    assert (tmp_path / "logits" / "manifest.json").exists()
+    assert '"top_k": 32' in (tmp_path / "logits" / "manifest.json").read_text()
     assert (tmp_path / "run" / "report.html").exists()
-    assert "top_k: 32" in (tmp_path / "run" / "distillation.yaml").read_text()
 
 
 def test_json_is_the_result_alone(run_json, arguments, tmp_path):
@@ -169,6 +168,43 @@ def test_settings_out_of_range(refuse, arguments, setting, message):
 def test_both_weights_nothing(refuse, arguments):
     zero = ["--set", "distillation.hard_weight=0", "--set", "distillation.soft_weight=0"]
     assert "are both 0" in refuse(*arguments, *zero)
+
+
+@pytest.fixture
+def task_file(tmp_path):
+    path = tmp_path / "sums.jsonl"
+    pairs = [{"input": f"{one} plus {one}", "target": str(2 * one)} for one in range(40)]
+    path.write_text("\n".join(map(json.dumps, pairs)))
+    return path
+
+
+TASK = [
+    *("--set", "training.steps=4", "--set", "training.evaluate_every=4"),
+    *("--set", "finetune.batch_size=4", "--set", "finetune.input_length=24"),
+    *("--set", "finetune.target_length=8", "--set", "finetune.evaluation_examples=2"),
+]
+
+
+def test_a_task_is_distilled_and_scored(run, nano, task_file, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["distill", "--teacher", nano, "--task", task_file, "--out", out, *TASK]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "Score: student" in result.output
+    stored = json.loads((out / "distill.json").read_text())
+    assert stored["configuration"]["finetune"]["tasks"] == [str(task_file)]
+
+
+def test_tasks_that_do_not_fit(refuse, nano, task_file, tmp_path):
+    start = ["distill", "--teacher", nano, "--out", tmp_path / "run", *TASK]
+    assert "Did you mean 'sst2'?" in refuse(*start, "--task", "sst3")
+    column = ["--set", "finetune.columns.input_column=question"]
+    assert "has no column 'question'" in refuse(*start, "--task", task_file, *column)
+    two = ["--data", tmp_path, "--data", tmp_path]
+    assert "2 places for the data" in refuse(*start, "--task", "sst2", *two)
+    short = ["--set", "finetune.target_length=2"]
+    assert "longer than 2 tokens" in refuse(*start, "--task", task_file, *short)
+    assert not (tmp_path / "run").exists()
 
 
 def test_upcycling_takes_the_shape_of_the_dense_model(run, refuse, texts, tmp_path):

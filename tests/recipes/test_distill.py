@@ -11,8 +11,11 @@ import torch
 from switchlm.checkpoint.huggingface import load, load_config
 from switchlm.model.presets import preset
 from switchlm.recipes.config import run_config
-from switchlm.recipes.distill import distill, headline, quality_kept
+from switchlm.recipes.distill import distill
 from switchlm.recipes.distill_config import configure, resumed
+from switchlm.recipes.distill_result import headline, share_kept
+from switchlm.recipes.finetune import finetune
+from switchlm.recipes.finetune_config import finetune_run
 from switchlm.recipes.pretrain import pretrain
 from switchlm.training.distillation import Teacher
 
@@ -96,23 +99,26 @@ def test_the_result_is_what_the_paper_reports(tmp_path, models, teacher):
 
 
 def test_quality_kept_as_in_table_6():
-    kept = {loss: quality_kept(loss, 1.444, 1.636) for loss in (1.631, 1.598, 1.580, 1.444)}
-    assert {loss: round(value, 2) for loss, value in kept.items()} == {
-        1.631: 0.03, 1.598: 0.20, 1.580: 0.29, 1.444: 1.0,
+    """Of qualities as the paper prints them, and of scores as in Table 8."""
+    kept = {quality: share_kept(quality, -1.444, -1.636) for quality in (-1.631, -1.598, -1.580)}
+    assert {key: round(value, 2) for key, value in kept.items()} == {
+        -1.631: 0.03, -1.598: 0.20, -1.580: 0.29,
     }  # fmt: skip
-    assert quality_kept(1.5, 1.6, 1.6) is None
-    assert quality_kept(1.5, 1.4, None) is None
+    assert round(share_kept(76.6, teacher=81.3, baseline=74.6), 2) == 0.30
+    assert share_kept(1.5, teacher=1.6, baseline=1.6) is None
 
 
 def test_the_line_says_what_there_is_to_say():
     result = {
         "student_loss": 1.58, "teacher_loss": 1.444, "baseline_loss": 1.636, "quality_kept": 0.29,
-        "compression": 0.94, "parameters": {"student": 223, "teacher": 3800},
+        "compression": 0.94, "parameters": {"student": 223, "teacher": 3800}, "quality": "loss",
     }  # fmt: skip
     assert headline(result).startswith("Quality kept: 29% of the teacher's gain")
     assert "compression 94% (223 of 3,800 parameters)" in headline(result)
     assert "Quality" not in headline({**result, "baseline_loss": None})
     assert "no better" in headline({**result, "quality_kept": None})
+    scores = {"student_score": 76.6, "teacher_score": 81.3, "baseline_score": 74.6}
+    assert "dense baseline 74.60%" in headline({**result, **scores, "quality": "score"})
 
 
 def test_a_student_starts_from_the_teacher(tmp_path, teacher):
@@ -200,3 +206,63 @@ def test_a_run_that_died_or_was_stopped_ends_bitwise_as_the_undisturbed_one(
     assert weights(out) == weights(tmp_path / "whole")
     trained = [line for line in untimed(out) if "loss" in line]
     assert trained == [line for line in untimed(tmp_path / "whole") if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def tuned(home, models):
+    """A fine-tuned teacher and its task: two words, the second of which is the answer."""
+    draw = random.Random(1)
+    lines = []
+    for number in range(60):
+        first, second = draw.choices(["left", "right"], k=2)
+        lines.append(json.dumps({"input": f"{number} {first} {second}", "target": second}))
+    (home / "last.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    stated = {"model": str(models / "nano"), "tasks": [str(home / "last.jsonl")]}
+    rows = ["finetune.input_length=24", "finetune.target_length=8", "finetune.batch_size=8"]
+    run = finetune_run({}, stated=stated, overrides=[*SHORT, *rows])
+    list(finetune(run, home / "tuned"))
+    return home / "tuned"
+
+
+def test_a_student_stopped_while_its_teacher_answers_leaves_nothing(tmp_path, teacher):
+    cache = tmp_path / "logits"
+    config = configure(teacher=teacher, cache_logits=str(cache), overrides=SHORT)
+    events = list(distill(config, tmp_path / "run", should_stop=lambda: True))
+    assert all("phase" in event for event in events)
+    assert not cache.exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fine_tuned_teacher_teaches_its_task(tmp_path, models, tuned):
+    config = configure(
+        teacher=str(tuned),
+        baseline=str(models / "dense-nano"),
+        overrides=[*SHORT, "finetune.evaluation_examples=4"],
+    )
+    assert config.finetune is not None
+    assert config.finetune.input_length == 24
+    result, lines = run(config, tmp_path / "run")
+    assert result["quality"] == "score"
+    for role in ("student", "teacher", "baseline"):
+        assert 0 <= result[f"{role}_score"] <= 100
+        assert set(result["scores"][role]) == {"last"}
+    assert result["student_loss"] == pytest.approx(lines[-1]["evaluation_loss"])
+    again, _ = run(resumed(tmp_path / "run"), tmp_path / "run", resume=True)
+    assert again == result
+
+
+def test_another_teacher_teaches_a_task_by_name_or_file(tmp_path, teacher, tuned):
+    lengths = ["finetune.input_length=24", "finetune.target_length=8", "finetune.batch_size=8"]
+    config = configure(
+        teacher=teacher,
+        tasks=[str(tuned.parent / "last.jsonl")],
+        overrides=[*SHORT, *lengths, "finetune.evaluation_examples=4"],
+        cache_logits=str(tmp_path / "logits"),
+        baseline="7.5",
+    )
+    result, _ = run(config, tmp_path / "run")
+    assert result["quality"] == "loss"
+    assert "student_score" in result
+    text = configure(teacher=str(tuned), sources=["text.txt"], overrides=SHORT)
+    assert text.finetune is None
+    assert text.run.data.sources == ("text.txt",)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from switchlm.cli.progress import Progress
 from switchlm.cli.signals import stop_on_signal
+from switchlm.cli.task_options import Tasks
 from switchlm.errors import ConfigError
 
 
@@ -26,8 +27,12 @@ def distill(
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text, as for pretrain; the teacher's own where left out."),
+        typer.Option(
+            help="Text, as for pretrain, or the folder or file of a task; what the teacher was "
+            "trained on where left out."
+        ),
     ] = None,
+    task: Tasks = None,
     baseline: Annotated[
         str | None,
         typer.Option(help="A dense model trained without a teacher, or its held-out loss."),
@@ -48,8 +53,9 @@ def distill(
 ) -> None:
     """Teach a small model what a large one knows."""
     from switchlm.parallel.launch import launched
-    from switchlm.recipes import distill as recipe
     from switchlm.recipes import distill_config
+    from switchlm.recipes.distill import distill as recipe
+    from switchlm.recipes.distill_result import headline
 
     stated: dict[str, Any] = {
         "baseline": baseline,
@@ -58,7 +64,8 @@ def distill(
     }
     stated = {name: value for name, value in stated.items() if value is not None}
     if resume and (out / distill_config.SETTINGS).exists():
-        for option, value in (("--teacher", teacher), ("--student", student), ("--data", data)):
+        fixed = {"--teacher": teacher, "--student": student, "--data": data, "--task": task}
+        for option, value in fixed.items():
             if value:
                 raise ConfigError(
                     f"{option} is given with --resume, but the run in {str(out)!r} has its own. "
@@ -72,6 +79,7 @@ def distill(
             teacher=teacher,
             student=student or "dense",
             sources=data or (),
+            tasks=task or (),
             overrides=set_ or (),
             **stated,
         )
@@ -81,9 +89,7 @@ def distill(
     progress = Progress(console, steps=training.steps, seconds=training.seconds)
     result: dict[str, Any] = {}
     with stop_on_signal() as should_stop:
-        events = recipe.distill(
-            config, out, resume=resume, should_stop=should_stop, report=progress.say
-        )
+        events = recipe(config, out, resume=resume, should_stop=should_stop, report=progress.say)
         for event in progress.watch(events):
             result = event.get("result", result)
     if not result:
@@ -91,5 +97,5 @@ def distill(
     if as_json:
         typer.echo(json.dumps(result))
         return
-    console.print(recipe.headline(result), style="bold", highlight=False)
+    console.print(headline(result), style="bold", highlight=False)
     console.print(f"Model: {out / 'model'}   Report: {out / 'report.html'}")

@@ -5,9 +5,7 @@ student keeps, and how much smaller than the teacher it is.
 """
 
 import json
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +14,24 @@ from torch import Tensor
 
 from switchlm.checkpoint.files import replace_file
 from switchlm.checkpoint.huggingface import load, save
-from switchlm.checkpoint.run_folder import RunFolder
 from switchlm.checkpoint.transplant import transplant
 from switchlm.config import write_yaml
-from switchlm.data.loader import Loader, open_data
+from switchlm.data.loader import Loader
+from switchlm.data.pairs import PairLoader
 from switchlm.data.tokenizer import Tokenizer
 from switchlm.errors import ConfigError
 from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.evaluation.routing import routing_statistics
-from switchlm.model import count
-from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
-from switchlm.parallel.mesh import AnyMesh, joined
-from switchlm.recipes.config import to_sections
-from switchlm.recipes.distill_config import SETTINGS, DistillationConfig, DistillRun
+from switchlm.parallel.mesh import AnyMesh, Mesh, joined
+from switchlm.recipes.distill_config import SETTINGS, DistillationConfig, DistillRun, stored
+from switchlm.recipes.distill_data import Reading, taught
+from switchlm.recipes.distill_result import summarise, write_page
 from switchlm.recipes.pretrain import begin, build_model, default_device, open_folder
+from switchlm.recipes.routing import record_routing
 from switchlm.recipes.start import check_vocabulary, open_tokenizer, open_whole
-from switchlm.report.write import ReportRun, write_report
-from switchlm.training.distillation import Distillation, Taught, Teacher
-from switchlm.training.logit_cache import CacheKey, LogitCache, build, digest
-from switchlm.training.loop import BatchSource, train
-from switchlm.training.monitor import read_metrics
+from switchlm.training.distillation import Distillation
+from switchlm.training.loop import train
 from switchlm.training.objective import Objective, target_cross_entropy
 
 Event = dict[str, Any]
@@ -54,9 +49,10 @@ def distill(
 ) -> Iterator[Event]:
     """Train a student; yield `{"phase": text}`, metrics lines, and last `{"result": {...}}`.
 
-    Writes the run folder OUT, with distillation.yaml beside config.yaml, and the result in
-    distill.json. With `resume` it goes on from the newest checkpoint there. Started by torchrun,
-    the student is spread over the mesh; the teacher is whole in each process.
+    Text is read, or the examples of tasks. Writes the run folder OUT, with distillation.yaml beside
+    config.yaml, and the result in distill.json; neither if the user stops the making of a cache.
+    With `resume` it goes on from the newest checkpoint there. Started by torchrun, the student is
+    spread over the mesh; the teacher is whole in each process.
     """
     with joined(config.run.mesh) as mesh:
         yield from _distill(config, out, mesh, resume or mesh.restarted, should_stop, report)
@@ -72,19 +68,26 @@ def _distill(
 ) -> Iterator[Event]:
     settings, run = config.distillation, config.run
     folder = open_folder(out, resume)
+    if config.finetune is not None and isinstance(mesh, Mesh):
+        raise ConfigError(
+            "Distilling on tasks runs in one process: their scores need whole models. Run it "
+            "without torchrun."
+        )
     yield {"phase": "loading the teacher"}
     teacher, tokenizer = open_whole(settings.teacher, "teacher", report, default_device())
     _check_others(settings, tokenizer)
     yield {"phase": "reading text"}
     with mesh.first_on_node("text"):
-        loader = open_data(run.data, seed=run.training.seed, tokenizer=tokenizer, report=report)
-    source = _taught(config, loader, teacher, mesh, report)
+        reading = Reading(config, tokenizer, report)
+    source = taught(reading, teacher, mesh, should_stop, report)
+    if source is None:
+        return
     begin(folder, run, tokenizer, mesh)
     if mesh.is_main:
-        write_yaml(out / SETTINGS, settings)
+        write_yaml(out / SETTINGS, stored(config))
     student = build_model(run, mesh)
     if not folder.has_checkpoint():
-        _start(settings, teacher, student, loader, report)
+        _start(settings, teacher, student, reading.loader, report)
     yield {"phase": "training"}
     yield from train(
         student,
@@ -98,13 +101,17 @@ def _distill(
     )
     yield {"phase": "saving and measuring"}
     save(student, tokenizer, folder.model, group=mesh.storage)
-    losses = _losses(config, loader, teacher, student, mesh, report)
+    routing = record_routing(student, source, tokenizer, folder, mesh)
+    models = _measured(settings, teacher, student, report)
+    figures = {role: _measure(reading, model, mesh) for role, model in models}
+    if settings.baseline_loss is not None:
+        figures["baseline"] = {"loss": settings.baseline_loss}
     if not mesh.is_main:
         return
-    result = _result(config, teacher.config, losses, read_metrics(folder.metrics))
+    result = summarise(config, teacher.config, figures, folder)
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     replace_file(out / RESULT, text.encode("utf-8"))
-    _report(folder, result)
+    write_page(folder, result, routing)
     yield {"result": result}
 
 
@@ -113,8 +120,8 @@ def _check_others(settings: DistillationConfig, tokenizer: Tokenizer) -> None:
     others = {}
     if settings.trained_student is not None:
         others["student"] = settings.trained_student
-    if settings.baseline is not None and _as_loss(settings.baseline) is None:
-        others["baseline"] = settings.baseline
+    if settings.baseline_model is not None:
+        others["baseline"] = settings.baseline_model
     for role, name in others.items():
         other = open_tokenizer(name, role)
         teacher = f"the teacher {settings.teacher!r}"
@@ -131,54 +138,11 @@ def _objective(settings: DistillationConfig) -> Objective:
     )
 
 
-def _taught(
-    config: DistillRun, loader: Loader, model: SwitchTransformer, mesh: AnyMesh, report: Report
-) -> BatchSource:
-    """Return this process's share of the text, with what the teacher says of it."""
-    settings, training = config.distillation, config.run.training
-    share = loader.share(mesh.share, mesh.num_shares)
-    if not settings.soft_weight:
-        return share
-    teacher = Teacher(
-        model,
-        temperature=settings.temperature,
-        precision=training.precision,
-        top_k=settings.top_k,
-    )
-    if settings.cache_logits is None:
-        return Taught(share, lambda number, batch: teacher(batch))
-    assert settings.top_k is not None, "a cache implies it"
-    folder = Path(settings.cache_logits)
-    num_batches = training.steps * training.accumulate
-    key = CacheKey(
-        teacher=digest(model),
-        tokenizer=loader.tokenizer.fingerprint(),
-        seed=training.seed,
-        temperature=settings.temperature,
-        precision=training.precision,
-        top_k=settings.top_k,
-    )
-    with mesh.first_on_node("logits"):
-        build(folder, key, teacher, loader, num_batches, report)
-    cache = LogitCache(
-        folder,
-        key,
-        num_batches * loader.batch_size,
-        share=mesh.share,
-        num_shares=mesh.num_shares,
-    )
-    source = Taught(share, cache.teach)
-    batches = source.iterate(0)
-    next(batches)  # other text is refused now, not after the model is built
-    batches.close()
-    return source
-
-
 def _start(
     settings: DistillationConfig,
     teacher: SwitchTransformer,
     student: SwitchTransformer,
-    loader: Loader,
+    loader: Loader | PairLoader,
     report: Report,
 ) -> None:
     """Give a student its first weights, where they are not to be random."""
@@ -197,116 +161,22 @@ def _start(
         )
 
 
-def _losses(
-    config: DistillRun,
-    loader: Loader,
+def _measured(
+    settings: DistillationConfig,
     teacher: SwitchTransformer,
     student: SwitchTransformer,
-    mesh: AnyMesh,
     report: Report,
-) -> dict[str, float | None]:
-    """Return the held-out loss of student, teacher and baseline on the same batches, in nats."""
-    baseline = config.distillation.baseline
-    share = loader.share(mesh.share, mesh.num_shares)
-    batches = share.held_out(config.run.training.evaluate_batches)
-
-    def measure(model: SwitchTransformer) -> float:
-        return held_out_loss(model, batches, loader.sources, mesh)["loss"]
-
-    losses: dict[str, float | None] = {"student": measure(student), "teacher": measure(teacher)}
-    losses["baseline"] = None if baseline is None else _as_loss(baseline)
-    if baseline is not None and losses["baseline"] is None:
-        losses["baseline"] = measure(load(baseline, device=default_device(), report=report)[0])
-    return losses
+) -> Iterator[tuple[str, SwitchTransformer]]:
+    """Yield every model to be measured, and its role; the baseline is loaded for that alone."""
+    yield "student", student
+    yield "teacher", teacher
+    if settings.baseline_model is not None:
+        yield "baseline", load(settings.baseline_model, device=default_device(), report=report)[0]
 
 
-def _as_loss(baseline: str) -> float | None:
-    """Return the loss that a baseline is given as, None if it is a model."""
-    try:
-        loss = float(baseline)
-    except ValueError:
-        return None
-    if not (math.isfinite(loss) and loss > 0):
-        raise ConfigError(f"distillation.baseline must be a loss above 0 or a model, got {loss}.")
-    return loss
-
-
-def quality_kept(student: float, teacher: float, baseline: float | None) -> float | None:
-    """Return (student - baseline) / (teacher - baseline) of qualities, which are losses negated.
-
-    None without a baseline, or where the teacher is no better than it.
-    """
-    if baseline is None or teacher >= baseline:
-        return None
-    return (student - baseline) / (teacher - baseline)
-
-
-def _result(
-    config: DistillRun,
-    teacher: ModelConfig,
-    losses: dict[str, float | None],
-    metrics: list[Event],
-) -> Event:
-    """Return all that distill.json holds."""
-    student_loss, teacher_loss = losses["student"], losses["teacher"]
-    assert student_loss is not None
-    assert teacher_loss is not None
-    sizes = {
-        "student": count.parameters(config.run.model),
-        "teacher": count.parameters(teacher),
-    }
-    trained = [line for line in metrics if "loss" in line]
-    return {
-        "student_loss": student_loss,
-        "teacher_loss": teacher_loss,
-        "baseline_loss": losses["baseline"],
-        "quality_kept": quality_kept(student_loss, teacher_loss, losses["baseline"]),
-        "compression": 1 - sizes["student"] / sizes["teacher"],
-        "parameters": sizes,
-        "steps": trained[-1]["step"] if trained else 0,
-        "seconds": trained[-1]["seconds"] if trained else 0.0,
-        "seeds": [config.run.training.seed],
-        "configuration": {"distillation": asdict(config.distillation), **to_sections(config.run)},
-    }
-
-
-def headline(result: Event) -> str:
-    """Return the result in the line that the paper reports."""
-    sizes = result["parameters"]
-    compression = (
-        f"compression {result['compression']:.0%} ({sizes['student']:,} of {sizes['teacher']:,} "
-        "parameters)"
-    )
-    losses = f"student {result['student_loss']:.4f}, teacher {result['teacher_loss']:.4f}"
-    if result["baseline_loss"] is None:
-        return f"Held-out loss: {losses} nats a target; {compression}."
-    losses += f", dense baseline {result['baseline_loss']:.4f} nats a target"
-    if result["quality_kept"] is None:
-        return f"The teacher is no better than the dense baseline: {losses}; {compression}."
-    return (
-        f"Quality kept: {result['quality_kept']:.0%} of the teacher's gain over the dense baseline "
-        f"({losses}); {compression}."
-    )
-
-
-def result_table(result: Event) -> list[dict[str, str]]:
-    """Return the result as a row a model, text in every cell."""
-    sizes = result["parameters"]
-    rows = []
-    for name in ("teacher", "student", "baseline"):
-        loss = result[f"{name}_loss"]
-        if loss is not None:
-            size = f"{sizes[name]:,}" if name in sizes else ""
-            rows.append({"": name, "held-out loss": f"{loss:.4f}", "parameters": size})
-    return rows
-
-
-def _report(folder: RunFolder, result: Event) -> None:
-    write_report(
-        folder.report,
-        title=f"Distillation: {folder.root.name}",
-        headline=headline(result),
-        runs=[ReportRun(name=folder.root.name, metrics=read_metrics(folder.metrics))],
-        table=result_table(result),
-        configuration=result["configuration"],
-    )
+def _measure(reading: Reading, model: SwitchTransformer, mesh: AnyMesh) -> dict[str, Any]:
+    """Return the held-out loss of a model in nats a target, and its scores on tasks."""
+    share = reading.loader.share(mesh.share, mesh.num_shares)
+    batches = share.held_out(reading.config.run.training.evaluate_batches)
+    loss = held_out_loss(model, batches, share.sources, mesh)["loss"]
+    return {"loss": loss, **reading.score(model)}

@@ -1,24 +1,32 @@
 """The configuration of a distillation: who teaches whom, from what start, by which loss."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from switchlm.checkpoint.huggingface import load_config
 from switchlm.checkpoint.run_folder import RunFolder
 from switchlm.checkpoint.transplant import FeedForwardSource, check_fit
 from switchlm.config import from_mapping, override, read_yaml, to_mapping
+from switchlm.data.config import DataConfig
 from switchlm.errors import ConfigError, nearest
 from switchlm.model.config import ModelConfig
 from switchlm.model.presets import PRESETS, preset
 from switchlm.recipes.config import RunConfig, run_config
+from switchlm.recipes.finetune_config import FinetuneConfig, paper_training
 from switchlm.recipes.start import check_stated, open_tokenizer
+from switchlm.training.config import TrainingConfig
 
 SETTINGS = "distillation.yaml"  # in the run's folder, beside config.yaml
-_SECTION = "distillation"
-_TOP_K = 32
+TOP_K = 32
+_DISTILLATION, _FINETUNE = "distillation", "finetune"
+# What other tasks take from a fine-tuned teacher's run.
+_LIMITS = ("input_length", "target_length", "batch_size", "pack")
+
+Section = TypeVar("Section")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +61,24 @@ class DistillationConfig:
         """The model that the student is, if it is one and not an architecture."""
         return None if self.student in ("dense", *PRESETS) else self.student
 
+    @property
+    def baseline_loss(self) -> float | None:
+        """The baseline, if it is given as its held-out loss."""
+        try:
+            return None if self.baseline is None else float(self.baseline)
+        except ValueError:
+            return None
+
+    @property
+    def baseline_model(self) -> str | None:
+        """The baseline, if it is a model."""
+        return self.baseline if self.baseline_loss is None else None
+
+    @property
+    def num_words(self) -> int | None:
+        """How many words the teacher names of each target; None for all."""
+        return TOP_K if self.top_k is None and self.cache_logits is not None else self.top_k
+
     def __post_init__(self) -> None:
         for name in ("hard_weight", "soft_weight"):
             if getattr(self, name) < 0:
@@ -66,6 +92,11 @@ class DistillationConfig:
             )
         if self.temperature <= 0:
             raise ConfigError(f"distillation.temperature must be positive, got {self.temperature}.")
+        if self.baseline_loss is not None and not 0 < self.baseline_loss < math.inf:
+            raise ConfigError(
+                "distillation.baseline must be a loss above 0 or a model, got "
+                f"{self.baseline_loss}."
+            )
         for name in ("load_batches", "top_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -74,10 +105,15 @@ class DistillationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillRun:
-    """A distillation, and the run of its student."""
+    """A distillation, and the run of its student.
+
+    finetune: the tasks whose examples are read in place of `run.data`, and how; of its fields those
+    that are about training a model count for nothing here.
+    """
 
     distillation: DistillationConfig
     run: RunConfig
+    finetune: FinetuneConfig | None = None
 
 
 def configure(
@@ -85,48 +121,93 @@ def configure(
     teacher: str,
     student: str = "dense",
     sources: Sequence[str] = (),
+    tasks: Sequence[str] = (),
     overrides: Sequence[str] = (),
     **settings: Any,
 ) -> DistillRun:
     """Resolve a new distillation.
 
-    sources: text; none takes the teacher's own, if it is a run. overrides: dotted, of any section,
-    `distillation` too. settings: more of that section. The shape of the batches is that of the
-    teacher's run; the vocabulary is always the teacher's.
+    sources: text; with tasks, the folder or file of the task. Where both are left out the student
+    reads what the teacher, if it is a run, was trained on: its text, or its tasks. overrides:
+    dotted, of any section. settings: more of the section `distillation`. The shape of the batches
+    is that of the teacher's run; the vocabulary is always the teacher's.
     """
     values = {"teacher": teacher, "student": student, **settings}
-    distillation = _distillation(values, overrides)
+    distillation = _section(DistillationConfig, _DISTILLATION, values, overrides)
     taught_as = load_config(teacher, report=lambda line: None)
     trained = RunFolder(Path(teacher)).config
-    base = run_config(values=read_yaml(trained)) if trained.is_file() else RunConfig()
-    base = RunConfig(model=_student(distillation.student, taught_as), data=base.data)
-    run = run_config(base, sources=sources, overrides=_others(overrides))
+    before = read_yaml(trained) if trained.is_file() else {}
+    finetune = _finetune(teacher, before.get(_FINETUNE), sources, tasks, overrides)
+    base = RunConfig(
+        model=_student(distillation.student, taught_as),
+        data=from_mapping(DataConfig, before.get("data", {}), "data"),
+        training=TrainingConfig() if finetune is None else paper_training(),
+    )
+    texts = sources if finetune is None else ()
+    run = run_config(base, sources=texts, overrides=_others(overrides))
     _check(distillation, taught_as, run)
     tokenizer = open_tokenizer(teacher, "teacher")
     if run.data.tokenizer != base.data.tokenizer:
         check_stated(run.data.tokenizer, tokenizer, f"the teacher {teacher!r}")
-    return DistillRun(distillation=distillation, run=run)
+    return DistillRun(distillation=distillation, run=run, finetune=finetune)
+
+
+def stored(config: DistillRun) -> dict[str, Any]:
+    """Return what distillation.yaml holds: all but the run, which is config.yaml."""
+    values = {_DISTILLATION: to_mapping(config.distillation)}
+    if config.finetune is not None:
+        values[_FINETUNE] = to_mapping(config.finetune)
+    return values
 
 
 def resumed(out: Path, overrides: Sequence[str] = (), **settings: Any) -> DistillRun:
     """Return the distillation that was begun in a folder, some settings changed."""
     folder = RunFolder(out)
-    values = {**read_yaml(out / SETTINGS), **settings}
-    run = run_config(values=read_yaml(folder.config), overrides=_others(overrides))
-    return DistillRun(distillation=_distillation(values, overrides), run=run)
+    before = read_yaml(out / SETTINGS)
+    values = {**before[_DISTILLATION], **settings}
+    finetune = before.get(_FINETUNE)
+    if finetune is not None:
+        finetune = _section(FinetuneConfig, _FINETUNE, finetune, overrides)
+    return DistillRun(
+        distillation=_section(DistillationConfig, _DISTILLATION, values, overrides),
+        run=run_config(values=read_yaml(folder.config), overrides=_others(overrides)),
+        finetune=finetune,
+    )
 
 
-def _distillation(values: dict[str, Any], overrides: Sequence[str]) -> DistillationConfig:
-    own = [one for one in overrides if one.startswith(f"{_SECTION}.")]
-    values = override({_SECTION: values}, own)[_SECTION]
-    config = from_mapping(DistillationConfig, to_mapping(values), _SECTION)
-    if config.cache_logits is not None and config.top_k is None:
-        return dataclasses.replace(config, top_k=_TOP_K)
-    return config
+def _section(
+    cls: type[Section], name: str, values: Mapping[str, Any], overrides: Sequence[str]
+) -> Section:
+    own = [one for one in overrides if one.startswith(f"{name}.")]
+    return from_mapping(cls, override({name: dict(values)}, own)[name], name)
 
 
 def _others(overrides: Sequence[str]) -> list[str]:
-    return [one for one in overrides if not one.startswith(f"{_SECTION}.")]
+    return [one for one in overrides if not one.startswith((f"{_DISTILLATION}.", f"{_FINETUNE}."))]
+
+
+def _finetune(
+    teacher: str,
+    before: Mapping[str, Any] | None,
+    sources: Sequence[str],
+    tasks: Sequence[str],
+    overrides: Sequence[str],
+) -> FinetuneConfig | None:
+    """Return which tasks are read: those named, or the teacher's own; None for text."""
+    if not tasks and (sources or before is None):
+        return None
+    values = {**(before or {}), "model": teacher}
+    if tasks:
+        if len(sources) > 1:
+            raise ConfigError(
+                f"There are {len(sources)} places for the data of tasks: give one --data, a folder "
+                "or file, or none for the hub."
+            )
+        own = {"tasks": list(tasks), "data": sources[0] if sources else None}
+        values = {name: values[name] for name in _LIMITS if name in values} | {
+            "model": teacher, **own
+        }  # fmt: skip
+    return _section(FinetuneConfig, _FINETUNE, values, overrides)
 
 
 def _student(name: str, teacher: ModelConfig) -> ModelConfig:
@@ -157,8 +238,8 @@ def _check(distillation: DistillationConfig, teacher: ModelConfig, run: RunConfi
         )
     if distillation.start == "teacher" and distillation.trained_student is None:
         check_fit(teacher, run.model, feedforward=distillation.feedforward)
-    if distillation.top_k is not None and distillation.top_k > size:
+    if distillation.num_words is not None and distillation.num_words > size:
         raise ConfigError(
-            f"distillation.top_k is {distillation.top_k:,}, but the teacher's vocabulary has only "
-            f"{size:,} tokens. Choose at most so many."
+            f"distillation.top_k is {distillation.num_words:,}, but the teacher's vocabulary has "
+            f"only {size:,} tokens. Choose at most so many."
         )

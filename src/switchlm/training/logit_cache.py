@@ -13,7 +13,8 @@ row that is not the row of the run.
 
 import hashlib
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -119,18 +120,21 @@ def build(
     teacher: Teacher,
     source: Untaught,
     num_batches: int,
+    should_stop: Callable[[], bool] = lambda: False,
     report: Report = lambda line: None,
 ) -> None:
     """Let the teacher answer the first `num_batches` of `source`, unless the cache is there.
 
-    source: the batches of all processes together.
+    source: the batches of all processes together. Once `should_stop` says so, nothing is left.
     """
     if folder.exists():
         return
     with building(folder, report) as part:
         if not folder.exists():
             part.mkdir()
-            _write(part, key, teacher, source, num_batches, report)
+            batches = _first(source, num_batches, should_stop, report)
+            if not _write(part, key, teacher, batches, num_batches):
+                shutil.rmtree(part)
 
 
 def digest(module: nn.Module) -> str:
@@ -143,13 +147,9 @@ def digest(module: nn.Module) -> str:
 
 
 def _write(
-    folder: Path,
-    key: CacheKey,
-    teacher: Teacher,
-    source: Untaught,
-    num_batches: int,
-    report: Report,
-) -> None:
+    folder: Path, key: CacheKey, teacher: Teacher, batches: Iterator[Batch], num_batches: int
+) -> bool:
+    """Write all files of a cache; return False if there were fewer batches."""
     dtype = np.uint16 if teacher.model.config.vocabulary_size <= 2**16 else np.uint32
     lengths: list[int] = []
     rows: list[np.ndarray] = []
@@ -158,16 +158,15 @@ def _write(
             opened.enter_context((folder / name).open("wb"))
             for name in ("words.bin", "expected.bin")
         )
-        batches = opened.enter_context(closing(source.iterate(0)))
-        for number, batch in _first(batches, num_batches):
+        for batch in batches:
             taught = teacher(batch)
             assert taught.words_BTK is not None, "the teacher of a cache has a top_k"
             words.write(_numbers(taught.words_BTK).astype(dtype).tobytes())
             expected.write(_numbers(taught.expected_BTK).tobytes())
             lengths += [batch.targets_BT.shape[1]] * len(batch.targets_BT)
             rows.append(_hash_rows(batch))
-            if (number + 1) % REPORT_EVERY == 0:
-                report(f"The teacher answers: {number + 1:,} of {num_batches:,} batches")
+        if len(rows) < num_batches:
+            return False
         for name, values in (
             ("offsets.npy", np.cumsum([0, *lengths], dtype=np.int64)),
             ("rows.npy", np.concatenate(rows)),
@@ -184,11 +183,20 @@ def _write(
     with (folder / _MANIFEST).open("w", encoding="utf-8") as text:
         json.dump(manifest, text, indent=2)
         flush(text)
+    return True
 
 
-def _first(batches: Iterator[tuple[int, Batch]], count: int) -> Iterator[tuple[int, Batch]]:
-    for _ in range(count):
-        yield next(batches)
+def _first(
+    source: Untaught, count: int, should_stop: Callable[[], bool], report: Report
+) -> Iterator[Batch]:
+    """Yield the first batches of a source, and say now and then how many of them are done."""
+    with closing(source.iterate(0)) as batches:
+        for number in range(count):
+            if should_stop():
+                return
+            if number and number % REPORT_EVERY == 0:
+                report(f"The teacher answers: {number:,} of {count:,} batches")
+            yield next(batches)[1]
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

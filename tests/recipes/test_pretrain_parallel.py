@@ -84,6 +84,14 @@ def assert_same_run(found: list[dict], expected: list[dict]) -> None:
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
 
 
+def routing(home: Path, out: str) -> list[dict]:
+    """Return routing.json, but for the tokens, which are those of the first process."""
+    records = json.loads((home / out / "routing.json").read_text())
+    for record in records:
+        del record["top_tokens"], record["gate"]
+    return records
+
+
 def test_stopped_and_resumed_on_other_meshes_it_is_the_same_run(home, alone):
     """4 -> 2 -> 1 -> 4 processes in mid-epoch (T4)."""
     legs = [
@@ -106,6 +114,7 @@ def test_stopped_and_resumed_on_other_meshes_it_is_the_same_run(home, alone):
     assert last["evaluation_loss"] == pytest.approx(alone[-1]["evaluation_loss"], rel=1e-4)
     whole, parts = (load(home / out)[0].state_dict() for out in ("alone", "legs"))
     torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-4)
+    assert routing(home, "legs") == routing(home, "alone")
 
 
 def test_replicas_write_the_same_metrics(home, alone):
@@ -113,6 +122,7 @@ def test_replicas_write_the_same_metrics(home, alone):
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(metrics(home, "copies"), alone)
     assert done.stdout.count("Model: ") == 1, "only the first process speaks"
+    assert routing(home, "copies") == routing(home, "alone")
 
 
 def test_a_mesh_that_does_not_fit_is_one_sentence(home):

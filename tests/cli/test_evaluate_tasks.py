@@ -120,7 +120,7 @@ def test_a_file_of_ones_own_is_scored_whole_and_limited(run, run_json, nano, tmp
         (["--task", "sst3"], "Did you mean 'sst2'"),
         (["--task", "sst2", "--data", "{data}", "--split", "train"], "no train split of 'sst2'"),
         (["--task", "sst2", "--data", "/no/such"], "no file or folder '/no/such'"),
-        (["--task", "sst2", "--data", "{data}/RTE/bare.tsv"], "no column 'label'"),
+        (["--task", "sst2", "--data", "{data}/RTE/bare.tsv"], "take the validation split"),
         (["--task", "rte", "--data", "{data}/SST-2"], "'sentence1'"),
         (["--task", "rte", "--data", "sst2={data}"], "is for no task here"),
         (["--task", "sst2", "--data", "{data}", "--metric", "f1"], "its own columns"),

@@ -103,7 +103,7 @@ def evaluate(
             raise ConfigError(f"{option} is about tasks: name one with --task, or leave it out.")
     results = [_measure(one, data, batches, batch_size, input_length, device) for one in model]
     notes = {
-        name: f"perplexity {part['perplexity']:.2f}, {part['tokens']:,} target tokens"
+        name: f"perplexity {part['perplexity']:.2f}, {part['tokens']:,} tokens"
         for name, part in {**results[0]["sources"], "all": results[0]}.items()
     }
     _present(results, [_text_figures(result) for result in results], notes, as_json)
@@ -139,7 +139,7 @@ def _measure(
 def _text_figures(result: Result) -> Figures:
     parts = {**result["sources"], **({"all": result} if len(result["sources"]) > 1 else {})}
     return {
-        (name, "loss (nats a target token)"): {"value": part["loss"], "interval": part["interval"]}
+        (name, "loss"): {"value": part["loss"], "interval": part["interval"]}
         for name, part in parts.items()
     }
 

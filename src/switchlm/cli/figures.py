@@ -27,8 +27,11 @@ def summarise(models: Sequence[Figures]) -> dict[str, dict[str, Figure]]:
 def show_one(figures: Figures, notes: Mapping[str, str]) -> None:
     """Print the figures of one model; notes: a last column, by what was measured on."""
     table = Table()
-    for column in ("", "metric", "value", "95% interval", ""):
-        table.add_column(column, justify="left" if column in ("", "metric") else "right")
+    for column in ("", "metric", "value", "95% interval"):
+        table.add_column(
+            column, justify="left" if column in ("", "metric") else "right", no_wrap=True
+        )
+    table.add_column("of")
     for (on, metric), figure in figures.items():
         value = _number(metric, figure["value"])
         table.add_row(on, metric, value, _interval(metric, figure), notes.get(on, ""))

@@ -1,10 +1,13 @@
 """How `evaluate` scores models on tasks: examples read once, answered by every model."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.console import Console
+from rich.progress import Progress
 
 from switchlm.cli.figures import Figures
 from switchlm.cli.options import note, open_model
@@ -57,7 +60,8 @@ def score(
             loaded, tokenizer = open_model(model, device)
             result: Result = {"model": model, "tasks": {}}
             for task, examples in work:
-                found = score_task(loaded, tokenizer, task, examples, **settings)
+                with _counting(task.name, len(examples)) as report:
+                    found = score_task(loaded, tokenizer, task, examples, report=report, **settings)
                 _tell(found, settings["input_length"])
                 result["tasks"][task.name] = _as_json(found, len(examples))
                 if file is not None:
@@ -90,6 +94,15 @@ def _opened(path: Path | None) -> Iterator[TextIO | None]:
         raise ConfigError(f"Cannot write predictions to {str(path)!r}: {error}.") from None
     with file:
         yield file
+
+
+@contextmanager
+def _counting(task: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show on a terminal how many examples are done, and how long the rest will take."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        number = bar.add_task(task, total=total)
+        yield lambda done: bar.update(number, completed=done)
 
 
 def _as_json(found: "TaskScore", num_examples: int) -> Result:

@@ -16,6 +16,10 @@ Record = dict[str, Any]
 
 _FIELD = re.compile(r"\{([^{}]+)\}")
 _UNLABELLED = ("", "-1", "None")
+_NO_LABELS = (
+    " Without labels there is nothing to learn or to score; the test sets of some benchmarks keep "
+    "theirs to themselves, so take the validation split."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,10 +138,7 @@ def _label(task: Task, value: Any, where: str) -> str:
     if text.isdecimal() and int(text) < len(labels):
         return labels[int(text)]
     if text in _UNLABELLED:
-        raise DataError(
-            f"{where} has no label, so it can be neither learnt from nor scored. The test sets of "
-            "some benchmarks keep their labels to themselves: take the validation split."
-        )
+        raise DataError(f"{where} has no label.{_NO_LABELS}")
     raise DataError(
         f"{where} has the label {text!r}, which is none of the task {task.name!r}."
         f"{nearest(text, [*labels, *task.label_values])}"
@@ -170,7 +171,8 @@ def _lookup(row: Any, path: str, where: str) -> Any:
         if rest and first in row:
             return _lookup(row[first], rest, where)
     columns = [str(name) for name in row] if isinstance(row, dict) else []
+    hint = nearest(path, columns)
     raise DataError(
         f"{where} has no column {path!r}; it has: {', '.join(columns) or 'none'}."
-        f"{nearest(path, columns) if columns else ''}"
+        f"{hint if 'Did you mean' in hint else ''}{_NO_LABELS if path == 'label' else ''}"
     )

@@ -29,17 +29,19 @@ _NAMES = {
 _SHARD = re.compile(r"-\d+-of-\d+$")
 
 
-def read(task: Task, split: str, where: Path) -> Iterator[Record]:
-    """Yield the records of a split, out of a folder or of the one file given."""
+def read(task: Task, path: Path) -> Iterator[Record]:
+    """Yield the records of one file."""
     try:
-        for path in find_files(task, split, where):
-            yield from _read_file(path, task)
+        yield from _read_file(path, task)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"Cannot read {str(where)!r}: {error}") from None
+        raise DataError(f"Cannot read {str(path)!r}: {error}") from None
 
 
 def find_files(task: Task, split: str, where: Path) -> list[Path]:
-    """Return the file of a split, or its shards in order. Raises DataError where there is none."""
+    """Return the file of a split, or its shards in order; where: a folder, or the one file.
+
+    Raises DataError where there is none, or where several may be it.
+    """
     if where.is_file():
         if _kind(where) is None:
             raise DataError(

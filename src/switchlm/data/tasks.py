@@ -93,8 +93,11 @@ def read_examples(task: Task, split: str, where: Path | str | None = None) -> li
     if place is None:
         examples = list(make_examples(task, task_hub.read(task, split), f"{task.hub}"))
     else:
-        records = task_files.read(task, split, place)
-        examples = list(make_examples(task, records, repr(str(place))))
+        examples = [
+            example
+            for path in task_files.find_files(task, split, place)
+            for example in make_examples(task, task_files.read(task, path), repr(str(path)))
+        ]
         if place.is_file() and split != EVERYTHING:
             examples = [example for example in examples if _split_of(example) == split]
     if not examples:

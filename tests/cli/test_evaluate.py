@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import pytest
 
@@ -70,3 +71,12 @@ def test_damaged_weights_are_told(refuse, nano, tmp_path, text_file):
     huggingface.save(model, tokenizer, tmp_path / "bad")
     message = refuse("evaluate", "--model", tmp_path / "bad", "--data", text_file, *SHORT)
     assert "The loss of" in message
+
+
+def test_a_run_on_tasks_is_measured_on_text_too(run_json, nano, text_file, tmp_path):
+    """Its configuration has sections that are of no concern here, and no text."""
+    shutil.copytree(nano, tmp_path / "tuned" / "model")
+    (tmp_path / "tuned" / "config.yaml").write_text("finetune: {tasks: [sst2]}\n")
+    options = ("--data", text_file, "--input-length", 64, "--batches", 1)
+    found = run_json("evaluate", "--model", tmp_path / "tuned", *options)
+    assert found["loss"] == run_json("evaluate", "--model", nano, *options)["loss"]

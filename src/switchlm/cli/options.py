@@ -94,12 +94,14 @@ def read_batches(
     in training. Rows are as in that run, if it is one.
     """
     from switchlm.checkpoint.run_folder import RunFolder
-    from switchlm.config import read_yaml
+    from switchlm.config import from_mapping, read_yaml
+    from switchlm.data.config import DataConfig
     from switchlm.data.loader import open_data
-    from switchlm.recipes.config import run_config
 
     run = RunFolder(Path(name)).config
-    config = run_config(values=read_yaml(run) if run.is_file() else {}).data
+    # A run on tasks has no such section, and others that are of no concern here.
+    values = read_yaml(run).get("data", {}) if run.is_file() else {}
+    config = from_mapping(DataConfig, values, "data")
     stated = {"batch_size": batch_size, "input_length": input_length}
     changes: dict[str, Any] = {key: value for key, value in stated.items() if value is not None}
     if data:

@@ -39,6 +39,7 @@ class TokenClasses:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._text = lru_cache(maxsize=2**16)(self._decode)
+        self._has_mark = lru_cache(maxsize=2**16)(self._starts_with_mark)
 
     def of_rows(self, tokens_BS: Tensor) -> Tensor:
         """Return int64 [B, S] on the CPU: the index in CLASSES of every token."""
@@ -50,7 +51,7 @@ class TokenClasses:
         place = 0
         while place < len(row):
             length, text = self._character(row, place)
-            name = token_class(text, before, marked=self._starts_with_space(row[place]))
+            name = token_class(text, before, marked=self._has_mark(row[place]))
             for offset in range(length):
                 started = name == "word start" and offset > 0
                 yield _CLASS["inside a word" if started else name]
@@ -75,8 +76,7 @@ class TokenClasses:
             return _text(self.tokenizer, ids[0])
         return self.tokenizer.decode(ids)
 
-    @lru_cache(maxsize=2**16)  # noqa: B019 lives as long as the object does
-    def _starts_with_space(self, token: int) -> bool:
+    def _starts_with_mark(self, token: int) -> bool:
         piece = self.tokenizer.backend.id_to_token(token) or ""
         return piece.startswith(_SPACE_MARKS)
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from switchlm.checkpoint.adapters import load_adapters
     from switchlm.checkpoint.huggingface import load, save
     from switchlm.data.config import DataConfig
     from switchlm.data.loader import open_data
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from switchlm.model.switch import SwitchFeedForward
     from switchlm.model.transformer import SwitchTransformer, shift_right
     from switchlm.recipes.config import RunConfig, run_config
+    from switchlm.recipes.finetune import finetune
+    from switchlm.recipes.finetune_config import finetune_run
     from switchlm.recipes.pretrain import pretrain
 
 __version__ = "0.1.0"
@@ -30,7 +33,10 @@ _HOMES = {
     "SwitchTransformer": "switchlm.model.transformer",
     "cross_entropy": "switchlm.model.losses",
     "fill": "switchlm.generation.fill",
+    "finetune": "switchlm.recipes.finetune",
+    "finetune_run": "switchlm.recipes.finetune_config",
     "load": "switchlm.checkpoint.huggingface",
+    "load_adapters": "switchlm.checkpoint.adapters",
     "open_data": "switchlm.data.loader",
     "preset": "switchlm.model.presets",
     "pretrain": "switchlm.recipes.pretrain",
@@ -49,7 +55,10 @@ __all__ = [
     "SwitchTransformer",
     "cross_entropy",
     "fill",
+    "finetune",
+    "finetune_run",
     "load",
+    "load_adapters",
     "open_data",
     "preset",
     "pretrain",

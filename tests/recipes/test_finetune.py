@@ -90,7 +90,7 @@ def test_settings_can_be_others_but_the_shape_cannot(configure):
 def test_routing_cannot_move_the_switch_layers(configure, tmp_path):
     shape = {"sparse_step": 4, "num_encoder_layers": 4, "num_decoder_layers": 4}
     model = SwitchTransformer(dataclasses.replace(preset("nano"), **shape))
-    huggingface.save(model, Tokenizer.bytes(), tmp_path / "four")
+    huggingface.save(model, Tokenizer.bytes(), tmp_path / "four", report=lambda said: None)
     found = configure(model=str(tmp_path / "four")).model.router.mode
     other = "paper" if found == "hf" else "hf"
     with pytest.raises(ConfigError, match="puts Switch layers where the model"):

@@ -9,9 +9,8 @@ from rich.console import Console
 
 from switchlm.cli.progress import Progress
 from switchlm.cli.signals import stop_on_signal
+from switchlm.cli.task_options import Metrics, TargetTemplate, Tasks, Template
 from switchlm.config import read_yaml
-
-COLUMNS = ("input_column", "target_column", "template", "target_template")
 
 
 def finetune(
@@ -19,22 +18,19 @@ def finetune(
     model: Annotated[
         str | None, typer.Option(help="A run, a model folder, or a name on the hub.")
     ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(help="A task or mixture by name, or a JSONL, TSV or CSV file; repeatable."),
-    ] = None,
+    task: Tasks = None,
     data: Annotated[
         str | None, typer.Option(help="The folder or file of a named task; else the hub.")
     ] = None,
-    input_column: Annotated[str | None, typer.Option(help="Of a file: what is read.")] = None,
-    target_column: Annotated[str | None, typer.Option(help="Of a file: what is written.")] = None,
-    template: Annotated[
-        str | None, typer.Option(help="Of a file: the input, as in 'q: {question} t: {text}'.")
+    input_column: Annotated[
+        str | None, typer.Option(help="Of a file of yours: the column to read.")
     ] = None,
-    target_template: Annotated[str | None, typer.Option(help="Of a file: the target.")] = None,
-    metric: Annotated[
-        list[str] | None, typer.Option(help="Of a file: accuracy, f1, ...; the first decides.")
+    target_column: Annotated[
+        str | None, typer.Option(help="Of a file of yours: the column to write.")
     ] = None,
+    template: Template = None,
+    target_template: TargetTemplate = None,
+    metric: Metrics = None,
     trainable: Annotated[
         str | None, typer.Option(help="all, non-expert, expert or router parameters.")
     ] = None,

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from switchlm.kernels import reference, select
-from switchlm.kernels.cpu_feedforward import Activation
+from switchlm.kernels.activations import Activation
 
 COUNTS = st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 3))
 D, F = 6, 10
@@ -74,9 +74,9 @@ def test_equals_the_reference(
 
 
 @pytest.mark.usefixtures("shared_out")
+@pytest.mark.parametrize("counts", [[5, 0, 3, 1, 4], [60, 0, 1], [90]], ids=str)
 @pytest.mark.parametrize("gated", [False, True])
-def test_equals_the_reference_on_two_threads(gated: bool) -> None:
-    counts = [5, 0, 3, 1, 4]
+def test_equals_the_reference_on_two_threads(gated: bool, counts: list[int]) -> None:
     ours, theirs = both(counts, make(counts, 2, gated), "gelu")
     torch.testing.assert_close(ours, theirs)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from switchlm.kernels import reference
-from switchlm.kernels.cpu_feedforward import Activation
+from switchlm.kernels.activations import Activation
 from switchlm.kernels.permute import ExpertOrder, sort_by_expert
 
 pytest.importorskip("triton", reason="needs the extra `triton`")

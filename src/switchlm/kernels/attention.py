@@ -10,6 +10,7 @@ G groups of rows.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +83,7 @@ class _BiasedAttention(torch.autograd.Function):
         y_NQK = torch.empty_like(query_NQK)
         groups = _Groups(rows, heads * queries * key.shape[2])
 
-        def attend(part: list[int]) -> None:
+        def attend(part: Sequence[int]) -> None:
             for group in part:
                 for row, last in groups.blocks(group):
                     at = slice(row * heads, last * heads)
@@ -112,7 +113,7 @@ class _BiasedAttention(torch.autograd.Function):
         sums = groups.number if shared else groups.rows
         dbias = query_NQK.new_zeros(sums, *ctx.bias_shape[1:])
 
-        def differentiate(part: list[int]) -> None:
+        def differentiate(part: Sequence[int]) -> None:
             for group in part:
                 for row, last in groups.blocks(group):
                     at = slice(row * heads, last * heads)

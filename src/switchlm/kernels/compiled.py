@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchlm.kernels import cpu, workers
-from switchlm.kernels.workers import Plan
+from switchlm.kernels import cpu
+from switchlm.kernels.plan import Plan, make_plan
 
 
 def _plan(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Plan:
-    return workers.plan(counts_E.tolist(), x_RD.shape[0], weight_EDF[0].numel())
+    return make_plan(counts_E.tolist(), x_RD.shape[0], weight_EDF[0].numel())
 
 
 @torch.library.custom_op("switchlm::grouped_matmul", mutates_args=())

@@ -5,9 +5,10 @@ Autograd over a loop that indexes the stacked weight builds one full-size gradie
 one autograd function: every product writes its slice of the result, an expert without rows costs
 the zeroing of its weight gradient, and rows past the counts are zero.
 
-Shapes: R rows, D in, F out, E experts.
+Shapes: R rows, D in, F out, E experts, P pieces (see plan.py).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from switchlm.kernels import buffers, workers
-from switchlm.kernels.workers import Plan
+from switchlm.kernels.plan import Plan, make_plan
 
 
 def weight_gradient(weight_EDF: Tensor, plan: Plan) -> Tensor:
@@ -32,11 +33,12 @@ def weight_gradient(weight_EDF: Tensor, plan: Plan) -> Tensor:
 def forward(x_RD: Tensor, weight_EDF: Tensor, plan: Plan) -> Tensor:
     """Return y_RF: each row times its expert's matrix; zeros past the counts."""
     y_RF = plan.empty(x_RD, weight_EDF.shape[2])
-    x_E, weight_E, y_E = plan.pieces(x_RD), weight_EDF.unbind(), plan.pieces(y_RF)
+    x_P = plan.take(plan.split(x_RD))
+    weight_P, y_P = plan.take(weight_EDF.unbind(), 1), plan.take(plan.split(y_RF), 1)
 
-    def multiply(experts: list[int]) -> None:
-        for e in experts:
-            torch.mm(x_E[e], weight_E[e], out=y_E[e])
+    def multiply(part: Sequence[int]) -> None:
+        for p in part:
+            torch.mm(x_P[p], weight_P[p], out=y_P[p])
 
     workers.share(multiply, plan.parts)
     return y_RF
@@ -51,11 +53,12 @@ def backward_weight(dy_RF: Tensor, x_RD: Tensor, weight_EDF: Tensor, plan: Plan)
     """Return dweight_EDF; zeros for experts without rows."""
     dweight_EDF = weight_gradient(weight_EDF, plan)
     # One call that makes all views costs a fraction of one call a view.
-    x_E, dy_E, dweight_E = plan.pieces(x_RD.t(), 1), plan.pieces(dy_RF), dweight_EDF.unbind()
+    x_P = plan.take(plan.split(x_RD.t(), 1))
+    dy_P, dweight_P = plan.take(plan.split(dy_RF), 1), plan.take(dweight_EDF.unbind(), 1)
 
-    def multiply(experts: list[int]) -> None:
-        for e in experts:
-            torch.mm(x_E[e], dy_E[e], out=dweight_E[e])
+    def multiply(part: Sequence[int]) -> None:
+        for p in part:
+            torch.mm(x_P[p], dy_P[p], out=dweight_P[p])
 
     workers.share(multiply, plan.parts)
     return dweight_EDF
@@ -84,6 +87,6 @@ class _GroupedMatmul(torch.autograd.Function):
 def grouped_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
     """Multiply consecutive runs of rows with their expert's matrix: see reference.py."""
     work_per_row = weight_EDF.shape[1] * weight_EDF.shape[2]
-    plan = workers.plan(counts_E.tolist(), x_RD.shape[0], work_per_row)
+    plan = make_plan(counts_E.tolist(), x_RD.shape[0], work_per_row)
     y_RF: Tensor = _GroupedMatmul.apply(x_RD, weight_EDF, plan)
     return y_RF

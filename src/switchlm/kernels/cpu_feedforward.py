@@ -4,21 +4,21 @@ Three separate calls write and read all hidden rows of all experts again and aga
 them once more for the activation and its gradient. Here each expert runs to its end before the next
 begins; its output and its weight gradients are written once.
 
-Shapes: R rows, D d_model, F d_ff, E experts.
+Shapes: R rows, D d_model, F d_ff, E experts, P pieces (see plan.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from switchlm.kernels import buffers, workers
+from switchlm.kernels.activations import Activation, activate, activate_backward_
 from switchlm.kernels.cpu import weight_gradient
-from switchlm.kernels.workers import Plan
-
-Activation = Literal["relu", "gelu"]
+from switchlm.kernels.plan import Plan, Sums, make_plan
 
 
 @dataclass(frozen=True)
@@ -43,35 +43,17 @@ class _Hidden:
 
 
 class _Spare:
-    """Room for one expert's hidden rows at a time, as often as it is asked for: stays in cache."""
+    """Room for one piece's hidden rows at a time, as often as it is asked for: stays in cache."""
 
-    def __init__(self, like: Tensor, weights: _Weights, plan: Plan, experts: list[int]) -> None:
-        most = max((plan.sizes[e] for e in experts), default=0)
-        self._like = like
-        self._shape = (most, weights.inner_EDF.shape[2])
+    def __init__(self, like: Tensor, plan: Plan, part: Sequence[int], width: int) -> None:
+        most = max((plan.sizes[plan.pieces[p].expert] for p in part), default=0)
+        self._like, self._size = like, most * width
         self._rooms: dict[int, Tensor] = {}
 
-    def __call__(self, room: int, rows: int) -> Tensor:
+    def __call__(self, room: int, rows: int, columns: int) -> Tensor:
         if room not in self._rooms:
-            self._rooms[room] = self._like.new_empty(self._shape)
-        return self._rooms[room].narrow(0, 0, rows)
-
-
-def _activate(inner: Tensor, activation: Activation, spare: _Spare, rows: int) -> Tensor:
-    """Return the activated rows: in place for ReLU, in room 1 otherwise."""
-    if activation == "relu":
-        return inner.clamp_min_(0)
-    return torch.ops.aten.gelu.out(inner, approximate="tanh", out=spare(1, rows))
-
-
-def _activate_backward(gradient: Tensor, inner: Tensor, activation: Activation) -> None:
-    """Turn the gradient of the activated rows into that of the inner ones, in place."""
-    if activation == "relu":
-        torch.ops.aten.threshold_backward.grad_input(gradient, inner, 0, grad_input=gradient)
-    else:
-        torch.ops.aten.gelu_backward.grad_input(
-            gradient, inner, approximate="tanh", grad_input=gradient
-        )
+            self._rooms[room] = self._like.new_empty(self._size)
+        return self._rooms[room][: rows * columns].view(rows, columns)
 
 
 def _forward(
@@ -79,25 +61,28 @@ def _forward(
 ) -> Tensor:
     """Return y_RD. Fills `hidden`, or forgets each expert's hidden rows when there is none."""
     y_RD = plan.empty(x_RD, weights.down_EFD.shape[2])
-    x_E, y_E = plan.pieces(x_RD), plan.pieces(y_RD)
-    inner_weight_E, down_E = weights.inner_EDF.unbind(), weights.down_EFD.unbind()
-    linear_weight_E = () if weights.linear_EDF is None else weights.linear_EDF.unbind()
-    inner_E = () if hidden is None else plan.pieces(hidden.inner_RF)
-    linear_E = () if hidden is None or hidden.linear_RF is None else plan.pieces(hidden.linear_RF)
+    y = Sums(plan, y_RD)
+    x_P = plan.take(plan.split(x_RD))
+    inner_weight_P, down_P = _cut(plan, weights.inner_EDF, 1), _cut(plan, weights.down_EFD, 0)
+    linear_weight_P = _cut(plan, weights.linear_EDF, 1)
+    inner_P = _cut_rows(plan, None if hidden is None else hidden.inner_RF)
+    linear_P = _cut_rows(plan, None if hidden is None else hidden.linear_RF)
 
-    def run(experts: list[int]) -> None:
-        spare = _Spare(x_RD, weights, plan, experts)
-        for e in experts:
-            x, rows = x_E[e], plan.sizes[e]
-            inner = torch.mm(x, inner_weight_E[e], out=inner_E[e] if inner_E else spare(0, rows))
-            middle = _activate(inner, activation, spare, rows)
-            if linear_weight_E:
-                linear = linear_E[e] if linear_E else spare(2, rows)
-                torch.mm(x, linear_weight_E[e], out=linear)
-                middle = torch.mul(middle, linear, out=spare(1, rows))
-            torch.mm(middle, down_E[e], out=y_E[e])
+    def run(part: Sequence[int]) -> None:
+        spare = _Spare(x_RD, plan, part, weights.inner_EDF.shape[2])
+        for p in part:
+            x, shape = x_P[p], (x_P[p].shape[0], down_P[p].shape[0])
+            inner = inner_P[p] if inner_P else spare(0, *shape)
+            torch.mm(x, inner_weight_P[p], out=inner)
+            middle = activate(inner, activation, None if activation == "relu" else spare(1, *shape))
+            if linear_weight_P:
+                linear = linear_P[p] if linear_P else spare(2, *shape)
+                torch.mm(x, linear_weight_P[p], out=linear)
+                middle = torch.mul(middle, linear, out=spare(1, *shape))
+            torch.mm(middle, down_P[p], out=y.room_P[p])
 
     workers.share(run, plan.parts)
+    y.add_up()
     return y_RD
 
 
@@ -118,40 +103,54 @@ def _backward(
             (weights.inner_EDF, weights.linear_EDF, weights.down_EFD), needs[1:], strict=True
         )
     )
-    x_E, dy_E, inner_E = plan.pieces(x_RD.t(), 1), plan.pieces(dy_RD), plan.pieces(hidden.inner_RF)
-    linear_E = () if hidden.linear_RF is None else plan.pieces(hidden.linear_RF)
-    dx_E = () if dx_RD is None else plan.pieces(dx_RD)
-    dinner_E, dlinear_E, ddown_E = (
-        () if gradient is None else gradient.unbind()
-        for gradient in (dinner_EDF, dlinear_EDF, ddown_EFD)
+    dx = None if dx_RD is None else Sums(plan, dx_RD)
+    x_P, dy_P = plan.take(plan.split(x_RD.t(), 1)), plan.take(plan.split(dy_RD))
+    inner_P, linear_P = _cut_rows(plan, hidden.inner_RF), _cut_rows(plan, hidden.linear_RF)
+    dinner_P, dlinear_P = _cut(plan, dinner_EDF, 1), _cut(plan, dlinear_EDF, 1)
+    ddown_P = _cut(plan, ddown_EFD, 0)
+    inner_weight_P, linear_weight_P, down_P = (
+        _cut(plan, None if weight is None else weight.mT, dim)
+        for weight, dim in ((weights.inner_EDF, 0), (weights.linear_EDF, 0), (weights.down_EFD, 1))
     )
-    inner_weight_E, down_E = weights.inner_EDF.mT.unbind(), weights.down_EFD.mT.unbind()
-    linear_weight_E = () if weights.linear_EDF is None else weights.linear_EDF.mT.unbind()
 
-    def run(experts: list[int]) -> None:
-        spare = _Spare(x_RD, weights, plan, experts)
-        for e in experts:
-            x, dy, inner, rows = x_E[e], dy_E[e], inner_E[e], plan.sizes[e]
-            gradient = torch.mm(dy, down_E[e], out=spare(0, rows))
-            middle = inner if activation == "relu" else _activate(inner, activation, spare, rows)
-            if linear_E:
-                dlinear = torch.mul(gradient, middle, out=spare(2, rows))
-                gradient.mul_(linear_E[e])
-                middle = torch.mul(middle, linear_E[e], out=spare(1, rows))
-            if ddown_E:
-                torch.mm(middle.t(), dy, out=ddown_E[e])
-            _activate_backward(gradient, inner, activation)
-            if dinner_E:
-                torch.mm(x, gradient, out=dinner_E[e])
-            if dlinear_E:
-                torch.mm(x, dlinear, out=dlinear_E[e])
-            if dx_E:
-                torch.mm(gradient, inner_weight_E[e], out=dx_E[e])
-                if linear_weight_E:
-                    dx_E[e].addmm_(dlinear, linear_weight_E[e])
+    def run(part: Sequence[int]) -> None:
+        spare = _Spare(x_RD, plan, part, weights.inner_EDF.shape[2])
+        for p in part:
+            x, dy, inner = x_P[p], dy_P[p], inner_P[p]
+            gradient = torch.mm(dy, down_P[p], out=spare(0, *inner.shape))
+            middle = inner
+            if activation != "relu":
+                middle = activate(inner, activation, spare(1, *inner.shape))
+            if linear_P:
+                dlinear = torch.mul(gradient, middle, out=spare(2, *inner.shape))
+                gradient.mul_(linear_P[p])
+                middle = torch.mul(middle, linear_P[p], out=spare(1, *inner.shape))
+            if ddown_P:
+                torch.mm(middle.t(), dy, out=ddown_P[p])
+            activate_backward_(gradient, inner, activation)
+            if dinner_P:
+                torch.mm(x, gradient, out=dinner_P[p])
+            if dlinear_P:
+                torch.mm(x, dlinear, out=dlinear_P[p])
+            if dx is not None:
+                torch.mm(gradient, inner_weight_P[p], out=dx.room_P[p])
+                if linear_weight_P:
+                    dx.room_P[p].addmm_(dlinear, linear_weight_P[p])
 
     workers.share(run, plan.parts)
+    if dx is not None:
+        dx.add_up()
     return dx_RD, dinner_EDF, dlinear_EDF, ddown_EFD
+
+
+def _cut(plan: Plan, stacked: Tensor | None, dim: int) -> list[Tensor]:
+    """Return every piece's part of its expert's matrix, by the dim of the hidden columns."""
+    return [] if stacked is None else plan.take(stacked.unbind(), dim)
+
+
+def _cut_rows(plan: Plan, hidden_RF: Tensor | None) -> list[Tensor]:
+    """Return every piece's rows and columns of the hidden rows."""
+    return [] if hidden_RF is None else plan.take(plan.split(hidden_RF), 1)
 
 
 class _ExpertFeedForward(torch.autograd.Function):
@@ -200,7 +199,7 @@ def expert_feedforward(
     weights = _Weights(up_EDF, None, down_EFD)
     if gate_EDF is not None:
         weights = _Weights(gate_EDF, up_EDF, down_EFD)
-    plan = workers.plan(
+    plan = make_plan(
         counts_E.tolist(), x_RD.shape[0], weights.inner_EDF.shape[1] * weights.inner_EDF.shape[2]
     )
     inputs = (x_RD, weights.inner_EDF, weights.linear_EDF, weights.down_EFD)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchlm.kernels.cpu_feedforward import Activation
+from switchlm.kernels.activations import Activation
 from switchlm.kernels.permute import ExpertOrder
 from switchlm.kernels.triton_backward import hidden_gradients, weight_gradient
 from switchlm.kernels.triton_forward import Hidden, hidden_rows, scatter_product

@@ -1,0 +1,134 @@
+"""Share the experts of a layer out among the cores: whole experts a core, not all cores a product.
+
+Products of 64 rows are too small to split: each thread taking whole experts is faster, and does not
+wait at a barrier after every product. Experts are laid out in a row, each as long as its cost, and
+the row is cut into equal lengths, one a thread (McNaughton's rule): an expert that a cut goes
+through is shared by two threads, column by column. So loads may be as skewed as they like.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+FIXED_ROWS = 48  # reading an expert's weights costs as much as multiplying about so many rows
+LEAST_WORK = 2**25  # multiply-adds a product below which waking a thread does not pay
+LEAST_GAIN = 0.02  # of a thread's time; a cut that evens out less is moved to an expert's end
+ALIGNMENT = 16  # columns
+
+
+@dataclass(frozen=True)
+class Piece:
+    """An expert, or the part of one between two shares of its columns."""
+
+    expert: int
+    start: float = 0.0
+    stop: float = 1.0
+
+    @property
+    def whole(self) -> bool:
+        return self.start == 0 and self.stop == 1
+
+    def cut(self, matrix: Tensor, dim: int) -> Tensor:
+        """Return the piece's slices of an expert's matrix; its pieces tile it."""
+        width = matrix.shape[dim]
+        start, stop = (
+            min(round(share * width / ALIGNMENT) * ALIGNMENT, width) if share < 1 else width
+            for share in (self.start, self.stop)
+        )
+        return matrix.narrow(dim, start, stop - start)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows are whose, and which thread takes whom.
+
+    sizes: rows of every expert, and last the rows of none. pieces: of experts with rows, in order.
+    parts: for every thread its pieces; one part where sharing does not pay. idle: the experts
+    without rows.
+    """
+
+    sizes: list[int]
+    pieces: list[Piece]
+    parts: list[range]
+    idle: list[int]
+
+    def split(self, rows: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+        """Return views of the rows of every expert, and last of those of none."""
+        return rows.split_with_sizes(self.sizes, dim)
+
+    def take(self, of_E: Sequence[Tensor], cut: int | None = None) -> list[Tensor]:
+        """Return every piece's tensor of those of the experts; `cut`: its columns, in that dim."""
+        if cut is None:
+            return [of_E[piece.expert] for piece in self.pieces]
+        return [
+            of_E[piece.expert] if piece.whole else piece.cut(of_E[piece.expert], cut)
+            for piece in self.pieces
+        ]
+
+    def empty(self, like: Tensor, width: int) -> Tensor:
+        """Return uninitialised rows of this width; those of no expert are zeros."""
+        rows = like.new_empty(sum(self.sizes), width)
+        if self.sizes[-1]:
+            rows[-self.sizes[-1] :].zero_()
+        return rows
+
+
+class Sums:
+    """Rows to which all pieces of an expert add: the first writes, the others wait their turn."""
+
+    def __init__(self, plan: Plan, rows: Tensor) -> None:
+        rows_E = plan.split(rows)
+        self.room_P = plan.take(rows_E)
+        self._later: list[tuple[Tensor, Tensor]] = []
+        for number, piece in enumerate(plan.pieces):
+            if piece.start > 0:
+                self.room_P[number] = torch.empty_like(rows_E[piece.expert])
+                self._later.append((rows_E[piece.expert], self.room_P[number]))
+
+    def add_up(self) -> None:
+        """Add what the later pieces found, in order."""
+        for total, part in self._later:
+            total.add_(part)
+
+
+def make_plan(counts: list[int], num_rows: int, work_per_row: int) -> Plan:
+    """Share experts out, evenly to within a few percent whatever their loads.
+
+    counts: rows of each expert. work_per_row: multiply-adds of one row in one product.
+    """
+    total = sum(counts)
+    assert total <= num_rows, f"experts have {total} rows in all, the input has {num_rows}"
+    sizes = [*counts, num_rows - total]
+    busy = [expert for expert, count in enumerate(counts) if count]
+    idle = [expert for expert, count in enumerate(counts) if not count]
+    threads = torch.get_num_threads()
+    if threads == 1 or total * work_per_row < LEAST_WORK:
+        return Plan(sizes, [Piece(expert) for expert in busy], [range(len(busy))], idle)
+    fair = (total + FIXED_ROWS * len(busy)) / threads
+    pieces: list[Piece] = []
+    ends, room = [0], fair
+    for expert in busy:
+        cost = left = float(counts[expert] + FIXED_ROWS)
+        while len(ends) < threads and left > room:
+            cut = _snap(room, left, LEAST_GAIN * fair)
+            if cut:
+                pieces.append(Piece(expert, 1 - left / cost, 1 - (left - cut) / cost))
+            ends.append(len(pieces))
+            left -= cut
+            room += fair - cut
+        if left:
+            pieces.append(Piece(expert, 1 - left / cost, 1.0))
+            room -= left
+    ends.append(len(pieces))
+    parts = [range(first, last) for first, last in pairwise(ends) if first < last]
+    return Plan(sizes, pieces, parts, idle)
+
+
+def _snap(cut: float, length: float, tolerance: float) -> float:
+    """Return the cut, moved to an end of the length that is nearer than the tolerance."""
+    if cut <= tolerance:
+        return 0.0
+    return length if length - cut <= tolerance else cut

@@ -1,0 +1,69 @@
+"""Every column of every busy expert is one thread's, and threads have equal work."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from switchlm.kernels.plan import FIXED_ROWS, Plan, Sums, make_plan
+
+COUNTS = st.lists(st.integers(0, 500), min_size=1, max_size=80)
+
+
+def columns_of(plan: Plan, width: int) -> dict[int, list[int]]:
+    """The columns of each expert, in the order of its pieces."""
+    found: dict[int, list[int]] = {}
+    for piece in plan.pieces:
+        columns = piece.cut(torch.arange(width)[None], 1)[0].tolist()
+        found.setdefault(piece.expert, []).extend(columns)
+    return found
+
+
+@given(counts=COUNTS, threads=st.integers(1, 8), width=st.sampled_from([1, 40, 1024]))
+@settings(max_examples=60, deadline=None)
+def test_every_column_is_someones_once(counts: list[int], threads: int, width: int) -> None:
+    torch.set_num_threads(threads)
+    plan = make_plan(counts, sum(counts) + 3, work_per_row=2**22)
+    busy = [expert for expert, count in enumerate(counts) if count]
+    assert columns_of(plan, width) == {expert: list(range(width)) for expert in busy}
+    assert [p for part in plan.parts for p in part] == list(range(len(plan.pieces)))
+    assert plan.idle == [expert for expert, count in enumerate(counts) if not count]
+    assert plan.sizes == [*counts, 3]
+    assert len(plan.parts) <= threads
+
+
+@pytest.mark.parametrize(
+    "counts", [[1000] * 4, [3990, 10, 0, 0], [4000], [10, 3990], [0, 900, 30, 70, 2000, 1000]]
+)
+def test_two_threads_have_equal_work_whatever_the_loads(counts: list[int]) -> None:
+    torch.set_num_threads(2)
+    plan = make_plan(counts, 4000, 2**16)
+    assert len(plan.parts) == 2
+    first, second = (
+        sum(
+            (counts[piece.expert] + FIXED_ROWS) * (piece.stop - piece.start)
+            for piece in (plan.pieces[p] for p in part)
+        )
+        for part in plan.parts
+    )
+    assert first == pytest.approx(second, rel=0.05)
+
+
+def test_little_work_stays_on_one_thread() -> None:
+    torch.set_num_threads(2)
+    assert len(make_plan([10, 10], 20, 16).parts) == 1
+
+
+def test_rows_that_pieces_share_are_summed() -> None:
+    torch.set_num_threads(3)
+    plan = make_plan([90, 10], 101, 2**22)
+    rows = plan.empty(torch.empty(1), 2)
+    sums = Sums(plan, rows)
+    for room in sums.room_P:
+        room.fill_(1)
+    sums.add_up()
+    pieces = [sum(piece.expert == expert for piece in plan.pieces) for expert in (0, 1)]
+    assert pieces[0] > 1
+    assert rows[:90].unique().tolist() == [pieces[0]]
+    assert rows[90:100].unique().tolist() == [pieces[1]]
+    assert rows[100].tolist() == [0, 0]

@@ -61,7 +61,7 @@ def runs(counts: list[int]) -> tuple[list[Run], list[slice]]:
             while last < len(counts) and counts[last]:
                 wider = max(most, counts[last])
                 filled_up = (wider - most) * (last - first) + wider - counts[last]
-                if filled_up > CALL:
+                if filled_up > CALL or wider * (last + 1 - first) > MOST_SLOTS:
                     break
                 most, last = wider, last + 1
             found.append(_run(counts, first, last, row))

@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from switchlm.kernels import buffers
 from switchlm.kernels.activations import Activation, activate, activate_backward_
 
-CALL = 256  # a call costs about as much as this many rows
+CALL = 64  # a call costs about as much as this many rows
+MOST_SLOTS = 2048  # of a run of several experts, so that its hidden rows stay in the cache
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,15 @@ def test_a_file_of_ones_own_is_scored_whole_and_limited(run, run_json, nano, tmp
     assert "40 answers had not ended" in cut.stderr
 
 
+def test_a_run_is_scored_on_inputs_as_long_as_it_learnt(run_json, run, nano, data, tmp_path):
+    huggingface.save(*huggingface.load(nano), tmp_path / "run" / "model")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text("finetune: {model: m, tasks: [sst2], input_length: 18}\n")
+    line = ("evaluate", "--model", tmp_path / "run", "--task", "sst2", "--data", data, *SHORT)
+    assert "inputs were cut to 18 tokens" in run(*line).stderr
+    assert "cut to" not in run(*line, "--input-length", 60).stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -81,7 +81,7 @@ def evaluate(
             work,
             predictions,
             device=device,
-            input_length=input_length or 512,
+            input_length=input_length,
             batch_size=batch_size or 32,
             max_new_tokens=max_new_tokens,
             rank_labels=rank_labels,

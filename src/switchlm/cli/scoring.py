@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console
 from rich.progress import Progress
 
+from switchlm.checkpoint.run_folder import RunFolder
 from switchlm.cli.figures import Figures
 from switchlm.cli.options import note, open_model
+from switchlm.config import from_mapping, read_yaml
 from switchlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,9 +51,13 @@ def score(
     predictions: Path | None,
     *,
     device: str,
+    input_length: int | None,
     **settings: Any,
 ) -> list[Result]:
-    """Return what every model scores on every task; settings: of `score_task`."""
+    """Return what every model scores on every task; settings: of `score_task`.
+
+    input_length: None takes what the model was fine-tuned with, or 512.
+    """
     from switchlm.evaluation.tasks import score_task
 
     results = []
@@ -59,6 +65,7 @@ def score(
         for model in models:
             loaded, tokenizer = open_model(model, device)
             result: Result = {"model": model, "tasks": {}}
+            settings["input_length"] = input_length or _trained_length(model)
             for task, examples in work:
                 with _counting(task.name, len(examples)) as report:
                     found = score_task(loaded, tokenizer, task, examples, report=report, **settings)
@@ -81,6 +88,17 @@ def figures(result: Result) -> Figures:
         for metric, figure in part["metrics"].items()
     }
     return found | ({("all", AVERAGE): {"value": result[AVERAGE]}} if AVERAGE in result else {})
+
+
+def _trained_length(model: str) -> int:
+    """Return the tokens of the inputs that a run on tasks learnt from; else 512."""
+    from switchlm.recipes.finetune_config import FinetuneConfig
+
+    config = RunFolder(Path(model)).config
+    section = read_yaml(config).get("finetune") if config.is_file() else None
+    if not section:
+        return 512
+    return from_mapping(FinetuneConfig, section, "finetune").input_length
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
     python compile_triton.py ARCHITECTURE (90 for Hopper) [all]
 
-With `all` in every configuration that the autotuner tries, otherwise in the first of each. Run by
+With `all` in every variant and configuration that the autotuner tries, otherwise each once. Run by
 tests/kernels/test_triton_compile.py, in a process of its own: here the interpreter is off.
 """
 
@@ -90,8 +90,12 @@ def cases(dtype: str) -> Iterator[tuple[Any, list[triton.Config], dict[str, Any]
 def main() -> None:
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
     every = sys.argv[2:] == ["all"]
+    seen = set()
     for dtype in ("bf16", "fp32") if every else ("bf16",):
         for kernel, configs, known in cases(dtype):
+            if not every and kernel in seen:
+                continue
+            seen.add(kernel)
             for config in configs if every else configs[:1]:
                 built = build(kernel, config, dtype, known, target)
                 line = {

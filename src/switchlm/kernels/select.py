@@ -41,12 +41,12 @@ def explain(x_RD: Tensor, weight_EDF: Tensor) -> Choice:
     device = x_RD.device.type
     fits = torch_grouped.fits(x_RD, weight_EDF)
     if device == "cuda" and fits and x_RD.dtype == torch.bfloat16:
-        return Choice("torch_grouped", "bfloat16 on a GPU: one launch, counts stay on the device")
+        return Choice("torch_grouped", "bfloat16 on a GPU: one launch on Hopper and newer")
     plain = type(x_RD) in (Tensor, nn.Parameter) and device != "meta"
     if torch.compiler.is_compiling() or not plain:
         return Choice("compiled", "traced: the counts have no values yet, so one opaque operator")
     if device == "cuda" and fits:
-        return Choice("torch_grouped", f"{x_RD.dtype} on a GPU: counts stay on the device")
+        return Choice("torch_grouped", f"{x_RD.dtype} on a GPU: PyTorch loops over the experts")
     if device == "cpu":
         return Choice("cpu", "main memory: one product an expert, results written once")
     return Choice("reference", f"no faster kernel for {x_RD.dtype} of these widths on {device}")

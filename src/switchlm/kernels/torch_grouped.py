@@ -47,7 +47,7 @@ class _GroupedMatmul(torch.autograd.Function):
 def grouped_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
     """Multiply consecutive runs of rows with their expert's matrix: see reference.py.
 
-    The counts stay on the device.
+    In bfloat16 on Hopper and newer the counts stay on the device; elsewhere PyTorch waits for them.
     """
     offset_E = counts_E.cumsum(0).to(torch.int32)
     y_RF: Tensor = _GroupedMatmul.apply(x_RD, weight_EDF, offset_E)

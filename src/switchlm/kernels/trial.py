@@ -37,6 +37,11 @@ def remembered(key: Hashable) -> Choice | None:
     return _choices.get(key)
 
 
+def choices() -> list[Choice]:
+    """Return all that was chosen so far."""
+    return list(_choices.values())
+
+
 def forget() -> None:
     """Try anew."""
     _choices.clear()

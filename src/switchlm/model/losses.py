@@ -20,7 +20,7 @@ def cross_entropy(
     """
     losses_BT = token_losses(logits_BTV, targets_BT)
     if mask_BT is None:
-        return losses_BT.sum(), torch.tensor(losses_BT.numel(), device=losses_BT.device)
+        return losses_BT.sum(), torch.full((), losses_BT.numel(), device=losses_BT.device)
     return torch.where(mask_BT, losses_BT, 0.0).sum(), mask_BT.sum()
 
 

@@ -25,8 +25,14 @@ def choose(probability_NE: Tensor, num_choices: int, bias_E: Tensor | None = Non
 
 @torch.no_grad()
 def sample(probability_NE: Tensor) -> Tensor:
-    """Return expert_NK, K = 1, drawn from the softmax (appendix C)."""
-    return torch.multinomial(probability_NE.float(), 1)
+    """Return expert_NK, K = 1, drawn from the softmax (appendix C).
+
+    Of exponential variables divided by rates the least is each with the probability of its rate;
+    torch.multinomial does the same, but makes the host wait to see that probabilities are valid.
+    """
+    probability_NE = probability_NE.float()
+    waiting_NE = torch.empty_like(probability_NE).exponential_()
+    return (probability_NE / waiting_NE).argmax(-1, keepdim=True)
 
 
 @torch.no_grad()

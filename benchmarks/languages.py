@@ -293,7 +293,7 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
     upper.set_ylabel("held-out negative log perplexity")
     upper.set_title("Quality by language, largest gain first", loc="left", fontweight="bold")
     upper.grid(axis="y", alpha=0.3)
-    upper.legend(loc="lower right", frameon=False)
+    upper.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     speeds = [
         statistics.mean(0.0 if speed is None else speed for speed in one["speed_ups"])
         for one in ones

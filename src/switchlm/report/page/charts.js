@@ -53,7 +53,7 @@ function chart(title, small, series, {x, level = null, mark = null, fromZero = f
   if (level) svg.append(
     element("line", {x1: LEFT, x2: WIDTH - RIGHT, y1: py(level.value), y2: py(level.value),
                      stroke: "var(--faint)", "stroke-dasharray": "5 4"}),
-    element("text", {x: WIDTH - RIGHT, y: py(level.value) - 5, "text-anchor": "end"}, level.label));
+    element("text", {x: LEFT + 5, y: py(level.value) - 5}, level.label));
   for (const s of series) svg.append(element("path", {
     d: s.points.map((p, i) => (i ? "L" : "M") + px(p[0]).toFixed(1) + " " + py(p[1]).toFixed(1)).join(""),
     fill: "none", stroke: s.color, "stroke-width": 1.8, "stroke-opacity": s.opacity || 1,
@@ -62,7 +62,9 @@ function chart(title, small, series, {x, level = null, mark = null, fromZero = f
     element("line", {x1: px(mark.x), x2: px(mark.x), y1: py(mark.y), y2: HEIGHT - BOTTOM,
                      stroke: "var(--good)", "stroke-dasharray": "3 3"}),
     element("circle", {cx: px(mark.x), cy: py(mark.y), r: 4.5, fill: "var(--good)"}),
-    element("text", {x: px(mark.x) + 6, y: HEIGHT - BOTTOM - 6}, mark.label));
+    element("text", px(mark.x) > WIDTH - 90
+      ? {x: px(mark.x) - 6, y: HEIGHT - BOTTOM - 6, "text-anchor": "end"}
+      : {x: px(mark.x) + 6, y: HEIGHT - BOTTOM - 6}, mark.label));
   const hover = element("text", {x: WIDTH - RIGHT, y: TOP + 8, "text-anchor": "end"});
   svg.append(hover);
   svg.addEventListener("mousemove", event => {

@@ -1,6 +1,7 @@
 """Other Switch layers for GPUs: what a user would write, and libraries where they are installed.
 
-Building one raises ImportError where its library is missing. Shapes: N tokens, D d_model.
+Building one raises ImportError or AssertionError where its library is missing. Shapes: N tokens,
+D d_model.
 """
 
 from torch import Tensor, nn

@@ -73,8 +73,9 @@ def test_the_tensors_are_left_alone() -> None:
     assert all(tensor.grad is None for tensor in given)
 
 
-def test_without_gradients_none_are_compared() -> None:
-    with torch.no_grad():
+@pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_none_are_compared(quiet) -> None:
+    with quiet():
         choice = trial.choose("key", ("candidate", wrong_gradient), ("default", slow), tensors())
     assert choice.name == "candidate"
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from switchlm.kernels import select, trial
 from switchlm.kernels.select import Choice, explain_switch
@@ -90,6 +91,16 @@ def test_under_autocast_experts_compute_in_bfloat16(fused: list[str]) -> None:
     assert layer.experts.up.grad.norm() > 0
 
 
+def test_recomputed_in_backward_the_gradients_are_the_same(fused: list[str]) -> None:
+    layer = SwitchFeedForward(16, 24, 4, router=TIGHT)
+    x_BSD = torch.randn(2, 24, 16, requires_grad=True)
+    plain = torch.autograd.grad(layer(x_BSD)[0].square().sum(), [x_BSD, *layer.parameters()])
+    again, _ = checkpoint(layer, x_BSD, use_reentrant=False)
+    once_more = torch.autograd.grad(again.square().sum(), [x_BSD, *layer.parameters()])
+    assert fused == ["triton"] * 3
+    torch.testing.assert_close(plain, once_more)
+
+
 def test_the_first_call_tries_both_ways_and_remembers(
     fused: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +110,7 @@ def test_the_first_call_tries_both_ways_and_remembers(
 
     for module in ("switchlm.kernels.select", "switchlm.model.one_pass"):
         monkeypatch.setattr(f"{module}.explain_switch", not_known)
+    monkeypatch.setattr(trial, "REPEATS", 1)
     layer = SwitchFeedForward(16, 24, 4).eval()
     x_BSD = torch.randn(2, 24, 16)
     layer(x_BSD)

@@ -95,8 +95,9 @@ def _run(
 
     gradient: of the output; the output itself if there is none.
     """
-    leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
-    wanted = [t for t in leaves if t.requires_grad] if torch.is_grad_enabled() else []
+    learning = torch.is_grad_enabled()
+    leaves = [t.detach().requires_grad_(learning and t.requires_grad) for t in tensors]
+    wanted = [t for t in leaves if t.requires_grad]
     y = function(*leaves)
     gradient = y.detach() if gradient is None else gradient
     gradients = torch.autograd.grad(y, wanted, gradient) if wanted else ()

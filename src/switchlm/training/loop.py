@@ -18,6 +18,7 @@ from switchlm.checkpoint.run_folder import RunFolder, truncate_metrics
 from switchlm.checkpoint.store import CheckpointStore
 from switchlm.data.batch import Batch
 from switchlm.errors import CheckpointError
+from switchlm.kernels.allocator import keep_freed_memory
 from switchlm.model.router import Router
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.mesh import ALONE, AnyMesh
@@ -139,6 +140,8 @@ class _Run:
                 folder.checkpoints, keep=config.keep_checkpoints, group=mesh.storage
             )
         )
+        if self.device.type == "cpu":
+            keep_freed_memory()
         set_router_dtype(model, config.precision)
         model.encoder.activation_checkpointing = config.activation_checkpointing
         model.decoder.activation_checkpointing = config.activation_checkpointing

@@ -23,6 +23,7 @@ from switchlm.kernels.triton_tiles import (
     add_product,
     load,
     precision,
+    rows_of_tile,
     tile_and_column,
 )
 
@@ -30,7 +31,7 @@ COLUMNS = 32 if INTERPRETED else 128  # of hidden rows a program; each sums its 
 
 
 def _hidden_configs() -> list[triton.Config]:
-    tried = [(64, 8, 3), (64, 4, 3), (32, 4, 4)]
+    tried = [(64, 8, 3), (64, 8, 4), (32, 8, 4)]
     return [
         triton.Config({"BLOCK_V": v}, num_warps=warps, num_stages=stages)
         for v, warps, stages in ([(16, 4, 1)] if INTERPRETED else tried)
@@ -115,11 +116,9 @@ def _hidden_gradients(
     expert = tl.load(expert_T + tile)
     if expert > E:
         return
-    end = tl.load(end_T + tile)
-    row = tl.load(first_T + tile) + tl.arange(0, ROWS)
-    here = row < end
-    row = tl.minimum(row, end - 1)
-    assignment = tl.load(assignment_R + row)
+    first = tl.load(first_T + tile)
+    row, here = rows_of_tile(first, tl.load(end_T + tile), ROWS)
+    assignment = tl.load(assignment_R + first + row)
     dweight_at = dweight_CA + column.to(tl.int64) * A + assignment
     if expert == E:
         tl.store(dweight_at, tl.zeros((ROWS,), tl.float32), mask=here)
@@ -127,31 +126,32 @@ def _hidden_gradients(
     w = column * BLOCK_W + tl.arange(0, BLOCK_W)
     v = tl.arange(0, BLOCK_V)
     dy_at = dy_NV + (assignment // K)[:, None] * V + v[None, :]
-    down_at = down_EWV + expert.to(tl.int64) * V * W + v[:, None] + w[None, :] * V
+    down_EWV += expert.to(tl.int64) * V * W
+    down_at = v[:, None] + w[None, :] * V
     gradient = tl.zeros((ROWS, BLOCK_W), tl.float32)
     for start in range(0, V, BLOCK_V):
         left = v < V - start
         dy = load(dy_at + start, left[None, :], EVEN)
-        down = load(down_at + start, left[:, None] & (w < W)[None, :], EVEN)
+        down = load(down_EWV + down_at + start, left[:, None] & (w < W)[None, :], EVEN)
         gradient = add_product(dy, down, gradient, PRECISION)
     at = row[:, None] * W + w[None, :]
     mask = here[:, None] & (w < W)[None, :]
-    inner = tl.load(inner_RW + at, mask=mask, other=0.0).to(tl.float32)
+    inner = tl.load(inner_RW + first * W + at, mask=mask, other=0.0).to(tl.float32)
     activated = activate(inner, ACTIVATION)
     slope = activate_backward(inner, ACTIVATION)
     dtype = dinner_RW.dtype.element_ty
     middle = activated
     if GATED:
-        linear = tl.load(linear_RW + at, mask=mask, other=0.0).to(tl.float32)
+        linear = tl.load(linear_RW + first * W + at, mask=mask, other=0.0).to(tl.float32)
         middle = activated * linear
         slope = slope * linear
     if KEPT:
-        tl.store(middle_RW + at, middle.to(dtype), mask=mask)
+        tl.store(middle_RW + first * W + at, middle.to(dtype), mask=mask)
     tl.store(dweight_at, tl.sum(gradient * middle.to(dtype).to(tl.float32), axis=1), mask=here)
     gradient *= tl.load(weight_A + assignment)[:, None]
-    tl.store(dinner_RW + at, (gradient * slope).to(dtype), mask=mask)
+    tl.store(dinner_RW + first * W + at, (gradient * slope).to(dtype), mask=mask)
     if GATED:
-        tl.store(dlinear_RW + at, (gradient * activated).to(dtype), mask=mask)
+        tl.store(dlinear_RW + first * W + at, (gradient * activated).to(dtype), mask=mask)
 
 
 def weight_gradient(

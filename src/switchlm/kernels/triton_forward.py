@@ -21,6 +21,7 @@ from switchlm.kernels.triton_tiles import (
     add_product,
     load,
     precision,
+    rows_of_tile,
     tile_and_column,
 )
 
@@ -108,15 +109,16 @@ def _hidden(
     expert = tl.load(expert_T + tile)
     if expert >= E:
         return
-    end = tl.load(end_T + tile)
-    row = tl.load(first_T + tile) + tl.arange(0, ROWS)
-    here = row < end
-    row = tl.minimum(row, end - 1)
-    token = tl.load(assignment_R + row) // K
+    first = tl.load(first_T + tile)
+    row, here = rows_of_tile(first, tl.load(end_T + tile), ROWS)
+    token = tl.load(assignment_R + first + row) // K
     w = column * BLOCK_W + tl.arange(0, BLOCK_W)
     v = tl.arange(0, BLOCK_V)
     x_at = x_NV + token[:, None] * V + v[None, :]
-    weight_at = expert.to(tl.int64) * V * W + v[:, None] * W + w[None, :]
+    inner_EVW += expert.to(tl.int64) * V * W
+    if GATED:
+        linear_EVW += expert.to(tl.int64) * V * W
+    weight_at = v[:, None] * W + w[None, :]
     inner = tl.zeros((ROWS, BLOCK_W), tl.float32)
     linear = tl.zeros((ROWS, BLOCK_W), tl.float32)
     for start in range(0, V, BLOCK_V):
@@ -139,10 +141,10 @@ def _hidden(
         linear = linear.to(dtype)
         middle = middle * linear.to(tl.float32)
     if KEEP:
-        tl.store(inner_RW + at, inner, mask=mask)
+        tl.store(inner_RW + first * W + at, inner, mask=mask)
         if GATED:
-            tl.store(linear_RW + at, linear, mask=mask)
-    tl.store(middle_RW + at, middle.to(dtype), mask=mask)
+            tl.store(linear_RW + first * W + at, linear, mask=mask)
+    tl.store(middle_RW + first * W + at, middle.to(dtype), mask=mask)
 
 
 def scatter_product(
@@ -201,17 +203,18 @@ def _scatter(
     expert = tl.load(expert_T + tile)
     if expert > E:
         return
-    end = tl.load(end_T + tile)
-    row = tl.load(first_T + tile) + tl.arange(0, ROWS)
-    here = row < end
-    row = tl.minimum(row, end - 1)
-    assignment = tl.load(assignment_R + row)
+    first = tl.load(first_T + tile)
+    row, here = rows_of_tile(first, tl.load(end_T + tile), ROWS)
+    assignment = tl.load(assignment_R + first + row)
     w = column * BLOCK_W + tl.arange(0, BLOCK_W)
     v = tl.arange(0, BLOCK_V)
     row_at = row[:, None] * V + v[None, :]
-    weight_at = (
-        expert.to(tl.int64) * stride_E + v[:, None] * stride_V + w[None, :].to(tl.int64) * stride_W
-    )
+    weight_at = v[:, None] * stride_V + w[None, :] * stride_W
+    rows_RV += first * V
+    weight_EVW += expert.to(tl.int64) * stride_E
+    if TWO:
+        more_RV += first * V
+        more_EVW += expert.to(tl.int64) * stride_E
     y = tl.zeros((ROWS, BLOCK_W), tl.float32)
     summed = tl.where(expert < E, V, 0)  # dropped rows are zeros
     for start in range(0, summed, BLOCK_V):

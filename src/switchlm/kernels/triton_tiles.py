@@ -104,6 +104,18 @@ def tile_and_column(program, num_tiles, num_columns):
 
 
 @triton.jit
+def rows_of_tile(first, end, ROWS: tl.constexpr):
+    """Return the places of a tile's rows after its first, int32, and which are its own.
+
+    Where others would stand its last row does again: what is loaded there is valid, and not stored.
+    Places from the tile's start are short numbers, which take half the registers of long ones.
+    """
+    number = (end - first).to(tl.int32)
+    row = tl.arange(0, ROWS)
+    return tl.minimum(row, number - 1), row < number
+
+
+@triton.jit
 def load(pointers, mask, EVEN: tl.constexpr):
     """Load, without a mask where all sizes are multiples of the blocks."""
     if EVEN:

@@ -21,8 +21,11 @@ Neither it nor `gpu` was measured.
 
 import argparse
 import multiprocessing
+import signal
+import sys
+import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing.pool import AsyncResult
 from pathlib import Path
 
 import torch
@@ -73,7 +76,7 @@ def main() -> None:
 def run_all(parts: Sequence[Part], workers: int) -> None:
     """Run all parts, so many at once, each in a process of one thread; one alone runs in this one.
 
-    Of those that are ready the first go first.
+    Of those that are ready the first go first. The processes end when this one does.
     """
     waiting = list(parts)
     if workers == 1:
@@ -82,20 +85,22 @@ def run_all(parts: Sequence[Part], workers: int) -> None:
                 raise SystemExit(f"{part.name} needs {' and '.join(part.needs)}: run those first.")
             print("finished:", part.run(), flush=True)
         return
-    running: set[Future[str]] = set()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    running: list[AsyncResult[str]] = []
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
+    with spawn.Pool(workers, torch.set_num_threads, (1,)) as pool:
         while waiting or running:
             ready = [part for part in waiting if part.is_ready]
             for part in ready[: workers - len(running)]:
                 waiting.remove(part)
-                running.add(pool.submit(part.run))
+                running.append(pool.apply_async(part.run))
             if not running:
                 needs = {need for part in waiting for need in part.needs}
                 raise SystemExit(f"Not run, for lack of {', '.join(sorted(needs))}.")
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for one in done:
-                print("finished:", one.result(), flush=True)
+            time.sleep(0.2)
+            for done in [one for one in running if one.ready()]:
+                running.remove(done)
+                print("finished:", done.get(), flush=True)
 
 
 if __name__ == "__main__":

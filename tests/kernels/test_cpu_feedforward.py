@@ -74,7 +74,7 @@ def test_equals_the_reference(
 
 
 @pytest.mark.usefixtures("shared_out")
-@pytest.mark.parametrize("counts", [[5, 0, 3, 1, 4], [60, 0, 1], [90]], ids=str)
+@pytest.mark.parametrize("counts", [[5, 0, 3, 1, 4], [60, 0, 1], [90], [3, 1100]], ids=str)
 @pytest.mark.parametrize("gated", [False, True])
 def test_equals_the_reference_on_two_threads(gated: bool, counts: list[int]) -> None:
     ours, theirs = both(counts, make(counts, 2, gated), "gelu")

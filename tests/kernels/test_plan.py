@@ -5,31 +5,45 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchlm.kernels.plan import FIXED_ROWS, Plan, Sums, make_plan
+from switchlm.kernels.plan import FIXED_ROWS, Sums, make_plan
 
 COUNTS = st.lists(st.integers(0, 500), min_size=1, max_size=80)
 
 
-def columns_of(plan: Plan, width: int) -> dict[int, list[int]]:
-    """The columns of each expert, in the order of its pieces."""
-    found: dict[int, list[int]] = {}
-    for piece in plan.pieces:
-        columns = piece.cut(torch.arange(width)[None], 1)[0].tolist()
-        found.setdefault(piece.expert, []).extend(columns)
-    return found
-
-
 @given(counts=COUNTS, threads=st.integers(1, 8), width=st.sampled_from([1, 40, 1024]))
 @settings(max_examples=60, deadline=None)
-def test_every_column_is_someones_once(counts: list[int], threads: int, width: int) -> None:
+def test_every_number_is_someones_once(counts: list[int], threads: int, width: int) -> None:
     torch.set_num_threads(threads)
+    counts = [count * 4 for count in counts]  # some of several blocks
     plan = make_plan(counts, sum(counts) + 3, work_per_row=2**22)
-    busy = [expert for expert, count in enumerate(counts) if count]
-    assert columns_of(plan, width) == {expert: list(range(width)) for expert in busy}
+    seen = torch.zeros(sum(counts) + 3, width)
+    for piece in plan.rows(seen, cut=True):
+        piece += 1
+    assert bool((seen[: sum(counts)] == 1).all())
+    assert bool((seen[sum(counts) :] == 0).all())
     assert [p for part in plan.parts for p in part] == list(range(len(plan.pieces)))
     assert plan.idle == [expert for expert, count in enumerate(counts) if not count]
     assert plan.sizes == [*counts, 3]
     assert len(plan.parts) <= threads
+
+
+@given(counts=COUNTS, threads=st.integers(1, 8))
+@settings(max_examples=60, deadline=None)
+def test_every_column_of_a_weight_begins_once_and_on_one_thread(
+    counts: list[int], threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    counts = [count * 4 for count in counts]
+    plan = make_plan(counts, sum(counts), work_per_row=2**22)
+    begun = torch.zeros(len(counts), 1, 48)
+    thread_of: dict[tuple[int, float], int] = {}
+    columns_P = plan.columns(begun, 1)
+    for thread, part in enumerate(plan.parts):
+        for p in part:
+            piece = plan.pieces[p]
+            columns_P[p] += piece.begins
+            assert thread_of.setdefault((piece.expert, piece.start), thread) == thread
+    assert begun[:, 0].tolist() == [[float(count > 0)] * 48 for count in counts]
 
 
 @pytest.mark.parametrize(
@@ -43,6 +57,7 @@ def test_two_threads_have_equal_work_whatever_the_loads(counts: list[int]) -> No
         sum(
             (counts[piece.expert] + FIXED_ROWS) * (piece.stop - piece.start)
             for piece in (plan.pieces[p] for p in part)
+            if piece.begins
         )
         for part in plan.parts
     )

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from switchlm.kernels import buffers, workers
 from switchlm.kernels.activations import Activation, activate, activate_backward_
-from switchlm.kernels.cpu import weight_gradient
+from switchlm.kernels.cpu import accumulate, weight_gradient
 from switchlm.kernels.plan import Plan, Sums, make_plan
 
 
@@ -46,7 +46,8 @@ class _Spare:
     """Room for one piece's hidden rows at a time, as often as it is asked for: stays in cache."""
 
     def __init__(self, like: Tensor, plan: Plan, part: Sequence[int], width: int) -> None:
-        most = max((plan.sizes[plan.pieces[p].expert] for p in part), default=0)
+        rows = (plan.pieces[p].rows or plan.sizes[plan.pieces[p].expert] for p in part)
+        most = max(rows, default=0)
         self._like, self._size = like, most * width
         self._rooms: dict[int, Tensor] = {}
 
@@ -62,7 +63,7 @@ def _forward(
     """Return y_RD. Fills `hidden`, or forgets each expert's hidden rows when there is none."""
     y_RD = plan.empty(x_RD, weights.down_EFD.shape[2])
     y = Sums(plan, y_RD)
-    x_P = plan.take(plan.split(x_RD))
+    x_P = plan.rows(x_RD)
     inner_weight_P, down_P = _cut(plan, weights.inner_EDF, 1), _cut(plan, weights.down_EFD, 0)
     linear_weight_P = _cut(plan, weights.linear_EDF, 1)
     inner_P = _cut_rows(plan, None if hidden is None else hidden.inner_RF)
@@ -104,7 +105,7 @@ def _backward(
         )
     )
     dx = None if dx_RD is None else Sums(plan, dx_RD)
-    x_P, dy_P = plan.take(plan.split(x_RD.t(), 1)), plan.take(plan.split(dy_RD))
+    x_P, dy_P = plan.rows(x_RD), plan.rows(dy_RD)
     inner_P, linear_P = _cut_rows(plan, hidden.inner_RF), _cut_rows(plan, hidden.linear_RF)
     dinner_P, dlinear_P = _cut(plan, dinner_EDF, 1), _cut(plan, dlinear_EDF, 1)
     ddown_P = _cut(plan, ddown_EFD, 0)
@@ -116,7 +117,8 @@ def _backward(
     def run(part: Sequence[int]) -> None:
         spare = _Spare(x_RD, plan, part, weights.inner_EDF.shape[2])
         for p in part:
-            x, dy, inner = x_P[p], dy_P[p], inner_P[p]
+            x, dy, inner = x_P[p].t(), dy_P[p], inner_P[p]
+            begins = plan.pieces[p].begins
             gradient = torch.mm(dy, down_P[p], out=spare(0, *inner.shape))
             middle = inner
             if activation != "relu":
@@ -126,12 +128,12 @@ def _backward(
                 gradient.mul_(linear_P[p])
                 middle = torch.mul(middle, linear_P[p], out=spare(1, *inner.shape))
             if ddown_P:
-                torch.mm(middle.t(), dy, out=ddown_P[p])
+                accumulate(middle.t(), dy, ddown_P[p], begins)
             activate_backward_(gradient, inner, activation)
             if dinner_P:
-                torch.mm(x, gradient, out=dinner_P[p])
+                accumulate(x, gradient, dinner_P[p], begins)
             if dlinear_P:
-                torch.mm(x, dlinear, out=dlinear_P[p])
+                accumulate(x, dlinear, dlinear_P[p], begins)
             if dx is not None:
                 torch.mm(gradient, inner_weight_P[p], out=dx.room_P[p])
                 if linear_weight_P:
@@ -145,12 +147,12 @@ def _backward(
 
 def _cut(plan: Plan, stacked: Tensor | None, dim: int) -> list[Tensor]:
     """Return every piece's part of its expert's matrix, by the dim of the hidden columns."""
-    return [] if stacked is None else plan.take(stacked.unbind(), dim)
+    return [] if stacked is None else plan.columns(stacked, dim)
 
 
 def _cut_rows(plan: Plan, hidden_RF: Tensor | None) -> list[Tensor]:
     """Return every piece's rows and columns of the hidden rows."""
-    return [] if hidden_RF is None else plan.take(plan.split(hidden_RF), 1)
+    return [] if hidden_RF is None else plan.rows(hidden_RF, cut=True)
 
 
 class _ExpertFeedForward(torch.autograd.Function):

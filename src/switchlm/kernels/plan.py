@@ -6,7 +6,6 @@ the row is cut into equal lengths, one a thread (McNaughton's rule): an expert t
 through is shared by two threads, column by column. So loads may be as skewed as they like.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,24 +14,36 @@ from torch import Tensor
 
 FIXED_ROWS = 48  # reading an expert's weights costs as much as multiplying about so many rows
 LEAST_WORK = 2**25  # multiply-adds a product below which waking a thread does not pay
+BLOCK_ROWS = 512  # of a busy expert at a time, so that its hidden rows stay in the cache
 LEAST_GAIN = 0.02  # of a thread's time; a cut that evens out less is moved to an expert's end
 ALIGNMENT = 16  # columns
 
 
 @dataclass(frozen=True)
 class Piece:
-    """An expert, or the part of one between two shares of its columns."""
+    """Rows of an expert, all of them or a block, and columns, all or those between two shares.
+
+    The pieces of the same columns follow each other on one thread.
+    """
 
     expert: int
+    first: int = 0
+    rows: int | None = None
     start: float = 0.0
     stop: float = 1.0
 
     @property
-    def whole(self) -> bool:
-        return self.start == 0 and self.stop == 1
+    def begins(self) -> bool:
+        """Whether no other block of these columns comes before: results start, others are added."""
+        return self.first == 0
 
-    def cut(self, matrix: Tensor, dim: int) -> Tensor:
-        """Return the piece's slices of an expert's matrix; its pieces tile it."""
+    def of_rows(self, rows: Tensor) -> Tensor:
+        return rows if self.rows is None else rows.narrow(0, self.first, self.rows)
+
+    def of_columns(self, matrix: Tensor, dim: int) -> Tensor:
+        """Return the piece's slices of a matrix; an expert's pieces tile it."""
+        if self.start == 0 and self.stop == 1:
+            return matrix
         width = matrix.shape[dim]
         start, stop = (
             min(round(share * width / ALIGNMENT) * ALIGNMENT, width) if share < 1 else width
@@ -55,18 +66,18 @@ class Plan:
     parts: list[range]
     idle: list[int]
 
-    def split(self, rows: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
-        """Return views of the rows of every expert, and last of those of none."""
-        return rows.split_with_sizes(self.sizes, dim)
+    def rows(self, rows: Tensor, cut: bool = False) -> list[Tensor]:
+        """Return every piece's rows; `cut`: its columns of them alone."""
+        rows_E = rows.split_with_sizes(self.sizes)
+        found = [piece.of_rows(rows_E[piece.expert]) for piece in self.pieces]
+        if not cut:
+            return found
+        return [piece.of_columns(t, 1) for piece, t in zip(self.pieces, found, strict=True)]
 
-    def take(self, of_E: Sequence[Tensor], cut: int | None = None) -> list[Tensor]:
-        """Return every piece's tensor of those of the experts; `cut`: its columns, in that dim."""
-        if cut is None:
-            return [of_E[piece.expert] for piece in self.pieces]
-        return [
-            of_E[piece.expert] if piece.whole else piece.cut(of_E[piece.expert], cut)
-            for piece in self.pieces
-        ]
+    def columns(self, stacked: Tensor, dim: int) -> list[Tensor]:
+        """Return every piece's columns, in this dim, of its expert's matrix."""
+        matrix_E = stacked.unbind()
+        return [piece.of_columns(matrix_E[piece.expert], dim) for piece in self.pieces]
 
     def empty(self, like: Tensor, width: int) -> Tensor:
         """Return uninitialised rows of this width; those of no expert are zeros."""
@@ -80,13 +91,12 @@ class Sums:
     """Rows to which all pieces of an expert add: the first writes, the others wait their turn."""
 
     def __init__(self, plan: Plan, rows: Tensor) -> None:
-        rows_E = plan.split(rows)
-        self.room_P = plan.take(rows_E)
+        self.room_P = plan.rows(rows)
         self._later: list[tuple[Tensor, Tensor]] = []
-        for number, piece in enumerate(plan.pieces):
+        for number, (piece, total) in enumerate(zip(plan.pieces, self.room_P, strict=True)):
             if piece.start > 0:
-                self.room_P[number] = torch.empty_like(rows_E[piece.expert])
-                self._later.append((rows_E[piece.expert], self.room_P[number]))
+                self.room_P[number] = torch.empty_like(total)
+                self._later.append((total, self.room_P[number]))
 
     def add_up(self) -> None:
         """Add what the later pieces found, in order."""
@@ -105,26 +115,38 @@ def make_plan(counts: list[int], num_rows: int, work_per_row: int) -> Plan:
     busy = [expert for expert, count in enumerate(counts) if count]
     idle = [expert for expert, count in enumerate(counts) if not count]
     threads = torch.get_num_threads()
-    if threads == 1 or total * work_per_row < LEAST_WORK:
-        return Plan(sizes, [Piece(expert) for expert in busy], [range(len(busy))], idle)
-    fair = (total + FIXED_ROWS * len(busy)) / threads
     pieces: list[Piece] = []
+    if threads == 1 or total * work_per_row < LEAST_WORK:
+        for expert in busy:
+            pieces += _blocks(expert, counts[expert], 0.0, 1.0)
+        return Plan(sizes, pieces, [range(len(pieces))], idle)
+    fair = (total + FIXED_ROWS * len(busy)) / threads
     ends, room = [0], fair
     for expert in busy:
         cost = left = float(counts[expert] + FIXED_ROWS)
         while len(ends) < threads and left > room:
             cut = _snap(room, left, LEAST_GAIN * fair)
             if cut:
-                pieces.append(Piece(expert, 1 - left / cost, 1 - (left - cut) / cost))
+                start, stop = 1 - left / cost, 1 - (left - cut) / cost
+                pieces += _blocks(expert, counts[expert], start, stop)
             ends.append(len(pieces))
             left -= cut
             room += fair - cut
         if left:
-            pieces.append(Piece(expert, 1 - left / cost, 1.0))
+            pieces += _blocks(expert, counts[expert], 1 - left / cost, 1.0)
             room -= left
     ends.append(len(pieces))
     parts = [range(first, last) for first, last in pairwise(ends) if first < last]
     return Plan(sizes, pieces, parts, idle)
+
+
+def _blocks(expert: int, count: int, start: float, stop: float) -> list[Piece]:
+    """Return the pieces of these columns: the rows in equal blocks."""
+    number = -(-count // BLOCK_ROWS)
+    if number == 1:
+        return [Piece(expert, 0, None, start, stop)]
+    edges = [count * block // number for block in range(number + 1)]
+    return [Piece(expert, first, end - first, start, stop) for first, end in pairwise(edges)]
 
 
 def _snap(cut: float, length: float, tolerance: float) -> float:

@@ -152,3 +152,23 @@ def test_what_is_not_finished_is_not_guessed(study):
     text = study.study_page.study("laptop", values, [{}, {}])
     assert text.count("not measured") + text.count("Not measured") == 3 + 3 * len(values["tasks"])
     assert "reproduced" not in text
+
+
+def test_the_page_of_all_results_says_what_is_missing(study, monkeypatch, tmp_path):
+    monkeypatch.setattr(study.study_page, "LANGUAGES", tmp_path / "languages.json")
+    text = study.study_page.results({})
+    assert "Scales that were not measured: `laptop`, `gpu`, `paper`." in text
+    assert "Not measured: `python benchmarks/languages.py`." in text
+
+
+def test_languages_are_taken_from_their_own_record(study, monkeypatch, tmp_path):
+    runs = [
+        {"steps": 50, "languages": 4, "better": better, "mean_speed_up": 1.5, "at_least_4": 0.1}
+        for better in (4, 3, 4)
+    ]
+    path = tmp_path / "languages.json"
+    path.write_text(json.dumps({"scale": "laptop", "runs": runs}))
+    monkeypatch.setattr(study.study_page, "LANGUAGES", path)
+    rows = [line for line in study.study_page.languages().splitlines() if line.startswith("| ")]
+    words = [row.split("|")[-2].strip() for row in rows[1:] if "---" not in row]
+    assert words == ["not reproduced", "reproduced", "not reproduced", "not reproduced"]

@@ -21,7 +21,9 @@ TOPK = RouterConfig(
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Let every layer that can take the fused kernels, without a GPU; list the ways taken."""
-    pytest.importorskip("triton", reason="needs the extra `triton`")
+    pytest.importorskip("triton", "3.7", reason="needs the extra `triton`")
+    if torch.cuda.is_available():
+        pytest.skip("for machines without a GPU: kernels are interpreted")
     taken: list[str] = []
 
     def noted(name: str):

@@ -19,9 +19,9 @@ from switchlm.training.step import training_step
 
 
 def test_data_parallel_weights_are_gathered_for_fused_kernels(tmp_path) -> None:
-    pytest.importorskip("triton", reason="needs the extra `triton`")
+    pytest.importorskip("triton", "3.7", reason="needs the extra `triton`")
     if torch.cuda.is_available():
-        pytest.skip("without a GPU: kernels are interpreted")
+        pytest.skip("for machines without a GPU: kernels are interpreted")
     run_in_processes(2, tmp_path, compare_ways)
 
 

@@ -66,6 +66,13 @@ def copy_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
     return 2 * source.numel() * source.element_size() / best
 
 
+def matrix_peak(dtype: torch.dtype = torch.float32, size: int = 2048, repeats: int = 9) -> float:
+    """Return the FLOPs a second of a large product, the best of `repeats`."""
+    a, b = torch.randn(2, size, size).to(dtype)
+    best = min(measure({"product": lambda: torch.mm(a, b)}, repeats)["product"])
+    return 2 * size**3 / best
+
+
 def environment(seed: int) -> dict[str, Any]:
     """Return what a reader needs to run it again and to know what it ran on."""
     return {

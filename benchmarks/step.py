@@ -6,9 +6,9 @@
 
 Against transformers: d_model 256, 4 + 4 layers, 8 heads of 32, d_ff 1024, every second layer
 sparse, 32 rows of 256 inputs and 64 targets, float32. Presets: as they are, with 64 experts, and
-their dense twins. A step is forward, backward with the balance loss, and fused AdamW; ours also clips
-gradients and guards against bad batches. Random weights and tokens, no dropout. All run in one
-process, which keeps freed memory as our training does (transformers gains from it too); 256
+their dense twins. A step is forward, backward with the balance loss, and fused AdamW; ours also
+clips gradients and guards against bad batches. Random weights and tokens, no dropout. All run in
+one process, which keeps freed memory as our training does (transformers gains from it too); 256
 experts, and `small`, need 20 GB. The part of the machine's matrix peak counts the model's FLOPs
 (three times those of a forward pass) against the best product found.
 """

@@ -115,14 +115,6 @@ def in_order(studies: Sequence[Study]) -> Iterator[Part]:
             yield Part(
                 name=f"pretrain-{model}", perform=pretrained, study=study, arguments=(model,)
             )
-    for row, study in itertools.product(ROWS, studies):
-        yield Part(
-            name=f"distill-{row}",
-            perform=distilled,
-            study=study,
-            arguments=(row,),
-            needs=("pretrain-dense", "pretrain-sparse"),
-        )
     for task, study, model in itertools.product(studies[0].scale["tasks"], studies, MODELS):
         yield Part(
             name=f"finetune-{task}-{model}",
@@ -130,6 +122,14 @@ def in_order(studies: Sequence[Study]) -> Iterator[Part]:
             study=study,
             arguments=(task, model),
             needs=(f"pretrain-{model}",),
+        )
+    for row, study in itertools.product(ROWS, studies):
+        yield Part(
+            name=f"distill-{row}",
+            perform=distilled,
+            study=study,
+            arguments=(row,),
+            needs=("pretrain-dense", "pretrain-sparse"),
         )
 
 

@@ -213,9 +213,9 @@ def distilled(study: Study, out: Path, row: str) -> dict[str, Any]:
         overrides=[f"training.{name}={json.dumps(value)}" for name, value in training.items()],
         **ROWS[row],
     )
+    result: dict[str, Any] = {}  # the main process of a job alone is told it
     for event in distill(config, out, resume=True):
-        result = event.get("result")
-    assert result is not None, "the last event, as nobody stopped it"
+        result = event.get("result", result)
     return {name: value for name, value in result.items() if name != "configuration"}
 
 

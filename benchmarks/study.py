@@ -78,19 +78,22 @@ def run_all(parts: Sequence[Part], workers: int) -> None:
 
     Of those that are ready the first go first. The processes end when this one does.
     """
-    waiting = list(parts)
     if workers == 1:
-        for part in waiting:
-            if not part.is_ready:
+        # Of a job of many processes the main one alone writes results: the others do not look.
+        ran: set[Path] = set()
+        for part in parts:
+            if not all(path in ran or path.exists() for path in part.needed):
                 raise SystemExit(f"{part.name} needs {' and '.join(part.needs)}: run those first.")
             print("finished:", part.run(), flush=True)
+            ran.add(part.result)
         return
+    waiting = list(parts)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     running: list[AsyncResult[str]] = []
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(workers, torch.set_num_threads, (1,)) as pool:
         while waiting or running:
-            ready = [part for part in waiting if part.is_ready]
+            ready = [one for one in waiting if all(path.exists() for path in one.needed)]
             for part in ready[: workers - len(running)]:
                 waiting.remove(part)
                 running.append(pool.apply_async(part.run))

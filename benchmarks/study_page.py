@@ -290,6 +290,8 @@ def kept_by_seed(ours: Sequence[Figures]) -> str:
         for one in ours
     ]
     known = [100 * share for share in shares if share is not None]
+    if ours and not known:
+        return "no gain to keep"
     here = several(known, ".0f", "%")
     return here if len(known) == len(ours) else f"{here} ({len(known)} of {len(ours)} seeds)"
 

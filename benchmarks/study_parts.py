@@ -85,9 +85,9 @@ class Part:
         return self.study.out / f"{self.name}.json"
 
     @property
-    def is_ready(self) -> bool:
-        """Whether what it needs is finished."""
-        return all((self.study.out / f"{need}.json").exists() for need in self.needs)
+    def needed(self) -> set[Path]:
+        """The results that must be there before it runs."""
+        return {self.study.out / f"{need}.json" for need in self.needs}
 
     def run(self) -> str:
         """Do it, from where it was stopped if it was, and write its figures; return its name."""

@@ -3,6 +3,7 @@ import random
 import pytest
 import torch
 
+from switchlm.training import guard
 from switchlm.training.guard import SpikeDetector, global_norm, keep_where
 
 
@@ -10,6 +11,15 @@ def test_global_norm_is_that_of_all_gradients_as_one_vector():
     gradients = [torch.randn(3, 4), torch.randn(5), torch.randn(2, 2, 2)]
     whole = torch.cat([gradient.flatten() for gradient in gradients])
     torch.testing.assert_close(global_norm(gradients), whole.norm())
+
+
+def test_global_norm_of_large_gradients_is_the_same(monkeypatch):
+    monkeypatch.setattr(guard, "LARGE", 10)
+    gradients = [torch.randn(4, 5, 6), torch.randn(3), torch.randn(7, 8).t()]
+    whole = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    torch.testing.assert_close(global_norm(gradients), whole.norm())
+    gradients[0][1, 2, 3] = torch.inf
+    assert not torch.isfinite(global_norm(gradients))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -10,8 +10,9 @@ two largest dims, means wherever E is smaller than D and F; it keeps experts fro
 statistics, so that one that few tokens reach still takes steps of full size; and it works alike
 when the experts are sharded over machines.
 
-All arithmetic is out of place, so that sharded tensors (DTensor) work and a step can be skipped
-without a trace.
+All arithmetic here is out of place, so that sharded tensors (DTensor) work and a step can be
+skipped without a trace. On a CPU plain factored tensors are updated in place instead, to the same
+result but for rounding: adafactor_in_place.py.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,11 +23,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from switchlm.training import adafactor_in_place
+from switchlm.training.adafactor_in_place import DECAY_EXPONENT, SCALE_FLOOR, SQUARE_FLOOR
 from switchlm.training.guard import keep_where
-
-DECAY_EXPONENT = -0.8
-SQUARE_FLOOR = 1e-30  # added to squared gradients
-SCALE_FLOOR = 1e-3  # the least root mean square a parameter counts with
 
 
 class Adafactor(Optimizer):
@@ -76,8 +75,13 @@ class Adafactor(Optimizer):
         assert closure is None, "Adafactor takes one gradient a step"
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, self.state[parameter], group)
+                if parameter.grad is None:
+                    continue
+                now = parameter, parameter.grad, self.state[parameter]
+                if not adafactor_in_place.fits(*now):
+                    self._update(*now, group)
+                elif self.found_inf is None or not self.found_inf:
+                    adafactor_in_place.update(*now, group, self.grad_scale)
 
     def _update(
         self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]

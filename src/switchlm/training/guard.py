@@ -11,6 +11,8 @@ from torch import Tensor
 from switchlm.model.local import local
 from switchlm.parallel.mesh import ALONE, AnyMesh
 
+LARGE = 2**20  # elements; PyTorch takes the norm of a tensor in main memory on one thread
+
 
 def global_norm(gradients: list[Tensor], mesh: AnyMesh = ALONE) -> Tensor:
     """Return the Euclidean norm of all gradients together, a float32 scalar, without a sync.
@@ -18,12 +20,19 @@ def global_norm(gradients: list[Tensor], mesh: AnyMesh = ALONE) -> Tensor:
     Where several processes hold the same part of a gradient, each counts its share of it, so that
     one sum over all processes is enough.
     """
-    norms = torch._foreach_norm([local(gradient) for gradient in gradients])
+    norms = torch._foreach_norm([_short(local(gradient)) for gradient in gradients])
     parts = [
         norm.float() / math.sqrt(mesh.copies(gradient))
         for norm, gradient in zip(norms, gradients, strict=True)
     ]
     return mesh.length(torch.linalg.vector_norm(torch.stack(parts)))
+
+
+def _short(gradient: Tensor) -> Tensor:
+    """Return the norms of the rows, which have the same norm, where one thread would be slow."""
+    if gradient.device.type == "cpu" and gradient.dim() > 1 and gradient.numel() > LARGE:
+        return torch.linalg.vector_norm(gradient, dim=-1)
+    return gradient
 
 
 def keep_where(skip: Tensor, old: Tensor, new: Tensor) -> None:

@@ -89,6 +89,20 @@ def wait_for_a_save(run: RunFolder, limit: float) -> None:
         time.sleep(0.0005)
 
 
+def wait_for_lines(run: RunFolder, lines: int, pid: int) -> None:
+    """Return once the run has written that many lines of metrics more, or has ended."""
+
+    def written() -> int:
+        return run.metrics.read_bytes().count(b"\n") if run.metrics.exists() else 0
+
+    first = written()
+    while written() < first + lines and not os.waitid(
+        os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
+    ):
+        first = min(first, written())  # a resumed run cuts what it will write again
+        time.sleep(0.0005)
+
+
 def kill_and_resume(folder: Path, num_kills: int) -> dict[str, Any]:
     """Run once undisturbed, once with kills, a third of them inside a save; compare the two."""
     text = folder / "text"
@@ -105,7 +119,8 @@ def kill_and_resume(folder: Path, num_kills: int) -> dict[str, Any]:
     while True:
         pid = start(killed, text, steps)
         if kills < num_kills:
-            time.sleep(moments.uniform(0, 12 * a_step))
+            wait_for_lines(killed, moments.randrange(5), pid)
+            time.sleep(moments.uniform(0, 2 * a_step))
             if kills % 3 == 0:
                 wait_for_a_save(killed, limit=1.0)
                 time.sleep(moments.uniform(0, 0.01))

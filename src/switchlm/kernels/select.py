@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from switchlm.kernels import (
     compiled,
     cpu,
-    cpu_batched,
     cpu_feedforward,
     reference,
     torch_grouped,
@@ -83,9 +82,9 @@ def expert_feedforward(
     else:
         x_RD, up_EDF, down_EFD, gate_EDF = _autocast(x_RD, up_EDF, down_EFD, gate_EDF)
     if explain(x_RD, up_EDF).name == "cpu":
-        # A call costs as much as an expert's product where those are in bfloat16.
-        fused = cpu_batched if x_RD.dtype == torch.bfloat16 else cpu_feedforward
-        return fused.expert_feedforward(x_RD, counts_E, up_EDF, down_EFD, activation, gate_EDF)
+        return cpu_feedforward.expert_feedforward(
+            x_RD, counts_E, up_EDF, down_EFD, activation, gate_EDF
+        )
     hidden_RF = grouped_matmul(x_RD, up_EDF if gate_EDF is None else gate_EDF, counts_E)
     if activation == "relu":
         hidden_RF = nn.functional.relu(hidden_RF)

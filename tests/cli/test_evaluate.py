@@ -44,6 +44,24 @@ def test_a_run_is_measured_on_what_it_held_out(run_json, nano, tmp_path):
     assert everything["loss"] != result["loss"]
 
 
+def test_runs_that_held_out_other_texts_do_not_compare(refuse, nano, tmp_path):
+    line = ["evaluate", "--batches", 1]
+    for name in ("one", "two"):
+        texts = tmp_path / name / "of" / name
+        texts.mkdir(parents=True)
+        for n in range(40):
+            texts.joinpath(f"{n}.txt").write_text(f"Document {n} of {name}. " * 8)
+        shutil.copytree(nano, tmp_path / name / "model")
+        settings = "input_length: 48, batch_size: 4, held_out_share: 0.2"
+        tmp_path.joinpath(name, "config.yaml").write_text(
+            f"data: {{sources: ['{texts}'], {settings}}}\n"
+        )
+        line += ["--model", tmp_path / name]
+    message = refuse(*line)
+    assert "was measured on one, but" in message
+    assert "on two, which do not compare" in message
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

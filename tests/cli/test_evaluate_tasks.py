@@ -141,6 +141,9 @@ def test_a_run_is_scored_on_inputs_as_long_as_it_learnt(run_json, run, nano, dat
         (["--task", "sst2", "--data", "{data}/label.tsv"], "label '7'"),
         (["--task", "sst2", "--data", "{data}", "--predictions", "/no/such/file"], "Cannot write"),
         (["--split", "test"], "--split is about tasks"),
+        (["--target-template", "{{target}}"], "--target-template is about tasks"),
+        (["--input-column", "question"], "--input-column is about tasks"),
+        (["--task", "sst2", "--data", "{data}", "--batches", "3"], "--batches is about text"),
         (["--task", "squad"], "switchlm[hub]"),
     ],
 )

@@ -18,13 +18,20 @@ from switchlm.cli.options import (
     open_model,
     read_batches,
 )
-from switchlm.errors import CheckpointError, ConfigError
+from switchlm.errors import CheckpointError, ConfigError, DataError
 
 Result = dict[str, Any]
 Notes = dict[str, str]
 
+_OF_TEXT = ("batches",)
+_OF_TASKS = (
+    *("split", "limit", "predictions", "rank_labels", "max_new_tokens"),
+    *("input_column", "target_column", "template", "target_template", "metric"),
+)
+
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[
         list[str],
         typer.Option(help="A run, a model folder, or a hub name; several are also summarised."),
@@ -66,6 +73,7 @@ def evaluate(
     --task the model answers examples, read from --data or from the hub. Intervals are of 95%, from
     resampling rows of text, or examples (those that belong together, together).
     """
+    _refuse_idle(context, bool(task))
     if task:
         tasks = task_options.find(
             task,
@@ -89,24 +97,38 @@ def evaluate(
         notes = {task.name: f"{len(examples):,} examples" for task, examples in work}
         _present(results, [scoring.figures(result) for result in results], notes, as_json)
         return
-    stated = {
-        "--split": split,
-        "--limit": limit,
-        "--predictions": predictions,
-        "--rank-labels": rank_labels or None,
-        "--max-new-tokens": max_new_tokens,
-        "--template": template,
-        "--metric": metric,
-    }
-    for option, value in stated.items():
-        if value is not None:
-            raise ConfigError(f"{option} is about tasks: name one with --task, or leave it out.")
     results = [_measure(one, data, batches, batch_size, input_length, device) for one in model]
+    _check_same_texts(results)
     notes = {
         name: f"perplexity {part['perplexity']:.2f}, {part['tokens']:,} tokens"
         for name, part in {**results[0]["sources"], "all": results[0]}.items()
     }
     _present(results, [_text_figures(result) for result in results], notes, as_json)
+
+
+def _refuse_idle(context: typer.Context, on_tasks: bool) -> None:
+    """Raise ConfigError for an option that was given and would do nothing."""
+    for name in _OF_TEXT if on_tasks else _OF_TASKS:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{option} is about text: leave it out with --task."
+                if on_tasks
+                else f"{option} is about tasks: name one with --task, or leave it out."
+            )
+
+
+def _check_same_texts(results: list[Result]) -> None:
+    """Raise DataError where runs held out different texts: their losses do not compare."""
+    first = results[0]
+    for other in results[1:]:
+        if set(other["sources"]) != set(first["sources"]):
+            raise DataError(
+                f"{first['model']!r} was measured on {', '.join(first['sources'])}, but "
+                f"{other['model']!r} on {', '.join(other['sources'])}, which do not compare: give "
+                "the text for both with --data."
+            )
 
 
 def _measure(

@@ -13,7 +13,7 @@ from switchlm.checkpoint.huggingface import load
 from switchlm.checkpoint.run_folder import RunFolder
 from switchlm.config import read_yaml, to_mapping
 from switchlm.data.task import Example
-from switchlm.data.tasks import find_task, read_examples
+from switchlm.data.tasks import find_task, read_examples, spread_evenly
 from switchlm.evaluation.metrics import measure
 from switchlm.evaluation.tasks import score_task
 from switchlm.model import count
@@ -174,7 +174,7 @@ def finetuned(study: Study, out: Path, task: str, model: str) -> dict[str, Any]:
         line for line in read_metrics(RunFolder(out).metrics) if "best_step" in line
     ]
     what, settings = find_task(task), config.finetune
-    examples = spread(
+    examples = spread_evenly(
         read_examples(what, own["report_split"], study.place(task)),
         own.get("report_examples", scale["report_examples"]),
     )
@@ -217,13 +217,6 @@ def distilled(study: Study, out: Path, row: str) -> dict[str, Any]:
     for event in distill(config, out, resume=True):
         result = event.get("result", result)
     return {name: value for name, value in result.items() if name != "configuration"}
-
-
-def spread(examples: Sequence[Example], limit: int | None) -> Sequence[Example]:
-    """Return so many examples, spread evenly."""
-    if limit is None or limit >= len(examples):
-        return examples
-    return [examples[number * len(examples) // limit] for number in range(limit)]
 
 
 def most_frequent(examples: Sequence[Example]) -> str:

@@ -179,6 +179,16 @@ def test_several_tasks_count_alike(configure, task, tmp_path):
     assert judged["score"] == pytest.approx(sum(values) / 2)
 
 
+def test_few_examples_to_score_are_from_the_whole_split(configure, tmp_path):
+    """Files sorted by label are usual: the first ones would be of one label."""
+    for split in ("train", "validation"):
+        lines = [json.dumps({"word": f"{at}{n}", "first": at}) for at in "ab" for n in range(20)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    config = configure("finetune.evaluation_examples=4", tasks=[str(tmp_path)])
+    (chosen,) = read_tasks(config.finetune).validation.values()
+    assert [example.input for example in chosen] == ["say: a0", "say: a10", "say: b0", "say: b10"]
+
+
 def test_an_interrupted_run_without_evaluation_says_so(configure, tmp_path):
     out = tmp_path / "run"
     lines = run(configure(), out, should_stop=lambda: True)

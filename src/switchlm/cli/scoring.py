@@ -32,16 +32,14 @@ def read(
     limit: int | None,
 ) -> "Work":
     """Return the examples of each task, spread evenly over the split where they are limited."""
-    from switchlm.data.tasks import EVERYTHING, read_examples
+    from switchlm.data.tasks import EVERYTHING, read_examples, spread_evenly
 
     found = []
     for task in tasks:
         place = places[task.name]
         whole = place is not None and place.is_file()
         examples = read_examples(task, split or (EVERYTHING if whole else "validation"), place)
-        if limit is not None and limit < len(examples):
-            examples = [examples[n * len(examples) // limit] for n in range(limit)]
-        found.append((task, examples))
+        found.append((task, spread_evenly(examples, limit)))
     return found
 
 

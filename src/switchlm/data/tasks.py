@@ -4,7 +4,7 @@ What there is: `task_registry.py`. Where examples come from: files (`task_files.
 (`task_hub.py`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,15 @@ from switchlm.data.task import Example, Task, make_examples
 from switchlm.data.task_registry import MIXTURES, TASKS
 from switchlm.errors import ConfigError, DataError, nearest
 
-__all__ = ["Example", "Task", "TaskOptions", "find_task", "find_tasks", "read_examples"]
+__all__ = [
+    "Example",
+    "Task",
+    "TaskOptions",
+    "find_task",
+    "find_tasks",
+    "read_examples",
+    "spread_evenly",
+]
 
 EVERYTHING = "all"  # the split that is all of a file
 _HELD_OUT = 10  # one in so many examples of a single file is kept for validation
@@ -106,6 +114,13 @@ def read_examples(task: Task, split: str, where: Path | str | None = None) -> li
             f"{str(place or task.hub)!r}."
         )
     return examples
+
+
+def spread_evenly(examples: Sequence[Example], limit: int | None) -> Sequence[Example]:
+    """Return at most `limit` examples, from all over: files are often sorted by label or text."""
+    if limit is None or limit >= len(examples):
+        return examples
+    return [examples[number * len(examples) // limit] for number in range(limit)]
 
 
 def _split_of(example: Example) -> str:

@@ -10,7 +10,7 @@ from switchlm.checkpoint.run_folder import RunFolder
 from switchlm.config import read_yaml, write_yaml
 from switchlm.data.pairs import PairLoader
 from switchlm.data.task import Example, Task
-from switchlm.data.tasks import find_tasks, read_examples
+from switchlm.data.tasks import find_tasks, read_examples, spread_evenly
 from switchlm.errors import ConfigError
 from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.evaluation.metrics import measure
@@ -99,8 +99,11 @@ def read_tasks(settings: FinetuneConfig) -> Examples:
     """Return the examples of the configured tasks, at least one of each to learn and to score."""
     tasks = find_tasks(settings.tasks, settings.columns)
 
-    def read(split: str, limit: int | None = None) -> dict[str, list[Example]]:
-        return {task.name: read_examples(task, split, settings.data)[:limit] for task in tasks}
+    def read(split: str, limit: int | None = None) -> dict[str, Sequence[Example]]:
+        return {
+            task.name: spread_evenly(read_examples(task, split, settings.data), limit)
+            for task in tasks
+        }
 
     examples = Examples(
         tasks=tasks,

@@ -32,7 +32,8 @@ class FinetuneConfig:
     input_length, target_length: tokens in a row, the end token included.
     batch_size: examples in the batch of a step. pack: put several short examples into a row.
     truncate_targets: cut targets that are too long instead of refusing them.
-    evaluation_examples: score on at most that many examples of each task; None takes all.
+    evaluation_examples: score on at most that many examples of each task, spread evenly over
+        its split; None takes all.
     patience: end the run after so many evaluations without a better score; None never does.
     trainable: `all`, `non-expert`, `expert` or `router` parameters.
     lora_rank, lora_alpha: with a rank only low-rank adapters train (model/lora.py), and

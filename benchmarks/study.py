@@ -1,15 +1,16 @@
 """What the paper does with a model, on real text: pre-train, fine-tune, distil; sparse and dense.
 
-    python benchmarks/study.py [--data FOLDER] [--scale laptop|gpu|paper] [--seeds 0 1 2]
-        [--only pretrain finetune distill] [--out FOLDER]
+    python benchmarks/study.py [--data FOLDER] [--scale laptop|laptop-long|gpu|paper]
+        [--seeds 0 1 2] [--only pretrain finetune distill] [--out FOLDER]
     python benchmarks/study.py --write
 
 FOLDER holds english_novels, one .txt a book, and the tasks as study/SCALE.yaml names them. A sparse
 model and its dense twin of equal FLOPs a token read the same batches, each at its own learning
 rate, whole books held out. Both are fine-tuned on tasks; the sparse one is distilled into the
-dense (the rows of Table 6). Every part ends in a JSON file below --out and is skipped once that is
-there, so a study that was stopped goes on. At the end, and by --write at any time, what is finished
-goes into results/study.json and .md and docs/results.md.
+dense (the rows of Table 6). `laptop-long` leaves the tasks out and trains longer. Every part ends
+in a JSON file below --out and is skipped once that is there, so a study that was stopped goes on.
+At the end, and by --write at any time, what is finished goes into results/study.json and .md and
+docs/results.md.
 
 The paper's scale reads C4 and the tasks from the hub. It needs a cluster:
 

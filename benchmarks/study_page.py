@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+from switchlm.recipes.config import run_config
 from switchlm.recipes.distill_result import share_kept
 from switchlm.recipes.speedup import crossing
 
@@ -25,6 +26,7 @@ Figures = Mapping[str, Any]
 Seeds = Sequence[Mapping[str, Figures]]  # a seed: the figures of its finished parts, by name
 
 MEASURED_LATER = "not measured"
+SCALES = ("laptop", "laptop-long", "gpu", "paper")
 REPRODUCED, NOT_REPRODUCED, TOO_SMALL = "reproduced", "not reproduced", "too small to tell"
 # Task: what the paper's figures are of, and they themselves: T5-Base, Switch-Base (Table 5).
 PAPER_TASKS = {
@@ -50,12 +52,12 @@ def write(name: str, scale: Figures, root: Path, *, draft: bool) -> None:
     seeds = gather(root)
     record: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     record[name] = {"configuration": scale, "seeds": seeds}
-    text = study(name, scale, list(seeds.values()))
     if not draft:
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
-        RECORD.with_suffix(".md").write_text(f"# A study of one pair\n\n{text}", encoding="utf-8")
+        page = "\n\n".join(["# A study of one pair", *measured(record)])
+        RECORD.with_suffix(".md").write_text(page + "\n", encoding="utf-8")
         RESULTS.write_text(results(record), encoding="utf-8")
-    print(text)
+    print(study(name, scale, list(seeds.values())))
 
 
 def gather(root: Path) -> dict[str, dict[str, Figures]]:
@@ -98,7 +100,7 @@ def both(seeds: Seeds, *parts: str) -> list[tuple[Figures, ...]]:
 def study(name: str, scale: Figures, seeds: Seeds) -> str:
     """Return all that was measured at one scale."""
     sections = [about(name, scale, seeds), pretraining(seeds), tasks(scale, seeds), rows(seeds)]
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(section for section in sections if section)
 
 
 def loss(figures: Figures) -> float:
@@ -113,15 +115,19 @@ def about(name: str, scale: Figures, seeds: Seeds) -> str:
         return f"Scale `{name}`: {MEASURED_LATER}."
     where = parts[0]["environment"]
     commits = sorted({part["environment"]["commit"] for part in parts})
-    data, model = scale["pretrain"]["data"], scale["pretrain"]
+    values = {name: part for name, part in scale["pretrain"].items() if name != "sources"}
+    config = run_config(values=values)
+    model, data = config.model, config.data
     lines = [
         f"`python benchmarks/study.py --scale {name}`, {where['processor']}, {where['device']}, "
         f"threads a run: {where['threads']}, torch {where['torch']}, commit {', '.join(commits)}. "
         f"{len(seeds)} seeds; figures are means ± standard deviations over them.",
         "",
-        f"Model: preset `{model.get('preset', 'its own')}`; text: rows of {data['input_length']} "
-        f"tokens, {data['batch_size']} a batch, tokenizer {data['tokenizer']}, "
-        f"{data['held_out_share']:.0%} of the books held out.",
+        f"{model.num_encoder_layers} + {model.num_decoder_layers} layers, d_model {model.d_model}, "
+        f"d_ff {model.d_ff}, {model.num_experts} experts in every "
+        f"{'layer' if model.sparse_step == 1 else f'{model.sparse_step}nd layer'}; batches of "
+        f"{data.batch_size} rows of {data.input_length} tokens, tokenizer `{data.tokenizer}`, "
+        f"{data.held_out_share:.2%} of the documents held out.",
     ]
     return "\n".join(lines)
 
@@ -130,7 +136,7 @@ def pretraining(seeds: Seeds) -> str:
     """Return section 3 of the paper: the pair, and how much earlier the sparse one gets there."""
     pairs = both(seeds, "pretrain-dense", "pretrain-sparse")
     if not pairs:
-        return f"## Pre-training\n\n{MEASURED_LATER.capitalize()}."
+        return f"### Pre-training\n\n{MEASURED_LATER.capitalize()}."
     cells = []
     for place, title, paper in ((0, "dense", PAPER_BASELINE), (1, "sparse", PAPER_TEACHER)):
         runs = [pair[place] for pair in pairs]
@@ -151,7 +157,7 @@ def pretraining(seeds: Seeds) -> str:
     heads += ["quality, paper", "quality here"]
     return "\n\n".join(
         [
-            "## Pre-training",
+            "### Pre-training",
             "Quality is negative log perplexity on held-out books, nats a target. The paper's is "
             "of T5-Base and Switch-Base (Table 6), on other text with another vocabulary. A sparse "
             "run that never reached the dense loss counts as a speed-up of 0; times are wall times "
@@ -183,13 +189,15 @@ def pretraining_claims(pairs: Sequence[tuple[Figures, ...]]) -> list[list[str]]:
 
 
 def tasks(scale: Figures, seeds: Seeds) -> str:
-    """Return Table 5."""
+    """Return Table 5, of a scale that has tasks."""
+    if not scale["tasks"]:
+        return ""
     cells = [task_row(task, seeds) for task in scale["tasks"]]
     heads = ["task", "metric", "paper: T5-Base", "Switch-Base", "of", "dense here", "sparse here"]
     heads += ["difference", "95% by examples", "one answer to all", "examples", "sparse is better"]
     return "\n\n".join(
         [
-            "## Fine-tuning",
+            "### Fine-tuning",
             "The best checkpoint by the task's metric on its validation examples, scored on other "
             "ones; in per cent. `95% by examples` is the half-width of the interval of one model "
             "on those examples, and `one answer to all` what the most frequent target of training "
@@ -238,7 +246,7 @@ def rows(seeds: Seeds) -> str:
     """Return Table 6."""
     pairs = both(seeds, "pretrain-dense", "pretrain-sparse")
     if not pairs:
-        return f"## Distillation\n\n{MEASURED_LATER.capitalize()}."
+        return f"### Distillation\n\n{MEASURED_LATER.capitalize()}."
     size = [f"{one['parameters']:,}" for one in pairs[0]]
     cells = [
         ["dense (baseline)", size[0], f"{PAPER_BASELINE}", quality(seeds, "dense"), "0%", "0%"],
@@ -267,7 +275,7 @@ def rows(seeds: Seeds) -> str:
     heads = ["model", "parameters", "quality, paper", "quality here", "kept, paper", "kept here"]
     return "\n\n".join(
         [
-            "## Distillation",
+            "### Distillation",
             f"Compression {compression:.0%} (the paper's Table 6: 94%). Every student trains as "
             "many steps as the baseline did, at its learning rate. Kept is (student - baseline) / "
             "(teacher - baseline), seed by seed, where the teacher is better than the baseline.",
@@ -371,19 +379,24 @@ def languages() -> str:
 
 def results(record: Mapping[str, Any]) -> str:
     """Return docs/results.md."""
-    measured = [
-        study(name, one["configuration"], list(one["seeds"].values())).rstrip()
-        for name, one in record.items()
-    ]
-    missing = [f"`{name}`" for name in ("laptop", "gpu", "paper") if name not in record]
+    missing = [f"`{name}`" for name in SCALES if name not in record]
     lines = [
         "# Results",
         "What the paper says beside what this code does on real text, small. Written by "
-        "`benchmarks/study.py`; the languages come from `benchmarks/languages.py`.",
+        "`benchmarks/study.py`; the languages come from `benchmarks/languages.py`. What was tried "
+        "on the way, and why the scales are what they are: [the log](log.md).",
         *(__doc__ or "").strip().split("\n\n")[1:],
-        *measured,
+        *measured(record),
         f"Scales that were {MEASURED_LATER}: {', '.join(missing)}." if missing else "",
         "## 128 languages",
         languages(),
     ]
     return "\n\n".join(line for line in lines if line) + "\n"
+
+
+def measured(record: Mapping[str, Any]) -> list[str]:
+    """Return a section a scale."""
+    return [
+        f"## Scale `{name}`\n\n" + study(name, one["configuration"], list(one["seeds"].values()))
+        for name, one in record.items()
+    ]

@@ -109,7 +109,7 @@ def test_without_the_text_it_says_so(tmp_path):
     assert "nothing is measured" in done.stdout
 
 
-@pytest.mark.parametrize("scale", ["laptop", "gpu", "paper", "smoke"])
+@pytest.mark.parametrize("scale", ["laptop", "laptop-long", "gpu", "paper", "smoke"])
 def test_the_twins_take_equal_flops_on_the_same_batches(study, scale, tmp_path):
     values = read_yaml(SCRIPT.with_suffix("") / f"{scale}.yaml")
     one = study.Study(scale=values, data=tmp_path, out=tmp_path, seed=5)
@@ -157,7 +157,7 @@ def test_what_is_not_finished_is_not_guessed(study):
 def test_the_page_of_all_results_says_what_is_missing(study, monkeypatch, tmp_path):
     monkeypatch.setattr(study.study_page, "LANGUAGES", tmp_path / "languages.json")
     text = study.study_page.results({})
-    assert "Scales that were not measured: `laptop`, `gpu`, `paper`." in text
+    assert "Scales that were not measured: `laptop`, `laptop-long`, `gpu`, `paper`." in text
     assert "Not measured: `python benchmarks/languages.py`." in text
 
 

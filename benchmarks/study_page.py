@@ -61,13 +61,13 @@ def write(name: str, scale: Figures, root: Path, *, draft: bool) -> None:
 
 
 def gather(root: Path) -> dict[str, dict[str, Figures]]:
-    """Return the figures of all finished parts, by seed and name."""
-    return {
-        folder.name.removeprefix("seed-"): {
-            path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))
-        }
-        for folder in sorted(root.glob("seed-*"))
-    }
+    """Return the figures of all finished parts, by seed and name; paths of folders are left out."""
+    seeds: dict[str, dict[str, Figures]] = {}
+    for path in sorted(root.glob("seed-*/*.json")):
+        figures = json.loads(path.read_text())
+        del figures["environment"]["command"]
+        seeds.setdefault(path.parent.name.removeprefix("seed-"), {})[path.stem] = figures
+    return seeds
 
 
 def word(differences: Sequence[float], error_of_examples: float = 0.0) -> str:

@@ -136,6 +136,7 @@ def test_a_run_is_scored_on_inputs_as_long_as_it_learnt(run_json, run, nano, dat
         (["--task", "{data}/mine.jsonl", "--metric", "exact"], "Did you mean 'exact_match'"),
         (["--task", "{data}/mine.jsonl", "--template", "{{inputs}}"], "Did you mean 'input'"),
         (["--task", "{data}/mine.jsonl", "--rank-labels"], "no labels to rank"),
+        (["--task", "{data}/mine.jsonl", "--data", "{data}"], "--task is a file itself"),
         (["--task", "{data}/empty.jsonl"], "is empty"),
         (["--task", "{data}/label.tsv", "--template", "x"], "empty target"),
         (["--task", "sst2", "--data", "{data}/label.tsv"], "label '7'"),

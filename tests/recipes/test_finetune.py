@@ -179,6 +179,20 @@ def test_several_tasks_count_alike(configure, task, tmp_path):
     assert judged["score"] == pytest.approx(sum(values) / 2)
 
 
+def test_a_named_task_and_a_file_of_ones_own_are_mixed(configure, tmp_path):
+    """The data is the named task's; the file is read from where it lies."""
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.tsv").write_text("sentence\tlabel\nfine\t1\n")
+    own = tmp_path / "own.jsonl"
+    own.write_text("\n".join(json.dumps({"input": f"{n}", "target": "x"}) for n in range(40)))
+    both = {"tasks": ["sst2", str(own)], "data": str(tmp_path), "columns": {}}
+    found = read_tasks(configure(**both).finetune).validation
+    assert [one.input for one in found["sst2"]] == ["sst2 sentence: fine"]
+    assert {one.target for one in found["own"]} == {"x"}
+    with pytest.raises(ConfigError, match="every task is a file itself"):
+        read_tasks(configure(**both | {"tasks": [str(own)]}).finetune)
+
+
 def test_few_examples_to_score_are_from_the_whole_split(configure, tmp_path):
     """Files sorted by label are usual: the first ones would be of one label."""
     for split in ("train", "validation"):

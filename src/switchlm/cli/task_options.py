@@ -61,13 +61,16 @@ def find(
 def places(tasks: "Sequence[Task]", data: Sequence[str] | None) -> dict[str, Path | None]:
     """Return where each task's examples are, None for the hub; data: `PATH` or `TASK=PATH`.
 
-    A bare path is every task's, which may have a folder of its own in it.
+    A bare path is every named task's, which may have a folder of its own in it.
     """
     found: dict[str, Path | None] = {task.name: task.path for task in tasks}
+    named = [task.name for task in tasks if task.path is None]
     for text in data or ():
         name, equals, path = text.partition("=")
         if not equals or os.path.exists(text):
-            found.update(dict.fromkeys(found, Path(text)))
+            if not named:
+                raise ConfigError(f"--data {text!r} is for no task here: --task is a file itself.")
+            found.update(dict.fromkeys(named, Path(text)))
         elif name in found:
             found[name] = Path(path)
         else:

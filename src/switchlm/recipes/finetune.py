@@ -98,10 +98,15 @@ def finetune(
 def read_tasks(settings: FinetuneConfig) -> Examples:
     """Return the examples of the configured tasks, at least one of each to learn and to score."""
     tasks = find_tasks(settings.tasks, settings.columns)
+    if settings.data is not None and all(task.path for task in tasks):
+        raise ConfigError(
+            f"finetune.data is {settings.data!r}, but every task is a file itself: leave it out, "
+            "or name a task that is read from there."
+        )
 
     def read(split: str, limit: int | None = None) -> dict[str, Sequence[Example]]:
         return {
-            task.name: spread_evenly(read_examples(task, split, settings.data), limit)
+            task.name: spread_evenly(read_examples(task, split, task.path or settings.data), limit)
             for task in tasks
         }
 

@@ -26,7 +26,7 @@ class FinetuneConfig:
     model: a run, a model folder, or a name on the hub.
     tasks: names of tasks or of mixtures, or paths of JSONL, TSV or CSV files; several are mixed in
         proportion to their tokens, and count alike in the score.
-    data: the folder or file of a named task; None reads the hub.
+    data: the folder or file of the named tasks; None reads the hub.
     columns: how to read a file of one's own.
     train_split, validation_split: what is learnt, and what the score is taken on.
     input_length, target_length: tokens in a row, the end token included.

@@ -1,9 +1,4 @@
-"""The pages of study.py: what the paper says beside what was measured, and a word for each claim.
-
-A word is earned: `reproduced` if the 95% interval of the mean over at least three seeds (Student's
-t) lies wholly on the paper's side; `not reproduced` if it lies wholly on the other side; `too small
-to tell` otherwise. For tasks the error of the examples is joined to that of the seeds.
-"""
+"""The pages of study.py: the figures of the paper beside ours, and a word for each claim."""
 
 import json
 import math
@@ -13,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import study_words
+from study_words import MEASURED_LATER, NOT_REPRODUCED, REPRODUCED, TOO_SMALL, several, word
 from switchlm.recipes.config import run_config
 from switchlm.recipes.distill_result import share_kept
 from switchlm.recipes.speedup import crossing
@@ -24,9 +21,7 @@ RESULTS = ROOT / "docs" / "results.md"
 Figures = Mapping[str, Any]
 Seeds = Sequence[Mapping[str, Figures]]  # a seed: the figures of its finished parts, by name
 
-MEASURED_LATER = "not measured"
 SCALES = ("laptop", "laptop-long", "gpu", "paper")
-REPRODUCED, NOT_REPRODUCED, TOO_SMALL = "reproduced", "not reproduced", "too small to tell"
 # Task: what the paper's figures are of, and they themselves: T5-Base, Switch-Base (Table 5).
 PAPER_TASKS = {
     "sst2": ("mean of GLUE", 84.3, 86.7),
@@ -43,8 +38,6 @@ PAPER_ROWS = {
     "control": ("control: those weights, no distillation", -1.639, "-"),
 }
 PAPER_BASELINE, PAPER_TEACHER = -1.636, -1.444
-# Student's t: of 95% two-sided intervals, for 1, 2, ... degrees of freedom; then the last.
-QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 CLAIM_HEADS = ["claim", "paper", "here", ""]
 
 
@@ -69,29 +62,6 @@ def gather(root: Path) -> dict[str, dict[str, Figures]]:
         del figures["environment"]["command"]
         seeds.setdefault(path.parent.name.removeprefix("seed-"), {})[path.stem] = figures
     return seeds
-
-
-def word(differences: Sequence[float], error_of_examples: float = 0.0) -> str:
-    """Return what to call a claim that says that the differences, one a seed, are above zero."""
-    if len(differences) < 3:
-        return TOO_SMALL
-    mean = statistics.mean(differences)
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    quantile = QUANTILES[min(len(differences) - 2, len(QUANTILES) - 1)]
-    half = math.hypot(quantile * error, 1.96 * error_of_examples)
-    if abs(mean) <= half:
-        return TOO_SMALL
-    return REPRODUCED if mean > 0 else NOT_REPRODUCED
-
-
-def several(values: Sequence[float], form: str = ".3f", unit: str = "") -> str:
-    """Return mean and standard deviation over seeds."""
-    if not values:
-        return MEASURED_LATER
-    mean = f"{statistics.mean(values):{form}}{unit}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(values):{form.removeprefix('+')}}"
 
 
 def both(seeds: Seeds, *parts: str) -> list[tuple[Figures, ...]]:
@@ -387,7 +357,7 @@ def results(record: Mapping[str, Any]) -> str:
         "What the paper says beside what this code does on real text, small. Written by "
         "`benchmarks/study.py`; the languages come from `benchmarks/languages.py`. What was tried "
         "on the way, and why the scales are what they are: [the log](log.md).",
-        *(__doc__ or "").strip().split("\n\n")[1:],
+        *(study_words.__doc__ or "").strip().split("\n\n")[1:],
         *measured(record),
         f"Scales that were {MEASURED_LATER}: {', '.join(missing)}." if missing else "",
         "## 128 languages",

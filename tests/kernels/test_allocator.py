@@ -41,4 +41,5 @@ def test_a_step_takes_the_memory_of_those_before() -> None:
         pytest.skip("not glibc")
     pages = (176 << 20) // resource.getpagesize()
     assert int(kept) < pages / 2
-    assert int(faults("leave")) > pages * 0.9
+    # How much the allocator keeps when left alone depends on the system, but it is far less.
+    assert int(faults("leave")) > 2 * int(kept)

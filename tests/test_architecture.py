@@ -20,7 +20,7 @@ LAYERS = [
     {"model"},
     {"checkpoint", "parallel"},
     {"generation"},
-    {"evaluation"},
+    {"evaluation", "export"},
     {"training", "report"},
     {"recipes"},
     {"cli"},

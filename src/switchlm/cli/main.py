@@ -29,6 +29,7 @@ VERBS = {
     "simulate": "Run the step of one process of thousands without them, and measure it.",
     "verify-parallel": "Compare every layout over many processes with one process.",
     "convert": "Write a model in another layout.",
+    "export": "Write a model for another runtime: PyTorch's programs, ONNX, or a plain T5.",
 }
 
 

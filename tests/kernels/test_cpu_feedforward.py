@@ -91,6 +91,22 @@ def test_low_precision(gated: bool, dtype: torch.dtype) -> None:
         torch.testing.assert_close(actual, expected, rtol=3e-2, atol=0.2)
 
 
+@pytest.mark.usefixtures("shared_out")
+@pytest.mark.parametrize("counts", [[17, 0, 40, 1], [300, 3], [0, 2500, 30]], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_low_precision_with_rows_filled_up(
+    gated: bool, activation: Activation, counts: list[int]
+) -> None:
+    inputs = make(counts, 2, gated, torch.bfloat16)
+    ours, _ = both(counts, inputs, activation)
+    _, exact = both(counts, tuple(t.detach().double().requires_grad_() for t in inputs), activation)
+    for actual, expected in zip(ours, exact, strict=True):
+        assert actual.dtype == torch.bfloat16
+        error = (actual.double() - expected).norm() / expected.norm()
+        assert error < 0.03  # blocks of rows add up in bfloat16
+
+
 @pytest.mark.parametrize("frozen", range(4))
 def test_frozen_inputs_get_no_gradient_and_change_no_other(frozen: int) -> None:
     inputs = make([3, 0, 2], 1, gated=True)

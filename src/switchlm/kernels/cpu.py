@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from switchlm.kernels import buffers, workers
 from switchlm.kernels.plan import Plan, make_plan
+from switchlm.kernels.spare import Spare, compiles_shapes, keep
 
 
 def weight_gradient(weight_EDF: Tensor, plan: Plan) -> Tensor:
@@ -37,8 +38,10 @@ def forward(x_RD: Tensor, weight_EDF: Tensor, plan: Plan) -> Tensor:
     y_P = plan.rows(y_RF, cut=True)
 
     def multiply(part: Sequence[int]) -> None:
+        spare = Spare(x_RD)
         for p in part:
-            torch.mm(x_P[p], weight_P[p], out=y_P[p])
+            x = spare.filled("x", x_P[p])
+            keep(torch.mm(x, weight_P[p], out=spare.room_for("y", y_P[p], len(x))), y_P[p])
 
     workers.share(multiply, plan.parts)
     return y_RF
@@ -64,8 +67,10 @@ def backward_weight(dy_RF: Tensor, x_RD: Tensor, weight_EDF: Tensor, plan: Plan)
     dweight_P = plan.columns(dweight_EDF, 1)
 
     def multiply(part: Sequence[int]) -> None:
+        spare = Spare(x_RD)
         for p in part:
-            accumulate(x_P[p].t(), dy_P[p], dweight_P[p], plan.pieces[p].begins)
+            x, dy = spare.filled("x", x_P[p]), spare.filled("dy", dy_P[p])
+            accumulate(x.t(), dy, dweight_P[p], plan.pieces[p].begins)
 
     workers.share(multiply, plan.parts)
     return dweight_EDF
@@ -94,6 +99,8 @@ class _GroupedMatmul(torch.autograd.Function):
 def grouped_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
     """Multiply consecutive runs of rows with their expert's matrix: see reference.py."""
     work_per_row = weight_EDF.shape[1] * weight_EDF.shape[2]
-    plan = make_plan(counts_E.tolist(), x_RD.shape[0], work_per_row)
+    plan = make_plan(
+        counts_E.tolist(), x_RD.shape[0], work_per_row, few_shapes=compiles_shapes(x_RD.dtype)
+    )
     y_RF: Tensor = _GroupedMatmul.apply(x_RD, weight_EDF, plan)
     return y_RF

@@ -19,6 +19,7 @@ from switchlm.kernels import buffers, workers
 from switchlm.kernels.activations import Activation, activate, activate_backward_
 from switchlm.kernels.cpu import accumulate, weight_gradient
 from switchlm.kernels.plan import Plan, Sums, make_plan
+from switchlm.kernels.spare import Spare, compiles_shapes, keep
 
 
 @dataclass(frozen=True)
@@ -42,21 +43,6 @@ class _Hidden:
     linear_RF: Tensor | None
 
 
-class _Spare:
-    """Room for one piece's hidden rows at a time, as often as it is asked for: stays in cache."""
-
-    def __init__(self, like: Tensor, plan: Plan, part: Sequence[int], width: int) -> None:
-        rows = (plan.pieces[p].rows or plan.sizes[plan.pieces[p].expert] for p in part)
-        most = max(rows, default=0)
-        self._like, self._size = like, most * width
-        self._rooms: dict[int, Tensor] = {}
-
-    def __call__(self, room: int, rows: int, columns: int) -> Tensor:
-        if room not in self._rooms:
-            self._rooms[room] = self._like.new_empty(self._size)
-        return self._rooms[room][: rows * columns].view(rows, columns)
-
-
 def _forward(
     x_RD: Tensor, weights: _Weights, plan: Plan, activation: Activation, hidden: _Hidden | None
 ) -> Tensor:
@@ -69,18 +55,31 @@ def _forward(
     inner_P = _cut_rows(plan, None if hidden is None else hidden.inner_RF)
     linear_P = _cut_rows(plan, None if hidden is None else hidden.linear_RF)
 
+    def compute(p: int, spare: Spare) -> None:
+        x = spare.filled("x", x_P[p])
+        rows, width = x.shape[0], down_P[p].shape[0]
+
+        def multiply(name: str, weight_P: list[Tensor], stored_P: list[Tensor]) -> Tensor:
+            if not stored_P:
+                return torch.mm(x, weight_P[p], out=spare(name, rows, width))
+            return torch.mm(x, weight_P[p], out=spare.room_for(name, stored_P[p], rows))
+
+        inner = multiply("inner", inner_weight_P, inner_P)
+        apart = None if activation == "relu" else spare("middle", rows, width)
+        middle = activate(inner, activation, apart)
+        if inner_P:
+            keep(inner, inner_P[p])
+        if linear_weight_P:
+            linear = multiply("linear", linear_weight_P, linear_P)
+            middle = torch.mul(middle, linear, out=spare("middle", rows, width))
+            if linear_P:
+                keep(linear, linear_P[p])
+        keep(torch.mm(middle, down_P[p], out=spare.room_for("y", y.room_P[p], rows)), y.room_P[p])
+
     def run(part: Sequence[int]) -> None:
-        spare = _Spare(x_RD, plan, part, weights.inner_EDF.shape[2])
+        spare = Spare(x_RD)
         for p in part:
-            x, shape = x_P[p], (x_P[p].shape[0], down_P[p].shape[0])
-            inner = inner_P[p] if inner_P else spare(0, *shape)
-            torch.mm(x, inner_weight_P[p], out=inner)
-            middle = activate(inner, activation, None if activation == "relu" else spare(1, *shape))
-            if linear_weight_P:
-                linear = linear_P[p] if linear_P else spare(2, *shape)
-                torch.mm(x, linear_weight_P[p], out=linear)
-                middle = torch.mul(middle, linear, out=spare(1, *shape))
-            torch.mm(middle, down_P[p], out=y.room_P[p])
+            compute(p, spare)
 
     workers.share(run, plan.parts)
     y.add_up()
@@ -115,18 +114,20 @@ def _backward(
     )
 
     def run(part: Sequence[int]) -> None:
-        spare = _Spare(x_RD, plan, part, weights.inner_EDF.shape[2])
+        spare = Spare(x_RD)
         for p in part:
-            x, dy, inner = x_P[p].t(), dy_P[p], inner_P[p]
+            x, dy = spare.filled("x", x_P[p]).t(), spare.filled("dy", dy_P[p])
+            inner = spare.filled("inner", inner_P[p])
             begins = plan.pieces[p].begins
-            gradient = torch.mm(dy, down_P[p], out=spare(0, *inner.shape))
+            gradient = torch.mm(dy, down_P[p], out=spare("gradient", *inner.shape))
             middle = inner
             if activation != "relu":
-                middle = activate(inner, activation, spare(1, *inner.shape))
+                middle = activate(inner, activation, spare("middle", *inner.shape))
             if linear_P:
-                dlinear = torch.mul(gradient, middle, out=spare(2, *inner.shape))
-                gradient.mul_(linear_P[p])
-                middle = torch.mul(middle, linear_P[p], out=spare(1, *inner.shape))
+                linear = spare.filled("linear", linear_P[p])
+                dlinear = torch.mul(gradient, middle, out=spare("dlinear", *inner.shape))
+                gradient.mul_(linear)
+                middle = torch.mul(middle, linear, out=spare("middle", *inner.shape))
             if ddown_P:
                 accumulate(middle.t(), dy, ddown_P[p], begins)
             activate_backward_(gradient, inner, activation)
@@ -135,9 +136,11 @@ def _backward(
             if dlinear_P:
                 accumulate(x, dlinear, dlinear_P[p], begins)
             if dx is not None:
-                torch.mm(gradient, inner_weight_P[p], out=dx.room_P[p])
+                room = spare.room_for("dx", dx.room_P[p], len(gradient))
+                torch.mm(gradient, inner_weight_P[p], out=room)
                 if linear_weight_P:
-                    dx.room_P[p].addmm_(dlinear, linear_weight_P[p])
+                    room.addmm_(dlinear, linear_weight_P[p])
+                keep(room, dx.room_P[p])
 
     workers.share(run, plan.parts)
     if dx is not None:
@@ -202,7 +205,10 @@ def expert_feedforward(
     if gate_EDF is not None:
         weights = _Weights(gate_EDF, up_EDF, down_EFD)
     plan = make_plan(
-        counts_E.tolist(), x_RD.shape[0], weights.inner_EDF.shape[1] * weights.inner_EDF.shape[2]
+        counts_E.tolist(),
+        x_RD.shape[0],
+        weights.inner_EDF.shape[1] * weights.inner_EDF.shape[2],
+        few_shapes=compiles_shapes(x_RD.dtype),
     )
     inputs = (x_RD, weights.inner_EDF, weights.linear_EDF, weights.down_EFD)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):

@@ -14,16 +14,18 @@ from torch import Tensor
 
 FIXED_ROWS = 48  # reading an expert's weights costs as much as multiplying about so many rows
 LEAST_WORK = 2**25  # multiply-adds a product below which waking a thread does not pay
-BLOCK_ROWS = 512  # of a busy expert at a time, so that its hidden rows stay in the cache
+BLOCK_ROWS = 2048  # of a busy expert at a time, so that its hidden rows stay in the cache
 LEAST_GAIN = 0.02  # of a thread's time; a cut that evens out less is moved to an expert's end
 ALIGNMENT = 16  # columns
+FEW_WIDTHS = 4  # how many widths a cut expert's columns may have where shapes are compiled
 
 
 @dataclass(frozen=True)
 class Piece:
     """Rows of an expert, all of them or a block, and columns, all or those between two shares.
 
-    The pieces of the same columns follow each other on one thread.
+    The pieces of the same columns follow each other on one thread. few_shapes: columns are cut
+    coarsely, so that products have few shapes (see spare.py).
     """
 
     expert: int
@@ -31,6 +33,7 @@ class Piece:
     rows: int | None = None
     start: float = 0.0
     stop: float = 1.0
+    few_shapes: bool = False
 
     @property
     def begins(self) -> bool:
@@ -45,8 +48,9 @@ class Piece:
         if self.start == 0 and self.stop == 1:
             return matrix
         width = matrix.shape[dim]
+        step = max(ALIGNMENT, width // FEW_WIDTHS) if self.few_shapes else ALIGNMENT
         start, stop = (
-            min(round(share * width / ALIGNMENT) * ALIGNMENT, width) if share < 1 else width
+            min(round(share * width / step) * step, width) if share < 1 else width
             for share in (self.start, self.stop)
         )
         return matrix.narrow(dim, start, stop - start)
@@ -104,10 +108,13 @@ class Sums:
             total.add_(part)
 
 
-def make_plan(counts: list[int], num_rows: int, work_per_row: int) -> Plan:
+def make_plan(
+    counts: list[int], num_rows: int, work_per_row: int, *, few_shapes: bool = False
+) -> Plan:
     """Share experts out, evenly to within a few percent whatever their loads.
 
-    counts: rows of each expert. work_per_row: multiply-adds of one row in one product.
+    counts: rows of each expert. work_per_row: multiply-adds of one row in one product. few_shapes:
+    cut columns coarsely (see Piece).
     """
     total = sum(counts)
     assert total <= num_rows, f"experts have {total} rows in all, the input has {num_rows}"
@@ -128,25 +135,29 @@ def make_plan(counts: list[int], num_rows: int, work_per_row: int) -> Plan:
             cut = _snap(room, left, LEAST_GAIN * fair)
             if cut:
                 start, stop = 1 - left / cost, 1 - (left - cut) / cost
-                pieces += _blocks(expert, counts[expert], start, stop)
+                pieces += _blocks(expert, counts[expert], start, stop, few_shapes)
             ends.append(len(pieces))
             left -= cut
             room += fair - cut
         if left:
-            pieces += _blocks(expert, counts[expert], 1 - left / cost, 1.0)
+            pieces += _blocks(expert, counts[expert], 1 - left / cost, 1.0, few_shapes)
             room -= left
     ends.append(len(pieces))
     parts = [range(first, last) for first, last in pairwise(ends) if first < last]
     return Plan(sizes, pieces, parts, idle)
 
 
-def _blocks(expert: int, count: int, start: float, stop: float) -> list[Piece]:
+def _blocks(
+    expert: int, count: int, start: float, stop: float, few_shapes: bool = False
+) -> list[Piece]:
     """Return the pieces of these columns: the rows in equal blocks."""
     number = -(-count // BLOCK_ROWS)
     if number == 1:
-        return [Piece(expert, 0, None, start, stop)]
+        return [Piece(expert, 0, None, start, stop, few_shapes)]
     edges = [count * block // number for block in range(number + 1)]
-    return [Piece(expert, first, end - first, start, stop) for first, end in pairwise(edges)]
+    return [
+        Piece(expert, first, end - first, start, stop, few_shapes) for first, end in pairwise(edges)
+    ]
 
 
 def _snap(cut: float, length: float, tolerance: float) -> float:

@@ -1,0 +1,43 @@
+"""Rows are filled up to few sizes, and results come back without what was filled in."""
+
+import pytest
+import torch
+
+from switchlm.kernels.spare import EXACT_ROWS, Spare, keep, padded
+
+
+def test_there_are_few_sizes_and_little_is_wasted() -> None:
+    sizes = {padded(rows, torch.bfloat16) for rows in range(1, 2049)}
+    assert len(sizes) < 60
+    for rows in range(EXACT_ROWS + 1, 2049):
+        size = padded(rows, torch.bfloat16)
+        assert rows <= size < rows + max(16, rows / 8)
+        assert padded(size, torch.bfloat16) == size
+
+
+def test_nothing_is_filled_up_where_shapes_are_not_compiled() -> None:
+    rows = torch.randn(33, 4)
+    assert Spare(rows).filled("x", rows) is rows
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_few_rows_stay_as_they_are(rows: int) -> None:
+    x = torch.ones(rows, 3, dtype=torch.bfloat16)
+    assert Spare(x).filled("x", x) is x
+
+
+def test_rows_are_followed_by_zeros_whatever_the_room_held() -> None:
+    spare = Spare(torch.empty(0, dtype=torch.bfloat16))
+    spare("x", 64, 3).fill_(float("nan"))
+    full = spare.filled("x", torch.ones(33, 3, dtype=torch.bfloat16))
+    assert full.shape == (48, 3)
+    assert (full[:33] == 1).all()
+    assert (full[33:] == 0).all()
+
+
+def test_a_result_gets_its_rows_alone() -> None:
+    result = torch.zeros(33, 2, dtype=torch.bfloat16)
+    room = Spare(result).room_for("y", result, 48)
+    keep(room.fill_(7), result)
+    assert (result == 7).all()
+    assert Spare(result).room_for("y", result, 33) is result

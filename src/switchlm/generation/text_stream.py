@@ -1,0 +1,105 @@
+"""Tokens to text as they come: whole characters only, and an end at the first stop string.
+
+    stream = TextStream(tokenizer, stops=["\\n\\n"])
+    for token in tokens:
+        print(stream.push(token), end="")
+        if stream.stopped:
+            break
+    print(stream.finish())
+
+What is given out adds up to `tokenizer.decode` of all tokens, cut before the stop string, wherever
+the borders between tokens lie. Text is held back while the next token may still change it: half a
+character, or what may become a stop string. Bytes that are no character show as U+FFFD, as there.
+"""
+
+from collections.abc import Sequence
+
+from switchlm.data.tokenizer import Tokenizer
+from switchlm.errors import ConfigError
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_LONGEST_RUN = 64  # tokens decoded again at every step, at most
+_CONTEXT = 8  # of them kept when the run is cut, so that spaces and characters stay right
+
+
+class TextStream:
+    """The text of one output, token by token.
+
+    stops: texts that end the output and stay out of it; the one that is complete first counts.
+    stopped: whether one has come; nothing is given out from then on.
+
+    Raises ConfigError for an empty stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        if any(not stop for stop in stops):
+            raise ConfigError("A stop string is empty: it would stop every output at once.")
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stops = tuple(stops)
+        self._silent = {tokenizer.pad_id, tokenizer.end_id}
+        self._sentinels = set(tokenizer.sentinel_ids)
+        self._run: list[int] = []  # ordinary tokens since the last sentinel, or the last of them
+        self._taken = 0  # characters of the run's text that went on to the search for stops
+        self._held = ""  # what may be the beginning of a stop string
+
+    def push(self, token: int) -> str:
+        """Add a token; return the text that is now certain, which may be empty."""
+        if self.stopped or token in self._silent:
+            return ""
+        if token in self._sentinels:
+            # A run of ordinary tokens is decoded by itself, as Tokenizer.decode does it.
+            new = self._end_run() + self._tokenizer.decode([token])
+        else:
+            self._run.append(token)
+            text = self._tokenizer.decode(self._run)
+            certain = len(text.rstrip(REPLACEMENT))
+            new = text[self._taken : certain]
+            self._taken = max(self._taken, certain)
+            if len(self._run) > _LONGEST_RUN and self._taken == len(text):
+                self._shorten(text)
+        return self._release(new)
+
+    def finish(self) -> str:
+        """Return the rest, half characters included; call it when no more tokens come."""
+        if self.stopped:
+            return ""
+        rest = self._release(self._end_run())
+        rest, self._held = rest + self._held, ""
+        return rest
+
+    def _end_run(self) -> str:
+        text = self._tokenizer.decode(self._run)[self._taken :]
+        self._run, self._taken = [], 0
+        return text
+
+    def _shorten(self, text: str) -> None:
+        """Keep the fewest of the last tokens whose text by themselves is the end of the text."""
+        for length in range(_CONTEXT, _LONGEST_RUN):
+            context = self._tokenizer.decode(self._run[-length:])
+            # A context that begins within a character, or a run of byte tokens, looks otherwise.
+            if text.endswith(context):
+                self._run, self._taken = self._run[-length:], len(context)
+                return
+
+    def _release(self, new: str) -> str:
+        """Return the text up to a stop string, or up to what may become one."""
+        text = self._held + new
+        found = [
+            (start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0
+        ]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)[1]]
+        held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many of the last characters of the text are the first of the stop string."""
+    for length in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

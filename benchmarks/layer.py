@@ -5,7 +5,8 @@
 
 Forward and backward of the whole layer, router, sort, gather, expert products, combine; gradients
 to the input and to all weights. Tokens are made so that the router sends them where the case wants
-them: evenly, or skewed as 1 / rank (Zipf). The limit is the dense FFN's time plus that of moving
+them: evenly, or skewed as 1 / rank (Zipf); or each to a random expert, as many to each as it comes
+out, other tokens every step, as in training. The limit is the dense FFN's time plus that of moving
 the experts' bytes three times (read forwards, read backwards, gradients written) at the bandwidth
 of a copy. All cases run in one process, which keeps freed memory as training does; peak memory is
 that of a process with the one layer. --growth: instead, the cost of 8 to 512 experts.
@@ -16,6 +17,7 @@ import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from switchlm.model.switch import SwitchFeedForward, SwitchLayer
 D_MODEL, D_FF = 256, 1024
 GROWTH = (8, 16, 32, 64, 128, 256, 512)
 DENSE, OURS, FORWARD, ZIPF = "dense FFN", "switch layer", ", forward alone", ", Zipf loads"
+NEW_LOADS, NUM_NEW = ", new loads every step", 12
 Step = Callable[[], None]
 
 
@@ -77,11 +80,20 @@ class Tokens:
         share_E = 1 / torch.arange(1, num_experts + 1) if skewed else torch.ones(num_experts)
         edge_E = (share_E.cumsum(0) / share_E.sum() * number).round().long()
         expert_N = torch.searchsorted(edge_E, torch.arange(number), right=True)
-        expert_N = expert_N[torch.randperm(number)]
-        x_ND = torch.randn(number, D_MODEL) / 4 + 8 * direction_ED[expert_N]
+        return Tokens.of(expert_N[torch.randperm(number)], direction_ED, dtype)
+
+    @staticmethod
+    def of(expert_N: Tensor, direction_ED: Tensor, dtype: torch.dtype) -> "Tokens":
+        """Return tokens that go to these experts."""
+        x_ND = torch.randn(len(expert_N), D_MODEL) / 4 + 8 * direction_ED[expert_N]
         return Tokens(
-            x_ND.to(dtype).requires_grad_(), torch.randn(number, D_MODEL).to(dtype), direction_ED
+            x_ND.to(dtype).requires_grad_(), torch.randn_like(x_ND).to(dtype), direction_ED
         )
+
+    def drawn(self) -> "Tokens":
+        """Return as many tokens for the same experts, each for a random one."""
+        expert_N = torch.randint(len(self.direction_ED), (len(self.x_ND),))
+        return Tokens.of(expert_N, self.direction_ED, self.x_ND.dtype)
 
     def steer(self, layer: nn.Module) -> nn.Module:
         """Give the layer's router the directions, whatever it calls its weight."""
@@ -100,6 +112,12 @@ def step(layer: nn.Module, tokens: Tokens) -> Step:
         layer(tokens.x_ND).backward(tokens.dy_ND)
 
     return run
+
+
+def in_turn(layer: nn.Module, batches: list[Tokens]) -> Step:
+    """Return one forward and backward pass, of the next batch every time."""
+    steps = cycle([step(layer, tokens) for tokens in batches])
+    return lambda: next(steps)()
 
 
 def forward(layer: nn.Module, tokens: Tokens) -> Step:
@@ -133,6 +151,8 @@ def one_shape(number: int, num_experts: int, dtype: torch.dtype, options: Any) -
     skewed = Tokens.make(number, num_experts, dtype, skewed=True)
     ours = f"{OURS}, dropless"
     cases[ours + ZIPF] = step(skewed.steer(Ours(num_experts).to(dtype)), skewed)
+    drawn = [tokens.drawn() for _ in range(NUM_NEW)]
+    cases[ours + NEW_LOADS] = in_turn(tokens.steer(Ours(num_experts).to(dtype)), drawn)
     cases |= {name + FORWARD: forward(made[name], tokens) for name in (DENSE, ours)}
     seconds = harness.measure(cases, options.repeats, clock=options.clock)
     memory = {}

@@ -35,6 +35,9 @@ def test_adapters_are_melted_in(run, refuse, nano, tmp_path):
     whole = huggingface.load(tmp_path / "whole")[0].state_dict()
     expected = lora.merged(model).state_dict()
     assert all(torch.equal(whole[name], expected[name]) for name in expected)
+    assert run(*command, tmp_path / "half", "--dtype", "bfloat16").exit_code == 0
+    half = huggingface.load(tmp_path / "half")[0].state_dict()
+    assert all(torch.equal(half[name], expected[name].bfloat16()) for name in expected)
     assert "There are no adapters in" in refuse(*command[:4], nano, *command[5:], tmp_path / "x")
 
 

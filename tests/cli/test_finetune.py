@@ -171,6 +171,8 @@ def test_a_run_is_resumed_with_what_it_began_with(run, refuse, command, tmp_path
     assert "has finetune.tasks = " in message
     assert "cannot be resumed with" in message
     assert "finetune.lora_rank = None" in refuse(*command("--resume", **{"lora-rank": 2}))
+    longer = ("--resume", "--set", "finetune.input_length=40")
+    assert "finetune.input_length = " in refuse(*command(*longer))
     before = timeless(tmp_path / "run")
     assert run("finetune", "--out", tmp_path / "run", "--resume").exit_code == 0
     assert timeless(tmp_path / "run") == before
@@ -200,3 +202,4 @@ def test_a_pre_training_run_is_not_fine_tuned_further_by_resume(refuse, command,
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("training: {steps: 5}\n", encoding="utf-8")
     assert "is no fine-tuning" in refuse(*command("--resume"))
+    assert "is no fine-tuning" in refuse("finetune", "--out", tmp_path / "run", "--resume")

@@ -53,10 +53,12 @@ def convert(
     from switchlm.model import lora
 
     kind = None if dtype is None else getattr(torch, dtype.value)
-    loaded, tokenizer = load(model, dtype=kind, report=note)
+    # What is melted in is added in float32 and rounded once.
+    melting = adapters is not None and kind is not None
+    loaded, tokenizer = load(model, dtype=torch.float32 if melting else kind, report=note)
     if adapters is not None:
         load_adapters(loaded, adapters)
-        loaded = lora.merged(loaded)
+        loaded = lora.merged(loaded).to(kind)
     obstacles = limits(loaded.config)
     if to is Layout.huggingface and obstacles:
         raise CheckpointError(

@@ -11,6 +11,7 @@ from switchlm.cli.progress import Progress
 from switchlm.cli.signals import stop_on_signal
 from switchlm.cli.task_options import Metrics, TargetTemplate, Tasks, Template
 from switchlm.config import read_yaml
+from switchlm.errors import ConfigError
 
 
 def finetune(
@@ -65,8 +66,11 @@ def finetune(
         "trainable": trainable,
         "lora_rank": lora_rank,
     }
+    values = {} if config is None else read_yaml(config)
+    if resume and config == out / "config.yaml" and "finetune" not in values:
+        raise ConfigError(f"The run in {str(out)!r} is no fine-tuning: choose another --out.")
     run = finetune_run(
-        {} if config is None else read_yaml(config),
+        values,
         stated={name: value for name, value in options.items() if value is not None},
         overrides=set_ or (),
     )

@@ -187,8 +187,8 @@ class TokenPairs:
             raise DataError(
                 f"{self.truncated_targets:,} of {len(examples):,} targets of the task {name!r} are "
                 f"longer than {limits.target_length} tokens, the longest {lengths[longest]:,}: "
-                f"{examples[longest].target!r:.60}. Raise the target length, or have long targets "
-                "truncated."
+                f"{examples[longest].target[:60]!r}. Raise the target length "
+                "(finetune.target_length), or have long targets cut (finetune.truncate_targets)."
             )
         input_length_E = np.array([len(ids) for ids in self._inputs])
         target_length_E = np.array([len(ids) for ids in self._targets])

@@ -40,7 +40,7 @@ class AdaptedLinear(nn.Module):
 
     def merged(self) -> dict[str, Tensor]:
         """Return the weights of the plain module that does the same."""
-        return {"weight": self.base.weight + self.scale * (self.b.weight @ self.a.weight)}
+        return {"weight": _added(self.base.weight, self.scale, self.b.weight, self.a.weight)}
 
 
 class Pair(nn.Module):
@@ -54,10 +54,6 @@ class Pair(nn.Module):
 
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
         return grouped_matmul(grouped_matmul(x_RD, self.a, counts_E), self.b, counts_E)
-
-    def product(self) -> Tensor:
-        """Return A B, [E, D, F]."""
-        return self.a @ self.b
 
 
 class AdaptedExperts(nn.Module):
@@ -97,12 +93,18 @@ class AdaptedExperts(nn.Module):
     def merged(self) -> dict[str, Tensor]:
         """Return the weights of the plain module that does the same."""
         return {
-            name: weight + self.scale * cast(Pair, self.pairs[name]).product()
+            name: _added(weight, self.scale, pair.a, pair.b)
             for name, weight in self.base.named_parameters()
+            for pair in [cast(Pair, self.pairs[name])]
         }
 
 
 Adapted = AdaptedLinear | AdaptedExperts
+
+
+def _added(weight: Tensor, scale: float, left: Tensor, right: Tensor) -> Tensor:
+    """Return the weight and its scaled low-rank product, added in float32 and rounded once."""
+    return (weight.float() + scale * (left.float() @ right.float())).to(weight.dtype)
 
 
 def apply(model: SwitchTransformer, rank: int, alpha: float, seed: int = 0) -> None:

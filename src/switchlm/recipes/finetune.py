@@ -172,8 +172,7 @@ def _check_folder(config: FinetuneRun, folder: RunFolder, resume: bool) -> None:
             f"The run in {str(folder.root)!r} is no fine-tuning: choose another --out."
         )
     now = to_sections(config)["finetune"]
-    for name in ("model", "tasks", "data", "columns", "train_split", "validation_split",
-                 "trainable", "lora_rank", "lora_alpha"):  # fmt: skip
+    for name in sorted(now.keys() - {"patience"}):
         if before.get(name) != now[name]:
             raise ConfigError(
                 f"The run in {str(folder.root)!r} has finetune.{name} = {before.get(name)!r}, so "

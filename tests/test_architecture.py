@@ -20,7 +20,7 @@ LAYERS = [
     {"model"},
     {"checkpoint", "parallel"},
     {"generation"},
-    {"evaluation", "export"},
+    {"evaluation", "compression", "export"},
     {"training", "report"},
     {"recipes"},
     {"cli"},

@@ -17,6 +17,13 @@ from switchlm.checkpoint.hub import CONFIG, find_model
 from switchlm.checkpoint.layout import box_of, part_of, slices, volume, whole
 from switchlm.checkpoint.matching import Match, match
 from switchlm.checkpoint.names import Entry, Family
+from switchlm.checkpoint.quantised import (
+    Quantisation,
+    load_quantised,
+    read_quantisation,
+    read_quantised_config,
+    refuse_quantised,
+)
 from switchlm.checkpoint.ranks import Ranks
 from switchlm.checkpoint.read_config import read_config
 from switchlm.checkpoint.saving import write_model
@@ -53,6 +60,11 @@ def load(
     tell = report or _warn
     folder = find_model(name, revision=revision, local_files_only=local_files_only)
     values = read_json(folder, CONFIG, LARGEST_CONFIG)
+    quantisation = read_quantisation(values)
+    if quantisation is not None:
+        place = torch.device(device)
+        model = load_quantised(folder, values, quantisation, dtype, place)
+        return model.eval(), _tokenizer(folder, tell)
     weights = open_weights(folder)
     if weights.pickled:
         tell(
@@ -73,11 +85,40 @@ def load_config(
     revision: str | None = None,
     local_files_only: bool = False,
     report: Report | None = None,
+    to_train: bool = False,
 ) -> ModelConfig:
-    """Return the configuration of a saved model as `load` understands it, without its weights."""
+    """Return the configuration of a saved model as `load` understands it, without its weights.
+
+    to_train: refuse one that is quantised, for it cannot be trained.
+    """
     folder = find_model(name, revision=revision, local_files_only=local_files_only)
     values = read_json(folder, CONFIG, LARGEST_CONFIG)
+    if to_train:
+        refuse_quantised(values, "training it")
+    quantisation = read_quantisation(values)
+    if quantisation is not None:
+        return read_quantised_config(folder, values, quantisation)[0]
     return _understand(values, open_weights(folder), report or _warn)[0]
+
+
+def load_quantisation(name: str | Path) -> Quantisation | None:
+    """Return how the weights of a saved model are quantised; None if they are not."""
+    folder = find_model(name, revision=None, local_files_only=False)
+    return read_quantisation(read_json(folder, CONFIG, LARGEST_CONFIG))
+
+
+def open_floats(
+    name: str | Path, *, report: Report | None = None
+) -> tuple[ModelConfig, Family, Weights]:
+    """Return what a saved model is, and its weights, of which nothing is read yet.
+
+    Raises CheckpointError for one that is quantised.
+    """
+    folder = find_model(name, revision=None, local_files_only=False)
+    values = read_json(folder, CONFIG, LARGEST_CONFIG)
+    refuse_quantised(values, "compressing it")
+    weights = open_weights(folder)
+    return *_understand(values, weights, report or _warn), weights
 
 
 def load_tokenizer(name: str | Path, *, report: Report | None = None) -> "Tokenizer | None":
@@ -128,8 +169,10 @@ def fill(
 
     def work() -> None:
         folder = find_model(name, revision=revision, local_files_only=local_files_only)
+        values = read_json(folder, CONFIG, LARGEST_CONFIG)
+        refuse_quantised(values, "training it")
         weights = open_weights(folder)
-        _, family = _understand(read_json(folder, CONFIG, LARGEST_CONFIG), weights, tell)
+        _, family = _understand(values, weights, tell)
         matched = match(model.config, family, weights, tell)
         places = model.state_dict()
         if any(place.is_meta for place in places.values()):

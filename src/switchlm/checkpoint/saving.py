@@ -6,7 +6,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from switchlm.checkpoint.weights import SAFETENSORS
 from switchlm.checkpoint.write_config import family_of, write_config
 from switchlm.errors import CheckpointError
 from switchlm.model.config import ModelConfig
+from switchlm.model.quantised import quantised_modules
 from switchlm.model.transformer import SwitchTransformer
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ _OURS = (
     "README.md",
     "model*.safetensors",
     "model.safetensors.index.json",
+    "quantised*.safetensors",
+    "quantised.safetensors.index.json",
     "tokenizer*.json",
     "special_tokens_map.json",
 )
@@ -50,7 +54,7 @@ def write_model(
     """Write into a hidden folder beside `folder`, then rename; see huggingface.save."""
     folder = folder.absolute()
     tensors = model.state_dict()
-    _check_names(model.config, tensors)
+    _check_names(model, tensors)
     partial = folder.parent / ranks.first(lambda: _begin(model.config, folder, report))
     try:
         shards = _shards(model.config, tensors, _shard_bytes(tensors, max_shard_bytes, ranks))
@@ -71,6 +75,20 @@ def _begin(config: ModelConfig, folder: Path, report: Report) -> str:
     return partial.name
 
 
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a hidden folder to write a model into; it takes its place if nothing goes wrong."""
+    folder = folder.absolute()
+    _check_replaceable(folder)
+    make_folder(folder.parent)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    try:
+        yield partial
+        _seal(partial, folder)
+    finally:
+        remove_folder(partial)
+
+
 def _finish(
     model: SwitchTransformer,
     tokenizer: "Tokenizer | None",
@@ -80,14 +98,24 @@ def _finish(
 ) -> None:
     """Add what is no weight, and put the folder in its place."""
     if len(written) > 1:
-        index = {
-            "metadata": {"total_size": sum(shard.num_bytes for shard in written)},
-            "weight_map": {key: shard.file for shard in written for key in shard.keys},
-        }
-        _write_json(partial / f"{SAFETENSORS}.index.json", index)
+        index = index_of({shard.file: (shard.keys, shard.num_bytes) for shard in written})
+        write_json(partial / f"{SAFETENSORS}.index.json", index)
     _write_texts(model, partial)
     if tokenizer is not None:
         tokenizer.save(partial)
+    _seal(partial, folder)
+
+
+def index_of(files: Mapping[str, tuple[list[str], int]]) -> dict[str, Any]:
+    """Return the index of weight files: of each the keys in it, and the bytes of its tensors."""
+    return {
+        "metadata": {"total_size": sum(size for _, size in files.values())},
+        "weight_map": {key: file for file, (keys, _) in files.items() for key in keys},
+    }
+
+
+def _seal(partial: Path, folder: Path) -> None:
+    """Sync what was written, and put it in its place."""
     partial.chmod(0o755)
     for path in partial.iterdir():
         sync_file(path)
@@ -123,21 +151,33 @@ def _put_in_place(partial: Path, folder: Path) -> None:
 def _write_texts(model: SwitchTransformer, folder: Path) -> None:
     config = model.config
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", write_config(config, dtype))
+    write_json(folder / "config.json", write_config(config, dtype))
+    write_tokens(config, folder)
+    (folder / "README.md").write_text(model_card(config, dtype), encoding="utf-8")
+
+
+def write_tokens(config: ModelConfig, folder: Path) -> None:
+    """Write generation_config.json: the tokens that begin, end and fill up outputs."""
     tokens = {
         "decoder_start_token_id": config.pad_id,
         "eos_token_id": config.end_id,
         "pad_token_id": config.pad_id,
     }
-    _write_json(folder / "generation_config.json", tokens)
-    (folder / "README.md").write_text(model_card(config, dtype), encoding="utf-8")
+    write_json(folder / "generation_config.json", tokens)
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file of the folder."""
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _check_names(config: ModelConfig, tensors: dict[str, Tensor]) -> None:
+def _check_names(model: SwitchTransformer, tensors: dict[str, Tensor]) -> None:
+    if any(True for _ in quantised_modules(model)):
+        raise CheckpointError(
+            "The model is quantised: it has no floating-point weights to save. Copy its folder, or "
+            "take the model that it was made from."
+        )
+    config = model.config
     expected = {entry.ours for entry in entries(config, family_of(config))}
     if expected != tensors.keys():
         name = min(expected ^ tensors.keys())

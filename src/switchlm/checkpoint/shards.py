@@ -42,7 +42,7 @@ def write_shards(
     layout = Planner(ranks).layout(tensors)
     # The format wants no gaps: with larger dtypes first all tensors are aligned.
     shards = [sorted(s, key=lambda entry: -tensors[entry.ours].element_size()) for s in shards]
-    files = [_file(number, len(shards)) for number in range(len(shards))]
+    files = [shard_name(number, len(shards)) for number in range(len(shards))]
     problem: OSError | None = None
     for first in range(0, len(shards), ranks.size):
         now = shards[first : first + ranks.size]  # one a rank, written at the same time
@@ -106,10 +106,11 @@ class _Output:
                 self.problem = self.problem or error
 
 
-def _file(number: int, count: int) -> str:
+def shard_name(number: int, count: int, whole: str = SAFETENSORS) -> str:
+    """Return the name of a weight file, of so many; `whole` is that of the only one."""
     if count == 1:
-        return SAFETENSORS
-    return f"model-{number + 1:05}-of-{count:05}.safetensors"
+        return whole
+    return f"{whole.removesuffix('.safetensors')}-{number + 1:05}-of-{count:05}.safetensors"
 
 
 def _header(shard: list[Entry], tensors: Mapping[str, Tensor]) -> bytes:

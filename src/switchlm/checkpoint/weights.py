@@ -21,6 +21,9 @@ from torch import Tensor
 from switchlm.errors import CheckpointError
 
 SAFETENSORS = "model.safetensors"
+QUANTISED = (
+    "quantised.safetensors"  # a name of its own, so that no other reader takes it for weights
+)
 PICKLED = "pytorch_model.bin"
 LARGEST_CONFIG = 2**24  # bytes
 _DTYPES = {
@@ -29,6 +32,7 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+_CODES = {"I8": torch.int8, "U8": torch.uint8}  # of quantised weights
 
 # What torch.load raises for damaged pickles: they program its unpickler, wrong arguments and all.
 DAMAGE = (
@@ -62,13 +66,18 @@ class Weights:
     tensors: what there is, by key, in the order of the files.
     """
 
-    def __init__(self, folder: Path, files: Mapping[str, frozenset[str] | None]) -> None:
-        """files: names of files, and the keys the index promises of each, None without one."""
+    def __init__(
+        self, folder: Path, files: Mapping[str, frozenset[str] | None], codes: bool = False
+    ) -> None:
+        """files: names of files, and the keys the index promises of each, None without one.
+
+        codes: whether the weights may be quantised: codes of 8 bits among the numbers.
+        """
         self.tensors: dict[str, Description] = {}
         self.pickled = any(name.endswith(".bin") for name in files)
         for name, promised in files.items():
             path = inside(folder, name)
-            described = _describe_pickled(path) if self.pickled else _describe(path)
+            described = _describe_pickled(path) if self.pickled else _describe(path, codes)
             if promised is not None and promised != described.keys():
                 key = min(promised ^ described.keys())
                 where = "the index" if key in promised else "the file"
@@ -104,17 +113,21 @@ class Weights:
         return torch.equal(found[first], found[second])
 
 
-def open_weights(folder: Path) -> Weights:
-    """Find the weights of a model folder as transformers does, safetensors first."""
-    for single in (SAFETENSORS, PICKLED):
+def open_weights(folder: Path, codes: bool = False) -> Weights:
+    """Find the weights of a model folder as transformers does, safetensors first.
+
+    codes: whether they are quantised, and so have another name.
+    """
+    singles = (QUANTISED,) if codes else (SAFETENSORS, PICKLED)
+    for single in singles:
         if (folder / single).is_file():
-            return Weights(folder, {single: None})
+            return Weights(folder, {single: None}, codes)
         index = folder / f"{single}.index.json"
         if index.is_file():
-            return Weights(folder, _read_index(folder, index.name))
+            return Weights(folder, _read_index(folder, index.name), codes)
     raise CheckpointError(
-        f"There are no weights in {str(folder)!r}: neither {SAFETENSORS} nor {PICKLED}, whole or "
-        "with an index."
+        f"There are no weights in {str(folder)!r}: neither {' nor '.join(singles)}, whole or with "
+        "an index."
     )
 
 
@@ -179,16 +192,17 @@ def _opened(path: Path) -> Any:
         raise CheckpointError(f"{path.name} is damaged: {str(error)[:200]}") from None
 
 
-def _describe(path: Path) -> dict[str, Description]:
+def _describe(path: Path, codes: bool) -> dict[str, Description]:
     described = {}
+    known = _DTYPES | _CODES if codes else _DTYPES
     with _opened(path) as file:
         for key in file.keys():  # noqa: SIM118 (not a mapping)
             part = file.get_slice(key)
-            dtype = _DTYPES.get(part.get_dtype())
+            dtype = known.get(part.get_dtype())
             if dtype is None:
                 raise CheckpointError(
                     f"{key[:200]!r} in {path.name} is of type {part.get_dtype()}; weights are "
-                    f"{', '.join(_DTYPES)}."
+                    f"{', '.join(known)}."
                 )
             described[key] = Description(tuple(part.get_shape()), dtype, path)
     return described

@@ -74,6 +74,8 @@ def inspect(
         config = load_config(model, report=note)
 
     sizes = describe(config, input_length or 512, target_length)
+    if model is not None:
+        sizes["quantisation"] = _quantisation(model)
     if as_json:
         routing = {"routing": [dataclasses.asdict(layer) for layer in layers]} if layers else {}
         typer.echo(json.dumps({"model": model or preset, **sizes, **routing}))
@@ -111,6 +113,16 @@ def describe(config: "ModelConfig", input_length: int, target_length: int) -> di
     }
 
 
+def _quantisation(model: str) -> dict[str, Any] | None:
+    """Return how the weights of a saved model are quantised, None if they are not."""
+    from switchlm.checkpoint.huggingface import load_quantisation
+
+    found = load_quantisation(model)
+    if found is None:
+        return None
+    return {"bits": found.bits, "group_size": found.group_size, "what": found.what}
+
+
 def _size_table(sizes: dict[str, Any]) -> Table:
     shape = sizes["shape"]
     table = Table(show_header=False)
@@ -133,6 +145,9 @@ def _size_table(sizes: dict[str, Any]) -> Table:
         rows["router"] = f"mode {router['mode']}, " + (
             "dropless" if capacity is None else f"{kind} {capacity} in evaluation"
         )
+    if sizes.get("quantisation"):
+        held = sizes["quantisation"]
+        rows["quantised"] = f"{held['what']} to {held['bits']} bits"
     for label, value in rows.items():
         table.add_row(label, value)
     return table

@@ -46,7 +46,7 @@ def pretrain(
     base = None
     if init_from is not None:
         overrides.append(f"init_from={json.dumps(init_from)}")
-        base = RunConfig(model=load_config(init_from, report=note))
+        base = RunConfig(model=load_config(init_from, report=note, to_train=True))
     run = run_config(base, preset=preset, values=values, sources=data or (), overrides=overrides)
     launch = launched()
     is_main = launch is None or launch.rank == 0

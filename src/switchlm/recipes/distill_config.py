@@ -224,7 +224,7 @@ def _student(name: str, teacher: ModelConfig) -> ModelConfig:
         raise ConfigError(
             f"The student {name!r} is no preset and no folder.{nearest(name, ['dense', *PRESETS])}"
         )
-    return load_config(name, report=lambda line: None)
+    return load_config(name, report=lambda line: None, to_train=True)
 
 
 def _check(distillation: DistillationConfig, teacher: ModelConfig, run: RunConfig) -> None:

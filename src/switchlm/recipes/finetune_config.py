@@ -130,7 +130,7 @@ def finetune_run(
     asked = put_over(values, {"finetune": stated} if stated else {})
     asked = override(asked, overrides)
     finetune = from_mapping(FinetuneConfig, asked.get("finetune", {}), "finetune")
-    checkpoint = load_config(finetune.model, report=report)
+    checkpoint = load_config(finetune.model, report=report, to_train=True)
     usual = FinetuneRun(
         finetune=finetune,
         model=dataclasses.replace(checkpoint, dropout=DROPOUT, expert_dropout=EXPERT_DROPOUT),

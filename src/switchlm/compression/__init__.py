@@ -1,0 +1,1 @@
+"""Smaller models: fewer bits a weight, fewer experts."""

@@ -1,0 +1,86 @@
+"""Round weights to codes of 8 or 4 bits: every weight to the nearest.
+
+Shapes: N outputs, K inputs, G groups of H inputs.
+"""
+
+import torch
+from torch import Tensor
+
+from switchlm.checkpoint.names import Entry
+from switchlm.checkpoint.quantised import Quantisation
+from switchlm.checkpoint.quantised_saving import Quantiser
+from switchlm.errors import CheckpointError
+from switchlm.kernels.quantised import BLOCK, group_size_of, pack_int4
+
+LARGEST_INT8 = 127
+LEVELS = 15  # of 4 bits, above the lowest
+
+
+def round_to_nearest(quantisation: Quantisation) -> Quantiser:
+    """Return what quantises one matrix at a time, knowing nothing but its weights."""
+
+    def quantise(entry: Entry, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+        weight_NK = check_finite(entry, weight_NK.float())
+        if quantisation.bits == 8:
+            scale_N = int8_scale(weight_NK)
+            return int8_codes(weight_NK, scale_N), scale_N
+        grid_GN2 = int4_grid(weight_NK, group_size(entry, quantisation))
+        return pack_int4(int4_codes(weight_NK, grid_GN2)), pad_grid(grid_GN2)
+
+    return quantise
+
+
+def check_finite(entry: Entry, weight_NK: Tensor) -> Tensor:
+    """Return the weight; raises CheckpointError if a number in it is infinite or none at all."""
+    if not weight_NK.isfinite().all():
+        raise CheckpointError(
+            f"{entry.theirs} holds numbers that are not finite; the model is damaged."
+        )
+    return weight_NK
+
+
+def group_size(entry: Entry, quantisation: Quantisation) -> int:
+    """Return how many inputs of that parameter share a scale."""
+    size = group_size_of(entry.shape[1], quantisation.group_size)
+    assert size is not None, "saving refuses such widths"
+    return size
+
+
+def int8_scale(weight_NK: Tensor) -> Tensor:
+    """Return the scale of each output, float32: its largest weight becomes 127."""
+    scale_N = weight_NK.abs().amax(1) / LARGEST_INT8
+    return torch.where(scale_N > 0, scale_N, 1.0)
+
+
+def int8_codes(weight_NK: Tensor, scale_N: Tensor) -> Tensor:
+    """Return the nearest codes, int8."""
+    codes_NK = (weight_NK / scale_N[:, None]).round_()
+    return codes_NK.clamp_(-LARGEST_INT8, LARGEST_INT8).to(torch.int8)
+
+
+def int4_grid(weight_NK: Tensor, size: int) -> Tensor:
+    """Return scale and offset of each group, [G, N, 2] bfloat16.
+
+    Codes 0 to 15 stand for (code - 8) * scale + offset, from the least weight of a group to its
+    largest.
+    """
+    weight_NGH = weight_NK.unflatten(1, (-1, size))
+    low_NG, high_NG = weight_NGH.aminmax(dim=2)
+    scale_NG = (high_NG - low_NG) / LEVELS
+    # bfloat16 may round down; the next number up covers the largest weight again.
+    scale_NG = (scale_NG * (1 + 2**-8)).to(torch.bfloat16)
+    scale_NG = torch.where(scale_NG > 0, scale_NG, 1.0)
+    offset_NG = (low_NG + 8 * scale_NG.float()).to(torch.bfloat16)
+    return torch.stack([scale_NG, offset_NG], 2).transpose(0, 1).contiguous()
+
+
+def int4_codes(weight_NK: Tensor, grid_GN2: Tensor) -> Tensor:
+    """Return the nearest codes on that grid, uint8 [N, K]."""
+    scale_NG1, offset_NG1 = grid_GN2.float().permute(2, 1, 0).unsqueeze(3)
+    codes_NGH = (weight_NK.unflatten(1, (grid_GN2.shape[0], -1)) - offset_NG1) / scale_NG1
+    return (codes_NGH.round_() + 8).clamp_(0, LEVELS).to(torch.uint8).flatten(1)
+
+
+def pad_grid(grid_GN2: Tensor) -> Tensor:
+    """Return the grid with outputs up to a multiple of the block; the added ones give zeros."""
+    return torch.nn.functional.pad(grid_GN2, (0, 0, 0, -grid_GN2.shape[1] % BLOCK))

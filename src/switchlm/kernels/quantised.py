@@ -1,0 +1,253 @@
+"""Products with weights of 8 or 4 bits, few rows and many; docs/guides/compress.md has the layout.
+
+8 bits: the rows are quantised too, each by itself, and products are summed in integers, so that a
+row's result is the same bit for bit whatever rows stand beside it. 4 bits: rows are rounded to
+bfloat16, products summed in float32. PyTorch's operators for both are private: that they are there
+and right is tried out once (see `integer_product`, `packed_product`, `int4_product`).
+
+Shapes: R rows, K inputs, N outputs, B blocks of 64 outputs, G inputs that share a scale.
+"""
+
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+BLOCK = 64  # outputs whose codes of 4 bits stand together
+GROUP_SIZES = (256, 128, 64, 32)  # that the operator for 4 bits knows
+MANY_ROWS = 96  # from which undoing the packing of 4 bits pays; measured at 768 x 3072
+_FAILURES = (RuntimeError, AttributeError, NotImplementedError, TypeError)
+
+
+class Matrix(Protocol):
+    """A quantised weight: maps rows x_RK to y_RN, in the dtype of x."""
+
+    num_outputs: int
+
+    @property
+    def codes(self) -> Tensor:
+        """The codes, in whatever order."""
+        ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def __call__(self, x_RK: Tensor) -> Tensor: ...
+
+    def dequantise(self) -> Tensor:
+        """Return the weight that the codes stand for, [N, K] float32."""
+        ...
+
+    def packed(self) -> "Matrix":
+        """Return the same weight in memory of its own, in the order that is fastest here."""
+        ...
+
+
+def matrix(codes: Tensor, scale: Tensor, num_outputs: int) -> Matrix:
+    """Return a matrix over stored tensors: int8 codes, or uint8 pairs of 4 bits; nothing is copied.
+
+    codes, scale: of one matrix, as in the layout; views of mapped files are welcome.
+    """
+    if codes.dtype == torch.int8:
+        return Int8Matrix(codes, scale)
+    return Int4Matrix(codes, scale, num_outputs)
+
+
+class Int8Matrix:
+    """codes_NK: int8. scale_N: float32, one an output. w = code * scale."""
+
+    def __init__(self, codes_NK: Tensor, scale_N: Tensor) -> None:
+        self.codes_NK = codes_NK
+        self.scale_N = scale_N
+        self.num_outputs = codes_NK.shape[0]
+
+    @property
+    def codes(self) -> Tensor:
+        return self.codes_NK
+
+    @property
+    def num_bytes(self) -> int:
+        return self.codes_NK.nbytes + self.scale_N.nbytes
+
+    def __call__(self, x_RK: Tensor) -> Tensor:
+        codes_RK, scale_R1 = quantise_rows(x_RK)
+        if x_RK.device.type == "cpu" and integer_product():
+            sums_RN = torch._int_mm(codes_RK, self.codes_NK.t()).float()
+        else:
+            sums_RN = codes_RK.float() @ self.codes_NK.float().t()
+        return (sums_RN.mul_(self.scale_N)).mul_(scale_R1).to(x_RK.dtype)
+
+    def dequantise(self) -> Tensor:
+        return self.codes_NK.float() * self.scale_N[:, None]
+
+    def packed(self) -> Matrix:
+        if self.codes_NK.device.type == "cpu" and packed_product():
+            return PackedInt8Matrix(self)
+        return Int8Matrix(self.codes_NK.clone(), self.scale_N.clone())
+
+
+class PackedInt8Matrix:
+    """An Int8Matrix in the order of oneDNN, which only its own product reads."""
+
+    def __init__(self, plain: Int8Matrix) -> None:
+        self.num_outputs, self._inputs = plain.codes_NK.shape
+        self.scale_N = plain.scale_N.clone()
+        self._packed = torch.ops.onednn.qlinear_prepack(plain.codes_NK, None)
+        self._zero_N = _zeros(self.num_outputs)
+
+    @property
+    def codes(self) -> Tensor:
+        return self._packed
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_outputs * self._inputs + self.scale_N.nbytes
+
+    def __call__(self, x_RK: Tensor) -> Tensor:
+        codes_RK, scale_R1 = quantise_rows(x_RK)
+        y_RN = _packed_product(codes_RK, self._packed, self.scale_N, self._zero_N)
+        return y_RN.mul_(scale_R1).to(x_RK.dtype)
+
+    def dequantise(self) -> Tensor:
+        unit_KK = torch.eye(self._inputs, dtype=torch.int8)
+        return _packed_product(unit_KK, self._packed, self.scale_N, self._zero_N).t().contiguous()
+
+    def packed(self) -> Matrix:
+        return self
+
+
+class Int4Matrix:
+    """codes_BKJ: uint8 [N/64, K, 32], two codes a byte. scale_GN2: bfloat16, scale and offset.
+
+    w = (code - 8) * scale + offset.
+    """
+
+    def __init__(self, codes_BKJ: Tensor, scale_GN2: Tensor, num_outputs: int) -> None:
+        self.codes_BKJ = codes_BKJ
+        self.scale_GN2 = scale_GN2
+        self.num_outputs = num_outputs
+        self.group_size = codes_BKJ.shape[1] // scale_GN2.shape[0]
+
+    @property
+    def codes(self) -> Tensor:
+        return self.codes_BKJ
+
+    @property
+    def num_bytes(self) -> int:
+        return self.codes_BKJ.nbytes + self.scale_GN2.nbytes
+
+    def __call__(self, x_RK: Tensor) -> Tensor:
+        rounded_RK = x_RK.to(torch.bfloat16)
+        if x_RK.device.type == "cpu" and x_RK.shape[0] < MANY_ROWS and int4_product():
+            blocks, inputs, half = self.codes_BKJ.shape
+            y_RN = torch._weight_int4pack_mm_for_cpu(
+                rounded_RK,
+                self.codes_BKJ.view(blocks * 2 * half, inputs // 2),
+                self.group_size,
+                self.scale_GN2,
+            )
+        else:
+            y_BRJ = rounded_RK @ self._dequantise_blocks(torch.bfloat16)
+            y_RN = y_BRJ.transpose(0, 1).flatten(1)
+        return y_RN[:, : self.num_outputs].to(x_RK.dtype)
+
+    def dequantise(self) -> Tensor:
+        w_NK = self._dequantise_blocks(torch.float32).transpose(1, 2).flatten(0, 1)
+        return w_NK[: self.num_outputs].contiguous()
+
+    def rows(self, index_I: Tensor) -> Tensor:
+        """Return some rows of the weight, [I, K] float32: for looking up embeddings."""
+        place_I = index_I % BLOCK
+        low_I1 = (place_I < BLOCK // 2)[:, None]
+        pair_IK = self.codes_BKJ[index_I // BLOCK, :, place_I % (BLOCK // 2)]
+        code_IK = torch.where(low_I1, pair_IK & 15, pair_IK >> 4).float() - 8
+        scale_IG, offset_IG = self.scale_GN2[:, index_I].float().permute(2, 1, 0)
+        code_IGH = code_IK.unflatten(1, (scale_IG.shape[1], -1))
+        return (code_IGH * scale_IG[..., None] + offset_IG[..., None]).flatten(1)
+
+    def packed(self) -> Matrix:
+        return Int4Matrix(self.codes_BKJ.clone(), self.scale_GN2.clone(), self.num_outputs)
+
+    def _dequantise_blocks(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight as [B, K, 64], outputs last."""
+        codes_BKJ = torch.cat([self.codes_BKJ & 15, self.codes_BKJ >> 4], 2).to(dtype).sub_(8)
+        scale_2GBJ = self.scale_GN2.to(dtype).unflatten(1, (-1, BLOCK)).permute(3, 0, 1, 2)
+        scale_BGJ, offset_BGJ = scale_2GBJ.transpose(1, 2)
+        w_BGHJ = codes_BKJ.unflatten(1, (scale_BGJ.shape[1], -1))
+        return w_BGHJ.mul_(scale_BGJ.unsqueeze(2)).add_(offset_BGJ.unsqueeze(2)).flatten(1, 2)
+
+
+def quantise_rows(x_RK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row as int8 codes and its scale [R, 1], float32: x is about code * scale."""
+    scale_R1 = torch.linalg.vector_norm(x_RK, torch.inf, -1, keepdim=True, dtype=torch.float32)
+    scale_R1 = scale_R1.div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
+    return (x_RK / scale_R1).round_().to(torch.int8), scale_R1
+
+
+def pack_int4(codes_NK: Tensor) -> Tensor:
+    """Return [B, K, 32] uint8 of codes 0..15: byte j holds the outputs j (low bits) and j + 32."""
+    num_outputs = codes_NK.shape[0]
+    padded = torch.nn.functional.pad(codes_NK.to(torch.uint8), (0, 0, 0, -num_outputs % BLOCK))
+    low_BJK, high_BJK = padded.unflatten(0, (-1, 2, BLOCK // 2)).unbind(1)
+    return (low_BJK | (high_BJK << 4)).transpose(1, 2).contiguous()
+
+
+def group_size_of(inputs: int, most: int) -> int | None:
+    """Return the largest group size up to `most` that divides the inputs; None if there is none."""
+    return next((size for size in GROUP_SIZES if size <= most and inputs % size == 0), None)
+
+
+@cache
+def _zeros(size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.int32)
+
+
+def _packed_product(codes_RK: Tensor, packed: Tensor, scale_N: Tensor, zero_N: Tensor) -> Tensor:
+    y_RN: Tensor = torch.ops.onednn.qlinear_pointwise(
+        codes_RK, 1.0, 0, packed, scale_N, zero_N, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return y_RN
+
+
+def _extreme(rows: int, inputs: int) -> Tensor:
+    """Return codes whose products would overflow 16 bits, where a processor sums in those."""
+    codes = torch.arange(rows * inputs).view(rows, inputs) % 3 - 1
+    return (127 * codes.sign()).to(torch.int8).fill_diagonal_(127)
+
+
+@cache
+def integer_product() -> bool:
+    """Whether torch._int_mm multiplies int8 exactly on this machine."""
+    x, weight = _extreme(3, 64), _extreme(32, 64).abs()
+    try:
+        found = torch._int_mm(x, weight.t())
+    except _FAILURES:
+        return False
+    return torch.equal(found.long(), x.long() @ weight.long().t())
+
+
+@cache
+def packed_product() -> bool:
+    """Whether oneDNN's product with packed int8 is there, and exact on this machine."""
+    x, weight = _extreme(3, 64), _extreme(32, 64).abs()
+    try:
+        packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        found = _packed_product(x, packed, torch.ones(32), _zeros(32))
+    except _FAILURES:
+        return False
+    return torch.equal(found.long(), x.long() @ weight.long().t())
+
+
+@cache
+def int4_product() -> bool:
+    """Whether PyTorch's product for 4 bits is there and reads our order (AVX-512)."""
+    codes_NK = (torch.arange(128 * 32).view(128, 32) * 7) % 16
+    x = (torch.arange(2 * 32).view(2, 32) % 5).to(torch.bfloat16)
+    scale = torch.tensor([1.0, 8.0], dtype=torch.bfloat16).expand(1, 128, 2).contiguous()
+    try:
+        found = torch._weight_int4pack_mm_for_cpu(x, pack_int4(codes_NK).view(128, 16), 32, scale)
+    except _FAILURES:
+        return False
+    expected = x.float() @ codes_NK.float().t()
+    return torch.allclose(found.float(), expected, rtol=0.01)

@@ -1,0 +1,150 @@
+"""A model whose weights are codes of 8 or 4 bits: other experts, projections and vocabulary.
+
+Only inference: codes have no gradients. Parameters that are not quantised stay what they are.
+
+Shapes: R rows in the order of their experts, D d_model, E experts.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from switchlm.kernels.quantised import Int4Matrix, Int8Matrix, Matrix
+from switchlm.model.config import Activation
+from switchlm.model.experts import FeedForwardExperts, ProjectionExperts
+from switchlm.model.feedforward import feed_forward
+from switchlm.model.transformer import SwitchTransformer
+
+Matrices = Mapping[str, Sequence[Matrix]]
+ExpertMap = Callable[[int, Tensor], Tensor]  # an expert and its rows to what it makes of them
+
+
+class QuantisedExperts(nn.Module):
+    """Feed-forward experts (see the `Experts` protocol); a matrix an expert in each list."""
+
+    def __init__(
+        self,
+        up: Sequence[Matrix],
+        gate: Sequence[Matrix] | None,
+        down: Sequence[Matrix],
+        activation: Activation,
+    ) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = up, gate, down
+        self.num_experts = len(up)
+        self.activation = activation
+
+    def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+        def run(expert: int, rows: Tensor) -> Tensor:
+            gate = None if self.gate is None else self.gate[expert]
+            up, down = self.up[expert], self.down[expert]
+            return feed_forward(rows, up, gate, down, self.activation, 0.0)
+
+        return each_expert(run, x_RD, counts_E, self.down[0].num_outputs)
+
+
+class QuantisedProjectionExperts(nn.Module):
+    """One matrix an expert, for Switch layers inside attention."""
+
+    def __init__(self, projection: Sequence[Matrix]) -> None:
+        super().__init__()
+        self.projection = projection
+        self.num_experts = len(projection)
+
+    def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+        def run(expert: int, rows: Tensor) -> Tensor:
+            return self.projection[expert](rows)
+
+        return each_expert(run, x_RD, counts_E, self.projection[0].num_outputs)
+
+
+class QuantisedLinear(nn.Module):
+    """A projection without bias."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        super().__init__()
+        self.matrix = matrix
+
+    @property
+    def weight(self) -> Tensor:
+        """The codes."""
+        return self.matrix.codes
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.matrix(x.reshape(-1, x.shape[-1]))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class QuantisedEmbedding(nn.Module):
+    """The vocabulary as codes: looked up a row at a time. float32 comes out."""
+
+    def __init__(self, matrix: Int8Matrix | Int4Matrix) -> None:
+        super().__init__()
+        self.matrix = matrix
+
+    @property
+    def weight(self) -> Tensor:
+        """The codes; where they are is where the model is."""
+        return self.matrix.codes
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        matrix, index_I = self.matrix, tokens.reshape(-1)
+        if isinstance(matrix, Int8Matrix):
+            rows_ID = matrix.codes_NK[index_I].float() * matrix.scale_N[index_I, None]
+        else:
+            rows_ID = matrix.rows(index_I)
+        return rows_ID.view(*tokens.shape, -1)
+
+
+def each_expert(run: ExpertMap, x_RD: Tensor, counts_E: Tensor, width: int) -> Tensor:
+    """Return y_RW: every expert's run of rows mapped by `run`; rows past the counts give zeros."""
+    parts = []
+    start = 0
+    for expert, count in enumerate(counts_E.tolist()):
+        if count:
+            parts.append(run(expert, x_RD[start : start + count]))
+            start += count
+    if start < x_RD.shape[0] or not parts:
+        parts.append(x_RD.new_zeros(x_RD.shape[0] - start, width))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def put_in(model: SwitchTransformer, matrices: Matrices) -> None:
+    """Replace what is quantised, in place: experts, and linear maps and vocabulary if they are.
+
+    matrices: by the name of the parameter that they stand for, one an expert where it is stacked.
+    """
+    for name, module in list(model.named_modules()):
+        made = _made(name, module, matrices)
+        if made is not None:
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, made)
+    vocabulary = "embedding.weight" if model.head is None else "head.weight"
+    if vocabulary in matrices:
+        matrix = matrices[vocabulary][0].packed()
+        model.project = lambda x, _weight: QuantisedLinear(matrix)(x)
+
+
+def quantised_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that hold codes."""
+    kinds = QuantisedExperts | QuantisedProjectionExperts | QuantisedLinear | QuantisedEmbedding
+    return (module for module in model.modules() if isinstance(module, kinds))
+
+
+def _made(name: str, module: nn.Module, matrices: Matrices) -> nn.Module | None:
+    """Return the quantised module that takes the place of `module`, None to keep it."""
+    if isinstance(module, FeedForwardExperts):
+        up, gate, down = (matrices.get(f"{name}.{part}") for part in ("up", "gate", "down"))
+        if up is None or down is None:
+            return None
+        return QuantisedExperts(up, gate, down, module.activation)
+    if isinstance(module, ProjectionExperts) and f"{name}.projection" in matrices:
+        return QuantisedProjectionExperts(matrices[f"{name}.projection"])
+    if f"{name}.weight" not in matrices:
+        return None
+    matrix = matrices[f"{name}.weight"][0]
+    if isinstance(module, nn.Embedding):
+        return QuantisedEmbedding(cast(Int8Matrix | Int4Matrix, matrix))
+    return QuantisedLinear(matrix) if isinstance(module, nn.Linear) else None

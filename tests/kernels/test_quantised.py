@@ -1,0 +1,129 @@
+"""Against slow twins: integer sums in int64, and products with the dequantised weight."""
+
+import pytest
+import torch
+
+from switchlm.kernels import quantised
+from switchlm.kernels.quantised import Int4Matrix, Int8Matrix, matrix, pack_int4, quantise_rows
+
+ROWS = (1, 2, 7, 16, quantised.MANY_ROWS + 3)
+CHECKS = ("integer_product", "packed_product", "int4_product")
+
+
+def int8_matrix(outputs=96, inputs=80):
+    codes_NK = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+    return Int8Matrix(codes_NK, torch.rand(outputs) + 0.1)
+
+
+def int4_matrix(outputs=100, inputs=96, groups=3):
+    codes_NK = torch.randint(0, 16, (outputs, inputs))
+    scale_GN2 = torch.randn(groups, -(-outputs // 64) * 64, 2).to(torch.bfloat16)
+    return matrix(pack_int4(codes_NK), scale_GN2, outputs), codes_NK, scale_GN2[:, :outputs]
+
+
+@pytest.fixture(params=["operators", "none"])
+def operators(request, monkeypatch):
+    """With PyTorch's private operators, and as if a version of PyTorch had none of them."""
+    if request.param == "none":
+        for name in CHECKS:
+            monkeypatch.setattr(quantised, name, lambda: False)
+
+
+def test_the_operators_are_there():
+    assert quantised.integer_product()
+    assert quantised.packed_product()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_int8_sums_are_those_of_integers(rows, packed, operators):
+    plain = int8_matrix()
+    x_RK = torch.randn(rows, 80)
+    codes_RK, scale_R1 = quantise_rows(x_RK)
+    sums_RN = codes_RK.long() @ plain.codes_NK.long().t()
+    expected = sums_RN.double() * plain.scale_N * scale_R1
+    found = (plain.packed() if packed else plain)(x_RK)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_of_int8_do_not_depend_on_their_neighbours():
+    one = int8_matrix().packed()
+    x_RK = torch.randn(40, 80) * torch.logspace(-3, 3, 40)[:, None]
+    together = one(x_RK)
+    for row in range(40):
+        assert torch.equal(one(x_RK[row : row + 1])[0], together[row])
+
+
+def test_quantised_rows_are_within_half_a_step():
+    x_RK = torch.randn(5, 64)
+    x_RK[3] = 0
+    codes_RK, scale_R1 = quantise_rows(x_RK)
+    assert codes_RK.dtype == torch.int8
+    assert ((codes_RK * scale_R1 - x_RK).abs() <= 0.501 * scale_R1).all()
+    assert not codes_RK[3].any()
+
+
+def test_int4_codes_mean_what_the_layout_says():
+    one, codes_NK, scale_GN2 = int4_matrix()
+    for output, source in ((0, 0), (31, 5), (32, 40), (63, 95), (99, 64)):
+        scale, offset = scale_GN2[source // 32, output].float()
+        expected = (codes_NK[output, source] - 8) * scale + offset
+        assert one.dequantise()[output, source] == expected
+    pair = one.codes_BKJ[0, 7, 3]
+    assert (pair & 15, pair >> 4) == (codes_NK[3, 7], codes_NK[35, 7])
+    index = torch.tensor([0, 99, 33, 64])
+    assert torch.equal(one.rows(index), one.dequantise()[index])
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_int4_products_are_those_of_the_dequantised_weight(rows, operators):
+    one, _, _ = int4_matrix()
+    x_RK = torch.randn(rows, 96)
+    expected = x_RK.to(torch.bfloat16).double() @ one.dequantise().double().t()
+    error = (one(x_RK).double() - expected).abs().max() / expected.abs().max()
+    assert error < 2**-7  # two roundings to bfloat16
+
+
+@pytest.mark.parametrize("make", [int8_matrix, lambda: int4_matrix()[0]], ids=["int8", "int4"])
+def test_packing_keeps_the_weight_and_its_size(make):
+    plain = make()
+    packed = plain.packed()
+    assert torch.equal(packed.dequantise(), plain.dequantise())
+    assert packed.num_bytes == plain.num_bytes
+    x_RK = torch.randn(3, plain.dequantise().shape[1])
+    torch.testing.assert_close(packed(x_RK), plain(x_RK), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [int8_matrix, lambda: int4_matrix()[0]], ids=["int8", "int4"])
+def test_the_dtype_of_the_rows_comes_back(make):
+    one = make()
+    inputs = one.dequantise().shape[1]
+    assert one(torch.randn(2, inputs, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert one(torch.randn(0, inputs)).shape == (0, one.num_outputs)
+
+
+def test_a_missing_operator_is_no_error(monkeypatch):
+    def missing(*_arguments):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(torch, "_int_mm", missing)
+    monkeypatch.setattr(torch, "_weight_int4pack_mm_for_cpu", missing)
+    assert not quantised.integer_product.__wrapped__()
+    assert not quantised.int4_product.__wrapped__()
+
+
+def test_an_operator_that_multiplies_wrongly_is_not_used(monkeypatch):
+    monkeypatch.setattr(torch, "_int_mm", lambda x, w: (x.int() @ w.int()).clamp(max=2**15 - 1))
+    assert not quantised.integer_product.__wrapped__()
+
+
+@pytest.mark.parametrize(("inputs", "most", "found"), [
+    (768, 64, 64), (96, 64, 32), (96, 256, 32), (256, 256, 256), (24, 64, None),
+])  # fmt: skip
+def test_groups_divide_the_inputs(inputs, most, found):
+    assert quantised.group_size_of(inputs, most) == found
+
+
+def test_it_is_a_matrix_of_the_right_kind():
+    assert isinstance(int4_matrix()[0], Int4Matrix)
+    assert isinstance(matrix(torch.zeros(4, 4, dtype=torch.int8), torch.ones(4), 4), Int8Matrix)

@@ -1,0 +1,156 @@
+"""Which expert takes each token of one text, in every Switch layer of both stacks.
+
+Shapes: S source, T target, A assignments, K experts a token.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from switchlm.data.tokenizer import Tokenizer
+from switchlm.errors import DataError
+from switchlm.generation.decode import check_vocabulary, generate
+from switchlm.generation.inference import dropless, evaluation_mode
+from switchlm.generation.token_texts import texts_of_tokens, tokens_of_text
+from switchlm.model.router import Router
+from switchlm.model.routing import Routing
+from switchlm.model.transformer import Stack, SwitchTransformer
+
+NO_EXPERT = -1  # of a token that no expert chose, where experts choose
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedLayer:
+    """What one Switch layer did with each token, in token order.
+
+    layer: the index of its block. part: what of the block it is, `feedforward` or, with experts in
+    the attention, `attention.query` and `attention.key_value`. expert, gate, kept: of each token's
+    first choice; an expert is -1 where experts choose and none chose the token. load: how many
+    tokens wanted each expert, before dropping.
+    """
+
+    layer: int
+    part: str
+    expert: list[int]
+    gate: list[float]
+    kept: list[bool]
+    load: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedTokens:
+    """The tokens that a stack read, as text, and its Switch layers; none in a dense stack."""
+
+    tokens: list[str]
+    layers: list[RoutedLayer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedText:
+    """A text through the encoder and an output through the decoder; num_experts: 0 if dense."""
+
+    num_experts: int
+    encoder: RoutedTokens
+    decoder: RoutedTokens
+
+
+def route(
+    model: SwitchTransformer,
+    tokenizer: Tokenizer,
+    text: str,
+    output: str | None = None,
+    *,
+    max_new_tokens: int = 64,
+    enforce_capacity: bool = False,
+) -> RoutedText:
+    """Return who took each token of `text`, and of `output` or else the model's own greedy one.
+
+    The encoder reads the text and the end token. The decoder reads the start token and the output:
+    the expert beside a token is the one that read it, to write the next. Joined, the encoder's
+    tokens are the text and `</s>`; the decoder's are `<pad>` and the output.
+
+    enforce_capacity: drop what the configured capacity for evaluation leaves no seat for, the
+    decoder seeing its output at once, as in training; otherwise, as in serving, nothing is dropped.
+
+    Raises DataError for an empty text, and for tokens that the model's vocabulary lacks.
+    """
+    config = model.config
+    source_ids, source_texts = tokens_of_text(text, tokenizer)
+    if not source_ids:
+        raise DataError("The text is empty: there is nothing to route.")
+    check_vocabulary(max(source_ids), config.vocabulary_size)
+    device = model.embedding.weight.device
+    inputs_BS = torch.tensor([[*source_ids, config.end_id]], device=device)
+    if output is None:
+        generated = generate(
+            model,
+            inputs_BS,
+            max_new_tokens=max_new_tokens,
+            encoder_capacity=enforce_capacity,
+        )
+        target_ids = generated.rows(config.end_id)[0]
+        target_texts = texts_of_tokens(target_ids, tokenizer)
+    else:
+        target_ids, target_texts = tokens_of_text(output, tokenizer)
+        check_vocabulary(max(target_ids, default=0), config.vocabulary_size)
+    decoder_inputs_BT = torch.tensor([[config.pad_id, *target_ids]], device=device)
+
+    with ExitStack() as modes:
+        modes.enter_context(evaluation_mode(model))
+        if not enforce_capacity:
+            modes.enter_context(dropless(model))
+        routed = model(inputs_BS, decoder_inputs_BT)
+    return RoutedText(
+        num_experts=config.num_experts,
+        encoder=RoutedTokens(
+            tokens=[*source_texts, "</s>"],
+            layers=_layers(model.encoder, routed.encoder_routing, len(source_ids) + 1),
+        ),
+        decoder=RoutedTokens(
+            tokens=["<pad>", *target_texts],
+            layers=_layers(model.decoder, routed.decoder_routing, len(target_ids) + 1),
+        ),
+    )
+
+
+def _layers(stack: Stack, routings: tuple[Routing, ...], num_tokens: int) -> list[RoutedLayer]:
+    # Named `blocks.3.feedforward.router`; modules stand in the order in which they run.
+    names = [name.split(".") for name, part in stack.named_modules() if isinstance(part, Router)]
+    return [
+        _layer(int(name[1]), ".".join(name[2:-1]), routing, num_tokens)
+        for name, routing in zip(names, routings, strict=True)
+    ]
+
+
+def _layer(layer: int, part: str, routing: Routing, num_tokens: int) -> RoutedLayer:
+    expert_A, gate_A, kept_A = routing.expert_A, routing.gate_A, routing.kept_A
+    if routing.token_A is None:
+        choices = expert_A.numel() // num_tokens
+        first = slice(None, None, choices)
+        expert, gate, kept = expert_A[first], gate_A[first], kept_A[first]
+    else:
+        expert, gate, kept = _strongest(routing.token_A, expert_A, gate_A, kept_A, num_tokens)
+    return RoutedLayer(
+        layer=layer,
+        part=part,
+        expert=expert.tolist(),
+        gate=gate.tolist(),
+        kept=kept.tolist(),
+        load=routing.load_E.tolist(),
+    )
+
+
+def _strongest(
+    token_A: Tensor, expert_A: Tensor, gate_A: Tensor, kept_A: Tensor, num_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return for each token the expert of the largest gate among those that chose it."""
+    expert_N = torch.full((num_tokens,), NO_EXPERT, device=expert_A.device)
+    gate_N = torch.zeros(num_tokens, device=gate_A.device)
+    for token, expert, gate, kept in zip(
+        token_A.tolist(), expert_A.tolist(), gate_A.tolist(), kept_A.tolist(), strict=True
+    ):
+        if kept and gate > gate_N[token]:
+            expert_N[token], gate_N[token] = expert, gate
+    return expert_N, gate_N, expert_N != NO_EXPERT

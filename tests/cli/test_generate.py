@@ -52,6 +52,10 @@ def test_an_output_cut_off_is_said(run, nano):
         (["text", "--device", "abacus"], "device 'abacus'"),
         (["text", "--device", "cuda:99"], "device 'cuda:99'"),
         (["bad \udcff"], "not valid UTF-8"),
+        (["text", "--expert-memory", "4 apples"], "'4 apples' is no size"),
+        (["text", "--expert-memory", "0.2B"], "no memory at all"),
+        (["text", "--expert-memory", "1kB"], "one expert takes 16,384"),
+        (["text", "--expert-memory", "1GB", "--device", "cuda"], "is no CPU"),
     ],
 )
 def test_mistakes_are_told(refuse, nano, arguments, message):
@@ -80,3 +84,15 @@ def test_a_model_without_a_tokenizer_is_told(refuse, tmp_path, nano):
 def test_the_config_of_a_saved_model_is_json(nano):
     with open(f"{nano}/config.json") as file:
         assert json.load(file)["vocab_size"] == 384
+
+
+def test_experts_may_stay_on_the_disk(run, run_json, nano):
+    line = ("generate", "--model", nano, TEXT, "--max-new-tokens", 8)
+    result = run(*line, "--expert-memory", "20KB")
+    assert result.stdout == run(*line).stdout
+    assert "Experts on disk" in result.stderr
+    assert "tokens a second" in result.stderr
+    figures = run_json(*line, "--expert-memory", "1 MiB")["experts"]
+    assert figures["hits"] + figures["misses"] > 0
+    assert figures["bytes_read"] > 0
+    assert figures["expert_bytes_held"] <= 2**20

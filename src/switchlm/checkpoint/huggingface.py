@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from switchlm.checkpoint.config_fields import Report
+from switchlm.checkpoint.extents import Extent, find_extents
 from switchlm.checkpoint.hub import CONFIG, find_model
 from switchlm.checkpoint.layout import box_of, part_of, slices, volume, whole
 from switchlm.checkpoint.matching import Match, match
@@ -77,6 +78,45 @@ def load(
         model = SwitchTransformer(config)
     _fill(model, matched, weights, dtype, torch.device(device))
     return model.eval(), _tokenizer(folder, tell)
+
+
+def load_without_experts(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    dtype: torch.dtype | None = None,
+    report: Report | None = None,
+) -> "tuple[SwitchTransformer, Tokenizer | None, dict[str, list[Extent]]]":
+    """Load all of a model but its experts, and tell where in the files those are.
+
+    Arguments are those of `load`. The parameters of experts stay on the meta device. The third
+    result has, by the name of each stacked parameter, what the files hold of every expert: a matrix
+    [out, in], transposed against ours.
+
+    Raises CheckpointError as `load` does, and for pickled weights, which have no fixed places.
+    """
+    tell = report or _warn
+    folder = find_model(name, revision=revision, local_files_only=local_files_only)
+    values = read_json(folder, CONFIG, LARGEST_CONFIG)
+    weights = open_weights(folder)
+    if weights.pickled:
+        raise CheckpointError(
+            f"The weights of {str(name)!r} are pickles (.bin), which cannot be read in parts, so "
+            "experts cannot stay on the disk. Write it once as safetensors: switchlm convert."
+        )
+    config, family = _understand(values, weights, tell)
+    matched = match(config, family, weights, tell)
+    with torch.device("meta"):
+        model = SwitchTransformer(config)
+    dense = [entry for entry in matched.entries if entry.expert is None]
+    _fill(model, Match(dense, matched.sources), weights, dtype, torch.device("cpu"))
+    extents = find_extents(weights.tensors)
+    experts: dict[str, list[Extent]] = {}
+    for entry in matched.entries:  # those of a parameter come in the order of the experts
+        if entry.expert is not None:
+            experts.setdefault(entry.ours, []).append(extents[matched.sources[entry.theirs]])
+    return model.eval(), _tokenizer(folder, tell), experts
 
 
 def load_config(
@@ -221,13 +261,15 @@ def _fill(
     dtype: torch.dtype | None,
     device: torch.device,
 ) -> None:
-    """Give the model of the meta device its memory, then copy tensor by tensor."""
+    """Give what matched, on the meta device, its memory, then copy tensor by tensor."""
     dtypes: dict[str, torch.dtype] = {}
     for entry in matched.entries:
         own = dtype or weights.tensors[matched.sources[entry.theirs]].dtype
         dtypes[entry.ours] = torch.promote_types(dtypes.get(entry.ours, own), own)
     places: dict[str, Tensor] = {}
     for name, meta in model.state_dict(keep_vars=True).items():
+        if name not in dtypes:
+            continue
         places[name] = torch.empty(meta.shape, dtype=dtypes[name], device=device)
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)

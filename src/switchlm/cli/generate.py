@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from switchlm.cli.expert_memory import ExpertMemorySize, Usage
 from switchlm.cli.options import (
     LONGEST_INPUT,
     Device,
@@ -44,6 +45,7 @@ def generate(
         int, typer.Option(min=1, help="Refuse longer texts.")
     ] = LONGEST_INPUT,
     device: Device = "auto",
+    expert_memory: ExpertMemorySize = None,
     as_json: Json = False,
 ) -> None:
     """Fill the blanks of a text, or show what the model answers to it."""
@@ -63,7 +65,8 @@ def generate(
             top_p=1.0 if top_p is None else top_p,
         )
 
-    loaded, tokenizer = open_model(model, device)
+    loaded, tokenizer = open_model(model, device, expert_memory)
+    usage = Usage(loaded)
     num_blanks = filling.count_blanks(prompt, tokenizer) if fill else 1
     length = len(tokenizer.encode(prompt))
     if length > max_input_tokens:
@@ -71,19 +74,24 @@ def generate(
             f"The text has {length:,} tokens, more than {max_input_tokens:,}. Attention takes "
             "memory with the square of the length: shorten the text, or raise --max-input-tokens."
         )
-    answer = filling.answer(
-        loaded,
-        tokenizer,
-        prompt,
-        max_new_tokens=max_new_tokens or filling.TOKENS_A_BLANK * num_blanks,
-        sampling=sampling,
-        seed=seed,
-    )
+    with usage.timed():
+        answer = filling.answer(
+            loaded,
+            tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens or filling.TOKENS_A_BLANK * num_blanks,
+            sampling=sampling,
+            seed=seed,
+        )
+    num_tokens = len(tokenizer.encode(answer.output)) + answer.finished
     filled = filling.put_into_blanks(prompt, answer.spans)
     if as_json:
         result = {"text": prompt, **dataclasses.asdict(answer)}
+        if expert_memory is not None:
+            result["experts"] = usage.figures(num_tokens)
         typer.echo(json.dumps({**result, "filled": filled} if fill else result))
         return
     typer.echo(filled if fill else answer.output)
+    usage.tell(num_tokens)
     if not answer.finished:
         note("The model had more to say; raise --max-new-tokens.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from switchlm.cli.expert_memory import parse_size
 from switchlm.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -49,18 +50,40 @@ def find_device(name: str) -> Any:
     return torch.device(name)
 
 
-def open_model(name: str, device: str = "auto") -> "tuple[SwitchTransformer, Tokenizer]":
-    """Load a model that must have a tokenizer."""
-    place = find_device(device)
-    from switchlm.checkpoint.huggingface import load
+def open_model(
+    name: str, device: str = "auto", expert_memory: str | None = None
+) -> "tuple[SwitchTransformer, Tokenizer]":
+    """Load a model that must have a tokenizer.
 
-    model, tokenizer = load(name, device=place, report=note)
+    expert_memory: a size such as 4GB, with which experts stay on the disk; None loads all.
+    """
+    if expert_memory is not None:
+        model, tokenizer = _open_offloaded(name, device, parse_size(expert_memory))
+    else:
+        place = find_device(device)
+        from switchlm.checkpoint.huggingface import load
+
+        model, tokenizer = load(name, device=place, report=note)
     if tokenizer is None:
         raise CheckpointError(
             f"The model {name!r} has no tokenizer.json, so there is no telling its tokens from "
             "text. Copy the one it was trained with into its folder."
         )
     return model, tokenizer
+
+
+def _open_offloaded(
+    name: str, device: str, expert_memory: int
+) -> "tuple[SwitchTransformer, Tokenizer | None]":
+    if device not in ("auto", "cpu"):
+        raise ConfigError(
+            f"--expert-memory reads experts into main memory, and {device!r} is no CPU. Leave "
+            "--device out, or --expert-memory."
+        )
+    from switchlm.compression.offload import load_offloaded
+
+    loaded = load_offloaded(name, expert_memory, report=note)
+    return loaded.model, loaded.tokenizer
 
 
 def read_text(argument: str | None) -> str:

@@ -1,0 +1,300 @@
+"""The experts that are in memory: the last ones used, within a budget of bytes.
+
+Who needs experts says so for all of them at once (`want`), and takes each as it is ready. Those
+that are missing are read by threads of their own, in the order of the files, while others compute.
+What is only guessed to be needed (`guess`) is read when there is nothing else to do.
+
+An expert that somebody wants is never evicted, one that is used last is evicted first. No deadlock:
+readers wait for room only while everything in memory is wanted, and of those who want it, each can
+take what is ready in any order and then gives it back.
+"""
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from switchlm.compression.expert_files import STAGE, ExpertFiles, Recipe
+from switchlm.errors import CheckpointError, ConfigError
+
+READERS = 2
+PATIENCE = 1.0  # seconds without anything to read after which a reader ends
+
+Key = tuple[str, int]  # the name of a layer, and the number of an expert
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass
+class Counters:
+    """What happened so far, in experts; an expert counts once each time a layer wants it.
+
+    hits: already in memory. foreseen: of those, read because of a guess that had not been used yet.
+    misses: had to be read, or were still being read. guesses: experts expected by a guess that were
+    not in memory, of which `wrong_guesses` were not wanted then. bytes_read: from the files.
+    waited: seconds that computing stood still for want of an expert.
+    """
+
+    hits: int = 0
+    foreseen: int = 0
+    misses: int = 0
+    guesses: int = 0
+    wrong_guesses: int = 0
+    experts_read: int = 0
+    bytes_read: int = 0
+    bytes_held: int = 0
+    most_bytes_held: int = 0
+    waited: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of wanted experts that were in memory."""
+        return self.hits / max(self.hits + self.misses, 1)
+
+
+@dataclass
+class _Entry:
+    """An expert that is in memory or on its way.
+
+    wanted: by how many. room: None until a reader begins.
+    """
+
+    key: Key
+    wanted: int = 0
+    guessed: bool = False
+    room: Tensor | None = None
+    tensors: Tensors | None = None
+    error: BaseException | None = None
+
+
+class ExpertMemory:
+    """All experts of a model, of which those used last are in memory; for any number of threads.
+
+    recipes: how to read each. budget: bytes that all experts in memory may take, and what readers
+    need to convert them. Raises ConfigError for a budget that not even the largest expert fits.
+    """
+
+    def __init__(
+        self, recipes: Mapping[Key, Recipe], files: ExpertFiles, budget: int, readers: int = READERS
+    ) -> None:
+        self.counters = Counters()
+        self.budget = budget
+        self._recipes = recipes
+        self._files = files
+        self._readers = readers
+        self._running = 0
+        self._changed = threading.Condition()
+        self._entries: OrderedDict[Key, _Entry] = OrderedDict()  # the one used last comes last
+        self._needed: deque[_Entry] = deque()
+        self._guessed: deque[_Entry] = deque()
+        largest = max((recipe.num_bytes() for recipe in recipes.values()), default=0)
+        staging = readers * STAGE * any(recipe.converts() for recipe in recipes.values())
+        staging = min(staging, readers * largest)
+        if budget < largest + staging:
+            raise ConfigError(
+                f"The memory for experts is {budget:,} bytes, but one expert takes {largest:,}"
+                + (f" and reading it {staging:,}" if staging else "")
+                + f". Give at least {largest + staging:,}; with room for more than all that a "
+                "layer uses at a time, fewer are read twice."
+            )
+        self._room_for_experts = budget - staging
+
+    @contextmanager
+    def want(self, keys: Sequence[Key]) -> Iterator[Iterator[tuple[Key, Tensors]]]:
+        """Yield an iterator over (key, its tensors), as they are ready.
+
+        Those in memory come first, the others as they are read, in the order of the files. A key's
+        tensors are valid until the next is taken: then their memory may hold another expert.
+        """
+        order = sorted(keys, key=lambda key: self._recipes[key].place())
+        with self._changed:
+            mine = [self._reserve(key) for key in order]
+            self._wake()
+        left = list(mine)
+        try:
+            yield self._take(left)
+        finally:
+            with self._changed:
+                for entry in left:
+                    self._release(entry)
+
+    def guess(self, keys: Sequence[Key]) -> list[Key]:
+        """Read these when there is nothing better to do; return those that were not in memory.
+
+        Guesses never evict what was guessed and not yet used: if there is no room, they are void.
+        """
+        with self._changed:
+            absent = [key for key in keys if key not in self._entries]
+            while self._guessed:  # older guesses that nobody got round to
+                self._forget(self._guessed.popleft())
+            for key in sorted(absent, key=lambda key: self._recipes[key].place()):
+                entry = self._entries.get(key)
+                if entry is None:
+                    entry = self._entries[key] = _Entry(key, guessed=True)
+                    self._guessed.append(entry)
+            self.counters.guesses += len(absent)
+            self._wake()
+        return absent
+
+    def settle(self, guessed: Sequence[Key], wanted: Sequence[Key]) -> None:
+        """Count which guesses of a layer were wrong."""
+        with self._changed:
+            self.counters.wrong_guesses += len(set(guessed).difference(wanted))
+
+    def close(self) -> None:
+        """Wait for what is being read, and close the files."""
+        with self._changed:
+            while self._guessed:
+                self._forget(self._guessed.popleft())
+            self._readers = 0
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._running)
+        self._files.close()
+
+    def _take(self, left: list[_Entry]) -> Iterator[tuple[Key, Tensors]]:
+        """Yield the ready ones of `left`, taking them out, until there are none."""
+        while left:
+            with self._changed:
+                entry = next((one for one in left if _is_done(one)), None)
+                if entry is None:
+                    start = time.perf_counter()
+                    self._changed.wait_for(lambda: any(_is_done(one) for one in left))
+                    self.counters.waited += time.perf_counter() - start
+                    entry = next(one for one in left if _is_done(one))
+                if entry.error is not None:
+                    raise entry.error
+                assert entry.tensors is not None
+            try:
+                yield entry.key, entry.tensors
+            finally:
+                with self._changed:
+                    left.remove(entry)
+                    self._release(entry)
+
+    def _reserve(self, key: Key) -> _Entry:
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = _Entry(key)
+            self._needed.append(entry)
+        elif entry in self._guessed:
+            self._guessed.remove(entry)
+            self._needed.append(entry)
+        if entry.tensors is None:
+            self.counters.misses += 1
+        else:
+            self.counters.hits += 1
+            self.counters.foreseen += entry.guessed
+        entry.guessed = False
+        entry.wanted += 1
+        self._entries.move_to_end(key)
+        return entry
+
+    def _release(self, entry: _Entry) -> None:
+        entry.wanted -= 1
+        if not entry.wanted:
+            if entry.room is None:  # nobody waits for it any more, nor has it been read
+                if entry in self._needed:
+                    self._needed.remove(entry)
+                self._forget(entry)
+            self._changed.notify_all()
+
+    def _forget(self, entry: _Entry) -> None:
+        if self._entries.get(entry.key) is entry:
+            del self._entries[entry.key]
+
+    def _wake(self) -> None:
+        """See to it that there are readers for what is to be read."""
+        while self._running < min(self._readers, len(self._needed) + len(self._guessed)):
+            self._running += 1
+            threading.Thread(target=self._run, name="switchlm-expert-reader", daemon=True).start()
+        self._changed.notify_all()
+
+    def _run(self) -> None:
+        """Read what is needed, then what is guessed, until there is nothing for a while."""
+        torch.set_num_threads(1)
+        try:
+            while True:
+                with self._changed:
+                    entry = self._next()
+                    while entry is None:
+                        if not self._readers or not self._changed.wait(PATIENCE):
+                            return
+                        entry = self._next()
+                self._read(entry)
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    def _next(self) -> _Entry | None:
+        """Return what to read next, with room for it; None where there is nothing, or no room."""
+        queue = self._needed or self._guessed
+        if not queue:
+            return None
+        entry = queue[0]
+        entry.room = self._make_room(self._recipes[entry.key].num_bytes(), entry.guessed)
+        if entry.room is not None:
+            queue.popleft()
+            return entry
+        if entry.guessed:
+            while self._guessed:
+                self._forget(self._guessed.popleft())
+        return None
+
+    def _make_room(self, size: int, for_guess: bool) -> Tensor | None:
+        """Return memory of that size, that of what was used longest ago if need be."""
+        counters = self.counters
+        while counters.bytes_held + size > self._room_for_experts:
+            idle = (
+                entry
+                for entry in self._entries.values()
+                if not entry.wanted
+                and entry.tensors is not None
+                and not (for_guess and entry.guessed)
+            )
+            victim = next(idle, None)
+            if victim is None:
+                return None
+            self._forget(victim)
+            assert victim.room is not None
+            room, victim.room, victim.tensors = victim.room, None, None
+            if room.numel() == size:
+                return room
+            counters.bytes_held -= room.numel()
+        counters.bytes_held += size
+        counters.most_bytes_held = max(counters.most_bytes_held, counters.bytes_held)
+        return torch.empty(size, dtype=torch.uint8)
+
+    def _read(self, entry: _Entry) -> None:
+        recipe = self._recipes[entry.key]
+        assert entry.room is not None
+        try:
+            self._files.read(recipe, entry.room)
+        except CheckpointError as error:
+            self._fail(entry, error)
+            return
+        except BaseException as error:
+            self._fail(entry, error)
+            raise
+        with self._changed:
+            entry.tensors = recipe.tensors(entry.room)
+            self.counters.experts_read += 1
+            self.counters.bytes_read += recipe.file_bytes()
+            self._changed.notify_all()
+
+    def _fail(self, entry: _Entry, error: BaseException) -> None:
+        """Let those who want an expert know that it cannot be read; the next may try again."""
+        with self._changed:
+            assert entry.room is not None
+            self.counters.bytes_held -= entry.room.numel()
+            entry.room, entry.error = None, error
+            self._forget(entry)
+            self._changed.notify_all()
+
+
+def _is_done(entry: _Entry) -> bool:
+    return entry.tensors is not None or entry.error is not None

@@ -1,0 +1,182 @@
+"""Models larger than memory: everything but the experts is loaded, experts are read when needed.
+
+In the encoder all experts that a layer needs are known at once, so each is read once, in the order
+of the files, the next while the one before computes. In the decoder, which needs few, those of the
+next Switch layer are guessed meanwhile, by asking its router about what this one sees.
+
+Shapes: R rows in the order of their experts, D d_model, E experts.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from switchlm.checkpoint.config_fields import Report
+from switchlm.checkpoint.extents import Extent
+from switchlm.checkpoint.huggingface import load_without_experts
+from switchlm.compression.expert_files import ExpertFiles, Recipe
+from switchlm.compression.expert_memory import READERS, ExpertMemory, Tensors
+from switchlm.model.block import Block
+from switchlm.model.config import Activation
+from switchlm.model.feedforward import Map, feed_forward
+from switchlm.model.switch import SwitchFeedForward
+from switchlm.model.transformer import SwitchTransformer
+
+if TYPE_CHECKING:
+    from switchlm.data.tokenizer import Tokenizer
+
+FEW_ROWS = 32  # up to which the next layer's experts are guessed; more rows need nearly all
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the next Switch layer will want, judged by what this one sees.
+
+    layer: its name. weight_ED: its router's, for the input of this layer. The residual stream
+    changes little from one layer to the next, so the same rows, normed otherwise, are a good guess.
+    """
+
+    layer: str
+    weight_ED: Tensor
+    experts_per_token: int
+
+    def __call__(self, x_RD: Tensor) -> list[int]:
+        """Return the experts of the rows, those that most of them want first."""
+        logits_RE = nn.functional.linear(x_RD.float(), self.weight_ED)
+        chosen = logits_RE.topk(self.experts_per_token, -1).indices.flatten()
+        return list(dict.fromkeys(chosen.tolist()))
+
+
+class OffloadedExperts(nn.Module):
+    """Experts of one layer (see the `Experts` protocol) that are taken from an ExpertMemory.
+
+    Their matrices are [out, in], as they lie in the files.
+    """
+
+    def __init__(
+        self,
+        layer: str,
+        num_experts: int,
+        width: int,
+        memory: ExpertMemory,
+        activation: Activation = "relu",
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_experts = num_experts
+        self.width = width
+        self.memory = memory
+        self.activation = activation
+        self.forecast: Forecast | None = None
+
+    def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+        counts = counts_E.tolist()
+        starts, total = {}, 0
+        for expert, count in enumerate(counts):
+            if count:
+                starts[expert] = total
+                total += count
+        y_RW = x_RD.new_empty(x_RD.shape[0], self.width)
+        y_RW[total:].zero_()
+        with self.memory.want([(self.layer, expert) for expert in starts]) as ready:
+            self._guess(x_RD[:total])
+            for (_, expert), tensors in ready:
+                rows = slice(starts[expert], starts[expert] + counts[expert])
+                y_RW[rows] = self._run(x_RD[rows], tensors)
+        return y_RW
+
+    def _run(self, x_RD: Tensor, tensors: Tensors) -> Tensor:
+        if "projection" in tensors:
+            return _map(tensors["projection"])(x_RD)
+        gate = _map(tensors["gate"]) if "gate" in tensors else None
+        up, down = _map(tensors["up"]), _map(tensors["down"])
+        return feed_forward(x_RD, up, gate, down, self.activation, 0.0)
+
+    def _guess(self, x_RD: Tensor) -> None:
+        """Have the next layer's experts read while this one computes."""
+        if self.forecast is not None and 0 < x_RD.shape[0] <= FEW_ROWS:
+            layer = self.forecast.layer
+            self.memory.guess([(layer, expert) for expert in self.forecast(x_RD)])
+
+
+@dataclass(frozen=True)
+class Offloaded:
+    """A model whose experts are on the disk; `memory` counts what is read."""
+
+    model: SwitchTransformer
+    tokenizer: "Tokenizer | None"
+    memory: ExpertMemory
+
+
+def load_offloaded(
+    name: str | Path,
+    expert_memory: int,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    dtype: torch.dtype | None = None,
+    report: Report | None = None,
+    readers: int = READERS,
+) -> Offloaded:
+    """Load a model whose experts stay in their files, for inference on a CPU.
+
+    expert_memory: bytes for experts, see ExpertMemory. The other arguments are those of
+    `switchlm.load`; experts are kept in `dtype`, so that they are converted once, as they are read.
+    Raises CheckpointError as `load` does and for pickled weights, ConfigError for too few bytes.
+    """
+    model, tokenizer, experts = load_without_experts(
+        name, revision=revision, local_files_only=local_files_only, dtype=dtype, report=report
+    )
+    parts: dict[tuple[str, int], dict[str, Extent]] = {}
+    for stacked, extents in experts.items():
+        layer, _, part = stacked.rpartition(".")
+        for expert, extent in enumerate(extents):
+            parts.setdefault((layer, expert), {})[part] = extent
+    recipes = {key: Recipe(found, dtype) for key, found in parts.items()}
+    paths = {part.file for found in parts.values() for part in found.values()}
+    memory = ExpertMemory(recipes, ExpertFiles(sorted(paths)), expert_memory, readers)
+    for layer in dict.fromkeys(layer for layer, _ in recipes):
+        width = next(iter(parts[layer, 0].values())).shape[0]
+        if "down" in parts[layer, 0]:
+            width = parts[layer, 0]["down"].shape[0]
+        put = OffloadedExperts(
+            layer, model.config.num_experts, width, memory, model.config.activation
+        )
+        parent, _, attribute = layer.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, put)
+    _foresee(model)
+    return Offloaded(model.requires_grad_(False), tokenizer, memory)
+
+
+def memory_of(model: nn.Module) -> ExpertMemory | None:
+    """Return the memory that a model's experts share; None where they are part of the model."""
+    found = (part for part in model.modules() if isinstance(part, OffloadedExperts))
+    return next((part.memory for part in found), None)
+
+
+def _foresee(model: SwitchTransformer) -> None:
+    """Tell each Switch feed-forward layer of the next one in its stack."""
+    for stack in (model.encoder, model.decoder):
+        blocks = [cast(Block, block) for block in stack.blocks]
+        sparse = [block for block in blocks if isinstance(block.feedforward, SwitchFeedForward)]
+        for here, following in pairwise(sparse):
+            layer, after = (cast(SwitchFeedForward, b.feedforward) for b in (here, following))
+            norm_D = here.feedforward_norm.weight.float()
+            ratio_D = following.feedforward_norm.weight.float() / torch.where(
+                norm_D.abs() > 1e-3, norm_D, 1.0
+            )
+            if isinstance(layer.experts, OffloadedExperts):
+                layer.experts.forecast = Forecast(
+                    cast(OffloadedExperts, after.experts).layer,
+                    after.router.weight.float() * ratio_D,
+                    after.router.config.experts_per_token,
+                )
+
+
+def _map(matrix: Tensor) -> Map:
+    """Return the linear map of a matrix [out, in]."""
+    return lambda x: nn.functional.linear(x, matrix)

@@ -1,4 +1,8 @@
 import dataclasses
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,6 +23,46 @@ def lively(name, folder, **changes):
     config = dataclasses.replace(preset(name), initialisation_scale=4.0, **changes)
     huggingface.save(SwitchTransformer(config), Tokenizer.bytes(), folder)
     return folder
+
+
+def said_by_the_readme(folder):
+    """Run the README's Python in a new process; return the text that it prints."""
+    readme = (folder / "README.md").read_text("utf-8")
+    [code] = re.findall(r"^```python\n(.*?)^```$", readme, re.S | re.M)
+    assert "switchlm" not in code
+    code = code.replace("TEXT", TEXT) + "\nimport sys\nassert 'switchlm' not in sys.modules\n"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**environment, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.removesuffix("\n")
+
+
+@pytest.mark.parametrize("to", ["torch", "onnx"])
+def test_programs_say_the_same_in_a_process_that_knows_nothing_of_us(run_json, tmp_path, to):
+    sparse = lively("nano", tmp_path / "sparse", tied_head=False)
+    out = tmp_path / to
+    result = run_json("export", "--model", sparse, "--to", to, "--out", out, "--check", TEXT)
+    model, tokenizer = huggingface.load(sparse)
+    prompt = torch.tensor([[*tokenizer.encode(TEXT), 1]])
+    [tokens] = generate(model, prompt, max_new_tokens=64).rows(1)
+    assert len(set(tokens)) > 5
+    assert result["output"] == tokenizer.decode(tokens)
+    expected = tokenizer.backend.decode(tokens, skip_special_tokens=False)
+    assert said_by_the_readme(out).splitlines() == expected.splitlines()
+    assert not list(tmp_path.glob(".*.partial-*")), "nothing is left beside"
+
+
+def test_a_t5_has_no_capacity_and_a_check_needs_a_text(refuse, nano, tmp_path):
+    command = ("export", "--model", nano, "--out", tmp_path / "x", "--to")
+    assert "--capacity-factor is for" in refuse(*command, "t5", "--capacity-factor", 2)
+    assert "text to --check with is empty" in refuse(*command, "onnx", "--check", " ")
+    assert "at least 0.01, got 0.0" in refuse(*command, "torch", "--capacity-factor", 0)
 
 
 V1_1 = {"tied_head": False, "gated": True, "activation": "gelu"}

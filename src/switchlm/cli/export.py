@@ -8,33 +8,57 @@ from typing import Annotated, Any
 import typer
 
 from switchlm.cli.options import Json, Model, note, open_model
-from switchlm.errors import SwitchLMError
+from switchlm.errors import ConfigError, DataError, SwitchLMError
 
 CHECKED_TOKENS = 64
 
 
 class Target(StrEnum):
+    torch = "torch"
+    onnx = "onnx"
     t5 = "t5"
 
 
 def export(
     model: Model,
-    to: Annotated[Target, typer.Option(help="t5: a dense model as transformers' own T5.")],
+    to: Annotated[
+        Target,
+        typer.Option(
+            help="torch: programs of torch.export. onnx: for onnxruntime. t5: a dense model as "
+            "transformers' own T5."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     check: Annotated[
         str | None,
         typer.Option(help="Let the other runtime answer this text, and compare the tokens."),
     ] = None,
+    capacity_factor: Annotated[
+        float | None,
+        typer.Option(
+            help="Seats an expert of the encoder has, times its even share; what is past them is "
+            "dropped. Nothing is by default. For torch and onnx."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a model for another runtime."""
-    from switchlm.export.t5 import t5_tokens, write_t5
+    from switchlm.export import onnx_programs, t5, torch_programs
 
+    if to is Target.t5 and capacity_factor is not None:
+        raise ConfigError("A plain T5 is dense: --capacity-factor is for --to torch and --to onnx.")
+    if check is not None and not check.strip():
+        raise DataError("The text to --check with is empty.")
     loaded, tokenizer = open_model(model, "cpu")
-    write_t5(loaded, tokenizer, out, report=note)
+    if to is Target.t5:
+        t5.write_t5(loaded, tokenizer, out, report=note)
+    elif to is Target.torch:
+        torch_programs.write_torch(loaded, tokenizer, out, capacity_factor=capacity_factor)
+    else:
+        onnx_programs.write_onnx(loaded, tokenizer, out, capacity_factor=capacity_factor)
     result: dict[str, Any] = {"out": str(out), "to": to.value}
     if check is not None:
-        theirs = t5_tokens(out, check, CHECKED_TOKENS)
+        theirs = answer(to, out, [*tokenizer.encode(check), loaded.config.end_id], check)
         result |= {"tokens": len(theirs), "output": compare(loaded, tokenizer, check, theirs)}
     if as_json:
         files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
@@ -43,6 +67,19 @@ def export(
     typer.echo(f"Exported: {out}")
     if check is not None:
         typer.echo(f"The same {result['tokens']} tokens there and here: {result['output']}")
+
+
+def answer(to: Target, folder: Path, prompt: list[int], text: str) -> list[int]:
+    """Return the tokens that the other runtime generates from what was written."""
+    from switchlm.export import onnx_programs, t5, torch_programs
+    from switchlm.export.folder import ABOUT
+    from switchlm.export.greedy import greedy
+
+    if to is Target.t5:
+        return t5.t5_tokens(folder, text, CHECKED_TOKENS)
+    opened = onnx_programs.open_onnx if to is Target.onnx else torch_programs.open_torch
+    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    return greedy(*opened(folder), prompt, about, CHECKED_TOKENS)
 
 
 def compare(model: Any, tokenizer: Any, text: str, theirs: list[int]) -> str:

@@ -1,0 +1,77 @@
+"""Exported programs against the model, in any number of rows, inputs and places."""
+
+import numpy as np
+import pytest
+import torch
+
+from switchlm.data.tokenizer import Tokenizer
+from switchlm.errors import CheckpointError, MissingExtraError
+from switchlm.export import onnx_programs
+from switchlm.export.folder import new_folder
+from switchlm.export.onnx_programs import open_onnx, write_onnx
+from switchlm.export.torch_programs import open_torch, write_torch
+from switchlm.generation.inference import dropless
+
+
+def assert_dims_are_free(encode, step, model):
+    """Other numbers of rows, inputs and places than those it was traced with, 1 included."""
+    for batch, source, places in ((1, 1, 1), (3, 50, 20)):
+        tokens = torch.randint(3, 300, (batch, source))
+        mask = np.ones((batch, source), dtype=bool)
+        encoded, keys, values = encode(tokens.numpy(), mask)
+        with torch.no_grad(), dropless(model):
+            expected = model.encode(tokens)[0]
+            first = model.decode(tokens[:, :1], expected).logits_BTV[:, 0]
+        np.testing.assert_allclose(encoded, expected, rtol=1e-3, atol=1e-4)
+        cache = np.zeros((2, batch, 2, places, 16), dtype=np.float32)
+        token = tokens[:, :1].numpy()
+        logits, *_ = step(token, np.array(0), mask, keys, values, cache, cache)
+        np.testing.assert_allclose(logits, first, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "factor"),
+    [
+        ({}, None),
+        ({"gated": True, "activation": "gelu"}, None),
+        ({"router": {"experts_per_token": 2}}, None),
+        ({"num_experts": 0}, None),
+        ({}, 4.0),
+    ],
+    ids=["switch", "v1.1", "two experts", "dense", "seats for all"],
+)
+def test_exported_programs_are_the_model(build, tmp_path, changes, factor):
+    model, tokenizer = build(**changes), Tokenizer.bytes()
+    write_onnx(model, tokenizer, tmp_path / "x", capacity_factor=factor)
+    assert_dims_are_free(*open_onnx(tmp_path / "x"), model)
+    write_torch(model, tokenizer, tmp_path / "x", capacity_factor=factor)
+    assert_dims_are_free(*open_torch(tmp_path / "x"), model)
+
+
+def test_other_files_of_the_user_s_are_not_replaced(tmp_path):
+    tmp_path.joinpath("thesis.tex").write_text("years of work")
+    with (
+        pytest.raises(CheckpointError, match="no folder of an earlier export"),
+        new_folder(tmp_path),
+    ):
+        pass
+    assert tmp_path.joinpath("thesis.tex").read_text() == "years of work"
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(tmp_path):
+    folder = tmp_path / "x"
+    with new_folder(folder) as partial:
+        (partial / "export.json").write_text("1")
+    with pytest.raises(ZeroDivisionError), new_folder(folder) as partial:
+        (partial / "export.json").write_text(str(1 / 0))
+    assert (folder / "export.json").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_missing_package_names_its_extra(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_programs, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"'onnx', which is not.*switchlm\[onnx\]"):
+        write_onnx(build(), Tokenizer.bytes(), tmp_path / "x")
+    with pytest.raises(MissingExtraError, match=r"'onnxruntime', .*switchlm\[onnx\]"):
+        open_onnx(tmp_path / "x")

@@ -98,3 +98,11 @@ def test_a_run_on_tasks_is_measured_on_text_too(run_json, nano, text_file, tmp_p
     options = ("--data", text_file, "--input-length", 64, "--batches", 1)
     found = run_json("evaluate", "--model", tmp_path / "tuned", *options)
     assert found["loss"] == run_json("evaluate", "--model", nano, *options)["loss"]
+
+
+def test_experts_may_stay_on_the_disk(run, run_json, nano, text_file):
+    line = ("evaluate", "--model", nano, "--data", text_file, *SHORT)
+    assert "Experts on disk" in run(*line, "--expert-memory", "20kB").stderr
+    found = run_json(*line, "--expert-memory", "20kB")
+    assert found["experts"]["bytes_read"] > 0
+    assert found["loss"] == pytest.approx(run_json(*line)["loss"], rel=1e-5)

@@ -156,3 +156,10 @@ def test_mistakes_are_told(refuse, nano, data, monkeypatch, arguments, message):
     (data / "label.tsv").write_text("sentence\tlabel\ttarget\nfine\t7\t\n")
     arguments = [argument.format(data=data) for argument in arguments]
     assert message in refuse("evaluate", "--model", nano, *arguments)
+
+
+def test_experts_may_stay_on_the_disk(run_json, nano, data):
+    line = ("evaluate", "--model", nano, "--task", "sst2", "--data", data / "SST-2")
+    found = run_json(*line, "--expert-memory", "20kB")
+    assert found.pop("experts")["bytes_read"] > 0
+    assert found == run_json(*line)

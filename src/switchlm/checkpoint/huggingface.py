@@ -20,6 +20,7 @@ from switchlm.checkpoint.matching import Match, match
 from switchlm.checkpoint.names import Entry, Family
 from switchlm.checkpoint.quantised import (
     Quantisation,
+    expert_extents,
     load_quantised,
     read_quantisation,
     read_quantised_config,
@@ -92,13 +93,20 @@ def load_without_experts(
 
     Arguments are those of `load`. The parameters of experts stay on the meta device. The third
     result has, by the name of each stacked parameter, what the files hold of every expert: a matrix
-    [out, in], transposed against ours.
+    [out, in], transposed against ours; or codes, and by NAME.scale their scales.
 
     Raises CheckpointError as `load` does, and for pickled weights, which have no fixed places.
     """
     tell = report or _warn
     folder = find_model(name, revision=revision, local_files_only=local_files_only)
     values = read_json(folder, CONFIG, LARGEST_CONFIG)
+    quantisation = read_quantisation(values)
+    if quantisation is not None:
+        model = load_quantised(
+            folder, values, quantisation, dtype, torch.device("cpu"), experts=False
+        )
+        codes = expert_extents(folder, values, quantisation)
+        return model.eval(), _tokenizer(folder, tell), codes
     weights = open_weights(folder)
     if weights.pickled:
         raise CheckpointError(

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from switchlm.checkpoint.extents import Extent, find_extents
 from switchlm.checkpoint.names import STACKS, Entry, Family, entries
 from switchlm.checkpoint.read_config import read_config
 from switchlm.checkpoint.survey import StackSurvey, Survey
@@ -169,15 +170,21 @@ def load_quantised(
     quantisation: Quantisation,
     dtype: torch.dtype | None,
     device: torch.device,
+    experts: bool = True,
 ) -> SwitchTransformer:
     """Return the model of a quantised folder; no quantised parameter is ever a float one.
 
-    dtype: of what is not quantised; None keeps that of the files.
+    dtype: of what is not quantised; None keeps that of the files. experts: false leaves those on
+    the meta device, see `expert_extents`.
     """
     config, family, weights = read_quantised_config(folder, values, quantisation)
     with torch.device("meta"):
         model = SwitchTransformer(config)
-    kinds = {entry.ours: entry for entry in first_entries(config, family)}
+    kinds = {
+        entry.ours: entry
+        for entry in first_entries(config, family)
+        if experts or entry.expert is None
+    }
     held = {name for name, entry in kinds.items() if quantisation.holds(entry)}
     scales = dict(weights.read({name + SCALE for name in held}))
     matrices: dict[str, list[Matrix]] = {}
@@ -192,6 +199,20 @@ def load_quantised(
             setattr(module, attribute, nn.Parameter(place) if is_parameter else place)
     put_in(model, matrices)
     return model.requires_grad_(False)
+
+
+def expert_extents(
+    folder: Path, values: Mapping[str, Any], quantisation: Quantisation
+) -> dict[str, list[Extent]]:
+    """Return where each expert's codes and scales lie, by their keys in the files."""
+    config, family, weights = read_quantised_config(folder, values, quantisation)
+    extents = find_extents(weights.tensors)
+    return {
+        part.key: [extents[part.key].slice(expert) for expert in range(config.num_experts)]
+        for entry in first_entries(config, family)
+        if entry.expert is not None
+        for part in parts(entry, config.num_experts, quantisation)
+    }
 
 
 def _matrices(entry: Entry, codes: Tensor, scale: Tensor, device: torch.device) -> list[Matrix]:

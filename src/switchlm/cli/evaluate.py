@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from switchlm.cli import scoring, task_options
+from switchlm.cli.expert_memory import ExpertMemorySize, Usage
 from switchlm.cli.figures import Figures, show_one, show_several, summarise
 from switchlm.cli.options import (
     Batches,
@@ -65,6 +66,7 @@ def evaluate(
     batch_size: BatchSize = None,
     input_length: InputLength = None,
     device: Device = "auto",
+    expert_memory: ExpertMemorySize = None,
     as_json: Json = False,
 ) -> None:
     """Measure the loss of models on text by source, or how well they do tasks.
@@ -89,6 +91,7 @@ def evaluate(
             work,
             predictions,
             device=device,
+            expert_memory=expert_memory,
             input_length=input_length,
             batch_size=batch_size or 32,
             max_new_tokens=max_new_tokens,
@@ -97,7 +100,10 @@ def evaluate(
         notes = {task.name: f"{len(examples):,} examples" for task, examples in work}
         _present(results, [scoring.figures(result) for result in results], notes, as_json)
         return
-    results = [_measure(one, data, batches, batch_size, input_length, device) for one in model]
+    results = [
+        _measure(one, data, batches, batch_size, input_length, device, expert_memory)
+        for one in model
+    ]
     _check_same_texts(results)
     notes = {
         name: f"perplexity {part['perplexity']:.2f}, {part['tokens']:,} tokens"
@@ -138,16 +144,20 @@ def _measure(
     batch_size: int | None,
     input_length: int | None,
     device: str,
+    expert_memory: str | None,
 ) -> Result:
     """Return the loss of a model on text, in total and by source."""
     from switchlm.evaluation.bootstrap import RESAMPLES
     from switchlm.evaluation.evaluator import held_out_loss
 
-    loaded, tokenizer = open_model(model, device)
+    loaded, tokenizer = open_model(model, device, expert_memory)
+    usage = Usage(loaded)
     read, names = read_batches(
         model, tokenizer, data, batches=batches, batch_size=batch_size, input_length=input_length
     )
-    result = held_out_loss(loaded, read, names, resamples=RESAMPLES)
+    with usage.timed():
+        result = held_out_loss(loaded, read, names, resamples=RESAMPLES)
+    usage.tell()
     if not math.isfinite(result["loss"]):
         raise CheckpointError(
             f"The loss of {model!r} is {result['loss']}: its weights are damaged, or too large for "
@@ -155,6 +165,8 @@ def _measure(
         )
     for part in (result, *result["sources"].values()):
         part["perplexity"] = math.exp(min(part["loss"], 700.0))
+    if expert_memory is not None:
+        result["experts"] = usage.figures()
     return {"model": model, **result}
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from switchlm.checkpoint.run_folder import RunFolder
+from switchlm.cli.expert_memory import Usage
 from switchlm.cli.figures import Figures
 from switchlm.cli.options import note, open_model
 from switchlm.config import from_mapping, read_yaml
@@ -49,6 +50,7 @@ def score(
     predictions: Path | None,
     *,
     device: str,
+    expert_memory: str | None,
     input_length: int | None,
     **settings: Any,
 ) -> list[Result]:
@@ -61,11 +63,12 @@ def score(
     results = []
     with _opened(predictions) as file:
         for model in models:
-            loaded, tokenizer = open_model(model, device)
+            loaded, tokenizer = open_model(model, device, expert_memory)
+            usage = Usage(loaded)
             result: Result = {"model": model, "tasks": {}}
             settings["input_length"] = input_length or _trained_length(model)
             for task, examples in work:
-                with _counting(task.name, len(examples)) as report:
+                with _counting(task.name, len(examples)) as report, usage.timed():
                     found = score_task(loaded, tokenizer, task, examples, report=report, **settings)
                 _tell(found, settings["input_length"])
                 result["tasks"][task.name] = _as_json(found, len(examples))
@@ -74,6 +77,9 @@ def score(
                         file.write(json.dumps(line, ensure_ascii=False) + "\n")
             if len(work) > 1:
                 result[AVERAGE] = _average(result["tasks"])
+            usage.tell()
+            if expert_memory is not None:
+                result["experts"] = usage.figures()
             results.append(result)
     return results
 

@@ -6,6 +6,7 @@ read counts against the budget that it was given, and nothing but that stays res
 
 import math
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,7 @@ class ExpertFiles:
             except OSError as error:
                 raise CheckpointError(f"Cannot open {str(path)!r}: {error.strerror}.") from None
             self._files[path] = descriptor, _state(descriptor)
+        self._close = weakref.finalize(self, _close, self._files)
 
     def read(self, recipe: Recipe, room: Tensor) -> None:
         """Fill memory with an expert; CheckpointError where a file is not what it was."""
@@ -88,8 +90,7 @@ class ExpertFiles:
 
     def close(self) -> None:
         """Close the files; nothing can be read any more."""
-        while self._files:
-            os.close(self._files.popitem()[1][0])
+        self._close()
 
     def _fill(self, part: Extent, descriptor: int, start: int, target: Tensor) -> None:
         """Read from byte `start` of the part as many bytes as the target has."""
@@ -121,6 +122,11 @@ def _padded(size: int) -> int:
 def _state(descriptor: int) -> tuple[int, int]:
     found = os.fstat(descriptor)
     return found.st_size, found.st_mtime_ns
+
+
+def _close(files: dict[Path, tuple[int, tuple[int, int]]]) -> None:
+    while files:
+        os.close(files.popitem()[1][0])
 
 
 def _changed(path: Path, how: str) -> CheckpointError:

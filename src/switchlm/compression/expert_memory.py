@@ -33,10 +33,10 @@ Tensors = Mapping[str, Tensor]
 class Counters:
     """What happened so far, in experts; an expert counts once each time a layer wants it.
 
-    hits: already in memory. foreseen: of those, read because of a guess that had not been used yet.
-    misses: had to be read, or were still being read. guesses: experts expected by a guess that were
-    not in memory, of which `wrong_guesses` were not wanted then. bytes_read: from the files.
-    waited: seconds that computing stood still for want of an expert.
+    hits: already in memory. foreseen: of those, read because of a guess and not used before.
+    misses: had to be read, or were still being read. guesses: experts that were not in memory and
+    were guessed to be wanted, of which `wrong_guesses` then were not. bytes_read: from the files.
+    bytes_held: by experts now. waited: seconds that computing stood still for want of an expert.
     """
 
     hits: int = 0
@@ -56,7 +56,7 @@ class Counters:
         return self.hits / max(self.hits + self.misses, 1)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry:
     """An expert that is in memory or on its way.
 
@@ -91,6 +91,7 @@ class ExpertMemory:
         self._entries: OrderedDict[Key, _Entry] = OrderedDict()  # the one used last comes last
         self._needed: deque[_Entry] = deque()
         self._guessed: deque[_Entry] = deque()
+        self._expected: dict[str, set[Key]] = {}  # by layer, what was not in memory when guessed
         largest = max((recipe.num_bytes() for recipe in recipes.values()), default=0)
         staging = readers * STAGE * any(recipe.converts() for recipe in recipes.values())
         staging = min(staging, readers * largest)
@@ -110,9 +111,10 @@ class ExpertMemory:
         Those in memory come first, the others as they are read, in the order of the files. A key's
         tensors are valid until the next is taken: then their memory may hold another expert.
         """
-        order = sorted(keys, key=lambda key: self._recipes[key].place())
+        order = sorted(set(keys), key=lambda key: self._recipes[key].place())
         with self._changed:
             mine = [self._reserve(key) for key in order]
+            self._judge(set(order))
             self._wake()
         left = list(mine)
         try:
@@ -122,28 +124,28 @@ class ExpertMemory:
                 for entry in left:
                     self._release(entry)
 
-    def guess(self, keys: Sequence[Key]) -> list[Key]:
-        """Read these when there is nothing better to do; return those that were not in memory.
+    def guess(self, layer: str, experts: Sequence[int]) -> None:
+        """Read these experts, in this order, when there is nothing better to do.
 
-        Guesses never evict what was guessed and not yet used: if there is no room, they are void.
+        What was guessed before and is not yet being read is forgotten. Guesses take at most half of
+        the memory, and do not evict other guesses that their layer has not come to.
         """
         with self._changed:
-            absent = [key for key in keys if key not in self._entries]
-            while self._guessed:  # older guesses that nobody got round to
+            while self._guessed:
                 self._forget(self._guessed.popleft())
-            for key in sorted(absent, key=lambda key: self._recipes[key].place()):
-                entry = self._entries.get(key)
-                if entry is None:
+            expected = set()
+            room = self._room_for_experts // 2
+            for key in ((layer, expert) for expert in experts):
+                if key not in self._entries:
+                    room -= self._recipes[key].num_bytes()
+                    if room < 0:
+                        break
                     entry = self._entries[key] = _Entry(key, guessed=True)
                     self._guessed.append(entry)
-            self.counters.guesses += len(absent)
+                    expected.add(key)
+            self._expected[layer] = expected
+            self.counters.guesses += len(expected)
             self._wake()
-        return absent
-
-    def settle(self, guessed: Sequence[Key], wanted: Sequence[Key]) -> None:
-        """Count which guesses of a layer were wrong."""
-        with self._changed:
-            self.counters.wrong_guesses += len(set(guessed).difference(wanted))
 
     def close(self) -> None:
         """Wait for what is being read, and close the files."""
@@ -192,6 +194,19 @@ class ExpertMemory:
         entry.wanted += 1
         self._entries.move_to_end(key)
         return entry
+
+    def _judge(self, wanted: set[Key]) -> None:
+        """Count the guesses about a layer that were wrong, and give up their memory first."""
+        for layer in {layer for layer, _ in wanted}:
+            for key in self._expected.pop(layer, set()).difference(wanted):
+                self.counters.wrong_guesses += 1
+                entry = self._entries.get(key)
+                if entry is not None and entry in self._guessed:
+                    self._guessed.remove(entry)
+                    self._forget(entry)
+                elif entry is not None:
+                    entry.guessed = False
+                    self._entries.move_to_end(key, last=False)
 
     def _release(self, entry: _Entry) -> None:
         entry.wanted -= 1

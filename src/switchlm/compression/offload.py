@@ -7,6 +7,7 @@ next Switch layer are guessed meanwhile, by asking its router about what this on
 Shapes: R rows in the order of their experts, D d_model, E experts.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from switchlm.checkpoint.config_fields import Report
 from switchlm.checkpoint.extents import Extent
 from switchlm.checkpoint.huggingface import load_without_experts
+from switchlm.checkpoint.quantised import SCALE
 from switchlm.compression.expert_files import ExpertFiles, Recipe
 from switchlm.compression.expert_memory import READERS, ExpertMemory, Tensors
+from switchlm.kernels.quantised import matrix
 from switchlm.model.block import Block
 from switchlm.model.config import Activation
 from switchlm.model.feedforward import Map, feed_forward
@@ -28,8 +31,6 @@ from switchlm.model.transformer import SwitchTransformer
 
 if TYPE_CHECKING:
     from switchlm.data.tokenizer import Tokenizer
-
-FEW_ROWS = 32  # up to which the next layer's experts are guessed; more rows need nearly all
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,14 @@ class Forecast:
         """Return the experts of the rows, those that most of them want first."""
         logits_RE = nn.functional.linear(x_RD.float(), self.weight_ED)
         chosen = logits_RE.topk(self.experts_per_token, -1).indices.flatten()
-        return list(dict.fromkeys(chosen.tolist()))
+        return [expert for expert, _ in Counter(chosen.tolist()).most_common()]
 
 
 class OffloadedExperts(nn.Module):
     """Experts of one layer (see the `Experts` protocol) that are taken from an ExpertMemory.
 
-    Their matrices are [out, in], as they lie in the files.
+    Their matrices are [out, in], as they lie in the files, or codes of such. width, hidden: of the
+    outputs and of what lies between the two matrices.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class OffloadedExperts(nn.Module):
         layer: str,
         num_experts: int,
         width: int,
+        hidden: int,
         memory: ExpertMemory,
         activation: Activation = "relu",
     ) -> None:
@@ -69,6 +72,7 @@ class OffloadedExperts(nn.Module):
         self.layer = layer
         self.num_experts = num_experts
         self.width = width
+        self.hidden = hidden
         self.memory = memory
         self.activation = activation
         self.forecast: Forecast | None = None
@@ -91,16 +95,24 @@ class OffloadedExperts(nn.Module):
 
     def _run(self, x_RD: Tensor, tensors: Tensors) -> Tensor:
         if "projection" in tensors:
-            return _map(tensors["projection"])(x_RD)
-        gate = _map(tensors["gate"]) if "gate" in tensors else None
-        up, down = _map(tensors["up"]), _map(tensors["down"])
+            return self._map("projection", tensors)(x_RD)
+        up, down = self._map("up", tensors), self._map("down", tensors)
+        gate = self._map("gate", tensors) if "gate" in tensors else None
         return feed_forward(x_RD, up, gate, down, self.activation, 0.0)
+
+    def _map(self, name: str, tensors: Tensors) -> Map:
+        """Return the linear map of a matrix [out, in], or of its codes."""
+        weight = tensors[name]
+        if f"{name}{SCALE}" in tensors:
+            outputs = self.hidden if name in ("up", "gate") else self.width
+            return matrix(weight, tensors[f"{name}{SCALE}"], outputs)
+        return lambda x: nn.functional.linear(x, weight)
 
     def _guess(self, x_RD: Tensor) -> None:
         """Have the next layer's experts read while this one computes."""
-        if self.forecast is not None and 0 < x_RD.shape[0] <= FEW_ROWS:
+        if self.forecast is not None and len(x_RD):
             layer = self.forecast.layer
-            self.memory.guess([(layer, expert) for expert in self.forecast(x_RD)])
+            self.memory.guess(layer, self.forecast(x_RD))
 
 
 @dataclass(frozen=True)
@@ -131,20 +143,21 @@ def load_offloaded(
     model, tokenizer, experts = load_without_experts(
         name, revision=revision, local_files_only=local_files_only, dtype=dtype, report=report
     )
+    config = model.config
     parts: dict[tuple[str, int], dict[str, Extent]] = {}
     for stacked, extents in experts.items():
-        layer, _, part = stacked.rpartition(".")
+        before, _, part = stacked.partition(".experts.")
+        layer = f"{before}.experts"
         for expert, extent in enumerate(extents):
             parts.setdefault((layer, expert), {})[part] = extent
-    recipes = {key: Recipe(found, dtype) for key, found in parts.items()}
+    coded = any(part.endswith(SCALE) for part in experts)  # scales keep their dtype
+    recipes = {key: Recipe(found, None if coded else dtype) for key, found in parts.items()}
     paths = {part.file for found in parts.values() for part in found.values()}
     memory = ExpertMemory(recipes, ExpertFiles(sorted(paths)), expert_memory, readers)
     for layer in dict.fromkeys(layer for layer, _ in recipes):
-        width = next(iter(parts[layer, 0].values())).shape[0]
-        if "down" in parts[layer, 0]:
-            width = parts[layer, 0]["down"].shape[0]
+        width = config.d_model if "down" in parts[layer, 0] else config.num_heads * config.d_kv
         put = OffloadedExperts(
-            layer, model.config.num_experts, width, memory, model.config.activation
+            layer, config.num_experts, width, config.d_ff, memory, config.activation
         )
         parent, _, attribute = layer.rpartition(".")
         setattr(model.get_submodule(parent), attribute, put)
@@ -175,8 +188,3 @@ def _foresee(model: SwitchTransformer) -> None:
                     after.router.weight.float() * ratio_D,
                     after.router.config.experts_per_token,
                 )
-
-
-def _map(matrix: Tensor) -> Map:
-    """Return the linear map of a matrix [out, in]."""
-    return lambda x: nn.functional.linear(x, matrix)

@@ -1,0 +1,219 @@
+import os
+import threading
+
+import pytest
+import torch
+
+from switchlm.checkpoint.extents import Extent
+from switchlm.compression.expert_files import STAGE, ExpertFiles, Recipe
+from switchlm.compression.expert_memory import ExpertMemory
+from switchlm.errors import CheckpointError, ConfigError
+
+NUMBERS = 1024
+SIZE = 4 * NUMBERS  # bytes of an expert here
+
+
+class WatchedFiles(ExpertFiles):
+    """Notes which experts are read, and reads none while the gate is closed."""
+
+    def __init__(self, paths):
+        super().__init__(paths)
+        self.read_offsets = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def read(self, recipe, room):
+        assert self.gate.wait(5)
+        self.read_offsets.append(recipe.parts["up"].offset)
+        super().read(recipe, room)
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A file of 16 experts; all numbers of the n-th are n. They lie in backward order."""
+    path = tmp_path / "experts"
+    numbers = torch.arange(16.0).flip(0).repeat_interleave(NUMBERS)
+    path.write_bytes(numbers.numpy().tobytes())
+    return path
+
+
+def recipe(path, expert, dtype=None):
+    extent = Extent(path, (15 - expert) * SIZE, (NUMBERS,), torch.float32)
+    return Recipe({"up": extent}, dtype)
+
+
+@pytest.fixture
+def make(path):
+    made = []
+
+    def make(experts, readers=2, dtype=None, num_bytes=None):
+        recipes = {("layer", expert): recipe(path, expert, dtype) for expert in range(16)}
+        files = WatchedFiles([path])
+        memory = ExpertMemory(recipes, files, num_bytes or experts * SIZE, readers)
+        made.append(memory)
+        return memory, files
+
+    yield make
+    for memory in made:
+        memory.close()
+
+
+def take(memory, experts):
+    """Return the experts in the order in which they come, each checked to be itself."""
+    order = []
+    with memory.want([("layer", expert) for expert in experts]) as ready:
+        for (_, expert), tensors in ready:
+            assert torch.equal(tensors["up"], torch.full((NUMBERS,), float(expert)))
+            order.append(expert)
+    return order
+
+
+@pytest.mark.parametrize("experts", [1, 2, 16])
+def test_each_is_read_once_in_the_order_of_the_file(make, experts):
+    memory, files = make(experts, readers=1)
+    assert take(memory, [3, 9, 4, 12]) == [12, 9, 4, 3]
+    assert files.read_offsets == sorted(files.read_offsets)
+    assert len(files.read_offsets) == 4
+    assert memory.counters.misses == 4
+
+
+def test_what_is_in_memory_comes_first_and_the_oldest_is_evicted(make):
+    memory, files = make(3)
+    for expert in (1, 2, 3):
+        take(memory, [expert])
+    assert take(memory, [1]) == [1]  # now 2 is the one used longest ago
+    assert take(memory, [9, 3]) == [3, 9]
+    files.read_offsets.clear()
+    take(memory, [1, 3, 9])
+    assert not files.read_offsets
+    assert memory.counters.hits == 5
+    assert memory.counters.most_bytes_held == memory.counters.bytes_held == 3 * SIZE
+
+
+def test_the_next_is_read_while_one_is_used(make):
+    memory, files = make(2, readers=1)
+    with memory.want([("layer", 1), ("layer", 2)]) as ready:
+        next(ready)
+        for _ in range(500):
+            if len(files.read_offsets) == 2:
+                break
+            threading.Event().wait(0.01)
+        assert len(files.read_offsets) == 2
+
+
+def test_memory_in_use_is_not_used_for_another(make):
+    memory, files = make(2)
+    with memory.want([("layer", 1)]) as ready:
+        _, tensors = next(ready)
+        for expert in range(2, 12):
+            take(memory, [expert])
+        assert torch.equal(tensors["up"], torch.ones(NUMBERS))
+        assert memory.counters.most_bytes_held <= 2 * SIZE
+    files.read_offsets.clear()
+    take(memory, [11])
+    assert not files.read_offsets
+
+
+@pytest.mark.parametrize("experts", [1, 2, 5])
+def test_many_threads_get_what_they_want_within_the_budget(make, experts):
+    memory, _ = make(experts)
+    failures = []
+
+    def work(seed):
+        generator = torch.Generator().manual_seed(seed)
+        try:
+            for _ in range(20):
+                wanted = torch.randperm(16, generator=generator)[:4].tolist()
+                memory.guess("layer", torch.randperm(16, generator=generator)[:3].tolist())
+                assert sorted(take(memory, wanted)) == sorted(wanted)
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    threads = [threading.Thread(target=work, args=(seed,), daemon=True) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive(), "a deadlock"
+    assert not failures
+    assert memory.counters.most_bytes_held <= experts * SIZE
+
+
+def test_right_guesses_are_hits_and_wrong_ones_are_counted(make):
+    memory, _ = make(8)
+    memory.guess("layer", [5, 6])
+    for _ in range(500):
+        if memory.counters.experts_read == 2:
+            break
+        threading.Event().wait(0.01)
+    take(memory, [5, 7])
+    counters = memory.counters
+    assert (counters.guesses, counters.wrong_guesses) == (2, 1)
+    assert (counters.hits, counters.foreseen, counters.misses) == (1, 1, 1)
+    take(memory, [5])
+    assert counters.foreseen == 1
+
+
+def test_needs_come_before_guesses_and_the_latest_guess_counts(make):
+    memory, files = make(8, readers=1)
+    files.gate.clear()
+    memory.guess("layer", [1])  # a reader takes it, and stands at the gate
+    threading.Event().wait(0.1)
+    memory.guess("layer", [2])
+    memory.guess("layer", [3])
+    threading.Timer(0.1, files.gate.set).start()
+    take(memory, [4])
+    take(memory, [3])
+    wanted = [(15 - expert) * SIZE for expert in (1, 4, 3)]
+    assert files.read_offsets == wanted
+
+
+def test_guesses_leave_half_of_the_memory_alone(make):
+    memory, _ = make(4)
+    memory.guess("layer", range(16))
+    assert memory.counters.guesses == 2
+
+
+def test_numbers_are_converted_once_as_they_are_read(make):
+    memory, _ = make(0, dtype=torch.bfloat16, num_bytes=4 * SIZE)
+    with memory.want([("layer", 7)]) as ready:
+        for _, tensors in ready:
+            assert tensors["up"].dtype == torch.bfloat16
+            assert torch.equal(tensors["up"].float(), torch.full((NUMBERS,), 7.0))
+    assert memory.counters.bytes_held == SIZE // 2
+
+
+def test_long_parts_are_converted_a_piece_at_a_time(tmp_path):
+    numbers = torch.randn(STAGE // 4 + 5)
+    (tmp_path / "long").write_bytes(numbers.numpy().tobytes())
+    extent = Extent(tmp_path / "long", 0, tuple(numbers.shape), torch.float32)
+    long = Recipe({"up": extent}, torch.bfloat16)
+    memory = ExpertMemory({("layer", 0): long}, ExpertFiles([extent.file]), 3 * STAGE, 1)
+    with memory.want([("layer", 0)]) as ready:
+        assert torch.equal(next(ready)[1]["up"], numbers.bfloat16())
+    memory.close()
+
+
+def test_a_budget_below_one_expert_is_refused_with_what_is_needed(make):
+    with pytest.raises(ConfigError, match=r"1,000 bytes, but one expert takes 4,096.*least 4,096"):
+        make(0, num_bytes=1000)
+    with pytest.raises(ConfigError, match=r"takes 2,048 and reading it"):
+        make(0, num_bytes=2048, dtype=torch.bfloat16)
+
+
+def test_a_file_cut_short_while_in_use_is_told_and_so_is_one_changed(make, path):
+    memory, _ = make(4)
+    take(memory, [15])
+    os.truncate(path, 3 * SIZE)
+    with pytest.raises(CheckpointError, match="was cut short while the model was in use"):
+        take(memory, [1])
+    take(memory, [15])  # still in memory
+    path.write_bytes(bytes(16 * SIZE))
+    with pytest.raises(CheckpointError, match="experts changed while the model was in use"):
+        take(memory, [14])
+
+
+def test_a_file_that_is_gone_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match="Cannot open"):
+        ExpertFiles([tmp_path / "nothing"])

@@ -36,6 +36,76 @@ def test_an_output_cut_off_is_said(run, nano):
     assert "--max-new-tokens" in result.stderr
 
 
+def test_streaming_prints_the_same(run, nano):
+    line = ("generate", "--model", nano, TEXT, "--max-new-tokens", 20)
+    assert run(*line, "--stream").stdout == run(*line).stdout
+
+
+def test_stop_strings_end_the_output(run_json, nano):
+    line = ("generate", "--model", nano, TEXT, "--max-new-tokens", 40, "--temperature", 2)
+    whole = run_json(*line)["output"]
+    stop, early = whole[6:8], whole[2]
+    assert run_json(*line, "--stop", stop)["output"] == whole[: whole.index(stop)]
+    cut = run_json(*line, "--stop", stop, "--stop", early)
+    assert cut["output"] == whole[: whole.index(early)]
+    assert cut["finished"]
+
+
+LINES = ["a <extra_id_0> b", "größe <extra_id_0>", "x <extra_id_0> <extra_id_1> and much more"]
+
+
+def test_a_file_of_texts_gives_what_each_gives_alone(run, run_json, nano, tmp_path):
+    source, results = tmp_path / "texts.txt", tmp_path / "results.jsonl"
+    source.write_text("\n".join(LINES) + "\n", encoding="utf-8")
+    options = ("--fill", "--temperature", 1, "--seed", 4, "--stop", "e")
+    line = ("generate", "--model", nano, "--input", source, *options, "--batch-size", 2)
+    result = run(*line, "--output", results)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    assert "3 texts done" in result.stderr
+    found = [json.loads(each) for each in results.read_text(encoding="utf-8").splitlines()]
+    assert found == [run_json("generate", "--model", nano, text, *options) for text in LINES]
+    assert run(*line).stdout == results.read_text(encoding="utf-8")
+    assert sorted(tmp_path.glob("*results*")) == [results]
+
+
+def test_json_lines_keep_their_other_fields(run, nano, tmp_path):
+    source = tmp_path / "texts.jsonl"
+    source.write_text('"one"\n{"text": "two", "id": 7}\n', encoding="utf-8")
+    result = run("generate", "--model", nano, "--input", source, "--max-new-tokens", 2)
+    found = [json.loads(each) for each in result.stdout.splitlines()]
+    assert [each["text"] for each in found] == ["one", "two"]
+    assert found[1]["id"] == 7
+    assert "2 of 2 outputs were cut off" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("a.txt", b"", [], "is empty"),
+        ("a.txt", b"one\n\ntwo\n", [], "Line 2 of"),
+        ("a.txt", b"\xff\n", [], "not valid UTF-8"),
+        ("a.jsonl", b'"one"\n{"text"\n', [], "is not JSON"),
+        ("a.jsonl", b'{"txt": "one"}\n', [], 'an object with a "text"'),
+        ("a.jsonl", b'"\\ud800"\n', [], "half of a surrogate pair"),
+        ("a.txt", b"one\nno blank\n", ["--fill"], "Line 1: The text has no blank"),
+        ("a.txt", b"one\nmuch longer\n", ["--max-input-tokens", "5"], "Line 2: The text has 11"),
+        ("a.txt", b"one\n", ["text"], "--input leaves no room"),
+        ("a.txt", b"one\n", ["--stream"], "--input leaves no room"),
+        ("a.txt", b"one\n", ["--output", "/nowhere/at/all.jsonl"], "Cannot write"),
+    ],
+)
+def test_mistakes_in_files_are_told(refuse, nano, tmp_path, name, content, options, message):
+    (tmp_path / name).write_bytes(content)
+    line = ("generate", "--model", nano, "--input", tmp_path / name)
+    assert message in refuse(*line, *options)
+
+
+def test_a_file_that_is_not_there_is_told(refuse, nano, tmp_path):
+    line = ("generate", "--model", nano, "--input", tmp_path / "none.txt")
+    assert "Cannot read" in refuse(*line)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -49,6 +119,9 @@ def test_an_output_cut_off_is_said(run, nano):
         (["text", "--top-k", "0"], "top-k must be at least 1"),
         (["text", "--greedy", "--top-k", "5"], "--greedy leaves no room"),
         (["a long text", "--max-input-tokens", "3"], "11 tokens, more than 3"),
+        (["text", "--stop", ""], "stop string is empty"),
+        (["text", "--stream", "--json"], "--stream prints the output as it comes"),
+        (["text", "--output", "a.jsonl"], "give --input too"),
         (["text", "--device", "abacus"], "device 'abacus'"),
         (["text", "--device", "cuda:99"], "device 'cuda:99'"),
         (["bad \udcff"], "not valid UTF-8"),

@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 
+from switchlm.data.tokenizer import Tokenizer
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 
@@ -31,3 +32,24 @@ def prompts():
     return [
         torch.randint(3, 300, (length,), generator=generator).tolist() for length in (7, 12, 3, 9)
     ]
+
+
+@pytest.fixture
+def saying():
+    """Make a model say this, whatever it is asked, in the tokens of UTF-8 bytes."""
+
+    def saying(model, text):
+        ids = [*Tokenizer.bytes().encode(text), 1]
+        original, calls = model.decode, []
+
+        def decode(token_B1, encoded_BSD, **options):
+            output = original(token_B1, encoded_BSD, **options)
+            output.logits_BTV.copy_(torch.zeros_like(output.logits_BTV))
+            output.logits_BTV[..., ids[len(calls)]] = 1.0
+            calls.append(1)
+            return output
+
+        model.decode = decode
+        return model
+
+    return saying

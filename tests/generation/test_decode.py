@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from switchlm.errors import CheckpointError, ConfigError, DataError
-from switchlm.generation.decode import generate, pad_prompts
+from switchlm.generation.decode import generate, pad_prompts, steps
 from switchlm.generation.sampling import GREEDY, Sampling
 from switchlm.model.transformer import shift_right
 
@@ -95,6 +95,39 @@ def test_the_limit_cuts_off_and_says_so(build, prompts):
     assert generated.finished_B.tolist() == [True, False, False, False]
 
 
+def test_every_row_has_its_own_limit(build, prompts):
+    model = build()
+    ending(model, at=[2, 9, 9, 9])
+    generated = generate(model, *pad_prompts(prompts, 0), max_new_tokens=[5, 1, 3, 2])
+    assert generated.tokens_BT.tolist() == [[50, 50, 1], [51, 0, 0], [52] * 3, [53, 53, 0]]
+    assert generated.finished_B.tolist() == [True, False, False, False]
+
+
+def test_a_row_ends_where_the_caller_says_so(build, prompts):
+    model, seen = build(), []
+    ending(model, at=[9, 1, 9, 9])
+
+    def ends(row, token):
+        seen.append((row, token))
+        return row == 2 or len(seen) > 6
+
+    generated = generate(model, *pad_prompts(prompts, 0), max_new_tokens=5, ends=ends)
+    assert generated.tokens_BT.tolist() == [[50, 50, 50], [51, 1, 0], [52, 0, 0], [53, 53, 0]]
+    assert generated.finished_B.all()
+    assert seen == [(0, 50), (1, 51), (2, 52), (3, 53), (0, 50), (1, 1), (3, 53), (0, 50)]
+
+
+def test_between_steps_gradients_are_as_before_and_a_closed_iterator_leaves_no_trace(build):
+    model = build().train()
+    iterator = steps(model, torch.tensor([[3]]), max_new_tokens=5)
+    next(iterator)
+    assert torch.is_grad_enabled()
+    assert not model.training
+    iterator.close()
+    assert torch.is_grad_enabled()
+    assert model.training
+
+
 def test_seeds_decide_the_sample(build, prompts):
     model = build(scale=1.0)
     inputs_BS = torch.tensor([prompts[0]] * 3)
@@ -119,6 +152,8 @@ def test_generation_leaves_no_trace_on_the_model(build, prompts):
     ("options", "error", "message"),
     [
         ({"max_new_tokens": 0}, ConfigError, "At least 1 new token"),
+        ({"max_new_tokens": [2, 0]}, ConfigError, "At least 1 new token"),
+        ({"max_new_tokens": [2]}, ConfigError, "1 limits for 2 prompts"),
         ({"max_new_tokens": 2, "seeds": [1]}, ConfigError, "1 seeds for 2 prompts"),
     ],
 )

@@ -1,11 +1,11 @@
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from switchlm.data.tokenizer import Tokenizer
 from switchlm.errors import DataError
-from switchlm.generation.fill import answer, count_blanks, fill, put_into_blanks, read_spans
+from switchlm.generation.answer import answer, read_spans
+from switchlm.generation.fill import count_blanks, fill, put_into_blanks
 
 TOKENIZER = Tokenizer.bytes()
 S = TOKENIZER.sentinel_ids
@@ -57,29 +57,13 @@ def test_texts_that_cannot_be_filled(text, message):
         count_blanks(text, TOKENIZER)
 
 
-def saying(model, text):
-    """Make the model say this, whatever it is asked."""
-    ids = [*encoded(text), 1]
-    original, calls = model.decode, []
-
-    def decode(token_B1, encoded_BSD, **options):
-        output = original(token_B1, encoded_BSD, **options)
-        output.logits_BTV.copy_(torch.zeros_like(output.logits_BTV))
-        output.logits_BTV[..., ids[len(calls)]] = 1.0
-        calls.append(1)
-        return output
-
-    model.decode = decode
-    return model
-
-
-def test_fill_puts_the_model_s_spans_into_the_text(build):
+def test_fill_puts_the_model_s_spans_into_the_text(build, saying):
     model = saying(build(), "<extra_id_0>größe<extra_id_1>1")
     text = "def <extra_id_0>(self): return <extra_id_1>  # <extra_id_0>"
     assert fill(model, TOKENIZER, text) == "def größe(self): return 1  # größe"
 
 
-def test_the_limit_follows_the_number_of_blanks(build):
+def test_the_limit_follows_the_number_of_blanks(build, saying):
     model = saying(build(), "x" * 200)
     fill(model, TOKENIZER, "<extra_id_0> <extra_id_1> <extra_id_0>")
     rest = answer(model, TOKENIZER, "text", max_new_tokens=200)
@@ -87,7 +71,7 @@ def test_the_limit_follows_the_number_of_blanks(build):
     assert rest.finished
 
 
-def test_an_output_cut_off_says_so(build):
+def test_an_output_cut_off_says_so(build, saying):
     said = answer(saying(build(), "x" * 9), TOKENIZER, "text", max_new_tokens=3)
     assert said.output == "xxx"
     assert not said.finished

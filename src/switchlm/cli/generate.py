@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
-from typing import Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from switchlm.cli.expert_memory import ExpertMemorySize, Usage
+from switchlm.cli.many_texts import check_writable, counting, read_texts, write_results
 from switchlm.cli.options import (
     LONGEST_INPUT,
     Device,
@@ -17,6 +19,12 @@ from switchlm.cli.options import (
     read_text,
 )
 from switchlm.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from switchlm.data.tokenizer import Tokenizer
+    from switchlm.generation.answer import Answer
+    from switchlm.generation.sampling import Sampling
+    from switchlm.model.transformer import SwitchTransformer
 
 
 def generate(
@@ -41,6 +49,17 @@ def generate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop there; 32 a blank if left out.")
     ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Stop before this text; may be repeated.")
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
+    input_file: Annotated[
+        str | None, typer.Option("--input", help="Many texts: a .txt or .jsonl, one a line.")
+    ] = None,
+    output_file: Annotated[
+        str | None, typer.Option("--output", help="Write JSON lines there; for --input.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts at a time; for --input.")] = 16,
     max_input_tokens: Annotated[
         int, typer.Option(min=1, help="Refuse longer texts.")
     ] = LONGEST_INPUT,
@@ -49,49 +68,171 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Fill the blanks of a text, or show what the model answers to it."""
-    from switchlm.generation import fill as filling
-    from switchlm.generation.sampling import GREEDY, Sampling
+    many = input_file is not None
+    if many and (text is not None or stream):
+        raise ConfigError("--input leaves no room for a text of its own, nor for --stream.")
+    if output_file is not None and not many:
+        raise ConfigError("--output is where the results of --input go: give --input too.")
+    if stream and (fill or as_json):
+        raise ConfigError(
+            "--stream prints the output as it comes; --fill and --json need all of it first."
+        )
+    records = _records(text, input_file, output_file)
+    sampling = _sampling(greedy, temperature, top_k, top_p)
+    loaded, tokenizer = open_model(model, device, expert_memory)
+    job = _Job(
+        loaded, tokenizer, sampling, seed, tuple(stop or ()), max_new_tokens, max_input_tokens, fill
+    )
+    usage = Usage(loaded)
+    if many:
+        with usage.timed():
+            results = job.answer_all(records, batch_size)
+        write_results(results, output_file)
+        unfinished = sum(not result["finished"] for result in results)
+        if unfinished:
+            note(
+                f"{unfinished:,} of {len(results):,} outputs were cut off; raise --max-new-tokens."
+            )
+        usage.tell(sum(job.num_tokens(result) for result in results))
+        return
+    with usage.timed():
+        result = job.stream(records[0]) if stream else job.answer(records[0])
+    if as_json:
+        if expert_memory is not None:
+            result["experts"] = usage.figures(job.num_tokens(result))
+        typer.echo(json.dumps(result))
+        return
+    if not stream:
+        typer.echo(result["filled"] if fill else result["output"])
+    usage.tell(job.num_tokens(result))
+    if not result["finished"]:
+        note("The model had more to say; raise --max-new-tokens.")
 
+
+def _records(
+    text: str | None, input_file: str | None, output_file: str | None
+) -> list[dict[str, Any]]:
+    """Return a record a text, from the arguments or from a file."""
+    if input_file is not None:
+        check_writable(output_file)
+        return read_texts(input_file)
     prompt = read_text(text)
     if not prompt.strip():
         raise DataError("The text is empty: there is nothing to generate from.")
-    sampling = GREEDY
-    if (temperature, top_k, top_p) != (None, None, None):
-        if greedy:
-            raise ConfigError("--greedy leaves no room for --temperature, --top-k and --top-p.")
-        sampling = Sampling(
-            temperature=1.0 if temperature is None else temperature,
-            top_k=top_k,
-            top_p=1.0 if top_p is None else top_p,
-        )
+    return [{"text": prompt}]
 
-    loaded, tokenizer = open_model(model, device, expert_memory)
-    usage = Usage(loaded)
-    num_blanks = filling.count_blanks(prompt, tokenizer) if fill else 1
-    length = len(tokenizer.encode(prompt))
-    if length > max_input_tokens:
-        raise DataError(
-            f"The text has {length:,} tokens, more than {max_input_tokens:,}. Attention takes "
-            "memory with the square of the length: shorten the text, or raise --max-input-tokens."
+
+def _sampling(
+    greedy: bool, temperature: float | None, top_k: int | None, top_p: float | None
+) -> "Sampling":
+    from switchlm.generation.sampling import GREEDY, Sampling
+
+    if (temperature, top_k, top_p) == (None, None, None):
+        return GREEDY
+    if greedy:
+        raise ConfigError("--greedy leaves no room for --temperature, --top-k and --top-p.")
+    return Sampling(
+        temperature=1.0 if temperature is None else temperature,
+        top_k=top_k,
+        top_p=1.0 if top_p is None else top_p,
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A model and how it shall answer."""
+
+    model: "SwitchTransformer"
+    tokenizer: "Tokenizer"
+    sampling: "Sampling"
+    seed: int
+    stops: tuple[str, ...]
+    max_new_tokens: int | None
+    max_input_tokens: int
+    fill: bool
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"sampling": self.sampling, "seed": self.seed, "stops": self.stops}
+
+    def limit(self, text: str) -> int:
+        """Return how many tokens the output may have. Raises DataError for a text that will not do.
+
+        The limit follows the number of blanks where they are to be filled.
+        """
+        from switchlm.generation import fill as filling
+
+        num_blanks = filling.count_blanks(text, self.tokenizer) if self.fill else 1
+        length = len(self.tokenizer.encode(text))
+        if length > self.max_input_tokens:
+            raise DataError(
+                f"The text has {length:,} tokens, more than {self.max_input_tokens:,}. Attention "
+                "takes memory with the square of the length: shorten the text, or raise "
+                "--max-input-tokens."
+            )
+        return self.max_new_tokens or filling.TOKENS_A_BLANK * num_blanks
+
+    def answer(self, record: dict[str, Any]) -> dict[str, Any]:
+        from switchlm.generation.answer import answer
+
+        text = record["text"]
+        said = answer(
+            self.model, self.tokenizer, text, max_new_tokens=self.limit(text), **self._options
         )
-    with usage.timed():
-        answer = filling.answer(
-            loaded,
-            tokenizer,
-            prompt,
-            max_new_tokens=max_new_tokens or filling.TOKENS_A_BLANK * num_blanks,
-            sampling=sampling,
-            seed=seed,
+        return self._result(record, said)
+
+    def stream(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Print the output as it comes."""
+        from switchlm.generation.answer import stream
+
+        text = record["text"]
+        pieces = stream(
+            self.model, self.tokenizer, text, max_new_tokens=self.limit(text), **self._options
         )
-    num_tokens = len(tokenizer.encode(answer.output)) + answer.finished
-    filled = filling.put_into_blanks(prompt, answer.spans)
-    if as_json:
-        result = {"text": prompt, **dataclasses.asdict(answer)}
-        if expert_memory is not None:
-            result["experts"] = usage.figures(num_tokens)
-        typer.echo(json.dumps({**result, "filled": filled} if fill else result))
-        return
-    typer.echo(filled if fill else answer.output)
-    usage.tell(num_tokens)
-    if not answer.finished:
-        note("The model had more to say; raise --max-new-tokens.")
+        while True:
+            try:
+                typer.echo(next(pieces), nl=False)
+            except StopIteration as end:
+                typer.echo()
+                return self._result(record, end.value)
+
+    def answer_all(self, records: list[dict[str, Any]], batch_size: int) -> list[dict[str, Any]]:
+        """Return the results in the order of the records, and show how far it is."""
+        from switchlm.generation.answer import answer_all
+
+        texts = [record["text"] for record in records]
+        results: list[dict[str, Any]] = [{} for _ in records]
+        found = answer_all(
+            self.model,
+            self.tokenizer,
+            texts,
+            max_new_tokens=self._limits(texts),
+            batch_size=batch_size,
+            **self._options,
+        )
+        with counting("texts", len(texts)) as show:
+            for done, (place, said) in enumerate(found, 1):
+                results[place] = self._result(records[place], said)
+                show(done)
+        return results
+
+    def _limits(self, texts: list[str]) -> list[int]:
+        limits = []
+        for number, text in enumerate(texts, 1):
+            try:
+                limits.append(self.limit(text))
+            except DataError as error:
+                raise DataError(f"Line {number}: {error}") from None
+        return limits
+
+    def num_tokens(self, result: dict[str, Any]) -> int:
+        """Return how many tokens were generated, the end token included."""
+        return len(self.tokenizer.encode(result["output"])) + result["finished"]
+
+    def _result(self, record: dict[str, Any], said: "Answer") -> dict[str, Any]:
+        from switchlm.generation.fill import put_into_blanks
+
+        result = {**record, **dataclasses.asdict(said)}
+        if self.fill:
+            result["filled"] = put_into_blanks(record["text"], said.spans)
+        return result

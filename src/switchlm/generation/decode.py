@@ -6,7 +6,7 @@ token is dropped for want of capacity, and every row draws from a stream of its 
 Shapes: B batch, S source, T generated, D d_model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from switchlm.generation.cache import StaticCache
 from switchlm.generation.inference import dropless, evaluation_mode
 from switchlm.generation.sampling import GREEDY, Sampling, next_tokens, uniforms
 from switchlm.model.transformer import SwitchTransformer
+
+Ends = Callable[[int, int], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,66 +37,141 @@ class Generated:
         return [row[: row.index(end_id)] if end_id in row else row for row in rows]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One more token a row.
+
+    token_B: int64, padding where the row was over before. finished_B: bool, the row has ended by
+    itself. over_B: bool, it has ended, or reached its limit.
+    """
+
+    token_B: Tensor
+    finished_B: Tensor
+    over_B: Tensor
+
+
 def generate(
     model: SwitchTransformer,
     inputs_BS: Tensor,
     segments_BS: Tensor | None = None,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     sampling: Sampling = GREEDY,
     seeds: int | Sequence[int] = 0,
     encoder_capacity: bool = False,
+    ends: Ends | None = None,
 ) -> Generated:
     """Return up to `max_new_tokens` tokens for each prompt; stops when all rows have ended.
 
-    inputs_BS: int64 prompts, one a row. segments_BS: int, 0 at padding and 1 elsewhere; None where
-    nothing is padded. seeds: one a row, or one for all, with which equal prompts give equal
-    samples. encoder_capacity: enforce the encoder's capacity as configured, each prompt by itself
-    (as transformers' `generate` does); the decoder, which sees one token at a time, drops none.
+    The arguments are those of `steps`, which gives them one by one.
+    """
+    done = list(
+        steps(
+            model,
+            inputs_BS,
+            segments_BS,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seeds=seeds,
+            encoder_capacity=encoder_capacity,
+            ends=ends,
+        )
+    )
+    tokens_BT = torch.stack([step.token_B for step in done], 1)
+    return Generated(tokens_BT=tokens_BT, finished_B=done[-1].finished_B)
 
-    Raises ConfigError for a limit or seeds that make no sense, DataError for an empty
+
+def steps(
+    model: SwitchTransformer,
+    inputs_BS: Tensor,
+    segments_BS: Tensor | None = None,
+    *,
+    max_new_tokens: int | Sequence[int],
+    sampling: Sampling = GREEDY,
+    seeds: int | Sequence[int] = 0,
+    encoder_capacity: bool = False,
+    ends: Ends | None = None,
+) -> Iterator[Step]:
+    """Yield the next token of every prompt, until all rows are over.
+
+    inputs_BS: int64 prompts, one a row. segments_BS: int, 0 at padding and 1 elsewhere; None where
+    nothing is padded. max_new_tokens: one for all, or one a row. seeds: one a row, or one for all,
+    with which equal prompts give equal samples. encoder_capacity: enforce the encoder's capacity
+    as configured, each prompt by itself (as transformers' `generate` does); the decoder, which sees
+    one token at a time, drops none. ends: called with the row and the value of every new token;
+    true ends the row after it.
+
+    The model is in evaluation mode until the last step, or until the iterator is closed.
+
+    Raises ConfigError for limits or seeds that make no sense, DataError for an empty
     prompt or a token that the vocabulary lacks, CheckpointError for a model that gives no numbers.
     """
-    batch = inputs_BS.shape[0]
-    if max_new_tokens < 1:
-        raise ConfigError(f"At least 1 new token must be allowed, got {max_new_tokens}.")
+    batch, device, config = inputs_BS.shape[0], inputs_BS.device, model.config
+    limits = [max_new_tokens] * batch if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if min(limits, default=1) < 1:
+        raise ConfigError(f"At least 1 new token must be allowed, got {min(limits)}.")
     seeds = [seeds] * batch if isinstance(seeds, int) else list(seeds)
-    if len(seeds) != batch:
-        raise ConfigError(f"There are {len(seeds)} seeds for {batch} prompts; give one a prompt.")
-    if inputs_BS.shape[1] == 0 or (segments_BS is not None and not (segments_BS != 0).any(1).all()):
-        raise DataError("A prompt is empty: there is nothing to generate from.")
-    check_vocabulary(int(inputs_BS.max()), model.config.vocabulary_size)
+    for name, given in (("seeds", seeds), ("limits", limits)):
+        if len(given) != batch:
+            raise ConfigError(
+                f"There are {len(given)} {name} for {batch} prompts; give one a prompt."
+            )
+    check_prompts(model, inputs_BS, segments_BS)
 
-    config, device = model.config, inputs_BS.device
-    drawn_BT = uniforms(seeds, max_new_tokens).to(device) if sampling.temperature else None
+    longest = max(limits)
+    limit_B = torch.tensor(limits, device=device)
+    drawn_BT = uniforms(seeds, longest).to(device) if sampling.temperature else None
     token_B1 = torch.full((batch, 1), config.pad_id, device=device)
-    finished_B = torch.zeros(batch, dtype=torch.bool, device=device)
-    tokens: list[Tensor] = []
+    finished_B = over_B = torch.zeros(batch, dtype=torch.bool, device=device)
+    gradients = torch.is_grad_enabled()
     with evaluation_mode(model):
         encoded_BSD = encode_prompts(model, inputs_BS, segments_BS, encoder_capacity)
-        cache = StaticCache(model, encoded_BSD, max_new_tokens)
+        cache = StaticCache(model, encoded_BSD, longest)
         with dropless(model.decoder):
-            for step in range(max_new_tokens):
+            for step in range(longest):
                 output = model.decode(
                     token_B1, encoded_BSD, input_segments_BS=segments_BS, cache=cache
                 )
-                if step == 0 and not output.logits_BTV.isfinite().all():
-                    raise CheckpointError(
-                        "The model's logits are not finite: its weights are damaged, or too large "
-                        "for the number format that it computes in."
-                    )
+                if step == 0:
+                    check_finite(output.logits_BTV)
                 token_B = next_tokens(
                     output.logits_BTV[:, -1],
                     sampling,
                     None if drawn_BT is None else drawn_BT[:, step],
                 )
-                token_B = token_B.masked_fill(finished_B, config.pad_id)
-                finished_B = finished_B | (token_B == config.end_id)
-                tokens.append(token_B)
-                token_B1 = token_B[:, None]
-                if finished_B.all():
+                token_B = token_B.masked_fill(over_B, config.pad_id)
+                finished_B = finished_B | ((token_B == config.end_id) & ~over_B)
+                if ends is not None:
+                    finished_B = finished_B | _ended(ends, token_B, over_B)
+                over_B = finished_B | (limit_B <= step + 1)
+                with torch.set_grad_enabled(gradients):
+                    yield Step(token_B=token_B, finished_B=finished_B, over_B=over_B)
+                if over_B.all():
                     break
-    return Generated(tokens_BT=torch.stack(tokens, 1), finished_B=finished_B)
+                token_B1 = token_B[:, None]
+
+
+def _ended(ends: Ends, token_B: Tensor, over_B: Tensor) -> Tensor:
+    """Return which of the rows that still go on end with their new token."""
+    rows = zip(token_B.tolist(), over_B.tolist(), strict=True)
+    ended = [not over and ends(row, token) for row, (token, over) in enumerate(rows)]
+    return torch.tensor(ended, device=token_B.device)
+
+
+def check_prompts(model: SwitchTransformer, inputs_BS: Tensor, segments_BS: Tensor | None) -> None:
+    """Raise DataError for an empty prompt, or a token that the vocabulary lacks."""
+    if inputs_BS.shape[1] == 0 or (segments_BS is not None and not (segments_BS != 0).any(1).all()):
+        raise DataError("A prompt is empty: there is nothing to generate from.")
+    check_vocabulary(int(inputs_BS.max()), model.config.vocabulary_size)
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise CheckpointError for logits of a damaged model."""
+    if not logits.isfinite().all():
+        raise CheckpointError(
+            "The model's logits are not finite: its weights are damaged, or too large for the "
+            "number format that it computes in."
+        )
 
 
 def check_vocabulary(highest: int, vocabulary_size: int) -> None:

@@ -6,77 +6,15 @@ filled    def size(self): return self._size
 """
 
 import re
-from dataclasses import dataclass
 
 from switchlm.data.tokenizer import Tokenizer
 from switchlm.errors import DataError
-from switchlm.generation.decode import generate, pad_prompts
+from switchlm.generation.answer import answer
 from switchlm.generation.sampling import GREEDY, Sampling
 from switchlm.model.transformer import SwitchTransformer
 
 BLANK = re.compile(r"<extra_id_(\d+)>")
 TOKENS_A_BLANK = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What a model says to a text.
-
-    output: the decoded output, sentinels included. spans: the number of a blank to its span.
-    finished: false where the limit of tokens cut the output off.
-    """
-
-    output: str
-    spans: dict[int, str]
-    finished: bool
-
-
-def answer(
-    model: SwitchTransformer,
-    tokenizer: Tokenizer,
-    text: str,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
-    seed: int = 0,
-) -> Answer:
-    """Return what the model generates for `text`, which gets the end token as in training.
-
-    Raises DataError for an empty text, and for tokens that the model's vocabulary lacks.
-    """
-    ids = tokenizer.encode(text)
-    if not ids:
-        raise DataError("The text is empty: there is nothing to generate from.")
-    prompt = [*ids, model.config.end_id]
-    device = model.embedding.weight.device
-    inputs_BS, _ = pad_prompts([prompt], model.config.pad_id)
-    generated = generate(
-        model,
-        inputs_BS.to(device),
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        seeds=seed,
-    )
-    output = generated.rows(model.config.end_id)[0]
-    return Answer(
-        output=tokenizer.decode(output),
-        spans=read_spans(output, tokenizer),
-        finished=bool(generated.finished_B[0]),
-    )
-
-
-def read_spans(output: list[int], tokenizer: Tokenizer) -> dict[int, str]:
-    """Return the text after each sentinel up to the next one; the first span of a blank counts."""
-    number_of = {sentinel: number for number, sentinel in enumerate(tokenizer.sentinel_ids)}
-    spans: dict[int, list[int]] = {}
-    current: list[int] = []  # what comes before the first sentinel belongs to no blank
-    for token in output:
-        if token in number_of:
-            current = []
-            spans.setdefault(number_of[token], current)
-        else:
-            current.append(token)
-    return {number: tokenizer.decode(span) for number, span in spans.items()}
 
 
 def put_into_blanks(text: str, spans: dict[int, str]) -> str:

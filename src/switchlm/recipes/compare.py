@@ -25,7 +25,8 @@ from switchlm.checkpoint.run_folder import RunFolder
 from switchlm.config import read_yaml
 from switchlm.data.loader import Loader, open_data
 from switchlm.errors import ConfigError
-from switchlm.generation.fill import fill, put_into_blanks, read_spans
+from switchlm.generation.answer import read_spans
+from switchlm.generation.fill import fill, put_into_blanks
 from switchlm.model import count
 from switchlm.recipes.config import (
     RunConfig,

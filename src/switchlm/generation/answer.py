@@ -1,0 +1,203 @@
+"""Text in, text out: the whole answer, piece by piece, or the answers to many texts.
+
+A text gets the end token, as in training. What it is answered does not depend on how: alone, piece
+by piece, or in a batch with others.
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+
+from switchlm.data.tokenizer import Tokenizer
+from switchlm.errors import DataError
+from switchlm.generation.decode import pad_prompts, steps
+from switchlm.generation.sampling import GREEDY, Sampling
+from switchlm.generation.text_stream import TextStream
+from switchlm.model.transformer import SwitchTransformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a model says to a text.
+
+    output: the decoded output, sentinels included. spans: the number of a blank to its span.
+    finished: false where the limit of tokens cut the output off.
+    """
+
+    output: str
+    spans: dict[int, str]
+    finished: bool
+
+
+class Writer:
+    """One output as it is made: its tokens and its text, up to the first stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stream = TextStream(tokenizer, stops)
+        self._tokens: list[int] = []
+        self._output = ""
+
+    def push(self, token: int) -> bool:
+        """Add a token; return whether a stop string is complete."""
+        self._tokens.append(token)
+        self._output += self._stream.push(token)
+        return self._stream.stopped
+
+    def new(self, start: int) -> str:
+        """Return the text from that character on."""
+        return self._output[start:]
+
+    def close(self, finished: bool) -> Answer:
+        """Return all of it; call it once, when no more tokens come."""
+        self._output += self._stream.finish()
+        spans = read_spans(self._tokens, self._tokenizer, len(self._output))
+        return Answer(output=self._output, spans=spans, finished=finished or self._stream.stopped)
+
+
+def stream(
+    model: SwitchTransformer,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    stops: Sequence[str] = (),
+) -> Generator[str, None, Answer]:
+    """Yield the output in pieces that are never empty, as they come; return all of it.
+
+    stops: texts that end the output and stay out of it. Raises DataError for an empty text, and for
+    tokens that the model's vocabulary lacks, ConfigError for an empty stop string.
+    """
+    writer = Writer(tokenizer, stops)
+    inputs_BS, _ = pad_prompts([prompt_of(model, tokenizer, text)], model.config.pad_id)
+    finished, given = False, 0
+    for step in steps(
+        model,
+        inputs_BS.to(model.embedding.weight.device),
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seeds=seed,
+        ends=lambda row, token: writer.push(token),
+    ):
+        finished = bool(step.finished_B[0])
+        if piece := writer.new(given):
+            given += len(piece)
+            yield piece
+    said = writer.close(finished)
+    if piece := writer.new(given):
+        yield piece
+    return said
+
+
+def answer(
+    model: SwitchTransformer,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    stops: Sequence[str] = (),
+) -> Answer:
+    """Return what the model generates for `text`; arguments and errors are those of `stream`."""
+    pieces = stream(
+        model,
+        tokenizer,
+        text,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seed=seed,
+        stops=stops,
+    )
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            said: Answer = end.value
+            return said
+
+
+def answer_all(
+    model: SwitchTransformer,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int | Sequence[int],
+    batch_size: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    stops: Sequence[str] = (),
+) -> Iterator[tuple[int, Answer]]:
+    """Yield the number of each text and the answer to it, which is that of `answer`.
+
+    Texts of similar length share a padded batch, so they are answered out of order, the longest
+    first: what does not fit into memory shows at once. max_new_tokens: for all, or one a text.
+    Raises as `stream` does; an empty text is told by its number, from 1.
+    """
+    prompts = [prompt_of(model, tokenizer, text, place) for place, text in enumerate(texts, 1)]
+    limits = (
+        max_new_tokens if not isinstance(max_new_tokens, int) else [max_new_tokens] * len(texts)
+    )
+    device = model.embedding.weight.device
+    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    for first in range(0, len(order), batch_size):
+        places = order[first : first + batch_size]
+        writers = [Writer(tokenizer, stops) for _ in places]
+
+        def ends(row: int, token: int, writers: list[Writer] = writers) -> bool:
+            return writers[row].push(token)
+
+        inputs_BS, segments_BS = pad_prompts([prompts[p] for p in places], model.config.pad_id)
+        finished = [False] * len(places)
+        for step in steps(
+            model,
+            inputs_BS.to(device),
+            segments_BS.to(device),
+            max_new_tokens=[limits[p] for p in places],
+            sampling=sampling,
+            seeds=seed,
+            ends=ends,
+        ):
+            finished = step.finished_B.tolist()
+        for place, writer, ended in zip(places, writers, finished, strict=True):
+            yield place, writer.close(ended)
+
+
+def prompt_of(
+    model: SwitchTransformer, tokenizer: Tokenizer, text: str, place: int | None = None
+) -> list[int]:
+    """Return the tokens of a text and the end token. Raises DataError for an empty text."""
+    ids = tokenizer.encode(text)
+    if not ids:
+        which = "The text" if place is None else f"Text {place}"
+        raise DataError(f"{which} is empty: there is nothing to generate from.")
+    return [*ids, model.config.end_id]
+
+
+def read_spans(
+    output: list[int], tokenizer: Tokenizer, length: int | None = None
+) -> dict[int, str]:
+    """Return the text after each sentinel up to the next one; the first span of a blank counts.
+
+    length: read so many characters of the decoded output; None reads all.
+    """
+    number_of = {sentinel: number for number, sentinel in enumerate(tokenizer.sentinel_ids)}
+    runs: list[tuple[int | None, list[int]]] = [(None, [])]  # the first belongs to no blank
+    for token in output:
+        if token in number_of:
+            runs.append((number_of[token], []))
+        else:
+            runs[-1][1].append(token)
+    spans: dict[int, str] = {}
+    left = len(tokenizer.decode(output)) if length is None else length
+    for number, tokens in runs:
+        if number is not None:
+            left -= len(tokenizer.decode([tokenizer.sentinel_ids[number]]))
+            if left < 0:
+                break  # a stop string cut the sentinel itself
+        text = tokenizer.decode(tokens)[:left]
+        left -= len(text)
+        if number is not None:
+            spans.setdefault(number, text)
+    return spans

@@ -1,0 +1,119 @@
+import pytest
+import torch
+
+from switchlm.data.tokenizer import Tokenizer
+from switchlm.errors import ConfigError, DataError
+from switchlm.generation.answer import answer, answer_all, read_spans, stream
+from switchlm.generation.sampling import GREEDY, Sampling
+
+TOKENIZER = Tokenizer.bytes()
+TEXTS = ["def <extra_id_0>(self)", "x", "größe <extra_id_0>", "a <extra_id_0> " * 5, "x", "return"]
+
+
+def drain(pieces):
+    found = []
+    while True:
+        try:
+            found.append(next(pieces))
+        except StopIteration as end:
+            return found, end.value
+
+
+def test_pieces_add_up_to_the_answer_and_hold_whole_characters(build, saying):
+    text = "<extra_id_0>größe<extra_id_1>€!"
+    found, said = drain(stream(saying(build(), text), TOKENIZER, "x", max_new_tokens=50))
+    assert found == ["<extra_id_0>", "g", "r", "ö", "ß", "e", "<extra_id_1>", "€", "!"]
+    assert said.output == text
+    assert said.spans == {0: "größe", 1: "€!"}
+    assert said.finished
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.5)])
+def test_streaming_changes_nothing(build, sampling):
+    model = build()
+    options = {"max_new_tokens": 40, "sampling": sampling, "seed": 3}
+    whole = answer(model, TOKENIZER, TEXTS[0], **options)
+    found, said = drain(stream(model, TOKENIZER, TEXTS[0], **options))
+    assert said == whole
+    assert "".join(found) == whole.output
+    stop = whole.output[3:6]
+    expected = whole.output[: whole.output.index(stop)]
+    found, said = drain(stream(model, TOKENIZER, TEXTS[0], stops=[stop], **options))
+    assert "".join(found) == said.output == expected
+    assert said.finished
+
+
+def test_a_stop_string_ends_the_work_and_stays_out(build, saying):
+    model = saying(build(), "<extra_id_0>one two<extra_id_1>three")
+    calls, decode = [], model.decode
+    model.decode = lambda *inputs, **options: calls.append(1) or decode(*inputs, **options)
+    said = answer(model, TOKENIZER, "x", max_new_tokens=50, stops=["zzz", " tw", "three"])
+    assert said.output == "<extra_id_0>one"
+    assert said.spans == {0: "one"}
+    assert said.finished
+    assert len(calls) == 7
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_p=0.9)])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 10])
+def test_many_texts_get_what_each_gets_alone(build, batch_size, sampling):
+    model = build(router={"mode": "hf", "expert_capacity": 1})
+    limits = [9, 30, 12, 20, 30, 1]
+    options = {"sampling": sampling, "seed": 5, "stops": ["e", "7"]}
+    found = dict(
+        answer_all(model, TOKENIZER, TEXTS, max_new_tokens=limits, batch_size=batch_size, **options)
+    )
+    alone = [
+        answer(model, TOKENIZER, text, max_new_tokens=limit, **options)
+        for text, limit in zip(TEXTS, limits, strict=True)
+    ]
+    assert [found[place] for place in range(len(TEXTS))] == alone
+    assert len({said.output for said in alone}) > 3, "a test on dull outputs is none"
+
+
+def test_texts_of_a_batch_are_of_similar_length(build):
+    model, shapes = build(), []
+    original = model.encode
+
+    def encode(inputs_BS, segments_BS=None):
+        shapes.append(tuple(inputs_BS.shape))
+        return original(inputs_BS, segments_BS)
+
+    model.encode = encode
+    list(
+        answer_all(model, TOKENIZER, ["a", "b" * 9, "cc", "d" * 8], max_new_tokens=1, batch_size=2)
+    )
+    assert shapes == [(2, 10), (2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("length", "spans"),
+    [
+        (None, {0: "ab", 1: "c"}),
+        (99, {0: "ab", 1: "c"}),
+        (14, {0: "a"}),
+        (20, {0: "ab"}),
+        (27, {0: "ab", 1: ""}),
+        (5, {}),
+    ],
+)
+def test_spans_end_where_the_output_was_cut(length, spans):
+    output = TOKENIZER.encode("x<extra_id_0>ab<extra_id_1>c<extra_id_0>d")
+    assert read_spans(output, TOKENIZER, length) == spans
+
+
+def test_mistakes_are_told(build):
+    model = build()
+    with pytest.raises(DataError, match="Text 2 is empty"):
+        list(answer_all(model, TOKENIZER, ["a", ""], max_new_tokens=1, batch_size=2))
+    with pytest.raises(ConfigError, match="stop string is empty"):
+        answer(model, TOKENIZER, "a", max_new_tokens=1, stops=[""])
+
+
+def test_gradients_still_flow_after_a_stream_was_left_alone(build):
+    model = build().train()
+    pieces = stream(model, TOKENIZER, "a", max_new_tokens=30)
+    next(pieces)
+    pieces.close()
+    assert model.training
+    assert torch.is_grad_enabled()

@@ -45,13 +45,15 @@ def write(name: str, scale: Figures, root: Path, *, draft: bool) -> None:
     """Put what is finished below ROOT into the record and the pages, and print it."""
     seeds = gather(root)
     record: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    record[name] = {"configuration": scale, "seeds": seeds}
+    if seeds:  # the runs of what was recorded elsewhere may be gone
+        record[name] = {"configuration": scale, "seeds": seeds}
     if not draft:
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
         page = "\n\n".join(["# A study of one pair", *measured(record)])
         RECORD.with_suffix(".md").write_text(page + "\n", encoding="utf-8")
         RESULTS.write_text(results(record), encoding="utf-8")
-    print(study(name, scale, list(seeds.values())))
+    kept = record.get(name, {"seeds": {}})["seeds"]
+    print(study(name, scale, list(kept.values())))
 
 
 def gather(root: Path) -> dict[str, dict[str, Figures]]:

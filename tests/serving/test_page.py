@@ -120,9 +120,7 @@ def colours(page, stack=0):
 
 def test_a_text_is_filled_and_its_tokens_coloured_by_their_experts(visit, url):
     page = visit(url)
-    page.evaluate(WATCH)
     fill(page)
-    assert len(set(page.evaluate("seen"))) > 3  # it is shown while it comes
     options = {"temperature": 0, "top_p": 1, "seed": 0, "max_tokens": 12}
     filled = ask(url, "v1/fill", text=TEXT, **options)
     assert page.locator("#result").inner_text() == filled["filled"]
@@ -254,6 +252,24 @@ def test_the_server_s_errors_are_shown_as_text(visit, url):
     assert page.locator("#error").is_hidden()
 
 
+def test_the_blanks_fill_up_while_the_output_comes(visit, url):
+    page = visit(url)
+    output = "<extra_id_0>size<extra_id_1>1"
+    last = {"output": output, "filled": "", "finished": True, "spans": {"0": "size", "1": "1"}}
+    events = [*({"output": output[:end]} for end in range(len(output))), last]
+    body = "".join(f"data: {event}\n\n" for event in [*map(json.dumps, events), "[DONE]"])
+    page.route(
+        "**/v1/fill", lambda route: route.fulfill(content_type="text/event-stream", body=body)
+    )
+    page.evaluate(WATCH)
+    fill(page, "f<extra_id_0>(<extra_id_1>)")
+    seen = page.evaluate("seen")
+    assert seen[-1] == "fsize(1)"
+    for part in ("fs(<extra_id_1>)", "fsiz(<extra_id_1>)", "fsize(1)"):
+        assert part in seen
+    assert "Done in" in page.inner_text("#status")
+
+
 def test_what_comes_from_the_server_is_never_taken_for_html(visit, url):
     page = visit(url)
     evil = "<img src=x onerror='document.title=1'>"
@@ -328,7 +344,9 @@ def test_a_dense_model_and_a_text_without_blanks(visit, url):
     dense = {"tokens": ["a", "</s>"], "layers": []}
     answer = {"model": "m", "num_experts": 0, "encoder": dense, "decoder": dense}
     page.route("**/v1/route", lambda route: route.fulfill(json=answer))
+    page.evaluate(WATCH)
     fill(page, "translate: a")
+    assert len(set(page.evaluate("seen"))) > 3  # it is shown while it comes
     assert page.inner_text("#result-title") == "Answer"
     assert page.inner_text("#result")
     assert "dense" in page.inner_text("#routing-note")

@@ -21,6 +21,7 @@ LAYERS = [
     {"checkpoint", "parallel"},
     {"generation"},
     {"evaluation", "compression", "export"},
+    {"transformers"},
     {"training", "report"},
     {"recipes"},
     {"cli"},

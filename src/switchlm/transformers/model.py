@@ -1,0 +1,239 @@
+"""A PreTrainedModel around our model.
+
+Shapes: B batch, S source, T target, D d_model, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+
+from switchlm.checkpoint import huggingface
+from switchlm.checkpoint.hub import find_model
+from switchlm.checkpoint.write_config import family_of, write_config
+from switchlm.data.tokenizer import Tokenizer
+from switchlm.errors import ConfigError
+from switchlm.generation.inference import dropless
+from switchlm.model.losses import cross_entropy, routing_losses
+from switchlm.model.routing import Routing
+from switchlm.model.transformer import SwitchTransformer, shift_right
+from switchlm.transformers.cache import TheirCache
+
+IGNORED = -100  # a label that does not count
+GENERATION_CONFIG = "generation_config.json"
+# What transformers calls the cache, in forward and in its outputs, depends on its version.
+CACHE = next(
+    field.name
+    for field in dataclasses.fields(Seq2SeqLMOutput)
+    if field.name in ("cache", "past_key_values")
+)
+
+
+class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Our model, sparse or dense, where existing code wants one of transformers.
+
+    Make it with `from_pretrained`, or around a model of ours: `(model, tokenizer)`. `model` is that
+    model. Where it differs from transformers' class of this name: parameters have our names
+    (`query`, `key`, `value`, `output`, `up`, `down`; for PEFT's target_modules), experts are
+    stacked, the loss has the routers' losses as configured, and `generate` drops no token.
+    """
+
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _can_compile_fullgraph = False
+
+    def __init__(self, model: SwitchTransformer, tokenizer: Tokenizer | None = None) -> None:
+        if not isinstance(model, SwitchTransformer):
+            raise ConfigError(
+                f"This takes a switchlm model, got {type(model).__name__}. Read one with "
+                "from_pretrained, or make one: SwitchTransformer(switchlm.preset('nano'))."
+            )
+        values = write_config(model.config, str(model.embedding.weight.dtype)[len("torch.") :])
+        kind = "T5Config" if family_of(model.config) == "t5" else "SwitchTransformersConfig"
+        values = {key: value for key, value in values.items() if key != "model_type"}
+        super().__init__(getattr(transformers, kind)(**values))
+        self.model = model
+        self.tokenizer = tokenizer
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        dtype: torch.dtype | str | None = None,
+        device_map: torch.device | str | None = None,
+        **options: Any,
+    ) -> "SwitchTransformersForConditionalGeneration":
+        """Load what switchlm.load loads: a run, a model folder, or a hub name, in eval mode.
+
+        dtype: a torch.dtype or its name; `auto` and None keep that of the files. device_map: one
+        device; `auto` is the GPU if there is one. Raises ConfigError for other options.
+        """
+        dtype = options.pop("torch_dtype", dtype)
+        _refuse(options, "from_pretrained")
+        if isinstance(dtype, str):
+            named = None if dtype == "auto" else getattr(torch, dtype, None)
+            if dtype != "auto" and not isinstance(named, torch.dtype):
+                raise ConfigError(f"There is no dtype {dtype!r}; bfloat16 is one, for example.")
+            dtype = named
+        if device_map == "auto":
+            device_map = "cuda" if torch.cuda.is_available() else "cpu"
+        where = {"revision": revision, "local_files_only": local_files_only}
+        model, tokenizer = huggingface.load(
+            pretrained_model_name_or_path,
+            dtype=cast("torch.dtype | None", dtype),
+            device=device_map or "cpu",
+            **where,  # type: ignore[arg-type]
+        )
+        folder = find_model(pretrained_model_name_or_path, **where)  # type: ignore[arg-type]
+        self = cls(model, tokenizer)
+        if (folder / GENERATION_CONFIG).is_file():
+            self.generation_config = GenerationConfig.from_pretrained(folder)
+        return self.eval()
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *, is_main_process: bool = True, **options: Any
+    ) -> None:
+        """Save what switchlm.load and transformers load; see checkpoint.huggingface.save."""
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        tokenizer = self.tokenizer
+        if (folder / huggingface.TOKENIZER).is_file():
+            tokenizer = Tokenizer.load(folder)
+        huggingface.save(self.model, tokenizer, folder)
+        self.generation_config.save_pretrained(folder)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Return a Seq2SeqLMOutput: loss where there are labels, logits_BTV, cache where given.
+
+        The loss is the mean negative log likelihood of labels other than -100, in nats, plus the
+        balance and z-losses of the routers, weighted as the model's configuration says. Capacity is
+        enforced as configured; `generate` lifts it. Raises ConfigError for other inputs.
+        """
+        _refuse(options, "forward")
+        cache = cache if past_key_values is None else past_key_values
+        segments_BS = None if attention_mask is None else (attention_mask != 0).int()
+        encoder_routing: tuple[Routing, ...] = ()
+        if encoder_outputs is not None:
+            encoded_BSD = encoder_outputs[0]
+        elif input_ids is not None:
+            encoded_BSD, encoder_routing = self.model.encode(input_ids, segments_BS)
+        else:
+            raise ConfigError("There are neither input_ids nor encoder_outputs.")
+        if decoder_input_ids is None:
+            if labels is None:
+                raise ConfigError("There are neither labels nor decoder_input_ids.")
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        target_segments_BT = None
+        if decoder_attention_mask is not None and cache is None:
+            target_segments_BT = (decoder_attention_mask != 0).int()
+        output = self.model.decode(
+            decoder_input_ids,
+            encoded_BSD,
+            input_segments_BS=segments_BS,
+            target_segments_BT=target_segments_BT,
+            cache=None if cache is None else TheirCache(cache, self.model.decoder, encoded_BSD),
+        )
+        output = dataclasses.replace(output, encoder_routing=encoder_routing)
+        loss = None
+        if labels is not None:
+            counts_BT = labels != IGNORED
+            total, count = cross_entropy(
+                output.logits_BTV, labels.masked_fill(~counts_BT, 0), counts_BT
+            )
+            loss = total / count + sum(routing_losses(output, self.model.config))
+        answer: Any = Seq2SeqLMOutput(
+            loss=loss,
+            logits=output.logits_BTV,
+            encoder_last_hidden_state=encoded_BSD,
+            **{CACHE: cache},
+        )
+        return answer.to_tuple() if return_dict is False else answer
+
+    @torch.no_grad()
+    def generate(self, *inputs: Any, **options: Any) -> Any:
+        """Generate as transformers does, but drop no token, whatever capacity is configured.
+
+        So a row's output does not depend on the others, nor on padding.
+        """
+        with dropless(self.model):
+            return super().generate(*inputs, **options)
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """Return the labels one place later, led by padding, which also stands for -100."""
+        pad_id = self.model.config.pad_id
+        return shift_right(labels.masked_fill(labels == IGNORED, pad_id), None, pad_id)
+
+    def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
+        """Return the encoder as a module of its own, input_ids to a BaseModelOutput."""
+        return _Encoder(self.model.encode)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding, which is the output's too where the head is tied."""
+        return self.model.embedding
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the head, None where the embedding serves."""
+        return self.model.head
+
+    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        self._checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations for the backward pass."""
+        self._checkpointing(False)
+
+    def _checkpointing(self, on: bool) -> None:
+        for stack in (self.model.encoder, self.model.decoder):
+            stack.activation_checkpointing = on
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave all as it is: the model came with its weights."""
+
+
+class _Encoder(nn.Module):
+    """What `generate` calls once. It has no parameters, since the model has them already."""
+
+    def __init__(self, encode: Callable[..., tuple[Tensor, Any]]) -> None:
+        super().__init__()
+        self.encode = encode
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Any:
+        segments_BS = None if attention_mask is None else (attention_mask != 0).int()
+        return BaseModelOutput(last_hidden_state=self.encode(input_ids, segments_BS)[0])
+
+
+def _refuse(options: dict[str, Any], what: str) -> None:
+    """Raise ConfigError for an option that is asked for and not known."""
+    for name, value in options.items():
+        if value is not None and value is not False:
+            raise ConfigError(
+                f"{what} does not know {name}={str(value)[:80]!r} here; leave it out."
+            )

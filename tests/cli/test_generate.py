@@ -51,6 +51,21 @@ def test_stop_strings_end_the_output(run_json, nano):
     assert cut["finished"]
 
 
+def test_beams_are_all_in_the_json_and_the_best_is_printed(run, run_json, nano, tmp_path):
+    line = ("generate", "--model", nano, TEXT, "--max-new-tokens", 8, "--beams", 3)
+    found = run_json(*line, "--length-penalty", 0.5)
+    assert len(found["beams"]) == 3
+    assert found["output"] == found["beams"][0]["output"]
+    scores = [each["score"] for each in found["beams"]]
+    assert scores == sorted(scores, reverse=True)
+    assert run(*line, "--length-penalty", 0.5).stdout == found["output"] + "\n"
+    greedy = run_json("generate", "--model", nano, TEXT, "--max-new-tokens", 8)
+    assert run_json(*line, "--beams", 1)["output"] == greedy["output"]
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    many = run("generate", "--model", nano, "--input", tmp_path / "a.txt", *line[4:])
+    assert json.loads(many.stdout)["output"] == run_json(*line)["output"]
+
+
 LINES = ["a <extra_id_0> b", "größe <extra_id_0>", "x <extra_id_0> <extra_id_1> and much more"]
 
 
@@ -119,6 +134,10 @@ def test_a_file_that_is_not_there_is_told(refuse, nano, tmp_path):
         (["text", "--top-k", "0"], "top-k must be at least 1"),
         (["text", "--greedy", "--top-k", "5"], "--greedy leaves no room"),
         (["a long text", "--max-input-tokens", "3"], "11 tokens, more than 3"),
+        (["text", "--beams", "2", "--top-k", "3"], "--beams leaves no room"),
+        (["text", "--beams", "2", "--stream"], "--beams leaves no room"),
+        (["text", "--length-penalty", "2"], "are of --beams"),
+        (["text", "--beams", "999"], "999 beams are too many"),
         (["text", "--stop", ""], "stop string is empty"),
         (["text", "--stream", "--json"], "--stream prints the output as it comes"),
         (["text", "--output", "a.jsonl"], "give --input too"),

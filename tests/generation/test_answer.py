@@ -3,11 +3,11 @@ import torch
 
 from switchlm.data.tokenizer import Tokenizer
 from switchlm.errors import ConfigError, DataError
-from switchlm.generation.answer import answer, answer_all, read_spans, stream
+from switchlm.generation.answer import answer, read_spans, stream
 from switchlm.generation.sampling import GREEDY, Sampling
 
 TOKENIZER = Tokenizer.bytes()
-TEXTS = ["def <extra_id_0>(self)", "x", "größe <extra_id_0>", "a <extra_id_0> " * 5, "x", "return"]
+TEXT = "def <extra_id_0>(self)"
 
 
 def drain(pieces):
@@ -32,13 +32,13 @@ def test_pieces_add_up_to_the_answer_and_hold_whole_characters(build, saying):
 def test_streaming_changes_nothing(build, sampling):
     model = build()
     options = {"max_new_tokens": 40, "sampling": sampling, "seed": 3}
-    whole = answer(model, TOKENIZER, TEXTS[0], **options)
-    found, said = drain(stream(model, TOKENIZER, TEXTS[0], **options))
+    whole = answer(model, TOKENIZER, TEXT, **options)
+    found, said = drain(stream(model, TOKENIZER, TEXT, **options))
     assert said == whole
     assert "".join(found) == whole.output
     stop = whole.output[3:6]
     expected = whole.output[: whole.output.index(stop)]
-    found, said = drain(stream(model, TOKENIZER, TEXTS[0], stops=[stop], **options))
+    found, said = drain(stream(model, TOKENIZER, TEXT, stops=[stop], **options))
     assert "".join(found) == said.output == expected
     assert said.finished
 
@@ -52,38 +52,6 @@ def test_a_stop_string_ends_the_work_and_stays_out(build, saying):
     assert said.spans == {0: "one"}
     assert said.finished
     assert len(calls) == 7
-
-
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_p=0.9)])
-@pytest.mark.parametrize("batch_size", [1, 2, 4, 10])
-def test_many_texts_get_what_each_gets_alone(build, batch_size, sampling):
-    model = build(router={"mode": "hf", "expert_capacity": 1})
-    limits = [9, 30, 12, 20, 30, 1]
-    options = {"sampling": sampling, "seed": 5, "stops": ["e", "7"]}
-    found = dict(
-        answer_all(model, TOKENIZER, TEXTS, max_new_tokens=limits, batch_size=batch_size, **options)
-    )
-    alone = [
-        answer(model, TOKENIZER, text, max_new_tokens=limit, **options)
-        for text, limit in zip(TEXTS, limits, strict=True)
-    ]
-    assert [found[place] for place in range(len(TEXTS))] == alone
-    assert len({said.output for said in alone}) > 3, "a test on dull outputs is none"
-
-
-def test_texts_of_a_batch_are_of_similar_length(build):
-    model, shapes = build(), []
-    original = model.encode
-
-    def encode(inputs_BS, segments_BS=None):
-        shapes.append(tuple(inputs_BS.shape))
-        return original(inputs_BS, segments_BS)
-
-    model.encode = encode
-    list(
-        answer_all(model, TOKENIZER, ["a", "b" * 9, "cc", "d" * 8], max_new_tokens=1, batch_size=2)
-    )
-    assert shapes == [(2, 10), (2, 3)]
 
 
 @pytest.mark.parametrize(
@@ -104,8 +72,8 @@ def test_spans_end_where_the_output_was_cut(length, spans):
 
 def test_mistakes_are_told(build):
     model = build()
-    with pytest.raises(DataError, match="Text 2 is empty"):
-        list(answer_all(model, TOKENIZER, ["a", ""], max_new_tokens=1, batch_size=2))
+    with pytest.raises(DataError, match="text is empty"):
+        answer(model, TOKENIZER, "", max_new_tokens=1)
     with pytest.raises(ConfigError, match="stop string is empty"):
         answer(model, TOKENIZER, "a", max_new_tokens=1, stops=[""])
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,7 @@ from switchlm.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from switchlm.data.tokenizer import Tokenizer
     from switchlm.generation.answer import Answer
+    from switchlm.generation.beam import Beams
     from switchlm.generation.sampling import Sampling
     from switchlm.model.transformer import SwitchTransformer
 
@@ -49,6 +51,15 @@ def generate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop there; 32 a blank if left out.")
     ] = None,
+    beams: Annotated[
+        int | None, typer.Option(min=1, help="Search with so many beams; --json shows them all.")
+    ] = None,
+    length_penalty: Annotated[
+        float | None, typer.Option(help="Of --beams: above 0 favours long outputs; 1 if left out.")
+    ] = None,
+    early_stopping: Annotated[
+        bool, typer.Option("--early-stopping", help="Of --beams: stop when as many have ended.")
+    ] = False,
     stop: Annotated[
         list[str] | None, typer.Option(help="Stop before this text; may be repeated.")
     ] = None,
@@ -79,9 +90,16 @@ def generate(
         )
     records = _records(text, input_file, output_file)
     sampling = _sampling(greedy, temperature, top_k, top_p)
+    search = _beams(beams, length_penalty, early_stopping)
+    if search is not None and (stream or greedy or sampling.temperature):
+        raise ConfigError(
+            "--beams leaves no room for --greedy and sampling, and its output is known only at the "
+            "end, which leaves none for --stream."
+        )
     loaded, tokenizer = open_model(model, device, expert_memory)
+    stops = tuple(stop or ())
     job = _Job(
-        loaded, tokenizer, sampling, seed, tuple(stop or ()), max_new_tokens, max_input_tokens, fill
+        loaded, tokenizer, sampling, search, seed, stops, max_new_tokens, max_input_tokens, fill
     )
     usage = Usage(loaded)
     if many:
@@ -138,6 +156,17 @@ def _sampling(
     )
 
 
+def _beams(width: int | None, length_penalty: float | None, early_stopping: bool) -> "Beams | None":
+    from switchlm.generation.beam import Beams
+
+    if width is None:
+        if length_penalty is not None or early_stopping:
+            raise ConfigError("--length-penalty and --early-stopping are of --beams: give it too.")
+        return None
+    penalty = 1.0 if length_penalty is None else length_penalty
+    return Beams(width=width, length_penalty=penalty, early_stopping=early_stopping)
+
+
 @dataclass(frozen=True)
 class _Job:
     """A model and how it shall answer."""
@@ -145,15 +174,12 @@ class _Job:
     model: "SwitchTransformer"
     tokenizer: "Tokenizer"
     sampling: "Sampling"
+    beams: "Beams | None"
     seed: int
     stops: tuple[str, ...]
     max_new_tokens: int | None
     max_input_tokens: int
     fill: bool
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {"sampling": self.sampling, "seed": self.seed, "stops": self.stops}
 
     def limit(self, text: str) -> int:
         """Return how many tokens the output may have. Raises DataError for a text that will not do.
@@ -173,13 +199,9 @@ class _Job:
         return self.max_new_tokens or filling.TOKENS_A_BLANK * num_blanks
 
     def answer(self, record: dict[str, Any]) -> dict[str, Any]:
-        from switchlm.generation.answer import answer
-
-        text = record["text"]
-        said = answer(
-            self.model, self.tokenizer, text, max_new_tokens=self.limit(text), **self._options
-        )
-        return self._result(record, said)
+        """Return the result of one record."""
+        ((_, result),) = self._results([record], 1)
+        return result
 
     def stream(self, record: dict[str, Any]) -> dict[str, Any]:
         """Print the output as it comes."""
@@ -187,7 +209,13 @@ class _Job:
 
         text = record["text"]
         pieces = stream(
-            self.model, self.tokenizer, text, max_new_tokens=self.limit(text), **self._options
+            self.model,
+            self.tokenizer,
+            text,
+            max_new_tokens=self.limit(text),
+            sampling=self.sampling,
+            seed=self.seed,
+            stops=self.stops,
         )
         while True:
             try:
@@ -198,23 +226,42 @@ class _Job:
 
     def answer_all(self, records: list[dict[str, Any]], batch_size: int) -> list[dict[str, Any]]:
         """Return the results in the order of the records, and show how far it is."""
-        from switchlm.generation.answer import answer_all
-
-        texts = [record["text"] for record in records]
         results: list[dict[str, Any]] = [{} for _ in records]
-        found = answer_all(
-            self.model,
-            self.tokenizer,
-            texts,
-            max_new_tokens=self._limits(texts),
-            batch_size=batch_size,
-            **self._options,
-        )
-        with counting("texts", len(texts)) as show:
-            for done, (place, said) in enumerate(found, 1):
-                results[place] = self._result(records[place], said)
+        with counting("texts", len(records)) as show:
+            for done, (place, result) in enumerate(self._results(records, batch_size), 1):
+                results[place] = result
                 show(done)
         return results
+
+    def _results(
+        self, records: list[dict[str, Any]], batch_size: int
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the number of each record and its result, in the order of the work."""
+        from switchlm.generation.many_answers import answer_all, best_answers
+
+        texts = [record["text"] for record in records]
+        limits = self._limits(texts)
+        options: dict[str, Any] = {
+            "max_new_tokens": limits,
+            "batch_size": batch_size,
+            "stops": self.stops,
+        }
+        if self.beams is None:
+            for place, said in answer_all(
+                self.model,
+                self.tokenizer,
+                texts,
+                sampling=self.sampling,
+                seed=self.seed,
+                **options,
+            ):
+                yield place, self._result(records[place], said)
+            return
+        for place, found in best_answers(
+            self.model, self.tokenizer, texts, beams=self.beams, **options
+        ):
+            result = self._result(records[place], found[0])
+            yield place, {**result, "beams": [dataclasses.asdict(each) for each in found]}
 
     def _limits(self, texts: list[str]) -> list[int]:
         limits = []
@@ -222,6 +269,8 @@ class _Job:
             try:
                 limits.append(self.limit(text))
             except DataError as error:
+                if len(texts) == 1:
+                    raise
                 raise DataError(f"Line {number}: {error}") from None
         return limits
 
@@ -232,7 +281,7 @@ class _Job:
     def _result(self, record: dict[str, Any], said: "Answer") -> dict[str, Any]:
         from switchlm.generation.fill import put_into_blanks
 
-        result = {**record, **dataclasses.asdict(said)}
+        result = {**record, "output": said.output, "spans": said.spans, "finished": said.finished}
         if self.fill:
             result["filled"] = put_into_blanks(record["text"], said.spans)
         return result

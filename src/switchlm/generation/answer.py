@@ -1,10 +1,10 @@
-"""Text in, text out: the whole answer, piece by piece, or the answers to many texts.
+"""Text in, text out: the whole answer, or piece by piece as it comes (see also many_answers.py).
 
 A text gets the end token, as in training. What it is answered does not depend on how: alone, piece
 by piece, or in a batch with others.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from switchlm.data.tokenizer import Tokenizer
@@ -116,52 +116,6 @@ def answer(
         except StopIteration as end:
             said: Answer = end.value
             return said
-
-
-def answer_all(
-    model: SwitchTransformer,
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    *,
-    max_new_tokens: int | Sequence[int],
-    batch_size: int,
-    sampling: Sampling = GREEDY,
-    seed: int = 0,
-    stops: Sequence[str] = (),
-) -> Iterator[tuple[int, Answer]]:
-    """Yield the number of each text and the answer to it, which is that of `answer`.
-
-    Texts of similar length share a padded batch, so they are answered out of order, the longest
-    first: what does not fit into memory shows at once. max_new_tokens: for all, or one a text.
-    Raises as `stream` does; an empty text is told by its number, from 1.
-    """
-    prompts = [prompt_of(model, tokenizer, text, place) for place, text in enumerate(texts, 1)]
-    limits = (
-        max_new_tokens if not isinstance(max_new_tokens, int) else [max_new_tokens] * len(texts)
-    )
-    device = model.embedding.weight.device
-    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-    for first in range(0, len(order), batch_size):
-        places = order[first : first + batch_size]
-        writers = [Writer(tokenizer, stops) for _ in places]
-
-        def ends(row: int, token: int, writers: list[Writer] = writers) -> bool:
-            return writers[row].push(token)
-
-        inputs_BS, segments_BS = pad_prompts([prompts[p] for p in places], model.config.pad_id)
-        finished = [False] * len(places)
-        for step in steps(
-            model,
-            inputs_BS.to(device),
-            segments_BS.to(device),
-            max_new_tokens=[limits[p] for p in places],
-            sampling=sampling,
-            seeds=seed,
-            ends=ends,
-        ):
-            finished = step.finished_B.tolist()
-        for place, writer, ended in zip(places, writers, finished, strict=True):
-            yield place, writer.close(ended)
 
 
 def prompt_of(

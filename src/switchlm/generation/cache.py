@@ -59,3 +59,12 @@ class StaticCache:
         for store in self._stores:
             store.position_T = position_T
         return position_T, self._places_M
+
+    def reorder(self, row_B: Tensor) -> None:
+        """Let every row go on from the self-attention of another, `row_B`, int64, as beams do.
+
+        The rows of one prompt look at one encoder output, so cross-attention stays where it is.
+        """
+        for store in self._stores:
+            for kept in (store.keys_BHMK, store.values_BHMK):
+                kept[:, :, : self.length] = kept[:, :, : self.length].index_select(0, row_B)

@@ -107,15 +107,10 @@ def steps(
     prompt or a token that the vocabulary lacks, CheckpointError for a model that gives no numbers.
     """
     batch, device, config = inputs_BS.shape[0], inputs_BS.device, model.config
-    limits = [max_new_tokens] * batch if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    if min(limits, default=1) < 1:
-        raise ConfigError(f"At least 1 new token must be allowed, got {min(limits)}.")
+    limits = limits_of(max_new_tokens, batch)
     seeds = [seeds] * batch if isinstance(seeds, int) else list(seeds)
-    for name, given in (("seeds", seeds), ("limits", limits)):
-        if len(given) != batch:
-            raise ConfigError(
-                f"There are {len(given)} {name} for {batch} prompts; give one a prompt."
-            )
+    if len(seeds) != batch:
+        raise ConfigError(f"There are {len(seeds)} seeds for {batch} prompts; give one a prompt.")
     check_prompts(model, inputs_BS, segments_BS)
 
     longest = max(limits)
@@ -156,6 +151,16 @@ def _ended(ends: Ends, token_B: Tensor, over_B: Tensor) -> Tensor:
     rows = zip(token_B.tolist(), over_B.tolist(), strict=True)
     ended = [not over and ends(row, token) for row, (token, over) in enumerate(rows)]
     return torch.tensor(ended, device=token_B.device)
+
+
+def limits_of(max_new_tokens: int | Sequence[int], batch: int) -> list[int]:
+    """Return the limit of every prompt. Raises ConfigError where that makes no sense."""
+    limits = [max_new_tokens] * batch if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if min(limits, default=1) < 1:
+        raise ConfigError(f"At least 1 new token must be allowed, got {min(limits)}.")
+    if len(limits) != batch:
+        raise ConfigError(f"There are {len(limits)} limits for {batch} prompts; give one a prompt.")
+    return limits
 
 
 def check_prompts(model: SwitchTransformer, inputs_BS: Tensor, segments_BS: Tensor | None) -> None:

@@ -7,11 +7,12 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from switchlm.checkpoint import huggingface
 from switchlm.data.tokenizer import Tokenizer
-from switchlm.errors import ConfigError, MissingExtraError
+from switchlm.errors import CheckpointError, ConfigError, MissingExtraError
 from switchlm.generation.decode import generate
 from switchlm.model.config import RouterConfig
 from switchlm.model.presets import preset
@@ -172,6 +173,69 @@ def test_what_is_saved_is_loaded_by_both(ours, batch, tmp_path):
     )
     assert half.dtype == torch.bfloat16
     assert not half.training
+
+
+def test_saving_leaves_other_files_and_mends_the_weights(ours, tmp_path):
+    (tmp_path / "optimizer.pt").write_text("momentum")
+    (tmp_path / "model-00001-of-00002.safetensors").write_text("old")
+    Tokenizer.bytes(50).save(tmp_path)
+    ours.save_pretrained(tmp_path)
+    ours.save_pretrained(tmp_path)
+    assert (tmp_path / "optimizer.pt").read_text() == "momentum"
+    again = SwitchTransformersForConditionalGeneration.from_pretrained(tmp_path)
+    assert len(again.tokenizer.sentinel_ids) == 50
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_saved_tensors_are_loaded_in_place_as_trainer_does(ours, tmp_path):
+    ours.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    expected = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(1.0)
+    result = ours.load_state_dict(saved, strict=False)
+    assert result.missing_keys == result.unexpected_keys == []
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, expected[name])
+    ours.load_state_dict(expected)
+    saved["more"] = saved.pop("shared.weight")
+    result = ours.load_state_dict(saved, strict=False)
+    assert (result.missing_keys, result.unexpected_keys) == (["shared.weight"], ["more"])
+    with pytest.raises(CheckpointError, match="1 tensors are missing and 1 unknown"):
+        ours.load_state_dict(saved)
+    with pytest.raises(CheckpointError, match=r"shared.weight is \[2\] there"):
+        ours.load_state_dict({"shared.weight": torch.zeros(2)})
+
+
+@pytest.mark.slow
+def test_their_trainer_trains_and_resumes(ours, folder, tmp_path):
+    pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    data = [
+        {"input_ids": torch.randint(3, 300, (8,)), "labels": torch.randint(3, 300, (5,))}
+        for _ in range(8)
+    ]
+    options = transformers.Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        save_steps=2,
+        per_device_train_batch_size=4,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+
+    def trainer(model):
+        return transformers.Seq2SeqTrainer(model=model, args=options, train_dataset=data)
+
+    trainer(ours).train()
+    fresh = SwitchTransformersForConditionalGeneration.from_pretrained(folder)
+    trainer(fresh).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, tensor in ours.state_dict().items():
+        torch.testing.assert_close(fresh.state_dict()[name], tensor)
+    last = SwitchTransformersForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-4")
+    assert torch.equal(last.model.embedding.weight, fresh.model.embedding.weight)
 
 
 def test_gradient_checkpointing_changes_no_gradient(ours, batch):

@@ -4,7 +4,8 @@ Shapes: B batch, S source, T target, D d_model, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from switchlm.model.losses import cross_entropy, routing_losses
 from switchlm.model.routing import Routing
 from switchlm.model.transformer import SwitchTransformer, shift_right
 from switchlm.transformers.cache import TheirCache
+from switchlm.transformers.state import load_saved
 
 IGNORED = -100  # a label that does not count
 GENERATION_CONFIG = "generation_config.json"
@@ -106,15 +108,31 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, *, is_main_process: bool = True, **options: Any
     ) -> None:
-        """Save what switchlm.load and transformers load; see checkpoint.huggingface.save."""
+        """Save what switchlm.load and transformers load; other files of the folder stay."""
         if not is_main_process:
             return
         folder = Path(save_directory)
-        tokenizer = self.tokenizer
-        if (folder / huggingface.TOKENIZER).is_file():
-            tokenizer = Tokenizer.load(folder)
-        huggingface.save(self.model, tokenizer, folder)
-        self.generation_config.save_pretrained(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
+            written = Path(partial) / "model"
+            own = (folder / huggingface.TOKENIZER).is_file()
+            huggingface.save(self.model, None if own else self.tokenizer, written)
+            self.generation_config.save_pretrained(written)
+            for old in folder.glob("model*.safetensors*"):
+                old.unlink()
+            for path in written.iterdir():
+                path.replace(folder / path.name)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a state_dict of ours, or the tensors of a saved folder, as Trainer does to resume.
+
+        Tensors of a folder may come in several calls, a shard each, with strict=False.
+        """
+        if any(name.startswith("model.") for name in state_dict):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        return load_saved(self.model, state_dict, strict)
 
     def forward(
         self,

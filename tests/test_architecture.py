@@ -22,7 +22,7 @@ LAYERS = [
     {"generation"},
     {"evaluation", "compression", "export"},
     {"transformers"},
-    {"training", "report"},
+    {"training", "report", "serving"},
     {"recipes"},
     {"cli"},
 ]

@@ -6,29 +6,29 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import switchlm
 from switchlm.errors import UserError
 from switchlm.generation.fill import answer, count_blanks, put_into_blanks
 from switchlm.generation.route import route
 from switchlm.generation.sampling import Sampling
-
-PAGE = Path(switchlm.__file__).parent / "serving" / "page"
-TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+from switchlm.serving.page_files import REPORT_HEADERS, page_files, page_headers
 
 
 def serve(model, tokenizer, *, name="nano", key=None, report=None, port=0):
     """Serve on a thread of its own until `shutdown()`; `server_port` is the port."""
+    files, headers = page_files(), page_headers(report and Path(report).read_text("utf-8"))
     lock = threading.Lock()  # a model serves one thread at a time
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_):
             pass
 
-        def give(self, status, body, kind="application/json"):
+        def give(self, status, body, kind="application/json", headers=None):
             body = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
+            for header, value in (headers or {}).items():
+                self.send_header(header, value)
             self.end_headers()
             self.wfile.write(body)
 
@@ -43,16 +43,15 @@ def serve(model, tokenizer, *, name="nano", key=None, report=None, port=0):
             return True
 
         def do_GET(self):
-            folder, _, file = self.path.rpartition("/")
-            if self.path == "/" or folder == "/page":
-                path = PAGE / (file or "index.html")
-                self.give(200, path.read_bytes(), TYPES[path.suffix])
+            if self.path in files:
+                file = files[self.path]
+                self.give(200, file.content, file.media_type, headers)
             elif not self.allowed():
                 pass
             elif self.path == "/v1/models":
                 self.give(200, {"data": [{"id": name, "report": report is not None}]})
             elif self.path == "/report" and report:
-                self.give(200, Path(report).read_bytes(), "text/html")
+                self.give(200, Path(report).read_bytes(), "text/html", REPORT_HEADERS)
             else:
                 self.refuse(404, "There is nothing here.")
 

@@ -1,0 +1,1 @@
+"""A server for a model: its interface over HTTP and the page that shows the experts at work."""

@@ -1,10 +1,12 @@
 import os
 import threading
+import time
 
 import pytest
 import torch
 
 from switchlm.checkpoint.extents import Extent
+from switchlm.compression import expert_memory
 from switchlm.compression.expert_files import STAGE, ExpertFiles, Recipe
 from switchlm.compression.expert_memory import ExpertMemory
 from switchlm.errors import CheckpointError, ConfigError
@@ -138,6 +140,25 @@ def test_many_threads_get_what_they_want_within_the_budget(make, experts):
         assert not thread.is_alive(), "a deadlock"
     assert not failures
     assert memory.counters.most_bytes_held <= experts * SIZE
+
+
+def test_readers_that_end_for_want_of_work_are_replaced(make, monkeypatch):
+    monkeypatch.setattr(expert_memory, "PATIENCE", 0.0005)
+    memory, _ = make(2)
+
+    def work():
+        for turn in range(300):
+            take(memory, [turn % 16, (turn + 5) % 16])
+            time.sleep(0.0005 * (turn % 3))
+        with memory.want([("layer", 1), ("layer", 2), ("layer", 3)]) as ready:
+            for _ in ready:  # there is no room for the third, for longer than readers wait
+                time.sleep(0.05)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive(), "nobody reads what is wanted"
+    assert memory.counters.most_bytes_held <= 2 * SIZE
 
 
 def test_right_guesses_are_hits_and_wrong_ones_are_counted(make):

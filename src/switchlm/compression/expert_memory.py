@@ -231,19 +231,28 @@ class ExpertMemory:
     def _run(self) -> None:
         """Read what is needed, then what is guessed, until there is nothing for a while."""
         torch.set_num_threads(1)
-        try:
-            while True:
-                with self._changed:
-                    entry = self._next()
-                    while entry is None:
-                        if not self._readers or not self._changed.wait(PATIENCE):
-                            return
-                        entry = self._next()
-                self._read(entry)
-        finally:
-            with self._changed:
-                self._running -= 1
-                self._changed.notify_all()
+        while True:
+            entry = self._await()
+            if entry is None:
+                return
+            self._read(entry)
+
+    def _await(self) -> _Entry | None:
+        """Return what to read next; None after which the reader, no longer counted, ends.
+
+        That is decided under the lock: whoever wants something later then starts another reader.
+        """
+        with self._changed:
+            entry = self._next()
+            while entry is None:
+                in_time = self._changed.wait(PATIENCE)
+                idle = not (self._needed or self._guessed)
+                if not self._readers or (idle and not in_time):
+                    self._running -= 1
+                    self._changed.notify_all()
+                    return None
+                entry = self._next()
+            return entry
 
     def _next(self) -> _Entry | None:
         """Return what to read next, with room for it; None where there is nothing, or no room."""
@@ -294,6 +303,8 @@ class ExpertMemory:
             return
         except BaseException as error:
             self._fail(entry, error)
+            with self._changed:
+                self._running -= 1
             raise
         with self._changed:
             entry.tensors = recipe.tensors(entry.room)

@@ -1,0 +1,210 @@
+"""A decoding batch that requests join and leave between steps: continuous batching.
+
+Memory is taken once, for a fixed number of slots of fixed lengths. The occupied ones are always the
+first, so a step computes on views of just those rows and copies nothing; when a row leaves, the
+last one moves into its place. Every row stands at a position of its own, and draws from a stream of
+its own, so what it gets does not depend on who else is there.
+
+Shapes: N slots, B occupied, H heads, S source, M places of the output, K head width, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from switchlm.generation.decode import encode_prompts, pad_prompts
+from switchlm.generation.inference import dropless, evaluation_mode
+from switchlm.generation.sampling import Sampling, next_tokens, uniforms
+from switchlm.model.attention import KeysValues, KeyValueStore
+from switchlm.model.transformer import SwitchTransformer
+
+STEP = 32  # lengths that a step computes on are multiples of this: few shapes
+
+
+@dataclass(frozen=True)
+class _Occupant:
+    name: Any
+    sampling: Sampling
+    drawn_M: Tensor | None
+
+
+class _Window:
+    """A cache of the rows first .. last - 1 (see the `DecodingCache` protocol)."""
+
+    def __init__(self, slots: "Slots", first: int, last: int) -> None:
+        rows = slice(first, last)
+        self._position_B = slots.position_N[rows]
+        places = _rounded(int(self._position_B.max()) + 1, slots.max_target)
+        self.source = _rounded(int(slots.source_N[rows].max()), slots.max_source)
+        self._places_M = slots.places_M[:places]
+        self.self_attention: list[KeyValueStore] = [
+            _Store(keys[rows, :, :places], values[rows, :, :places], self._position_B)
+            for keys, values in slots.own
+        ]
+        self.cross_attention: list[KeysValues] = [
+            (keys[rows, :, : self.source], values[rows, :, : self.source])
+            for keys, values in slots.cross
+        ]
+
+    def positions(self, num_new: int) -> tuple[Tensor, Tensor]:
+        assert num_new == 1, "slots decode a token at a time"
+        return self._position_B[:, None], self._places_M
+
+
+class _Store:
+    """One layer's keys and values; each row writes at its own position."""
+
+    def __init__(self, keys_BHMK: Tensor, values_BHMK: Tensor, position_B: Tensor) -> None:
+        self._kept = (keys_BHMK, values_BHMK)
+        self._row_B = torch.arange(len(position_B), device=position_B.device)
+        self._position_B = position_B
+
+    def update(self, key_BHTK: Tensor, value_BHTK: Tensor) -> KeysValues:
+        for kept_BHMK, new_BHTK in zip(self._kept, (key_BHTK, value_BHTK), strict=True):
+            kept_BHMK[self._row_B, :, self._position_B] = new_BHTK[:, :, 0]
+        return self._kept
+
+
+class Slots:
+    """Up to `num_slots` outputs in the making, for prompts and outputs of bounded length.
+
+    Use it within `serving(model)`. names: who is in the occupied rows, in order.
+    """
+
+    def __init__(
+        self, model: SwitchTransformer, *, num_slots: int, max_source: int, max_target: int
+    ) -> None:
+        config, device = model.config, model.embedding.weight.device
+        self.model = model
+        self.num_slots, self.max_source, self.max_target = num_slots, max_source, max_target
+        start_11 = torch.full((1, 1), config.pad_id, device=device)
+        like = model.decoder.memories(encode_prompts(model, start_11, None))[0][0]
+
+        def room(length: int) -> list[tuple[Tensor, Tensor]]:
+            shape = (num_slots, config.num_heads, length, config.d_kv)
+            return [
+                (like.new_zeros(shape), like.new_zeros(shape))
+                for _ in range(config.num_decoder_layers)
+            ]
+
+        self.own, self.cross = room(max_target), room(max_source)
+        self.places_M = torch.arange(max_target, device=device)
+        self.position_N = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.source_N = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.segments_NS = torch.zeros(num_slots, max_source, dtype=torch.int32, device=device)
+        self._token_N1 = torch.full((num_slots, 1), config.pad_id, device=device)
+        self._occupants: list[_Occupant] = []
+
+    @property
+    def names(self) -> list[Any]:
+        return [one.name for one in self._occupants]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all keys and values: taken at the start, never more."""
+        return sum(t.numel() * t.element_size() for pair in self.own + self.cross for t in pair)
+
+    @property
+    def num_free(self) -> int:
+        return self.num_slots - len(self._occupants)
+
+    def encode(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Return encoded_SD of every prompt, end token included, computed as one padded batch."""
+        inputs_BS, segments_BS = pad_prompts(prompts, self.model.config.pad_id)
+        device = self._token_N1.device
+        inputs_BS, segments_BS = inputs_BS.to(device), segments_BS.to(device)
+        encoded_BSD = encode_prompts(self.model, inputs_BS, segments_BS)
+        return [row[: len(ids)] for row, ids in zip(encoded_BSD, prompts, strict=True)]
+
+    def join(
+        self, name: Any, encoded_SD: Tensor, *, sampling: Sampling, seed: int, limit: int
+    ) -> None:
+        """Take a free slot. limit: how many tokens the output may have, at most max_target."""
+        length = encoded_SD.shape[0]
+        assert self.num_free, "all slots are taken"
+        assert length <= self.max_source, "the prompt is longer than a slot"
+        assert limit <= self.max_target, "the output may be longer than a slot"
+        row = len(self._occupants)
+        for keys, values in self.own:  # what damaged weights left there must not come back
+            keys[row].zero_()
+            values[row].zero_()
+        fresh = self.model.decoder.memories(encoded_SD[None])
+        for kept, new in zip(self.cross, fresh, strict=True):
+            for kept_NHSK, new_1HSK in zip(kept, new, strict=True):
+                kept_NHSK[row].zero_()
+                kept_NHSK[row, :, :length] = new_1HSK[0]
+        self.segments_NS[row] = 0
+        self.segments_NS[row, :length] = 1
+        self.source_N[row] = length
+        self.position_N[row] = 0
+        self._token_N1[row] = self.model.config.pad_id
+        drawn_M = None
+        if sampling.temperature:
+            drawn_M = uniforms([seed], limit)[0].to(self._token_N1.device)
+        self._occupants.append(_Occupant(name, sampling, drawn_M))
+
+    def leave(self, row: int) -> None:
+        """Free a row; the last one moves into its place."""
+        last = len(self._occupants) - 1
+        if row != last:
+            own = [tensor for pair in self.own + self.cross for tensor in pair]
+            for tensor in (*own, self.segments_NS, self.source_N, self.position_N, self._token_N1):
+                tensor[row] = tensor[last]
+            self._occupants[row] = self._occupants[last]
+        del self._occupants[last]
+
+    def step(self, first: int = 0, last: int | None = None) -> list[int | None]:
+        """Return the next token of every row from `first` to before `last`, None without numbers.
+
+        A step that raised may be repeated, for fewer rows too: until it returns nothing has moved.
+        """
+        last = len(self._occupants) if last is None else last
+        window = _Window(self, first, last)
+        output = self.model.decode(
+            self._token_N1[first:last],
+            window.cross_attention[0][0],
+            input_segments_BS=self.segments_NS[first:last, : window.source],
+            cache=window,
+        )
+        logits_BV = output.logits_BTV[:, -1]
+        token_B = self._choose(logits_BV, first)
+        # A NaN is the largest number to `amax`, so this sees every one.
+        good = logits_BV.amax(-1).isfinite().tolist()
+        self._token_N1[first:last, 0] = token_B
+        self.position_N[first:last] += 1
+        return [token if fine else None for token, fine in zip(token_B.tolist(), good, strict=True)]
+
+    def _choose(self, logits_BV: Tensor, first: int) -> Tensor:
+        """Return token_B, the rows of one kind of sampling together."""
+        occupants = self._occupants[first : first + len(logits_BV)]
+        kinds = {one.sampling for one in occupants}
+        if len(kinds) == 1 and not occupants[0].sampling.temperature:
+            return next_tokens(logits_BV, occupants[0].sampling, None)
+        token_B = logits_BV.new_empty(len(logits_BV), dtype=torch.int64)
+        position = self.position_N[first : first + len(logits_BV)].tolist()
+        for sampling in kinds:
+            rows = [row for row, one in enumerate(occupants) if one.sampling == sampling]
+            drawn = [
+                one.drawn_M[position[row]]
+                for row, one in enumerate(occupants)
+                if one.sampling == sampling and one.drawn_M is not None
+            ]
+            token_B[rows] = next_tokens(
+                logits_BV[rows], sampling, torch.stack(drawn) if drawn else None
+            )
+        return token_B
+
+
+@contextmanager
+def serving(model: SwitchTransformer) -> Iterator[None]:
+    """Put the model into the state in which slots use it: evaluation, no gradients, dropless."""
+    with evaluation_mode(model), dropless(model):
+        yield
+
+
+def _rounded(length: int, most: int) -> int:
+    return min(-(-length // STEP) * STEP, most)

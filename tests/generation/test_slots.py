@@ -1,0 +1,119 @@
+"""Whatever joins and leaves meanwhile, a request gets the tokens that it gets alone."""
+
+import random
+
+import pytest
+import torch
+
+from switchlm.generation.decode import generate, pad_prompts
+from switchlm.generation.sampling import GREEDY, Sampling
+from switchlm.generation.slots import Slots, serving
+
+
+@pytest.fixture
+def model(build):
+    return build()
+
+
+SAMPLINGS = [GREEDY, Sampling(temperature=1.0), Sampling(temperature=0.7, top_k=5, top_p=0.9)]
+
+
+def alone(model, ids, limit, sampling, seed):
+    inputs_BS, _ = pad_prompts([ids], model.config.pad_id)
+    done = generate(model, inputs_BS, max_new_tokens=limit, sampling=sampling, seeds=seed)
+    return done.tokens_BT[0].tolist()
+
+
+def requests(model, number):
+    draw = random.Random(number)
+    return [
+        {
+            "ids": [draw.randrange(3, 60) for _ in range(draw.randrange(1, 40))],
+            "limit": draw.randrange(1, 20),
+            "sampling": draw.choice(SAMPLINGS),
+            "seed": draw.randrange(100),
+        }
+        for _ in range(number)
+    ]
+
+
+def run(slots, asked, joins):
+    """Serve all requests; `joins` says how many may join before each step."""
+    found = {number: [] for number in range(len(asked))}
+    waiting = list(range(len(asked)))
+    while waiting or slots.names:
+        new = waiting[: min(next(joins), slots.num_free)]
+        waiting = waiting[len(new) :]
+        if new:
+            encoded = slots.encode([asked[number]["ids"] for number in new])
+            for number, encoded_SD in zip(new, encoded, strict=True):
+                one = asked[number]
+                slots.join(
+                    number,
+                    encoded_SD,
+                    sampling=one["sampling"],
+                    seed=one["seed"],
+                    limit=one["limit"],
+                )
+        if not slots.names:
+            continue
+        names = slots.names
+        for number, token in zip(names, slots.step(), strict=True):
+            found[number].append(token)
+        for row in reversed(range(len(names))):
+            tokens, one = found[names[row]], asked[names[row]]
+            if tokens[-1] == slots.model.config.end_id or len(tokens) == one["limit"]:
+                slots.leave(row)
+    return found
+
+
+@pytest.mark.parametrize("num_slots", [1, 3, 8])
+def test_tokens_are_those_of_the_request_alone(model, num_slots) -> None:
+    asked = requests(model, 12)
+    draw = random.Random(num_slots)
+    joins = iter(lambda: draw.randrange(0, 4), None)
+    with serving(model):
+        slots = Slots(model, num_slots=num_slots, max_source=40, max_target=20)
+        memory = slots.num_bytes
+        found = run(slots, asked, joins)
+        assert slots.num_bytes == memory
+        assert slots.num_free == num_slots
+    for number, one in enumerate(asked):
+        expected = alone(model, one["ids"], one["limit"], one["sampling"], one["seed"])
+        assert found[number] == expected
+
+
+def test_a_step_may_be_repeated_row_by_row(model) -> None:
+    asked = [{**one, "limit": 10} for one in requests(model, 3)]
+    with serving(model):
+        whole, parts = (Slots(model, num_slots=3, max_source=40, max_target=10) for _ in range(2))
+        for slots in (whole, parts):
+            for number, encoded_SD in enumerate(slots.encode([one["ids"] for one in asked])):
+                one = asked[number]
+                slots.join(number, encoded_SD, sampling=one["sampling"], seed=one["seed"], limit=10)
+        for _ in range(10):
+            together = whole.step()
+            assert together == [parts.step(row, row + 1)[0] for row in range(3)]
+
+
+def test_no_number_is_told_of_its_row_alone(model) -> None:
+    with serving(model):
+        slots = Slots(model, num_slots=2, max_source=8, max_target=4)
+        good, bad = slots.encode([[5, 6, 1], [7, 8, 1]])
+        slots.join("bad", bad * float("nan"), sampling=GREEDY, seed=0, limit=4)
+        slots.join("good", good, sampling=GREEDY, seed=0, limit=4)
+        first = slots.step()
+        assert first[0] is None
+        assert first[1] is not None
+        slots.leave(0)
+        again = slots.encode([[7, 8, 1]])[0]
+        slots.join("again", again, sampling=GREEDY, seed=0, limit=4)
+        assert None not in slots.step()
+
+
+def test_memory_is_known_before_the_first_request(model) -> None:
+    config = model.config
+    with serving(model):
+        slots = Slots(model, num_slots=4, max_source=16, max_target=8)
+    a_place = 2 * config.num_heads * config.d_kv * torch.float32.itemsize
+    assert slots.num_bytes == 4 * (16 + 8) * config.num_decoder_layers * a_place

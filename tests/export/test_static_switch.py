@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from switchlm.errors import CheckpointError
 from switchlm.export.static_switch import TILE, StaticSwitch, gathered, padded_to, queue, tiled
 from switchlm.generation.inference import dropless
 from switchlm.model.config import RouterConfig
-from switchlm.model.experts import ProjectionExperts
 from switchlm.model.switch import SwitchFeedForward
 
 WAYS = {"gathered": gathered, "tiled": tiled, "padded": padded_to(4.0)}
@@ -61,10 +59,3 @@ def test_where_capacity_binds_the_last_in_order_get_zeros():
     assert 0 < kept_A.sum() < 40
     static = StaticSwitch(layer, padded_to(1.0))(x)
     torch.testing.assert_close(static, y * kept_A[:, None], rtol=1e-5, atol=1e-5)
-
-
-def test_other_experts_are_refused():
-    layer = layer_of()
-    layer.experts = ProjectionExperts(8, 8, 4)
-    with pytest.raises(CheckpointError, match=r"kind ProjectionExperts cannot be exported"):
-        StaticSwitch(layer, tiled)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from switchlm.errors import ConfigError
+from switchlm.errors import CheckpointError, ConfigError
 from switchlm.export.greedy import greedy
 from switchlm.export.steps import programs
 from switchlm.generation.decode import generate
 from switchlm.generation.inference import dropless
+from switchlm.model import lora
 
 PROMPT = [*range(20, 60, 3), 1]
 
@@ -93,3 +94,10 @@ def test_what_has_no_static_form_is_refused(build):
         programs(build(router={"selection": "expert_choice"}))
     with pytest.raises(ConfigError, match=r"at least 0.01, got 0.0"):
         programs(build(), 0.0)
+
+
+def test_other_weights_are_refused(build):
+    model = build()
+    lora.apply(model, 2, 4.0)
+    with pytest.raises(CheckpointError, match="compressed or adapted cannot be exported"):
+        programs(model)

@@ -20,7 +20,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from switchlm.errors import CheckpointError
 from switchlm.model.experts import FeedForwardExperts
 from switchlm.model.feedforward import feed_forward
 from switchlm.model.selection import choose
@@ -37,17 +36,13 @@ class StaticSwitch(nn.Module):
     """Stands in for a SwitchFeedForward in evaluation; maps x [..., D] to y [..., D] alone.
 
     way: `gathered`, `tiled` or `padded_to(factor)`. Weights are shared with `layer`. Everything is
-    computed in float32. Raises CheckpointError for experts that are not plain matrices.
+    computed in float32.
     """
 
     def __init__(self, layer: SwitchFeedForward, way: Way) -> None:
         super().__init__()
         experts = layer.experts
-        if type(experts) is not FeedForwardExperts:
-            raise CheckpointError(
-                f"Experts of the kind {type(experts).__name__} cannot be exported: export the "
-                "model as it was before compression; `switchlm convert` melts adapters in."
-            )
+        assert isinstance(experts, FeedForwardExperts), "other experts have no matrices to take"
         self.router = layer.router
         self.experts = experts
         self.way = way

@@ -14,7 +14,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from switchlm.errors import ConfigError
+from switchlm.checkpoint.names import entries
+from switchlm.checkpoint.write_config import family_of
+from switchlm.errors import CheckpointError, ConfigError
 from switchlm.export.static_switch import StaticSwitch, Way, gathered, padded_to, tiled
 from switchlm.model.attention import Attention, KeysValues, KeyValueStore
 from switchlm.model.block import Block
@@ -148,6 +150,11 @@ def programs(
         )
         raise ConfigError(
             f"A model with {what} cannot be exported; it can be served and converted."
+        )
+    if {entry.ours for entry in entries(config, family_of(config))} != model.state_dict().keys():
+        raise CheckpointError(
+            "A model that was compressed or adapted cannot be exported: export the one it was made "
+            "from; `switchlm convert` melts adapters in."
         )
     if capacity_factor is not None and not capacity_factor >= 0.01:
         raise ConfigError(f"A capacity factor is at least 0.01, got {capacity_factor}.")

@@ -18,10 +18,7 @@ from switchlm.report.write import ReportRun, write_report
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium to open the page in")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
-ARGUMENTS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
+screenshot = pytest.importorskip("tests.serving.screenshot")
 TEXT = "def <extra_id_0>(self):\n\treturn <extra_id_1> # größe"
 KEY = "a key of the test"
 
@@ -54,7 +51,7 @@ def url(report):
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=screenshot.ARGUMENTS)
         yield browser
         browser.close()
 
@@ -68,7 +65,7 @@ def visit(browser):
         context = browser.new_context(**settings)
         contexts.append((context, address, expected))
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)  # the machine may be busy
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on(
             "console",
@@ -362,6 +359,14 @@ def test_a_dense_model_and_a_text_without_blanks(visit, url):
     assert "dense" in page.inner_text("#routing-note")
     assert page.locator(".loads").count() == 0
     assert page.locator("#capacity-row").is_hidden()
+
+
+def test_the_picture_for_the_docs_shows_a_token_s_expert(visit, url):
+    page = visit(url)
+    screenshot.pose(page, TEXT, layer=1, token=4)
+    assert page.input_value("#encoder-layer") == page.input_value("#decoder-layer") == "1"
+    assert "expert" in page.locator(".popover").first.inner_text()
+    assert page.screenshot().startswith(b"\x89PNG")
 
 
 def test_motion_is_reduced_where_that_is_asked_for(visit, url):

@@ -248,6 +248,31 @@ def test_the_server_s_errors_are_shown_as_text(visit, url):
     assert page.locator("#error").is_hidden()
 
 
+def test_failures_on_the_way_are_told_in_words(visit, url):
+    page = visit(url, expected=("ERR_FAILED", "429"))
+    busy = {"error": {"message": "The queue is full.", "type": "busy", "param": None, "code": None}}
+    stumble = 'data: {"output": "<extra_id_0>a"}\n\ndata: {"error": {"message": "It broke."}}\n\n'
+    for answer, message in (
+        ({}, "The server does not answer. Is it still running?"),
+        (
+            {"status": 429, "json": busy, "headers": {"Retry-After": "7"}},
+            "The queue is full. Try again in 7 s.",
+        ),
+        ({"content_type": "text/event-stream", "body": stumble}, "It broke."),
+    ):
+        page.unroute("**/v1/fill")
+        page.route(
+            "**/v1/fill",
+            lambda route, _, answer=answer: route.fulfill(**answer) if answer else route.abort(),
+        )
+        page.click("#submit")
+        page.wait_for_function("!document.getElementById('submit').disabled")
+        assert page.inner_text("#error") == message
+    page.unroute("**/v1/fill")
+    fill(page)
+    assert page.locator("#error").is_hidden()
+
+
 def test_the_blanks_fill_up_while_the_output_comes(visit, url):
     page = visit(url)
     output = "<extra_id_0>size<extra_id_1>1"

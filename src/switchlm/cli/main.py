@@ -23,6 +23,7 @@ VERBS = {
     "finetune": "Fine-tune a model on tasks, and keep the checkpoint that does best at them.",
     "distill": "Teach a small model what a large one knows.",
     "evaluate": "Measure the loss of models on text by source, or how well they do tasks.",
+    "serve": "Serve a model over HTTP, and a page that shows its experts at work.",
     "generate": "Fill the blanks of a text, or show what the model answers to it.",
     "inspect": "Show the size of a model, and who goes to which expert.",
     "plan": "Find the fastest layout of a model on a cluster, and what it takes.",

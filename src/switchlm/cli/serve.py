@@ -1,0 +1,147 @@
+"""switchlm serve: a model behind an HTTP interface, and a page that shows its experts at work."""
+
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from switchlm.cli.expert_memory import ExpertMemorySize
+from switchlm.cli.options import Device, Model, note, open_model
+from switchlm.cli.signals import stop_on_signal
+from switchlm.errors import ConfigError, MissingExtraError
+
+if TYPE_CHECKING:
+    from switchlm.serving.engine import Engine
+
+LEAST_KEY = 8  # characters; shorter ones are guessed
+
+
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file whose first line is the key that clients must send.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model; the end of --model.")
+    ] = None,
+    slots: Annotated[
+        int, typer.Option(min=1, max=4096, help="Outputs that grow side by side.")
+    ] = 32,
+    queue: Annotated[
+        int, typer.Option(min=1, max=2**20, help="Requests that may wait; others get a 429.")
+    ] = 256,
+    max_input_tokens: Annotated[
+        int, typer.Option(min=1, max=2**20, help="Refuse longer texts.")
+    ] = 1024,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=2**20, help="Refuse to give more.")
+    ] = 512,
+    request_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Give a request up after that long.")
+    ] = 300.0,
+    device: Device = "auto",
+    expert_memory: ExpertMemorySize = None,
+) -> None:
+    """Serve a model over HTTP, and a page that shows its experts at work."""
+    try:
+        import uvicorn
+
+        from switchlm.serving.api import create_app
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "fastapi", "serve", "Serving") from None
+    from switchlm.serving.engine import Engine
+
+    key = None if api_key_file is None else _read_key(api_key_file)
+    listener = _listen(host, port)
+    with listener:
+        loaded, tokenizer = open_model(model, device, expert_memory)
+        engine = Engine(
+            loaded,
+            tokenizer,
+            num_slots=slots,
+            max_source=max_input_tokens + 1,
+            max_target=max_new_tokens,
+            queue=queue,
+        )
+        _start(engine)
+        served = name or (Path(model).resolve().name if Path(model).exists() else model)
+        app = create_app(
+            engine, name=served, key=key, report=_report_of(model), seconds=request_seconds
+        )
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app, log_level="warning", access_log=False, timeout_keep_alive=15, lifespan="on"
+            )
+        )
+        address = _address(listener)
+        typer.echo(f"Serving {served} at {address}/ (dropless: no token is dropped). Try:")
+        bearer = " -H 'Authorization: Bearer KEY'" if key else ""
+        body = f'{{"text": "A <extra_id_0> text.", "model": "{served}"}}'
+        typer.echo(
+            f"  curl {address}/v1/fill{bearer} -H 'Content-Type: application/json' -d '{body}'"
+        )
+        if key is None and host not in ("127.0.0.1", "::1", "localhost"):
+            note(f"Whoever reaches {host} may use this model: there is no --api-key-file.")
+        with stop_on_signal():
+            server.run(sockets=[listener])
+            typer.echo("Stopped: everything accepted has been answered.", err=True)
+            engine.close()
+
+
+def _start(engine: "Engine") -> None:
+    try:
+        engine.start()
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"There is no memory for {engine.num_slots} slots of {engine.max_source} and "
+            f"{engine.max_target} tokens ({reason}): take fewer --slots, or a smaller "
+            "--max-input-tokens or --max-new-tokens."
+        ) from None
+
+
+def _read_key(path: Path) -> str:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Cannot read the key in {str(path)!r}: {error}.") from None
+    key = lines[0].strip() if lines else ""
+    if len(key) < LEAST_KEY or not key.isascii():
+        raise ConfigError(
+            f"The first line of {str(path)!r} must be the key: at least {LEAST_KEY} ASCII "
+            "characters. Make one with: openssl rand -hex 32"
+        )
+    return key
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Take the port at once, before minutes of loading."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(f"There is no address {host!r}: {error.strerror or error}.") from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"Cannot listen on {host} port {port}: {error.strerror}. Choose another --port."
+        ) from None
+    return listener
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _report_of(model: str) -> str | None:
+    from switchlm.checkpoint.run_folder import RunFolder
+
+    report = RunFolder(Path(model)).report
+    return report.read_text(encoding="utf-8") if report.is_file() else None

@@ -1,0 +1,346 @@
+"""The HTTP interface: OpenAI's completions, blanks to fill, who took which token, and the page.
+
+Everything slow happens in the engine's thread or in others; the event loop only passes on.
+"""
+
+import asyncio
+import dataclasses
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from switchlm import __version__
+from switchlm.errors import DataError, UserError
+from switchlm.generation.answer import read_spans
+from switchlm.generation.fill import TOKENS_A_BLANK, count_blanks, put_into_blanks
+from switchlm.generation.route import route
+from switchlm.serving.answers import (
+    FailedError,
+    Numbered,
+    Output,
+    collected,
+    prompt_ids,
+    requests_of,
+)
+from switchlm.serving.engine import Engine
+from switchlm.serving.guard import App, Guard, error_body
+from switchlm.serving.mailbox import Mailbox, events
+from switchlm.serving.page_files import REPORT_HEADERS, page_files, page_headers
+from switchlm.serving.request import BusyError, ClosingError
+from switchlm.serving.schemas import Completion, Fill, Route
+from switchlm.serving.statistics import CONTENT_TYPE
+
+Answer = TypeVar("Answer")
+USUAL_TOKENS = 64
+
+
+def create_app(
+    engine: Engine,
+    *,
+    name: str,
+    key: str | None = None,
+    report: str | None = None,
+    seconds: float | None = None,
+) -> App:
+    """Return the ASGI application for a started engine.
+
+    name: of the model. key: that every route asks for but the page's own files and /health; None
+    asks for none. report: the HTML of the run's report. seconds: a request may take.
+    """
+    interface = _Interface(engine, name, report, seconds)
+    app = FastAPI(
+        title="switchlm",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=interface.lifespan,
+    )
+    app.get("/health")(interface.health)
+    app.get("/metrics")(interface.metrics)
+    app.get("/v1/models")(interface.models)
+    app.post("/v1/completions", response_model=None)(interface.completions)
+    app.post("/v1/fill", response_model=None)(interface.fill)
+    app.post("/v1/route")(interface.route)
+    headers = page_headers(report)
+    for address, file in page_files().items():
+        app.get(address, include_in_schema=False)(_constant(file.content, file.media_type, headers))
+    if report is not None:
+        app.get("/report", include_in_schema=False)(
+            _constant(report.encode(), "text/html; charset=utf-8", REPORT_HEADERS)
+        )
+    _explain_errors(app)
+    return Guard(app, key=key)
+
+
+def _constant(
+    content: bytes, media_type: str, headers: dict[str, str]
+) -> Callable[[], Awaitable[Response]]:
+    async def give() -> Response:
+        return Response(content, media_type=media_type, headers=headers)
+
+    return give
+
+
+class _Interface:
+    """The routes of one engine."""
+
+    def __init__(
+        self, engine: Engine, name: str, report: str | None, seconds: float | None
+    ) -> None:
+        self._engine, self._name, self._seconds = engine, name, seconds
+        self._has_report = report is not None
+        self._created = int(time.time())
+        self._mailbox: Mailbox | None = None
+
+    @asynccontextmanager
+    async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
+        self._mailbox = Mailbox(asyncio.get_running_loop())
+        yield
+
+    async def health(self) -> dict[str, str]:
+        return {"status": "ok"}
+
+    async def metrics(self) -> Response:
+        engine = self._engine
+        gauges = {
+            "switchlm_waiting_requests": ("Requests in the queue.", engine.num_waiting),
+            "switchlm_active_requests": ("Requests in slots.", engine.num_active),
+            "switchlm_slots": ("Slots.", engine.num_slots),
+        }
+        return PlainTextResponse(engine.statistics.text(gauges), media_type=CONTENT_TYPE)
+
+    async def models(self) -> dict[str, Any]:
+        engine = self._engine
+        model = {
+            "id": self._name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "switchlm",
+            "num_experts": engine.model.config.num_experts,
+            "capacity": "dropless",
+            "max_input_tokens": engine.max_source - 1,
+            "max_output_tokens": engine.max_target,
+            "report": self._has_report,
+        }
+        return {"object": "list", "data": [model]}
+
+    async def completions(self, body: Completion, request: Request) -> Response:
+        self._check_model(body.model)
+        asked = await requests_of(
+            body,
+            body.prompts,
+            self._engine,
+            usual_limit=USUAL_TOKENS,
+            copies=body.n,
+            seconds=self._seconds,
+        )
+        head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": self._name,
+        }
+        prompt_tokens = sum(len(one.ids) for one in asked[:: body.n])
+        told = events(self._engine, self._box, asked)
+        if body.stream:
+            usage = body.stream_options is not None and body.stream_options.include_usage
+            return await _stream(_chunks(told, head, len(asked), prompt_tokens, usage))
+        outputs = await _while_wanted(request, collected(told, len(asked)))
+        choices = [
+            _choice(place, output.text, output.reason) for place, output in enumerate(outputs)
+        ]
+        return JSONResponse({**head, "choices": choices, "usage": _usage(prompt_tokens, outputs)})
+
+    async def fill(self, body: Fill, request: Request) -> Response:
+        self._check_model(body.model)
+        blanks = count_blanks(body.text, self._engine.tokenizer)
+        (asked,) = await requests_of(
+            body,
+            [body.text],
+            self._engine,
+            usual_limit=TOKENS_A_BLANK * blanks,
+            seconds=self._seconds,
+        )
+        told = events(self._engine, self._box, [asked])
+
+        def result(output: Output) -> dict[str, Any]:
+            spans = read_spans(output.tokens, self._engine.tokenizer)
+            return {
+                "text": body.text,
+                "filled": put_into_blanks(body.text, spans),
+                "output": output.text,
+                "spans": {str(number): span for number, span in spans.items()},
+                "finished": output.reason == "stop",
+                "usage": _usage(len(asked.ids), [output]),
+            }
+
+        if body.stream:
+            return await _stream(_growing(told, result))
+        (output,) = await _while_wanted(request, collected(told, 1))
+        return JSONResponse(result(output))
+
+    async def route(self, body: Route, request: Request) -> dict[str, Any]:
+        self._check_model(body.model)
+        engine = self._engine
+
+        def check() -> None:
+            prompt_ids(body.text, engine)
+            if body.output and len(engine.tokenizer.encode(body.output)) >= engine.max_target:
+                raise DataError(f"The output may have {engine.max_target - 1:,} tokens at most.")
+
+        await asyncio.to_thread(check)
+        future = engine.call(
+            lambda: route(
+                engine.model,
+                engine.tokenizer,
+                body.text,
+                body.output,
+                max_new_tokens=min(USUAL_TOKENS, engine.max_target),
+                enforce_capacity=body.enforce_capacity,
+            )
+        )
+        try:
+            found = await _while_wanted(request, _result(asyncio.wrap_future(future)))
+        finally:
+            future.cancel()
+        return {"model": self._name, **dataclasses.asdict(found)}
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self._name:
+            raise HTTPException(404, f"There is no model {name!r} here, only {self._name!r}.")
+
+    @property
+    def _box(self) -> Mailbox:
+        assert self._mailbox is not None, "the application has started"
+        return self._mailbox
+
+
+async def _result(future: "asyncio.Future[Answer]") -> Answer:
+    return await future
+
+
+async def _while_wanted(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
+    """Return the result of the work, which is cancelled when the client goes away."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise FailedError("The client closed the connection.", 499)
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _stream(chunks: AsyncIterator[dict[str, Any]]) -> Response:
+    """Return server-sent events; what goes wrong before the first one is an ordinary error."""
+    first = await anext(chunks, None)
+
+    async def lines() -> AsyncIterator[str]:
+        try:
+            if first is not None:
+                yield f"data: {json.dumps(first)}\n\n"
+            async for chunk in chunks:
+                yield f"data: {json.dumps(chunk)}\n\n"
+        except FailedError as error:
+            told = error_body(str(error), "server_error", code=error.status)
+            yield f"data: {json.dumps(told)}\n\n"
+        yield "data: [DONE]\n\n"
+
+    return StreamingResponse(
+        lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+    )
+
+
+async def _chunks(
+    told: Numbered, head: dict[str, Any], number: int, prompt_tokens: int, usage: bool
+) -> AsyncIterator[dict[str, Any]]:
+    """Yield the chunks of a completion; pieces that are still empty are not sent."""
+    outputs = [Output() for _ in range(number)]
+    async for place, event in told:
+        outputs[place].add(event)
+        outputs[place].pieces.clear()
+        if event.piece or event.reason:
+            yield {**head, "choices": [_choice(place, event.piece, event.reason)]}
+    if usage:
+        yield {**head, "choices": [], "usage": _usage(prompt_tokens, outputs)}
+
+
+async def _growing(
+    told: Numbered, result: Callable[[Output], dict[str, Any]]
+) -> AsyncIterator[dict[str, Any]]:
+    """Yield the output so far whenever it has grown, and at last the result."""
+    output = Output()
+    async for _, event in told:
+        output.add(event)
+        if event.piece and event.reason is None:
+            yield {"output": output.text}
+    yield result(output)
+
+
+def _choice(place: int, text: str, reason: str | None) -> dict[str, Any]:
+    return {"index": place, "text": text, "logprobs": None, "finish_reason": reason}
+
+
+def _usage(prompt_tokens: int, outputs: list[Output]) -> dict[str, int]:
+    new = sum(len(output.tokens) for output in outputs)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": new,
+        "total_tokens": prompt_tokens + new,
+    }
+
+
+def _explain_errors(app: FastAPI) -> None:
+    """Give every error as the OpenAI API has it, and none of the program's insides."""
+
+    def answer(
+        status: int, message: str, *, param: str | None = None, headers: Any = None
+    ) -> JSONResponse:
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        return JSONResponse(error_body(message, kind, param, status), status, headers=headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        parts = [str(part) for part in first["loc"] if part != "body"]
+        where = ".".join(part for part in parts if part.isidentifier() or part.isdigit())
+        return answer(400, f"{where or 'The body'}: {first['msg']}"[:500], param=where or None)
+
+    @app.exception_handler(UserError)
+    async def mistaken(_: Request, error: UserError) -> JSONResponse:
+        return answer(400, str(error))
+
+    @app.exception_handler(BusyError)
+    async def busy(_: Request, error: BusyError) -> JSONResponse:
+        return answer(429, str(error), headers={"Retry-After": str(error.retry_after)})
+
+    @app.exception_handler(ClosingError)
+    async def closing(_: Request, error: ClosingError) -> JSONResponse:
+        return answer(503, str(error), headers={"Retry-After": "5"})
+
+    @app.exception_handler(FailedError)
+    async def failed(_: Request, error: FailedError) -> JSONResponse:
+        return answer(error.status, str(error))
+
+    @app.exception_handler(HTTPException)
+    async def known(_: Request, error: HTTPException) -> JSONResponse:
+        return answer(error.status_code, str(error.detail), headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def unknown(_: Request, error: Exception) -> JSONResponse:
+        return answer(500, f"The server failed at this request: {type(error).__name__}.")

@@ -1,0 +1,295 @@
+"""One thread that owns the model: continuous batching (Yu et al. 2022, Orca).
+
+Requests wait in a bounded queue, first come first served. Between two decoding steps those that fit
+are encoded, together, and take free slots; those that are done, cancelled or out of time leave
+theirs. An error belongs to the request that caused it: what fails in a batch is tried again one by
+one, and only what fails alone is given up.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from switchlm.data.tokenizer import Tokenizer
+from switchlm.generation.slots import Slots, serving
+from switchlm.generation.text_stream import TextStream
+from switchlm.model.transformer import SwitchTransformer
+from switchlm.serving.request import BusyError, ClosingError, Event, Reason, Request, Ticket
+from switchlm.serving.statistics import Statistics
+
+Result = TypeVar("Result")
+Listener = Callable[[Event], None]
+MOST_ENCODED = 8192  # tokens, padding included, encoded between two steps
+
+
+class Engine:
+    """Generates for many at once. num_slots: how many outputs grow side by side.
+
+    max_source, max_target: the longest prompt and output. queue: how many may wait. All methods but
+    those of its own thread may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        model: SwitchTransformer,
+        tokenizer: Tokenizer,
+        *,
+        num_slots: int = 32,
+        max_source: int = 1024,
+        max_target: int = 512,
+        queue: int = 256,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.max_source, self.max_target = max_source, max_target
+        self.num_slots, self.queue = num_slots, queue
+        self.statistics = Statistics()
+        self._waiting: deque[Ticket] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._streams: dict[Ticket, TextStream] = {}
+        self._thread = threading.Thread(target=self._run, name="switchlm-engine", daemon=True)
+        self._started: Future[None] = Future()
+
+    def start(self) -> None:
+        """Take the memory of all slots and begin; what goes wrong there is raised here."""
+        self._thread.start()
+        self._started.result()
+
+    def submit(self, request: Request, listener: Listener) -> Ticket:
+        """Queue a request. Raises BusyError when the queue is full, ClosingError after `close`."""
+        assert 0 < len(request.ids) <= self.max_source, "prompts are bounded before they come here"
+        assert 0 < request.limit <= self.max_target, "limits are bounded before they come here"
+        ticket = Ticket(request, listener, time.monotonic())
+        with self._changed:
+            if self._closing:
+                raise ClosingError("The server is shutting down; nothing new is taken.")
+            if len(self._waiting) >= self.queue:
+                waiting = len(self._waiting)
+                self.statistics.finished("refused")
+                raise BusyError(waiting, self.statistics.seconds_for(waiting, self.num_slots))
+            self._waiting.append(ticket)
+            self._changed.notify()
+        return ticket
+
+    def call(self, function: Callable[[], Result]) -> "Future[Result]":
+        """Run something with the model between two steps, in the engine's thread."""
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        with self._changed:
+            if self._closing:
+                raise ClosingError("The server is shutting down; nothing new is taken.")
+            if len(self._calls) >= self.queue:
+                waiting = len(self._calls)
+                raise BusyError(waiting, self.statistics.seconds_for(waiting, self.num_slots))
+            self._calls.append(run)
+            self._changed.notify()
+        return future
+
+    def close(self, seconds: float | None = None) -> None:
+        """Take nothing new, finish what was accepted, and end; wait for that."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(seconds)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_active(self) -> int:
+        return len(self._streams)
+
+    # What follows runs in the engine's own thread.
+
+    def _run(self) -> None:
+        try:
+            with serving(self.model):
+                slots = Slots(
+                    self.model,
+                    num_slots=self.num_slots,
+                    max_source=self.max_source,
+                    max_target=self.max_target,
+                )
+        except BaseException as error:
+            self._started.set_exception(error)
+            return
+        self._started.set_result(None)
+        while self._wait_for_work(slots):
+            if self._calls:  # one at a time, so that decoding goes on between many
+                self._calls.popleft()()
+            with serving(self.model):
+                self._advance(slots)
+                while not self._calls and (slots.names or self._waiting):
+                    self._advance(slots)
+
+    def _wait_for_work(self, slots: Slots) -> bool:
+        """Return False when all is done and nothing more will come."""
+        with self._changed:
+            while not (slots.names or self._waiting or self._calls):
+                if self._closing:
+                    return False
+                self._changed.wait()
+        return True
+
+    def _advance(self, slots: Slots) -> None:
+        self._sweep(slots)
+        self._admit(slots)
+        if slots.names:
+            self._step(slots)
+
+    def _sweep(self, slots: Slots) -> None:
+        """Let go of what nobody waits for any more, in slots and in the queue."""
+        now = time.monotonic()
+        for row in reversed(range(len(slots.names))):
+            reason = _given_up(slots.names[row], now)
+            if reason:
+                self._leave(slots, row, reason)
+        with self._changed:
+            gone = [ticket for ticket in self._waiting if _given_up(ticket, now)]
+            for ticket in gone:
+                self._waiting.remove(ticket)
+        for ticket in gone:
+            self._finish(ticket, _given_up(ticket, now) or "cancelled")
+
+    def _admit(self, slots: Slots) -> None:
+        """Encode the next requests and give them free slots."""
+        new: list[Ticket] = []
+        with self._changed:
+            longest = 0
+            while self._waiting and len(new) < slots.num_free:
+                longest = max(longest, len(self._waiting[0].request.ids))
+                if new and longest * (len(new) + 1) > MOST_ENCODED:
+                    break
+                new.append(self._waiting.popleft())
+        if not new:
+            return
+        for ticket, encoded_SD in zip(new, self._encoded(slots, new), strict=True):
+            if isinstance(encoded_SD, Exception):
+                self._fail(ticket, encoded_SD)
+                continue
+            request = ticket.request
+            try:
+                stream = TextStream(self.tokenizer, request.stops)
+                slots.join(
+                    ticket,
+                    encoded_SD,
+                    sampling=request.sampling,
+                    seed=request.seed,
+                    limit=request.limit,
+                )
+            except Exception as error:
+                self._fail(ticket, error)
+                continue
+            self._streams[ticket] = stream
+
+    def _encoded(self, slots: Slots, tickets: Sequence[Ticket]) -> list[Tensor | Exception]:
+        try:
+            return [*slots.encode([ticket.request.ids for ticket in tickets])]
+        except Exception as error:
+            if len(tickets) == 1:
+                return [error]
+        return [one for ticket in tickets for one in self._encoded(slots, [ticket])]
+
+    def _step(self, slots: Slots) -> None:
+        """Add a token to every row, and tell of it."""
+        begin = time.monotonic()
+        tokens = self._tokens(slots)
+        now = time.monotonic()
+        self.statistics.stepped(len(tokens), now - begin)
+        # From the last row on, since a row that leaves is replaced by the last.
+        for row in reversed(range(len(tokens))):
+            ticket, token = slots.names[row], tokens[row]
+            if isinstance(token, Exception):
+                slots.leave(row)
+                self._fail(ticket, token)
+                continue
+            if ticket.first_token is None:
+                ticket.first_token = now
+                self.statistics.began(now - ticket.arrived)
+            ticket.num_tokens += 1
+            try:
+                self._tell(slots, row, ticket, token)
+            except Exception as error:
+                slots.leave(row)
+                self._fail(ticket, error)
+
+    def _tokens(self, slots: Slots) -> list[int | Exception]:
+        """Return each row's next token, or what went wrong with it alone."""
+        try:
+            found: list[Any] = [*slots.step()]
+        except Exception as error:
+            alone = len(slots.names) == 1
+            rows = range(len(slots.names))
+            found = [error] if alone else [self._alone(slots, row) for row in rows]
+        damaged = ValueError("the model's output is not finite")
+        return [damaged if token is None else token for token in found]
+
+    def _alone(self, slots: Slots, row: int) -> int | Exception | None:
+        try:
+            return slots.step(row, row + 1)[0]
+        except Exception as error:
+            return error
+
+    def _tell(self, slots: Slots, row: int, ticket: Ticket, token: int) -> None:
+        stream = self._streams[ticket]
+        piece = stream.push(token)
+        if token == self.model.config.end_id or stream.stopped:
+            self._leave(slots, row, "stop", piece, token)
+        elif ticket.num_tokens == ticket.request.limit:
+            self._leave(slots, row, "length", piece, token)
+        else:
+            ticket.listener(Event(piece=piece, token=token))
+
+    def _leave(
+        self, slots: Slots, row: int, reason: Reason, piece: str = "", token: int | None = None
+    ) -> None:
+        ticket = slots.names[row]
+        slots.leave(row)
+        rest = self._streams[ticket].finish()
+        self._finish(ticket, reason, piece + rest, token)
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        self._finish(ticket, "error", message=message)
+
+    def _finish(
+        self,
+        ticket: Ticket,
+        reason: Reason,
+        piece: str = "",
+        token: int | None = None,
+        message: str = "",
+    ) -> None:
+        self._streams.pop(ticket, None)
+        self.statistics.finished(
+            reason, time.monotonic() - ticket.arrived, len(ticket.request.ids), ticket.num_tokens
+        )
+        try:
+            ticket.listener(Event(piece=piece, token=token, reason=reason, message=message))
+        except RuntimeError:  # the event loop that listened is closed
+            ticket.cancel()
+
+
+def _given_up(ticket: Ticket, now: float) -> Reason | None:
+    """Return why a request is not wanted any more, None if it is."""
+    if ticket.cancelled:
+        return "cancelled"
+    seconds = ticket.request.seconds
+    if seconds is not None and now - ticket.arrived > seconds:
+        return "deadline"
+    return None

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,10 @@ def test_the_loss_stays_close(run_json, compressed, nano, text_file):
 def test_sizes_are_told(run_json, nano, tmp_path):
     out = tmp_path / "c"
     found = run_json("compress", "--model", nano, "--bits", 8, "--what", "all", "--out", out)
-    assert found["bytes_after"] == (out / "quantised.safetensors").stat().st_size
-    assert found["bytes_before"] == (Path(nano) / "model.safetensors").stat().st_size
-    assert found["bytes_after"] < 0.5 * found["bytes_before"]
+    before, after = (step["bytes"] for step in found["steps"])
+    assert after == (out / "quantised.safetensors").stat().st_size
+    assert before == (Path(nano) / "model.safetensors").stat().st_size
+    assert after < 0.5 * before
 
 
 def test_transformers_refuses_it(compressed):
@@ -77,8 +79,85 @@ def test_what_needs_float_weights_says_so(refuse, compressed, text_file, tmp_pat
 @pytest.mark.parametrize(("options", "words"), [
     (("--bits", "5"), "--bits is 5"),
     (("--bits", "4", "--group-size", "48"), "The group size is 48"),
+    ((), "nothing to do"),
+    (("--calibrate",), "how many --bits"),
+    (("--keep-experts", "4"), "of the 4 experts"),
+    (("--keep-experts", "0"), "at least 1"),
+    (("--keep-experts", "2", "--merge-experts", "2"), "of the 2 experts"),
+    (("--keep-experts", "2"), "There is no text"),
 ])  # fmt: skip
 def test_impossible_options_are_refused(refuse, nano, tmp_path, options, words):
     out = tmp_path / "x"
     assert words in refuse("compress", "--model", nano, "--out", out, *options)
     assert not out.exists()
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A folder of several documents, so that some can be held out."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(12):
+        lines = (f"Sentence {j} of text {i} says {i * j}.\n" for j in range(40))
+        (folder / f"{i}.txt").write_text("".join(lines))
+    return folder
+
+
+SHORT = ("--batches", 2, "--batch-size", 4, "--input-length", 64)
+
+
+def test_calibration_is_told_beside_rounding(run, run_json, nano, texts, tmp_path):
+    command = ("compress", "--model", nano, "--data", texts, *SHORT, "--bits", 4, "--calibrate")
+    found = run_json(*command, "--out", tmp_path / "q")
+    assert [step["step"] for step in found["steps"]] == [
+        "as it was", "4 bits, rounded to nearest", "4 bits, calibrated",
+    ]  # fmt: skip
+    assert all(0 < step["loss"] < 10 for step in found["steps"])
+    assert found["plan"]["quantisation"]["bits"] == 4
+    shown = run(*command, "--out", tmp_path / "again")
+    assert "calibrated" in shown.stdout
+    first = (tmp_path / "q" / "quantised.safetensors").read_bytes()
+    assert (tmp_path / "again" / "quantised.safetensors").read_bytes() == first
+
+
+def test_a_single_document_is_measured_on_with_a_warning(run, nano, text_file, tmp_path):
+    options = ("--data", text_file, *SHORT, "--out", tmp_path / "q")
+    result = run("compress", "--model", nano, "--bits", 8, *options)
+    assert result.exit_code == 0, result.output
+    assert "a single document" in result.stderr
+
+
+def test_fine_tuned_pruned_merged_and_quantised_it_still_generates(
+    run, run_json, nano, texts, tmp_path
+):
+    """The whole chain: each step's output is the next one's model."""
+    task = tmp_path / "task"
+    task.mkdir()
+    for split in ("train", "validation"):
+        rows = (
+            json.dumps({"input": f"is {i} odd?", "target": ["no", "yes"][i % 2]}) for i in range(40)
+        )
+        (task / f"{split}.jsonl").write_text("\n".join(rows))
+    steps = ("training.steps=2", "training.evaluate_every=2", "training.checkpoint_every=2")
+    settings = [word for step in steps for word in ("--set", step)]
+    lengths = ("--set", "finetune.input_length=32", "--set", "finetune.target_length=8")
+    tuned = tmp_path / "tuned"
+    result = run("finetune", "--model", nano, "--task", task, "--out", tuned, *settings, *lengths)
+    assert result.exit_code == 0, result.output
+    few = tmp_path / "few"
+    options = ("--task", task, "--batches", 2, "--batch-size", 8, "--input-length", 32)
+    pruned = run_json(
+        "compress", "--model", tuned, *options, "--keep-experts", 3, "--by", "gradient",
+        "--merge-experts", 2, "--out", few,
+    )  # fmt: skip
+    assert len(pruned["steps"]) == 3
+    assert {len(kept) for kept in pruned["kept"].values()} == {3}
+    assert {sum(map(len, groups)) for groups in pruned["merged"].values()} == {3}
+    assert run_json("inspect", "--model", few)["shape"]["num_experts"] == 2
+    small = tmp_path / "small"
+    again = ("compress", "--model", few, *options, "--bits", 4, "--what", "all", "--calibrate")
+    assert run(*again, "--out", small).exit_code == 0
+    assert run_json("inspect", "--model", small)["shape"]["num_experts"] == 2
+    assert run("generate", "--model", small, "is 3 odd?").exit_code == 0
+    scores = run_json("evaluate", "--model", small, "--task", task, "--input-length", 32)
+    assert scores["tasks"]

@@ -10,7 +10,7 @@ Shapes: E experts, N outputs, K inputs, B blocks of 64 outputs, G groups of inpu
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -178,6 +178,23 @@ def load_quantised(
     the meta device, see `expert_extents`.
     """
     config, family, weights = read_quantised_config(folder, values, quantisation)
+    return assemble(config, family, quantisation, weights.read, dtype, device, experts)
+
+
+@torch.no_grad()
+def assemble(
+    config: ModelConfig,
+    family: Family,
+    quantisation: Quantisation,
+    read: Callable[[Collection[str]], Iterable[tuple[str, Tensor]]],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    experts: bool = True,
+) -> SwitchTransformer:
+    """Return a quantised model of its tensors, as they are stored.
+
+    read: gives (key, tensor) of the keys asked for. dtype, experts: see load_quantised.
+    """
     with torch.device("meta"):
         model = SwitchTransformer(config)
     kinds = {
@@ -186,9 +203,9 @@ def load_quantised(
         if experts or entry.expert is None
     }
     held = {name for name, entry in kinds.items() if quantisation.holds(entry)}
-    scales = dict(weights.read({name + SCALE for name in held}))
+    scales = dict(read({name + SCALE for name in held}))
     matrices: dict[str, list[Matrix]] = {}
-    for key, tensor in weights.read(kinds.keys()):
+    for key, tensor in read(kinds.keys()):
         if key in held:
             matrices[key] = _matrices(kinds[key], tensor, scales.pop(key + SCALE), device)
         else:
@@ -198,7 +215,7 @@ def load_quantised(
             is_parameter = isinstance(getattr(module, attribute), nn.Parameter)
             setattr(module, attribute, nn.Parameter(place) if is_parameter else place)
     put_in(model, matrices)
-    return model.requires_grad_(False)
+    return model.requires_grad_(False).eval()
 
 
 def expert_extents(
@@ -215,7 +232,9 @@ def expert_extents(
     }
 
 
-def _matrices(entry: Entry, codes: Tensor, scale: Tensor, device: torch.device) -> list[Matrix]:
+def _matrices(
+    entry: Entry, codes: Tensor, scale: Tensor, device: torch.device | str
+) -> list[Matrix]:
     """Return the matrices of a parameter, one an expert, in memory of their own."""
     outputs = entry.shape[0]
     lookups = entry.ours == "embedding.weight"  # whose rows are looked up: they stay as they are

@@ -1,19 +1,44 @@
-"""switchlm compress: fewer bits a weight."""
+"""switchlm compress: fewer bits a weight, fewer experts, and what that costs on a text."""
 
+import dataclasses
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
-from switchlm.cli.options import Json, Model, note
-from switchlm.errors import ConfigError
+from switchlm.cli import task_options
+from switchlm.cli.options import (
+    Batches,
+    BatchSize,
+    Data,
+    InputLength,
+    Json,
+    Model,
+    note,
+    open_text,
+)
+from switchlm.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from switchlm.data.tokenizer import Tokenizer
+    from switchlm.recipes.compress import Compressed, Plan, Texts
+
+HELD_OUT = 0.2  # of the documents, on which the loss is measured
+TARGET_LENGTH = 128  # tokens of a task's answers
 
 
 class What(StrEnum):
     experts = "experts"
     all = "all"
+
+
+class By(StrEnum):
+    load = "load"
+    gradient = "gradient"
 
 
 def compress(
@@ -27,19 +52,143 @@ def compress(
         What,
         typer.Option(help="Experts, or all: attention, dense layers and the vocabulary too."),
     ] = What.experts,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Fit the codes to the text (GPTQ).")
+    ] = False,
+    keep_experts: Annotated[
+        int | None, typer.Option(help="Keep so many experts a layer, those that matter most.")
+    ] = None,
+    by: Annotated[
+        By, typer.Option(help="What matters: tokens taken, or the gradient of the loss.")
+    ] = By.load,
+    merge_experts: Annotated[
+        int | None, typer.Option(help="Merge experts that are alike, to so many a layer.")
+    ] = None,
+    data: Data = None,
+    task: task_options.Tasks = None,
+    batches: Batches = 16,
+    batch_size: BatchSize = None,
+    input_length: InputLength = None,
     as_json: Json = False,
 ) -> None:
-    """Make a model smaller."""
-    from switchlm.checkpoint.quantised import Quantisation
-    from switchlm.recipes.compress import quantise_folder
+    """Make a model smaller: fewer bits a weight, fewer experts.
 
-    if bits not in (8, 4):
+    With text (--data, --task, or the run's own) the loss is measured before and after every step,
+    on documents that the steps do not see. Without it only --bits can be had, of models of any
+    size.
+    """
+    from switchlm.checkpoint.quantised import Quantisation
+    from switchlm.recipes.compress import Plan, quantise_folder
+    from switchlm.recipes.compress import compress as recipe
+
+    if bits not in (None, 8, 4):
         raise ConfigError(f"--bits is {bits}; weights have 8 or 4 bits.")
-    quantisation = Quantisation(bits=8 if bits == 8 else 4, group_size=group_size, what=what.value)
-    sizes = quantise_folder(model, out, quantisation, report=note)
-    if as_json:
-        typer.echo(json.dumps({"out": str(out), **sizes}))
-    else:
-        typer.echo(
-            f"Model: {out} ({sizes['bytes_after']:,} bytes, before {sizes['bytes_before']:,})"
+    quantisation = None
+    if bits is not None:
+        quantisation = Quantisation(
+            bits=8 if bits == 8 else 4, group_size=group_size, what=what.value
         )
+    plan = Plan(
+        keep_experts=keep_experts,
+        by=by.value,
+        merge_experts=merge_experts,
+        quantisation=quantisation,
+        calibrate=calibrate,
+    )
+    if quantisation is not None and not (plan.needs_text or data or task):
+        done = quantise_folder(model, out, quantisation, report=note)
+    else:
+
+        def read(tokenizer: "Tokenizer") -> "Texts":
+            if task:
+                return _tasks(task, data, tokenizer, batches, batch_size, input_length)
+            return _text(model, data, tokenizer, batches, batch_size, input_length)
+
+        done = recipe(model, out, plan, read, report=note)
+    _present(done, plan, out, as_json)
+
+
+def _text(
+    model: str,
+    data: list[str] | None,
+    tokenizer: "Tokenizer",
+    batches: int,
+    batch_size: int | None,
+    input_length: int | None,
+) -> "Texts":
+    """Return batches of text to fit to, and others to measure on."""
+    from switchlm.recipes.compress import Texts
+
+    loader = open_text(
+        model,
+        tokenizer,
+        data,
+        held_out_share=HELD_OUT,
+        batch_size=batch_size,
+        input_length=input_length,
+    )
+    seen = [loader.batch(step) for step in range(batches)]
+    try:
+        measured = loader.held_out(batches)
+    except DataError:
+        note(
+            "The text is a single document, or a short one: the loss is measured on what the model "
+            "is fitted to. Give more text for a figure to rely on."
+        )
+        measured = seen
+    return Texts(seen, measured, loader.sources)
+
+
+def _tasks(
+    names: list[str],
+    data: list[str] | None,
+    tokenizer: "Tokenizer",
+    batches: int,
+    batch_size: int | None,
+    input_length: int | None,
+) -> "Texts":
+    """Return examples for training to fit to, and those for validation to measure on."""
+    from switchlm.data.pairs import PairLoader
+    from switchlm.data.tasks import find_tasks, read_examples
+    from switchlm.recipes.compress import Texts
+
+    tasks = find_tasks(names)
+    places = task_options.places(tasks, data)
+
+    def read(split: str) -> dict[str, list]:  # type: ignore[type-arg]
+        return {one.name: list(read_examples(one, split, places[one.name])) for one in tasks}
+
+    loader = PairLoader(
+        read("train"),
+        tokenizer,
+        input_length=input_length or 512,
+        target_length=TARGET_LENGTH,
+        batch_size=batch_size or 32,
+        seed=0,
+        held_out=read("validation"),
+        long_targets="truncate",
+        report=note,
+    )
+    seen = [loader.batch(step) for step in range(batches)]
+    return Texts(seen, loader.held_out(batches), loader.sources)
+
+
+def _present(done: "Compressed", plan: "Plan", out: Path, as_json: bool) -> None:
+    if as_json:
+        asked = dataclasses.asdict(plan)
+        typer.echo(json.dumps({"out": str(out), "plan": asked, **dataclasses.asdict(done)}))
+        return
+    first = done.steps[0]
+    table = Table()
+    table.add_column("")
+    for column in ("loss", "change", "bytes", "of before"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for step in done.steps:
+        loss = change = ""
+        if "loss" in step:
+            loss = f"{step['loss']:.4f}"
+            change = "" if step is first else f"{step['loss'] - first['loss']:+.4f}"
+        share = f"{step['bytes'] / first['bytes']:.0%}"
+        table.add_row(step["step"], loss, change, f"{step['bytes']:,}", share)
+    Console().print(table)
+    typer.echo(f"Model: {out}")

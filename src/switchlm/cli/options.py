@@ -12,6 +12,7 @@ from switchlm.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from switchlm.data.batch import Batch
+    from switchlm.data.loader import Loader
     from switchlm.data.tokenizer import Tokenizer
     from switchlm.model.transformer import SwitchTransformer
 
@@ -116,6 +117,28 @@ def read_batches(
     It is all of the text of `data`, or, where that is left out, what the run of that name held out
     in training. Rows are as in that run, if it is one.
     """
+    loader = open_text(
+        name,
+        tokenizer,
+        data,
+        held_out_share=0.0,
+        batch_size=batch_size,
+        input_length=input_length,
+    )
+    read = [loader.batch(step) for step in range(batches)] if data else loader.held_out(batches)
+    return read, loader.sources
+
+
+def open_text(
+    name: str,
+    tokenizer: "Tokenizer",
+    data: list[str] | None,
+    *,
+    held_out_share: float,
+    batch_size: int | None,
+    input_length: int | None,
+) -> "Loader":
+    """Return masked text: `data`, so much of it held out, or the run's own, as it held it out."""
     from switchlm.checkpoint.run_folder import RunFolder
     from switchlm.config import from_mapping, read_yaml
     from switchlm.data.config import DataConfig
@@ -128,7 +151,7 @@ def read_batches(
     stated = {"batch_size": batch_size, "input_length": input_length}
     changes: dict[str, Any] = {key: value for key, value in stated.items() if value is not None}
     if data:
-        changes |= {"sources": tuple(data), "held_out_share": 0.0}
+        changes |= {"sources": tuple(data), "held_out_share": held_out_share}
     elif not config.sources:
         raise DataError(
             f"There is no text: {name!r} is no run whose held-out text could be used. Give some "
@@ -136,8 +159,6 @@ def read_batches(
         )
     if input_length is not None:
         changes["target_length"] = None
-    loader = open_data(
+    return open_data(
         dataclasses.replace(config, **changes), seed=0, tokenizer=tokenizer, report=note
     )
-    read = [loader.batch(step) for step in range(batches)] if data else loader.held_out(batches)
-    return read, loader.sources

@@ -1,17 +1,98 @@
 """Make a model smaller, and measure on the user's text what that costs."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from switchlm.checkpoint.config_fields import Report
-from switchlm.checkpoint.huggingface import load_tokenizer, open_floats
+from switchlm.checkpoint.huggingface import load, load_config, load_tokenizer, open_floats, save
+from switchlm.checkpoint.names import Entry
 from switchlm.checkpoint.quantised import Quantisation
-from switchlm.checkpoint.quantised_saving import save_quantised, weights_of_files
+from switchlm.checkpoint.quantised_saving import (
+    save_quantised,
+    weights_of_files,
+    weights_of_model,
+)
+from switchlm.compression.calibrate import LEAST_ROWS, Calibrated, calibrate
+from switchlm.compression.codes import Codes, quantise_all
+from switchlm.compression.fewer import check_number, merge, prune
+from switchlm.compression.importance import Measure, importance
 from switchlm.compression.quantise import round_to_nearest
+from switchlm.data.batch import Batch
+from switchlm.data.tokenizer import Tokenizer
+from switchlm.errors import CheckpointError, ConfigError
+from switchlm.evaluation.evaluator import held_out_loss
+from switchlm.model.config import ModelConfig
+from switchlm.model.transformer import SwitchTransformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to do, in this order: prune to `keep_experts`, merge to `merge_experts`, quantise.
+
+    by: which experts stay, see importance.py. calibrate: fit the codes to the text (GPTQ).
+    """
+
+    keep_experts: int | None = None
+    by: Measure = "load"
+    merge_experts: int | None = None
+    quantisation: Quantisation | None = None
+    calibrate: bool = False
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise ConfigError where it asks for nothing, or for what the model cannot give."""
+        if self.calibrate and self.quantisation is None:
+            raise ConfigError("--calibrate fits codes to a text: say how many --bits they have.")
+        if (self.keep_experts, self.merge_experts, self.quantisation) == (None, None, None):
+            raise ConfigError(
+                "There is nothing to do: give --bits, --keep-experts or --merge-experts."
+            )
+        most = config.num_experts
+        if self.keep_experts is not None:
+            check_number(config, self.keep_experts, most, "--keep-experts")
+            most = self.keep_experts
+        if self.merge_experts is not None:
+            check_number(config, self.merge_experts, most, "--merge-experts")
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether it cannot be done without a text."""
+        return self.calibrate or self.keep_experts is not None or self.merge_experts is not None
+
+
+@dataclass(frozen=True)
+class Texts:
+    """calibration: what the model is fitted to. measured: what its loss is measured on.
+
+    sources: the names that `Batch.source_B` indexes.
+    """
+
+    calibration: Sequence[Batch]
+    measured: Sequence[Batch]
+    sources: tuple[str, ...]
+
+
+@dataclass
+class Compressed:
+    """What was done: the loss and the bytes of the weights before and after every step.
+
+    kept, merged: by Switch layer, the experts left, and those merged into each. too_few: experts
+    that saw too few rows of the text to be calibrated.
+    """
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    kept: dict[str, list[int]] = field(default_factory=dict)
+    merged: dict[str, list[list[int]]] = field(default_factory=dict)
+    too_few: list[str] = field(default_factory=list)
 
 
 def quantise_folder(
     name: str, out: Path, quantisation: Quantisation, *, report: Report
-) -> dict[str, int]:
+) -> Compressed:
     """Round the weights of a saved model to the nearest codes; return its size before and after.
 
     One matrix is in memory at a time, so that models larger than memory can be quantised.
@@ -21,7 +102,93 @@ def quantise_folder(
     source = weights_of_files(config, family, weights)
     save_quantised(source, config, tokenizer, out, quantisation, round_to_nearest(quantisation))
     files = {description.file for description in weights.tensors.values()}
-    return {
-        "bytes_before": sum(path.stat().st_size for path in files),
-        "bytes_after": sum(path.stat().st_size for path in out.glob("*.safetensors")),
-    }
+    before = sum(path.stat().st_size for path in files)
+    return Compressed(
+        [
+            {"step": "as it was", "bytes": before},
+            {"step": _rounded(quantisation), "bytes": _saved_bytes(out)},
+        ]
+    )
+
+
+def compress(
+    name: str,
+    out: Path,
+    plan: Plan,
+    read: Callable[[Tokenizer], Texts],
+    *,
+    report: Report,
+) -> Compressed:
+    """Make a saved model smaller and write it to `out`; return what every step cost.
+
+    read: gives the text, for the tokenizer of the model. report: told of what was left undone.
+    Raises ConfigError for a plan that does not fit the model, CheckpointError for a model that is
+    quantised already, or without a tokenizer.
+    """
+    plan.check(load_config(name, report=report, to_train=True))
+    model, tokenizer = load(name, dtype=torch.float32, report=report)
+    if tokenizer is None:
+        raise CheckpointError(
+            f"The model {name!r} has no tokenizer.json, so that no text can be given to it."
+        )
+    texts = read(tokenizer)
+    done = Compressed()
+
+    def measure(step: str, changed: SwitchTransformer, num_bytes: int) -> None:
+        loss = held_out_loss(changed, texts.measured, texts.sources)["loss"]
+        done.steps.append({"step": step, "loss": loss, "bytes": num_bytes})
+
+    measure("as it was", model, _float_bytes(model))
+    if plan.keep_experts is not None:
+        before = model.config.num_experts
+        scores = importance(model, texts.calibration, plan.by)
+        model, done.kept = prune(model, scores, plan.keep_experts)
+        step = f"{plan.keep_experts} of {before} experts kept, by {plan.by}"
+        measure(step, model, _float_bytes(model))
+    if plan.merge_experts is not None:
+        before = model.config.num_experts
+        scores = importance(model, texts.calibration, "load")
+        model, done.merged = merge(model, scores, plan.merge_experts)
+        step = f"{before} experts merged to {plan.merge_experts}"
+        measure(step, model, _float_bytes(model))
+    if plan.quantisation is None:
+        save(model, tokenizer, out, report=report)
+        return done
+    codes = quantise_all(model, plan.quantisation, round_to_nearest(plan.quantisation))
+    measure(_rounded(plan.quantisation), codes.model(model), codes.num_bytes(model))
+    if plan.calibrate:
+        found = calibrate(model, texts.calibration, plan.quantisation)
+        codes, done.too_few = found.codes, found.too_few
+        _tell(found, report)
+        step = f"{plan.quantisation.bits} bits, calibrated"
+        measure(step, codes.model(model), codes.num_bytes(model))
+    _save_codes(codes, model, tokenizer, out)
+    return done
+
+
+def _save_codes(codes: Codes, model: SwitchTransformer, tokenizer: Tokenizer, out: Path) -> None:
+    def stored(entry: Entry, _weight: Tensor) -> tuple[Tensor, Tensor]:
+        return codes.get(entry)
+
+    source = weights_of_model(model)
+    save_quantised(source, model.config, tokenizer, out, codes.quantisation, stored)
+
+
+def _tell(found: Calibrated, report: Report) -> None:
+    if found.too_few:
+        report(
+            f"{len(found.too_few)} experts saw fewer than {LEAST_ROWS} rows of the text and were "
+            f"rounded to nearest, such as {found.too_few[0]}. More --batches may reach them."
+        )
+
+
+def _rounded(quantisation: Quantisation) -> str:
+    return f"{quantisation.bits} bits, rounded to nearest"
+
+
+def _float_bytes(model: SwitchTransformer) -> int:
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+def _saved_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from switchlm.checkpoint.extents import Extent
-from switchlm.compression import expert_memory
+from switchlm.compression import expert_files, expert_memory
 from switchlm.compression.expert_files import STAGE, ExpertFiles, Recipe
 from switchlm.compression.expert_memory import ExpertMemory
 from switchlm.errors import CheckpointError, ConfigError
@@ -214,6 +214,45 @@ def test_long_parts_are_converted_a_piece_at_a_time(tmp_path):
     with memory.want([("layer", 0)]) as ready:
         assert torch.equal(next(ready)[1]["up"], numbers.bfloat16())
     memory.close()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("before", [2, 4096, 10_001])
+def test_large_parts_are_read_wherever_they_lie(tmp_path, monkeypatch, before, direct, dtype):
+    if not direct:
+        monkeypatch.setattr(expert_files, "_open_direct", lambda path: None)
+    up, down = torch.randn(700_001).bfloat16(), torch.randn(2 * STAGE).bfloat16()
+    path = tmp_path / "experts"
+    data = bytes(before)
+    for tensor in (up, down):
+        data += tensor.view(torch.uint8).numpy().tobytes()
+    path.write_bytes(data)  # the last part ends with the file
+    parts = {
+        "up": Extent(path, before, (700_001,), torch.bfloat16),
+        "down": Extent(path, before + 2 * 700_001, (2 * STAGE,), torch.bfloat16),
+    }
+    recipe = Recipe(parts, dtype)
+    room = expert_files.new_room(recipe.num_bytes())
+    files = ExpertFiles([path])
+    files.read(recipe, room)
+    found = recipe.tensors(room)
+    kind = dtype or torch.bfloat16
+    assert torch.equal(found["up"], up.to(kind))
+    assert torch.equal(found["down"], down.to(kind))
+    os.truncate(path, before + 1_400_002 + 3 * STAGE)
+    with pytest.raises(CheckpointError, match=r"was cut short|changed"):
+        files.read(recipe, room)
+    files.close()
+
+
+def test_memory_taken_beforehand_is_what_experts_then_use(make, monkeypatch):
+    memory, _ = make(4)
+    memory.prepare()
+    monkeypatch.setattr(expert_memory, "new_room", None)  # no more is to be taken
+    for expert in range(16):
+        take(memory, [expert])
+    assert memory.counters.most_bytes_held == 4 * SIZE
 
 
 def test_a_budget_below_one_expert_is_refused_with_what_is_needed(make):

@@ -1,10 +1,13 @@
 """Reading experts from files into memory that is used again and again.
 
-Plain reads, no maps: a file that is cut short is an error and not the end of the process, what is
-read counts against the budget that it was given, and nothing but that stays resident.
+Plain reads, no maps: a file that is cut short is an error and not the end of the process. Large
+matrices go from the disk to their place without passing through the page cache (O_DIRECT, where the
+file system has it): that leaves the processor to those who compute, and no second copy behind.
 """
 
+import errno
 import math
+import mmap
 import os
 import weakref
 from collections.abc import Mapping, Sequence
@@ -19,6 +22,10 @@ from switchlm.checkpoint.extents import Extent
 from switchlm.errors import CheckpointError
 
 ALIGNMENT = 64  # bytes, a line of cache, where tensors begin in memory
+PAGE = 4096  # bytes; where direct reads begin and end, in files and in memory
+LARGE = 2**20  # bytes from which a matrix is read directly
+HUGE = 2**21  # bytes of a large page of memory
+GRAIN = 2**14  # numbers converted at a time: so few that PyTorch leaves its other threads alone
 STAGE = 2**21  # bytes read at a time where numbers are converted on their way
 
 
@@ -38,13 +45,15 @@ class Recipe:
 
     def num_bytes(self) -> int:
         """Return the bytes it takes in memory."""
-        return sum(_padded(self._size(part)) for part in self.parts.values())
+        return self._places()[1]
 
     def file_bytes(self) -> int:
         return sum(part.num_bytes for part in self.parts.values())
 
-    def converts(self) -> bool:
-        return any(self.dtype_of(part) != part.dtype for part in self.parts.values())
+    def stage_bytes(self) -> int:
+        """Return the bytes that converting numbers on their way takes; zero where there is none."""
+        converted = (part for part in self.parts.values() if self.dtype_of(part) != part.dtype)
+        return max(map(_stage, converted), default=0)
 
     def place(self) -> tuple[str, int]:
         """Return where it begins, for reading in the order of the files."""
@@ -52,71 +61,146 @@ class Recipe:
 
     def tensors(self, room: Tensor) -> dict[str, Tensor]:
         """Return the tensors over that memory: uint8, `num_bytes` of them."""
-        found, start = {}, 0
+        found, starts = {}, self._places()[0]
         for name, part in self.parts.items():
+            start = starts[name]
             flat = room[start : start + self._size(part)].view(self.dtype_of(part))
             found[name] = flat.view(part.shape)
-            start += _padded(self._size(part))
         return found
+
+    def _places(self) -> tuple[dict[str, int], int]:
+        """Return where in memory each part begins, and the length of all."""
+        starts, end = {}, 0
+        for name, part in self.parts.items():
+            if is_large(part) and self.dtype_of(part) == part.dtype:
+                end = _padded(end, PAGE)
+                starts[name] = end + part.offset % PAGE
+                end += _padded(part.num_bytes, PAGE) + PAGE
+            else:
+                starts[name] = end
+                end += _padded(self._size(part), ALIGNMENT)
+        return starts, end
 
     def _size(self, part: Extent) -> int:
         return math.prod(part.shape) * self.dtype_of(part).itemsize
+
+
+def is_large(part: Extent) -> bool:
+    """Whether it is read in whole pages, to the same place in a page that it has in the file."""
+    return part.num_bytes >= LARGE and part.offset % part.dtype.itemsize == 0
+
+
+def _stage(part: Extent) -> int:
+    return STAGE + 2 * PAGE if is_large(part) else min(STAGE, part.num_bytes)
+
+
+def new_room(size: int) -> Tensor:
+    """Return memory that begins with a page, uint8."""
+    if size < LARGE:
+        return torch.empty(size, dtype=torch.uint8)
+    room = mmap.mmap(-1, _padded(size, PAGE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        room.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(room, dtype=torch.uint8, count=size)
+
+
+@dataclass
+class _Open:
+    """An open file: for any reads, and for direct ones; how it was when it was opened."""
+
+    plain: int
+    direct: int | None
+    state: tuple[int, int]
 
 
 class ExpertFiles:
     """The open files that experts lie in, and how they were when they were opened."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._files: dict[Path, tuple[int, tuple[int, int]]] = {}
+        self._files: dict[Path, _Open] = {}
+        self._close = weakref.finalize(self, _close, self._files)
         for path in paths:
             try:
-                descriptor = os.open(path, os.O_RDONLY)
+                plain = os.open(path, os.O_RDONLY)
             except OSError as error:
                 raise CheckpointError(f"Cannot open {str(path)!r}: {error.strerror}.") from None
-            self._files[path] = descriptor, _state(descriptor)
-        self._close = weakref.finalize(self, _close, self._files)
+            self._files[path] = _Open(plain, _open_direct(path), _state(plain))
 
     def read(self, recipe: Recipe, room: Tensor) -> None:
         """Fill memory with an expert; CheckpointError where a file is not what it was."""
         for name, tensor in recipe.tensors(room).items():
             part = recipe.parts[name]
-            descriptor, before = self._files[part.file]
             if tensor.dtype == part.dtype:
-                self._fill(part, descriptor, 0, tensor.view(-1).view(torch.uint8))
+                self._fill(part, 0, tensor.view(-1).view(torch.uint8), room)
             else:
-                self._convert(part, descriptor, tensor.view(-1))
-            if _state(descriptor) != before:
+                self._convert(part, tensor.view(-1))
+            file = self._files[part.file]
+            if _state(file.plain) != file.state:
                 raise _changed(part.file, "changed")
 
     def close(self) -> None:
         """Close the files; nothing can be read any more."""
         self._close()
 
-    def _fill(self, part: Extent, descriptor: int, start: int, target: Tensor) -> None:
-        """Read from byte `start` of the part as many bytes as the target has."""
-        view, done = memoryview(cast(Any, target.numpy())), 0
-        while done < len(view):
-            try:
-                count = os.preadv(descriptor, [view[done:]], part.offset + start + done)
-            except OSError as error:
-                raise CheckpointError(f"Cannot read {part.file.name}: {error.strerror}.") from None
-            if not count:
-                raise _changed(part.file, "was cut short")
-            done += count
+    def _fill(self, part: Extent, start: int, target: Tensor, room: Tensor) -> None:
+        """Read from byte `start` of the part as many bytes as the target has.
 
-    def _convert(self, part: Extent, descriptor: int, target: Tensor) -> None:
+        target: a view of `room`. What it has around it up to whole pages may be overwritten where
+        the part is large.
+        """
+        file, offset, size = self._files[part.file], part.offset + start, target.numel()
+        first = target.storage_offset() - room.storage_offset()
+        shift = offset % PAGE
+        begin, length = first - shift, _padded(shift + size, PAGE)
+        fits = begin >= 0 and begin + length <= room.numel()
+        aligned = (room.data_ptr() + begin) % PAGE == 0
+        if file.direct is not None and is_large(part) and fits and aligned:
+            whole = memoryview(cast(Any, room[begin : begin + length].numpy()))
+            if _read(part.file, file.direct, whole, offset - shift, shift + size):
+                return
+            file.direct = None  # the file system opens files so, but does not read them
+        _read(part.file, file.plain, memoryview(cast(Any, target.numpy())), offset, size)
+
+    def _convert(self, part: Extent, target: Tensor) -> None:
         """Read a part a piece at a time, as numbers of another dtype."""
-        step = STAGE // part.dtype.itemsize
-        stage = torch.empty(min(step, target.numel()), dtype=part.dtype)
+        size, step = part.dtype.itemsize, STAGE // part.dtype.itemsize
+        room = new_room(_stage(part))
         for first in range(0, target.numel(), step):
             piece = target[first : first + step]
-            raw = stage[: piece.numel()]
-            self._fill(part, descriptor, first * part.dtype.itemsize, raw.view(torch.uint8))
-            piece.copy_(raw)
+            shift = (part.offset + first * size) % PAGE if is_large(part) else 0
+            raw = room[shift : shift + piece.numel() * size]
+            self._fill(part, first * size, raw, room)
+            for to, numbers in zip(
+                piece.split(GRAIN), raw.view(part.dtype).split(GRAIN), strict=True
+            ):
+                to.copy_(numbers)
 
 
-def _padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def _read(path: Path, descriptor: int, view: memoryview, offset: int, needed: int) -> bool:
+    """Read at least the bytes needed; false where a direct read is not possible at all."""
+    done = 0
+    while done < needed:
+        try:
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+        except OSError as error:
+            if error.errno == errno.EINVAL and not done:
+                return False
+            raise CheckpointError(f"Cannot read {path.name}: {error.strerror}.") from None
+        done += count
+        if not count or (done < needed and offset + done >= os.fstat(descriptor).st_size):
+            raise _changed(path, "was cut short")
+    return True
+
+
+def _open_direct(path: Path) -> int | None:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECT) if hasattr(os, "O_DIRECT") else None
+    except OSError:
+        return None
+
+
+def _padded(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
 
 
 def _state(descriptor: int) -> tuple[int, int]:
@@ -124,9 +208,12 @@ def _state(descriptor: int) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _close(files: dict[Path, tuple[int, tuple[int, int]]]) -> None:
+def _close(files: dict[Path, _Open]) -> None:
     while files:
-        os.close(files.popitem()[1][0])
+        file = files.popitem()[1]
+        for descriptor in (file.plain, file.direct):
+            if descriptor is not None:
+                os.close(descriptor)
 
 
 def _changed(path: Path, how: str) -> CheckpointError:

@@ -16,10 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from switchlm.compression.expert_files import STAGE, ExpertFiles, Recipe
+from switchlm.compression.expert_files import ExpertFiles, Recipe, new_room
 from switchlm.errors import CheckpointError, ConfigError
 
 READERS = 2
@@ -91,10 +90,10 @@ class ExpertMemory:
         self._entries: OrderedDict[Key, _Entry] = OrderedDict()  # the one used last comes last
         self._needed: deque[_Entry] = deque()
         self._guessed: deque[_Entry] = deque()
+        self._spare: dict[int, list[Tensor]] = {}  # by size
         self._expected: dict[str, set[Key]] = {}  # by layer, what was not in memory when guessed
         largest = max((recipe.num_bytes() for recipe in recipes.values()), default=0)
-        staging = readers * STAGE * any(recipe.converts() for recipe in recipes.values())
-        staging = min(staging, readers * largest)
+        staging = readers * max((recipe.stage_bytes() for recipe in recipes.values()), default=0)
         if budget < largest + staging:
             raise ConfigError(
                 f"The memory for experts is {budget:,} bytes, but one expert takes {largest:,}"
@@ -103,6 +102,16 @@ class ExpertMemory:
                 "layer uses at a time, fewer are read twice."
             )
         self._room_for_experts = budget - staging
+
+    def prepare(self) -> None:
+        """Take the memory that experts will need from the system now, instead of in between."""
+        left = self._room_for_experts
+        for recipe in self._recipes.values():
+            size = recipe.num_bytes()
+            left -= size
+            if left < 0:
+                return
+            self._spare.setdefault(size, []).append(new_room(size).zero_())
 
     @contextmanager
     def want(self, keys: Sequence[Key]) -> Iterator[Iterator[tuple[Key, Tensors]]]:
@@ -230,7 +239,6 @@ class ExpertMemory:
 
     def _run(self) -> None:
         """Read what is needed, then what is guessed, until there is nothing for a while."""
-        torch.set_num_threads(1)
         while True:
             entry = self._await()
             if entry is None:
@@ -291,7 +299,10 @@ class ExpertMemory:
             counters.bytes_held -= room.numel()
         counters.bytes_held += size
         counters.most_bytes_held = max(counters.most_bytes_held, counters.bytes_held)
-        return torch.empty(size, dtype=torch.uint8)
+        if self._spare.get(size):
+            return self._spare[size].pop()
+        self._spare.clear()  # of other sizes
+        return new_room(size)
 
     def _read(self, entry: _Entry) -> None:
         recipe = self._recipes[entry.key]

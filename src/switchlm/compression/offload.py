@@ -154,6 +154,7 @@ def load_offloaded(
     recipes = {key: Recipe(found, None if coded else dtype) for key, found in parts.items()}
     paths = {part.file for found in parts.values() for part in found.values()}
     memory = ExpertMemory(recipes, ExpertFiles(sorted(paths)), expert_memory, readers)
+    memory.prepare()
     for layer in dict.fromkeys(layer for layer, _ in recipes):
         width = config.d_model if "down" in parts[layer, 0] else config.num_heads * config.d_kv
         put = OffloadedExperts(

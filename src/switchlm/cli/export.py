@@ -42,7 +42,7 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a model for another runtime."""
+    """Write a model for another runtime: PyTorch's programs, ONNX, or a plain T5."""
     from switchlm.export import onnx_programs, t5, torch_programs
 
     if to is Target.t5 and capacity_factor is not None:

@@ -1,5 +1,6 @@
 """switchlm serve: a model behind an HTTP interface, and a page that shows its experts at work."""
 
+import math
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -73,7 +74,13 @@ def serve(
         )
         server = uvicorn.Server(
             uvicorn.Config(
-                app, log_level="warning", access_log=False, timeout_keep_alive=15, lifespan="on"
+                app,
+                log_level="warning",
+                access_log=False,
+                timeout_keep_alive=15,
+                # Longer than any request, but not for ever: some clients never read.
+                timeout_graceful_shutdown=math.ceil(request_seconds) + 10,
+                lifespan="on",
             )
         )
         address = _address(listener)

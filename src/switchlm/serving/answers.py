@@ -2,7 +2,8 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from switchlm.errors import DataError, SwitchLMError
@@ -12,7 +13,7 @@ from switchlm.serving.engine import Engine
 from switchlm.serving.request import Event, Reason, Request
 from switchlm.serving.schemas import LARGEST_SEED, Generation
 
-Numbered = AsyncIterator[tuple[int, Event]]
+Numbered = AsyncGenerator[tuple[int, Event], None]
 
 
 class FailedError(SwitchLMError):
@@ -76,8 +77,13 @@ async def requests_of(
 ) -> list[Request]:
     """Tokenise the prompts, off the event loop; `copies` of each, with seeds of their own.
 
-    Raises DataError for a prompt that is empty or too long, and for too many tokens wanted.
+    Raises DataError for a prompt that is empty or too long, and for too many tokens or outputs.
     """
+    if len(prompts) * copies > engine.queue:
+        raise DataError(
+            f"This asks for {len(prompts) * copies} outputs at once, but the server's queue takes "
+            f"{engine.queue}: send fewer prompts, or a smaller n, at a time."
+        )
     limit = body.max_tokens or min(usual_limit, engine.max_target)
     if limit > engine.max_target:
         raise DataError(f"max_tokens is {limit:,}, but this server gives {engine.max_target:,}.")
@@ -115,8 +121,9 @@ def prompt_ids(text: str, engine: Engine) -> tuple[int, ...]:
 
 
 async def collected(events: Numbered, number: int) -> list[Output]:
-    """Return the whole outputs of so many requests."""
+    """Return the whole outputs of so many requests; the first that fails ends them all."""
     outputs = [Output() for _ in range(number)]
-    async for place, event in events:
-        outputs[place].add(event)
+    async with aclosing(events):
+        async for place, event in events:
+            outputs[place].add(event)
     return outputs

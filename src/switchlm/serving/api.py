@@ -8,8 +8,8 @@ import dataclasses
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -39,6 +39,7 @@ from switchlm.serving.schemas import Completion, Fill, Route
 from switchlm.serving.statistics import CONTENT_TYPE
 
 Answer = TypeVar("Answer")
+Chunks = AsyncGenerator[dict[str, Any], None]
 USUAL_TOKENS = 64
 
 
@@ -105,8 +106,10 @@ class _Interface:
         self._mailbox = Mailbox(asyncio.get_running_loop())
         yield
 
-    async def health(self) -> dict[str, str]:
-        return {"status": "ok"}
+    async def health(self) -> Response:
+        if not self._engine.is_alive:
+            return JSONResponse({"status": "the engine has ended"}, 503)
+        return JSONResponse({"status": "ok"})
 
     async def metrics(self) -> Response:
         engine = self._engine
@@ -152,7 +155,8 @@ class _Interface:
         told = events(self._engine, self._box, asked)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            return await _stream(_chunks(told, head, len(asked), prompt_tokens, usage))
+            chunks = _chunks(told, head, len(asked), prompt_tokens, usage)
+            return await _stream(request, chunks)
         outputs = await _while_wanted(request, collected(told, len(asked)))
         choices = [
             _choice(place, output.text, output.reason) for place, output in enumerate(outputs)
@@ -172,7 +176,7 @@ class _Interface:
         told = events(self._engine, self._box, [asked])
 
         def result(output: Output) -> dict[str, Any]:
-            spans = read_spans(output.tokens, self._engine.tokenizer)
+            spans = read_spans(output.tokens, self._engine.tokenizer, len(output.text))
             return {
                 "text": body.text,
                 "filled": put_into_blanks(body.text, spans),
@@ -183,7 +187,7 @@ class _Interface:
             }
 
         if body.stream:
-            return await _stream(_growing(told, result))
+            return await _stream(request, _growing(told, result))
         (output,) = await _while_wanted(request, collected(told, 1))
         return JSONResponse(result(output))
 
@@ -246,16 +250,20 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _stream(chunks: AsyncIterator[dict[str, Any]]) -> Response:
+async def _first(chunks: Chunks) -> dict[str, Any]:
+    return await anext(chunks)
+
+
+async def _stream(request: Request, chunks: Chunks) -> Response:
     """Return server-sent events; what goes wrong before the first one is an ordinary error."""
-    first = await anext(chunks, None)
+    first = await _while_wanted(request, _first(chunks))
 
     async def lines() -> AsyncIterator[str]:
         try:
-            if first is not None:
+            async with aclosing(chunks):
                 yield f"data: {json.dumps(first)}\n\n"
-            async for chunk in chunks:
-                yield f"data: {json.dumps(chunk)}\n\n"
+                async for chunk in chunks:
+                    yield f"data: {json.dumps(chunk)}\n\n"
         except FailedError as error:
             told = error_body(str(error), "server_error", code=error.status)
             yield f"data: {json.dumps(told)}\n\n"
@@ -268,27 +276,27 @@ async def _stream(chunks: AsyncIterator[dict[str, Any]]) -> Response:
 
 async def _chunks(
     told: Numbered, head: dict[str, Any], number: int, prompt_tokens: int, usage: bool
-) -> AsyncIterator[dict[str, Any]]:
+) -> Chunks:
     """Yield the chunks of a completion; pieces that are still empty are not sent."""
     outputs = [Output() for _ in range(number)]
-    async for place, event in told:
-        outputs[place].add(event)
-        outputs[place].pieces.clear()
-        if event.piece or event.reason:
-            yield {**head, "choices": [_choice(place, event.piece, event.reason)]}
+    async with aclosing(told):
+        async for place, event in told:
+            outputs[place].add(event)
+            outputs[place].pieces.clear()
+            if event.piece or event.reason:
+                yield {**head, "choices": [_choice(place, event.piece, event.reason)]}
     if usage:
         yield {**head, "choices": [], "usage": _usage(prompt_tokens, outputs)}
 
 
-async def _growing(
-    told: Numbered, result: Callable[[Output], dict[str, Any]]
-) -> AsyncIterator[dict[str, Any]]:
+async def _growing(told: Numbered, result: Callable[[Output], dict[str, Any]]) -> Chunks:
     """Yield the output so far whenever it has grown, and at last the result."""
     output = Output()
-    async for _, event in told:
-        output.add(event)
-        if event.piece and event.reason is None:
-            yield {"output": output.text}
+    async with aclosing(told):
+        async for _, event in told:
+            output.add(event)
+            if event.piece and event.reason is None:
+                yield {"output": output.text}
     yield result(output)
 
 
@@ -318,7 +326,7 @@ def _explain_errors(app: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         parts = [str(part) for part in first["loc"] if part != "body"]
-        where = ".".join(part for part in parts if part.isidentifier() or part.isdigit())
+        where = ".".join(part for part in parts if part.isidentifier() or part.isdigit())[:100]
         return answer(400, f"{where or 'The body'}: {first['msg']}"[:500], param=where or None)
 
     @app.exception_handler(UserError)

@@ -63,19 +63,29 @@ class Engine:
 
     def submit(self, request: Request, listener: Listener) -> Ticket:
         """Queue a request. Raises BusyError when the queue is full, ClosingError after `close`."""
-        assert 0 < len(request.ids) <= self.max_source, "prompts are bounded before they come here"
-        assert 0 < request.limit <= self.max_target, "limits are bounded before they come here"
-        ticket = Ticket(request, listener, time.monotonic())
+        return self.submit_all([request], [listener])[0]
+
+    def submit_all(
+        self, requests: Sequence[Request], listeners: Sequence[Listener]
+    ) -> list[Ticket]:
+        """Queue all of these, or none; raises as `submit` does."""
+        now = time.monotonic()
+        tickets = []
+        for request, listener in zip(requests, listeners, strict=True):
+            assert 0 < len(request.ids) <= self.max_source, "prompts are bounded before they come"
+            assert 0 < request.limit <= self.max_target, "limits are bounded before they come"
+            tickets.append(Ticket(request, listener, now))
         with self._changed:
             if self._closing:
                 raise ClosingError("The server is shutting down; nothing new is taken.")
-            if len(self._waiting) >= self.queue:
-                waiting = len(self._waiting)
-                self.statistics.finished("refused")
+            waiting = len(self._waiting)
+            if waiting + len(tickets) > self.queue:
+                for _ in tickets:
+                    self.statistics.finished("refused")
                 raise BusyError(waiting, self.statistics.seconds_for(waiting, self.num_slots))
-            self._waiting.append(ticket)
+            self._waiting.extend(tickets)
             self._changed.notify()
-        return ticket
+        return tickets
 
     def call(self, function: Callable[[], Result]) -> "Future[Result]":
         """Run something with the model between two steps, in the engine's thread."""
@@ -105,6 +115,10 @@ class Engine:
             self._closing = True
             self._changed.notify()
         self._thread.join(seconds)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
 
     @property
     def num_waiting(self) -> int:
@@ -260,8 +274,12 @@ class Engine:
     ) -> None:
         ticket = slots.names[row]
         slots.leave(row)
-        rest = self._streams[ticket].finish()
-        self._finish(ticket, reason, piece + rest, token)
+        try:
+            rest = self._streams[ticket].finish()
+        except Exception as error:
+            self._fail(ticket, error)
+        else:
+            self._finish(ticket, reason, piece + rest, token)
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         message = " ".join(f"{type(error).__name__}: {error}".split())
@@ -281,7 +299,7 @@ class Engine:
         )
         try:
             ticket.listener(Event(piece=piece, token=token, reason=reason, message=message))
-        except RuntimeError:  # the event loop that listened is closed
+        except Exception:  # such as that of an event loop that is closed: nobody hears of the end
             ticket.cancel()
 
 

@@ -14,6 +14,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 LARGEST_BODY = 2**21  # bytes
+LARGEST_REFUSED = 2**26  # what is thrown away before the refusal: few clients read while they send
 BODY_SECONDS = 10.0  # for all of a body to come
 OPEN = ("/", "/health")  # besides the page's own files, which hold nothing secret
 
@@ -81,10 +82,14 @@ async def _read(receive: Receive) -> bytes | None:
             return None
         part = message.get("body", b"")
         size += len(part)
-        if size > LARGEST_BODY:
+        if size <= LARGEST_BODY:
+            parts.append(part)
+        else:
+            parts.clear()
+        more = message.get("more_body", False)
+        if size > (LARGEST_REFUSED if more else LARGEST_BODY):
             raise OverflowError
-        parts.append(part)
-        if not message.get("more_body", False):
+        if not more:
             return b"".join(parts)
 
 

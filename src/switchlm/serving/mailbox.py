@@ -2,10 +2,10 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from switchlm.serving.engine import Engine
-from switchlm.serving.request import Event, Request, Ticket
+from switchlm.serving.request import Event, Request
 
 
 class Mailbox:
@@ -32,22 +32,20 @@ class Mailbox:
 
 async def events(
     engine: Engine, mailbox: Mailbox, requests: Sequence[Request]
-) -> AsyncIterator[tuple[int, Event]]:
+) -> AsyncGenerator[tuple[int, Event], None]:
     """Yield (number of the request, event) until all have ended.
 
     All requests are queued, or none: raises BusyError or ClosingError before the first event.
     Whoever stops listening cancels what is left.
     """
     queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-    tickets: list[Ticket] = []
+
+    def listener(number: int) -> Callable[[Event], None]:
+        return lambda event: mailbox.post(queue, number, event)
+
+    tickets = engine.submit_all(requests, [listener(place) for place in range(len(requests))])
+    left = len(requests)
     try:
-        for number, request in enumerate(requests):
-
-            def listener(event: Event, number: int = number) -> None:
-                mailbox.post(queue, number, event)
-
-            tickets.append(engine.submit(request, listener))
-        left = len(requests)
         while left:
             number, event = await queue.get()
             left -= event.reason is not None

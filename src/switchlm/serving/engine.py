@@ -299,8 +299,8 @@ class Engine:
         )
         try:
             ticket.listener(Event(piece=piece, token=token, reason=reason, message=message))
-        except Exception:  # such as that of an event loop that is closed: nobody hears of the end
-            ticket.cancel()
+        except Exception as error:  # such as that of an event loop that is closed
+            ticket.unheard = error
 
 
 def _given_up(ticket: Ticket, now: float) -> Reason | None:

@@ -1,7 +1,7 @@
 """What is asked of the engine, and what it tells while it works on it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from switchlm.errors import SwitchLMError
@@ -54,14 +54,18 @@ class Event:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request on its way. listener: called in the engine's thread with every event."""
+    """A request on its way. listener: called in the engine's thread with every event.
+
+    unheard: what the listener raised at the last one, which then nobody heard.
+    """
 
     request: Request
     listener: Callable[[Event], None]
     arrived: float
     cancelled: bool = False
     num_tokens: int = 0
-    first_token: float | None = field(default=None)
+    first_token: float | None = None
+    unheard: Exception | None = None
 
     def cancel(self) -> None:
         """Nobody wants it any more: its slot is free after the step that is running."""

@@ -143,13 +143,27 @@ class Engine:
             self._started.set_exception(error)
             return
         self._started.set_result(None)
-        while self._wait_for_work(slots):
-            if self._calls:  # one at a time, so that decoding goes on between many
-                self._calls.popleft()()
-            with serving(self.model):
-                self._advance(slots)
-                while not self._calls and (slots.names or self._waiting):
+        try:
+            while self._wait_for_work(slots):
+                if self._calls:  # one at a time, so that decoding goes on between many
+                    self._calls.popleft()()
+                with serving(self.model):
                     self._advance(slots)
+                    while not self._calls and (slots.names or self._waiting):
+                        self._advance(slots)
+        finally:
+            self._abandon(slots)
+
+    def _abandon(self, slots: Slots) -> None:
+        """Let nobody wait for ever, should this thread end by a mistake of its own."""
+        with self._changed:
+            self._closing = True
+            left = [*slots.names, *self._waiting]
+            self._waiting.clear()
+        while self._calls:
+            self._calls.popleft()()
+        for ticket in left:
+            self._fail(ticket, RuntimeError("the engine has ended"))
 
     def _wait_for_work(self, slots: Slots) -> bool:
         """Return False when all is done and nothing more will come."""

@@ -1,0 +1,134 @@
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+
+@pytest.fixture
+def process(nano, tmp_path):
+    """Start `switchlm serve` in a process of its own; give it and its address."""
+    processes = []
+
+    def start(*arguments):
+        command = [sys.executable, "-m", "switchlm", "serve", "--model", nano, "--port", "0"]
+        with (tmp_path / "errors").open("w") as errors:
+            process = subprocess.Popen(
+                [*command, *map(str, arguments)],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},  # the tests share the cores
+            )
+        processes.append(process)
+        line = process.stdout.readline()
+        return process, re.search(r"http://\S+\d", line).group(), line
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def listening(pid):
+    """The (address, port) of every TCP socket that a process listens on, as Linux tells it."""
+    links = Path(f"/proc/{pid}/fd").iterdir()
+    inodes = {os.readlink(link).removeprefix("socket:[").rstrip("]") for link in links}
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                address, port = fields[1].split(":")
+                found.append((address, int(port, 16)))
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_sigterm_under_load_answers_what_was_accepted(process, tmp_path):
+    key = tmp_path / "key"
+    key.write_text("a key of the test\n")
+    running, address, line = process("--api-key-file", key, "--slots", 4, "--name", "small")
+    assert line.startswith("Serving small at http://127.0.0.1:")
+    assert "dropless" in line
+    assert running.stdout.readline().startswith(f"  curl {address}/v1/fill -H 'Authorization")
+    port = int(address.rpartition(":")[2])
+    assert listening(running.pid) == [("0100007F", port)]  # 127.0.0.1 and nothing else
+
+    answers = []
+
+    def ask():
+        headers = {"Authorization": "Bearer a key of the test"}
+        body = {"prompt": "hello", "max_tokens": 200, "temperature": 1, "seed": 1}
+        with httpx.Client(timeout=60) as client:
+            answers.append(client.post(f"{address}/v1/completions", json=body, headers=headers))
+
+    threads = [threading.Thread(target=ask) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    while True:
+        headers = {"Authorization": "Bearer a key of the test"}
+        text = httpx.get(f"{address}/metrics", headers=headers).text
+        waiting, active = re.findall(r"^switchlm_(?:waiting|active)_requests (\d+)", text, re.M)
+        if int(waiting) + int(active) >= 12 or answers:
+            break
+        time.sleep(0.01)
+    running.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join(60)
+    assert [answer.status_code for answer in answers] == [200] * 12
+    assert len({answer.json()["choices"][0]["text"] for answer in answers}) == 1
+    assert running.wait(30) == 143
+    said = (tmp_path / "errors").read_text()
+    assert "everything accepted has been answered" in said
+    assert "Traceback" not in said
+    assert "a key of the test" not in said
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{address}/health")
+
+
+def test_a_port_in_use_is_one_paragraph(refuse, nano):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert "Choose another --port" in refuse("serve", "--model", nano, "--port", port)
+
+
+def test_a_host_that_is_none_is_one_paragraph(refuse, nano):
+    assert "no address" in refuse("serve", "--model", nano, "--host", "256.0.0.1.invalid.")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"short\n", "schlüssel größer".encode(), b"\xff"])
+def test_a_key_file_without_a_key_is_one_paragraph(refuse, nano, tmp_path, content):
+    path = tmp_path / "key"
+    if content is not None:
+        path.write_bytes(content)
+    said = refuse("serve", "--model", nano, "--port", 0, "--api-key-file", path)
+    assert str(path).rpartition("/")[2] in said
+    assert "key" in said
+
+
+def test_slots_without_memory_are_one_paragraph(refuse, nano):
+    said = refuse("serve", "--model", nano, "--port", 0, "--slots", 4096, "--max-new-tokens", 2**20)
+    assert "fewer --slots" in said
+
+
+def test_a_missing_extra_is_named(refuse, nano, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "switchlm[serve]" in refuse("serve", "--model", nano, "--port", 0)
+
+
+def test_help_needs_no_extra(run, monkeypatch):
+    for name in ("uvicorn", "fastapi", "torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    result = run("serve", "--help")
+    assert result.exit_code == 0
+    assert "--api-key-file" in result.output
+    assert "127.0.0.1" in result.output

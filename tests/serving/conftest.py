@@ -1,0 +1,139 @@
+import contextlib
+import dataclasses
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+import torch
+import uvicorn
+
+from switchlm.data.tokenizer import Tokenizer
+from switchlm.generation.decode import generate
+from switchlm.generation.sampling import GREEDY
+from switchlm.model.presets import preset
+from switchlm.model.transformer import SwitchTransformer
+from switchlm.serving.api import create_app
+from switchlm.serving.engine import Engine
+
+
+@pytest.fixture(scope="session")
+def model():
+    """A nano model whose output is varied and never ends by itself."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(preset("nano"), initialisation_scale=4.0, tied_head=False)
+    model = SwitchTransformer(config).eval()
+    with torch.no_grad():
+        model.head.weight[config.end_id] = 0.0
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Tokenizer.bytes()
+
+
+@pytest.fixture
+def alone(model):
+    """The tokens that a prompt gets by itself."""
+
+    def alone(ids, limit, sampling=GREEDY, seed=0):
+        inputs_BS = torch.tensor([ids])
+        done = generate(model, inputs_BS, max_new_tokens=limit, sampling=sampling, seeds=seed)
+        return done.tokens_BT[0].tolist()
+
+    return alone
+
+
+@pytest.fixture
+def engine(model, tokenizer):
+    """Start an engine; all are closed in the end."""
+    engines = []
+
+    def start(**options):
+        options = {"num_slots": 4, "max_source": 64, "max_target": 64, "queue": 16, **options}
+        engines.append(Engine(model, tokenizer, **options))
+        engines[-1].start()
+        return engines[-1]
+
+    yield start
+    for one in engines:
+        one.close(30)
+
+
+class Collector:
+    """A listener that keeps what it is told."""
+
+    def __init__(self):
+        self.events, self.done, self.began = [], threading.Event(), threading.Event()
+
+    def __call__(self, event):
+        self.events.append(event)
+        self.began.set()
+        if event.reason is not None:
+            self.done.set()
+
+    def end(self):
+        """Wait for the end; return the tokens and why it ended."""
+        assert self.done.wait(60), "no end came"
+        tokens = [event.token for event in self.events if event.token is not None]
+        return tokens, self.events[-1].reason
+
+
+@pytest.fixture
+def collector():
+    return Collector
+
+
+@dataclasses.dataclass
+class Served:
+    """A server that is up: `address` without a slash in the end."""
+
+    address: str
+    engine: Engine
+
+    def metrics(self):
+        """What /metrics says, by name with labels."""
+        text = httpx.get(f"{self.address}/metrics").text
+        lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in lines}
+
+
+@pytest.fixture
+def serve(engine):
+    """Serve a started engine on a free loopback port, by uvicorn, in a thread."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*, key=None, report=None, seconds=60.0, **options):
+            running = engine(**options)
+            app = create_app(running, name="nano", key=key, report=report, seconds=seconds)
+            listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+            thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+            thread.start()
+
+            def stop():
+                server.should_exit = True
+                thread.join(30)
+                listener.close()
+
+            stack.callback(stop)
+            while not server.started:
+                time.sleep(0.01)
+            return Served(f"http://127.0.0.1:{listener.getsockname()[1]}", running)
+
+        yield start
+
+
+@pytest.fixture
+def soon():
+    """Wait until something is true, at most some seconds."""
+
+    def soon(condition, seconds=10.0):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "it did not become true"
+            time.sleep(0.005)
+
+    return soon

@@ -1,0 +1,167 @@
+"""The interface over a real socket, with httpx and with OpenAI's own client."""
+
+import json
+
+import httpx
+import openai
+import pytest
+
+from switchlm.generation.fill import put_into_blanks
+
+TEXT = "A <extra_id_0> text of <extra_id_1> things."
+
+
+def text_alone(alone, tokenizer, prompt, limit):
+    """What the model says to a prompt by itself."""
+    return tokenizer.decode(alone([*tokenizer.encode(prompt), tokenizer.end_id], limit))
+
+
+def events(response):
+    """The JSON of server-sent events, which end as OpenAI's do."""
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+@pytest.fixture
+def client(serve):
+    served = serve(key="a key of the test")
+    with openai.OpenAI(base_url=f"{served.address}/v1", api_key="a key of the test") as client:
+        yield client
+
+
+def test_openai_s_client_completes(client, alone, tokenizer):
+    done = client.completions.create(model="nano", prompt="hello", max_tokens=20)
+    assert done.choices[0].text == text_alone(alone, tokenizer, "hello", 20)
+    assert done.choices[0].finish_reason == "length"
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (6, 20)
+
+
+def test_openai_s_client_streams(client, alone, tokenizer):
+    chunks = [
+        *client.completions.create(
+            model="nano",
+            prompt="hello",
+            max_tokens=20,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    ]
+    text = "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
+    assert text == text_alone(alone, tokenizer, "hello", 20)
+    assert len(chunks) > 3
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].usage.completion_tokens == 20
+
+
+def test_openai_s_client_gets_several_seeded_outputs_of_several_prompts(client):
+    def ask(**options):
+        done = client.completions.create(
+            model="nano", prompt=["a", "b"], n=2, temperature=1.0, max_tokens=8, **options
+        )
+        assert [choice.index for choice in done.choices] == [0, 1, 2, 3]
+        return [choice.text for choice in done.choices]
+
+    assert ask(seed=1) == ask(seed=1)
+    assert ask() != ask()
+    assert len(set(ask(seed=1))) > 2
+
+
+def test_openai_s_client_lists_models_and_reads_errors(client):
+    (model,) = client.models.list().data
+    assert (model.id, model.capacity) == ("nano", "dropless")
+    with pytest.raises(openai.NotFoundError, match="no model 'other'"):
+        client.completions.create(model="other", prompt="hello")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="nano", prompt="hello", max_tokens=0)
+    assert caught.value.param == "max_tokens"
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="another").completions.create(model="nano", prompt="hello")
+
+
+def test_fill_puts_spans_into_blanks(serve):
+    address = serve().address
+    found = httpx.post(f"{address}/v1/fill", json={"text": TEXT, "max_tokens": 30}).json()
+    assert found["text"] == TEXT
+    spans = {int(number): span for number, span in found["spans"].items()}
+    assert found["filled"] == put_into_blanks(TEXT, spans)
+    assert found["finished"] is False
+    assert found["usage"]["completion_tokens"] == 30
+    streamed = httpx.post(
+        f"{address}/v1/fill", json={"text": TEXT, "max_tokens": 30, "stream": True}
+    )
+    *growing, last = events(streamed)
+    assert last == found
+    outputs = [event["output"] for event in growing]
+    assert outputs == sorted(outputs, key=len)
+    assert found["output"].startswith(outputs[-1])
+
+
+def test_route_tells_who_took_each_token(serve, model):
+    address = serve().address
+    found = httpx.post(f"{address}/v1/route", json={"text": "ab", "output": "c"}).json()
+    assert (found["model"], found["num_experts"]) == ("nano", model.config.num_experts)
+    for part, length in (("encoder", 3), ("decoder", 2)):
+        assert len(found[part]["tokens"]) == length
+        for layer in found[part]["layers"]:
+            assert len(layer["expert"]) == len(layer["gate"]) == length
+            assert sum(layer["load"]) == length
+            assert all(layer["kept"])
+    own = httpx.post(f"{address}/v1/route", json={"text": "ab"})
+    assert own.status_code == 200
+
+
+def test_the_page_needs_no_key_and_the_report_does(serve):
+    address = serve(key="a key of the test", report="<p>A report</p>").address
+    page = httpx.get(address)
+    assert page.status_code == 200
+    assert "script-src" in page.headers["Content-Security-Policy"]
+    assert httpx.get(f"{address}/page/page.css").headers["Content-Type"].startswith("text/css")
+    assert httpx.get(f"{address}/page/../api.py").status_code == 401
+    assert httpx.get(f"{address}/report").status_code == 401
+    headers = {"Authorization": "Bearer a key of the test"}
+    assert httpx.get(f"{address}/report", headers=headers).text == "<p>A report</p>"
+    assert httpx.get(f"{address}/v1/models", headers=headers).json()["data"][0]["report"] is True
+
+
+def test_pages_that_load_from_elsewhere_are_not_there(serve):
+    address = serve().address
+    assert httpx.get(f"{address}/docs").status_code == 404
+    assert httpx.get(f"{address}/redoc").status_code == 404
+    schema = httpx.get(f"{address}/openapi.json").json()
+    assert set(schema["paths"]) == {
+        "/health", "/metrics", "/v1/completions", "/v1/fill", "/v1/models", "/v1/route"
+    }  # fmt: skip
+
+
+def test_a_failing_request_says_so_and_the_next_succeeds(serve, monkeypatch):
+    served = serve()
+    monkeypatch.setattr(served.engine.model, "encode", None)
+    for stream in (False, True):
+        body = {"prompt": "hello", "max_tokens": 4, "stream": stream}
+        answer = httpx.post(f"{served.address}/v1/completions", json=body)
+        assert answer.status_code == 500
+        assert "This request failed" in answer.json()["error"]["message"]
+    assert httpx.post(f"{served.address}/v1/route", json={"text": "a"}).status_code == 500
+    monkeypatch.undo()
+    body = {"prompt": "hello", "max_tokens": 4}
+    assert httpx.post(f"{served.address}/v1/completions", json=body).status_code == 200
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_ended_is_told_by_health_and_keeps_nobody_waiting(serve, monkeypatch):
+    served = serve()
+    monkeypatch.setattr(served.engine, "_step", None)
+    body = {"prompt": "hello", "max_tokens": 4}
+    answer = httpx.post(f"{served.address}/v1/completions", json=body)
+    assert answer.status_code == 500
+    assert "the engine has ended" in answer.json()["error"]["message"]
+    served.engine.close(10)
+    assert httpx.get(f"{served.address}/health").status_code == 503
+    assert httpx.post(f"{served.address}/v1/completions", json=body).status_code == 503
+
+
+def test_a_request_out_of_time_gets_504(serve):
+    address = serve(seconds=0.05, max_target=512).address
+    body = {"prompt": "hello", "max_tokens": 512}
+    assert httpx.post(f"{address}/v1/completions", json=body).status_code == 504

@@ -1,0 +1,201 @@
+"""The engine without HTTP: the same tokens in any company, order, failures, ends."""
+
+import queue
+import random
+import threading
+
+import pytest
+
+from switchlm.generation.sampling import GREEDY, Sampling
+from switchlm.generation.slots import Slots
+from switchlm.generation.text_stream import TextStream
+from switchlm.serving.request import BusyError, ClosingError, Request
+
+IDS = (5, 6, 7, 1)
+
+
+def test_tokens_are_those_of_the_request_alone(engine, collector, alone):
+    draw, running = random.Random(0), engine(num_slots=3, queue=64)
+    samplings = [GREEDY, Sampling(temperature=0.8, top_k=9, top_p=0.9)]
+    asked = [
+        Request(
+            ids=tuple(draw.randrange(3, 60) for _ in range(draw.randrange(1, 50))),
+            limit=draw.randrange(1, 30),
+            sampling=draw.choice(samplings),
+            seed=number,
+        )
+        for number in range(16)
+    ]
+    heard = [collector() for _ in asked]
+    for request, listener in zip(asked, heard, strict=True):
+        running.submit(request, listener)
+    for request, listener in zip(asked, heard, strict=True):
+        expected = alone(request.ids, request.limit, request.sampling, request.seed)
+        assert listener.end() == (expected, "length")
+    assert running.statistics.requests["length"] == 16
+    assert running.statistics.new_tokens == sum(request.limit for request in asked)
+
+
+def test_first_come_first_served(engine, collector):
+    running, ends = engine(num_slots=1), []
+    heard = []
+    for number in range(6):
+        listener = collector()
+
+        def hear(event, number=number, listener=listener):
+            if event.reason:
+                ends.append(number)
+            listener(event)
+
+        running.submit(Request(ids=IDS, limit=3), hear)
+        heard.append(listener)
+    for listener in heard:
+        listener.end()
+    assert ends == list(range(6))
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(engine, collector):
+    running = engine(num_slots=1, queue=2, max_target=512)
+    first = collector()
+    running.submit(Request(ids=IDS, limit=512), first)
+    assert first.began.wait(10)
+    waiting = [collector(), collector()]
+    for listener in waiting:
+        running.submit(Request(ids=IDS, limit=1), listener)
+    with pytest.raises(BusyError, match="2 requests wait already") as caught:
+        running.submit(Request(ids=IDS, limit=1), collector())
+    assert caught.value.retry_after >= 1
+    assert [listener.end()[1] for listener in (first, *waiting)] == ["length"] * 3
+    assert running.statistics.requests["refused"] == 1
+
+
+def test_a_cancelled_request_leaves_its_slot_within_one_step(engine, collector, soon):
+    running = engine(num_slots=1, max_target=512)
+    running.submit(Request(ids=IDS, limit=512), listener := collector()).cancel()
+    assert listener.end()[1] == "cancelled"
+    for _ in range(5):
+        listener, tickets, cancelled_at = collector(), queue.Queue(), []
+
+        def hear(event, listener=listener, tickets=tickets, cancelled_at=cancelled_at):
+            listener(event)
+            if len(listener.events) == 3:
+                tickets.get().cancel()
+                cancelled_at.append(running.statistics.steps)
+
+        tickets.put(running.submit(Request(ids=IDS, limit=512), hear))
+        assert listener.end()[1] == "cancelled"
+        assert running.statistics.steps - cancelled_at[0] <= 1
+        soon(lambda: running.num_active == 0)
+
+
+def test_what_is_cancelled_or_late_in_the_queue_never_takes_a_slot(engine, collector):
+    running = engine(num_slots=1, max_target=512)
+    running.submit(Request(ids=IDS, limit=512), first := collector())
+    assert first.began.wait(10)
+    gone, late = collector(), collector()
+    running.submit(Request(ids=IDS, limit=5), gone).cancel()
+    running.submit(Request(ids=IDS, limit=5, seconds=0.01), late)
+    assert gone.end() == ([], "cancelled")
+    assert late.end() == ([], "deadline")
+    assert not first.done.is_set()
+    assert first.end()[1] == "length"
+
+
+def test_a_request_out_of_time_ends(engine, collector):
+    running = engine(max_target=512)
+    running.submit(Request(ids=IDS, limit=512, seconds=0.05), listener := collector())
+    tokens, reason = listener.end()
+    assert reason == "deadline"
+    assert len(tokens) < 512
+
+
+def failing(original, bad):
+    """Raise where `bad` says that the odd request takes part."""
+
+    def call(*arguments, **options):
+        if bad(*arguments, **options):
+            raise RuntimeError("made up")
+        return original(*arguments, **options)
+
+    return call
+
+
+ODD = 57
+STAGES = {
+    "encode": (Slots, "encode", lambda _, prompts: any(ODD in ids for ids in prompts)),
+    "join": (Slots, "join", lambda _, ticket, *__, **___: ODD in ticket.request.ids),
+    "step": (
+        Slots,
+        "step",
+        lambda slots, first=0, last=None: any(
+            ODD in ticket.request.ids and ticket.num_tokens == 3
+            for ticket in slots.names[first:last]
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "text", "listener"])
+def test_an_exception_fails_its_request_alone(stage, engine, collector, alone, monkeypatch):
+    running = engine(num_slots=4)
+    odd = collector()
+    hear = odd
+    if stage in STAGES:
+        owner, name, bad = STAGES[stage]
+        monkeypatch.setattr(owner, name, failing(getattr(owner, name), bad))
+    elif stage == "text":
+        push = failing(TextStream.push, lambda stream, _: "odd stop" in stream._stops)
+        monkeypatch.setattr(TextStream, "push", push)
+    else:
+
+        def hear(event):
+            odd(event)
+            if event.reason is None:
+                raise RuntimeError("made up")
+
+    good = [(8, 9, 1), (10, 11, 12, 1), (13, 1)]
+    heard = [collector() for _ in good]
+    for ids, listener in zip(good, heard, strict=True):
+        running.submit(Request(ids=ids, limit=12), listener)
+    running.submit(Request(ids=(9, ODD, 1), limit=12, stops=("odd stop",)), hear)
+    tokens, reason = odd.end()
+    assert reason == "error"
+    assert "made up" in odd.events[-1].message
+    assert len(tokens) == {"step": 3, "listener": 1}.get(stage, 0)
+    for ids, listener in zip(good, heard, strict=True):
+        assert listener.end() == (alone(ids, 12), "length")
+    running.submit(Request(ids=IDS, limit=5), after := collector())
+    assert after.end() == (alone(IDS, 5), "length")
+
+
+def test_stop_strings_end_the_output_and_stay_out_of_it(engine, collector, alone, tokenizer):
+    ids = alone(IDS, 40)
+    text = tokenizer.decode(ids)
+    stop = text[6:8]
+    running = engine()
+    running.submit(Request(ids=IDS, limit=40, stops=(stop,)), listener := collector())
+    _, reason = listener.end()
+    assert reason == "stop"
+    assert "".join(event.piece for event in listener.events) == text[: text.index(stop)]
+
+
+def test_closing_finishes_what_was_accepted_and_takes_nothing_new(engine, collector, alone):
+    running = engine(num_slots=2)
+    heard = [collector() for _ in range(6)]
+    for listener in heard:
+        running.submit(Request(ids=IDS, limit=20), listener)
+    running.close(30)
+    expected = alone(IDS, 20)
+    assert all(listener.done.is_set() for listener in heard)
+    assert [listener.end() for listener in heard] == [(expected, "length")] * 6
+    with pytest.raises(ClosingError):
+        running.submit(Request(ids=IDS, limit=20), collector())
+
+
+def test_calls_run_between_steps_and_their_errors_come_back(engine, collector):
+    running = engine(max_target=512)
+    running.submit(Request(ids=IDS, limit=512), listener := collector())
+    assert running.call(lambda: threading.current_thread().name).result(10) == "switchlm-engine"
+    with pytest.raises(KeyError):
+        running.call(lambda: {}["nothing"]).result(10)
+    assert listener.end()[1] == "length"

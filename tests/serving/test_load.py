@@ -1,0 +1,158 @@
+"""Many clients at once: refused, gone, counted."""
+
+import asyncio
+import contextlib
+import random
+import time
+from collections import Counter
+
+import httpx
+import pytest
+
+LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+
+
+def clients(served):
+    return httpx.AsyncClient(base_url=served.address, limits=LIMITS, timeout=120)
+
+
+def test_200_clients_against_a_queue_of_32(serve):
+    served = serve(num_slots=8, queue=32)
+    worst_health = 0.0
+
+    async def ask(client):
+        begin = time.monotonic()
+        answer = await client.post("/v1/completions", json={"prompt": "hello", "max_tokens": 40})
+        return answer, time.monotonic() - begin
+
+    async def watch(client):
+        nonlocal worst_health
+        while True:
+            begin = time.monotonic()
+            assert (await client.get("/health")).status_code == 200
+            worst_health = max(worst_health, time.monotonic() - begin)
+            await asyncio.sleep(0.02)
+
+    async def run():
+        async with clients(served) as client:
+            watching = asyncio.create_task(watch(client))
+            found = await asyncio.gather(*(ask(client) for _ in range(200)))
+            watching.cancel()
+            return found
+
+    found = asyncio.run(run())
+    by_status = Counter(answer.status_code for answer, _ in found)
+    assert set(by_status) == {200, 429}
+    assert by_status[200] >= 32
+    texts = {answer.json()["choices"][0]["text"] for answer, _ in found if answer.is_success}
+    assert len(texts) == 1
+    for answer, _ in found:
+        if answer.status_code == 429:
+            assert 1 <= int(answer.headers["Retry-After"]) <= 600
+            assert "busy" in answer.json()["error"]["message"]
+    counted = served.metrics()
+    assert counted['switchlm_requests_total{outcome="length"}'] == by_status[200]
+    assert counted['switchlm_requests_total{outcome="refused"}'] == by_status[429]
+    assert counted["switchlm_waiting_requests"] == counted["switchlm_active_requests"] == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_clients_that_go_away_free_their_slots(serve, soon, stream):
+    served = serve(num_slots=8, queue=256, max_target=512)
+    body = {"prompt": "hello", "max_tokens": 512, "stream": stream}
+
+    async def leave(client, first):
+        if stream:
+            async with client.stream("POST", "/v1/completions", json=body) as answer:
+                async for _ in answer.aiter_text():
+                    first.set()
+                    break
+        else:
+            await client.post("/v1/completions", json=body)
+
+    async def run():
+        first = asyncio.Event()
+        async with clients(served) as client:
+            going = [asyncio.create_task(leave(client, first)) for _ in range(40)]
+            while served.engine.num_active < 8 or served.engine.num_waiting < 20:
+                await asyncio.sleep(0.002)
+            for task in going:
+                task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.gather(*going)
+
+    asyncio.run(run())
+    soon(lambda: served.engine.num_active == 0 and served.engine.num_waiting == 0)
+    counted = served.engine.statistics
+    assert counted.requests["cancelled"] >= 32
+    assert sum(counted.requests.values()) == 40
+    # Nobody got to the end of 512 tokens; those in the queue had no slot.
+    assert counted.requests["length"] == 0
+
+
+def mixed_requests(served, number, seed=0):
+    """Send mixed requests; return the clients' own counts."""
+    draw, counts = random.Random(seed), Counter()
+
+    async def one(client, kind, limit):
+        body = {"prompt": "hello", "max_tokens": limit}
+        if kind == "bad":
+            answer = await client.post("/v1/completions", json={**body, "max_tokens": -1})
+            assert answer.status_code == 400
+            return
+        if kind == "gone":
+            async with client.stream(
+                "POST", "/v1/completions", json={**body, "max_tokens": 512, "stream": True}
+            ) as answer:
+                if answer.status_code == 200:
+                    async for _ in answer.aiter_text():
+                        break
+            counts["refused" if answer.status_code == 429 else "cancelled"] += 1
+            return
+        if kind == "fill":
+            body = {"text": "a <extra_id_0>", "max_tokens": limit}
+        answer = await client.post(f"/v1/{'fill' if kind == 'fill' else 'completions'}", json=body)
+        if answer.status_code == 429:
+            counts["refused"] += 1
+            return
+        assert answer.status_code == 200
+        counts["length"] += 1
+        counts["new"] += answer.json()["usage"]["completion_tokens"]
+        counts["prompt"] += answer.json()["usage"]["prompt_tokens"]
+
+    async def worker(client, work):
+        while work:
+            await one(client, *work.pop())
+
+    async def run():
+        kinds = draw.choices(["plain", "fill", "bad", "gone"], [6, 2, 1, 1], k=number)
+        work = [(kind, draw.randrange(1, 12)) for kind in kinds]
+        async with clients(served) as client:
+            await asyncio.gather(*(worker(client, work) for _ in range(24)))
+
+    asyncio.run(run())
+    return counts
+
+
+def check_counts(served, number, soon):
+    counts = mixed_requests(served, number)
+    soon(lambda: served.engine.num_active == 0 and served.engine.num_waiting == 0)
+    found = served.metrics()
+    for outcome in ("length", "cancelled", "refused"):
+        assert found[f'switchlm_requests_total{{outcome="{outcome}"}}'] == counts[outcome], outcome
+    for outcome in ("stop", "error", "deadline"):
+        assert found[f'switchlm_requests_total{{outcome="{outcome}"}}'] == 0
+    # Those who went away counted no tokens; what the server made for them is on top.
+    assert found["switchlm_new_tokens_total"] >= counts["new"]
+    assert found["switchlm_request_seconds_count"] == counts["length"] + counts["cancelled"]
+    assert found["switchlm_waiting_requests"] == found["switchlm_active_requests"] == 0
+    assert min(counts["length"], counts["cancelled"], counts["refused"]) > 0
+
+
+def test_the_server_counts_what_its_clients_count(serve, soon):
+    check_counts(serve(num_slots=4, queue=12, max_target=512), 150, soon)
+
+
+@pytest.mark.slow
+def test_the_server_counts_what_its_clients_count_of_1000_requests(serve, soon):
+    check_counts(serve(num_slots=4, queue=12, max_target=512), 1000, soon)

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import random
+import socket
+import statistics
 import time
 from collections import Counter
 
@@ -18,7 +20,7 @@ def clients(served):
 
 def test_200_clients_against_a_queue_of_32(serve):
     served = serve(num_slots=8, queue=32)
-    worst_health = 0.0
+    health = []
 
     async def ask(client):
         begin = time.monotonic()
@@ -26,11 +28,10 @@ def test_200_clients_against_a_queue_of_32(serve):
         return answer, time.monotonic() - begin
 
     async def watch(client):
-        nonlocal worst_health
         while True:
             begin = time.monotonic()
             assert (await client.get("/health")).status_code == 200
-            worst_health = max(worst_health, time.monotonic() - begin)
+            health.append(time.monotonic() - begin)
             await asyncio.sleep(0.02)
 
     async def run():
@@ -41,6 +42,7 @@ def test_200_clients_against_a_queue_of_32(serve):
             return found
 
     found = asyncio.run(run())
+    assert statistics.median(health) < 0.1  # the server, its clients and others share the cores
     by_status = Counter(answer.status_code for answer, _ in found)
     assert set(by_status) == {200, 429}
     assert by_status[200] >= 32
@@ -58,7 +60,11 @@ def test_200_clients_against_a_queue_of_32(serve):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_clients_that_go_away_free_their_slots(serve, soon, stream):
-    served = serve(num_slots=8, queue=256, max_target=512)
+    go_away(serve(num_slots=8, queue=256, max_target=512), soon, 40, stream)
+
+
+def go_away(served, soon, number, stream):
+    """Let so many clients ask for much and leave; look that nothing is left of them."""
     body = {"prompt": "hello", "max_tokens": 512, "stream": stream}
 
     async def leave(client, first):
@@ -73,8 +79,8 @@ def test_clients_that_go_away_free_their_slots(serve, soon, stream):
     async def run():
         first = asyncio.Event()
         async with clients(served) as client:
-            going = [asyncio.create_task(leave(client, first)) for _ in range(40)]
-            while served.engine.num_active < 8 or served.engine.num_waiting < 20:
+            going = [asyncio.create_task(leave(client, first)) for _ in range(number)]
+            while served.engine.num_active + served.engine.num_waiting < number:
                 await asyncio.sleep(0.002)
             for task in going:
                 task.cancel()
@@ -83,11 +89,10 @@ def test_clients_that_go_away_free_their_slots(serve, soon, stream):
 
     asyncio.run(run())
     soon(lambda: served.engine.num_active == 0 and served.engine.num_waiting == 0)
-    counted = served.engine.statistics
-    assert counted.requests["cancelled"] >= 32
-    assert sum(counted.requests.values()) == 40
-    # Nobody got to the end of 512 tokens; those in the queue had no slot.
-    assert counted.requests["length"] == 0
+    requests = served.engine.statistics.requests
+    assert requests["cancelled"] == number, requests
+    found = served.metrics()
+    assert found["switchlm_waiting_requests"] == found["switchlm_active_requests"] == 0
 
 
 def mixed_requests(served, number, seed=0):
@@ -99,11 +104,13 @@ def mixed_requests(served, number, seed=0):
         if kind == "bad":
             answer = await client.post("/v1/completions", json={**body, "max_tokens": -1})
             assert answer.status_code == 400
+            counts[400] += 1
             return
         if kind == "gone":
             async with client.stream(
                 "POST", "/v1/completions", json={**body, "max_tokens": 512, "stream": True}
             ) as answer:
+                counts[answer.status_code] += 1
                 if answer.status_code == 200:
                     async for _ in answer.aiter_text():
                         break
@@ -112,6 +119,7 @@ def mixed_requests(served, number, seed=0):
         if kind == "fill":
             body = {"text": "a <extra_id_0>", "max_tokens": limit}
         answer = await client.post(f"/v1/{'fill' if kind == 'fill' else 'completions'}", json=body)
+        counts[answer.status_code] += 1
         if answer.status_code == 429:
             counts["refused"] += 1
             return
@@ -140,6 +148,8 @@ def check_counts(served, number, soon):
     found = served.metrics()
     for outcome in ("length", "cancelled", "refused"):
         assert found[f'switchlm_requests_total{{outcome="{outcome}"}}'] == counts[outcome], outcome
+    for status in (200, 400, 429):
+        assert found[f'switchlm_http_responses_total{{status="{status}"}}'] == counts[status]
     for outcome in ("stop", "error", "deadline"):
         assert found[f'switchlm_requests_total{{outcome="{outcome}"}}'] == 0
     # Those who went away counted no tokens; what the server made for them is on top.
@@ -151,6 +161,34 @@ def check_counts(served, number, soon):
 
 def test_the_server_counts_what_its_clients_count(serve, soon):
     check_counts(serve(num_slots=4, queue=12, max_target=512), 150, soon)
+
+
+def test_a_client_that_never_reads_holds_up_nobody(serve):
+    served = serve(num_slots=2, max_target=64)
+    body = b'{"prompt": "hello", "max_tokens": 64, "stream": true}'
+    address = httpx.URL(served.address)
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            stalled = stack.enter_context(socket.create_connection((address.host, address.port)))
+            stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            head = (
+                f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+            )
+            stalled.sendall(head.encode() + body)
+            unfinished = stack.enter_context(socket.create_connection((address.host, address.port)))
+            unfinished.sendall(b"POST /v1/completions HTTP/1.1\r\nHost:")  # and nothing more
+        answer = httpx.post(
+            f"{served.address}/v1/completions", json={"prompt": "hello", "max_tokens": 8}
+        )
+        assert answer.status_code == 200
+        assert served.engine.num_active <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [True, False])
+def test_200_clients_that_go_away_free_their_slots(serve, soon, stream):
+    served = serve(num_slots=32, queue=256, max_target=512)
+    go_away(served, soon, 200, stream)
 
 
 @pytest.mark.slow

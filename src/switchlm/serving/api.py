@@ -78,7 +78,7 @@ def create_app(
             _constant(report.encode(), "text/html; charset=utf-8", REPORT_HEADERS)
         )
     _explain_errors(app)
-    return Guard(app, key=key)
+    return Guard(app, key=key, count=engine.statistics.answered)
 
 
 def _constant(

@@ -23,17 +23,39 @@ class Guard:
     """An ASGI application before another one.
 
     key: None lets everyone in. The body is read here, whole, before the application sees any of it,
-    so nothing large or slow ever reaches it.
+    so nothing large or slow ever reaches it. count: called with the status of every answer.
     """
 
-    def __init__(self, app: App, *, key: str | None, seconds: float = BODY_SECONDS) -> None:
-        self._app, self._seconds = app, seconds
+    def __init__(
+        self,
+        app: App,
+        *,
+        key: str | None,
+        seconds: float = BODY_SECONDS,
+        count: Callable[[int], None] | None = None,
+    ) -> None:
+        self._app, self._seconds, self._count = app, seconds, count
         self._key = None if key is None else key.encode()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-            return
+        else:
+            await self._answer(scope, receive, self._counted(send))
+
+    def _counted(self, send: Send) -> Send:
+        count = self._count
+        if count is None:
+            return send
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                count(message["status"])
+            await send(message)
+
+        return counted
+
+    async def _answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if not self._allowed(scope):
             message = "This needs the API key: send it as `Authorization: Bearer KEY`."
             await refuse(send, 401, message, "invalid_api_key", {"WWW-Authenticate": "Bearer"})

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -37,8 +38,14 @@ class Statistics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.requests = dict.fromkeys(OUTCOMES, 0)
+        self.answers: Counter[int] = Counter()
         self.prompt_tokens = self.new_tokens = self.steps = self.rows = 0
         self.first_token, self.whole, self.step = Histogram(), Histogram(), Histogram()
+
+    def answered(self, status: int) -> None:
+        """Count an answer of HTTP, by its status."""
+        with self._lock:
+            self.answers[status] += 1
 
     def began(self, seconds: float) -> None:
         """Count a first token, so long after its request came."""
@@ -81,6 +88,9 @@ class Statistics:
         name = "switchlm_requests_total"
         yield from head(name, "counter", "Requests by how they ended; refused ones never began.")
         yield from (f'{name}{{outcome="{key}"}} {value}' for key, value in self.requests.items())
+        name = "switchlm_http_responses_total"
+        yield from head(name, "counter", "Answers by status; 499: the client was gone before.")
+        yield from (f'{name}{{status="{key}"}} {self.answers[key]}' for key in sorted(self.answers))
         for name, what, value in (
             ("switchlm_prompt_tokens_total", "Tokens of prompts.", self.prompt_tokens),
             ("switchlm_new_tokens_total", "Tokens generated.", self.new_tokens),

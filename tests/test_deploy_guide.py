@@ -8,7 +8,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from typer.testing import CliRunner
 
 from switchlm.checkpoint.quantised import Quantisation, first_entries, parts
 from switchlm.checkpoint.write_config import family_of
-from switchlm.cli.main import VERBS, app, load
+from switchlm.cli.main import app, load
 from switchlm.data.tokenizer import Tokenizer
 from switchlm.model import count
 from switchlm.model.presets import preset
@@ -29,15 +32,9 @@ UNIT = (ROOT / "examples" / "switchlm.service").read_text("utf-8")
 CONTAINER = (ROOT / "examples" / "Containerfile").read_text("utf-8")
 
 
-def there(verb):
-    if verb == "serve" and verb not in VERBS:
-        pytest.skip("there is no server yet")
-
-
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_commands_parse(line):
     _, verb, *arguments = shlex.split(line)
-    there(verb)
     load(verb).make_context(verb, arguments)
 
 
@@ -46,7 +43,6 @@ def test_what_the_examples_run_parses():
     entry = json.loads(re.findall(r"^ENTRYPOINT (.*)$", CONTAINER, re.M)[0])
     entry += json.loads(re.findall(r"^CMD (.*)$", CONTAINER, re.M)[0])
     for verb, *arguments in (shlex.split(line), entry[1:]):
-        there(verb)
         load(verb).make_context(verb, arguments)
 
 
@@ -55,10 +51,8 @@ def test_links_lead_somewhere():
         assert (ROOT / "docs" / "guides" / target).exists(), target
 
 
-def test_the_commands_take_a_checkpoint_of_the_hub_s_layout_to_a_compressed_model(
-    tmp_path, monkeypatch
-):
-    """All but serving, on a made-up checkpoint that transformers wrote."""
+def test_five_commands_take_a_checkpoint_of_the_hub_s_layout_to_a_server(tmp_path, monkeypatch):
+    """On a made-up checkpoint that transformers wrote."""
     config = transformers.SwitchTransformersConfig(
         vocab_size=384, d_model=32, d_kv=16, d_ff=64, num_heads=2, num_experts=4,
         num_layers=2, num_decoder_layers=2, num_sparse_encoder_layers=1,
@@ -82,6 +76,34 @@ def test_the_commands_take_a_checkpoint_of_the_hub_s_layout_to_a_compressed_mode
         assert done.exit_code == 0, (line, done.output)
     config = json.loads((tmp_path / "models" / "stars" / "config.json").read_text("utf-8"))
     assert config["quantization_config"]["bits"] == 8
+    (tmp_path / "key.txt").write_text("a long enough key\n")
+    arguments = shlex.split(COMMANDS[4].replace("--port 8000", "--port 0"))[1:]
+    with subprocess.Popen(
+        [sys.executable, "-m", "switchlm", *arguments], stdout=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            line = server.stdout.readline()
+            address = re.findall(r"http://127.0.0.1:\d+", line)[0]
+            assert ask(f"{address}/health")
+            request = {"prompt": "review 3", "max_tokens": 3, "model": "stars"}
+            answer = ask(f"{address}/v1/completions", request, "a long enough key")
+            assert answer["usage"]["completion_tokens"] <= 3
+        finally:
+            server.terminate()
+
+
+def ask(address, request=None, key=""):
+    """Ask a server that starts meanwhile; return the JSON of its answer."""
+    body = None if request is None else json.dumps(request).encode()
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    for _ in range(100):
+        try:
+            return json.load(urlopen(Request(address, body, headers), timeout=30))
+        except URLError as error:
+            if isinstance(error, HTTPError):
+                raise
+            time.sleep(0.1)
+    raise AssertionError(f"no answer from {address}")
 
 
 def size(config, quantisation, float_bytes=4):

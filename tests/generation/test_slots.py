@@ -106,6 +106,7 @@ def test_no_number_is_told_of_its_row_alone(model) -> None:
         assert first[0] is None
         assert first[1] is not None
         slots.leave(0)
+        assert all(t[0].isfinite().all() for pair in slots.own + slots.cross for t in pair)
         again = slots.encode([[7, 8, 1]])[0]
         slots.join("again", again, sampling=GREEDY, seed=0, limit=4)
         assert None not in slots.step()

@@ -98,6 +98,8 @@ class Slots:
         self.segments_NS = torch.zeros(num_slots, max_source, dtype=torch.int32, device=device)
         self._token_N1 = torch.full((num_slots, 1), config.pad_id, device=device)
         self._occupants: list[_Occupant] = []
+        # How much of every row may hold something: places of the output, and of the source.
+        self._used = [(0, 0)] * num_slots
 
     @property
     def names(self) -> list[Any]:
@@ -129,13 +131,11 @@ class Slots:
         assert length <= self.max_source, "the prompt is longer than a slot"
         assert limit <= self.max_target, "the output may be longer than a slot"
         row = len(self._occupants)
-        for keys, values in self.own:  # what damaged weights left there must not come back
-            keys[row].zero_()
-            values[row].zero_()
         fresh = self.model.decoder.memories(encoded_SD[None])
+        self._clear(row)
+        self._used[row] = limit, length
         for kept, new in zip(self.cross, fresh, strict=True):
             for kept_NHSK, new_1HSK in zip(kept, new, strict=True):
-                kept_NHSK[row].zero_()
                 kept_NHSK[row, :, :length] = new_1HSK[0]
         self.segments_NS[row] = 0
         self.segments_NS[row, :length] = 1
@@ -151,11 +151,24 @@ class Slots:
         """Free a row; the last one moves into its place."""
         last = len(self._occupants) - 1
         if row != last:
-            own = [tensor for pair in self.own + self.cross for tensor in pair]
-            for tensor in (*own, self.segments_NS, self.source_N, self.position_N, self._token_N1):
+            self._clear(row)
+            self._used[row] = self._used[last]
+            for kept_NHLK, used in self._kept(row):
+                kept_NHLK[row, :, :used] = kept_NHLK[last, :, :used]
+            for tensor in (self.segments_NS, self.source_N, self.position_N, self._token_N1):
                 tensor[row] = tensor[last]
             self._occupants[row] = self._occupants[last]
         del self._occupants[last]
+
+    def _kept(self, row: int) -> Iterator[tuple[Tensor, int]]:
+        """Yield all keys and values, and how much of the row in them is used."""
+        for pairs, used in zip((self.own, self.cross), self._used[row], strict=True):
+            yield from ((tensor, used) for pair in pairs for tensor in pair)
+
+    def _clear(self, row: int) -> None:
+        """Zero what is used of a row: what damaged weights left there must not come back."""
+        for kept_NHLK, used in self._kept(row):
+            kept_NHLK[row, :, :used].zero_()
 
     def step(self, first: int = 0, last: int | None = None) -> list[int | None]:
         """Return the next token of every row from `first` to before `last`, None without numbers.

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import shutil
+import socket
+import threading
 import urllib.request
+from contextlib import contextmanager
 
 import pytest
 import torch
-from tests.serving.standin import serve
+from switchlm.serving.engine import Engine
 
 from switchlm.data.tokenizer import Tokenizer
 from switchlm.generation.fill import put_into_blanks
@@ -18,6 +21,8 @@ from switchlm.report.write import ReportRun, write_report
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium to open the page in")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+uvicorn = pytest.importorskip("uvicorn", reason="uvicorn runs the server")
+api = pytest.importorskip("switchlm.serving.api", reason="fastapi is missing")
 screenshot = pytest.importorskip("tests.serving.screenshot")
 TEXT = "def <extra_id_0>(self):\n\treturn <extra_id_1> # größe"
 KEY = "a key of the test"
@@ -38,14 +43,31 @@ def report(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "report.html"
     lines = [{"step": step, "loss": 5.0 / step, "tokens_per_second": 9} for step in (1, 2, 3)]
     write_report(path, title="a run", headline="It ran.", runs=[ReportRun(name="a", metrics=lines)])
-    return path
+    return path.read_text("utf-8")
+
+
+@contextmanager
+def serving(report, key=None):
+    """Serve the nano model on a thread of its own; gives the address."""
+    engine = Engine(nano(), Tokenizer.bytes(), num_slots=2, max_source=256, max_target=256, queue=8)
+    engine.start()
+    app = api.create_app(engine, name="nano", key=key, report=report)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        finally:
+            server.should_exit = True
+            thread.join()
+            engine.close()
 
 
 @pytest.fixture(scope="module")
 def url(report):
-    server = serve(nano(), Tokenizer.bytes(), report=report)
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
+    with serving(report) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +234,11 @@ def test_light_and_dark_are_readable(visit, url, scheme, light):
 
 
 def test_the_key_is_asked_for_and_kept_in_memory_alone(visit, report):
-    server = serve(nano(), Tokenizer.bytes(), key=KEY, report=report)
-    page = visit(f"http://127.0.0.1:{server.server_port}/", expected=("401",))
+    with serving(report, KEY) as address:
+        ask_for_key(visit(address, expected=("401",)))
+
+
+def ask_for_key(page):
     page.wait_for_selector("#key-form:not([hidden])")
     assert "API key" in page.inner_text("#error")
     page.keyboard.type("wrong")  # the field has the focus
@@ -232,7 +257,6 @@ def test_the_key_is_asked_for_and_kept_in_memory_alone(visit, report):
     assert KEY not in page.content()
     page.reload()
     page.wait_for_selector("#key-form:not([hidden])")
-    server.shutdown()
 
 
 def test_the_server_s_errors_are_shown_as_text(visit, url):

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from switchlm.serving.engine import Engine
 
 from switchlm.data.tokenizer import Tokenizer
 from switchlm.generation.fill import put_into_blanks
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.report.write import ReportRun, write_report
+from switchlm.serving.engine import Engine
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium to open the page in")
@@ -244,7 +244,7 @@ def ask_for_key(page):
     page.keyboard.type("wrong")  # the field has the focus
     page.keyboard.press("Enter")
     page.wait_for_selector("#key-form:not([hidden])")
-    page.wait_for_function("document.activeElement.id === 'key'")
+    page.wait_for_selector("#key:focus")
     page.keyboard.type(KEY)
     page.keyboard.press("Enter")
     page.wait_for_selector("#model:not(:empty)")
@@ -290,7 +290,7 @@ def test_failures_on_the_way_are_told_in_words(visit, url):
             lambda route, _, answer=answer: route.fulfill(**answer) if answer else route.abort(),
         )
         page.click("#submit")
-        page.wait_for_function("!document.getElementById('submit').disabled")
+        page.wait_for_selector("#submit:not([disabled])")
         assert page.inner_text("#error") == message
     page.unroute("**/v1/fill")
     fill(page)

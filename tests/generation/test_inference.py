@@ -32,6 +32,8 @@ def test_dropless_drops_nothing_and_puts_the_capacity_back(build, router):
     with dropless(model):
         _, routing = model.encode(inputs_BS)
         assert all(layer.kept_A.all() for layer in routing)
+        assert all(layer.balance_loss == 0 for layer in routing)
     assert [m.config for m in model.modules() if hasattr(m, "experts_choose")] == configured
     _, routing = model.encode(inputs_BS)
     assert not all(layer.kept_A.all() for layer in routing)
+    assert all(layer.balance_loss > 0 for layer in routing)

@@ -156,6 +156,17 @@ def test_losses_are_the_formulas_of_the_paper(scene: Scene) -> None:
     torch.testing.assert_close(routing.z_loss, z_N.mean() if z_N.numel() else torch.tensor(0.0))
 
 
+@given(scenes(capacity_factor=None, evaluation_capacity_factor=None, expert_capacity=None))
+@settings(max_examples=60, deadline=None)
+def test_without_measuring_the_decision_is_the_same(scene: Scene) -> None:
+    measured = scene.route()
+    scene.router.measures = False
+    found = scene.route()
+    for name in ("expert_A", "gate_A", "kept_A", "load_E"):
+        assert torch.equal(getattr(found, name), getattr(measured, name))
+    assert found.balance_loss == found.z_loss == 0
+
+
 def uniform_routing(experts: int) -> Routing:
     """Every expert gets one of the tokens, and every probability is the same to 1e-4."""
     router = Router(experts, experts, RouterConfig())

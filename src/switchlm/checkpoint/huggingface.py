@@ -32,6 +32,7 @@ from switchlm.checkpoint.saving import write_model
 from switchlm.checkpoint.survey import survey
 from switchlm.checkpoint.weights import LARGEST_CONFIG, Weights, inside, open_weights, read_json
 from switchlm.errors import CheckpointError
+from switchlm.kernels import pages
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
 
@@ -278,7 +279,10 @@ def _fill(
     for name, meta in model.state_dict(keep_vars=True).items():
         if name not in dtypes:
             continue
-        places[name] = torch.empty(meta.shape, dtype=dtypes[name], device=device)
+        if device.type == "cpu":
+            places[name] = pages.empty(meta.shape, dtypes[name])
+        else:
+            places[name] = torch.empty(meta.shape, dtype=dtypes[name], device=device)
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
         if isinstance(meta, nn.Parameter):

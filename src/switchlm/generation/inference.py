@@ -32,11 +32,11 @@ def dropless(module: nn.Module) -> Iterator[None]:
 
     Capacity is shared by all tokens of a group, other users' prompts and padding included; without
     it what becomes of a token depends on its own row alone. Experts that choose their tokens keep
-    their capacity, which is what they choose by.
+    their capacity, which is what they choose by. Routers measure no losses meanwhile.
     """
     routers = [part for part in module.modules() if isinstance(part, Router)]
     routers = [router for router in routers if not router.experts_choose]
-    configured = [router.config for router in routers]
+    configured = [(router.config, router.measures) for router in routers]
     for router in routers:
         router.config = dataclasses.replace(
             router.config,
@@ -45,8 +45,9 @@ def dropless(module: nn.Module) -> Iterator[None]:
             expert_capacity=None,
             reroute_overflow=False,
         )
+        router.measures = False
     try:
         yield
     finally:
-        for router, config in zip(routers, configured, strict=True):
-            router.config = config
+        for router, (config, measures) in zip(routers, configured, strict=True):
+            router.config, router.measures = config, measures

@@ -15,8 +15,18 @@ def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     plain = type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
     if not plain or x.device.type != "cpu":
         return nn.functional.rms_norm(x, weight_D.shape, weight_D, epsilon)
+    if not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+        # In decoding, where rows are few, autograd's wrapping takes longer than the sums.
+        return _normalised(x, weight_D, epsilon)[0]
     y: Tensor = _RMSNorm.apply(x, weight_D, epsilon)
     return y
+
+
+def _normalised(x: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return the norm of x [..., D], and the scale [..., 1] that it multiplied by."""
+    mean = torch.linalg.vecdot(x, x).div_(x.shape[-1])
+    scale = mean.add_(epsilon).rsqrt_().unsqueeze(-1)
+    return (x * scale).mul_(weight_D), scale
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -26,10 +36,9 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             x_ND = x.reshape(-1, x.shape[-1])
-            mean_N = torch.linalg.vecdot(x_ND, x_ND).div_(x.shape[-1])
-            scale_N1 = mean_N.add_(epsilon).rsqrt_()[:, None]
+            y_ND, scale_N1 = _normalised(x_ND, weight_D, epsilon)
             ctx.save_for_backward(x_ND, scale_N1, weight_D)
-            return (x_ND * scale_N1).mul_(weight_D).view(x.shape)
+            return y_ND.view(x.shape)
 
     @staticmethod
     @once_differentiable

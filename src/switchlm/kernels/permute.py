@@ -83,8 +83,7 @@ class _Combine(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(y_RD, weight_A, order.assignment_R, order.row_A)
         ctx.per_token = per_token
-        y_AD = y_RD.index_select(0, order.row_A).mul_(weight_A[:, None].to(y_RD.dtype))
-        return y_AD if per_token == 1 else y_AD.unflatten(0, (-1, per_token)).sum(1)
+        return _combined(y_RD, weight_A, order, per_token)
 
     @staticmethod
     @once_differentiable
@@ -100,12 +99,19 @@ class _Combine(torch.autograd.Function):
         return gradient_RD, dweight_A, None, None
 
 
+def _combined(y_RD: Tensor, weight_A: Tensor, order: ExpertOrder, per_token: int) -> Tensor:
+    y_AD = y_RD.index_select(0, order.row_A).mul_(weight_A[:, None].to(y_RD.dtype))
+    return y_AD if per_token == 1 else y_AD.unflatten(0, (-1, per_token)).sum(1)
+
+
 def _token_of_row(order: ExpertOrder, per_token: int) -> Tensor:
     return order.assignment_R if per_token == 1 else order.assignment_R // per_token
 
 
 def gather_rows(x_ND: Tensor, order: ExpertOrder, per_token: int) -> Tensor:
     """Return x_RD: the token of every row, rows in the order of their experts."""
+    if not torch.is_grad_enabled():
+        return x_ND.index_select(0, _token_of_row(order, per_token))
     x_RD: Tensor = _Gather.apply(x_ND, order, per_token)
     return x_RD
 
@@ -116,5 +122,7 @@ def combine_rows(y_RD: Tensor, weight_A: Tensor, order: ExpertOrder, per_token: 
     weight_A is zero for dropped assignments; what their rows hold does not matter as long as it is
     finite.
     """
+    if not torch.is_grad_enabled():
+        return _combined(y_RD, weight_A, order, per_token)
     y_ND: Tensor = _Combine.apply(y_RD, weight_A, order, per_token)
     return y_ND

@@ -50,6 +50,7 @@ class Router(nn.Module):
 
     `dtype` is float32 (selective precision); the experiment of Table 2 sets it to bfloat16.
     `causal` says that a token may not look at later ones, so that experts may not choose.
+    `measures` is false where nobody asks for losses and means, as in decoding: they are zeros then.
     """
 
     bias_E: Tensor | None
@@ -63,6 +64,7 @@ class Router(nn.Module):
         self.config = config
         self.experts_choose = config.selection == "expert_choice" and not causal
         self.dtype = torch.float32
+        self.measures = True
         bias_E = torch.zeros(num_experts) if config.balance == "bias" else None
         self.register_buffer("bias_E", bias_E)
         factors = (config.capacity_factor, config.evaluation_capacity_factor)
@@ -127,9 +129,12 @@ class Router(nn.Module):
             expert_NK = selection.sample(probability_NE)
         else:
             expert_NK = selection.choose(probability_NE, choices, self.bias_E)
-        wanted_GE = count_by_group(
-            expert_NK, scores.valid_N, scores.tokens_a_group, self.num_experts
-        )
+        # Before overflow asks elsewhere: loads and losses are of what was wanted.
+        wanted_GE = None
+        if self.measures or capacity is not None:
+            wanted_GE = count_by_group(
+                expert_NK, scores.valid_N, scores.tokens_a_group, self.num_experts
+            )
         kept_NK = torch.ones_like(expert_NK, dtype=torch.bool)
         if scores.valid_N is not None:
             kept_NK = kept_NK & scores.valid_N[:, None]
@@ -144,13 +149,27 @@ class Router(nn.Module):
         gate_NK = probability_NE.gather(1, expert_NK).float()
         if choices > 1:
             gate_NK = gate_NK / gate_NK.sum(-1, keepdim=True)
+        expert_A, gate_A, kept_A = expert_NK.flatten(), gate_NK.flatten(), kept_NK.flatten()
+        if wanted_GE is None:
+            return self._unmeasured(expert_A, gate_A, kept_A)
         return self._record(
-            scores,
-            wanted_GE,
-            expert_A=expert_NK.reshape(-1),
-            gate_A=gate_NK.reshape(-1),
-            kept_A=kept_NK.reshape(-1),
+            scores, wanted_GE, expert_A=expert_A, gate_A=gate_A, kept_A=kept_A, token_A=None
+        )
+
+    def _unmeasured(self, expert_A: Tensor, gate_A: Tensor, kept_A: Tensor) -> Routing:
+        """Return a decision that drops nothing; losses and means are zeros."""
+        load_E = torch.zeros(self.num_experts, dtype=torch.int64, device=expert_A.device)
+        zeros_GE = gate_A.new_zeros(1, self.num_experts)
+        return Routing(
+            expert_A=expert_A,
+            gate_A=gate_A,
+            kept_A=kept_A,
             token_A=None,
+            load_E=load_E.scatter_add_(0, expert_A, kept_A.long()),
+            fraction_GE=zeros_GE,
+            probability_GE=zeros_GE,
+            balance_loss=zeros_GE[0, 0],
+            z_loss=zeros_GE[0, 0],
         )
 
     def _experts_choose(self, scores: Scores) -> Routing:

@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import shutil
 import socket
 import threading
 import time
@@ -16,6 +17,8 @@ from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.serving.api import create_app
 from switchlm.serving.engine import Engine
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 
 
 @pytest.fixture(scope="session")
@@ -137,3 +140,46 @@ def soon():
             time.sleep(0.005)
 
     return soon
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A real browser; the tests that want it are skipped where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    arguments = pytest.importorskip("tests.serving.screenshot").ARGUMENTS
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Open an address; at the end, no request has left it and nothing was complained of."""
+    contexts, complaints, requests = [], [], []
+
+    def visit(address, expected=(), **settings):
+        context = browser.new_context(**settings)
+        contexts.append((context, address, expected))
+        page = context.new_page()
+        page.set_default_timeout(60_000)  # the machine may be busy
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on(
+            "console",
+            lambda message: (
+                message.type in ("error", "warning")
+                and not any(text in message.text for text in expected)
+                and complaints.append(message.text)
+            ),
+        )
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(address)
+        return page
+
+    yield visit
+    for context, _, _ in contexts:
+        context.close()
+    assert not complaints
+    origins = tuple(address.split("#")[0] for _, address, _ in contexts)
+    assert requests
+    assert not [one for one in requests if not one.startswith((*origins, "data:", "about:"))]

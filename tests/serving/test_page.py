@@ -20,7 +20,7 @@ from switchlm.serving.engine import Engine
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium to open the page in")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn runs the server")
 api = pytest.importorskip("switchlm.serving.api", reason="fastapi is missing")
 screenshot = pytest.importorskip("tests.serving.screenshot")
@@ -68,46 +68,6 @@ def serving(report, key=None):
 def url(report):
     with serving(report) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=screenshot.ARGUMENTS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(browser):
-    """Open an address; at the end, no request has left it and nothing was complained of."""
-    contexts, complaints, requests = [], [], []
-
-    def visit(address, expected=(), **settings):
-        context = browser.new_context(**settings)
-        contexts.append((context, address, expected))
-        page = context.new_page()
-        page.set_default_timeout(60_000)  # the machine may be busy
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on(
-            "console",
-            lambda message: (
-                message.type in ("error", "warning")
-                and not any(text in message.text for text in expected)
-                and complaints.append(message.text)
-            ),
-        )
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(address)
-        return page
-
-    yield visit
-    for context, _, _ in contexts:
-        context.close()
-    assert not complaints
-    origins = tuple(address.split("#")[0] for _, address, _ in contexts)
-    assert requests
-    assert not [one for one in requests if not one.startswith((*origins, "data:", "about:"))]
 
 
 def ask(url, path, **body):

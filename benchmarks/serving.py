@@ -1,10 +1,11 @@
 """What `switchlm serve` gives its clients: a real server process, asked over HTTP.
 
-    python benchmarks/serving.py [--preset switch-base-8] [--clients 1 8 32] [--rounds 6 3 2]
+    python benchmarks/serving.py [--preset switch-base-8] [--clients 1 8 32] [--repeats 4]
 
 The model has the shape of the preset and weights made up, so that it never ends an output by
-itself. Every client streams one request after another: 64 tokens in, 32 new ones, greedy. Then 200
-clients come at once, to 32 slots and a queue of 32. /health is asked 50 times a second all along.
+itself. Every client streams one request after another: 64 tokens in, 32 new ones, greedy. The
+numbers of clients take turns within every repeat. Then 200 clients come at once, to 32 slots and a
+queue of 32. /health is asked some 50 times a second all along.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import http.client
 import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ CROWD = 200
 TARGET = 6.0  # times the tokens a second of one client, with 32
 HEALTH = 0.1  # seconds, at most
 ASCII = range(35, 129)  # the tokens of the printable characters
+SECONDS = ("first", "whole", "health")
 LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=None)
 
 
@@ -179,7 +183,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="switch-base-8")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, nargs="+", default=[6, 3, 2], help="of each client")
+    parser.add_argument("--rounds", type=int, nargs="+", default=[4, 2, 2], help="of each client")
+    parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64, help="of a prompt, its end included")
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
@@ -211,16 +216,17 @@ def measured(server: "subprocess.Popen[str]", line: str, options: Any) -> dict[s
     clients = Clients(address, tokens=options.tokens, new=options.new, seed=options.seed)
     clients.busy(1, 1)
     at_first = resident(server.pid)
-    busy = []
-    for number, rounds in zip(options.clients, options.rounds, strict=True):
-        busy.append(clients.busy(number, rounds))
+    busy: list[list[dict[str, Any]]] = [[] for _ in options.clients]
+    for _ in range(options.repeats):
+        for runs, number, rounds in zip(busy, options.clients, options.rounds, strict=True):
+            runs.append(clients.busy(number, rounds))
     after_load = resident(server.pid)
     crowd = clients.crowd()
     counts = counted(address)
     steps = counts["switchlm_steps_total"]
     return {
         "environment": harness.environment(options.seed),
-        "repeats": 1,
+        "repeats": options.repeats,
         "clock": "wall",
         "preset": options.preset,
         "prompt_tokens": options.tokens,
@@ -241,20 +247,25 @@ def measured(server: "subprocess.Popen[str]", line: str, options: Any) -> dict[s
 
 
 def report(record: dict[str, Any], options: Any) -> None:
-    alone = record["busy"][0]["tokens_a_second"]
-    rows = [
-        [
-            str(case["clients"]),
-            str(case["requests"]),
-            f"{case['tokens_a_second']:.1f}",
-            f"{case['tokens_a_second'] / alone:.2f}",
-            milliseconds(case["first"]),
-            milliseconds(case["whole"]),
-            f"{milliseconds(case['health'])} / {max(case['health']) * 1e3:,.0f}",
-        ]
-        for case in record["busy"]
-    ]
-    headers = ["clients", "requests", "tokens/s", f"times {record['busy'][0]['clients']} client",
+    alone = [run["tokens_a_second"] for run in record["busy"][0]]
+    rows = []
+    for runs in record["busy"]:
+        speed = [run["tokens_a_second"] for run in runs]
+        first, whole, health = ([*chain(*(run[name] for run in runs))] for name in SECONDS)
+        times = harness.ratio(speed, alone)
+        rows.append(
+            [
+                str(runs[0]["clients"]),
+                str(sum(run["requests"] for run in runs)),
+                f"{statistics.median(speed):.1f} ({min(speed):.1f} to {max(speed):.1f})",
+                f"{times['median']:.2f} ({times['lower']:.2f} to {times['upper']:.2f})",
+                milliseconds(first),
+                milliseconds(whole),
+                f"{milliseconds(health)} / {max(health) * 1e3:,.0f}",
+            ]
+        )
+    headers = ["clients", "requests", "tokens/s, median (from, to)",
+               f"times {options.clients[0]} client, median (quartiles)",
                "first token ms, p50 / p99", "request ms, p50 / p99",
                "/health ms, p50 / p99 / most"]  # fmt: skip
     crowd, memory = record["crowd"], record["resident_bytes"]

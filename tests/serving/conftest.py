@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import dataclasses
 import shutil
 import socket
@@ -39,11 +40,12 @@ def tokenizer():
 
 @pytest.fixture
 def alone(model):
-    """The tokens that a prompt gets by itself."""
+    """The tokens that a prompt gets by itself, of a copy: a model serves one thread at a time."""
+    own = copy.deepcopy(model)
 
     def alone(ids, limit, sampling=GREEDY, seed=0):
         inputs_BS = torch.tensor([ids])
-        done = generate(model, inputs_BS, max_new_tokens=limit, sampling=sampling, seeds=seed)
+        done = generate(own, inputs_BS, max_new_tokens=limit, sampling=sampling, seeds=seed)
         return done.tokens_BT[0].tolist()
 
     return alone

@@ -53,6 +53,7 @@ class Engine:
         self._changed = threading.Condition()
         self._closing = False
         self._streams: dict[Ticket, TextStream] = {}
+        self._joining = 0  # neither in the queue any more nor in a slot yet
         self._thread = threading.Thread(target=self._run, name="switchlm-engine", daemon=True)
         self._started: Future[None] = Future()
 
@@ -126,7 +127,7 @@ class Engine:
 
     @property
     def num_active(self) -> int:
-        return len(self._streams)
+        return len(self._streams) + self._joining
 
     # What follows runs in the engine's own thread.
 
@@ -189,10 +190,11 @@ class Engine:
                 self._leave(slots, row, reason)
         with self._changed:
             gone = [ticket for ticket in self._waiting if _given_up(ticket, now)]
+        for ticket in gone:  # counted first: whoever sees an empty queue sees all counts
+            self._finish(ticket, _given_up(ticket, now) or "cancelled")
+        with self._changed:
             for ticket in gone:
                 self._waiting.remove(ticket)
-        for ticket in gone:
-            self._finish(ticket, _given_up(ticket, now) or "cancelled")
 
     def _admit(self, slots: Slots) -> None:
         """Encode the next requests and give them free slots."""
@@ -203,27 +205,32 @@ class Engine:
                 longest = max(longest, len(self._waiting[0].request.ids))
                 if new and longest * (len(new) + 1) > MOST_ENCODED:
                     break
+                self._joining += 1
                 new.append(self._waiting.popleft())
         if not new:
             return
         for ticket, encoded_SD in zip(new, self._encoded(slots, new), strict=True):
             if isinstance(encoded_SD, Exception):
                 self._fail(ticket, encoded_SD)
-                continue
-            request = ticket.request
-            try:
-                stream = TextStream(self.tokenizer, request.stops)
-                slots.join(
-                    ticket,
-                    encoded_SD,
-                    sampling=request.sampling,
-                    seed=request.seed,
-                    limit=request.limit,
-                )
-            except Exception as error:
-                self._fail(ticket, error)
-                continue
-            self._streams[ticket] = stream
+            else:
+                self._join(slots, ticket, encoded_SD)
+            self._joining -= 1
+
+    def _join(self, slots: Slots, ticket: Ticket, encoded_SD: Tensor) -> None:
+        request = ticket.request
+        try:
+            stream = TextStream(self.tokenizer, request.stops)
+            slots.join(
+                ticket,
+                encoded_SD,
+                sampling=request.sampling,
+                seed=request.seed,
+                limit=request.limit,
+            )
+        except Exception as error:
+            self._fail(ticket, error)
+            return
+        self._streams[ticket] = stream
 
     def _encoded(self, slots: Slots, tickets: Sequence[Ticket]) -> list[Tensor | Exception]:
         try:
@@ -307,10 +314,10 @@ class Engine:
         token: int | None = None,
         message: str = "",
     ) -> None:
-        self._streams.pop(ticket, None)
         self.statistics.finished(
             reason, time.monotonic() - ticket.arrived, len(ticket.request.ids), ticket.num_tokens
         )
+        self._streams.pop(ticket, None)
         try:
             ticket.listener(Event(piece=piece, token=token, reason=reason, message=message))
         except Exception as error:  # such as that of an event loop that is closed

@@ -27,6 +27,8 @@ import switchlm
 from few_tokens import read_bandwidth
 from switchlm.generation.decode import generate
 from switchlm.model.presets import preset
+from switchlm.model.quantised import QuantisedEmbedding, QuantisedExperts, QuantisedLinear
+from switchlm.model.switch import SwitchFeedForward
 from switchlm.model.transformer import SwitchTransformer
 
 THEIRS = "transformers"
@@ -59,25 +61,32 @@ def made_up(seed: int) -> SwitchTransformer:
 def step_bytes(model: SwitchTransformer, experts: float, rows: int, source: int, new: int) -> float:
     """Return what a step reads. experts: distinct ones routed to, over all layers."""
     config = model.config
-    size = model.embedding.weight.element_size()
-    dense = sum(
-        tensor.numel() * tensor.element_size()
-        for name, tensor in model.decoder.state_dict().items()
-        if ".experts." not in name and not name.endswith(CROSS)
-    )
-    head = model.embedding.weight if model.head is None else model.head.weight
-    dense += head.numel() * head.element_size()
-    one_expert = [
-        sum(t.numel() * t.element_size() for t in block.feedforward.experts.state_dict().values())
-        / config.num_experts
-        for block in model.decoder.blocks
-        if hasattr(block.feedforward, "experts")
-    ]
-    kept = config.num_heads * config.d_kv * size * 2 * rows * len(model.decoder.blocks)
-    return dense + experts * statistics.mean(one_expert) + kept * (source + new / 2)
+    dense, all_experts = 0, 0
+    for name, part in model.decoder.named_modules():
+        if ".experts" in name:
+            all_experts += own_bytes(part)
+        elif not name.endswith(CROSS):
+            dense += own_bytes(part)
+    dense += own_bytes(model.embedding if model.head is None else model.head)
+    layers = sum(block.feedforward.__class__ is SwitchFeedForward for block in model.decoder.blocks)
+    one_expert = all_experts / max(layers * config.num_experts, 1)
+    numbers = torch.bfloat16 if model.embedding.weight.dtype == torch.bfloat16 else torch.float32
+    places = rows * len(model.decoder.blocks) * (source + new / 2)
+    kept = 2 * config.num_heads * config.d_kv * numbers.itemsize * places
+    return dense + experts * one_expert + kept
 
 
-CROSS = ("cross_attention.key.weight", "cross_attention.value.weight")
+def own_bytes(part: torch.nn.Module) -> int:
+    """Return the bytes of a module's own parameters, not its parts', or of its codes."""
+    if isinstance(part, QuantisedLinear | QuantisedEmbedding):
+        return part.matrix.num_bytes
+    if isinstance(part, QuantisedExperts):
+        kinds = [part.up, part.down] + ([] if part.gate is None else [part.gate])
+        return sum(matrix.num_bytes for kind in kinds for matrix in kind)
+    return sum(t.numel() * t.element_size() for t in part.parameters(recurse=False))
+
+
+CROSS = ("cross_attention.key", "cross_attention.value")
 
 
 def routed(model: SwitchTransformer, inputs_BS: torch.Tensor, new: int) -> float:

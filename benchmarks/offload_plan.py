@@ -131,7 +131,8 @@ def tables(part: dict[str, Any]) -> list[str]:
         "tokens/s",
     ]
     return [
-        f"Plan against one run (commit {part['environment']['commit']}), disk {part['machine']['disk'] / 1e9:.2f} GB/s, memory "
+        f"Plan against one run (commit {part['environment']['commit']}), disk "
+        f"{part['machine']['disk'] / 1e9:.2f} GB/s, memory "
         f"{part['machine']['memory'] / 1e9:.1f} GB/s, products "
         f"{part['machine']['flops'] / 1e9:.0f} GFLOP/s, all measured beside it:\n\n"
         + harness.table(headers, rows),

@@ -318,8 +318,8 @@ def _cold_tables(part: dict[str, Any]) -> list[str]:
     ]
     second = ["memory", "loading, s", "peak resident GB", "experts, GB", "page cache grew by GB"]
     return [
-        f"From nothing cached, one run (commit {part['environment']['commit']}). The disk reads one "
-        f"file at (GB/s): {rates}; the best counts.\n\n" + harness.table(headers, rows),
+        f"From nothing cached, one run (commit {part['environment']['commit']}). The disk reads "
+        f"one file at (GB/s): {rates}; the best counts.\n\n" + harness.table(headers, rows),
         harness.table(second, memory),
     ]
 

@@ -23,6 +23,7 @@ from switchlm.checkpoint.quantised import SCALE
 from switchlm.compression.expert_files import ExpertFiles, Recipe
 from switchlm.compression.expert_memory import READERS, ExpertMemory, Tensors
 from switchlm.kernels.quantised import matrix
+from switchlm.kernels.select import linear
 from switchlm.model.block import Block
 from switchlm.model.config import Activation
 from switchlm.model.feedforward import Map, feed_forward
@@ -106,7 +107,7 @@ class OffloadedExperts(nn.Module):
         if f"{name}{SCALE}" in tensors:
             outputs = self.hidden if name in ("up", "gate") else self.width
             return matrix(weight, tensors[f"{name}{SCALE}"], outputs)
-        return lambda x: nn.functional.linear(x, weight)
+        return lambda x: linear(x, weight)
 
     def _guess(self, x_RD: Tensor) -> None:
         """Have the next layer's experts read while this one computes."""

@@ -14,6 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from switchlm.kernels import few_rows
+from switchlm.kernels.native import native
+
 BLOCK = 64  # outputs whose codes of 4 bits stand together
 GROUP_SIZES = (256, 128, 64, 32)  # that the operator for 4 bits knows
 MANY_ROWS = 96  # from which undoing the packing of 4 bits pays; measured at 768 x 3072
@@ -71,6 +74,8 @@ class Int8Matrix:
         return self.codes_NK.nbytes + self.scale_N.nbytes
 
     def __call__(self, x_RK: Tensor) -> Tensor:
+        if few_rows.few(x_RK):
+            return few_rows.int8_matmul(x_RK, self.codes_NK, self.scale_N)
         codes_RK, scale_R1 = quantise_rows(x_RK)
         if x_RK.device.type == "cpu" and integer_product():
             sums_RN = torch._int_mm(codes_RK, self.codes_NK.t()).float()
@@ -82,7 +87,7 @@ class Int8Matrix:
         return self.codes_NK.float() * self.scale_N[:, None]
 
     def packed(self) -> Matrix:
-        if self.codes_NK.device.type == "cpu" and packed_product():
+        if native().library is None and self.codes_NK.device.type == "cpu" and packed_product():
             return PackedInt8Matrix(self)
         return Int8Matrix(self.codes_NK.clone(), self.scale_N.clone())
 
@@ -138,6 +143,9 @@ class Int4Matrix:
         return self.codes_BKJ.nbytes + self.scale_GN2.nbytes
 
     def __call__(self, x_RK: Tensor) -> Tensor:
+        if few_rows.few(x_RK):
+            y_RN = few_rows.int4_matmul(x_RK, self.codes_BKJ, self.scale_GN2)
+            return y_RN[:, : self.num_outputs]
         rounded_RK = x_RK.to(torch.bfloat16)
         if x_RK.device.type == "cpu" and x_RK.shape[0] < MANY_ROWS and int4_product():
             blocks, inputs, half = self.codes_BKJ.shape

@@ -14,6 +14,7 @@ from switchlm.kernels import (
     compiled,
     cpu,
     cpu_feedforward,
+    few_rows,
     reference,
     torch_grouped,
     trial,
@@ -27,6 +28,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 KERNELS: dict[str, Kernel] = {
     "reference": reference.grouped_matmul,
     "cpu": cpu.grouped_matmul,
+    "few_rows": few_rows.grouped_matmul,
     "torch_grouped": torch_grouped.grouped_matmul,
     "compiled": compiled.grouped_matmul,
 }
@@ -46,9 +48,20 @@ def explain(x_RD: Tensor, weight_EDF: Tensor) -> Choice:
         return Choice("compiled", "traced: the counts have no values yet, so one opaque operator")
     if device == "cuda" and fits:
         return Choice("torch_grouped", f"{x_RD.dtype} on a GPU: PyTorch loops over the experts")
+    if device == "cpu" and few_rows.fits(x_RD, weight_EDF):
+        return Choice("few_rows", f"at most {few_rows.MOST_ROWS} rows: bound by reading weights")
     if device == "cpu":
         return Choice("cpu", "main memory: one product an expert, results written once")
     return Choice("reference", f"no faster kernel for {x_RD.dtype} of these widths on {device}")
+
+
+def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
+    """Return x w^T over the last dim, as nn.functional.linear; few rows where reading w is all."""
+    rows = x.numel() // x.shape[-1]
+    if rows <= few_rows.MOST_ROWS and few_rows.fits(x, weight_NK):
+        y_RN = few_rows.linear(x.reshape(rows, -1), weight_NK)
+        return y_RN.view(*x.shape[:-1], -1)
+    return nn.functional.linear(x, weight_NK)
 
 
 def grouped_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
@@ -81,18 +94,21 @@ def expert_feedforward(
         x_RD, up_EDF, down_EFD = _autocast(x_RD, up_EDF, down_EFD)
     else:
         x_RD, up_EDF, down_EFD, gate_EDF = _autocast(x_RD, up_EDF, down_EFD, gate_EDF)
-    if explain(x_RD, up_EDF).name == "cpu":
+    kernel = explain(x_RD, up_EDF).name
+    if kernel == "cpu":
         return cpu_feedforward.expert_feedforward(
             x_RD, counts_E, up_EDF, down_EFD, activation, gate_EDF
         )
-    hidden_RF = grouped_matmul(x_RD, up_EDF if gate_EDF is None else gate_EDF, counts_E)
+    # What fits the way up fits the way down; another kernel may be better there.
+    multiply = few_rows.grouped_matmul if kernel == "few_rows" else grouped_matmul
+    hidden_RF = multiply(x_RD, up_EDF if gate_EDF is None else gate_EDF, counts_E)
     if activation == "relu":
         hidden_RF = nn.functional.relu(hidden_RF)
     else:
         hidden_RF = nn.functional.gelu(hidden_RF, approximate="tanh")
     if gate_EDF is not None:
-        hidden_RF = hidden_RF * grouped_matmul(x_RD, up_EDF, counts_E)
-    return grouped_matmul(hidden_RF, down_EFD, counts_E)
+        hidden_RF = hidden_RF * multiply(x_RD, up_EDF, counts_E)
+    return multiply(hidden_RF, down_EFD, counts_E)
 
 
 def explain_switch(

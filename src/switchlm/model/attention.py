@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from switchlm.kernels.attention import biased_attention, fits
 from switchlm.model.config import ModelConfig
+from switchlm.model.linear import Linear
 from switchlm.model.local import local
 from switchlm.model.routing import Routing
 from switchlm.model.switch import SwitchProjection
@@ -115,10 +116,10 @@ class Attention(nn.Module):
     def __init__(self, d_model: int, num_heads: int, d_kv: int, dropout: float = 0.0) -> None:
         super().__init__()
         width = num_heads * d_kv
-        self.query = nn.Linear(d_model, width, bias=False)
-        self.key = nn.Linear(d_model, width, bias=False)
-        self.value = nn.Linear(d_model, width, bias=False)
-        self.output = nn.Linear(width, d_model, bias=False)
+        self.query = Linear(d_model, width)
+        self.key = Linear(d_model, width)
+        self.value = Linear(d_model, width)
+        self.output = Linear(width, d_model)
         self.d_kv = d_kv
         self.dropout = dropout
 
@@ -171,7 +172,7 @@ class SwitchAttention(nn.Module):
             )
             for _ in range(2)
         )
-        self.output = nn.Linear(width, config.d_model, bias=False)
+        self.output = Linear(width, config.d_model)
         self.d_kv = config.d_kv
         self.dropout = config.dropout
 

@@ -6,6 +6,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from switchlm.model.config import Activation
+from switchlm.model.linear import Linear
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
@@ -41,9 +42,9 @@ class FeedForward(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.up = nn.Linear(d_model, d_ff, bias=False)
-        self.gate = nn.Linear(d_model, d_ff, bias=False) if gated else None
-        self.down = nn.Linear(d_ff, d_model, bias=False)
+        self.up = Linear(d_model, d_ff)
+        self.gate = Linear(d_model, d_ff) if gated else None
+        self.down = Linear(d_ff, d_model)
         self.activation = activation
         self.dropout = dropout
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from switchlm.kernels.select import linear
 from switchlm.model.attention import (
     KeysValues,
     KeyValueStore,
@@ -22,6 +23,7 @@ from switchlm.model.attention import (
 from switchlm.model.block import Block
 from switchlm.model.config import ModelConfig
 from switchlm.model.initialise import initialise
+from switchlm.model.linear import Linear
 from switchlm.model.norm import RMSNorm
 from switchlm.model.routing import ModelOutput, Routing
 
@@ -102,12 +104,8 @@ class SwitchTransformer(nn.Module):
         self.embedding = nn.Embedding(config.vocabulary_size, config.d_model)
         self.encoder = Stack(config, decoder=False)
         self.decoder = Stack(config, decoder=True)
-        self.head = (
-            None
-            if config.tied_head
-            else nn.Linear(config.d_model, config.vocabulary_size, bias=False)
-        )
-        self.project: Callable[[Tensor, Tensor], Tensor] = nn.functional.linear
+        self.head = None if config.tied_head else Linear(config.d_model, config.vocabulary_size)
+        self.project: Callable[[Tensor, Tensor], Tensor] = linear
         if self.embedding.weight.device.type != "meta":
             initialise(self, config)
 

@@ -1,0 +1,129 @@
+"""Products of few rows with large matrices, as in decoding: as fast as memory can be read.
+
+The work is done by native/few_rows.c, whose results for a row do not depend on the rows beside it.
+Each function here has a plain twin: `nn.functional.linear`, `reference.grouped_matmul`, and the
+matrices of quantised.py.
+
+Shapes: R rows, K inputs, N outputs, E experts, B blocks of 64 outputs, G groups of inputs.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from switchlm.kernels.native import native
+
+MOST_ROWS = 64  # where the machine's large products catch up; measured at 768 x 3072
+_WIDTH = 64  # inputs and outputs come in multiples of it: whole vectors on every processor
+_LEAST_BYTES = 2**18  # of weights below which waking a thread does not pay
+# As in few_rows.c.
+_FLOAT32_NK, _BFLOAT16_NK, _FLOAT32_KN, _BFLOAT16_KN, _INT8_NK, _INT4_BLOCKS = range(6)
+_NK = {torch.float32: _FLOAT32_NK, torch.bfloat16: _BFLOAT16_NK}
+_KN = {torch.float32: _FLOAT32_KN, torch.bfloat16: _BFLOAT16_KN}
+
+
+def fits(x_RK: Tensor, *weights: Tensor) -> bool:
+    """Whether these may be multiplied here: few rows in main memory, and nobody wants gradients.
+
+    Under autocast, a tracer or a mode that watches operators, PyTorch's own are the right ones.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and few(x_RK)
+        and all(
+            weight.dtype == x_RK.dtype
+            and type(weight) in (Tensor, nn.Parameter)
+            and weight.is_cpu
+            and weight.is_contiguous()
+            # Of two dims, only the last are inputs.
+            and all(width % _WIDTH == 0 for width in weight.shape[1:])
+            for weight in weights
+        )
+        and x_RK.dtype in (torch.float32, torch.bfloat16)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def few(x_RK: Tensor) -> bool:
+    """Whether rows are few, plain, and in main memory, and there is a library to multiply them."""
+    return (
+        x_RK.is_cpu
+        and 0 < x_RK.numel() <= MOST_ROWS * x_RK.shape[-1]
+        and x_RK.shape[-1] % _WIDTH == 0
+        and type(x_RK) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and native().library is not None
+    )
+
+
+def linear(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
+    """Return x w^T, [R, N], for what `fits`."""
+    outputs, inputs = weight_NK.shape
+    counts_1 = _one(x_RK.shape[0])
+    return _product(_NK[weight_NK.dtype], x_RK, weight_NK, None, counts_1, (inputs, outputs, 0))
+
+
+def grouped_matmul(x_RK: Tensor, weight_EKN: Tensor, counts_E: Tensor) -> Tensor:
+    """Return y_RN as `reference.grouped_matmul` does, for what `fits`."""
+    shape = (*weight_EKN.shape[1:], 0)
+    return _product(_KN[weight_EKN.dtype], x_RK, weight_EKN, None, counts_E, shape)
+
+
+def int8_matmul(x_RK: Tensor, codes_NK: Tensor, scale_N: Tensor) -> Tensor:
+    """Return the product with an `Int8Matrix`, rows rounded alike, for rows that are `few`."""
+    outputs, inputs = codes_NK.shape
+    counts_1 = _one(x_RK.shape[0])
+    return _product(_INT8_NK, x_RK, codes_NK, scale_N, counts_1, (inputs, outputs, 0))
+
+
+def int4_matmul(x_RK: Tensor, codes_BKJ: Tensor, scale_GN2: Tensor) -> Tensor:
+    """Return the product with an `Int4Matrix`, rows rounded alike, for rows that are `few`.
+
+    Outputs that only fill up the last block come along.
+    """
+    groups, outputs, _ = scale_GN2.shape
+    inputs = codes_BKJ.shape[1]
+    shape = (inputs, outputs, inputs // groups)
+    return _product(_INT4_BLOCKS, x_RK, codes_BKJ, scale_GN2, _one(x_RK.shape[0]), shape)
+
+
+@cache
+def _one(rows: int) -> Tensor:
+    """Return the counts of a single matrix."""
+    return torch.tensor([rows])
+
+
+def _product(
+    form: int,
+    x_RK: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    counts_E: Tensor,
+    shape: tuple[int, int, int],
+) -> Tensor:
+    """Return y_RN, in the dtype of x. shape: inputs, outputs and, of 4 bits, inputs in a group."""
+    assert weight.is_contiguous(), "its numbers are read one after the other"
+    built = native()
+    assert built.library is not None, built.reason
+    rows, experts = x_RK.shape[0], counts_E.shape[0]
+    x32_RK = x_RK.float().contiguous()
+    y_RN = torch.empty(rows, shape[1])
+    size = weight.nbytes // experts
+    failed = built.library.few_rows(
+        form,
+        weight.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        size,
+        *shape,
+        x32_RK.data_ptr(),
+        y_RN.data_ptr(),
+        rows,
+        counts_E.data_ptr(),
+        experts,
+        torch.get_num_threads() if built.threads and size >= _LEAST_BYTES else 1,
+    )
+    if failed:
+        raise MemoryError(f"No memory left to multiply {rows} rows.")
+    return y_RN.to(x_RK.dtype)

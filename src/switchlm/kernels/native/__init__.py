@@ -1,0 +1,122 @@
+"""The part in C: compiled where it runs, for the processor that it runs on, when first needed.
+
+A compiler knows what no operator of PyTorch offers: products of few rows that read weights of any
+format at the speed of memory. Without one everything works all the same, by PyTorch alone.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+COMPILERS = ("cc", "gcc", "clang")
+_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+_PROCESSOR = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native"}
+_OPENMP = "-fopenmp"
+_SECONDS = 120  # that a compiler may take; it takes three
+
+
+@dataclass(frozen=True)
+class Native:
+    """The compiled library, or why there is none. threads: whether it uses more than one."""
+
+    library: ctypes.CDLL | None
+    reason: str
+    threads: bool = False
+
+
+@cache
+def native() -> Native:
+    """Return the library, compiled by whoever asked first on this machine; never raises."""
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    if compiler is None:
+        return Native(None, f"there is no C compiler ({', '.join(COMPILERS)})")
+    source = resources.files(__package__).joinpath("few_rows.c").read_bytes()
+    reason = ""
+    # PyTorch's own OpenMP threads, if it has any of the compiler's kind: two kinds would fight.
+    for threads in (True, False):
+        try:
+            library = ctypes.CDLL(str(_compiled(compiler, source, threads)))
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = str(getattr(error, "stderr", None) or error).strip()[:500]
+            continue
+        _declare(library)
+        if _works(library, threads):
+            how = f"compiled by {compiler}" + ("" if threads else ", one thread")
+            return Native(library, how, threads)
+        reason = f"what {compiler} compiled computes wrongly"
+    return Native(None, reason)
+
+
+def _compiled(compiler: str, source: bytes, threads: bool) -> Path:
+    """Return the shared library, from the cache of the user where it is there already."""
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, check=True, timeout=_SECONDS
+    ).stdout
+    made_of = (source, version, _processor(), repr((_FLAGS, threads)).encode())
+    name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:24] + ".so"
+    try:
+        folder = Path.home() / ".cache" / "switchlm" / "native"
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / name).exists():
+            return folder / name
+        return _compile(compiler, source, threads, folder / name)
+    except (OSError, RuntimeError):  # no home, or one that cannot be written
+        return _compile(compiler, source, threads, Path(tempfile.mkdtemp()) / name)
+
+
+def _compile(compiler: str, source: bytes, threads: bool, place: Path) -> Path:
+    """Write the library to `place`, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+        code, unit, made = (Path(folder) / name for name in ("few_rows.c", "few_rows.o", "made.so"))
+        code.write_bytes(source)
+        flags = [*_FLAGS, *([_OPENMP] if threads else [])]
+        if processor := _PROCESSOR.get(platform.machine()):
+            flags.append(processor)
+        # Linked without OpenMP, so that its names mean the library that PyTorch has loaded.
+        for command in (
+            [compiler, *flags, "-c", str(code), "-o", str(unit)],
+            [compiler, "-shared", str(unit), "-o", str(made), "-lm"],
+        ):
+            subprocess.run(command, capture_output=True, check=True, text=True, timeout=_SECONDS)
+        os.replace(made, place)
+    return place
+
+
+def _processor() -> bytes:
+    """Return what tells this kind of processor from another that shares the home folder."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}".encode()
+    kinds = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(kinds)})).encode()
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    integer, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+    library.few_rows.argtypes = [
+        number, pointer, pointer, integer, integer, integer, integer,
+        pointer, pointer, integer, pointer, integer, number,
+    ]  # fmt: skip
+    library.few_rows.restype = number
+
+
+def _works(library: ctypes.CDLL, threads: bool) -> bool:
+    """Try a product of small integers, which is exact."""
+    x, weight = (torch.arange(n * 64).remainder(m).float().view(n, 64) for n, m in ((3, 7), (32, 5)))
+    y, counts = torch.empty(3, 32), torch.tensor([3])
+    failed = library.few_rows(
+        0, weight.data_ptr(), None, 0, 64, 32, 0,
+        x.data_ptr(), y.data_ptr(), 3, counts.data_ptr(), 1, 2 if threads else 1,
+    )  # fmt: skip
+    return not failed and torch.equal(y, x @ weight.t())

@@ -1,0 +1,419 @@
+/* Products of few rows with large matrices on a CPU: y = x w, w in any of five formats.
+
+Few rows leave nothing to hide memory behind: such a product takes as long as reading its matrix,
+provided that every number is read from memory once and used for all rows while it is in a register.
+So a tile of the result stays in registers while the inputs go by.
+
+The order in which a result is summed depends on neither the other rows nor the number of threads: a
+row gives the same bits whatever stands beside it.
+
+Shapes: R rows, K inputs, N outputs, E experts. All row-major; x and y are float32. */
+
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* What differs by processor. LANES: float32 numbers in a vector. TILE: vectors of a result in
+   registers. HOLD: use a loaded vector from its register for all rows, instead of loading it again
+   for each, as compilers like to. */
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define LANES 16
+#define TILE 24
+#define HOLD(v) __asm__("" : "+v"(v))
+#elif defined(__AVX2__) && defined(__FMA__)
+#define LANES 8
+#define TILE 12
+#define HOLD(v) __asm__("" : "+x"(v))
+#else
+#define LANES 4
+#define TILE 12
+#define HOLD(v) (void)(v)
+#endif
+
+#ifdef __clang__
+#define EACH(i, number) _Pragma("unroll") for (int i = 0; i < (number); i++)
+#else
+#define EACH(i, number) _Pragma("GCC unroll 24") for (int i = 0; i < (number); i++)
+#endif
+
+#define VECTOR(type, lanes, name) \
+  typedef type name __attribute__((vector_size((lanes) * sizeof(type)), aligned(1), may_alias))
+VECTOR(float, LANES, LooseFloats); /* at any address */
+VECTOR(uint16_t, LANES, LooseHalves);
+VECTOR(uint8_t, LANES, LooseCodes);
+VECTOR(int16_t, 2 * LANES, LooseShorts);
+VECTOR(int8_t, 2 * LANES, LooseBytes);
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef float FourFloats __attribute__((vector_size(16)));
+typedef int32_t FourInts __attribute__((vector_size(16)));
+typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
+
+#if LANES == 16
+#define LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+#define WIDEN_HALVES(p) (Ints) _mm512_cvtepu16_epi32(_mm256_loadu_si256(p))
+#define WIDEN_CODES(p) (Ints) _mm512_cvtepu8_epi32(_mm_loadu_si128(p))
+#define WIDEN_BYTES(p) (Shorts) _mm512_cvtepi8_epi16(_mm256_loadu_si256(p))
+#elif LANES == 8
+#define LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7
+#define WIDEN_HALVES(p) (Ints) _mm256_cvtepu16_epi32(_mm_loadu_si128(p))
+#define WIDEN_CODES(p) (Ints) _mm256_cvtepu8_epi32(_mm_loadl_epi64(p))
+#define WIDEN_BYTES(p) (Shorts) _mm256_cvtepi8_epi16(_mm_loadu_si128(p))
+#else
+#define LANE_NUMBERS 0, 1, 2, 3
+#define WIDEN_HALVES(p) __builtin_convertvector(*(const LooseHalves *)(p), Ints)
+#define WIDEN_CODES(p) __builtin_convertvector(*(const LooseCodes *)(p), Ints)
+#define WIDEN_BYTES(p) __builtin_convertvector(*(const LooseBytes *)(p), Shorts)
+#endif
+
+enum { MOST_ROWS = 6, OUTPUTS = TILE / MOST_ROWS, BLOCK = 64, BLOCK_VECTORS = BLOCK / LANES };
+enum { STEP = 8 };     /* inputs that a strip adds at once */
+enum { INPUTS = 512 }; /* that a tile adds before the next tile's turn: they stay in the cache */
+enum { AHEAD = 8 };    /* inputs whose weights are asked for early, as they lie far apart */
+
+/* ROWS(r, R, body(r, rows)): the body for tiles of up to MOST_ROWS rows, `rows` a constant. */
+#define ROWS(R, most, body)                                     \
+  for (int64_t r = 0; r < (R);) {                               \
+    switch ((R) - r < (most) ? (R) - r : (most)) {              \
+      case 1: body(r, 1); r += 1; break;                        \
+      case 2: body(r, 2); r += 2; break;                        \
+      case 3: body(r, 3); r += 3; break;                        \
+      case 4: body(r, 4); r += 4; break;                        \
+      case 5: body(r, 5); r += 5; break;                        \
+      default: body(r, MOST_ROWS); r += MOST_ROWS; break;       \
+    }                                                           \
+  }
+
+typedef Floats Load(const void *, int64_t);
+#define AT(type, from, at) (const void *)((const type *)(from) + (at))
+
+INLINE Floats load_float32(const void *from, int64_t at) {
+  return *(const LooseFloats *)AT(float, from, at);
+}
+
+INLINE Floats load_bfloat16(const void *from, int64_t at) {
+  return (Floats)(WIDEN_HALVES(AT(uint16_t, from, at)) << 16);
+}
+
+INLINE float sum(Floats v) {
+  union {
+    Floats all;
+    FourFloats part[LANES / 4];
+  } lanes = {v};
+  EACH(i, LANES / 4 - 1) lanes.part[0] += lanes.part[i + 1];
+  return (lanes.part[0][0] + lanes.part[0][1]) + (lanes.part[0][2] + lanes.part[0][3]);
+}
+
+INLINE int32_t sum_of_ints(Ints v) {
+  union {
+    Ints all;
+    FourInts part[LANES / 4];
+  } lanes = {v};
+  EACH(i, LANES / 4 - 1) lanes.part[0] += lanes.part[i + 1];
+  return (lanes.part[0][0] + lanes.part[0][1]) + (lanes.part[0][2] + lanes.part[0][3]);
+}
+
+INLINE Floats larger(Floats a, Floats b) {
+  const Ints first = a > b;
+  return (Floats)((first & (Ints)a) | (~first & (Ints)b));
+}
+
+/* w_NK, as of a linear layer: a result is a dot product. */
+
+INLINE void dot_tile(Load load, const float *x, const void *w, int64_t first, float *y, int64_t K,
+                     int64_t N, const int rows, const int outputs) {
+  Floats total[MOST_ROWS][OUTPUTS];
+  EACH(r, rows)
+    EACH(o, outputs) total[r][o] = (Floats){0};
+  for (int64_t k = 0; k < K; k += LANES) {
+    Floats weight[OUTPUTS];
+    EACH(o, outputs) {
+      weight[o] = load(w, (first + o) * K + k);
+      HOLD(weight[o]);
+    }
+    EACH(r, rows) {
+      Floats input = load_float32(x, r * K + k);
+      HOLD(input);
+      EACH(o, outputs) total[r][o] += input * weight[o];
+    }
+  }
+  EACH(r, rows)
+    EACH(o, outputs) y[r * N + first + o] = sum(total[r][o]);
+}
+
+INLINE void dots(Load load, const float *x, const void *w, float *y, int64_t R, int64_t K,
+                 int64_t N, int64_t start, int64_t stop) {
+  int64_t n = start;
+#define TILE_OF(r, rows) dot_tile(load, x + r * K, w, n, y + r * N, K, N, rows, OUTPUTS)
+  for (; n + OUTPUTS <= stop; n += OUTPUTS) ROWS(R, MOST_ROWS, TILE_OF)
+#undef TILE_OF
+#define TILE_OF(r, rows) dot_tile(load, x + r * K, w, n, y + r * N, K, N, rows, 1)
+  for (; n < stop; n++) ROWS(R, MOST_ROWS, TILE_OF)
+#undef TILE_OF
+}
+
+/* w_KN, as of stacked experts: inputs add their weights to results, a vector of outputs at once. One
+   or two rows go along whole rows of w, several inputs at a time, since reading is all there is to
+   do; more rows use what was read in a tile. The order of the sums is the same. */
+
+INLINE void add_strip(Load load, const float *x, const void *w, float *y, int64_t K, int64_t N,
+                      int64_t start, int64_t stop, const int rows) {
+  for (int64_t k = 0; k < K; k += STEP)
+    for (int64_t n = start; n < stop; n += LANES) {
+      Floats weight[STEP];
+      EACH(i, STEP) {
+        weight[i] = load(w, (k + i) * N + n);
+        HOLD(weight[i]);
+      }
+      EACH(r, rows) {
+        Floats total = k ? load_float32(y, r * N + n) : (Floats){0};
+        EACH(i, STEP) total += x[r * K + k + i] * weight[i];
+        *(LooseFloats *)(y + r * N + n) = total;
+      }
+    }
+}
+
+INLINE void add_tile(Load load, const float *x, const void *w, float *y, int64_t K, int64_t N,
+                     int64_t k, int64_t end, int64_t n, const int rows, const int vectors) {
+  Floats total[TILE];
+  EACH(r, rows) EACH(v, vectors)
+    total[r * vectors + v] = k ? load_float32(y, r * N + n + v * LANES) : (Floats){0};
+  for (; k < end; k++) EACH(v, vectors) {
+      Floats weight = load(w, k * N + n + v * LANES);
+      HOLD(weight);
+      __builtin_prefetch(load == load_float32 ? AT(float, w, (k + AHEAD) * N + n + v * LANES)
+                                              : AT(uint16_t, w, (k + AHEAD) * N + n + v * LANES));
+      EACH(r, rows) total[r * vectors + v] += x[r * K + k] * weight;
+    }
+  EACH(r, rows) EACH(v, vectors)
+    *(LooseFloats *)(y + r * N + n + v * LANES) = total[r * vectors + v];
+}
+
+INLINE void sums(Load load, const float *x, const void *w, float *y, int64_t R, int64_t K,
+                 int64_t N, int64_t start, int64_t stop) {
+  if (R == 1) add_strip(load, x, w, y, K, N, start, stop, 1);
+  if (R == 2) add_strip(load, x, w, y, K, N, start, stop, 2);
+  if (R <= 2) return;
+  for (int64_t k = 0; k < K; k += INPUTS) {
+    const int64_t end = k + INPUTS < K ? k + INPUTS : K;
+#define TILE_OF(r, rows)                                                                          \
+  {                                                                                               \
+    int64_t n = start;                                                                            \
+    for (; n + TILE / rows * LANES <= stop; n += TILE / rows * LANES)                             \
+      add_tile(load, x + r * K, w, y + r * N, K, N, k, end, n, rows, TILE / rows);                \
+    for (; n < stop; n += LANES)                                                                  \
+      add_tile(load, x + r * K, w, y + r * N, K, N, k, end, n, rows, 1);                          \
+  }
+    ROWS(R, MOST_ROWS, TILE_OF)
+#undef TILE_OF
+  }
+}
+
+/* 8 bits: w_NK = code * scale_N. Rows are codes too, and products are summed in integers: exact. */
+
+INLINE Ints add_products(Ints total, Shorts a, Shorts b) {
+#if defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpwssd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+  return total + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return total + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  for (int i = 0; i < LANES; i++)
+    total[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+  return total;
+#endif
+}
+
+INLINE void code_tile(const int16_t *x, const float *x_scale, const int8_t *w, const float *scale,
+                      int64_t first, float *y, int64_t K, int64_t N, const int rows,
+                      const int outputs) {
+  Ints total[MOST_ROWS][OUTPUTS];
+  EACH(r, rows)
+    EACH(o, outputs) total[r][o] = (Ints){0};
+  for (int64_t k = 0; k < K; k += 2 * LANES) {
+    Shorts weight[OUTPUTS];
+    EACH(o, outputs) {
+      weight[o] = WIDEN_BYTES(AT(int8_t, w, (first + o) * K + k));
+      HOLD(weight[o]);
+    }
+    EACH(r, rows) {
+      Shorts input = *(const LooseShorts *)(x + r * K + k);
+      HOLD(input);
+      EACH(o, outputs)
+        total[r][o] = add_products(total[r][o], input, weight[o]);
+    }
+  }
+  EACH(r, rows)
+    EACH(o, outputs)
+      y[r * N + first + o] = (float)sum_of_ints(total[r][o]) * scale[first + o] * x_scale[r];
+}
+
+INLINE void code_dots(const int16_t *x, const float *x_scale, const int8_t *w, const float *scale,
+                      float *y, int64_t R, int64_t K, int64_t N, int64_t start, int64_t stop) {
+  int64_t n = start;
+#define TILE_OF(r, rows) \
+  code_tile(x + r * K, x_scale + r, w, scale, n, y + r * N, K, N, rows, OUTPUTS)
+  for (; n + OUTPUTS <= stop; n += OUTPUTS) ROWS(R, MOST_ROWS, TILE_OF)
+#undef TILE_OF
+#define TILE_OF(r, rows) code_tile(x + r * K, x_scale + r, w, scale, n, y + r * N, K, N, rows, 1)
+  for (; n < stop; n++) ROWS(R, MOST_ROWS, TILE_OF)
+#undef TILE_OF
+}
+
+/* Round each row to codes from -127 to 127, of its largest number. */
+static void round_rows(const float *x, int16_t *codes, float *scale, int64_t R, int64_t K) {
+  for (int64_t r = 0; r < R; r++) {
+    Floats most = {0};
+    for (int64_t k = 0; k < K; k += LANES) {
+      const Floats input = load_float32(x, r * K + k);
+      most = larger(most, larger(input, -input));
+    }
+    scale[r] = FLT_MIN * 127;
+    for (int i = 0; i < LANES; i++) scale[r] = most[i] > scale[r] ? most[i] : scale[r];
+    scale[r] /= 127;
+    for (int64_t k = 0; k < K; k++) codes[r * K + k] = (int16_t)rintf(x[r * K + k] / scale[r]);
+  }
+}
+
+/* 4 bits: codes [N / 64, K, 32], a byte the outputs j (low bits) and j + 32 of a block; every group
+   of inputs has a scale and an offset an output, [G, N, 2] bfloat16: w = (code - 8) * scale + offset.
+   So a group's sum is scale * sum(x * code) + (offset - 8 * scale) * sum(x). */
+
+INLINE void block_tile(const float *x, const float *x_sum, const uint8_t *codes,
+                       const uint16_t *scale, float *y, int64_t K, int64_t N, int64_t group,
+                       int64_t b, const int rows) {
+  const int half = BLOCK_VECTORS / 2;
+  for (int64_t g = 0; g < K / group; g++) {
+    Floats total[MOST_ROWS][BLOCK_VECTORS];
+    EACH(r, rows)
+      EACH(v, BLOCK_VECTORS) total[r][v] = (Floats){0};
+    for (int64_t k = g * group; k < (g + 1) * group; k++) {
+      Floats code[BLOCK_VECTORS];
+      EACH(v, half) {
+        const Ints wide = WIDEN_CODES(AT(uint8_t, codes, (b * K + k) * (BLOCK / 2) + v * LANES));
+        code[v] = __builtin_convertvector(wide & 15, Floats);
+        code[v + half] = __builtin_convertvector(wide >> 4, Floats);
+        HOLD(code[v]);
+        HOLD(code[v + half]);
+      }
+      EACH(r, rows) {
+        const Floats input = (Floats){0} + x[r * K + k];
+        EACH(v, BLOCK_VECTORS) total[r][v] += input * code[v];
+      }
+    }
+    EACH(v, BLOCK_VECTORS) {
+      const int64_t n = b * BLOCK + v * LANES;
+      const Ints two = (Ints)load_float32(scale, g * N + n);
+      const Floats size = (Floats)(two << 16), offset = (Floats)(two & (int32_t)0xffff0000);
+      EACH(r, rows) {
+        const Floats before = g ? load_float32(y, r * N + n) : (Floats){0};
+        *(LooseFloats *)(y + r * N + n) =
+            before + size * total[r][v] + (offset - 8 * size) * x_sum[r * (K / group) + g];
+      }
+    }
+  }
+}
+
+/* Round rows to bfloat16, and sum up every group. */
+static void round_and_sum(const float *x, float *rounded, float *sums, int64_t R, int64_t K,
+                          int64_t group) {
+  for (int64_t i = 0; i < R * K; i++) {
+    uint32_t bits;
+    memcpy(&bits, x + i, 4);
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+    memcpy(rounded + i, &bits, 4);
+  }
+  for (int64_t g = 0; g < R * K / group; g++) {
+    sums[g] = 0;
+    for (int64_t k = 0; k < group; k++) sums[g] += rounded[g * group + k];
+  }
+}
+
+/* The columns from start to stop of one matrix's product, by the format of its weight. */
+
+typedef enum { FLOAT32_NK, BFLOAT16_NK, FLOAT32_KN, BFLOAT16_KN, INT8_NK, INT4_BLOCKS } Format;
+
+typedef struct {
+  Format format;
+  const void *weight, *scale;
+  int64_t inputs, outputs, group;
+} Matrix;
+
+/* The outputs that belong to one thread together. */
+static int64_t unit(Format format) {
+  if (format == INT4_BLOCKS) return BLOCK;
+  return format == FLOAT32_KN || format == BFLOAT16_KN ? LANES : 1;
+}
+
+static int columns(const Matrix *m, const float *x, float *y, int64_t R, int64_t start,
+                   int64_t stop) {
+  const int64_t K = m->inputs, N = m->outputs;
+  const void *w = m->weight;
+  switch (m->format) {
+    case FLOAT32_NK: dots(load_float32, x, w, y, R, K, N, start, stop); return 0;
+    case BFLOAT16_NK: dots(load_bfloat16, x, w, y, R, K, N, start, stop); return 0;
+    case FLOAT32_KN: sums(load_float32, x, w, y, R, K, N, start, stop); return 0;
+    case BFLOAT16_KN: sums(load_bfloat16, x, w, y, R, K, N, start, stop); return 0;
+    default: break;
+  }
+  /* Every thread prepares the rows for itself: that is less work than waiting for each other. */
+  float *room = malloc(sizeof(float) * R * (K + (m->format == INT8_NK ? 1 : K / m->group)));
+  if (!room) return 1;
+  if (m->format == INT8_NK) {
+    int16_t *codes = (int16_t *)(room + R);
+    round_rows(x, codes, room, R, K);
+    code_dots(codes, room, w, m->scale, y, R, K, N, start, stop);
+  } else {
+    float *x_sum = room + R * K;
+    round_and_sum(x, room, x_sum, R, K, m->group);
+#define TILE_OF(r, rows)                                                                       \
+  block_tile(room + r * K, x_sum + r * (K / m->group), w, m->scale, y + r * N, K, N, m->group, b, \
+             rows)
+    for (int64_t b = start / BLOCK; b < stop / BLOCK; b++) ROWS(R, MOST_ROWS, TILE_OF)
+#undef TILE_OF
+  }
+  free(room);
+  return 0;
+}
+
+/* y_RN = x_RK w, the first counts[0] rows with the first of E matrices, and so on; they lie `stride`
+   bytes apart. Rows that are nobody's give zeros. Every thread takes its share of the columns of all
+   matrices. Returns 0, or 1 for want of memory. */
+int few_rows(int format, const void *weight, const void *scale, int64_t stride, int64_t inputs,
+             int64_t outputs, int64_t group, const float *x, float *y, int64_t rows,
+             const int64_t *counts, int64_t experts, int threads) {
+  int failed = 0;
+  const int64_t units = outputs / unit(format);
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) reduction(| : failed) if (threads > 1)
+#endif
+  {
+#ifdef _OPENMP
+    const int64_t thread = omp_get_thread_num(), number = omp_get_num_threads();
+#else
+    const int64_t thread = 0, number = 1;
+#endif
+    const int64_t start = units * thread / number * unit(format);
+    const int64_t stop = units * (thread + 1) / number * unit(format);
+    int64_t row = 0;
+    for (int64_t e = 0; e < experts; row += counts[e++]) {
+      const Matrix m = {format, (const char *)weight + e * stride, scale, inputs, outputs, group};
+      if (counts[e])
+        failed |= columns(&m, x + row * inputs, y + row * outputs, counts[e], start, stop);
+    }
+    for (; row < rows; row++)
+      memset(y + row * outputs + start, 0, sizeof(float) * (stop - start));
+  }
+  return failed;
+}

@@ -89,6 +89,19 @@ def int4_matmul(x_RK: Tensor, codes_BKJ: Tensor, scale_GN2: Tensor) -> Tensor:
     return _product(_INT4_BLOCKS, x_RK, codes_BKJ, scale_GN2, _one(x_RK.shape[0]), shape)
 
 
+def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+    """Return what `norm.rms_norm` does, for float32 rows that are `few`."""
+    built = native()
+    assert built.library is not None, built.reason
+    x, weight_D = x.contiguous(), weight_D.contiguous()
+    y = torch.empty_like(x)
+    width = x.shape[-1]
+    built.library.rms_norm(
+        x.data_ptr(), weight_D.data_ptr(), y.data_ptr(), x.numel() // width, width, epsilon
+    )
+    return y
+
+
 @cache
 def _one(rows: int) -> Tensor:
     """Return the counts of a single matrix."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from switchlm.kernels import few_rows
+
 
 def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + epsilon) * weight, the mean over the last dim; all float32."""
@@ -17,6 +19,8 @@ def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
         return nn.functional.rms_norm(x, weight_D.shape, weight_D, epsilon)
     if not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
         # In decoding, where rows are few, autograd's wrapping takes longer than the sums.
+        if few_rows.few(x):
+            return few_rows.rms_norm(x, weight_D, epsilon)
         return _normalised(x, weight_D, epsilon)[0]
     y: Tensor = _RMSNorm.apply(x, weight_D, epsilon)
     return y

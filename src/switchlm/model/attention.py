@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from switchlm.kernels import one_query
 from switchlm.kernels.attention import biased_attention, fits
 from switchlm.model.config import ModelConfig
 from switchlm.model.linear import Linear
@@ -91,6 +92,8 @@ def attend(
     query_BHQK: Tensor, key_BHMK: Tensor, value_BHMK: Tensor, bias: Tensor | None, dropout: float
 ) -> Tensor:
     """Return softmax(q k^T + bias) v, [B, Q, H * K]; no bias is a bias of zero."""
+    if not dropout and one_query.fits(query_BHQK, key_BHMK, value_BHMK, bias):
+        return one_query.one_query(query_BHQK, key_BHMK, value_BHMK, bias)
     if bias is not None and bias.requires_grad and not dropout and fits(query_BHQK, bias):
         y_BHQK = biased_attention(query_BHQK, key_BHMK, value_BHMK, bias)
     else:

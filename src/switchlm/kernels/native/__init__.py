@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 COMPILERS = ("cc", "gcc", "clang")
+UNITS, HEADERS = ("few_rows.c", "one_query.c"), ("vectors.h",)
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _PROCESSOR = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native"}
 _OPENMP = "-fopenmp"
@@ -40,7 +41,8 @@ def native() -> Native:
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         return Native(None, f"there is no C compiler ({', '.join(COMPILERS)})")
-    source = resources.files(__package__).joinpath("few_rows.c").read_bytes()
+    files = resources.files(__package__)
+    source = {name: files.joinpath(name).read_bytes() for name in (*UNITS, *HEADERS)}
     reason = ""
     # PyTorch's own OpenMP threads, if it has any of the compiler's kind: two kinds would fight.
     for threads in (True, False):
@@ -57,12 +59,12 @@ def native() -> Native:
     return Native(None, reason)
 
 
-def _compiled(compiler: str, source: bytes, threads: bool) -> Path:
+def _compiled(compiler: str, source: dict[str, bytes], threads: bool) -> Path:
     """Return the shared library, from the cache of the user where it is there already."""
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, check=True, timeout=_SECONDS
     ).stdout
-    made_of = (source, version, _processor(), repr((_FLAGS, threads)).encode())
+    made_of = (*source.values(), version, _processor(), repr((_FLAGS, threads)).encode())
     name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:24] + ".so"
     try:
         folder = Path.home() / ".cache" / "switchlm" / "native"
@@ -74,21 +76,21 @@ def _compiled(compiler: str, source: bytes, threads: bool) -> Path:
         return _compile(compiler, source, threads, Path(tempfile.mkdtemp()) / name)
 
 
-def _compile(compiler: str, source: bytes, threads: bool, place: Path) -> Path:
+def _compile(compiler: str, source: dict[str, bytes], threads: bool, place: Path) -> Path:
     """Write the library to `place`, whole or not at all."""
+    flags = [*_FLAGS, *([_OPENMP] if threads else [])]
+    if processor := _PROCESSOR.get(platform.machine()):
+        flags.append(processor)
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-        code, unit, made = (Path(folder) / name for name in ("few_rows.c", "few_rows.o", "made.so"))
-        code.write_bytes(source)
-        flags = [*_FLAGS, *([_OPENMP] if threads else [])]
-        if processor := _PROCESSOR.get(platform.machine()):
-            flags.append(processor)
+        for name, content in source.items():
+            (Path(folder) / name).write_bytes(content)
         # Linked without OpenMP, so that its names mean the library that PyTorch has loaded.
-        for command in (
-            [compiler, *flags, "-c", str(code), "-o", str(unit)],
-            [compiler, "-shared", str(unit), "-o", str(made), "-lm"],
-        ):
-            subprocess.run(command, capture_output=True, check=True, text=True, timeout=_SECONDS)
-        os.replace(made, place)
+        objects = [Path(name).with_suffix(".o").name for name in UNITS]
+        for command in ([compiler, *flags, "-c", *UNITS], [compiler, "-shared", *objects, "-lm"]):
+            subprocess.run(
+                command, cwd=folder, capture_output=True, check=True, text=True, timeout=_SECONDS
+            )
+        os.replace(Path(folder) / "a.out", place)
     return place
 
 
@@ -109,6 +111,12 @@ def _declare(library: ctypes.CDLL) -> None:
         pointer, pointer, integer, pointer, integer, number,
     ]  # fmt: skip
     library.few_rows.restype = number
+    library.rms_norm.argtypes = [pointer, pointer, pointer, integer, integer, ctypes.c_float]
+    library.rms_norm.restype = None
+    library.one_query.argtypes = [
+        number, *[pointer] * 5, *[integer] * 10, number
+    ]  # fmt: skip
+    library.one_query.restype = number
 
 
 def _works(library: ctypes.CDLL, threads: bool) -> bool:

@@ -1,0 +1,105 @@
+/* Vectors of numbers, as wide as the processor's registers, and what differs by processor. */
+
+#ifndef SWITCHLM_VECTORS_H
+#define SWITCHLM_VECTORS_H
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* What differs by processor. LANES: float32 numbers in a vector. TILE: vectors of a result in
+   registers. HOLD: use a loaded vector from its register for all rows, instead of loading it again
+   for each, as compilers like to. */
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define LANES 16
+#define TILE 24
+#define HOLD(v) __asm__("" : "+v"(v))
+#elif defined(__AVX2__) && defined(__FMA__)
+#define LANES 8
+#define TILE 12
+#define HOLD(v) __asm__("" : "+x"(v))
+#else
+#define LANES 4
+#define TILE 12
+#define HOLD(v) (void)(v)
+#endif
+
+#ifdef __clang__
+#define EACH(i, number) _Pragma("unroll") for (int i = 0; i < (number); i++)
+#else
+#define EACH(i, number) _Pragma("GCC unroll 24") for (int i = 0; i < (number); i++)
+#endif
+
+#define VECTOR(type, lanes, name) \
+  typedef type name __attribute__((vector_size((lanes) * sizeof(type)), aligned(1), may_alias))
+VECTOR(float, LANES, LooseFloats); /* at any address */
+VECTOR(uint16_t, LANES, LooseHalves);
+VECTOR(uint8_t, LANES, LooseCodes);
+VECTOR(int16_t, 2 * LANES, LooseShorts);
+VECTOR(int8_t, 2 * LANES, LooseBytes);
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef float FourFloats __attribute__((vector_size(16)));
+typedef int32_t FourInts __attribute__((vector_size(16)));
+typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
+
+#if LANES == 16
+#define LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+#define WIDEN_HALVES(p) (Ints) _mm512_cvtepu16_epi32(_mm256_loadu_si256(p))
+#define WIDEN_CODES(p) (Ints) _mm512_cvtepu8_epi32(_mm_loadu_si128(p))
+#define WIDEN_BYTES(p) (Shorts) _mm512_cvtepi8_epi16(_mm256_loadu_si256(p))
+#elif LANES == 8
+#define LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7
+#define WIDEN_HALVES(p) (Ints) _mm256_cvtepu16_epi32(_mm_loadu_si128(p))
+#define WIDEN_CODES(p) (Ints) _mm256_cvtepu8_epi32(_mm_loadl_epi64(p))
+#define WIDEN_BYTES(p) (Shorts) _mm256_cvtepi8_epi16(_mm_loadu_si128(p))
+#else
+#define LANE_NUMBERS 0, 1, 2, 3
+#define WIDEN_HALVES(p) __builtin_convertvector(*(const LooseHalves *)(p), Ints)
+#define WIDEN_CODES(p) __builtin_convertvector(*(const LooseCodes *)(p), Ints)
+#define WIDEN_BYTES(p) __builtin_convertvector(*(const LooseBytes *)(p), Shorts)
+#endif
+
+typedef Floats Load(const void *, int64_t);
+#define AT(type, from, at) (const void *)((const type *)(from) + (at))
+
+INLINE Floats load_float32(const void *from, int64_t at) {
+  return *(const LooseFloats *)AT(float, from, at);
+}
+
+INLINE Floats load_bfloat16(const void *from, int64_t at) {
+  return (Floats)(WIDEN_HALVES(AT(uint16_t, from, at)) << 16);
+}
+
+INLINE float sum(Floats v) {
+  union {
+    Floats all;
+    FourFloats part[LANES / 4];
+  } lanes = {v};
+  EACH(i, LANES / 4 - 1) lanes.part[0] += lanes.part[i + 1];
+  return (lanes.part[0][0] + lanes.part[0][1]) + (lanes.part[0][2] + lanes.part[0][3]);
+}
+
+INLINE int32_t sum_of_ints(Ints v) {
+  union {
+    Ints all;
+    FourInts part[LANES / 4];
+  } lanes = {v};
+  EACH(i, LANES / 4 - 1) lanes.part[0] += lanes.part[i + 1];
+  return (lanes.part[0][0] + lanes.part[0][1]) + (lanes.part[0][2] + lanes.part[0][3]);
+}
+
+INLINE Floats larger(Floats a, Floats b) {
+  const Ints first = a > b;
+  return (Floats)((first & (Ints)a) | (~first & (Ints)b));
+}
+
+#endif

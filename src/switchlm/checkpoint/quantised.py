@@ -25,6 +25,7 @@ from switchlm.checkpoint.survey import StackSurvey, Survey
 from switchlm.checkpoint.weights import Description, Weights, open_weights
 from switchlm.config import from_mapping
 from switchlm.errors import CheckpointError, ConfigError
+from switchlm.kernels import pages
 from switchlm.kernels.quantised import BLOCK, GROUP_SIZES, Matrix, group_size_of, matrix
 from switchlm.model.config import ModelConfig
 from switchlm.model.quantised import put_in
@@ -237,17 +238,17 @@ def _matrices(
 ) -> list[Matrix]:
     """Return the matrices of a parameter, one an expert, in memory of their own."""
     outputs = entry.shape[0]
-    lookups = entry.ours == "embedding.weight"  # whose rows are looked up: they stay as they are
+    codes, scale = _copy(codes, device), _copy(scale, device)
     if entry.expert is None:
-        codes, scale = codes[None], scale[None]
-    found = (
-        matrix(one.to(device), its_scale.to(device), outputs)
-        for one, its_scale in zip(codes, scale, strict=True)
-    )
-    if lookups:
-        codes, scale = (tensor.to(device, copy=True) for tensor in (codes[0], scale[0]))
         return [matrix(codes, scale, outputs)]
-    return [one.packed() for one in found]
+    return [matrix(one, its_scale, outputs) for one, its_scale in zip(codes, scale, strict=True)]
+
+
+def _copy(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return the same numbers in memory of their own, as they stand in a mapped file."""
+    if torch.device(device).type == "cpu":
+        return pages.empty(tensor.shape, tensor.dtype).copy_(tensor)
+    return tensor.to(device, copy=True)
 
 
 def _refuse(message: str) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from switchlm.kernels.native import native
 
-MOST_ROWS = 64  # where the machine's large products catch up; measured at 768 x 3072
+# Up to where these products are the faster ones; measured at 768 x 3072.
+MOST_ROWS = {torch.float32: 64, torch.bfloat16: 16}
+MOST_ROWS_OF_INT8, MOST_ROWS_OF_INT4 = 8, 64
 _WIDTH = 64  # inputs and outputs come in multiples of it: whole vectors on every processor
 _LEAST_BYTES = 2**18  # of weights below which waking a thread does not pay
 # As in few_rows.c.
@@ -30,7 +32,7 @@ def fits(x_RK: Tensor, *weights: Tensor) -> bool:
     """
     return (
         not torch.is_grad_enabled()
-        and few(x_RK)
+        and few(x_RK, MOST_ROWS.get(x_RK.dtype, 0))
         and all(
             weight.dtype == x_RK.dtype
             and type(weight) in (Tensor, nn.Parameter)
@@ -40,16 +42,15 @@ def fits(x_RK: Tensor, *weights: Tensor) -> bool:
             and all(width % _WIDTH == 0 for width in weight.shape[1:])
             for weight in weights
         )
-        and x_RK.dtype in (torch.float32, torch.bfloat16)
         and not torch.is_autocast_enabled("cpu")
     )
 
 
-def few(x_RK: Tensor) -> bool:
-    """Whether rows are few, plain, and in main memory, and there is a library to multiply them."""
+def few(x_RK: Tensor, most: int) -> bool:
+    """Whether there are at most so many rows, plain, in main memory, and a library for them."""
     return (
         x_RK.is_cpu
-        and 0 < x_RK.numel() <= MOST_ROWS * x_RK.shape[-1]
+        and 0 < x_RK.numel() <= most * x_RK.shape[-1]
         and x_RK.shape[-1] % _WIDTH == 0
         and type(x_RK) is Tensor
         and not torch.compiler.is_compiling()

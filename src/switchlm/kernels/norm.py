@@ -19,7 +19,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
         return nn.functional.rms_norm(x, weight_D.shape, weight_D, epsilon)
     if not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
         # In decoding, where rows are few, autograd's wrapping takes longer than the sums.
-        if few_rows.few(x):
+        if few_rows.few(x, few_rows.MOST_ROWS[torch.float32]):
             return few_rows.rms_norm(x, weight_D, epsilon)
         return _normalised(x, weight_D, epsilon)[0]
     y: Tensor = _RMSNorm.apply(x, weight_D, epsilon)

@@ -3,7 +3,8 @@
 8 bits: the rows are quantised too, each by itself, and products are summed in integers, so that a
 row's result is the same bit for bit whatever rows stand beside it. 4 bits: rows are rounded to
 bfloat16, products summed in float32. PyTorch's operators for both are private: that they are there
-and right is tried out once (see `integer_product`, `packed_product`, `int4_product`).
+and right is tried out once (see `integer_product`, `int4_product`). Few rows go another way, where
+there is one (few_rows.py).
 
 Shapes: R rows, K inputs, N outputs, B blocks of 64 outputs, G inputs that share a scale.
 """
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 
 from switchlm.kernels import few_rows
-from switchlm.kernels.native import native
 
 BLOCK = 64  # outputs whose codes of 4 bits stand together
 GROUP_SIZES = (256, 128, 64, 32)  # that the operator for 4 bits knows
@@ -40,10 +40,6 @@ class Matrix(Protocol):
 
     def dequantise(self) -> Tensor:
         """Return the weight that the codes stand for, [N, K] float32."""
-        ...
-
-    def packed(self) -> "Matrix":
-        """Return the same weight in memory of its own, in the order that is fastest here."""
         ...
 
 
@@ -74,7 +70,7 @@ class Int8Matrix:
         return self.codes_NK.nbytes + self.scale_N.nbytes
 
     def __call__(self, x_RK: Tensor) -> Tensor:
-        if few_rows.few(x_RK):
+        if few_rows.few(x_RK, few_rows.MOST_ROWS_OF_INT8):
             return few_rows.int8_matmul(x_RK, self.codes_NK, self.scale_N)
         codes_RK, scale_R1 = quantise_rows(x_RK)
         if x_RK.device.type == "cpu" and integer_product():
@@ -85,41 +81,6 @@ class Int8Matrix:
 
     def dequantise(self) -> Tensor:
         return self.codes_NK.float() * self.scale_N[:, None]
-
-    def packed(self) -> Matrix:
-        if native().library is None and self.codes_NK.device.type == "cpu" and packed_product():
-            return PackedInt8Matrix(self)
-        return Int8Matrix(self.codes_NK.clone(), self.scale_N.clone())
-
-
-class PackedInt8Matrix:
-    """An Int8Matrix in the order of oneDNN, which only its own product reads."""
-
-    def __init__(self, plain: Int8Matrix) -> None:
-        self.num_outputs, self._inputs = plain.codes_NK.shape
-        self.scale_N = plain.scale_N.clone()
-        self._packed = torch.ops.onednn.qlinear_prepack(plain.codes_NK, None)
-        self._zero_N = _zeros(self.num_outputs)
-
-    @property
-    def codes(self) -> Tensor:
-        return self._packed
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_outputs * self._inputs + self.scale_N.nbytes
-
-    def __call__(self, x_RK: Tensor) -> Tensor:
-        codes_RK, scale_R1 = quantise_rows(x_RK)
-        y_RN = _packed_product(codes_RK, self._packed, self.scale_N, self._zero_N)
-        return y_RN.mul_(scale_R1).to(x_RK.dtype)
-
-    def dequantise(self) -> Tensor:
-        unit_KK = torch.eye(self._inputs, dtype=torch.int8)
-        return _packed_product(unit_KK, self._packed, self.scale_N, self._zero_N).t().contiguous()
-
-    def packed(self) -> Matrix:
-        return self
 
 
 class Int4Matrix:
@@ -143,7 +104,7 @@ class Int4Matrix:
         return self.codes_BKJ.nbytes + self.scale_GN2.nbytes
 
     def __call__(self, x_RK: Tensor) -> Tensor:
-        if few_rows.few(x_RK):
+        if few_rows.few(x_RK, few_rows.MOST_ROWS_OF_INT4):
             y_RN = few_rows.int4_matmul(x_RK, self.codes_BKJ, self.scale_GN2)
             return y_RN[:, : self.num_outputs]
         rounded_RK = x_RK.to(torch.bfloat16)
@@ -174,9 +135,6 @@ class Int4Matrix:
         code_IGH = code_IK.unflatten(1, (scale_IG.shape[1], -1))
         return (code_IGH * scale_IG[..., None] + offset_IG[..., None]).flatten(1)
 
-    def packed(self) -> Matrix:
-        return Int4Matrix(self.codes_BKJ.clone(), self.scale_GN2.clone(), self.num_outputs)
-
     def _dequantise_blocks(self, dtype: torch.dtype) -> Tensor:
         """Return the weight as [B, K, 64], outputs last."""
         codes_BKJ = torch.cat([self.codes_BKJ & 15, self.codes_BKJ >> 4], 2).to(dtype).sub_(8)
@@ -206,18 +164,6 @@ def group_size_of(inputs: int, most: int) -> int | None:
     return next((size for size in GROUP_SIZES if size <= most and inputs % size == 0), None)
 
 
-@cache
-def _zeros(size: int) -> Tensor:
-    return torch.zeros(size, dtype=torch.int32)
-
-
-def _packed_product(codes_RK: Tensor, packed: Tensor, scale_N: Tensor, zero_N: Tensor) -> Tensor:
-    y_RN: Tensor = torch.ops.onednn.qlinear_pointwise(
-        codes_RK, 1.0, 0, packed, scale_N, zero_N, None, 1.0, 0, torch.float32, "none", [], ""
-    )
-    return y_RN
-
-
 def _extreme(rows: int, inputs: int) -> Tensor:
     """Return codes whose products would overflow 16 bits, where a processor sums in those."""
     codes = torch.arange(rows * inputs).view(rows, inputs) % 3 - 1
@@ -230,18 +176,6 @@ def integer_product() -> bool:
     x, weight = _extreme(3, 64), _extreme(32, 64).abs()
     try:
         found = torch._int_mm(x, weight.t())
-    except _FAILURES:
-        return False
-    return torch.equal(found.long(), x.long() @ weight.long().t())
-
-
-@cache
-def packed_product() -> bool:
-    """Whether oneDNN's product with packed int8 is there, and exact on this machine."""
-    x, weight = _extreme(3, 64), _extreme(32, 64).abs()
-    try:
-        packed = torch.ops.onednn.qlinear_prepack(weight, None)
-        found = _packed_product(x, packed, torch.ones(32), _zeros(32))
     except _FAILURES:
         return False
     return torch.equal(found.long(), x.long() @ weight.long().t())

@@ -25,14 +25,13 @@ from switchlm.kernels.trial import Choice
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-KERNELS: dict[str, Kernel] = {
+KERNELS: dict[str, Kernel] = {  # those with gradients
     "reference": reference.grouped_matmul,
     "cpu": cpu.grouped_matmul,
-    "few_rows": few_rows.grouped_matmul,
     "torch_grouped": torch_grouped.grouped_matmul,
     "compiled": compiled.grouped_matmul,
 }
-
+INFERENCE: dict[str, Kernel] = {"few_rows": few_rows.grouped_matmul}
 
 LEAST_ROWS = 1024  # below which launching dominates, as in decoding; not worth a trial
 
@@ -49,7 +48,7 @@ def explain(x_RD: Tensor, weight_EDF: Tensor) -> Choice:
     if device == "cuda" and fits:
         return Choice("torch_grouped", f"{x_RD.dtype} on a GPU: PyTorch loops over the experts")
     if device == "cpu" and few_rows.fits(x_RD, weight_EDF):
-        return Choice("few_rows", f"at most {few_rows.MOST_ROWS} rows: bound by reading weights")
+        return Choice("few_rows", "few rows: as fast as their experts' weights can be read")
     if device == "cpu":
         return Choice("cpu", "main memory: one product an expert, results written once")
     return Choice("reference", f"no faster kernel for {x_RD.dtype} of these widths on {device}")
@@ -57,9 +56,8 @@ def explain(x_RD: Tensor, weight_EDF: Tensor) -> Choice:
 
 def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
     """Return x w^T over the last dim, as nn.functional.linear; few rows where reading w is all."""
-    rows = x.numel() // x.shape[-1]
-    if rows <= few_rows.MOST_ROWS and few_rows.fits(x, weight_NK):
-        y_RN = few_rows.linear(x.reshape(rows, -1), weight_NK)
+    if few_rows.fits(x, weight_NK):
+        y_RN = few_rows.linear(x.reshape(-1, x.shape[-1]), weight_NK)
         return y_RN.view(*x.shape[:-1], -1)
     return nn.functional.linear(x, weight_NK)
 
@@ -74,7 +72,8 @@ def grouped_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor
     x_RD, weight_EDF: one floating dtype. counts_E: int64. Returns y_RF.
     """
     x_RD, weight_EDF = _autocast(x_RD, weight_EDF)
-    return KERNELS[explain(x_RD, weight_EDF).name](x_RD, weight_EDF, counts_E)
+    kernel = (KERNELS | INFERENCE)[explain(x_RD, weight_EDF).name]
+    return kernel(x_RD, weight_EDF, counts_E)
 
 
 def expert_feedforward(

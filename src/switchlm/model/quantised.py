@@ -123,7 +123,7 @@ def put_in(model: SwitchTransformer, matrices: Matrices) -> None:
             setattr(model.get_submodule(owner), attribute, made)
     vocabulary = "embedding.weight" if model.head is None else "head.weight"
     if vocabulary in matrices:
-        matrix = matrices[vocabulary][0].packed()
+        matrix = matrices[vocabulary][0]
         model.project = lambda x, _weight: QuantisedLinear(matrix)(x)
 
 

@@ -121,7 +121,8 @@ def _declare(library: ctypes.CDLL) -> None:
 
 def _works(library: ctypes.CDLL, threads: bool) -> bool:
     """Try a product of small integers, which is exact."""
-    x, weight = (torch.arange(n * 64).remainder(m).float().view(n, 64) for n, m in ((3, 7), (32, 5)))
+    x = torch.arange(3 * 64).remainder(7).float().view(3, 64)
+    weight = torch.arange(32 * 64).remainder(5).float().view(32, 64)
     y, counts = torch.empty(3, 32), torch.tensor([3])
     failed = library.few_rows(
         0, weight.data_ptr(), None, 0, 64, 32, 0,

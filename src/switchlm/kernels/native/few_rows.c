@@ -32,36 +32,82 @@ enum { AHEAD = 8 };    /* inputs whose weights are asked for early, as they lie 
     }                                                           \
   }
 
-/* w_NK, as of a linear layer: a result is a dot product. */
+/* w_NK, as of a linear layer: a result is a dot product, of float32 numbers or of what multiplies
+   faster: pairs of bfloat16, or 16-bit integers, which are vectors of as many bytes. */
 
-INLINE void dot_tile(Load load, const float *x, const void *w, int64_t first, float *y, int64_t K,
-                     int64_t N, const int rows, const int outputs) {
+INLINE uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+typedef Floats Multiply(Floats, Floats, Floats);
+typedef float Sum(Floats);
+
+INLINE Floats multiply_float32(Floats total, Floats a, Floats b) { return total + a * b; }
+
+INLINE Floats multiply_int16(Floats total, Floats a, Floats b) {
+#if defined(__AVX512VNNI__)
+  return (Floats)_mm512_dpwssd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
+#elif LANES == 16
+  return (Floats)((Ints)total + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b));
+#elif LANES == 8
+  return (Floats)((Ints)total + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b));
+#else
+  const Shorts x = (Shorts)a, w = (Shorts)b;
+  Ints sums = (Ints)total;
+  EACH(i, LANES) sums[i] += x[2 * i] * w[2 * i] + x[2 * i + 1] * w[2 * i + 1];
+  return (Floats)sums;
+#endif
+}
+
+INLINE Floats load_int16(const void *from, int64_t at) {
+  return load_float32(AT(int16_t, from, at), 0);
+}
+
+INLINE Floats load_int8(const void *from, int64_t at) {
+  return (Floats)WIDEN_BYTES(AT(int8_t, from, at));
+}
+
+#ifdef __AVX512BF16__
+INLINE Floats multiply_bfloat16(Floats total, Floats a, Floats b) {
+  return (Floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
+INLINE void dot_tile(Load load_row, Load load_weight, Multiply multiply, Sum sum_of,
+                     const int width, const char *x, int64_t row, const void *w, int64_t first,
+                     float *y, int64_t K, int64_t N, const int rows, const int outputs) {
   Floats total[MOST_ROWS][OUTPUTS];
-  EACH(r, rows)
-    EACH(o, outputs) total[r][o] = (Floats){0};
-  for (int64_t k = 0; k < K; k += LANES) {
+  EACH(r, rows) EACH(o, outputs) total[r][o] = (Floats){0};
+  for (int64_t k = 0; k < K; k += width) {
     Floats weight[OUTPUTS];
     EACH(o, outputs) {
-      weight[o] = load(w, (first + o) * K + k);
+      weight[o] = load_weight(w, (first + o) * K + k);
       HOLD(weight[o]);
     }
     EACH(r, rows) {
-      Floats input = load_float32(x, r * K + k);
+      Floats input = load_row(x + r * row, k);
       HOLD(input);
-      EACH(o, outputs) total[r][o] += input * weight[o];
+      EACH(o, outputs) total[r][o] = multiply(total[r][o], input, weight[o]);
     }
   }
-  EACH(r, rows)
-    EACH(o, outputs) y[r * N + first + o] = sum(total[r][o]);
+  EACH(r, rows) EACH(o, outputs) y[r * N + first + o] = sum_of(total[r][o]);
 }
 
-INLINE void dots(Load load, const float *x, const void *w, float *y, int64_t R, int64_t K,
+/* x: rows of `row` bytes. width: inputs in a vector. */
+INLINE void dots(Load load_row, Load load_weight, Multiply multiply, Sum sum_of, const int width,
+                 const void *x, int64_t row, const void *w, float *y, int64_t R, int64_t K,
                  int64_t N, int64_t start, int64_t stop) {
   int64_t n = start;
-#define TILE_OF(r, rows) dot_tile(load, x + r * K, w, n, y + r * N, K, N, rows, OUTPUTS)
-  for (; n + OUTPUTS <= stop; n += OUTPUTS) ROWS(R, MOST_ROWS, TILE_OF)
-#undef TILE_OF
-#define TILE_OF(r, rows) dot_tile(load, x + r * K, w, n, y + r * N, K, N, rows, 1)
+#define TILE_OF(r, rows)                                                                    \
+  dot_tile(load_row, load_weight, multiply, sum_of, width, (const char *)x + r * row, row, w, n, \
+           y + r * N, K, N, rows, outputs)
+  {
+    enum { outputs = OUTPUTS };
+    for (; n + outputs <= stop; n += outputs) ROWS(R, MOST_ROWS, TILE_OF)
+  }
+  enum { outputs = 1 };
   for (; n < stop; n++) ROWS(R, MOST_ROWS, TILE_OF)
 #undef TILE_OF
 }
@@ -125,56 +171,6 @@ INLINE void sums(Load load, const float *x, const void *w, float *y, int64_t R, 
 
 /* 8 bits: w_NK = code * scale_N. Rows are codes too, and products are summed in integers: exact. */
 
-INLINE Ints add_products(Ints total, Shorts a, Shorts b) {
-#if defined(__AVX512VNNI__)
-  return (Ints)_mm512_dpwssd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
-#elif defined(__AVX512BW__)
-  return total + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return total + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#else
-  for (int i = 0; i < LANES; i++)
-    total[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
-  return total;
-#endif
-}
-
-INLINE void code_tile(const int16_t *x, const float *x_scale, const int8_t *w, const float *scale,
-                      int64_t first, float *y, int64_t K, int64_t N, const int rows,
-                      const int outputs) {
-  Ints total[MOST_ROWS][OUTPUTS];
-  EACH(r, rows)
-    EACH(o, outputs) total[r][o] = (Ints){0};
-  for (int64_t k = 0; k < K; k += 2 * LANES) {
-    Shorts weight[OUTPUTS];
-    EACH(o, outputs) {
-      weight[o] = WIDEN_BYTES(AT(int8_t, w, (first + o) * K + k));
-      HOLD(weight[o]);
-    }
-    EACH(r, rows) {
-      Shorts input = *(const LooseShorts *)(x + r * K + k);
-      HOLD(input);
-      EACH(o, outputs)
-        total[r][o] = add_products(total[r][o], input, weight[o]);
-    }
-  }
-  EACH(r, rows)
-    EACH(o, outputs)
-      y[r * N + first + o] = (float)sum_of_ints(total[r][o]) * scale[first + o] * x_scale[r];
-}
-
-INLINE void code_dots(const int16_t *x, const float *x_scale, const int8_t *w, const float *scale,
-                      float *y, int64_t R, int64_t K, int64_t N, int64_t start, int64_t stop) {
-  int64_t n = start;
-#define TILE_OF(r, rows) \
-  code_tile(x + r * K, x_scale + r, w, scale, n, y + r * N, K, N, rows, OUTPUTS)
-  for (; n + OUTPUTS <= stop; n += OUTPUTS) ROWS(R, MOST_ROWS, TILE_OF)
-#undef TILE_OF
-#define TILE_OF(r, rows) code_tile(x + r * K, x_scale + r, w, scale, n, y + r * N, K, N, rows, 1)
-  for (; n < stop; n++) ROWS(R, MOST_ROWS, TILE_OF)
-#undef TILE_OF
-}
-
 /* Round each row to codes from -127 to 127, of its largest number. */
 static void round_rows(const float *x, int16_t *codes, float *scale, int64_t R, int64_t K) {
   for (int64_t r = 0; r < R; r++) {
@@ -188,6 +184,13 @@ static void round_rows(const float *x, int16_t *codes, float *scale, int64_t R, 
     scale[r] /= 127;
     for (int64_t k = 0; k < K; k++) codes[r * K + k] = (int16_t)rintf(x[r * K + k] / scale[r]);
   }
+}
+
+/* y = sum * scale_N * x_scale_R, between two columns. */
+static void scale_sums(float *y, const float *scale, const float *x_scale, int64_t R, int64_t N,
+                       int64_t start, int64_t stop) {
+  for (int64_t r = 0; r < R; r++)
+    for (int64_t n = start; n < stop; n++) y[r * N + n] = y[r * N + n] * scale[n] * x_scale[r];
 }
 
 /* 4 bits: codes [N / 64, K, 32], a byte the outputs j (low bits) and j + 32 of a block; every group
@@ -233,10 +236,9 @@ INLINE void block_tile(const float *x, const float *x_sum, const uint8_t *codes,
 static void round_and_sum(const float *x, float *rounded, float *sums, int64_t R, int64_t K,
                           int64_t group) {
   for (int64_t i = 0; i < R * K; i++) {
-    uint32_t bits;
-    memcpy(&bits, x + i, 4);
+    uint32_t bits = bits_of(x[i]);
     bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
-    memcpy(rounded + i, &bits, 4);
+    memcpy(rounded + i, &bits, sizeof bits);
   }
   for (int64_t g = 0; g < R * K / group; g++) {
     sums[g] = 0;
@@ -260,35 +262,56 @@ static int64_t unit(Format format) {
   return format == FLOAT32_KN || format == BFLOAT16_KN ? LANES : 1;
 }
 
-static int columns(const Matrix *m, const float *x, float *y, int64_t R, int64_t start,
-                   int64_t stop) {
+/* room: memory for what a thread makes of the rows, unless it reads them as they are. Every thread
+   makes it for itself: that is less work than waiting for each other. */
+static size_t room_for(const Matrix *m, int64_t R) {
+  const size_t rows = R, inputs = m->inputs;
+  switch (m->format) {
+    case BFLOAT16_NK: return rows * inputs * sizeof(int16_t);
+    case INT8_NK: return rows * (inputs * sizeof(int16_t) + sizeof(float));
+    case INT4_BLOCKS: return rows * (inputs + inputs / m->group) * sizeof(float);
+    default: return 0;
+  }
+}
+
+static void columns(const Matrix *m, const float *x, float *y, void *room, int64_t R,
+                    int64_t start, int64_t stop) {
   const int64_t K = m->inputs, N = m->outputs;
   const void *w = m->weight;
+#define DOTS(x_load, w_load, multiply, sum_of, x, x_type, factor) \
+  dots(x_load, w_load, multiply, sum_of, factor * LANES, x, K * sizeof(x_type), w, y, R, K, N, start, stop)
   switch (m->format) {
-    case FLOAT32_NK: dots(load_float32, x, w, y, R, K, N, start, stop); return 0;
-    case BFLOAT16_NK: dots(load_bfloat16, x, w, y, R, K, N, start, stop); return 0;
-    case FLOAT32_KN: sums(load_float32, x, w, y, R, K, N, start, stop); return 0;
-    case BFLOAT16_KN: sums(load_bfloat16, x, w, y, R, K, N, start, stop); return 0;
-    default: break;
-  }
-  /* Every thread prepares the rows for itself: that is less work than waiting for each other. */
-  float *room = malloc(sizeof(float) * R * (K + (m->format == INT8_NK ? 1 : K / m->group)));
-  if (!room) return 1;
-  if (m->format == INT8_NK) {
-    int16_t *codes = (int16_t *)(room + R);
-    round_rows(x, codes, room, R, K);
-    code_dots(codes, room, w, m->scale, y, R, K, N, start, stop);
-  } else {
-    float *x_sum = room + R * K;
-    round_and_sum(x, room, x_sum, R, K, m->group);
-#define TILE_OF(r, rows)                                                                       \
-  block_tile(room + r * K, x_sum + r * (K / m->group), w, m->scale, y + r * N, K, N, m->group, b, \
-             rows)
-    for (int64_t b = start / BLOCK; b < stop / BLOCK; b++) ROWS(R, MOST_ROWS, TILE_OF)
+    case FLOAT32_NK:
+      DOTS(load_float32, load_float32, multiply_float32, sum, x, float, 1);
+      break;
+    case BFLOAT16_NK:
+#ifdef __AVX512BF16__
+      for (int64_t i = 0; i < R * K; i++) ((uint16_t *)room)[i] = bits_of(x[i]) >> 16;
+      DOTS(load_int16, load_int16, multiply_bfloat16, sum, room, uint16_t, 2);
+#else
+      DOTS(load_float32, load_bfloat16, multiply_float32, sum, x, float, 1);
+#endif
+      break;
+    case FLOAT32_KN: sums(load_float32, x, w, y, R, K, N, start, stop); break;
+    case BFLOAT16_KN: sums(load_bfloat16, x, w, y, R, K, N, start, stop); break;
+    case INT8_NK: {
+      float *x_scale = room;
+      int16_t *codes = (int16_t *)(x_scale + R);
+      round_rows(x, codes, x_scale, R, K);
+      DOTS(load_int16, load_int8, multiply_int16, sum_of_ints, codes, int16_t, 2);
+      scale_sums(y, m->scale, x_scale, R, N, start, stop);
+      break;
+    }
+    case INT4_BLOCKS: {
+      float *rounded = room, *x_sum = rounded + R * K;
+      const int64_t groups = K / m->group;
+      round_and_sum(x, rounded, x_sum, R, K, m->group);
+#define TILE_OF(r, rows)                                                                         \
+  block_tile(rounded + r * K, x_sum + r * groups, w, m->scale, y + r * N, K, N, m->group, b, rows)
+      for (int64_t b = start / BLOCK; b < stop / BLOCK; b++) ROWS(R, MOST_ROWS, TILE_OF)
 #undef TILE_OF
+    }
   }
-  free(room);
-  return 0;
 }
 
 /* y_RN = x_RK w, the first counts[0] rows with the first of E matrices, and so on; they lie `stride`
@@ -313,8 +336,14 @@ int few_rows(int format, const void *weight, const void *scale, int64_t stride, 
     int64_t row = 0;
     for (int64_t e = 0; e < experts; row += counts[e++]) {
       const Matrix m = {format, (const char *)weight + e * stride, scale, inputs, outputs, group};
-      if (counts[e])
-        failed |= columns(&m, x + row * inputs, y + row * outputs, counts[e], start, stop);
+      if (!counts[e]) continue;
+      const size_t size = room_for(&m, counts[e]);
+      void *room = size ? malloc(size) : NULL;
+      if (size && !room)
+        failed = 1;
+      else
+        columns(&m, x + row * inputs, y + row * outputs, room, counts[e], start, stop);
+      free(room);
     }
     for (; row < rows; row++)
       memset(y + row * outputs + start, 0, sizeof(float) * (stop - start));

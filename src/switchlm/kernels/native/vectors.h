@@ -88,13 +88,13 @@ INLINE float sum(Floats v) {
   return (lanes.part[0][0] + lanes.part[0][1]) + (lanes.part[0][2] + lanes.part[0][3]);
 }
 
-INLINE int32_t sum_of_ints(Ints v) {
+INLINE float sum_of_ints(Floats v) {
   union {
-    Ints all;
+    Floats all;
     FourInts part[LANES / 4];
   } lanes = {v};
   EACH(i, LANES / 4 - 1) lanes.part[0] += lanes.part[i + 1];
-  return (lanes.part[0][0] + lanes.part[0][1]) + (lanes.part[0][2] + lanes.part[0][3]);
+  return (float)(lanes.part[0][0] + lanes.part[0][1] + lanes.part[0][2] + lanes.part[0][3]);
 }
 
 INLINE Floats larger(Floats a, Floats b) {

@@ -1,0 +1,186 @@
+"""Against plain twins: PyTorch's linear, the reference for experts, and the quantised matrices."""
+
+import subprocess
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from switchlm.kernels import few_rows, native, quantised, reference, select
+
+ROWS = (1, 2, 3, 6, 7, 16, 64)
+DTYPES = (torch.float32, torch.bfloat16)
+BUILDS = {"this processor": None, "AVX2": "-march=x86-64-v3", "SSE2": "-march=x86-64"}
+
+pytestmark = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
+
+
+@pytest.fixture(params=BUILDS, scope="module")
+def build(request, tmp_path_factory):
+    """The library as compiled for this processor, and for those with narrower vectors."""
+    flag = BUILDS[request.param]
+    if flag is None:
+        yield native.native()
+        return
+    if native.platform.machine() != "x86_64":
+        pytest.skip("narrower vectors are another compiler's flags here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_PROCESSOR", {"x86_64": flag})
+        patch.setattr(native.Path, "home", lambda: tmp_path_factory.mktemp("home"))
+        built = native.native.__wrapped__()
+        assert built.library is not None, built.reason
+        patch.setattr(few_rows, "native", lambda: built)
+        yield built
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def close(found, expected, dtype=torch.float32):
+    size = expected.abs().max().item()
+    tolerance = 2**-8 if dtype == torch.bfloat16 else 2e-6
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * size)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("outputs", [64, 101, 960])
+def test_linear(build, rows, dtype, outputs):
+    x_RK, weight_NK = torch.randn(rows, 192).to(dtype), torch.randn(outputs, 192).to(dtype)
+    y_RN = few_rows.linear(x_RK, weight_NK)
+    assert y_RN.dtype == dtype
+    close(y_RN, x_RK.double() @ weight_NK.double().t(), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("counts", [[1], [0, 1, 0], [2, 0, 3, 1], [7, 16, 0, 30], [0, 0]], ids=str)
+@pytest.mark.parametrize("shape", [(64, 64), (640, 192), (1088, 448)], ids=str)
+def test_experts_and_rows_that_are_nobodys(build, dtype, counts, shape):
+    x_RK = torch.randn(sum(counts) + 2, shape[0]).to(dtype)
+    weight_EKN = torch.randn(len(counts), *shape).to(dtype)
+    y_RN = few_rows.grouped_matmul(x_RK, weight_EKN, torch.tensor(counts))
+    expected = reference.grouped_matmul(x_RK.double(), weight_EKN.double(), torch.tensor(counts))
+    assert not y_RN[sum(counts) :].any()
+    close(y_RN, expected, dtype)
+
+
+def int8_matrix(outputs=96, inputs=192):
+    codes_NK = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+    return quantised.Int8Matrix(codes_NK, torch.rand(outputs) + 0.1)
+
+
+def int4_matrix(outputs=100, inputs=192, groups=3):
+    scale_GN2 = torch.randn(groups, -(-outputs // 64) * 64, 2).to(torch.bfloat16)
+    codes_NK = torch.randint(0, 16, (outputs, inputs))
+    return quantised.Int4Matrix(quantised.pack_int4(codes_NK), scale_GN2, outputs)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_int8_gives_the_bits_of_the_plain_product(build, rows, monkeypatch):
+    one = int8_matrix()
+    x_RK = torch.randn(rows, 192) * torch.logspace(-6, 3, rows)[:, None]
+    x_RK[-1, 3:] = 0
+    found = few_rows.int8_matmul(x_RK, one.codes_NK, one.scale_N)
+    monkeypatch.setattr(few_rows, "few", lambda *_: False)
+    assert torch.equal(found, one(x_RK))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_int4_is_the_product_with_what_the_codes_mean(build, rows):
+    one = int4_matrix()
+    x_RK = torch.randn(rows, 192)
+    found = few_rows.int4_matmul(x_RK, one.codes_BKJ, one.scale_GN2)[:, :100]
+    close(found, x_RK.to(torch.bfloat16).double() @ one.dequantise().double().t())
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 192), (64, 128), (1, 64)], ids=str)
+def test_rms_norm(build, shape):
+    x, weight_D = torch.randn(shape) * 100, torch.rand(shape[-1])
+    expected = torch.nn.functional.rms_norm(x.double(), shape[-1:], weight_D.double(), 1e-6)
+    close(few_rows.rms_norm(x, weight_D, 1e-6), expected)
+
+
+PRODUCTS = {
+    "linear": (torch.randn(960, 640), few_rows.linear),
+    "bfloat16": (torch.randn(960, 640).to(torch.bfloat16), few_rows.linear),
+    "expert": (
+        torch.randn(1, 640, 960),
+        lambda x, w: few_rows.grouped_matmul(x, w, torch.tensor([len(x)])),
+    ),
+    "int8": (int8_matrix(960, 640), lambda x, m: few_rows.int8_matmul(x, m.codes_NK, m.scale_N)),
+    "int4": (
+        int4_matrix(960, 640, 5),
+        lambda x, m: few_rows.int4_matmul(x, m.codes_BKJ, m.scale_GN2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_row_gives_the_same_bits_beside_any_others_and_on_any_threads(build, name, monkeypatch):
+    weight, multiply = PRODUCTS[name]
+    monkeypatch.setattr(few_rows, "_LEAST_BYTES", 0)  # as if it were large: all threads
+    dtype = weight.dtype if isinstance(weight, torch.Tensor) else torch.float32
+    x_RK = (torch.randn(23, 640) * torch.logspace(-2, 2, 23)[:, None]).to(dtype)
+    together = multiply(x_RK, weight)
+    threads = torch.get_num_threads()
+    for first in (0, 5, 20):
+        for rows in (1, 2, 3):
+            torch.set_num_threads(1 + first % 3)
+            found = multiply(x_RK[first : first + rows], weight)
+            torch.set_num_threads(threads)
+            assert torch.equal(found, together[first : first + rows])
+
+
+def test_what_it_fits():
+    x_RK, weight_NK = torch.randn(4, 64), torch.randn(96, 64)
+    assert few_rows.fits(x_RK, weight_NK)
+    assert few_rows.fits(x_RK[None], torch.nn.Parameter(weight_NK))
+    with torch.enable_grad():
+        assert not few_rows.fits(x_RK, weight_NK)
+    with torch.autocast("cpu"):
+        assert not few_rows.fits(x_RK, weight_NK)
+    assert not few_rows.fits(torch.randn(65, 64), weight_NK), "many rows"
+    assert not few_rows.fits(torch.randn(0, 64), weight_NK), "no rows"
+    assert not few_rows.fits(x_RK, torch.randn(96, 128)[:, ::2]), "not contiguous"
+    assert not few_rows.fits(torch.randn(4, 48), torch.randn(96, 48)), "an odd width"
+    assert not few_rows.fits(x_RK, torch.randn(2, 64, 96)), "an odd width of experts"
+    assert not few_rows.fits(x_RK.double(), weight_NK.double())
+    assert not few_rows.fits(x_RK, weight_NK.to(torch.bfloat16))
+    assert not few_rows.fits(x_RK.to("meta"), weight_NK.to("meta"))
+
+
+def test_products_that_somebody_counts_are_pytorchs():
+    x_RK, weight_NK = torch.randn(4, 64), torch.randn(96, 64)
+    with FlopCounterMode(display=False) as counter:
+        select.linear(x_RK, weight_NK)
+    assert counter.get_total_flops() == 2 * 4 * 64 * 96
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_whole_expert(activation, gated, monkeypatch):
+    counts_E = torch.tensor([1, 0, 3])
+    x_RD, up_EDF = torch.randn(4, 64), torch.randn(3, 64, 128)
+    down_EFD, gate_EDF = torch.randn(3, 128, 64), torch.randn(3, 64, 128) if gated else None
+    arguments = (x_RD, counts_E, up_EDF, down_EFD, activation, gate_EDF)
+    assert select.explain(x_RD, up_EDF).name == "few_rows"
+    found = select.expert_feedforward(*arguments)
+    monkeypatch.setattr(few_rows, "fits", lambda *_: False)
+    assert select.explain(x_RD, up_EDF).name == "cpu"
+    close(found, select.expert_feedforward(*arguments).double(), torch.bfloat16)
+
+
+def test_threads_do_not_fight_with_pytorchs():
+    """One OpenMP for both: the library names none of its own (or has no threads)."""
+    built = native.native()
+    if not built.threads or not native.shutil.which("readelf"):
+        pytest.skip("no threads, or nothing that lists what a library needs")
+    with nullcontext():
+        listed = subprocess.run(
+            ["readelf", "-d", built.library._name], capture_output=True, text=True, check=True
+        ).stdout
+    assert "omp" not in listed

@@ -1,0 +1,109 @@
+"""The library is compiled when needed, whole or not at all; without it PyTorch does it all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from switchlm.kernels import few_rows, native, select
+
+here = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setattr(native.Path, "home", lambda: tmp_path)
+    return tmp_path
+
+
+def compiler(folder: Path, script: str) -> None:
+    """Put a compiler of that shell script into the folder."""
+    place = folder / "cc"
+    place.write_text(f"#!/bin/sh\n{script}\n")
+    place.chmod(0o755)
+
+
+@here
+def test_it_is_compiled_once_for_a_home(home):
+    first = native.native.__wrapped__()
+    assert "compiled by" in first.reason
+    (made,) = home.rglob("*.so")
+    assert made.parent == home / ".cache" / "switchlm" / "native"
+    assert list(made.parent.iterdir()) == [made]  # nothing else is left
+    time = made.stat().st_mtime_ns
+    assert native.native.__wrapped__().library is not None
+    assert made.stat().st_mtime_ns == time
+
+
+@here
+def test_another_processor_or_source_is_another_library(home, monkeypatch):
+    native.native.__wrapped__()
+    monkeypatch.setattr(native, "_processor", lambda: b"another")
+    native.native.__wrapped__()
+    assert len(list(home.rglob("*.so"))) == 2
+
+
+@here
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc").exists(), reason="root writes anywhere")
+def test_a_home_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(native.Path, "home", lambda: tmp_path / "file")
+    assert native.native.__wrapped__().library is not None
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(native.Path, "home", homeless)
+    assert native.native.__wrapped__().library is not None
+
+
+def test_no_compiler(monkeypatch):
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    found = native.native.__wrapped__()
+    assert found.library is None
+    assert "there is no C compiler (cc, gcc, clang)" in found.reason
+
+
+def test_a_compiler_that_fails_says_why(home, tmp_path, monkeypatch):
+    compiler(tmp_path, "echo 'no such header' >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = native.native.__wrapped__()
+    assert found.library is None
+    assert found.reason
+    assert not list(home.rglob("*.so"))
+
+
+@here
+def test_a_compiler_that_makes_no_library_leaves_nothing(home, tmp_path, monkeypatch):
+    compiler(tmp_path, 'case "$*" in *--version*) echo 1;; *) touch a.out;; esac')
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = native.native.__wrapped__()
+    assert found.library is None
+    assert found.reason
+
+
+def test_all_works_without_it(monkeypatch):
+    monkeypatch.setattr(few_rows, "native", lambda: native.Native(None, "none"))
+    x_RK, weight_NK = torch.randn(3, 64), torch.randn(64, 64)
+    with torch.no_grad():
+        assert not few_rows.fits(x_RK, weight_NK)
+        assert torch.equal(
+            select.linear(x_RK, weight_NK), torch.nn.functional.linear(x_RK, weight_NK)
+        )
+
+
+@here
+def test_processes_that_compile_at_once_agree(tmp_path):
+    code = "from switchlm.kernels.native import native; assert native().library, native()"
+    environment = os.environ | {"HOME": str(tmp_path)}
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    for process in running:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error.decode()
+    assert len(list(tmp_path.rglob("*.so"))) == 1

@@ -1,0 +1,102 @@
+"""Against PyTorch's attention in float64, padding and neighbours included."""
+
+import pytest
+import torch
+
+from switchlm.kernels import native, one_query
+from switchlm.model.attention import attend
+
+pytestmark = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
+SHAPES = [(1, 12, 64, 64), (3, 4, 17, 16), (2, 2, 600, 32), (5, 1, 1, 48)]
+LOW = torch.finfo(torch.bfloat16).min
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def tensors(batch, heads, places, width, dtype=torch.float32):
+    sizes = (1, places, places)
+    return tuple(torch.randn(batch, heads, size, width).to(dtype) for size in sizes)
+
+
+def twin(query, key, value, bias):
+    doubles = (t.double() for t in (query, key, value))
+    mask = None if bias is None else bias.double()
+    y = torch.nn.functional.scaled_dot_product_attention(*doubles, attn_mask=mask, scale=1.0)
+    return y.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["none", "heads", "rows and heads", "transposed"])
+def test_it_is_attention(shape, dtype, kind):
+    batch, heads, places, _ = shape
+    bias = {
+        "none": None,
+        "heads": torch.randn(1, heads, 1, places),
+        "rows and heads": torch.randn(batch, heads, 1, places),
+        "transposed": torch.randn(1, 1, places, heads).movedim(-1, -3),
+    }[kind]
+    query, key, value = tensors(*shape, dtype=dtype)
+    assert one_query.fits(query, key, value, bias)
+    found = one_query.one_query(query, key, value, bias)
+    assert found.dtype == dtype
+    tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    expected = twin(query, key, value, bias)
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_scores_far_apart():
+    query, key, value = tensors(2, 2, 100, 32)
+    found = one_query.one_query(query * 100, key, value, None)
+    torch.testing.assert_close(
+        found.double(), twin(query * 100, key, value, None), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_what_is_masked_takes_no_part_and_leaves_no_trace():
+    query, key, value = tensors(2, 3, 40, 16)
+    bias = torch.randn(1, 3, 1, 40)
+    short = one_query.one_query(query, key[:, :, :23], value[:, :, :23], bias[..., :23])
+    masked = torch.where(torch.arange(40) < 23, bias, LOW)
+    key[:, :, 23:] = 1e4
+    assert torch.equal(one_query.one_query(query, key, value, masked), short)
+
+
+def test_a_query_that_may_attend_to_nothing_takes_the_mean():
+    query, key, value = tensors(1, 2, 9, 16)
+    found = one_query.one_query(query, key, value, torch.full((1, 1, 1, 9), LOW))
+    torch.testing.assert_close(found.view(2, 16), value[0].mean(1))
+
+
+def test_rows_and_threads_change_no_bit(monkeypatch):
+    monkeypatch.setattr(one_query, "_LEAST_NUMBERS", 0)
+    query, key, value = tensors(4, 3, 50, 32)
+    together = one_query.one_query(query, key, value, None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = one_query.one_query(query[2:3], key[2:3], value[2:3], None)
+    torch.set_num_threads(threads)
+    assert torch.equal(alone, together[2:3])
+
+
+def test_what_it_fits():
+    query, key, value = tensors(2, 3, 8, 16)
+    assert one_query.fits(query, key, value, None)
+    assert not one_query.fits(torch.randn(2, 3, 2, 16), key, value, None), "two queries"
+    assert not one_query.fits(query, key.transpose(2, 3).contiguous().mT, value, None)
+    assert not one_query.fits(query.double(), key.double(), value.double(), None)
+    assert not one_query.fits(*tensors(2, 3, 8, 12), None), "an odd width"
+    with torch.enable_grad():
+        assert not one_query.fits(query, key, value, None)
+
+
+def test_the_model_takes_it(monkeypatch):
+    query, key, value = tensors(2, 3, 8, 16)
+    bias = torch.randn(1, 3, 1, 8)
+    ours = attend(query, key, value, bias, 0.0)
+    monkeypatch.setattr(one_query, "fits", lambda *_: False)
+    torch.testing.assert_close(ours, attend(query, key, value, bias, 0.0))

@@ -21,6 +21,7 @@ _WIDTH = 64  # inputs and outputs come in multiples of it: whole vectors on ever
 _LEAST_BYTES = 2**18  # of weights below which waking a thread does not pay
 # As in few_rows.c.
 _FLOAT32_NK, _BFLOAT16_NK, _FLOAT32_KN, _BFLOAT16_KN, _INT8_NK, _INT4_BLOCKS = range(6)
+_TOO_MANY = 2
 _NK = {torch.float32: _FLOAT32_NK, torch.bfloat16: _BFLOAT16_NK}
 _KN = {torch.float32: _FLOAT32_KN, torch.bfloat16: _BFLOAT16_KN}
 
@@ -49,11 +50,11 @@ def fits(x_RK: Tensor, *weights: Tensor) -> bool:
 def few(x_RK: Tensor, most: int) -> bool:
     """Whether there are at most so many rows, plain, in main memory, and a library for them."""
     return (
-        x_RK.is_cpu
+        not torch.compiler.is_compiling()
+        and type(x_RK) is Tensor
+        and x_RK.is_cpu
         and 0 < x_RK.numel() <= most * x_RK.shape[-1]
         and x_RK.shape[-1] % _WIDTH == 0
-        and type(x_RK) is Tensor
-        and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and native().library is not None
     )
@@ -119,6 +120,8 @@ def _product(
 ) -> Tensor:
     """Return y_RN, in the dtype of x. shape: inputs, outputs and, of 4 bits, inputs in a group."""
     assert weight.is_contiguous(), "its numbers are read one after the other"
+    assert x_RK.shape[1] == shape[0], f"rows of {x_RK.shape[1]} for {shape[0]} inputs"
+    assert counts_E.dtype == torch.int64 and counts_E.is_contiguous()
     built = native()
     assert built.library is not None, built.reason
     rows, experts = x_RK.shape[0], counts_E.shape[0]
@@ -138,6 +141,7 @@ def _product(
         experts,
         torch.get_num_threads() if built.threads and size >= _LEAST_BYTES else 1,
     )
+    assert failed != _TOO_MANY, f"experts have more than the {rows} rows of the input"
     if failed:
         raise MemoryError(f"No memory left to multiply {rows} rows.")
     return y_RN.to(x_RK.dtype)

@@ -19,8 +19,9 @@ _LEAST_NUMBERS = 2**16  # of keys below which waking a thread does not pay
 def fits(query_BH1K: Tensor, key_BHMK: Tensor, value_BHMK: Tensor, bias: Tensor | None) -> bool:
     """Whether `one_query` takes these: one query, in main memory, and nobody wants gradients."""
     return (
-        query_BH1K.shape[2] == 1
-        and not torch.is_grad_enabled()
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and query_BH1K.shape[2] == 1
         and query_BH1K.is_cpu
         and query_BH1K.dtype == key_BHMK.dtype == value_BHMK.dtype
         and query_BH1K.dtype in (torch.float32, torch.bfloat16)
@@ -29,7 +30,6 @@ def fits(query_BH1K: Tensor, key_BHMK: Tensor, value_BHMK: Tensor, bias: Tensor 
         and key_BHMK.stride(3) == 1
         and type(query_BH1K) is type(key_BHMK) is type(value_BHMK) is Tensor
         and (bias is None or (type(bias) is Tensor and bias.is_cpu))
-        and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and native().library is not None
     )

@@ -316,11 +316,14 @@ static void columns(const Matrix *m, const float *x, float *y, void *room, int64
 
 /* y_RN = x_RK w, the first counts[0] rows with the first of E matrices, and so on; they lie `stride`
    bytes apart. Rows that are nobody's give zeros. Every thread takes its share of the columns of all
-   matrices. Returns 0, or 1 for want of memory. */
+   matrices. Returns 0, 1 for want of memory, or 2 where experts have more rows than there are. */
 int few_rows(int format, const void *weight, const void *scale, int64_t stride, int64_t inputs,
              int64_t outputs, int64_t group, const float *x, float *y, int64_t rows,
              const int64_t *counts, int64_t experts, int threads) {
   int failed = 0;
+  int64_t all = 0;
+  for (int64_t e = 0; e < experts; e++) all += counts[e];
+  if (all > rows) return 2;
   const int64_t units = outputs / unit(format);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads) reduction(| : failed) if (threads > 1)

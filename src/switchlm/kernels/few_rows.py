@@ -121,7 +121,8 @@ def _product(
     """Return y_RN, in the dtype of x. shape: inputs, outputs and, of 4 bits, inputs in a group."""
     assert weight.is_contiguous(), "its numbers are read one after the other"
     assert x_RK.shape[1] == shape[0], f"rows of {x_RK.shape[1]} for {shape[0]} inputs"
-    assert counts_E.dtype == torch.int64 and counts_E.is_contiguous()
+    assert counts_E.dtype == torch.int64
+    assert counts_E.is_contiguous()
     built = native()
     assert built.library is not None, built.reason
     rows, experts = x_RK.shape[0], counts_E.shape[0]

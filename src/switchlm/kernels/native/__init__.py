@@ -47,7 +47,7 @@ def native() -> Native:
     # PyTorch's own OpenMP threads, if it has any of the compiler's kind: two kinds would fight.
     for threads in (True, False):
         try:
-            library = ctypes.CDLL(str(_compiled(compiler, source, threads)))
+            library = _loaded(compiler, source, threads)
         except (OSError, subprocess.SubprocessError) as error:
             reason = str(getattr(error, "stderr", None) or error).strip()[:500]
             continue
@@ -59,39 +59,40 @@ def native() -> Native:
     return Native(None, reason)
 
 
-def _compiled(compiler: str, source: dict[str, bytes], threads: bool) -> Path:
-    """Return the shared library, from the cache of the user where it is there already."""
+def _loaded(compiler: str, source: dict[str, bytes], threads: bool) -> ctypes.CDLL:
+    """Return the library, from the user's cache if it is there already."""
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, check=True, timeout=_SECONDS
     ).stdout
-    made_of = (*source.values(), version, _processor(), repr((_FLAGS, threads)).encode())
-    name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:24] + ".so"
-    try:
-        folder = Path.home() / ".cache" / "switchlm" / "native"
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / name).exists():
-            return folder / name
-        return _compile(compiler, source, threads, folder / name)
-    except (OSError, RuntimeError):  # no home, or one that cannot be written
-        return _compile(compiler, source, threads, Path(tempfile.mkdtemp()) / name)
-
-
-def _compile(compiler: str, source: dict[str, bytes], threads: bool, place: Path) -> Path:
-    """Write the library to `place`, whole or not at all."""
     flags = [*_FLAGS, *([_OPENMP] if threads else [])]
     if processor := _PROCESSOR.get(platform.machine()):
         flags.append(processor)
+    made_of = (*source.values(), version, _processor(), repr(flags).encode())
+    name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:24] + ".so"
+    try:
+        place = Path.home() / ".cache" / "switchlm" / "native" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.exists():
+            _compile([compiler, *flags], source, place)
+        return ctypes.CDLL(str(place))
+    except (OSError, RuntimeError):  # no home, one that cannot be written, or runs no programs
+        with tempfile.TemporaryDirectory() as folder:
+            _compile([compiler, *flags], source, Path(folder) / name)
+            return ctypes.CDLL(str(Path(folder) / name))
+
+
+def _compile(command: list[str], source: dict[str, bytes], place: Path) -> None:
+    """Write the library to `place`, whole or not at all. command: the compiler and its flags."""
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
         for name, content in source.items():
             (Path(folder) / name).write_bytes(content)
         # Linked without OpenMP, so that its names mean the library that PyTorch has loaded.
         objects = [Path(name).with_suffix(".o").name for name in UNITS]
-        for command in ([compiler, *flags, "-c", *UNITS], [compiler, "-shared", *objects, "-lm"]):
+        for step in ([*command, "-c", *UNITS], [command[0], "-shared", *objects, "-lm"]):
             subprocess.run(
-                command, cwd=folder, capture_output=True, check=True, text=True, timeout=_SECONDS
+                step, cwd=folder, capture_output=True, check=True, text=True, timeout=_SECONDS
             )
         os.replace(Path(folder) / "a.out", place)
-    return place
 
 
 def _processor() -> bytes:

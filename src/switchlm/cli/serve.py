@@ -53,6 +53,7 @@ def serve(
         from switchlm.serving.api import create_app
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "fastapi", "serve", "Serving") from None
+    from switchlm.kernels.native import native
     from switchlm.serving.engine import Engine
 
     key = None if api_key_file is None else _read_key(api_key_file)
@@ -85,6 +86,11 @@ def serve(
         )
         _open(listener)
         address = _address(listener)
+        if loaded.embedding.weight.device.type == "cpu" and native().library is None:
+            note(
+                f"Decoding is about half as fast as it could be: {native().reason}. See "
+                "docs/guides/kernels.md."
+            )
         typer.echo(f"Serving {served} at {address}/ (dropless: no token is dropped). Try:")
         bearer = " -H 'Authorization: Bearer KEY'" if key else ""
         body = f'{{"text": "A <extra_id_0> text.", "model": "{served}"}}'

@@ -42,7 +42,6 @@ INLINE uint32_t bits_of(float x) {
 }
 
 typedef Floats Multiply(Floats, Floats, Floats);
-typedef float Sum(Floats);
 
 INLINE Floats multiply_float32(Floats total, Floats a, Floats b) { return total + a * b; }
 
@@ -75,7 +74,7 @@ INLINE Floats multiply_bfloat16(Floats total, Floats a, Floats b) {
 }
 #endif
 
-INLINE void dot_tile(Load load_row, Load load_weight, Multiply multiply, Sum sum_of,
+INLINE void dot_tile(Load load_row, Load load_weight, Multiply multiply, const int integers,
                      const int width, const char *x, int64_t row, const void *w, int64_t first,
                      float *y, int64_t K, int64_t N, const int rows, const int outputs) {
   Floats total[MOST_ROWS][OUTPUTS];
@@ -92,16 +91,16 @@ INLINE void dot_tile(Load load_row, Load load_weight, Multiply multiply, Sum sum
       EACH(o, outputs) total[r][o] = multiply(total[r][o], input, weight[o]);
     }
   }
-  EACH(r, rows) EACH(o, outputs) y[r * N + first + o] = sum_of(total[r][o]);
+  EACH(r, rows) store_sums(total[r], y + r * N + first, integers, outputs);
 }
 
 /* x: rows of `row` bytes. width: inputs in a vector. */
-INLINE void dots(Load load_row, Load load_weight, Multiply multiply, Sum sum_of, const int width,
-                 const void *x, int64_t row, const void *w, float *y, int64_t R, int64_t K,
+INLINE void dots(Load load_row, Load load_weight, Multiply multiply, const int integers,
+                 const int width, const void *x, int64_t row, const void *w, float *y, int64_t R, int64_t K,
                  int64_t N, int64_t start, int64_t stop) {
   int64_t n = start;
 #define TILE_OF(r, rows)                                                                    \
-  dot_tile(load_row, load_weight, multiply, sum_of, width, (const char *)x + r * row, row, w, n, \
+  dot_tile(load_row, load_weight, multiply, integers, width, (const char *)x + r * row, row, w, n, \
            y + r * N, K, N, rows, outputs)
   {
     enum { outputs = OUTPUTS };
@@ -259,7 +258,7 @@ typedef struct {
 /* The outputs that belong to one thread together. */
 static int64_t unit(Format format) {
   if (format == INT4_BLOCKS) return BLOCK;
-  return format == FLOAT32_KN || format == BFLOAT16_KN ? LANES : 1;
+  return format == FLOAT32_KN || format == BFLOAT16_KN ? LANES : OUTPUTS;
 }
 
 /* room: memory for what a thread makes of the rows, unless it reads them as they are. Every thread
@@ -278,18 +277,18 @@ static void columns(const Matrix *m, const float *x, float *y, void *room, int64
                     int64_t start, int64_t stop) {
   const int64_t K = m->inputs, N = m->outputs;
   const void *w = m->weight;
-#define DOTS(x_load, w_load, multiply, sum_of, x, x_type, factor) \
-  dots(x_load, w_load, multiply, sum_of, factor * LANES, x, K * sizeof(x_type), w, y, R, K, N, start, stop)
+#define DOTS(x_load, w_load, multiply, integers, x, x_type, factor) \
+  dots(x_load, w_load, multiply, integers, factor * LANES, x, K * sizeof(x_type), w, y, R, K, N, start, stop)
   switch (m->format) {
     case FLOAT32_NK:
-      DOTS(load_float32, load_float32, multiply_float32, sum, x, float, 1);
+      DOTS(load_float32, load_float32, multiply_float32, 0, x, float, 1);
       break;
     case BFLOAT16_NK:
 #ifdef __AVX512BF16__
       for (int64_t i = 0; i < R * K; i++) ((uint16_t *)room)[i] = bits_of(x[i]) >> 16;
-      DOTS(load_int16, load_int16, multiply_bfloat16, sum, room, uint16_t, 2);
+      DOTS(load_int16, load_int16, multiply_bfloat16, 0, room, uint16_t, 2);
 #else
-      DOTS(load_float32, load_bfloat16, multiply_float32, sum, x, float, 1);
+      DOTS(load_float32, load_bfloat16, multiply_float32, 0, x, float, 1);
 #endif
       break;
     case FLOAT32_KN: sums(load_float32, x, w, y, R, K, N, start, stop); break;
@@ -298,7 +297,7 @@ static void columns(const Matrix *m, const float *x, float *y, void *room, int64
       float *x_scale = room;
       int16_t *codes = (int16_t *)(x_scale + R);
       round_rows(x, codes, x_scale, R, K);
-      DOTS(load_int16, load_int8, multiply_int16, sum_of_ints, codes, int16_t, 2);
+      DOTS(load_int16, load_int8, multiply_int16, 1, codes, int16_t, 2);
       scale_sums(y, m->scale, x_scale, R, N, start, stop);
       break;
     }
@@ -335,7 +334,8 @@ int few_rows(int format, const void *weight, const void *scale, int64_t stride, 
     const int64_t thread = 0, number = 1;
 #endif
     const int64_t start = units * thread / number * unit(format);
-    const int64_t stop = units * (thread + 1) / number * unit(format);
+    const int64_t next = units * (thread + 1) / number * unit(format);
+    const int64_t stop = thread == number - 1 ? outputs : next;
     int64_t row = 0;
     for (int64_t e = 0; e < experts; row += counts[e++]) {
       const Matrix m = {format, (const char *)weight + e * stride, scale, inputs, outputs, group};

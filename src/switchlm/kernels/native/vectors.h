@@ -79,22 +79,53 @@ INLINE Floats load_bfloat16(const void *from, int64_t at) {
   return (Floats)(WIDEN_HALVES(AT(uint16_t, from, at)) << 16);
 }
 
-INLINE float sum(Floats v) {
+/* Lanes are float32, or int32 where `integers`. */
+
+INLINE Floats plus(Floats a, Floats b, const int integers) {
+  return integers ? (Floats)((Ints)a + (Ints)b) : a + b;
+}
+
+INLINE float sum_of(Floats v, const int integers) {
   union {
     Floats all;
     FourFloats part[LANES / 4];
   } lanes = {v};
-  EACH(i, LANES / 4 - 1) lanes.part[0] += lanes.part[i + 1];
+  EACH(i, LANES / 4 - 1)
+  lanes.part[0] = integers ? (FourFloats)((FourInts)lanes.part[0] + (FourInts)lanes.part[i + 1])
+                           : lanes.part[0] + lanes.part[i + 1];
+  const FourInts whole = (FourInts)lanes.part[0];
+  if (integers) return (float)(whole[0] + whole[1] + whole[2] + whole[3]);
   return (lanes.part[0][0] + lanes.part[0][1]) + (lanes.part[0][2] + lanes.part[0][3]);
 }
 
-INLINE float sum_of_ints(Floats v) {
-  union {
-    Floats all;
-    FourInts part[LANES / 4];
-  } lanes = {v};
-  EACH(i, LANES / 4 - 1) lanes.part[0] += lanes.part[i + 1];
-  return (float)(lanes.part[0][0] + lanes.part[0][1] + lanes.part[0][2] + lanes.part[0][3]);
+INLINE float sum(Floats v) { return sum_of(v, 0); }
+
+/* y[o] = the sum of all lanes of v[o]. Four at once share their shuffles. */
+INLINE void store_sums(const Floats *v, float *y, const int integers, const int outputs) {
+#if LANES == 16
+  if (outputs == 4) {
+#define PAIR(how, a, b) (Floats) how((__m512)(a), (__m512)(b))
+    const Floats low = plus(PAIR(_mm512_unpacklo_ps, v[0], v[1]),
+                            PAIR(_mm512_unpackhi_ps, v[0], v[1]), integers);
+    const Floats high = plus(PAIR(_mm512_unpacklo_ps, v[2], v[3]),
+                             PAIR(_mm512_unpackhi_ps, v[2], v[3]), integers);
+    const Floats quarters = plus((Floats)_mm512_shuffle_ps((__m512)low, (__m512)high, 0x44),
+                                 (Floats)_mm512_shuffle_ps((__m512)low, (__m512)high, 0xee),
+                                 integers);
+#undef PAIR
+    const Floats swapped = (Floats)_mm512_shuffle_f32x4((__m512)quarters, (__m512)quarters, 0x4e);
+    union {
+      Floats all;
+      FourFloats part[4];
+    } lanes = {plus(quarters, swapped, integers)};
+    FourFloats sums = lanes.part[0] + lanes.part[1];
+    if (integers)
+      sums = __builtin_convertvector((FourInts)lanes.part[0] + (FourInts)lanes.part[1], FourFloats);
+    memcpy(y, &sums, sizeof sums);
+    return;
+  }
+#endif
+  EACH(o, outputs) y[o] = sum_of(v[o], integers);
 }
 
 INLINE Floats larger(Floats a, Floats b) {

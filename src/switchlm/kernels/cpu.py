@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from switchlm.kernels import buffers, workers
 from switchlm.kernels.plan import Plan, make_plan
+from switchlm.kernels.products import mm
 from switchlm.kernels.spare import Spare, compiles_shapes, keep
 
 
@@ -41,7 +42,7 @@ def forward(x_RD: Tensor, weight_EDF: Tensor, plan: Plan) -> Tensor:
         spare = Spare(x_RD)
         for p in part:
             x = spare.filled("x", x_P[p])
-            keep(torch.mm(x, weight_P[p], out=spare.room_for("y", y_P[p], len(x))), y_P[p])
+            keep(mm(x, weight_P[p], spare.room_for("y", y_P[p], len(x))), y_P[p])
 
     workers.share(multiply, plan.parts)
     return y_RF
@@ -50,14 +51,6 @@ def forward(x_RD: Tensor, weight_EDF: Tensor, plan: Plan) -> Tensor:
 def backward_rows(dy_RF: Tensor, weight_EDF: Tensor, plan: Plan) -> Tensor:
     """Return dx_RD, the gradient of the rows; zeros past the counts."""
     return forward(dy_RF, weight_EDF.mT, plan)
-
-
-def accumulate(a: Tensor, b: Tensor, result: Tensor, begins: bool) -> None:
-    """Write the product into `result`, or add it."""
-    if begins:
-        torch.mm(a, b, out=result)
-    else:
-        result.addmm_(a, b)
 
 
 def backward_weight(dy_RF: Tensor, x_RD: Tensor, weight_EDF: Tensor, plan: Plan) -> Tensor:
@@ -70,7 +63,7 @@ def backward_weight(dy_RF: Tensor, x_RD: Tensor, weight_EDF: Tensor, plan: Plan)
         spare = Spare(x_RD)
         for p in part:
             x, dy = spare.filled("x", x_P[p]), spare.filled("dy", dy_P[p])
-            accumulate(x.t(), dy, dweight_P[p], plan.pieces[p].begins)
+            mm(x.t(), dy, dweight_P[p], add=not plan.pieces[p].begins, large=True)
 
     workers.share(multiply, plan.parts)
     return dweight_EDF

@@ -17,8 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from switchlm.kernels import buffers, workers
 from switchlm.kernels.activations import Activation, activate, activate_backward_
-from switchlm.kernels.cpu import accumulate, weight_gradient
+from switchlm.kernels.cpu import weight_gradient
 from switchlm.kernels.plan import Plan, Sums, make_plan
+from switchlm.kernels.products import mm
 from switchlm.kernels.spare import Spare, compiles_shapes, keep
 
 
@@ -61,8 +62,8 @@ def _forward(
 
         def multiply(name: str, weight_P: list[Tensor], stored_P: list[Tensor]) -> Tensor:
             if not stored_P:
-                return torch.mm(x, weight_P[p], out=spare(name, rows, width))
-            return torch.mm(x, weight_P[p], out=spare.room_for(name, stored_P[p], rows))
+                return mm(x, weight_P[p], spare(name, rows, width))
+            return mm(x, weight_P[p], spare.room_for(name, stored_P[p], rows))
 
         inner = multiply("inner", inner_weight_P, inner_P)
         apart = None if activation == "relu" else spare("middle", rows, width)
@@ -74,7 +75,7 @@ def _forward(
             middle = torch.mul(middle, linear, out=spare("middle", rows, width))
             if linear_P:
                 keep(linear, linear_P[p])
-        keep(torch.mm(middle, down_P[p], out=spare.room_for("y", y.room_P[p], rows)), y.room_P[p])
+        keep(mm(middle, down_P[p], spare.room_for("y", y.room_P[p], rows)), y.room_P[p])
 
     def run(part: Sequence[int]) -> None:
         spare = Spare(x_RD)
@@ -119,7 +120,7 @@ def _backward(
             x, dy = spare.filled("x", x_P[p]).t(), spare.filled("dy", dy_P[p])
             inner = spare.filled("inner", inner_P[p])
             begins = plan.pieces[p].begins
-            gradient = torch.mm(dy, down_P[p], out=spare("gradient", *inner.shape))
+            gradient = mm(dy, down_P[p], spare("gradient", *inner.shape))
             middle = inner
             if activation != "relu":
                 middle = activate(inner, activation, spare("middle", *inner.shape))
@@ -129,17 +130,17 @@ def _backward(
                 gradient.mul_(linear)
                 middle = torch.mul(middle, linear, out=spare("middle", *inner.shape))
             if ddown_P:
-                accumulate(middle.t(), dy, ddown_P[p], begins)
+                mm(middle.t(), dy, ddown_P[p], add=not begins, large=True)
             activate_backward_(gradient, inner, activation)
             if dinner_P:
-                accumulate(x, gradient, dinner_P[p], begins)
+                mm(x, gradient, dinner_P[p], add=not begins, large=True)
             if dlinear_P:
-                accumulate(x, dlinear, dlinear_P[p], begins)
+                mm(x, dlinear, dlinear_P[p], add=not begins, large=True)
             if dx is not None:
                 room = spare.room_for("dx", dx.room_P[p], len(gradient))
-                torch.mm(gradient, inner_weight_P[p], out=room)
+                mm(gradient, inner_weight_P[p], room)
                 if linear_weight_P:
-                    room.addmm_(dlinear, linear_weight_P[p])
+                    mm(dlinear, linear_weight_P[p], room, add=True)
                 keep(room, dx.room_P[p])
 
     workers.share(run, plan.parts)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 COMPILERS = ("cc", "gcc", "clang")
-UNITS, HEADERS = ("few_rows.c", "one_query.c"), ("vectors.h",)
+UNITS, HEADERS = ("few_rows.c", "one_query.c", "products.c"), ("vectors.h",)
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _PROCESSOR = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native"}
 _OPENMP = "-fopenmp"
@@ -118,6 +118,15 @@ def _declare(library: ctypes.CDLL) -> None:
         number, *[pointer] * 5, *[integer] * 10, number
     ]  # fmt: skip
     library.one_query.restype = number
+    library.product.argtypes = [
+        pointer, integer, integer, pointer, integer, pointer, integer, *[integer] * 3,
+        number, number,
+    ]  # fmt: skip
+    library.product.restype = None
+    library.product_of_columns.argtypes = [
+        pointer, integer, pointer, integer, pointer, integer, *[integer] * 3, number
+    ]  # fmt: skip
+    library.product_of_columns.restype = None
 
 
 def _works(library: ctypes.CDLL, threads: bool) -> bool:

@@ -53,16 +53,22 @@ typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
 
 #if LANES == 16
 #define LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+#define STREAM(p, v) _mm512_stream_ps(p, (__m512)(v))
+#define FENCE() _mm_sfence()
 #define WIDEN_HALVES(p) (Ints) _mm512_cvtepu16_epi32(_mm256_loadu_si256(p))
 #define WIDEN_CODES(p) (Ints) _mm512_cvtepu8_epi32(_mm_loadu_si128(p))
 #define WIDEN_BYTES(p) (Shorts) _mm512_cvtepi8_epi16(_mm256_loadu_si256(p))
 #elif LANES == 8
 #define LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7
+#define STREAM(p, v) _mm256_stream_ps(p, (__m256)(v))
+#define FENCE() _mm_sfence()
 #define WIDEN_HALVES(p) (Ints) _mm256_cvtepu16_epi32(_mm_loadu_si128(p))
 #define WIDEN_CODES(p) (Ints) _mm256_cvtepu8_epi32(_mm_loadl_epi64(p))
 #define WIDEN_BYTES(p) (Shorts) _mm256_cvtepi8_epi16(_mm_loadu_si128(p))
 #else
 #define LANE_NUMBERS 0, 1, 2, 3
+#define STREAM(p, v) (*(Floats *)(p) = (v))
+#define FENCE() (void)0
 #define WIDEN_HALVES(p) __builtin_convertvector(*(const LooseHalves *)(p), Ints)
 #define WIDEN_CODES(p) __builtin_convertvector(*(const LooseCodes *)(p), Ints)
 #define WIDEN_BYTES(p) __builtin_convertvector(*(const LooseBytes *)(p), Shorts)

@@ -17,7 +17,7 @@ def process(nano, tmp_path):
     """Start `switchlm serve` in a process of its own; give it and its address."""
     processes = []
 
-    def start(*arguments):
+    def start(*arguments, path=os.environ["PATH"]):
         command = [sys.executable, "-m", "switchlm", "serve", "--model", nano, "--port", "0"]
         with (tmp_path / "errors").open("w") as errors:
             process = subprocess.Popen(
@@ -25,7 +25,7 @@ def process(nano, tmp_path):
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},  # the tests share the cores
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": path},  # the tests share the cores
             )
         processes.append(process)
         line = process.stdout.readline()
@@ -36,6 +36,13 @@ def process(nano, tmp_path):
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def test_without_a_compiler_it_says_what_that_costs(process, tmp_path):
+    process(path="")
+    said = (tmp_path / "errors").read_text()
+    assert "about half as fast as it could be: there is no C compiler (gcc, cc, clang)" in said
+    assert "docs/guides/kernels.md" in said
 
 
 def listening(pid):

@@ -21,7 +21,7 @@ def home(tmp_path, monkeypatch):
 
 def compiler(folder: Path, script: str) -> None:
     """Put a compiler of that shell script into the folder."""
-    place = folder / "cc"
+    place = folder / "gcc"
     place.write_text(f"#!/bin/sh\n{script}\n")
     place.chmod(0o755)
 
@@ -64,7 +64,7 @@ def test_no_compiler(monkeypatch):
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     found = native.native.__wrapped__()
     assert found.library is None
-    assert "there is no C compiler (cc, gcc, clang)" in found.reason
+    assert "there is no C compiler (gcc, cc, clang)" in found.reason
 
 
 def test_a_compiler_that_fails_says_why(home, tmp_path, monkeypatch):

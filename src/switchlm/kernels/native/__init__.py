@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-COMPILERS = ("cc", "gcc", "clang")
+COMPILERS = ("gcc", "cc", "clang")
 UNITS, HEADERS = ("few_rows.c", "one_query.c", "products.c"), ("vectors.h",)
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _PROCESSOR = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native"}

@@ -25,7 +25,11 @@ def process(nano, tmp_path):
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": path},  # the tests share the cores
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "PATH": path,
+                },  # the tests share the cores
             )
         processes.append(process)
         line = process.stdout.readline()

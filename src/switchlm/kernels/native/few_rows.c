@@ -14,23 +14,11 @@ Shapes: R rows, K inputs, N outputs, E experts. All row-major; x and y are float
 
 #include "vectors.h"
 
-enum { MOST_ROWS = 6, OUTPUTS = TILE / MOST_ROWS, BLOCK = 64, BLOCK_VECTORS = BLOCK / LANES };
+enum { OUTPUTS = TILE / MOST_ROWS };
+enum { BLOCK = 64, BLOCK_VECTORS = BLOCK / LANES };
 enum { STEP = 8 };     /* inputs that a strip adds at once */
 enum { INPUTS = 512 }; /* that a tile adds before the next tile's turn: they stay in the cache */
 enum { AHEAD = 8 };    /* inputs whose weights are asked for early, as they lie far apart */
-
-/* ROWS(r, R, body(r, rows)): the body for tiles of up to MOST_ROWS rows, `rows` a constant. */
-#define ROWS(R, most, body)                                     \
-  for (int64_t r = 0; r < (R);) {                               \
-    switch ((R) - r < (most) ? (R) - r : (most)) {              \
-      case 1: body(r, 1); r += 1; break;                        \
-      case 2: body(r, 2); r += 2; break;                        \
-      case 3: body(r, 3); r += 3; break;                        \
-      case 4: body(r, 4); r += 4; break;                        \
-      case 5: body(r, 5); r += 5; break;                        \
-      default: body(r, MOST_ROWS); r += MOST_ROWS; break;       \
-    }                                                           \
-  }
 
 /* w_NK, as of a linear layer: a result is a dot product, of float32 numbers or of what multiplies
    faster: pairs of bfloat16, or 16-bit integers, which are vectors of as many bytes. */
@@ -96,24 +84,24 @@ INLINE void dot_tile(Load load_row, Load load_weight, Multiply multiply, const i
 
 /* x: rows of `row` bytes. width: inputs in a vector. */
 INLINE void dots(Load load_row, Load load_weight, Multiply multiply, const int integers,
-                 const int width, const void *x, int64_t row, const void *w, float *y, int64_t R, int64_t K,
-                 int64_t N, int64_t start, int64_t stop) {
+                 const int width, const void *x, int64_t row, const void *w, float *y, int64_t R,
+                 int64_t K, int64_t N, int64_t start, int64_t stop) {
   int64_t n = start;
 #define TILE_OF(r, rows)                                                                    \
   dot_tile(load_row, load_weight, multiply, integers, width, (const char *)x + r * row, row, w, n, \
            y + r * N, K, N, rows, outputs)
   {
     enum { outputs = OUTPUTS };
-    for (; n + outputs <= stop; n += outputs) ROWS(R, MOST_ROWS, TILE_OF)
+    for (; n + outputs <= stop; n += outputs) EACH_TILE(R, TILE_OF)
   }
   enum { outputs = 1 };
-  for (; n < stop; n++) ROWS(R, MOST_ROWS, TILE_OF)
+  for (; n < stop; n++) EACH_TILE(R, TILE_OF)
 #undef TILE_OF
 }
 
-/* w_KN, as of stacked experts: inputs add their weights to results, a vector of outputs at once. One
-   or two rows go along whole rows of w, several inputs at a time, since reading is all there is to
-   do; more rows use what was read in a tile. The order of the sums is the same. */
+/* w_KN, as of stacked experts: inputs add their weights to results, a vector of outputs at once.
+   One or two rows go along whole rows of w, several inputs at a time, since reading is all there is
+   to do; more rows use what was read in a tile. The order of the sums is the same. */
 
 INLINE void add_strip(Load load, const float *x, const void *w, float *y, int64_t K, int64_t N,
                       int64_t start, int64_t stop, const int rows) {
@@ -163,7 +151,7 @@ INLINE void sums(Load load, const float *x, const void *w, float *y, int64_t R, 
     for (; n < stop; n += LANES)                                                                  \
       add_tile(load, x + r * K, w, y + r * N, K, N, k, end, n, rows, 1);                          \
   }
-    ROWS(R, MOST_ROWS, TILE_OF)
+    EACH_TILE(R, TILE_OF)
 #undef TILE_OF
   }
 }
@@ -192,9 +180,10 @@ static void scale_sums(float *y, const float *scale, const float *x_scale, int64
     for (int64_t n = start; n < stop; n++) y[r * N + n] = y[r * N + n] * scale[n] * x_scale[r];
 }
 
-/* 4 bits: codes [N / 64, K, 32], a byte the outputs j (low bits) and j + 32 of a block; every group
-   of inputs has a scale and an offset an output, [G, N, 2] bfloat16: w = (code - 8) * scale + offset.
-   So a group's sum is scale * sum(x * code) + (offset - 8 * scale) * sum(x). */
+/* 4 bits: codes [N / 64, K, 32], a byte the outputs j (low bits) and j + 32 of a block. Every group
+   of inputs has a scale and an offset an output, [G, N, 2] bfloat16:
+     w = (code - 8) * scale + offset
+   so that a group's sum is scale * sum(x * code) + (offset - 8 * scale) * sum(x). */
 
 INLINE void block_tile(const float *x, const float *x_sum, const uint8_t *codes,
                        const uint16_t *scale, float *y, int64_t K, int64_t N, int64_t group,
@@ -278,7 +267,8 @@ static void columns(const Matrix *m, const float *x, float *y, void *room, int64
   const int64_t K = m->inputs, N = m->outputs;
   const void *w = m->weight;
 #define DOTS(x_load, w_load, multiply, integers, x, x_type, factor) \
-  dots(x_load, w_load, multiply, integers, factor * LANES, x, K * sizeof(x_type), w, y, R, K, N, start, stop)
+  dots(x_load, w_load, multiply, integers, factor * LANES, x, K * sizeof(x_type), w, y, R, K, N, \
+       start, stop)
   switch (m->format) {
     case FLOAT32_NK:
       DOTS(load_float32, load_float32, multiply_float32, 0, x, float, 1);
@@ -307,15 +297,16 @@ static void columns(const Matrix *m, const float *x, float *y, void *room, int64
       round_and_sum(x, rounded, x_sum, R, K, m->group);
 #define TILE_OF(r, rows)                                                                         \
   block_tile(rounded + r * K, x_sum + r * groups, w, m->scale, y + r * N, K, N, m->group, b, rows)
-      for (int64_t b = start / BLOCK; b < stop / BLOCK; b++) ROWS(R, MOST_ROWS, TILE_OF)
+      for (int64_t b = start / BLOCK; b < stop / BLOCK; b++) EACH_TILE(R, TILE_OF)
 #undef TILE_OF
     }
   }
 }
 
-/* y_RN = x_RK w, the first counts[0] rows with the first of E matrices, and so on; they lie `stride`
-   bytes apart. Rows that are nobody's give zeros. Every thread takes its share of the columns of all
-   matrices. Returns 0, 1 for want of memory, or 2 where experts have more rows than there are. */
+/* y_RN = x_RK w, the first counts[0] rows with the first of E matrices, and so on; they lie
+   `stride` bytes apart. Rows that are nobody's give zeros. Every thread takes its share of the
+   columns of all matrices. Returns 0, 1 for want of memory, or 2 where experts have more rows than
+   there are. */
 int few_rows(int format, const void *weight, const void *scale, int64_t stride, int64_t inputs,
              int64_t outputs, int64_t group, const float *x, float *y, int64_t rows,
              const int64_t *counts, int64_t experts, int threads) {

@@ -64,9 +64,9 @@ INLINE void attend(Load load, const float *q, const void *k, const void *v, cons
   }
 }
 
-/* y_BHK for queries q_BHK. k, v: [B, H, M, K] float32, or bfloat16 where `half`, the same strides of
-   B, H and M (in numbers). bias: float32 [B, H, M] by its strides, or none. K: a multiple of LANES.
-   Returns 0, or 1 for want of memory. */
+/* y_BHK for queries q_BHK. k, v: [B, H, M, K] float32, or bfloat16 where `half`, the same strides
+   of B, H and M (in numbers). bias: float32 [B, H, M] by its strides, or none. K: a multiple of
+   LANES. Returns 0, or 1 for want of memory. */
 int one_query(int half, const float *q, const void *k, const void *v, const float *bias, float *y,
               int64_t B, int64_t H, int64_t M, int64_t K, int64_t row, int64_t head, int64_t place,
               int64_t bias_row, int64_t bias_head, int64_t bias_place, int threads) {

@@ -6,19 +6,7 @@
 
 #include "vectors.h"
 
-enum { ROWS = 6, VECTORS = TILE / ROWS, DEPTH = 512 /* of a, so that b stays in the cache */ };
-
-/* EACH_ROWS(M, body): body(m, rows) for tiles of up to ROWS rows, `rows` a constant. */
-#define EACH_ROWS(M, body)                       \
-  for (int64_t m = 0; m < (M); m += ROWS)        \
-    switch ((M) - m) {                           \
-      case 1: body(m, 1); break;                 \
-      case 2: body(m, 2); break;                 \
-      case 3: body(m, 3); break;                 \
-      case 4: body(m, 4); break;                 \
-      case 5: body(m, 5); break;                 \
-      default: body(m, ROWS);                    \
-    }
+enum { VECTORS = TILE / MOST_ROWS, DEPTH = 512 /* of a, so that b stays in the cache */ };
 
 /* stream: write past the cache, what nobody reads soon. */
 INLINE void tile(const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row,
@@ -58,17 +46,17 @@ void product(const float *a, int64_t a_row, int64_t a_column, const float *b, in
 #define NARROW(m, rows) TILE_AT(m, 0, rows, 1)
     for (; n + VECTORS * LANES <= N; n += VECTORS * LANES)
       if (stream)
-        EACH_ROWS(M, STREAMED)
+        EACH_TILE(M, STREAMED)
       else
-        EACH_ROWS(M, STORED)
-    for (; n < N; n += LANES) EACH_ROWS(M, NARROW)
+        EACH_TILE(M, STORED)
+    for (; n < N; n += LANES) EACH_TILE(M, NARROW)
   }
   if (stream) FENCE();
 }
 
 INLINE void dot_tile(const float *a, int64_t a_row, const float *b, int64_t b_column, float *y,
                      int64_t y_row, int64_t K, int add, const int rows, const int columns) {
-  Floats total[ROWS][VECTORS];
+  Floats total[MOST_ROWS][VECTORS];
   EACH(r, rows) EACH(c, columns) total[r][c] = (Floats){0};
   for (int64_t k = 0; k < K; k += LANES) {
     Floats column[VECTORS];
@@ -99,6 +87,6 @@ void product_of_columns(const float *a, int64_t a_row, const float *b, int64_t b
            rows, columns)
 #define WIDE(m, rows) DOTS_OF(m, rows, VECTORS)
 #define SINGLE(m, rows) DOTS_OF(m, rows, 1)
-  for (; n + VECTORS <= N; n += VECTORS) EACH_ROWS(M, WIDE)
-  for (; n < N; n++) EACH_ROWS(M, SINGLE)
+  for (; n + VECTORS <= N; n += VECTORS) EACH_TILE(M, WIDE)
+  for (; n < N; n++) EACH_TILE(M, SINGLE)
 }

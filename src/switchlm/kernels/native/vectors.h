@@ -139,4 +139,17 @@ INLINE Floats larger(Floats a, Floats b) {
   return (Floats)((first & (Ints)a) | (~first & (Ints)b));
 }
 
+/* EACH_TILE(R, body): body(r, rows) for rows from r on, `rows` a constant of at most MOST_ROWS. */
+enum { MOST_ROWS = 6 };
+#define EACH_TILE(R, body)                        \
+  for (int64_t r = 0; r < (R); r += MOST_ROWS)    \
+    switch ((R) - r) {                            \
+      case 1: body(r, 1); break;                  \
+      case 2: body(r, 2); break;                  \
+      case 3: body(r, 3); break;                  \
+      case 4: body(r, 4); break;                  \
+      case 5: body(r, 5); break;                  \
+      default: body(r, MOST_ROWS);                \
+    }
+
 #endif

@@ -51,6 +51,15 @@ def test_the_key_is_compared_in_constant_time_and_written_nowhere(serve, monkeyp
     assert KEY not in "".join(capfd.readouterr())
 
 
+def test_a_field_of_one_type_or_another_says_both(serve):
+    answer = httpx.post(f"{serve().address}/v1/completions", json={"prompt": 3})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "prompt"
+    message = "prompt: Input should be a valid string, or: Input should be a valid list"
+    assert error["message"] == message
+
+
 BAD = {
     "bad UTF-8": b'{"prompt": "\xff\xfe"}',
     "deep JSON": b"[" * 200_000,

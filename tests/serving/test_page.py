@@ -257,6 +257,21 @@ def test_failures_on_the_way_are_told_in_words(visit, url):
     assert page.locator("#error").is_hidden()
 
 
+def test_stop_ends_a_request_that_takes_long(visit, url):
+    page = visit(url)
+    page.route("**/v1/fill", lambda route: None)  # no answer ever comes
+    page.fill("#text", TEXT)
+    page.click("#submit")
+    assert page.locator("#submit").is_disabled()
+    page.click("#stop")
+    page.wait_for_selector("#submit:not([disabled])")
+    assert page.inner_text("#status") == "Stopped."
+    assert page.locator("#stop").is_hidden()
+    assert page.locator("#error").is_hidden()
+    page.unroute("**/v1/fill")
+    fill(page)
+
+
 def test_the_blanks_fill_up_while_the_output_comes(visit, url):
     page = visit(url)
     output = "<extra_id_0>size<extra_id_1>1"

@@ -16,7 +16,7 @@ from switchlm.kernels.native import native
 
 # Up to where these products are the faster ones; measured at 768 x 3072.
 MOST_ROWS = {torch.float32: 64, torch.bfloat16: 16}
-MOST_ROWS_OF_INT8, MOST_ROWS_OF_INT4 = 16, 64
+MOST_ROWS_OF_INT8, MOST_ROWS_OF_INT4 = 32, 64
 _WIDTH = 64  # inputs and outputs come in multiples of it: whole vectors on every processor
 _LEAST_BYTES = 2**18  # of weights below which waking a thread does not pay
 # As in few_rows.c.

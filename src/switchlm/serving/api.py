@@ -324,10 +324,14 @@ def _explain_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        parts = [str(part) for part in first["loc"] if part != "body"]
+        found = error.errors()
+        # A field of one type or another has an error for each; all of them say what it may be.
+        same = [one for one in found if one["loc"][:2] == found[0]["loc"][:2]]
+        loc = found[0]["loc"] if len(same) == 1 else found[0]["loc"][:2]
+        parts = [str(part) for part in loc if part != "body"]
         where = ".".join(part for part in parts if part.isidentifier() or part.isdigit())[:100]
-        return answer(400, f"{where or 'The body'}: {first['msg']}"[:500], param=where or None)
+        what = ", or: ".join(dict.fromkeys(one["msg"] for one in same))
+        return answer(400, f"{where or 'The body'}: {what}"[:500], param=where or None)
 
     @app.exception_handler(UserError)
     async def mistaken(_: Request, error: UserError) -> JSONResponse:

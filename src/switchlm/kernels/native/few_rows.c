@@ -18,7 +18,7 @@ enum { OUTPUTS = TILE / MOST_ROWS };
 enum { BLOCK = 64, BLOCK_VECTORS = BLOCK / LANES };
 enum { STEP = 8 };     /* inputs that a strip adds at once */
 enum { INPUTS = 512 }; /* that a tile adds before the next tile's turn: they stay in the cache */
-enum { AHEAD = 8 };    /* inputs whose weights are asked for early, as they lie far apart */
+enum { AHEAD = 8 };    /* inputs whose weights a tile asks for early, as they lie far apart */
 
 /* w_NK, as of a linear layer: a result is a dot product, of float32 numbers or of what multiplies
    faster: pairs of bfloat16, or 16-bit integers, which are vectors of as many bytes. */
@@ -27,6 +27,20 @@ INLINE uint32_t bits_of(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   return bits;
+}
+
+INLINE Floats load_int16(const void *from, int64_t at) {
+  return load_float32(AT(int16_t, from, at), 0);
+}
+
+INLINE Floats load_int8(const void *from, int64_t at) {
+  return (Floats)WIDEN_BYTES(AT(int8_t, from, at));
+}
+
+/* Have numbers brought nearer that will be read soon; where there are none, nothing happens. */
+INLINE void ask_for(Load load, const void *from, int64_t at) {
+  const int size = load == load_float32 ? 4 : load == load_int8 ? 1 : 2;
+  __builtin_prefetch((const char *)from + at * size, 0, 2);
 }
 
 typedef Floats Multiply(Floats, Floats, Floats);
@@ -48,14 +62,6 @@ INLINE Floats multiply_int16(Floats total, Floats a, Floats b) {
 #endif
 }
 
-INLINE Floats load_int16(const void *from, int64_t at) {
-  return load_float32(AT(int16_t, from, at), 0);
-}
-
-INLINE Floats load_int8(const void *from, int64_t at) {
-  return (Floats)WIDEN_BYTES(AT(int8_t, from, at));
-}
-
 #ifdef __AVX512BF16__
 INLINE Floats multiply_bfloat16(Floats total, Floats a, Floats b) {
   return (Floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
@@ -72,6 +78,7 @@ INLINE void dot_tile(Load load_row, Load load_weight, Multiply multiply, const i
     EACH(o, outputs) {
       weight[o] = load_weight(w, (first + o) * K + k);
       HOLD(weight[o]);
+      ask_for(load_weight, w, (first + OUTPUTS + o) * K + k);
     }
     EACH(r, rows) {
       Floats input = load_row(x + r * row, k);
@@ -111,6 +118,7 @@ INLINE void add_strip(Load load, const float *x, const void *w, float *y, int64_
       EACH(i, STEP) {
         weight[i] = load(w, (k + i) * N + n);
         HOLD(weight[i]);
+        ask_for(load, w, (k + STEP + i) * N + n);
       }
       EACH(r, rows) {
         Floats total = k ? load_float32(y, r * N + n) : (Floats){0};
@@ -128,8 +136,7 @@ INLINE void add_tile(Load load, const float *x, const void *w, float *y, int64_t
   for (; k < end; k++) EACH(v, vectors) {
       Floats weight = load(w, k * N + n + v * LANES);
       HOLD(weight);
-      __builtin_prefetch(load == load_float32 ? AT(float, w, (k + AHEAD) * N + n + v * LANES)
-                                              : AT(uint16_t, w, (k + AHEAD) * N + n + v * LANES));
+      ask_for(load, w, (k + AHEAD) * N + n + v * LANES);
       EACH(r, rows) total[r * vectors + v] += x[r * K + k] * weight;
     }
   EACH(r, rows) EACH(v, vectors)

@@ -63,6 +63,7 @@ INLINE void dot_tile(const float *a, int64_t a_row, const float *b, int64_t b_co
     EACH(c, columns) {
       column[c] = load_float32(b, c * b_column + k);
       HOLD(column[c]);
+      __builtin_prefetch(b + (VECTORS + c) * b_column + k, 0, 2);
     }
     EACH(r, rows) {
       Floats row = load_float32(a, r * a_row + k);

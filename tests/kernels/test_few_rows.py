@@ -143,6 +143,9 @@ def test_what_it_fits():
     with torch.autocast("cpu"):
         assert not few_rows.fits(x_RK, weight_NK)
     assert not few_rows.fits(torch.randn(65, 64), weight_NK), "many rows"
+    many, halves = torch.randn(17, 64).to(torch.bfloat16), weight_NK.to(torch.bfloat16)
+    assert not few_rows.fits(many, halves), "many rows in bfloat16"
+    assert few_rows.fits(many, halves[:64].view(4, 64, 16).repeat(1, 1, 4)), "but of experts"
     assert not few_rows.fits(torch.randn(0, 64), weight_NK), "no rows"
     assert not few_rows.fits(x_RK, torch.randn(96, 128)[:, ::2]), "not contiguous"
     assert not few_rows.fits(torch.randn(4, 48), torch.randn(96, 48)), "an odd width"

@@ -16,6 +16,7 @@ from switchlm.kernels.native import native
 
 # Up to where these products are the faster ones; measured at 768 x 3072.
 MOST_ROWS = {torch.float32: 64, torch.bfloat16: 16}
+MOST_ROWS_OF_EXPERTS = 64  # of all together, of which each has some
 MOST_ROWS_OF_INT8, MOST_ROWS_OF_INT4 = 32, 64
 _WIDTH = 64  # inputs and outputs come in multiples of it: whole vectors on every processor
 _LEAST_BYTES = 2**18  # of weights below which waking a thread does not pay
@@ -33,7 +34,8 @@ def fits(x_RK: Tensor, *weights: Tensor) -> bool:
     """
     return (
         not torch.is_grad_enabled()
-        and few(x_RK, MOST_ROWS.get(x_RK.dtype, 0))
+        and x_RK.dtype in MOST_ROWS
+        and few(x_RK, MOST_ROWS[x_RK.dtype] if weights[0].dim() == 2 else MOST_ROWS_OF_EXPERTS)
         and all(
             weight.dtype == x_RK.dtype
             and type(weight) in (Tensor, nn.Parameter)

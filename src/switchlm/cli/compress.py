@@ -74,8 +74,8 @@ def compress(
     """Make a model smaller: fewer bits a weight, fewer experts.
 
     With text (--data, --task, or the run's own) the loss is measured before and after every step,
-    on documents that the steps do not see. --bits alone, of models of any size, needs no text and is
-    measured where text is named.
+    on documents that the steps do not see. --bits alone, of models of any size, needs no text and
+    is measured where text is named.
     """
     from switchlm.checkpoint.quantised import Quantisation
     from switchlm.recipes.compress import Plan, quantise_folder

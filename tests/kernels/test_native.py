@@ -47,7 +47,6 @@ def test_another_processor_or_source_is_another_library(home, monkeypatch):
 
 
 @here
-@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc").exists(), reason="root writes anywhere")
 def test_a_home_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(native.Path, "home", lambda: tmp_path / "file")
@@ -72,7 +71,7 @@ def test_a_compiler_that_fails_says_why(home, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     found = native.native.__wrapped__()
     assert found.library is None
-    assert found.reason
+    assert found.reason == "no such header"
     assert not list(home.rglob("*.so"))
 
 

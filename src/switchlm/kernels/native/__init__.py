@@ -62,12 +62,12 @@ def native() -> Native:
 def _loaded(compiler: str, source: dict[str, bytes], threads: bool) -> ctypes.CDLL:
     """Return the library, from the user's cache if it is there already."""
     version = subprocess.run(
-        [compiler, "--version"], capture_output=True, check=True, timeout=_SECONDS
+        [compiler, "--version"], capture_output=True, check=True, text=True, timeout=_SECONDS
     ).stdout
     flags = [*_FLAGS, *([_OPENMP] if threads else [])]
     if processor := _PROCESSOR.get(platform.machine()):
         flags.append(processor)
-    made_of = (*source.values(), version, _processor(), repr(flags).encode())
+    made_of = (*source.values(), version.encode(), _processor(), repr(flags).encode())
     name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:24] + ".so"
     try:
         place = Path.home() / ".cache" / "switchlm" / "native" / name

@@ -31,8 +31,11 @@ install: .venv/installed
 demo: .venv/installed
 	$(BIN)/switchlm compare --out runs/demo --overwrite --budget $(BUDGET)
 
+# A test that hangs is ended, and says where it hung.
+HANGS := -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
+
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -n 2 $(HANGS) -m 'not slow and not gpu'
 
 test-slow: .venv/installed-test
 	$(BIN)/python -m pytest -m slow

@@ -88,8 +88,10 @@ def test_five_commands_take_a_checkpoint_of_the_hub_s_layout_to_a_server(tmp_pat
             request = {"prompt": "review 3", "max_tokens": 3, "model": "stars"}
             answer = ask(f"{address}/v1/completions", request, "a long enough key")
             assert answer["usage"]["completion_tokens"] <= 3
-        finally:
             server.terminate()
+            server.wait(60)
+        finally:
+            server.kill()
 
 
 def ask(address, request=None, key=""):

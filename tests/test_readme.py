@@ -3,12 +3,12 @@
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import typer
+from tests.commands import run
 
 from switchlm.cli.main import VERBS, load
 
@@ -27,9 +27,7 @@ def test_the_python_runs_from_top_to_bottom(tmp_path):
     assert code.count("switchlm.save") == 1
     assert code.count("switchlm.load") == 1
     environment = {**os.environ, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    done = run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert "% dropped" in done.stdout
     assert (tmp_path / "my-model" / "model.safetensors").exists()

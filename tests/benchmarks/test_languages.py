@@ -5,12 +5,12 @@ import os
 import random
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import typer
+from tests import commands
 
 from switchlm.cli.main import load
 from switchlm.config import read_yaml
@@ -41,13 +41,8 @@ def parallel_text(tmp_path):
 
 def run(tmp_path, *arguments):
     environment = {**os.environ, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return commands.run(command, cwd=tmp_path, env=environment)
 
 
 def test_a_small_run_measures_every_language(tmp_path, parallel_text):

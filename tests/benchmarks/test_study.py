@@ -4,11 +4,11 @@ import importlib.util
 import json
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests import commands
 
 from switchlm.config import read_yaml
 from switchlm.model import count
@@ -61,13 +61,8 @@ def data(tmp_path):
 
 def run(tmp_path, *arguments):
     environment = {**os.environ, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return commands.run(command, cwd=tmp_path, env=environment)
 
 
 def test_all_parts_run_and_are_not_run_again(tmp_path, data):

@@ -4,13 +4,13 @@ The work is done by crash_driver.py in a process of its own.
 """
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import commands
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks processes")
 
@@ -22,7 +22,7 @@ def drive(tmp_path: Path) -> Drive:
     def run(command: str, *arguments: object) -> dict[str, Any]:
         driver = Path(__file__).with_name("crash_driver.py")
         words = [sys.executable, str(driver), command, str(tmp_path), *map(str, arguments)]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
+        done = commands.run(words, seconds=600)
         assert done.returncode == 0, done.stderr
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return result

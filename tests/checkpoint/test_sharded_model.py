@@ -4,7 +4,6 @@ The work is done by export_driver.py in processes of its own.
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.commands import run
 
 import switchlm
 from switchlm.checkpoint.huggingface import fill, load_config
@@ -29,7 +29,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     folder = tmp_path_factory.mktemp("exported")
     driver = Path(__file__).with_name("export_driver.py")
     words = [sys.executable, str(driver), str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    done = run(words)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, json.loads(done.stdout.splitlines()[-1])
 

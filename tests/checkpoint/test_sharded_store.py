@@ -4,7 +4,6 @@ The work is done by sharded_driver.py in processes of its own.
 """
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tests import commands
 
 from switchlm.checkpoint import manifest
 from switchlm.checkpoint.reading import load_folder
@@ -30,7 +30,7 @@ def drive(tmp_path: Path) -> Drive:
     def run(scene: str) -> dict[str, Any]:
         driver = Path(__file__).with_name("sharded_driver.py")
         words = [sys.executable, str(driver), scene, str(tmp_path)]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=900, check=False)
+        done = commands.run(words, seconds=900)
         assert done.returncode == 0, done.stderr[-3000:]
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return result

@@ -1,12 +1,12 @@
 import dataclasses
 import os
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
 import transformers
+from tests import commands
 
 from switchlm.checkpoint import huggingface
 from switchlm.data.tokenizer import Tokenizer
@@ -32,12 +32,10 @@ def said_by_the_readme(folder):
     assert "switchlm" not in code
     code = code.replace("TEXT", TEXT) + "\nimport sys\nassert 'switchlm' not in sys.modules\n"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
+    done = commands.run(
         [sys.executable, "-c", code],
         cwd=folder,
         env={**environment, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.removesuffix("\n")

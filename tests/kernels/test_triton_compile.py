@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests.commands import run
 
 pytest.importorskip("triton", reason="needs the extra `triton`")
 DRIVER = Path(__file__).with_name("compile_triton.py")
@@ -17,13 +17,7 @@ SHARED_BYTES = {HOPPER: 227 << 10, AMPERE: 163 << 10}  # what a program may have
 def compiled(tmp_path: Path, *arguments: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, str(DRIVER), *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=600,
-    )
+    done = run([sys.executable, str(DRIVER), *arguments], env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -1,20 +1,18 @@
 """The ledger against collectives whose sizes are known, on four real processes."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
+
+from tests.commands import run
 
 
 def test_every_collective_is_written_down_once_with_its_axes_and_its_size(tmp_path: Path) -> None:
     worker = Path(__file__).parent / "ledger_worker.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    done = subprocess.run(
+    done = run(
         [*command, str(worker), str(tmp_path / "lines")],
-        capture_output=True,
-        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "lines").read_text().splitlines() == [

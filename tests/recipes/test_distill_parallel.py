@@ -3,10 +3,10 @@
 import json
 import os
 import random
-import subprocess
 import sys
 
 import pytest
+from tests import commands
 
 pytestmark = pytest.mark.slow
 
@@ -44,9 +44,7 @@ def run(home, processes, *arguments):
         *(f"--set={name}={value}" for name, value in SETTINGS.items()),
     ]
     environment = {**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=home, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = commands.run(command, cwd=home, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

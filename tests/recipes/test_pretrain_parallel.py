@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests import commands
 
 from switchlm.checkpoint.huggingface import load
 
@@ -49,9 +49,7 @@ def run(home: Path, out: str, processes: int, *arguments: str, mesh: str = "", s
         *arguments,
     ]
     environment = {**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=home, env=environment, capture_output=True, text=True, timeout=200
-    )
+    return commands.run(command, cwd=home, env=environment)
 
 
 def torchrun(processes: int) -> list[str]:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import random
 import socket
+import threading
 from collections import Counter
 
 import httpx
@@ -52,36 +53,42 @@ def test_200_clients_against_a_queue_of_32(serve):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_clients_that_go_away_free_their_slots(serve, soon, stream):
-    go_away(serve(num_slots=8, queue=256, max_target=512), soon, 40, stream)
+    go_away(serve(num_slots=8, queue=256, max_target=4096), soon, 40, stream)
 
 
 def go_away(served, soon, number, stream):
     """Let so many clients ask for much and leave; look that nothing is left of them."""
-    body = {"prompt": "hello", "max_tokens": 512, "stream": stream}
+    engine, asked = served.engine, threading.Event()
+    body = {"prompt": "hello", "max_tokens": engine.max_target, "stream": stream}
 
-    async def leave(client, first):
+    async def leave(client):
         if stream:
             async with client.stream("POST", "/v1/completions", json=body) as answer:
                 async for _ in answer.aiter_text():
-                    first.set()
                     break
         else:
             await client.post("/v1/completions", json=body)
 
     async def run():
-        first = asyncio.Event()
-        async with clients(served) as client:
-            going = [asyncio.create_task(leave(client, first)) for _ in range(number)]
-            while served.engine.num_active + served.engine.num_waiting < number:
+        async with clients(served) as client, asyncio.timeout(60):
+            going = [asyncio.create_task(leave(client)) for _ in range(number)]
+            while engine.num_waiting < number:
+                await asyncio.sleep(0.002)
+            asked.set()
+            while not engine.num_active:
                 await asyncio.sleep(0.002)
             for task in going:
                 task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.gather(*going)
 
-    asyncio.run(run())
-    soon(lambda: served.engine.num_active == 0 and served.engine.num_waiting == 0)
-    requests = served.engine.statistics.requests
+    engine.call(asked.wait)  # nobody is served before all have asked
+    try:
+        asyncio.run(run())
+    finally:
+        asked.set()
+    soon(lambda: engine.num_active == 0 and engine.num_waiting == 0)
+    requests = engine.statistics.requests
     assert requests["cancelled"] == number, requests
     found = served.metrics()
     assert found["switchlm_waiting_requests"] == found["switchlm_active_requests"] == 0
@@ -100,7 +107,9 @@ def mixed_requests(served, number, seed=0):
             return
         if kind == "gone":
             async with client.stream(
-                "POST", "/v1/completions", json={**body, "max_tokens": 512, "stream": True}
+                "POST",
+                "/v1/completions",
+                json={**body, "max_tokens": served.engine.max_target, "stream": True},
             ) as answer:
                 counts[answer.status_code] += 1
                 if answer.status_code == 200:
@@ -152,7 +161,7 @@ def check_counts(served, number, soon):
 
 
 def test_the_server_counts_what_its_clients_count(serve, soon):
-    check_counts(serve(num_slots=4, queue=12, max_target=512), 150, soon)
+    check_counts(serve(num_slots=4, queue=12, max_target=4096), 150, soon)
 
 
 def test_a_client_that_never_reads_holds_up_nobody(serve):
@@ -185,4 +194,4 @@ def test_200_clients_that_go_away_free_their_slots(serve, soon, stream):
 
 @pytest.mark.slow
 def test_the_server_counts_what_its_clients_count_of_1000_requests(serve, soon):
-    check_counts(serve(num_slots=4, queue=12, max_target=512), 1000, soon)
+    check_counts(serve(num_slots=4, queue=12, max_target=4096), 1000, soon)

@@ -2,20 +2,18 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests.commands import run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the driver forks")
 
 
 def drive(folder: Path, num_kills: int) -> dict:
     command = [sys.executable, str(Path(__file__).with_name("kill_driver.py"))]
-    done = subprocess.run(
-        [*command, str(folder), str(num_kills)], capture_output=True, text=True, timeout=1200
-    )
+    done = run([*command, str(folder), str(num_kills)], seconds=1200)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

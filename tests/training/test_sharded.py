@@ -1,16 +1,16 @@
 """The optimizers' updates on sharded tensors (DTensor) are those on whole ones."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from tests.commands import run
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
 def test_sharded_updates_equal_whole_ones(tmp_path):
     """Two processes; rows, columns, experts and vectors sharded; one step of four skipped."""
     command = [sys.executable, str(Path(__file__).with_name("sharded_driver.py")), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run(command)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -13,7 +13,10 @@ from switchlm.kernels import few_rows, native, select
 here = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
 
 
-QUICKLY = ("-O0", *native._FLAGS[1:])  # as right as what is optimised, and compiled ten times sooner
+QUICKLY = (
+    "-O0",
+    *native._FLAGS[1:],
+)  # as right as what is optimised, and compiled ten times sooner
 
 
 @pytest.fixture(autouse=True)

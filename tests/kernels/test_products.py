@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from switchlm.kernels import native, products
+from switchlm.kernels import half_precision, native, products
 from switchlm.kernels.products import mm
 
 pytestmark = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
@@ -80,6 +80,7 @@ def test_what_does_not_fit_is_pytorchs(case, monkeypatch):
     dtype = torch.bfloat16 if case == "bfloat16" else torch.float32
     if case == "without a library":
         monkeypatch.setattr(products, "native", lambda: native.Native(None, "none"))
+    monkeypatch.setattr(half_precision, "is_slow", lambda dtype: False)
     a_MK, b_KN = torch.randn(rows, 32).to(dtype), torch.randn(32, width).to(dtype)
     called = []
     real = torch.mm

@@ -1,5 +1,7 @@
 """Against slow twins: integer sums in int64, and products with the dequantised weight."""
 
+import time
+
 import pytest
 import torch
 
@@ -31,8 +33,29 @@ def operators(request, monkeypatch):
             monkeypatch.setattr(quantised, name, lambda: False)
 
 
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="no instructions for it here")
 def test_the_operators_are_there():
     assert quantised.integer_product()
+
+
+def test_an_operator_that_is_slow_is_not_used(monkeypatch):
+    quick = torch._int_mm
+
+    def slow(x, w):
+        time.sleep(0.05)
+        return quick(x, w)
+
+    monkeypatch.setattr(torch, "_int_mm", slow)
+    assert not quantised.integer_product.__wrapped__()
+
+
+def test_sums_too_large_for_float32_are_taken_in_exact_parts(monkeypatch):
+    monkeypatch.setattr(quantised, "integer_product", lambda: False)
+    monkeypatch.setattr(few_rows, "few", lambda *_: False)
+    codes_NK = torch.full((32, 2048), 127, dtype=torch.int8)
+    codes_NK[:, 1] = 126
+    y_RN = Int8Matrix(codes_NK, torch.ones(32))(torch.full((3, 2048), 127.0))
+    assert (y_RN == 127 * (2047 * 127 + 126)).all()
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
+from switchlm.kernels import half_precision
 from switchlm.kernels.spare import EXACT_ROWS, Spare, keep, padded
+
+
+@pytest.fixture(autouse=True)
+def with_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(half_precision, "is_slow", lambda dtype: False)
 
 
 def test_there_are_few_sizes_and_little_is_wasted() -> None:
@@ -17,6 +23,12 @@ def test_there_are_few_sizes_and_little_is_wasted() -> None:
 
 def test_nothing_is_filled_up_where_shapes_are_not_compiled() -> None:
     rows = torch.randn(33, 4)
+    assert Spare(rows).filled("x", rows) is rows
+
+
+def test_nothing_is_filled_up_where_products_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(half_precision, "is_slow", lambda dtype: dtype == torch.bfloat16)
+    rows = torch.ones(33, 4, dtype=torch.bfloat16)
     assert Spare(rows).filled("x", rows) is rows
 
 

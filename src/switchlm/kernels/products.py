@@ -9,6 +9,7 @@ Shapes: M x K times K x N.
 import torch
 from torch import Tensor
 
+from switchlm.kernels import half_precision
 from switchlm.kernels.native import native
 
 MOST_ROWS = 256  # tokens of an expert; measured at 256 x 1,024
@@ -22,6 +23,10 @@ def mm(
 
     large: the result is more than the cache holds, and nobody reads it soon.
     """
+    if a_MK.is_cpu and half_precision.is_slow(a_MK.dtype):
+        wide_MN = torch.empty(out_MN.shape)
+        mm(a_MK.float(), b_KN.float(), wide_MN)
+        return out_MN.add_(wide_MN) if add else out_MN.copy_(wide_MN)
     if _fits(a_MK, b_KN, out_MN):
         _multiply(a_MK, b_KN, out_MN, add, large)
         return out_MN

@@ -9,17 +9,20 @@ there is one (few_rows.py).
 Shapes: R rows, K inputs, N outputs, B blocks of 64 outputs, G inputs that share a scale.
 """
 
-from functools import cache
+import time
+from collections.abc import Callable
+from functools import cache, reduce
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from switchlm.kernels import few_rows
+from switchlm.kernels import few_rows, half_precision
 
 BLOCK = 64  # outputs whose codes of 4 bits stand together
 GROUP_SIZES = (256, 128, 64, 32)  # that the operator for 4 bits knows
 MANY_ROWS = 96  # from which undoing the packing of 4 bits pays; measured at 768 x 3072
+EXACT = 1024  # products of two codes that float32 sums without rounding: 1024 * 127^2 < 2^24
 _FAILURES = (RuntimeError, AttributeError, NotImplementedError, TypeError)
 
 
@@ -76,7 +79,8 @@ class Int8Matrix:
         if x_RK.device.type == "cpu" and integer_product():
             sums_RN = torch._int_mm(codes_RK, self.codes_NK.t()).float()
         else:
-            sums_RN = codes_RK.float() @ self.codes_NK.float().t()
+            parts = zip(codes_RK.split(EXACT, 1), self.codes_NK.split(EXACT, 1), strict=True)
+            sums_RN = reduce(torch.add, (x.float() @ codes.float().t() for x, codes in parts))
         return (sums_RN.mul_(self.scale_N)).mul_(scale_R1).to(x_RK.dtype)
 
     def dequantise(self) -> Tensor:
@@ -117,7 +121,10 @@ class Int4Matrix:
                 self.scale_GN2,
             )
         else:
-            y_BRJ = rounded_RK @ self._dequantise_blocks(torch.bfloat16)
+            w_BKJ = self._dequantise_blocks(torch.bfloat16)
+            if x_RK.device.type == "cpu" and half_precision.is_slow(torch.bfloat16):
+                rounded_RK, w_BKJ = rounded_RK.float(), w_BKJ.float()
+            y_BRJ = rounded_RK @ w_BKJ
             y_RN = y_BRJ.transpose(0, 1).flatten(1)
         return y_RN[:, : self.num_outputs].to(x_RK.dtype)
 
@@ -172,13 +179,28 @@ def _extreme(rows: int, inputs: int) -> Tensor:
 
 @cache
 def integer_product() -> bool:
-    """Whether torch._int_mm multiplies int8 exactly on this machine."""
+    """Whether torch._int_mm multiplies int8 exactly on this machine, and no slower than float32."""
     x, weight = _extreme(3, 64), _extreme(32, 64).abs()
     try:
         found = torch._int_mm(x, weight.t())
     except _FAILURES:
         return False
-    return torch.equal(found.long(), x.long() @ weight.long().t())
+    exact = torch.equal(found.long(), x.long() @ weight.long().t())
+    # Processors without instructions for it take thirty times as long.
+    many, square = _extreme(64, 512), _extreme(512, 512)
+    return exact and _seconds(lambda: torch._int_mm(many, square.t())) < _seconds(
+        lambda: many.float() @ square.float().t()
+    )
+
+
+def _seconds(work: Callable[[], Tensor]) -> float:
+    """Return the least time of a few."""
+    taken = []
+    for _ in range(4):
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
 
 
 @cache

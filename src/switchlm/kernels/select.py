@@ -15,6 +15,7 @@ from switchlm.kernels import (
     cpu,
     cpu_feedforward,
     few_rows,
+    half_precision,
     reference,
     torch_grouped,
     trial,
@@ -59,6 +60,8 @@ def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
     if few_rows.fits(x, weight_NK):
         y_RN = few_rows.linear(x.reshape(-1, x.shape[-1]), weight_NK)
         return y_RN.view(*x.shape[:-1], -1)
+    if half_precision.widens(x):
+        return half_precision.linear(x, weight_NK)
     return nn.functional.linear(x, weight_NK)
 
 

@@ -10,12 +10,14 @@ Shapes: X rows of one piece of an expert (see plan.py).
 import torch
 from torch import Tensor
 
+from switchlm.kernels import half_precision
+
 EXACT_ROWS = 16  # up to here every number of rows has code of its own, as in decoding
 
 
 def compiles_shapes(dtype: torch.dtype) -> bool:
     """Whether products in this dtype are compiled for their shape."""
-    return dtype in (torch.bfloat16, torch.float16)
+    return dtype in half_precision.DTYPES and not half_precision.is_slow(dtype)
 
 
 def padded(rows: int, dtype: torch.dtype) -> int:

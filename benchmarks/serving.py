@@ -11,6 +11,7 @@ queue of 32. /health is asked some 50 times a second all along.
 import argparse
 import asyncio
 import http.client
+import multiprocessing
 import random
 import re
 import signal
@@ -18,11 +19,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from itertools import chain
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +73,20 @@ class Clients:
             ) as client:
                 return await work(client)
 
-        seconds: list[float] = []
-        done = threading.Event()
-        watching = threading.Thread(target=watch, args=(self._address, seconds, done))
+        # A process of its own: what the clients do here would else count as the server's delay.
+        spawn = multiprocessing.get_context("spawn")
+        here, there = spawn.Pipe()
+        watching = spawn.Process(target=watch, args=(self._address, there))
         watching.start()
+        there.close()
+        here.recv()
         try:
-            return asyncio.run(run()), seconds
+            result = asyncio.run(run())
         finally:
-            done.set()
+            here.send("done")
+            seconds = here.recv()
             watching.join()
+        return result, seconds
 
     async def ask(self, client: httpx.AsyncClient) -> dict[str, Any]:
         """Return the status, the seconds to the first token and to the end."""
@@ -143,10 +149,12 @@ class Clients:
         }
 
 
-def watch(address: str, seconds: list[float], done: threading.Event) -> None:
-    """Ask /health until done, over one connection."""
+def watch(address: str, pipe: Connection) -> None:
+    """Ask /health over one connection until told to stop; send the seconds of every answer."""
     connection = http.client.HTTPConnection(address.removeprefix("http://"))
-    while not done.is_set():
+    seconds: list[float] = []
+    pipe.send("ready")
+    while not pipe.poll():
         begin = time.perf_counter()
         connection.request("GET", "/health")
         answer = connection.getresponse()
@@ -155,6 +163,7 @@ def watch(address: str, seconds: list[float], done: threading.Event) -> None:
         seconds.append(time.perf_counter() - begin)
         time.sleep(0.02)
     connection.close()
+    pipe.send(seconds)
 
 
 def counted(address: str) -> dict[str, float]:

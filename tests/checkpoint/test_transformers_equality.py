@@ -1,11 +1,11 @@
 """Logits, losses and gradients equal those of transformers on the same weights."""
 
+from collections.abc import Sequence
+from random import Random
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from switchlm.checkpoint.huggingface import load
@@ -14,14 +14,9 @@ from switchlm.model.config import RouterConfig
 from switchlm.model.losses import cross_entropy, routing_losses
 from switchlm.model.switch import SwitchFeedForward
 
-# The same examples each time: where a router's gradient is a small difference of large numbers,
-# float32 itself is off by more (1.4e-5 seen once in some five hundred configurations).
-slow_examples = settings(
-    derandomize=True,
-    max_examples=12,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+# The same models each time: where a router's gradient is a small difference of large numbers, or a
+# ReLU's input within rounding of zero, float32 itself is off by more. One model in hundreds is.
+models = pytest.mark.parametrize("seed", range(12))
 
 
 def quiet(message: str) -> None:
@@ -79,20 +74,30 @@ def compare(theirs: Any, ours: Any, data: dict[str, torch.Tensor], check: Any, *
     assert not gradients
 
 
-sparse_shapes = st.fixed_dictionaries(
-    {
-        "num_experts": st.integers(1, 5),
-        "num_layers": st.integers(1, 5),
-        "num_decoder_layers": st.integers(1, 5),
-        "encoder_sparse_step": st.integers(0, 4),
-        "decoder_sparse_step": st.integers(0, 4),
-        "num_heads": st.sampled_from([1, 2, 4]),
-        "d_kv": st.sampled_from([4, 8]),
-        "tie_word_embeddings": st.booleans(),
-        "expert_capacity": st.sampled_from([1, 2, 3, 64]),
-        "relative_attention_num_buckets": st.sampled_from([4, 8, 32]),
-    }
-)
+SPARSE = {
+    "num_experts": range(1, 6),
+    "num_layers": range(1, 6),
+    "num_decoder_layers": range(1, 6),
+    "encoder_sparse_step": range(5),
+    "decoder_sparse_step": range(5),
+    "num_heads": (1, 2, 4),
+    "d_kv": (4, 8),
+    "tie_word_embeddings": (False, True),
+    "expert_capacity": (1, 2, 3, 64),
+    "relative_attention_num_buckets": (4, 8, 32),
+}
+DENSE = {
+    "num_layers": range(1, 4),
+    "num_decoder_layers": range(1, 4),
+    "feed_forward_proj": ("relu", "gated-gelu", "gated-relu", "gelu_new"),
+    "tie_word_embeddings": (False, True),
+    "num_heads": (1, 3),
+}
+
+
+def drawn(fields: dict[str, Sequence[Any]], seed: int) -> dict[str, Any]:
+    random = Random(seed)
+    return {name: random.choice(values) for name, values in fields.items()}
 
 
 def has_router_losses(fields: dict[str, Any]) -> bool:
@@ -106,9 +111,9 @@ def has_router_losses(fields: dict[str, Any]) -> bool:
     )
 
 
-@slow_examples
-@given(fields=sparse_shapes, seed=st.integers(0, 1000))
-def test_sparse_models_agree(fields, seed, their_switch, theirs_on_disk, assert_close):
+@models
+def test_sparse_models_agree(seed, their_switch, theirs_on_disk, assert_close):
+    fields = drawn(SPARSE, seed)
     torch.manual_seed(seed)
     theirs = their_switch(relative_attention_max_distance=20, **fields)
     ours, _ = load(theirs_on_disk(theirs), report=quiet)
@@ -176,20 +181,9 @@ def test_labels_alone_agree(their_switch, theirs_on_disk, assert_close):
     assert_close(loss, output.loss, "loss")
 
 
-@slow_examples
-@given(
-    fields=st.fixed_dictionaries(
-        {
-            "num_layers": st.integers(1, 3),
-            "num_decoder_layers": st.integers(1, 3),
-            "feed_forward_proj": st.sampled_from(["relu", "gated-gelu", "gated-relu", "gelu_new"]),
-            "tie_word_embeddings": st.booleans(),
-            "num_heads": st.sampled_from([1, 3]),
-        }
-    ),
-    seed=st.integers(0, 1000),
-)
-def test_dense_models_agree(fields, seed, their_t5, theirs_on_disk, assert_close):
+@models
+def test_dense_models_agree(seed, their_t5, theirs_on_disk, assert_close):
+    fields = drawn(DENSE, seed)
     torch.manual_seed(seed)
     theirs = their_t5(**fields)
     ours, _ = load(theirs_on_disk(theirs), report=quiet)

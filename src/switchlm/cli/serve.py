@@ -1,5 +1,6 @@
 """switchlm serve: a model behind an HTTP interface, and a page that shows its experts at work."""
 
+import gc
 import math
 import socket
 from pathlib import Path
@@ -84,6 +85,9 @@ def serve(
                 lifespan="on",
             )
         )
+        # Looking for garbage among what lives as long as the server stops every thread for 0.1 s.
+        gc.collect()
+        gc.freeze()
         _open(listener)
         address = _address(listener)
         if loaded.embedding.weight.device.type == "cpu" and native().library is None:

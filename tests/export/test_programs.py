@@ -9,7 +9,7 @@ from switchlm.errors import CheckpointError, MissingExtraError
 from switchlm.export import onnx_programs
 from switchlm.export.folder import new_folder
 from switchlm.export.onnx_programs import open_onnx, write_onnx
-from switchlm.export.torch_programs import open_torch, write_torch
+from switchlm.export.torch_programs import open_torch, take_out, write_torch
 from switchlm.generation.inference import dropless
 
 
@@ -47,6 +47,15 @@ def test_exported_programs_are_the_model(build, tmp_path, changes, factor):
     assert_dims_are_free(*open_onnx(tmp_path / "x"), model)
     write_torch(model, tokenizer, tmp_path / "x", capacity_factor=factor)
     assert_dims_are_free(*open_torch(tmp_path / "x"), model)
+
+
+def test_a_part_of_a_larger_piece_of_memory_is_saved_alone():
+    whole = torch.arange(8.0)
+    weights = {"part": whole[2:5], "whole": whole}
+    take_out(weights)
+    assert weights["part"].untyped_storage().nbytes() == 3 * 4
+    assert weights["part"].tolist() == [2, 3, 4]
+    assert weights["whole"] is whole
 
 
 def test_other_files_of_the_user_s_are_not_replaced(tmp_path):

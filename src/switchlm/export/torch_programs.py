@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from switchlm.data.tokenizer import Tokenizer
@@ -55,6 +56,7 @@ def write_torch(
     """Write the two programs of a model; see steps.programs and folder.describe."""
     with new_folder(folder) as partial:
         for program, file in zip(trace(model, capacity_factor), FILES, strict=True):
+            take_out(program.state_dict)
             torch.export.save(program, partial / file)
         describe(
             partial,
@@ -64,6 +66,13 @@ def write_torch(
             files=FILES,
             capacity_factor=capacity_factor,
         )
+
+
+def take_out(weights: dict[str, Tensor]) -> None:
+    """Copy what is a part of a larger piece of memory: all of the piece would be saved."""
+    for name, weight in weights.items():
+        if weight.untyped_storage().nbytes() > weight.nbytes:
+            weights[name] = nn.Parameter(weight.detach().clone(), requires_grad=False)
 
 
 def open_torch(folder: Path) -> tuple[Program, Program]:

@@ -157,7 +157,7 @@ def finetuned(study: Study, out: Path, task: str, model: str) -> dict[str, Any]:
     scale, own = study.scale, study.scale["tasks"][task]
     values = {
         name: {**scale["finetune"].get(name, {}), **own.get(name, {})}
-        for name in ("training", "finetune")
+        for name in ("model", "training", "finetune")
     }
     base = study.out / f"pretrain-{model}"
     config = finetune_run(

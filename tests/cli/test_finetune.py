@@ -191,13 +191,6 @@ def test_a_base_that_has_changed_is_told(run, refuse, command, tmp_path, nano):
     assert "is not the one that the run in" in refuse(*again)
 
 
-def test_several_processes_are_refused(refuse, command, monkeypatch):
-    launch = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    for name, value in {**launch, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
-        monkeypatch.setenv(name, value)
-    assert "Fine-tuning runs in one process, but 2 were started" in refuse(*command())
-
-
 def test_a_pre_training_run_is_not_fine_tuned_further_by_resume(refuse, command, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("training: {steps: 5}\n", encoding="utf-8")

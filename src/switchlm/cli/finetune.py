@@ -46,6 +46,7 @@ def finetune(
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics as JSON lines.")] = False,
 ) -> None:
     """Fine-tune a model on tasks, and keep the checkpoint that does best at them."""
+    from switchlm.parallel.launch import launched
     from switchlm.recipes.finetune import finetune as recipe
     from switchlm.recipes.finetune_config import finetune_run
 
@@ -74,7 +75,9 @@ def finetune(
         stated={name: value for name, value in options.items() if value is not None},
         overrides=set_ or (),
     )
-    console = Console(stderr=as_json)
+    launch = launched()
+    is_main = launch is None or launch.rank == 0
+    console = Console(stderr=as_json, quiet=not is_main)
     progress = Progress(console, steps=run.training.steps, seconds=run.training.seconds)
     last: dict[str, Any] = {}
     with stop_on_signal() as should_stop:
@@ -82,7 +85,7 @@ def finetune(
         for event in progress.watch(events):
             if "best_score" in event:
                 last = event
-            if as_json and "step" in event:
+            if as_json and is_main and "step" in event:
                 typer.echo(json.dumps(event))
     if last:
         console.print(f"Best score: {last['best_score']:.2f}% at step {last['best_step']:,}.")

@@ -5,6 +5,7 @@ Shapes: B batch, S source, T target, D d_model, N examples.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from switchlm.generation.decode import check_vocabulary, encode_prompts, generat
 from switchlm.generation.inference import dropless, evaluation_mode
 from switchlm.model.losses import token_losses
 from switchlm.model.transformer import SwitchTransformer, shift_right
+from switchlm.parallel.mesh import ALONE, AnyMesh
 
 _NO_LIMIT = 2**30  # tokens
 
@@ -56,12 +58,15 @@ def score_task(
     rank_labels: bool = False,
     resamples: int = RESAMPLES,
     report: Callable[[int], None] = lambda done: None,
+    mesh: AnyMesh = ALONE,
 ) -> TaskScore:
     """Let the model answer every example, greedily, and measure the answers.
 
     input_length: tokens; longer inputs are cut at the end, as in training. max_new_tokens: the end
     token included; None takes what the longest reference needs. rank_labels: take the most probable
     of the task's labels instead of generating freely. report: called with the examples done so far.
+    mesh: of the processes that each call this with the same whole model; they share the examples
+    out, and all return the score of all.
 
     No token is dropped, so an answer does not depend on its neighbours in the batch. Raises
     ConfigError where labels are to be ranked and the task has none, and what `generate` and
@@ -75,9 +80,10 @@ def score_task(
         wanted = [reference for example in examples for reference in example.references]
         max_new_tokens = max(map(len, encode_texts(wanted, tokenizer, _NO_LIMIT)[0]), default=1)
 
-    said = [""] * len(examples)
-    done = unfinished = 0
-    for chosen in _by_length(prompts, batch_size):
+    said: dict[int, str] = {}
+    unfinished = 0
+    mine = islice(_by_length(prompts, batch_size), mesh.number, None, mesh.num_processes)
+    for chosen in mine:
         inputs_BS, segments_BS = pad_prompts(
             [prompts[place].tolist() for place in chosen], model.config.pad_id
         )
@@ -91,16 +97,17 @@ def score_task(
             unfinished += int((~output.finished_B).sum())
             rows = output.rows(model.config.end_id)
             answers = [tokenizer.decode(row, keep_sentinels=False).strip() for row in rows]
-        for place, answer in zip(chosen, answers, strict=True):
-            said[place] = answer
-        done += len(chosen)
-        report(done)
+        said |= zip(chosen, answers, strict=True)
+        report(len(said))
+    parts = mesh.gather((said, unfinished))
+    answer_by_place = dict(chain.from_iterable(answers.items() for answers, _ in parts))
+    predictions = tuple(answer_by_place[place] for place in range(len(examples)))
     return TaskScore(
         task=task.name,
-        metrics=measure(task.metrics, said, examples, task.labels, resamples=resamples),
-        predictions=tuple(said),
+        metrics=measure(task.metrics, predictions, examples, task.labels, resamples=resamples),
+        predictions=predictions,
         truncated_inputs=truncated,
-        unfinished=unfinished,
+        unfinished=sum(number for _, number in parts),
     )
 
 

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from switchlm.parallel.launch import launched, process_group
 from switchlm.parallel.watch import Watch
 
 AXES = ("replicas", "data", "expert", "tensor")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +121,25 @@ class Mesh:
         return dist.get_rank() == 0
 
     @property
+    def number(self) -> int:
+        """Return the number of this process among all."""
+        return dist.get_rank()
+
+    @property
+    def num_processes(self) -> int:
+        """Return how many processes there are."""
+        return dist.get_world_size()
+
+    @property
     def restarted(self) -> bool:
         """Whether the job failed before and was started anew."""
         return self.watch is not None and self.watch.restarted
+
+    def gather(self, value: T) -> list[T]:
+        """Return what every process gives, by its number; plain Python values."""
+        found: list[T] = [value] * self.num_processes
+        dist.all_gather_object(found, value)
+        return found
 
     def total(self, values: Tensor) -> Tensor:
         """Return the sum of `values` over all shares of a batch, the same bits everywhere."""
@@ -198,8 +216,8 @@ class Mesh:
 class Alone:
     """The mesh of a single process that was started by nobody."""
 
-    num_shares = 1
-    share = 0
+    num_shares = num_processes = 1
+    share = number = 0
     is_main = True
     storage = None
     restarted = False
@@ -207,6 +225,10 @@ class Alone:
     def size(self, axis: str) -> int:
         """Return 1."""
         return 1
+
+    def gather(self, value: T) -> list[T]:
+        """Return the value alone."""
+        return [value]
 
     def total(self, values: Tensor) -> Tensor:
         """Return the values."""

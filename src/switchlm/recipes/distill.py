@@ -19,11 +19,10 @@ from switchlm.config import write_yaml
 from switchlm.data.loader import Loader
 from switchlm.data.pairs import PairLoader
 from switchlm.data.tokenizer import Tokenizer
-from switchlm.errors import ConfigError
 from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.evaluation.routing import routing_statistics
 from switchlm.model.transformer import SwitchTransformer
-from switchlm.parallel.mesh import AnyMesh, Mesh, joined
+from switchlm.parallel.mesh import AnyMesh, joined
 from switchlm.recipes.distill_config import SETTINGS, DistillationConfig, DistillRun, stored
 from switchlm.recipes.distill_data import Reading, taught
 from switchlm.recipes.distill_result import summarise, write_page
@@ -68,11 +67,6 @@ def _distill(
 ) -> Iterator[Event]:
     settings, run = config.distillation, config.run
     folder = open_folder(out, resume)
-    if config.finetune is not None and isinstance(mesh, Mesh):
-        raise ConfigError(
-            "Distilling on tasks runs in one process: their scores need whole models. Run it "
-            "without torchrun."
-        )
     yield {"phase": "loading the teacher"}
     teacher, tokenizer = open_whole(settings.teacher, "teacher", report, default_device())
     _check_others(settings, tokenizer)
@@ -179,4 +173,4 @@ def _measure(reading: Reading, model: SwitchTransformer, mesh: AnyMesh) -> dict[
     share = reading.loader.share(mesh.share, mesh.num_shares)
     batches = share.held_out(reading.config.run.training.evaluate_batches)
     loss = held_out_loss(model, batches, share.sources, mesh)["loss"]
-    return {"loss": loss, **reading.score(model)}
+    return {"loss": loss, **reading.score(model, mesh)}

@@ -10,6 +10,7 @@ from switchlm.data.pairs import PairLoader
 from switchlm.data.tokenizer import Tokenizer
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.mesh import AnyMesh
+from switchlm.parallel.whole import whole
 from switchlm.recipes.distill_config import DistillRun
 from switchlm.recipes.finetune import Examples, read_tasks, scorer
 from switchlm.recipes.finetune_config import FinetuneRun
@@ -53,7 +54,7 @@ class Reading:
             report=report,
         )
 
-    def score(self, model: SwitchTransformer) -> Figures:
+    def score(self, model: SwitchTransformer, mesh: AnyMesh) -> Figures:
         """Return score and scores of a model on the tasks, in per cent; nothing for text."""
         if self.config.finetune is None or self.examples is None:
             return {}
@@ -65,7 +66,7 @@ class Reading:
             training=replace(training, evaluate_every=every),
         )
         assert isinstance(self.loader, PairLoader)
-        figures = scorer(run, self.examples, self.loader)(model)
+        figures = scorer(run, self.examples, self.loader, mesh)(whole(model))
         return {name: figures[name] for name in ("score", "scores")}
 
 

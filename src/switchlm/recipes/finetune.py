@@ -16,7 +16,7 @@ from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.evaluation.metrics import measure
 from switchlm.evaluation.tasks import score_task
 from switchlm.model.transformer import SwitchTransformer
-from switchlm.parallel.launch import launched
+from switchlm.parallel.mesh import ALONE, AnyMesh, Mesh, joined
 from switchlm.recipes.config import to_sections
 from switchlm.recipes.finetune_config import FinetuneConfig, FinetuneRun
 from switchlm.recipes.finetune_model import Say, check_base, check_spelling, keep, open_model
@@ -50,16 +50,32 @@ def finetune(
     A line of evaluation has score (per cent, the mean over tasks of each task's metric), scores (by
     task and metric), evaluation_loss (nats a target token), best_score and best_step. Writes the
     run folder OUT: `model` is the best so far at any time, and with adapters `adapters` is too.
-    With `resume`, goes on from the newest valid checkpoint in it. report: told of what a user
-    should know.
+    With `resume`, goes on from the newest valid checkpoint in it, and so it does when a job was
+    started anew after it failed. report: told of what a user should know.
+
+    Started by torchrun, each process calls this and trains its part of the mesh. To be scored the
+    model is put together in each of them, and the examples are shared out.
     """
+    with joined(config.mesh) as mesh:
+        yield from _finetune(config, out, mesh, resume or mesh.restarted, should_stop, report)
+
+
+def _finetune(
+    config: FinetuneRun,
+    out: Path,
+    mesh: AnyMesh,
+    resume: bool,
+    should_stop: Callable[[], bool],
+    report: Say,
+) -> Iterator[dict[str, Any]]:
     folder = RunFolder(out)
-    _check_folder(config, folder, resume)
+    _check(config, folder, mesh, resume)
     settings = config.finetune
     yield {"phase": "reading the tasks"}
-    examples = read_tasks(settings)
+    with mesh.first_on_node("tasks"):
+        examples = read_tasks(settings)
     yield {"phase": "loading the model"}
-    model, tokenizer = open_model(config, report)
+    model, tokenizer = open_model(config, mesh, report)
     check_spelling(examples.tasks, tokenizer, settings.model)
     loader = PairLoader(
         examples.train,
@@ -73,26 +89,35 @@ def finetune(
         long_targets="truncate" if settings.truncate_targets else "refuse",
         report=report,
     )
-    folder.create()
-    check_base(model, folder, settings.model)
-    write_yaml(folder.config, to_sections(config))
+    share = loader.share(mesh.share, mesh.num_shares)
+    mesh.wait()  # until all have found the folder as it was
+    if mesh.is_main:
+        folder.create()
+        check_base(model, folder, settings.model)
+        write_yaml(folder.config, to_sections(config))
+    mesh.wait()
+
+    def keep_best(best: SwitchTransformer) -> None:
+        if mesh.is_main:
+            keep(best, tokenizer, settings, folder, report)
+
     evaluator = KeepBest(
-        score=scorer(config, examples, loader),
-        keep=lambda best: keep(best, tokenizer, settings, folder, report),
-        patience=settings.patience,
+        score=scorer(config, examples, loader, mesh), keep=keep_best, patience=settings.patience
     )
     yield {"phase": "training"}
     yield from train(
         model,
-        loader,
+        share,
         config.training,
         run=folder,
         resume=resume,
         should_stop=should_stop,
+        mesh=mesh,
         evaluator=evaluator,
     )
-    routing = _routing_of_the_best(loader, folder) if folder.model.exists() else []
-    _write_report(config, examples, folder, routing)
+    if mesh.is_main:
+        routing = _routing_of_the_best(loader, folder) if folder.model.exists() else []
+        _write_report(config, examples, folder, routing)
 
 
 def read_tasks(settings: FinetuneConfig) -> Examples:
@@ -122,11 +147,11 @@ def read_tasks(settings: FinetuneConfig) -> Examples:
 
 
 def scorer(
-    config: FinetuneRun, examples: Examples, loader: PairLoader
+    config: FinetuneRun, examples: Examples, loader: PairLoader, mesh: AnyMesh = ALONE
 ) -> Callable[[SwitchTransformer], dict[str, Any]]:
-    """Return what gives the figures of an evaluation line but the best so far."""
+    """Return what gives the figures, all but the best so far, of a model whole in each process."""
     settings = config.finetune
-    batches = loader.held_out(config.training.evaluate_batches)
+    batches = loader.share(mesh.share, mesh.num_shares).held_out(config.training.evaluate_batches)
 
     def score(model: SwitchTransformer) -> dict[str, Any]:
         scores = {}
@@ -140,24 +165,25 @@ def scorer(
                 max_new_tokens=settings.target_length,
                 batch_size=settings.batch_size,
                 resamples=1,  # intervals are for `evaluate`
+                mesh=mesh,
             )
             scores[task.name] = {name: part.value for name, part in found.metrics.items()}
         deciding = [scores[task.name][task.metrics[0]] for task in examples.tasks]
         return {
             "score": sum(deciding) / len(deciding),
             "scores": scores,
-            "evaluation_loss": held_out_loss(model, batches, loader.sources)["loss"],
+            "evaluation_loss": held_out_loss(model, batches, loader.sources, mesh)["loss"],
         }
 
     return score
 
 
-def _check_folder(config: FinetuneRun, folder: RunFolder, resume: bool) -> None:
-    launch = launched()
-    if launch is not None and launch.world_size > 1:
+def _check(config: FinetuneRun, folder: RunFolder, mesh: AnyMesh, resume: bool) -> None:
+    settings = config.finetune
+    if isinstance(mesh, Mesh) and (settings.trainable != "all" or settings.lora_rank is not None):
         raise ConfigError(
-            f"Fine-tuning runs in one process, but {launch.world_size} were started: run it "
-            "without torchrun."
+            "A part of a model, or adapters, are fine-tuned in one process: run it without "
+            "torchrun, or train all parameters."
         )
     if folder.exists() and not resume:
         raise ConfigError(

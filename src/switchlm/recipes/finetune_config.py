@@ -12,6 +12,7 @@ from switchlm.data.config import LONGEST
 from switchlm.data.tasks import TaskOptions
 from switchlm.errors import ConfigError
 from switchlm.model.config import ModelConfig
+from switchlm.parallel.mesh import MeshConfig
 from switchlm.recipes.config import build_config, put_over, to_sections
 from switchlm.training.config import TrainingConfig
 from switchlm.training.trainable import Trainable
@@ -89,6 +90,7 @@ class FinetuneRun:
     finetune: FinetuneConfig
     model: ModelConfig
     training: TrainingConfig
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         if self.training.evaluate_every is None:

@@ -11,7 +11,7 @@ import torch
 
 from switchlm.checkpoint.adapters import AdapterConfig, save_adapters
 from switchlm.checkpoint.files import replace_file
-from switchlm.checkpoint.huggingface import load, save
+from switchlm.checkpoint.huggingface import fill, load, save
 from switchlm.checkpoint.run_folder import RunFolder
 from switchlm.checkpoint.weights import read_json
 from switchlm.data.task import Task
@@ -20,24 +20,31 @@ from switchlm.errors import CheckpointError, DataError
 from switchlm.model import lora
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
+from switchlm.parallel.mesh import AnyMesh, Mesh
+from switchlm.recipes.config import RunConfig
 from switchlm.recipes.finetune_config import FinetuneConfig, FinetuneRun
-from switchlm.recipes.pretrain import default_device
+from switchlm.recipes.pretrain import build_model, default_device
+from switchlm.recipes.start import open_tokenizer
 from switchlm.training.trainable import train_only
 
 Say = Callable[[str], None]
 
 
-def open_model(config: FinetuneRun, report: Say) -> tuple[SwitchTransformer, Tokenizer]:
-    """Load the model as configured, on the default device, with only what shall train unfrozen."""
+def open_model(
+    config: FinetuneRun, mesh: AnyMesh, report: Say
+) -> tuple[SwitchTransformer, Tokenizer]:
+    """Load the model as configured, on the default device, with only what shall train unfrozen.
+
+    On many processes it is sharded over the mesh, and all of it trains.
+    """
     settings = config.finetune
-    model, tokenizer = load(
-        settings.model, dtype=torch.float32, device=default_device(), report=report
-    )
-    if tokenizer is None:
-        raise CheckpointError(
-            f"The model {settings.model!r} has no tokenizer.json, so it cannot read a task. Copy "
-            "the one it was trained with into its folder."
-        )
+    with mesh.first_on_node("model"):  # which may come from the hub
+        tokenizer = open_tokenizer(settings.model, "model to fine-tune")
+    if isinstance(mesh, Mesh):
+        model = build_model(RunConfig(model=config.model, training=config.training), mesh)
+        fill(model, settings.model, report=report, group=mesh.storage)
+        return model, tokenizer
+    model, _ = load(settings.model, dtype=torch.float32, device=default_device(), report=report)
     model = reconfigured(model, config.model)
     if settings.lora_rank is None:
         train_only(model, settings.trainable)

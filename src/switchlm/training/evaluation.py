@@ -13,6 +13,7 @@ from switchlm.data.batch import Batch
 from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.mesh import ALONE, AnyMesh
+from switchlm.parallel.whole import whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,8 @@ class Best:
 class KeepBest:
     """Keeps the model of the best score and ends the run when scores stay below it.
 
+    A model that is spread over processes is put together in each of them first.
+
     score: gives the figures of a model, `score` among them, higher is better. keep: told of every
     new best model, at once; of equal scores the first counts. patience: end the run after that many
     evaluations in a row without a new best; None never does.
@@ -96,6 +99,7 @@ class KeepBest:
 
     def evaluate(self, model: SwitchTransformer, step: int) -> Verdict:
         """Return what `score` gives, and best_score and best_step so far."""
+        model = whole(model)
         figures = self.score(model)
         best, score = self.best, float(figures["score"])
         if best.score is None or score > best.score:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from switchlm.checkpoint.run_folder import RunFolder
 from switchlm.checkpoint.store import CheckpointStore
@@ -9,6 +10,7 @@ from switchlm.training.loop import train
 from switchlm.training.monitor import read_metrics
 
 CLOCK = {"seconds", "tokens_per_second"}
+MODEL = nn.Linear(1, 1)
 
 
 def scripted(*scores, patience=None):
@@ -41,9 +43,9 @@ def timeless(run):
 
 def test_it_keeps_the_first_of_the_best():
     evaluator, kept = scripted(0.5, 0.7, 0.7, 0.6)
-    models = ["first", "second", "third", "fourth"]
+    models = [nn.Linear(1, 1) for _ in range(4)]
     verdicts = [evaluator.evaluate(model, step) for step, model in enumerate(models)]
-    assert kept == ["first", "second"]
+    assert kept == models[:2]
     assert evaluator.best == Best(step=1, score=0.7, misses=2)
     assert [verdict.figures["best_score"] for verdict in verdicts] == [0.5, 0.7, 0.7, 0.7]
     assert not any(verdict.stop for verdict in verdicts)
@@ -51,15 +53,15 @@ def test_it_keeps_the_first_of_the_best():
 
 def test_it_is_patient_for_so_many_evaluations_in_a_row():
     evaluator, _ = scripted(0.5, 0.4, 0.6, 0.5, 0.5, 0.5, patience=3)
-    assert [evaluator.evaluate(None, step).stop for step in range(6)] == [False] * 5 + [True]
+    assert [evaluator.evaluate(MODEL, step).stop for step in range(6)] == [False] * 5 + [True]
 
 
 def test_it_goes_on_from_its_state():
     one, _ = scripted(0.5, 0.4, patience=2)
-    one.evaluate(None, 1), one.evaluate(None, 2)
+    one.evaluate(MODEL, 1), one.evaluate(MODEL, 2)
     other, kept = scripted(0.4, patience=2)
     other.restore(one.state())
-    assert other.evaluate(None, 3).stop
+    assert other.evaluate(MODEL, 3).stop
     assert not kept
 
 

@@ -3,6 +3,8 @@
 import gc
 import math
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -85,9 +87,6 @@ def serve(
                 lifespan="on",
             )
         )
-        # Looking for garbage among what lives as long as the server stops every thread for 0.1 s.
-        gc.collect()
-        gc.freeze()
         _open(listener)
         address = _address(listener)
         if loaded.embedding.weight.device.type == "cpu" and native().library is None:
@@ -103,10 +102,21 @@ def serve(
         )
         if key is None and host not in ("127.0.0.1", "::1", "localhost"):
             note(f"Whoever reaches {host} may use this model: there is no --api-key-file.")
-        with stop_on_signal():
+        with _no_search_for_garbage(), stop_on_signal():
             server.run(sockets=[listener])
             typer.echo("Stopped: everything accepted has been answered.", err=True)
             engine.close()
+
+
+@contextmanager
+def _no_search_for_garbage() -> Iterator[None]:
+    """Leave out what lives as long as the server: looking through it stops threads for 0.1 s."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _start(engine: "Engine") -> None:

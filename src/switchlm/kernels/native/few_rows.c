@@ -15,7 +15,7 @@ Shapes: R rows, K inputs, N outputs, E experts. All row-major; x and y are float
 #include "vectors.h"
 
 enum { OUTPUTS = TILE / MOST_ROWS };
-enum { BLOCK = 64, BLOCK_VECTORS = BLOCK / LANES };
+enum { BLOCK = 64, HALF = BLOCK / 2 / LANES }; /* of 4 bits: outputs, and vectors of codes */
 enum { STEP = 8 };     /* inputs that a strip adds at once */
 enum { INPUTS = 512 }; /* that a tile adds before the next tile's turn: they stay in the cache */
 enum { AHEAD = 8 };    /* inputs whose weights a tile asks for early, as they lie far apart */
@@ -192,39 +192,48 @@ static void scale_sums(float *y, const float *scale, const float *x_scale, int64
      w = (code - 8) * scale + offset
    so that a group's sum is scale * sum(x * code) + (offset - 8 * scale) * sum(x). */
 
+/* Add what a group gives to a vector of results; the first one writes them. all: sum(x). */
+INLINE void add_group(Floats total, float all, const uint16_t *scale, float *y, int64_t g) {
+  const Ints two = (Ints)load_float32(scale, 0);
+  const Floats size = (Floats)(two << 16), offset = (Floats)(two & (int32_t)0xffff0000);
+  const Floats before = g ? load_float32(y, 0) : (Floats){0};
+  *(LooseFloats *)y = before + size * total + (offset - 8 * size) * all;
+}
+
+/* Code vectors at once: each gives two vectors of results a row, all of which stay in registers. */
+#define PART(rows) \
+  (2 * HALF * (rows) <= TILE ? HALF : 8 * (rows) <= TILE ? 4 : 4 * (rows) <= TILE ? 2 : 1)
+
 INLINE void block_tile(const float *x, const float *x_sum, const uint8_t *codes,
                        const uint16_t *scale, float *y, int64_t K, int64_t N, int64_t group,
-                       int64_t b, const int rows) {
-  const int half = BLOCK_VECTORS / 2;
-  for (int64_t g = 0; g < K / group; g++) {
-    Floats total[MOST_ROWS][BLOCK_VECTORS];
-    EACH(r, rows)
-      EACH(v, BLOCK_VECTORS) total[r][v] = (Floats){0};
-    for (int64_t k = g * group; k < (g + 1) * group; k++) {
-      Floats code[BLOCK_VECTORS];
-      EACH(v, half) {
-        const Ints wide = WIDEN_CODES(AT(uint8_t, codes, (b * K + k) * (BLOCK / 2) + v * LANES));
-        code[v] = __builtin_convertvector(wide & 15, Floats);
-        code[v + half] = __builtin_convertvector(wide >> 4, Floats);
-        HOLD(code[v]);
-        HOLD(code[v + half]);
-      }
-      EACH(r, rows) {
-        const Floats input = (Floats){0} + x[r * K + k];
-        EACH(v, BLOCK_VECTORS) total[r][v] += input * code[v];
-      }
-    }
-    EACH(v, BLOCK_VECTORS) {
-      const int64_t n = b * BLOCK + v * LANES;
-      const Ints two = (Ints)load_float32(scale, g * N + n);
-      const Floats size = (Floats)(two << 16), offset = (Floats)(two & (int32_t)0xffff0000);
-      EACH(r, rows) {
-        const Floats before = g ? load_float32(y, r * N + n) : (Floats){0};
-        *(LooseFloats *)(y + r * N + n) =
-            before + size * total[r][v] + (offset - 8 * size) * x_sum[r * (K / group) + g];
+                       int64_t b, const int rows, const int part) {
+  for (int64_t g = 0; g < K / group; g++)
+    for (int64_t first = 0; first < HALF; first += part) {
+      Floats low[MOST_ROWS][HALF], high[MOST_ROWS][HALF];
+      EACH(r, rows) EACH(v, part) low[r][v] = high[r][v] = (Floats){0};
+      for (int64_t k = g * group; k < (g + 1) * group; k++)
+        EACH(v, part) {
+          const Ints wide =
+              WIDEN_CODES(AT(uint8_t, codes, (b * K + k) * (BLOCK / 2) + (first + v) * LANES));
+          Floats code = __builtin_convertvector(wide & 15, Floats);
+          Floats other = __builtin_convertvector(wide >> 4, Floats);
+          HOLD(code);
+          HOLD(other);
+          EACH(r, rows) {
+            const Floats input = (Floats){0} + x[r * K + k];
+            low[r][v] += input * code;
+            high[r][v] += input * other;
+          }
+        }
+      EACH(v, part) {
+        const int64_t n = b * BLOCK + (first + v) * LANES;
+        EACH(r, rows) {
+          const float all = x_sum[r * (K / group) + g];
+          add_group(low[r][v], all, scale + 2 * (g * N + n), y + r * N + n, g);
+          add_group(high[r][v], all, scale + 2 * (g * N + n) + BLOCK, y + r * N + n + BLOCK / 2, g);
+        }
       }
     }
-  }
 }
 
 /* Round rows to bfloat16, and sum up every group. */
@@ -236,8 +245,9 @@ static void round_and_sum(const float *x, float *rounded, float *sums, int64_t R
     memcpy(rounded + i, &bits, sizeof bits);
   }
   for (int64_t g = 0; g < R * K / group; g++) {
-    sums[g] = 0;
-    for (int64_t k = 0; k < group; k++) sums[g] += rounded[g * group + k];
+    Floats all = {0};
+    for (int64_t k = 0; k < group; k += LANES) all += load_float32(rounded, g * group + k);
+    sums[g] = sum(all);
   }
 }
 
@@ -303,7 +313,8 @@ static void columns(const Matrix *m, const float *x, float *y, void *room, int64
       const int64_t groups = K / m->group;
       round_and_sum(x, rounded, x_sum, R, K, m->group);
 #define TILE_OF(r, rows)                                                                         \
-  block_tile(rounded + r * K, x_sum + r * groups, w, m->scale, y + r * N, K, N, m->group, b, rows)
+  block_tile(rounded + r * K, x_sum + r * groups, w, m->scale, y + r * N, K, N, m->group, b, rows, \
+             PART(rows))
       for (int64_t b = start / BLOCK; b < stop / BLOCK; b++) EACH_TILE(R, TILE_OF)
 #undef TILE_OF
     }

@@ -133,5 +133,6 @@ def test_a_mesh_that_does_not_fit_is_one_sentence(home):
 def test_rows_that_cannot_be_shared_out_are_one_sentence(home):
     done = run(home, "none", 4, "--set=data.batch_size=6", mesh="data=4")
     assert done.returncode != 0
-    assert "data.batch_size 6 cannot be shared out evenly among 4" in done.stderr
+    assert "A batch of 6 rows (data.batch_size;" in done.stderr
+    assert "cannot be shared out evenly among 4 workers" in done.stderr
     assert not (home / "none").exists()

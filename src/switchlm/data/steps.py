@@ -17,8 +17,8 @@ def sample_numbers(step: int, batch_size: int, rank: int = 0, world_size: int = 
     """Return the numbers of the samples that `rank` of `world_size` sees at `step`."""
     if batch_size % world_size:
         raise DataError(
-            f"A batch of {batch_size} rows (data.batch_size; of tasks finetune.batch_size) cannot be "
-            f"shared out evenly among {world_size} workers; use a multiple."
+            f"A batch of {batch_size} rows (data.batch_size; of tasks finetune.batch_size) "
+            f"cannot be shared out evenly among {world_size} workers; use a multiple."
         )
     share = batch_size // world_size
     return np.arange(share) + (step * batch_size + rank * share)

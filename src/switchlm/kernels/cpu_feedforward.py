@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchlm.kernels import buffers, workers
+from switchlm.kernels import buffers, small_experts, workers
 from switchlm.kernels.activations import Activation, activate, activate_backward_
 from switchlm.kernels.cpu import weight_gradient
 from switchlm.kernels.plan import Plan, Sums, make_plan
@@ -48,6 +48,9 @@ def _forward(
     x_RD: Tensor, weights: _Weights, plan: Plan, activation: Activation, hidden: _Hidden | None
 ) -> Tensor:
     """Return y_RD. Fills `hidden`, or forgets each expert's hidden rows when there is none."""
+    if _are_small(x_RD, weights, plan, activation):
+        kept_RF = None if hidden is None else hidden.inner_RF
+        return small_experts.forward(x_RD, weights.inner_EDF, weights.down_EFD, plan, kept_RF)
     y_RD = plan.empty(x_RD, weights.down_EFD.shape[2])
     y = Sums(plan, y_RD)
     x_P = plan.rows(x_RD)
@@ -104,6 +107,11 @@ def _backward(
             (weights.inner_EDF, weights.linear_EDF, weights.down_EFD), needs[1:], strict=True
         )
     )
+    if _are_small(x_RD, weights, plan, activation):
+        into = (dx_RD, dinner_EDF, ddown_EFD)
+        up_EDF, down_EFD = weights.inner_EDF, weights.down_EFD
+        small_experts.backward(dy_RD, x_RD, up_EDF, down_EFD, hidden.inner_RF, plan, into)
+        return dx_RD, dinner_EDF, None, ddown_EFD
     dx = None if dx_RD is None else Sums(plan, dx_RD)
     x_P, dy_P = plan.rows(x_RD), plan.rows(dy_RD)
     inner_P, linear_P = _cut_rows(plan, hidden.inner_RF), _cut_rows(plan, hidden.linear_RF)
@@ -147,6 +155,14 @@ def _backward(
     if dx is not None:
         dx.add_up()
     return dx_RD, dinner_EDF, dlinear_EDF, ddown_EFD
+
+
+def _are_small(x_RD: Tensor, weights: _Weights, plan: Plan, activation: Activation) -> bool:
+    return (
+        activation == "relu"
+        and weights.linear_EDF is None
+        and small_experts.fits(plan, x_RD, weights.inner_EDF, weights.down_EFD)
+    )
 
 
 def _cut(plan: Plan, stacked: Tensor | None, dim: int) -> list[Tensor]:

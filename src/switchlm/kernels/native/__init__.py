@@ -127,6 +127,14 @@ def _declare(library: ctypes.CDLL) -> None:
         pointer, integer, pointer, integer, pointer, integer, *[integer] * 3, number
     ]  # fmt: skip
     library.product_of_columns.restype = None
+    library.relu_experts.argtypes = [
+        pointer, pointer, *[integer] * 3, *[pointer] * 3, number, pointer
+    ]  # fmt: skip
+    library.relu_experts.restype = None
+    library.relu_experts_backward.argtypes = [
+        *[pointer] * 4, *[integer] * 3, *[pointer] * 6
+    ]  # fmt: skip
+    library.relu_experts_backward.restype = None
 
 
 def _works(library: ctypes.CDLL, threads: bool) -> bool:

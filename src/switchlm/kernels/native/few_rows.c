@@ -137,7 +137,7 @@ INLINE void add_tile(Load load, const float *x, const void *w, float *y, int64_t
       Floats weight = load(w, k * N + n + v * LANES);
       HOLD(weight);
       ask_for(load, w, (k + AHEAD) * N + n + v * LANES);
-      EACH(r, rows) total[r * vectors + v] += x[r * K + k] * weight;
+      EACH(r, rows) total[r * vectors + v] += spread(x[r * K + k]) * weight;
     }
   EACH(r, rows) EACH(v, vectors)
     *(LooseFloats *)(y + r * N + n + v * LANES) = total[r * vectors + v];
@@ -220,7 +220,7 @@ INLINE void block_tile(const float *x, const float *x_sum, const uint8_t *codes,
           HOLD(code);
           HOLD(other);
           EACH(r, rows) {
-            const Floats input = (Floats){0} + x[r * K + k];
+            const Floats input = spread(x[r * K + k]);
             low[r][v] += input * code;
             high[r][v] += input * other;
           }

@@ -15,11 +15,17 @@ INLINE void tile(const float *a, int64_t a_row, int64_t a_column, const float *b
   Floats total[TILE];
   EACH(r, rows) EACH(v, vectors)
   total[r * vectors + v] = add ? load_float32(y, r * y_row + v * LANES) : (Floats){0};
-  for (int64_t k = 0; k < K; k++) EACH(v, vectors) {
-      Floats input = load_float32(b, k * b_row + v * LANES);
-      HOLD(input);
-      EACH(r, rows) total[r * vectors + v] += a[r * a_row + k * a_column] * input;
+  for (int64_t k = 0; k < K; k++) {
+    Floats input[VECTORS];
+    EACH(v, vectors) {
+      input[v] = load_float32(b, k * b_row + v * LANES);
+      HOLD(input[v]);
     }
+    EACH(r, rows) {
+      const Floats factor = spread(a[r * a_row + k * a_column]);
+      EACH(v, vectors) total[r * vectors + v] += factor * input[v];
+    }
+  }
   EACH(r, rows) EACH(v, vectors) {
     float *place = y + r * y_row + v * LANES;
     if (stream)
@@ -90,4 +96,45 @@ void product_of_columns(const float *a, int64_t a_row, const float *b, int64_t b
 #define SINGLE(m, rows) DOTS_OF(m, rows, 1)
   for (; n + VECTORS <= N; n += VECTORS) EACH_TILE(M, WIDE)
   for (; n < N; n++) EACH_TILE(M, SINGLE)
+}
+
+/* Whole experts one after the other, y = relu(x up) down, as a few products each: where experts are
+   small, calling for every one of them takes longer than they do. R rows, sorted by expert, of which
+   counts[e] are expert e's; E experts, D inputs, F hidden numbers, both multiples of 16.
+
+   hidden_RF: relu(x up), of all rows if `kept`, else room for those of one expert. */
+void relu_experts(const float *x, const int64_t *counts, int64_t E, int64_t D, int64_t F,
+                  const float *up, const float *down, float *hidden, int kept, float *y) {
+  for (int64_t e = 0; e < E; e++) {
+    const int64_t rows = counts[e];
+    product(x, D, 1, up + e * D * F, F, hidden, F, rows, D, F, 0, 0);
+    for (int64_t i = 0; i < rows * F; i++) hidden[i] = hidden[i] < 0 ? 0 : hidden[i];
+    product(hidden, F, 1, down + e * F * D, D, y, D, rows, F, D, 0, 0);
+    x += rows * D;
+    y += rows * D;
+    if (kept) hidden += rows * F;
+  }
+}
+
+/* The gradients of all that is not NULL. room: for the hidden rows of one expert. Those of an expert
+   without rows are left as they are. */
+void relu_experts_backward(const float *dy, const float *x, const float *hidden,
+                           const int64_t *counts, int64_t E, int64_t D, int64_t F, const float *up,
+                           const float *down, float *room, float *dx, float *dup, float *ddown) {
+  const int large = E * D * F > 1 << 20;
+  for (int64_t e = 0; e < E; e++) {
+    const int64_t rows = counts[e], matrix = e * D * F;
+    if (!rows) continue;
+    product_of_columns(dy, D, down + matrix, D, room, F, rows, D, F, 0);
+    if (ddown) product(hidden, 1, F, dy, D, ddown + matrix, D, F, rows, D, 0, large);
+    for (int64_t i = 0; i < rows * F; i++) room[i] = hidden[i] <= 0 ? 0 : room[i];
+    if (dup) product(x, 1, D, room, F, dup + matrix, F, D, rows, F, 0, large);
+    if (dx) {
+      product_of_columns(room, F, up + matrix, F, dx, D, rows, F, D, 0);
+      dx += rows * D;
+    }
+    dy += rows * D;
+    x += rows * D;
+    hidden += rows * F;
+  }
 }

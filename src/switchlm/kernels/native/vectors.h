@@ -81,6 +81,14 @@ INLINE Floats load_float32(const void *from, int64_t at) {
   return *(const LooseFloats *)AT(float, from, at);
 }
 
+/* The same number in all lanes; held, or compilers prepare so many at once that results have no
+   registers left. */
+INLINE Floats spread(float x) {
+  Floats all = x - (Floats){0};
+  HOLD(all);
+  return all;
+}
+
 INLINE Floats load_bfloat16(const void *from, int64_t at) {
   return (Floats)(WIDEN_HALVES(AT(uint16_t, from, at)) << 16);
 }
@@ -106,7 +114,8 @@ INLINE float sum_of(Floats v, const int integers) {
 
 INLINE float sum(Floats v) { return sum_of(v, 0); }
 
-/* y[o] = the sum of all lanes of v[o]. Four at once share their shuffles. */
+/* y[o] = the sum of all lanes of v[o], in the same order however many there are. Some at once share
+   their shuffles. */
 INLINE void store_sums(const Floats *v, float *y, const int integers, const int outputs) {
 #if LANES == 16
   if (outputs == 4) {
@@ -128,6 +137,27 @@ INLINE void store_sums(const Floats *v, float *y, const int integers, const int 
     if (integers)
       sums = __builtin_convertvector((FourInts)lanes.part[0] + (FourInts)lanes.part[1], FourFloats);
     memcpy(y, &sums, sizeof sums);
+    return;
+  }
+#endif
+#if LANES == 8
+  if (outputs == 2) {
+    union {
+      Floats all;
+      FourFloats half[2];
+    } one = {v[0]}, two = {v[1]};
+    FourFloats sums;
+    if (integers) {
+      const FourInts first = (FourInts)one.half[0] + (FourInts)one.half[1];
+      const FourInts second = (FourInts)two.half[0] + (FourInts)two.half[1];
+      const __m128i pairs = _mm_hadd_epi32((__m128i)first, (__m128i)second);
+      sums = __builtin_convertvector((FourInts)_mm_hadd_epi32(pairs, pairs), FourFloats);
+    } else {
+      const FourFloats first = one.half[0] + one.half[1], second = two.half[0] + two.half[1];
+      const __m128 pairs = _mm_hadd_ps((__m128)first, (__m128)second);
+      sums = (FourFloats)_mm_hadd_ps(pairs, pairs);
+    }
+    memcpy(y, &sums, 2 * sizeof *y);
     return;
   }
 #endif

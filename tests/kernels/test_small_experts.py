@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from switchlm.kernels import cpu_feedforward, native, small_experts
+from switchlm.kernels import cpu_feedforward, native, products, small_experts
 from switchlm.kernels.cpu_feedforward import expert_feedforward
 
 pytestmark = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
@@ -34,12 +34,13 @@ def calls(monkeypatch):
     return taken
 
 
-@pytest.mark.parametrize("counts", [[5, 0, 1, 70, 256], [1], [0, 0], [17, 16, 15]], ids=str)
+@pytest.mark.parametrize("counts", [[5, 0, 1, 70, 600], [1], [0, 0], [17, 16, 15]], ids=str)
 def test_the_bits_are_those_of_one_after_the_other(counts, calls, monkeypatch):
     inputs = make(counts)
     ours = outcome(inputs, counts)
     assert len(calls) == 2
     monkeypatch.setattr(cpu_feedforward, "_are_small", lambda *_: False)
+    monkeypatch.setattr(products, "MOST_ROWS", 1000)
     for found, expected in zip(ours, outcome(inputs, counts), strict=True):
         assert torch.equal(found, expected)
     assert len(calls) == 2
@@ -58,7 +59,7 @@ def test_what_is_not_a_number_stays_so(calls):
 
 
 @pytest.mark.parametrize(
-    ("counts", "width", "hidden"), [([300, 2], 32, 48), ([5, 2], 24, 48), ([5, 2], 32, 40)]
+    ("counts", "width", "hidden"), [([300, 2], 96, 96), ([5, 2], 24, 48), ([5, 2], 32, 40)]
 )
 def test_others_go_one_after_the_other(counts, width, hidden, calls):
     outcome(make(counts, width, hidden), counts)

@@ -1,8 +1,8 @@
 """All small experts of a layer in one call of native/products.c, on one thread.
 
-Where experts have some thousand weights and some ten rows, preparing four tensors for each takes
-longer than multiplying them. The products are those of products.py, so the results are the same
-bits as those of cpu_feedforward.py, which is the plain twin.
+Where experts have some thousand weights or some ten rows, preparing four tensors for each takes
+longer than multiplying them. cpu_feedforward.py goes from expert to expert and is the plain twin;
+where it takes the products in C too (products.py), the results are the same bits.
 
 Shapes: R rows, D d_model, F d_ff, E experts.
 """
@@ -10,18 +10,20 @@ Shapes: R rows, D d_model, F d_ff, E experts.
 import torch
 from torch import Tensor
 
+from switchlm.kernels import products
 from switchlm.kernels.native import native
 from switchlm.kernels.plan import Plan
-from switchlm.kernels.products import MOST_ROWS
 
+SMALL = 2**13  # numbers of a matrix up to which this pays whatever the rows
 _WIDTH = 16  # whole vectors on every processor
 
 
 def fits(plan: Plan, x_RD: Tensor, up_EDF: Tensor, down_EFD: Tensor) -> bool:
-    """Whether experts of ReLU go this way: float32, in main memory, few rows each, one thread."""
+    """Whether experts of ReLU go this way: float32, in main memory, small ones, one thread."""
+    _, inputs, outputs = up_EDF.shape
     return (
         len(plan.parts) == 1
-        and max(plan.sizes[:-1]) <= MOST_ROWS
+        and (inputs * outputs <= SMALL or max(plan.sizes[:-1]) <= products.MOST_ROWS)
         and all(width % _WIDTH == 0 for width in up_EDF.shape[1:])
         and all(
             tensor.dtype == torch.float32 and tensor.is_cpu and tensor.is_contiguous()

@@ -25,7 +25,7 @@ SETTINGS = re.findall(r"`((?:finetune|training|model|router)\.\w+=\S+)`", GUIDE)
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_commands_parse(line):
-    name, verb, *arguments = shlex.split(line)
+    name, verb, *arguments = shlex.split(line.removeprefix("torchrun --nproc-per-node 8 -m "))
     assert name == "switchlm"
     load(verb).make_context(verb, arguments)
 

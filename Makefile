@@ -35,7 +35,7 @@ demo: .venv/installed
 HANGS := -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(HANGS) -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -n 2 $(HANGS) -m 'not slow and not gpu'
 
 test-slow: .venv/installed-test
 	$(BIN)/python -m pytest -m slow

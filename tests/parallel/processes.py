@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 SECONDS = 240
-PRELOADED = ["switchlm.recipes.verify_parallel", "torch._dynamo"]
 
 
 def run_in_processes(number: int, folder: Path, work: Callable[..., None], *arguments: Any) -> None:
@@ -19,14 +18,8 @@ def run_in_processes(number: int, folder: Path, work: Callable[..., None], *argu
 
     work: a function of a module, so that a new process can import it. One that hangs says where.
     """
-    # PyTorch is imported once, by the server that the processes are forked from.
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-    workers = torch.multiprocessing.start_processes(
-        _start,
-        (number, str(folder), work, arguments),
-        nprocs=number,
-        join=False,
-        start_method="forkserver",
+    workers = torch.multiprocessing.spawn(
+        _start, (number, str(folder), work, arguments), nprocs=number, join=False
     )
     until = time.monotonic() + SECONDS
     while not workers.join(timeout=1):

@@ -30,7 +30,7 @@ FEATURES = {
 
 def check(overrides, num_processes):
     config = run_config(preset="nano", overrides=overrides)
-    results = list(verify_parallel(config, num_processes, steps=2))
+    results = list(verify_parallel(config, num_processes))
     fitting = [result for result in results if result.does_not_fit is None]
     assert all(result.equal for result in fitting), [r for r in fitting if not r.equal]
     return results

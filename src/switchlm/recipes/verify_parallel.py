@@ -74,16 +74,13 @@ def verify_parallel(
         whole = _train(config, ALONE, steps, rows, tokens, device)
         save_file(whole, f"{folder}/whole.safetensors")
         del whole
-        # PyTorch is imported once, by the server that the processes are forked from.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, "torch._dynamo"])
+        context = multiprocessing.get_context("spawn")
         results: SimpleQueue[LayoutResult] = context.SimpleQueue()
-        workers = torch.multiprocessing.start_processes(
+        workers = torch.multiprocessing.spawn(
             _work,
             (num_processes, device_type, folder, config, steps, rows, tokens, results),
             nprocs=num_processes,
             join=False,
-            start_method="forkserver",
         )
         try:
             finished = False

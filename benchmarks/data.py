@@ -21,7 +21,6 @@ from switchlm.data import sources
 from switchlm.data.config import Columns, DataConfig
 from switchlm.data.loader import Loader, open_data
 from switchlm.data.tokenizer import Tokenizer
-from switchlm.model.initialise import initialise
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.training.config import TrainingConfig
@@ -56,7 +55,6 @@ def make_batches(loader: Loader) -> Callable[[], None]:
 def train(name: str, loader: Loader) -> Callable[[], object]:
     """Return one training step of a preset."""
     model = SwitchTransformer(preset(name))
-    initialise(model, model.config)
     optimizer = build_optimizer(model, TrainingConfig())
     batch = loader.batch(0)
     return lambda: training_step(model, optimizer, [batch])

@@ -14,7 +14,7 @@ from switchlm.checkpoint import huggingface
 from switchlm.data.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, ConfigError, MissingExtraError
 from switchlm.generation.decode import generate
-from switchlm.model.config import RouterConfig
+from switchlm.model.config import Initialisation, RouterConfig
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.transformers import SwitchTransformersForConditionalGeneration
@@ -31,7 +31,12 @@ HF = RouterConfig(
 
 def save(folder, **changes):
     torch.manual_seed(0)
-    options = {"initialisation_scale": 4.0, "tied_head": False, "router": HF, **changes}
+    options = {
+        "initialisation": Initialisation(scale=4.0),
+        "tied_head": False,
+        "router": HF,
+        **changes,
+    }
     config = dataclasses.replace(preset("nano"), **options)
     huggingface.save(SwitchTransformer(config), Tokenizer.bytes(), folder)
     return folder

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import switchlm
 from switchlm.data.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError
-from switchlm.model.config import ModelConfig, RouterConfig
+from switchlm.model.config import Initialisation, ModelConfig, RouterConfig
 from switchlm.model.transformer import SwitchTransformer
 
 NANO = ModelConfig(
@@ -24,7 +24,7 @@ NANO = ModelConfig(
     num_encoder_layers=4,
     num_decoder_layers=3,
     num_experts=3,
-    initialisation_scale=1.0,
+    initialisation=Initialisation(scale=1.0),
 )
 HF = RouterConfig(mode="hf", capacity_factor=None, evaluation_capacity_factor=None)
 DROPLESS = RouterConfig(capacity_factor=None, evaluation_capacity_factor=None)

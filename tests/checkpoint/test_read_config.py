@@ -14,7 +14,7 @@ from switchlm.checkpoint.read_config import read_config
 from switchlm.checkpoint.survey import survey
 from switchlm.checkpoint.write_config import write_config
 from switchlm.errors import CheckpointError
-from switchlm.model.config import ModelConfig, RouterConfig
+from switchlm.model.config import Initialisation, ModelConfig, RouterConfig
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 
@@ -165,7 +165,7 @@ def test_a_head_equal_to_the_embedding_is_tied():
 def test_own_router_settings_survive():
     router = RouterConfig(mode="t5x", capacity_factor=None, experts_per_token=2, z_weight=0.5)
     config = dataclasses.replace(
-        preset("nano"), router=router, expert_dropout=0.4, initialisation_scale=0.3
+        preset("nano"), router=router, expert_dropout=0.4, initialisation=Initialisation(scale=0.3)
     )
     values = json.loads(json.dumps(write_config(config, "float32")))
     assert read(values, keys_of(config)) == (config, [])

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from switchlm.checkpoint.huggingface import load
 from switchlm.checkpoint.names import entries
-from switchlm.model.config import RouterConfig
+from switchlm.model.config import Initialisation, RouterConfig
 from switchlm.model.losses import cross_entropy, routing_losses
 from switchlm.model.switch import SwitchFeedForward
 
@@ -231,7 +231,9 @@ def test_capacity_counts_row_by_row(capacity):
     """The layer against a loop over rows and tokens, whatever version of transformers is there."""
     torch.manual_seed(1)
     router = RouterConfig(mode="hf", expert_capacity=capacity)
-    layer = SwitchFeedForward(8, 12, 3, router=router, initialisation_scale=4.0).eval()
+    layer = SwitchFeedForward(
+        8, 12, 3, router=router, initialisation=Initialisation(scale=4.0)
+    ).eval()
     x_BSD = torch.randn(4, 9, 8)
     y_BSD, routing = layer(x_BSD)
     probability_BSE = (x_BSD @ layer.router.weight.t()).softmax(-1)

@@ -11,6 +11,7 @@ from tests import commands
 from switchlm.checkpoint import huggingface
 from switchlm.data.tokenizer import Tokenizer
 from switchlm.generation.decode import generate
+from switchlm.model.config import Initialisation
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 
@@ -20,7 +21,7 @@ TEXT = "two <extra_id_0> three"
 def lively(name, folder, **changes):
     """Save a model whose greedy output is long and varied."""
     torch.manual_seed(0)
-    config = dataclasses.replace(preset(name), initialisation_scale=4.0, **changes)
+    config = dataclasses.replace(preset(name), initialisation=Initialisation(scale=4.0), **changes)
     huggingface.save(SwitchTransformer(config), Tokenizer.bytes(), folder)
     return folder
 

@@ -7,6 +7,7 @@ from switchlm.compression.codes import quantise_all
 from switchlm.compression.quantise import round_to_nearest
 from switchlm.compression.recorded import recording, run_text
 from switchlm.evaluation.evaluator import held_out_loss
+from switchlm.model.config import Initialisation
 from switchlm.model.experts import FeedForwardExperts
 from switchlm.model.quantised import QuantisedExperts
 from switchlm.model.transformer import shift_right
@@ -25,7 +26,7 @@ def logits(model, batches):
 def test_outputs_change_less_than_by_rounding(made, batches, what, changes):
     quantisation = Quantisation(bits=4, what=what)
     # A single expert, so that no token changes its expert by a hair.
-    model = made(initialisation_scale=1.0, num_experts=1, **changes)
+    model = made(initialisation=Initialisation(scale=1.0), num_experts=1, **changes)
     before = logits(model, batches)
     rounded = quantise_all(model, quantisation, round_to_nearest(quantisation)).model(model)
     found = calibrate(model, batches, quantisation)

@@ -13,6 +13,7 @@ from switchlm.compression.offload import OffloadedExperts, load_offloaded, memor
 from switchlm.compression.quantise import round_to_nearest
 from switchlm.errors import CheckpointError
 from switchlm.generation.decode import generate
+from switchlm.model.config import Initialisation
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 
@@ -23,7 +24,9 @@ EXPERT = 2 * 32 * 64 * 4  # bytes of one of nano's
 def varied():
     """A nano model whose greedy output is long and varied."""
     torch.manual_seed(0)
-    config = dataclasses.replace(preset("nano"), initialisation_scale=4.0, tied_head=False)
+    config = dataclasses.replace(
+        preset("nano"), initialisation=Initialisation(scale=4.0), tied_head=False
+    )
     return SwitchTransformer(config).eval()
 
 

@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 
+from switchlm.model.config import Initialisation
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 
@@ -13,7 +14,7 @@ def build():
 
     def build(router=None, **changes):
         torch.manual_seed(3)
-        changes = {"initialisation_scale": 4.0, "tied_head": False, **changes}
+        changes = {"initialisation": Initialisation(scale=4.0), "tied_head": False, **changes}
         config = dataclasses.replace(preset("nano"), **changes)
         if router:
             config = dataclasses.replace(

@@ -5,7 +5,7 @@ import torch
 
 from switchlm.export.static_switch import TILE, StaticSwitch, gathered, padded_to, queue, tiled
 from switchlm.generation.inference import dropless
-from switchlm.model.config import RouterConfig
+from switchlm.model.config import Initialisation, RouterConfig
 from switchlm.model.switch import SwitchFeedForward
 
 WAYS = {"gathered": gathered, "tiled": tiled, "padded": padded_to(4.0)}
@@ -19,7 +19,7 @@ KINDS = {
 
 def layer_of(**options):
     torch.manual_seed(1)
-    return SwitchFeedForward(8, 12, 4, initialisation_scale=4.0, **options).eval()
+    return SwitchFeedForward(8, 12, 4, initialisation=Initialisation(scale=4.0), **options).eval()
 
 
 def expected_of(layer, x):

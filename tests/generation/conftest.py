@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from switchlm.data.tokenizer import Tokenizer
+from switchlm.model.config import Initialisation
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 
@@ -15,7 +16,10 @@ def build():
     def build(seed=0, scale=4.0, router=None, tied_head=False, **changes):
         torch.manual_seed(seed)
         config = dataclasses.replace(
-            preset("nano"), initialisation_scale=scale, tied_head=tied_head, **changes
+            preset("nano"),
+            initialisation=Initialisation(scale=scale),
+            tied_head=tied_head,
+            **changes,
         )
         if router:
             router = dataclasses.replace(config.router, **router)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from switchlm.model.config import ModelConfig, RouterConfig
+from switchlm.model.config import Initialisation, ModelConfig, RouterConfig
 from switchlm.model.switch import SwitchFeedForward
 from switchlm.model.transformer import SwitchTransformer
 
@@ -103,13 +103,13 @@ def test_every_parameter_is_covered(weights: dict[str, Tensor]) -> None:
 def test_experts_start_alike_whatever_their_number() -> None:
     for experts in (1, 64):
         torch.manual_seed(0)
-        layer = SwitchFeedForward(D, F, experts, initialisation_scale=1.0)
+        layer = SwitchFeedForward(D, F, experts, initialisation=Initialisation(scale=1.0))
         assert layer.experts.up.std().item() == pytest.approx(1 / math.sqrt(D), rel=0.05)
 
 
 def test_the_scale_is_the_configurations() -> None:
     torch.manual_seed(0)
-    config = dataclasses.replace(CONFIG, initialisation_scale=1.0)
+    config = dataclasses.replace(CONFIG, initialisation=Initialisation(scale=1.0))
     weights = SwitchTransformer(config).state_dict()
     assert weights[SWITCH + "experts.up"].std().item() == pytest.approx(1 / math.sqrt(D), rel=0.05)
     assert weights[SWITCH + "router.weight"].std().item() == pytest.approx(0.02, rel=0.2)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from switchlm.model.config import RouterConfig
+from switchlm.model.config import Initialisation, RouterConfig
 from switchlm.model.routing import Routing
 from switchlm.model.semantics import SEMANTICS
 from switchlm.model.switch import SwitchFeedForward, SwitchProjection
@@ -22,7 +22,13 @@ def switch_layer(experts: int, config: RouterConfig, seed: int = 0, **options: A
     """A layer with router logits of order one, so that gates and choices vary."""
     torch.manual_seed(seed)
     layer = SwitchFeedForward(
-        D, F, experts, router=config, initialisation_scale=1.0, causal=False, **options
+        D,
+        F,
+        experts,
+        router=config,
+        initialisation=Initialisation(scale=1.0),
+        causal=False,
+        **options,
     )
     nn.init.normal_(layer.router.weight)
     return layer

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from switchlm.model.config import ModelConfig, RouterConfig
+from switchlm.model.config import Initialisation, ModelConfig, RouterConfig
 from switchlm.model.losses import cross_entropy, routing_losses
 from switchlm.model.transformer import SwitchTransformer, shift_right
 
@@ -21,7 +21,7 @@ SMALL = ModelConfig(
     num_encoder_layers=2,
     num_decoder_layers=2,
     num_experts=3,
-    initialisation_scale=1.0,
+    initialisation=Initialisation(scale=1.0),
     router=DROPLESS,
 )
 

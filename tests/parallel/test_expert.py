@@ -8,7 +8,7 @@ from tests.parallel.processes import run_in_processes
 from torch import Tensor
 
 from switchlm.errors import ConfigError
-from switchlm.model.config import RouterConfig
+from switchlm.model.config import Initialisation, RouterConfig
 from switchlm.model.switch import SwitchFeedForward, SwitchProjection
 from switchlm.parallel.expert import AllToAllDispatcher, shard_experts
 from switchlm.parallel.mesh import Mesh, MeshConfig
@@ -44,7 +44,12 @@ def equal_one(rank: int, config: MeshConfig) -> None:
         for favourites in FAVOURITES.values():
             torch.manual_seed(0)
             layer = SwitchFeedForward(
-                WIDTH, 12, EXPERTS, router=router, gated=True, initialisation_scale=2.0
+                WIDTH,
+                12,
+                EXPERTS,
+                router=router,
+                gated=True,
+                initialisation=Initialisation(scale=2.0),
             )
             with torch.no_grad():
                 layer.router.weight.copy_(4 * torch.eye(EXPERTS, WIDTH))

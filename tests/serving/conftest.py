@@ -14,6 +14,7 @@ import uvicorn
 from switchlm.data.tokenizer import Tokenizer
 from switchlm.generation.decode import generate
 from switchlm.generation.sampling import GREEDY
+from switchlm.model.config import Initialisation
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.serving.api import create_app
@@ -26,7 +27,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 def model():
     """A nano model whose output is varied and never ends by itself."""
     torch.manual_seed(0)
-    config = dataclasses.replace(preset("nano"), initialisation_scale=4.0, tied_head=False)
+    config = dataclasses.replace(
+        preset("nano"), initialisation=Initialisation(scale=4.0), tied_head=False
+    )
     model = SwitchTransformer(config).eval()
     with torch.no_grad():
         model.head.weight[config.end_id] = 0.0

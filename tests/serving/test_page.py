@@ -13,6 +13,7 @@ import torch
 
 from switchlm.data.tokenizer import Tokenizer
 from switchlm.generation.fill import put_into_blanks
+from switchlm.model.config import Initialisation
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.report.write import ReportRun, write_report
@@ -32,7 +33,10 @@ def nano():
     """A model whose output is varied, with two Switch layers a stack and a tight capacity."""
     torch.manual_seed(3)
     config = dataclasses.replace(
-        preset("nano"), initialisation_scale=4.0, num_encoder_layers=4, num_decoder_layers=4
+        preset("nano"),
+        initialisation=Initialisation(scale=4.0),
+        num_encoder_layers=4,
+        num_decoder_layers=4,
     )
     router = dataclasses.replace(config.router, evaluation_capacity_factor=0.5)
     return SwitchTransformer(dataclasses.replace(config, router=router)).eval()

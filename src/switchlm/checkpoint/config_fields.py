@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from switchlm.checkpoint.names import Family
-from switchlm.model.config import RouterConfig
+from switchlm.model.config import Initialisation, RouterConfig
 from switchlm.model.semantics import Semantics
 
 Report = Callable[[str], None]
@@ -58,7 +58,7 @@ class Extra:
     sparse_step: int = 2
     decoder_sparse_step: int | None = None
     attention_experts: bool = False
-    initialisation_scale: float = 0.1
+    initialisation: Initialisation = field(default_factory=Initialisation)
     expert_dropout: float = 0.0
     router: RouterConfig = field(default_factory=RouterConfig)
 

@@ -14,7 +14,12 @@ from switchlm.checkpoint.names import Family
 from switchlm.checkpoint.survey import StackSurvey, Survey
 from switchlm.config import from_mapping
 from switchlm.errors import CheckpointError, ConfigError
-from switchlm.model.config import ModelConfig, RouterConfig
+from switchlm.model.config import (
+    Initialisation,
+    ModelConfig,
+    RouterConfig,
+    upgrade_model_section,
+)
 from switchlm.model.semantics import Semantics
 
 MODEL_TYPES: dict[str, Family] = {"switch_transformers": "switch", "t5": "t5", "mt5": "t5"}
@@ -54,7 +59,10 @@ def read_config(
         claim = from_mapping(Fields, {**defaults, **given}, "config.json")
         extra = None
         if EXTRA_KEY in values:
-            extra = from_mapping(Extra, values[EXTRA_KEY], f"config.json.{EXTRA_KEY}")
+            section = values[EXTRA_KEY]
+            if isinstance(section, Mapping):
+                section = upgrade_model_section(section)
+            extra = from_mapping(Extra, section, f"config.json.{EXTRA_KEY}")
         config = _translate(claim, extra, found, family, head_differs, report)
     except ConfigError as error:
         raise CheckpointError(f"Cannot use this config.json: {error}") from None
@@ -99,7 +107,7 @@ def _translate(
         relative_buckets=claim.relative_attention_num_buckets,
         relative_distance=claim.relative_attention_max_distance,
         norm_epsilon=claim.layer_norm_epsilon,
-        initialisation_scale=extra.initialisation_scale if extra else 0.1,
+        initialisation=extra.initialisation if extra else Initialisation(),
         dropout=claim.dropout_rate,
         expert_dropout=extra.expert_dropout if extra else claim.dropout_rate,
         pad_id=_token(claim.pad_token_id, 0),

@@ -46,7 +46,7 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         sparse_step=config.sparse_step,
         decoder_sparse_step=config.decoder_sparse_step,
         attention_experts=config.attention_experts,
-        initialisation_scale=config.initialisation_scale,
+        initialisation=config.initialisation,
         expert_dropout=config.expert_dropout,
         router=config.router,
     )

@@ -170,7 +170,7 @@ class SwitchAttention(nn.Module):
                 width,
                 config.num_experts,
                 router=config.router,
-                initialisation_scale=config.initialisation_scale,
+                initialisation=config.initialisation,
                 causal=causal,
             )
             for _ in range(2)

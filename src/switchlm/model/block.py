@@ -36,7 +36,7 @@ class Block(nn.Module):
                 activation=config.activation,
                 gated=config.gated,
                 expert_dropout=config.expert_dropout,
-                initialisation_scale=config.initialisation_scale,
+                initialisation=config.initialisation,
                 causal=decoder,
             )
         else:

@@ -1,8 +1,9 @@
 """The configuration of a model: its shape, and how its routers decide."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from switchlm.errors import ConfigError
 from switchlm.model.semantics import SEMANTICS, Mode, Semantics
@@ -95,6 +96,46 @@ class RouterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Initialisation:
+    """How parameters are drawn before training; the defaults are T5X's (section 2.4).
+
+    scale: s in std = sqrt(s / fan_in), of attention, FFNs, experts and an untied head; 0.1 is the
+        paper's choice, 1.0 what it compares with (Table 3).
+    embedding_std: standard deviation of the embedding. T5 draws N(0, 1), with which a tied head
+        starts by repeating the token just read, and which AdamW moves by 1% of its size per step
+        while it overwrites the queries in two. Small models take 0.3.
+    router_std: standard deviation of router weights. T5X draws N(0, 0.02) whatever the width:
+        logits of std 0.55 at d_model 768, but of 0.11 at 32, where every gate starts at 1 / E.
+        Small models take 0.5; transformers' own Switch Transformers 1.0.
+    positions: how relative position biases start. `uniform` is T5X's: small random numbers, so that
+        attention starts even over all positions. `local` adds a preference of each head for one
+        small offset, by which attention starts as a convolution (d'Ascoli et al. 2021, ConViT) and
+        does not have to discover neighbours first, a plateau of uncertain length in small models
+        (Gopalani & Hu 2025). See `local_bias` in initialise.py.
+    """
+
+    scale: float = 0.1
+    embedding_std: float = 1.0
+    router_std: float = 0.02
+    positions: Literal["uniform", "local"] = "uniform"
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "embedding_std", "router_std"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ConfigError(f"model.initialisation.{name} must be positive, got {value}.")
+
+
+def upgrade_model_section(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a `model` section with keys of earlier versions under their present names."""
+    values = dict(values)
+    if "initialisation_scale" in values:
+        scale = values.pop("initialisation_scale")
+        values["initialisation"] = {"scale": scale, **(values.get("initialisation") or {})}
+    return values
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of a T5-style encoder-decoder, dense or sparse.
 
@@ -104,7 +145,7 @@ class ModelConfig:
     sparse_step: every n-th layer is a Switch layer; 1 makes every layer one, 0 none.
     decoder_sparse_step: the same for the decoder; None takes sparse_step.
     attention_experts: Switch layers make queries, and keys and values, too (appendix A).
-    initialisation_scale: s in std = sqrt(s / fan_in) (section 2.4).
+    initialisation: how parameters are drawn before training.
     dropout, expert_dropout: rates; expert_dropout acts inside experts only (section 2.4).
     """
 
@@ -125,7 +166,7 @@ class ModelConfig:
     relative_buckets: int = 32
     relative_distance: int = 128
     norm_epsilon: float = 1e-6
-    initialisation_scale: float = 0.1
+    initialisation: Initialisation = dataclasses.field(default_factory=Initialisation)
     dropout: float = 0.0
     expert_dropout: float = 0.0
     pad_id: int = 0
@@ -159,10 +200,6 @@ class ModelConfig:
         for name in ("dropout", "expert_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} must lie in [0, 1), got {getattr(self, name)}.")
-        if self.initialisation_scale <= 0:
-            raise ConfigError(
-                f"model.initialisation_scale must be positive, got {self.initialisation_scale}."
-            )
         if self.num_experts and self.router.experts_per_token > self.num_experts:
             raise ConfigError(
                 f"router.experts_per_token is {self.router.experts_per_token}, but there are only "

@@ -1,8 +1,9 @@
 """Initialisation: small, by fan-in, and the same whatever the number of experts (section 2.4).
 
-The distributions are T5X's: truncated normal for FFNs, experts and an untied head, normal for
-attention with queries scaled down by sqrt(d_kv) (the scores are not scaled), N(0, 0.02) for
-routers, N(0, 1) for the embedding, uniform by fan average for relative biases.
+The kinds of distribution are T5X's: truncated normal for FFNs, experts and an untied head, normal
+for attention with queries scaled down by sqrt(d_kv) (the scores are not scaled), for routers and
+for the embedding, uniform by fan average for relative biases. `model.initialisation` says how wide
+they are, and whether attention starts local.
 
 Every parameter, and every expert of a stack, is drawn from a generator of its own, seeded by the
 model's seed and the parameter's name. So any part of a model can be drawn alone, by any process,
@@ -15,77 +16,102 @@ import math
 import torch
 from torch import Tensor, nn
 
-from switchlm.model.config import ModelConfig
+from switchlm.model.config import Initialisation, ModelConfig
 
-ROUTER_STD = 0.02
 # The standard deviation of a unit normal cut at two standard deviations.
 TRUNCATED_STD = 0.87962566103423978
+LOCAL_SLOPE, LOCAL_REACH = 1.5, 4  # of a local bias: how much it falls per position, and how far
 
 
-@torch.no_grad()
-def initialise(model: nn.Module, config: ModelConfig, seed: int | None = None) -> None:
-    """Initialise every parameter of a SwitchTransformer in place; seed: see `initialise_all`."""
-    initialise_all(model, config.initialisation_scale, config.d_kv, seed)
+class Initialiser:
+    """Draws the parameters of a model, each as a pure function of the seed and its name.
 
-
-@torch.no_grad()
-def initialise_all(module: nn.Module, scale: float, d_kv: int, seed: int | None = None) -> None:
-    """Initialise every parameter of a module in place, and zero its buffers.
-
-    seed: None takes one from torch's generator.
+    initialisation: how wide the distributions are. d_kv: the width of a head, by whose root queries
+    are smaller. seed: None takes one from torch's generator.
     """
-    if seed is None:
-        seed = int(torch.randint(2**62, ()))
-    for name, parameter in module.named_parameters():
-        parameter.copy_(draw(name, tuple(parameter.shape), scale, d_kv, seed))
-    for buffer in module.buffers():
-        buffer.zero_()
+
+    def __init__(
+        self, initialisation: Initialisation, *, d_kv: int = 1, seed: int | None = None
+    ) -> None:
+        self.initialisation = initialisation
+        self.d_kv = d_kv
+        self.seed = int(torch.randint(2**62, ())) if seed is None else seed
+
+    @classmethod
+    def of(cls, config: ModelConfig, seed: int | None = None) -> "Initialiser":
+        """Return the one of a model."""
+        return cls(config.initialisation, d_kv=config.d_kv, seed=seed)
+
+    @torch.no_grad()
+    def fill(self, module: nn.Module) -> None:
+        """Initialise every parameter of a module in place, and zero its buffers."""
+        for name, parameter in module.named_parameters():
+            parameter.copy_(self.draw(name, tuple(parameter.shape)))
+        for buffer in module.buffers():
+            buffer.zero_()
+
+    @torch.no_grad()
+    def draw(self, name: str, shape: tuple[int, ...], experts: range | None = None) -> Tensor:
+        """Return the initial values of the parameter `name`, float32 on the CPU.
+
+        experts: which of a stack to draw, [len(experts), ...]; None draws all.
+        """
+        if ".experts." not in f".{name}":
+            return self._fill(torch.empty(shape), name, self._generator(name))
+        chosen = range(shape[0]) if experts is None else experts
+        stack = torch.empty(len(chosen), *shape[1:])
+        for weight, expert in zip(stack, chosen, strict=True):
+            self._fill(weight, name, self._generator(f"{name}/{expert}"))
+        return stack
+
+    def _generator(self, name: str) -> torch.Generator:
+        digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def _fill(self, weight: Tensor, name: str, generator: torch.Generator) -> Tensor:
+        """Fill a whole parameter, or one expert's [D, F], by the distribution of its kind."""
+        how = self.initialisation
+        kind = name.removesuffix(".weight").rpartition(".")[2]
+        if kind.endswith("norm"):
+            return nn.init.ones_(weight)
+        if kind == "embedding":
+            return nn.init.normal_(weight, std=how.embedding_std, generator=generator)
+        if kind == "router":
+            return nn.init.normal_(weight, std=how.router_std, generator=generator)
+        if kind == "relative_bias":
+            bound = math.sqrt(3 * how.scale / (sum(weight.shape) / 2))
+            nn.init.uniform_(weight, -bound, bound, generator=generator)
+            if how.positions == "local":
+                weight += local_bias(*weight.shape, decoder=name.startswith("decoder."))
+            return weight
+        if kind in ("query", "key", "value", "output"):
+            fan_in = weight.shape[1] * (self.d_kv if kind == "query" else 1)
+            return nn.init.normal_(weight, std=math.sqrt(how.scale / fan_in), generator=generator)
+        # Experts multiply from the right, [D, F]; linear layers hold [F, D].
+        fan_in = weight.shape[0] if ".experts." in f".{name}" else weight.shape[1]
+        std = math.sqrt(how.scale / fan_in) / TRUNCATED_STD
+        return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
 
 
-@torch.no_grad()
-def draw(
-    name: str,
-    shape: tuple[int, ...],
-    scale: float,
-    d_kv: int,
-    seed: int,
-    experts: range | None = None,
-) -> Tensor:
-    """Return the initial values of the parameter `name`, float32 on the CPU.
+def local_bias(buckets: int, heads: int, *, decoder: bool) -> Tensor:
+    """Return bias [buckets, heads] by which every head starts out preferring one offset.
 
-    scale: s in std = sqrt(s / fan_in). experts: which of a stack to draw, [len(experts), ...]; None
-    draws all.
+    -LOCAL_SLOPE times the distance from that offset, but at most LOCAL_REACH of it. The offsets of
+    the heads, key position minus query position, are -1, +1, -2, +2 ... in an encoder and 0, -1,
+    -2 ... in a decoder, and start again where buckets cease to hold a single distance.
+
+    Buckets as `RelativeBias` has them: the past first, and in an encoder the future in the second
+    half. A bucket of several distances counts as its number; it is far from every offset.
     """
-    if ".experts." not in f".{name}":
-        return _fill(torch.empty(shape), name, scale, d_kv, _generator(seed, name))
-    chosen = range(shape[0]) if experts is None else experts
-    stack = torch.empty(len(chosen), *shape[1:])
-    for weight, expert in zip(stack, chosen, strict=True):
-        _fill(weight, name, scale, d_kv, _generator(seed, f"{name}/{expert}"))
-    return stack
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def _fill(weight: Tensor, name: str, scale: float, d_kv: int, generator: torch.Generator) -> Tensor:
-    """Fill a whole parameter, or one expert's [D, F], by the distribution of its kind."""
-    kind = name.removesuffix(".weight").rpartition(".")[2]
-    if kind.endswith("norm"):
-        return nn.init.ones_(weight)
-    if kind == "embedding":
-        return nn.init.normal_(weight, generator=generator)
-    if kind == "router":
-        return nn.init.normal_(weight, std=ROUTER_STD, generator=generator)
-    if kind == "relative_bias":
-        bound = math.sqrt(3 * scale / (sum(weight.shape) / 2))
-        return nn.init.uniform_(weight, -bound, bound, generator=generator)
-    if kind in ("query", "key", "value", "output"):
-        fan_in = weight.shape[1] * (d_kv if kind == "query" else 1)
-        return nn.init.normal_(weight, std=math.sqrt(scale / fan_in), generator=generator)
-    # Experts multiply from the right, [D, F]; linear layers hold [F, D].
-    fan_in = weight.shape[0] if ".experts." in f".{name}" else weight.shape[1]
-    std = math.sqrt(scale / fan_in) / TRUNCATED_STD
-    return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+    bucket = torch.arange(buckets)
+    head = torch.arange(heads)
+    if decoder:
+        offset_X = -bucket
+        preferred_H = -(head % (buckets // 2))
+    else:
+        side = buckets // 2
+        offset_X = torch.where(bucket < side, -bucket, bucket - side)
+        step_H = 1 + head // 2 % max(side // 2 - 1, 1)
+        preferred_H = torch.where(head % 2 == 0, -step_H, step_H)
+    distance_XH = (offset_X[:, None] - preferred_H).abs().clamp(max=LOCAL_REACH)
+    return -LOCAL_SLOPE * distance_XH.float()

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from switchlm.errors import ConfigError
 from switchlm.kernels.select import grouped_matmul
 from switchlm.model.attention import Attention, SwitchAttention
+from switchlm.model.config import Initialisation
 from switchlm.model.experts import FeedForwardExperts, ProjectionExperts
 from switchlm.model.feedforward import Map, feed_forward
-from switchlm.model.initialise import draw
+from switchlm.model.initialise import Initialiser
 from switchlm.model.local import local
 from switchlm.model.transformer import SwitchTransformer
 
@@ -134,12 +135,13 @@ def apply(model: SwitchTransformer, rank: int, alpha: float, seed: int = 0) -> N
         )
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, adapted.train(part.training))
+    initialiser = Initialiser(Initialisation(scale=1.0), seed=seed)
     with torch.no_grad():
         for name, parameter in adapters(model).items():
             if name.removesuffix(".weight").endswith(".b"):
                 parameter.zero_()
             elif not parameter.is_meta:
-                parameter.copy_(draw(name, tuple(parameter.shape), 1.0, 1, seed))
+                parameter.copy_(initialiser.draw(name, tuple(parameter.shape)))
 
 
 def adapters(model: SwitchTransformer) -> dict[str, Tensor]:

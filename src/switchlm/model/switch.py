@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from switchlm.model.config import Activation, RouterConfig
+from switchlm.model.config import Activation, Initialisation, RouterConfig
 from switchlm.model.dispatch import Dispatcher, LocalDispatcher
 from switchlm.model.experts import Experts, FeedForwardExperts, ProjectionExperts
 from switchlm.model.exploration import explore
-from switchlm.model.initialise import initialise_all
+from switchlm.model.initialise import Initialiser
 from switchlm.model.one_pass import in_one_pass
 from switchlm.model.router import Router
 from switchlm.model.routing import Routing
@@ -26,10 +26,10 @@ class SwitchLayer(nn.Module):
         self.experts = experts
         self.dispatcher: Dispatcher = LocalDispatcher()
 
-    def initialise(self, scale: float) -> None:
+    def initialise(self, initialisation: Initialisation | None) -> None:
         """Draw all parameters anew (section 2.4), unless they are on the meta device."""
         if self.router.weight.device.type != "meta":
-            initialise_all(self, scale, d_kv=1)
+            Initialiser(initialisation or Initialisation()).fill(self)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Map x [..., S, D] to (y [..., S, width], routing).
@@ -61,7 +61,7 @@ class SwitchFeedForward(SwitchLayer):
     """A Switch layer of feed-forward experts: replaces the FFN of any PyTorch Transformer.
 
     router: how tokens are routed; the default is the paper's. Parameters are initialised as in
-    section 2.4, truncated normal with std = sqrt(initialisation_scale / fan_in).
+    section 2.4 unless `initialisation` says otherwise.
 
     >>> y, routing = SwitchFeedForward(d_model=64, d_ff=256, num_experts=8)(x)
     >>> loss = task_loss + 0.01 * routing.balance_loss
@@ -77,14 +77,14 @@ class SwitchFeedForward(SwitchLayer):
         activation: Activation = "relu",
         gated: bool = False,
         expert_dropout: float = 0.0,
-        initialisation_scale: float = 0.1,
+        initialisation: Initialisation | None = None,
         causal: bool = False,
     ) -> None:
         super().__init__(
             Router(d_model, num_experts, router or RouterConfig(), causal),
             FeedForwardExperts(d_model, d_ff, num_experts, activation, gated, expert_dropout),
         )
-        self.initialise(initialisation_scale)
+        self.initialise(initialisation)
 
 
 class SwitchProjection(SwitchLayer):
@@ -97,11 +97,11 @@ class SwitchProjection(SwitchLayer):
         num_experts: int,
         *,
         router: RouterConfig | None = None,
-        initialisation_scale: float = 0.1,
+        initialisation: Initialisation | None = None,
         causal: bool = False,
     ) -> None:
         super().__init__(
             Router(d_model, num_experts, router or RouterConfig(), causal),
             ProjectionExperts(d_model, width, num_experts),
         )
-        self.initialise(initialisation_scale)
+        self.initialise(initialisation)

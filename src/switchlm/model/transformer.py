@@ -22,7 +22,7 @@ from switchlm.model.attention import (
 )
 from switchlm.model.block import Block
 from switchlm.model.config import ModelConfig
-from switchlm.model.initialise import initialise
+from switchlm.model.initialise import Initialiser
 from switchlm.model.linear import Linear
 from switchlm.model.norm import RMSNorm
 from switchlm.model.routing import ModelOutput, Routing
@@ -107,7 +107,7 @@ class SwitchTransformer(nn.Module):
         self.head = None if config.tied_head else Linear(config.d_model, config.vocabulary_size)
         self.project: Callable[[Tensor, Tensor], Tensor] = linear
         if self.embedding.weight.device.type != "meta":
-            initialise(self, config)
+            Initialiser.of(config).fill(self)
 
     def forward(
         self,

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from switchlm.model.block import Block
-from switchlm.model.initialise import draw
+from switchlm.model.initialise import Initialiser
 from switchlm.model.router import Router
 from switchlm.model.switch import SwitchLayer
 from switchlm.model.transformer import SwitchTransformer
@@ -78,7 +78,7 @@ def materialise(model: SwitchTransformer, device: torch.device, seed: int) -> No
     or the experts here of one, is in memory besides.
     """
     model.to_empty(device=device)
-    scale, d_kv = model.config.initialisation_scale, model.config.d_kv
+    initialiser = Initialiser.of(model.config, seed)
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         place = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -87,7 +87,7 @@ def materialise(model: SwitchTransformer, device: torch.device, seed: int) -> No
         if ".experts." in name:
             experts = range(box[0].start, box[0].stop)
             box = (slice(None), *box[1:])
-        place.copy_(draw(name, shape, scale, d_kv, seed, experts)[box])
+        place.copy_(initialiser.draw(name, shape, experts)[box])
     for buffer in model.buffers():
         buffer.zero_()
 

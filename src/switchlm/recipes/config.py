@@ -9,7 +9,7 @@ from switchlm.config import from_mapping, override, to_mapping
 from switchlm.data.config import DataConfig
 from switchlm.data.tokenizer import Tokenizer
 from switchlm.errors import ConfigError
-from switchlm.model.config import ModelConfig
+from switchlm.model.config import ModelConfig, upgrade_model_section
 from switchlm.model.presets import preset as find_preset
 from switchlm.parallel.mesh import MeshConfig
 from switchlm.training.config import TrainingConfig
@@ -89,6 +89,7 @@ def build_config(cls: type[Config], values: Mapping[str, Any]) -> Config:
     model = values.pop("model", {})
     if not isinstance(model, dict):
         raise ConfigError(f"The section 'model' must be a mapping, got {model!r}.")
+    model = upgrade_model_section(model)
     if "router" in values:
         model = {**model, "router": values.pop("router")}
     return from_mapping(cls, {"model": model, **values})

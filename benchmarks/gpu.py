@@ -1,11 +1,12 @@
 """What a Switch layer and a Switch model cost on a GPU, against their dense twins and peers.
 
-    python benchmarks/gpu.py parity | layer | step      (all, and more: benchmarks/gpu.sh)
+    python benchmarks/gpu.py parity | layer | step | decode      (all, and more: benchmarks/gpu.sh)
 
 parity: the fused kernels against separate products, output and gradients. layer: forward and
 backward in bfloat16, D 1024, F 4096, N 65,536, against the dense FFN, peers, and what the GPU
 multiplies and copies at best. step: a whole training step of switch-base-64 against its dense twin.
-Each writes results/gpu_NAME.json and .md. Without a GPU every figure is named, none is written.
+decode: greedy decoding of both, batch 1, 16 and 64. Each writes results/gpu_NAME.json and .md.
+Without a GPU every figure is named, none is written.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 import harness
 from gpu_peers import PEERS
 from switchlm.data.batch import Batch
+from switchlm.generation.decode import generate
 from switchlm.kernels import trial
 from switchlm.kernels.permute import combine_rows, gather_rows, sort_by_expert
 from switchlm.kernels.select import SWITCHES, explain_switch
@@ -37,6 +39,7 @@ from switchlm.training.step import training_step
 TOKENS, D_MODEL, D_FF, EXPERTS = 65536, 1024, 4096, (64, 256)
 DROPLESS = RouterConfig(capacity_factor=None, evaluation_capacity_factor=None, exploration="argmax")
 ROWS, INPUTS, TARGETS = 64, 512, 114  # of a training step
+BATCHES, NEW_TOKENS = (1, 16, 64), 32  # of decoding
 FIGURES = (
     "parity of the fused kernels, float32 and bfloat16",
     f"layer, N {TOKENS}, D {D_MODEL}, F {D_FF}, E 64 and 256: time against the dense FFN and peers",
@@ -44,6 +47,7 @@ FIGURES = (
     "largest rate of products and copies; the layer's part of it",
     "training step of switch-base-64 against dense-base: time, part of the rate, memory",
     "host synchronisation in a training step",
+    "greedy decoding of switch-base-64 against dense-base, batch 1, 16 and 64",
     "switchlm compare: 64 experts against the dense twin on python:site-packages",
     "tests marked gpu",
 )
@@ -268,7 +272,34 @@ def step(options: argparse.Namespace) -> tuple[dict, list[str]]:
     return record, [said, harness.table(headers, rows)]
 
 
-SECTIONS = {"parity": parity, "layer": layer, "step": step}
+def decode(options: argparse.Namespace) -> tuple[dict, list[str]]:
+    """Measure greedy decoding in bfloat16, one model after the other."""
+    record: dict[str, Any] = {"limits": limits(options.repeats)}
+    rows, seconds = [], {}
+    for name in ("dense-base", "switch-base-64"):
+        _, model = make_step(preset(name))
+        model = model.to(torch.bfloat16).eval()
+        for batch in BATCHES:
+            inputs_BS = torch.randint(3, model.config.vocabulary_size, (batch, 64), device="cuda")
+            case = f"{name}, batch {batch}"
+            seconds |= timed(
+                {case: lambda m=model, x=inputs_BS: generate(m, x, max_new_tokens=NEW_TOKENS)},
+                options.repeats,
+            )
+            dense = seconds[f"dense-base, batch {batch}"]
+            median = harness.summary(seconds[case])["median"]
+            ratio = harness.ratio(seconds[case], dense)["median"]
+            rate = batch * NEW_TOKENS / median
+            rows.append([case, f"{median / NEW_TOKENS * 1e3:.2f}", f"{rate:,.0f}", f"{ratio:.2f}"])
+        del model
+        torch.cuda.empty_cache()
+    record["seconds"] = seconds
+    headers = ["model", "median ms per step", "tokens per second", "time to dense"]
+    said = f"64 inputs, {NEW_TOKENS} new tokens, greedy, bfloat16, random weights."
+    return record, [said, harness.table(headers, rows)]
+
+
+SECTIONS = {"parity": parity, "layer": layer, "step": step, "decode": decode}
 
 
 def main() -> None:

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # All figures that need a GPU, within nine minutes; results/gpu_*.json and .md. Installs nothing.
 #
-#     PYTHON=python3 benchmarks/gpu.sh
+#     PYTHON=python3 [OUT=FOLDER] benchmarks/gpu.sh
 #
-# Without a GPU it names the figures, says that none was measured, and writes nothing. A part that
-# fails or takes too long is said, and the others go on; then the exit status is 1.
+# The headline comes first, and each part writes its results when it ends; with OUT they are copied
+# there at once, and the curves of the race are written there as they grow. Without a GPU it names
+# the figures, says that none was measured, and writes nothing. A part that fails or takes too long
+# is reported, and the others go on; then the exit status is 1.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="src:benchmarks${PYTHONPATH:+:$PYTHONPATH}"
@@ -19,17 +21,25 @@ part() { # SECONDS COMMAND...: run a part, for so long at most
   local limit=$1
   shift
   echo "== $*"
-  timeout "$limit" "$@" || { echo "== failed or over ${limit} s (status $?): $*"; failed=1; }
+  timeout -k 20 "$limit" "$@" || { echo "== failed or over ${limit} s (status $?): $*"; failed=1; }
+  if [ -n "${OUT:-}" ]; then cp benchmarks/results/gpu_* "$OUT"/ 2> /dev/null; fi
 }
 
-part 50 "$PYTHON" benchmarks/gpu.py parity
-part 190 "$PYTHON" benchmarks/gpu.py layer
-part 90 "$PYTHON" benchmarks/gpu.py step --repeats 5
-
+if [ -n "${OUT:-}" ]; then
+  mkdir -p "$OUT"
+  runs=$OUT
+else
+  runs=$(mktemp -d)
+  trap 'rm -rf "$runs"' EXIT
+fi
 # The headline: equal steps and one clock, the models take turns on the GPU.
-runs=$(mktemp -d)
-trap 'rm -rf "$runs"' EXIT
-part 150 "$PYTHON" benchmarks/gpu_compare.py --runs "$runs/compare" --budget 110s
+part 180 "$PYTHON" benchmarks/gpu_compare.py --runs "$runs/compare" --budget 150s
+rm -rf "$runs"/compare/*/model "$runs"/compare/*/checkpoints
+
+part 50 "$PYTHON" benchmarks/gpu.py parity
+part 130 "$PYTHON" benchmarks/gpu.py layer --repeats 5
+part 70 "$PYTHON" benchmarks/gpu.py step --repeats 5
+part 40 "$PYTHON" benchmarks/gpu.py decode --repeats 3
 
 if "$PYTHON" -c 'import pytest' 2>/dev/null; then
   part 60 "$PYTHON" -m pytest -m gpu tests/kernels tests/training

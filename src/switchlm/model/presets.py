@@ -12,8 +12,8 @@ from switchlm.model.config import Initialisation, ModelConfig, RouterConfig
 
 BYTES = 384  # 3 special tokens, 256 bytes, 100 sentinels, filled up to a multiple of 128
 
-# What models learn from in minutes: see `Initialisation`. The paper's keep T5X's values. The logits of
-# a router start with a standard deviation of 3, at 32 dimensions as at 512.
+# What models learn from in minutes, see `Initialisation`; those of the paper keep T5X's values. The
+# logits of a router start with a standard deviation of 3, at 32 dimensions as at 512.
 _SMALL = Initialisation(embedding_std=0.3, router_std=0.5, positions="local")
 _WIDER = dataclasses.replace(_SMALL, router_std=0.125)
 _DROPLESS = RouterConfig(capacity_factor=None, evaluation_capacity_factor=None)

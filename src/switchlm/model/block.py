@@ -60,6 +60,23 @@ class Block(nn.Module):
         bias, memory_bias: added to the scores of self- and cross-attention. mask_BS: bool, false at
         padding. memory: the encoder's output, or its keys and values. store: a decoding cache.
         """
+        x_BSD, routing = self.attend(
+            x_BSD, bias, mask_BS=mask_BS, memory=memory, memory_bias=memory_bias, store=store
+        )
+        x_BSD, switch_routing = self.transform(x_BSD, mask_BS)
+        return x_BSD, routing + switch_routing
+
+    def attend(
+        self,
+        x_BSD: Tensor,
+        bias: Tensor,
+        *,
+        mask_BS: Tensor | None = None,
+        memory: Memory | None = None,
+        memory_bias: Tensor | None = None,
+        store: KeyValueStore | None = None,
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Run the sublayers of attention; see forward."""
         y_BSD, routing = self.attention(
             self.attention_norm(x_BSD), bias, store=store, mask_BQ=mask_BS
         )
@@ -69,10 +86,14 @@ class Block(nn.Module):
                 self.cross_attention_norm(x_BSD), memory_bias, memory=memory
             )
             x_BSD = x_BSD + self.dropout(y_BSD)
+        return x_BSD, routing
+
+    def transform(
+        self, x_BSD: Tensor, mask_BS: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Run the feed-forward sublayer; see forward."""
         y_BSD = self.feedforward_norm(x_BSD)
         if isinstance(self.feedforward, SwitchFeedForward):
-            y_BSD, switch_routing = self.feedforward(y_BSD, mask_BS)
-            routing = (*routing, switch_routing)
-        else:
-            y_BSD = self.feedforward(y_BSD)
-        return x_BSD + self.dropout(y_BSD), routing
+            y_BSD, routing = self.feedforward(y_BSD, mask_BS)
+            return x_BSD + self.dropout(y_BSD), (routing,)
+        return x_BSD + self.dropout(self.feedforward(y_BSD)), ()

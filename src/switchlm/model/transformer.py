@@ -4,6 +4,7 @@ Shapes: B batch, S source, T target, M memory (cached positions), D d_model, V v
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, cast
 
@@ -42,6 +43,21 @@ class DecodingCache(Protocol):
     def positions(self, num_new: int) -> tuple[Tensor, Tensor]:
         """Return the positions of the new tokens, [T] or [B, T], and of all cached keys, [M]."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackInputs:
+    """What the first block of a stack reads, and what all of its blocks share.
+
+    x_BSD: the embedded tokens. bias, memory_bias: added to the scores of self- and
+    cross-attention, very low where attention is not allowed. mask_BS: bool, false at padding; None
+    where all tokens are real.
+    """
+
+    x_BSD: Tensor
+    bias: Tensor
+    mask_BS: Tensor | None
+    memory_bias: Tensor | None = None
 
 
 class Stack(nn.Module):
@@ -138,6 +154,16 @@ class SwitchTransformer(nn.Module):
         self, inputs_BS: Tensor, segments_BS: Tensor | None = None
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Return encoded_BSD and the encoder's routing."""
+        stack, inputs = self.encoder, self.encoder_inputs(inputs_BS, segments_BS)
+        x_BSD = inputs.x_BSD
+        routing: tuple[Routing, ...] = ()
+        for layer in range(len(stack.blocks)):
+            x_BSD, layer_routing = stack.run(layer, x_BSD, inputs.bias, mask_BS=inputs.mask_BS)
+            routing += layer_routing
+        return stack.dropout(stack.final_norm(x_BSD)), routing
+
+    def encoder_inputs(self, inputs_BS: Tensor, segments_BS: Tensor | None = None) -> StackInputs:
+        """Return what the blocks of the encoder read."""
         stack = self.encoder
         position_S = torch.arange(inputs_BS.shape[1], device=inputs_BS.device)
         bias = stack.relative_bias(position_S, position_S)
@@ -146,11 +172,7 @@ class SwitchTransformer(nn.Module):
             bias = masked(bias, segment_mask(segments_BS, segments_BS))
             mask_BS = segments_BS != 0
         x_BSD = stack.dropout(self.embedding(inputs_BS))
-        routing: tuple[Routing, ...] = ()
-        for layer in range(len(stack.blocks)):
-            x_BSD, layer_routing = stack.run(layer, x_BSD, bias, mask_BS=mask_BS)
-            routing += layer_routing
-        return stack.dropout(stack.final_norm(x_BSD)), routing
+        return StackInputs(x_BSD=x_BSD, bias=bias, mask_BS=mask_BS)
 
     def decode(
         self,
@@ -166,6 +188,40 @@ class SwitchTransformer(nn.Module):
         With a cache the tokens follow those already in it, and keys and values are taken from it.
         """
         stack = self.decoder
+        inputs = self.decoder_inputs(
+            decoder_inputs_BT,
+            input_segments_BS=input_segments_BS,
+            target_segments_BT=target_segments_BT,
+            cache=cache,
+        )
+        x_BTD = inputs.x_BSD
+        routing: tuple[Routing, ...] = ()
+        for layer in range(len(stack.blocks)):
+            x_BTD, layer_routing = stack.run(
+                layer,
+                x_BTD,
+                inputs.bias,
+                mask_BS=inputs.mask_BS,
+                memory=encoded_BSD if cache is None else cache.cross_attention[layer],
+                memory_bias=inputs.memory_bias,
+                store=None if cache is None else cache.self_attention[layer],
+            )
+            routing += layer_routing
+        x_BTD = stack.dropout(stack.final_norm(x_BTD))
+        return ModelOutput(
+            logits_BTV=self._logits(x_BTD), encoder_routing=(), decoder_routing=routing
+        )
+
+    def decoder_inputs(
+        self,
+        decoder_inputs_BT: Tensor,
+        *,
+        input_segments_BS: Tensor | None = None,
+        target_segments_BT: Tensor | None = None,
+        cache: DecodingCache | None = None,
+    ) -> StackInputs:
+        """Return what the blocks of the decoder read, the encoder's output left out."""
+        stack = self.decoder
         if cache is None:
             query_positions = key_positions = torch.arange(
                 decoder_inputs_BT.shape[1], device=decoder_inputs_BT.device
@@ -177,38 +233,12 @@ class SwitchTransformer(nn.Module):
         if target_segments_BT is not None:
             allowed = allowed & segment_mask(target_segments_BT, target_segments_BT)
             mask_BT = target_segments_BT != 0
-        bias = masked(stack.relative_bias(query_positions, key_positions), allowed)
-        memory_bias = self._memory_bias(encoded_BSD, input_segments_BS, target_segments_BT)
-
-        x_BTD = stack.dropout(self.embedding(decoder_inputs_BT))
-        routing: tuple[Routing, ...] = ()
-        for layer in range(len(stack.blocks)):
-            x_BTD, layer_routing = stack.run(
-                layer,
-                x_BTD,
-                bias,
-                mask_BS=mask_BT,
-                memory=encoded_BSD if cache is None else cache.cross_attention[layer],
-                memory_bias=memory_bias,
-                store=None if cache is None else cache.self_attention[layer],
-            )
-            routing += layer_routing
-        x_BTD = stack.dropout(stack.final_norm(x_BTD))
-        return ModelOutput(
-            logits_BTV=self._logits(x_BTD), encoder_routing=(), decoder_routing=routing
+        return StackInputs(
+            x_BSD=stack.dropout(self.embedding(decoder_inputs_BT)),
+            bias=masked(stack.relative_bias(query_positions, key_positions), allowed),
+            mask_BS=mask_BT,
+            memory_bias=_memory_bias(input_segments_BS, target_segments_BT),
         )
-
-    def _memory_bias(
-        self, encoded_BSD: Tensor, input_segments: Tensor | None, target_segments: Tensor | None
-    ) -> Tensor | None:
-        if input_segments is None:
-            return None
-        if target_segments is None:
-            # One example a row: every target belongs to the row's only segment.
-            allowed = (input_segments != 0)[:, None, None, :]
-        else:
-            allowed = segment_mask(target_segments, input_segments)
-        return masked(torch.zeros((), device=encoded_BSD.device), allowed)
 
     def _logits(self, x_BTD: Tensor) -> Tensor:
         if self.head is not None:
@@ -223,3 +253,15 @@ def shift_right(targets_BT: Tensor, segments_BT: Tensor | None, pad_id: int) -> 
         return shifted_BT
     starts_BT = torch.nn.functional.pad(segments_BT, (1, 0))[:, :-1] != segments_BT
     return shifted_BT.masked_fill(starts_BT, pad_id)
+
+
+def _memory_bias(input_segments: Tensor | None, target_segments: Tensor | None) -> Tensor | None:
+    """Return the bias of cross-attention; None where every target may see every input."""
+    if input_segments is None:
+        return None
+    if target_segments is None:
+        # One example a row: every target belongs to the row's only segment.
+        allowed = (input_segments != 0)[:, None, None, :]
+    else:
+        allowed = segment_mask(target_segments, input_segments)
+    return masked(torch.zeros((), device=allowed.device), allowed)

@@ -80,7 +80,7 @@ def alone(home):
 
 def assert_same_run(found: list[dict], expected: list[dict]) -> None:
     """Compare all that does not depend on the clock, nor is measured by a single process alone."""
-    assert all(INSIDE <= line.keys() for line in expected if "evaluation_loss" in line)
+    assert all(line.keys() >= INSIDE for line in expected if "evaluation_loss" in line)
     expected = [
         {name: line[name] for name in line.keys() - (INSIDE if "evaluation_loss" in line else ())}
         for line in expected

@@ -66,6 +66,11 @@ def test_dense_models_have_heads_alone_and_older_runs_nothing():
     assert layers_data([training(10), {"step": 10, "evaluation_loss": 2.0}]) is None
 
 
+def test_without_lines_of_training_the_number_of_experts_is_not_known():
+    switches = layers_data([evaluation(10)])["switches"]
+    assert [layer["experts"] for layer in switches] == [None, None]
+
+
 def test_deep_models_have_fewer_points():
     small = layers_data([evaluation(step, sparse=False) for step in range(1, 1000)])
     deep = layers_data([evaluation(step, sparse=False, heads=20, layers=20) for step in range(500)])

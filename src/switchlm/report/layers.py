@@ -24,7 +24,8 @@ def layers_data(metrics: Sequence[Line]) -> dict[str, Any] | None:
         return None
     last = lines[-1]
     numbers = sum(map(len, last["attention_near"].values()))
-    numbers += len(FIGURES) * len(last.get("layers", ()))
+    names: Sequence[str] = last.get("layers", ())
+    numbers += len(FIGURES) * len(names)
     lines = list(thin(lines, max(min(MAX_POINTS, MOST_NUMBERS // numbers), 2)))
     stacks: dict[str, list[dict[str, Any]]] = {}
     for name, heads in last["attention_near"].items():
@@ -42,14 +43,14 @@ def layers_data(metrics: Sequence[Line]) -> dict[str, Any] | None:
                 "experts": experts,
                 **{key: rounded([line[key][i] for line in lines], 4) for key in FIGURES},
             }
-            for i, (name, experts) in enumerate(
-                zip(last.get("layers", ()), _experts(metrics), strict=False)
-            )
+            for i, (name, experts) in enumerate(zip(names, _experts(metrics, names), strict=True))
         ],
     }
 
 
-def _experts(metrics: Sequence[Line]) -> list[int | None]:
-    """Return the number of experts of each Switch layer, which lines of training tell."""
-    loads = next((line["load"] for line in metrics if line.get("load")), [])
-    return [len(load_E) for load_E in loads]
+def _experts(metrics: Sequence[Line], names: Sequence[str]) -> list[int | None]:
+    """Return the number of experts of each Switch layer, which lines of training tell, or None."""
+    for line in metrics:
+        if line.get("load"):
+            return [len(load_E) for load_E in line["load"]]
+    return [None] * len(names)

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from switchlm.report.write import MAX_POINTS, ReportRun, write_report
+from switchlm.report.points import MAX_POINTS
+from switchlm.report.write import ReportRun, write_report
 
 
 @pytest.fixture

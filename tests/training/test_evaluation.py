@@ -5,7 +5,7 @@ from torch import nn
 from switchlm.checkpoint.run_folder import RunFolder
 from switchlm.checkpoint.store import CheckpointStore
 from switchlm.training.config import TrainingConfig
-from switchlm.training.evaluation import Best, KeepBest
+from switchlm.training.evaluation import Best, HeldOutLoss, KeepBest
 from switchlm.training.loop import train
 from switchlm.training.monitor import read_metrics
 
@@ -135,3 +135,67 @@ def test_checkpoints_hold_what_trains(build, loader, tmp_path):
     assert "embedding.weight" not in saved["optimizer"]
     assert model.embedding.weight.grad is None
     assert torch.equal(model.embedding.weight, before)
+
+
+@pytest.mark.parametrize("stop_after", [6, 10, 14])
+def test_a_resumed_run_knows_the_experts_of_the_evaluation_before(
+    build, loader, tmp_path, stop_after
+):
+    """Killed after an evaluation that its checkpoint knows of, and after one that it does not."""
+    config = TrainingConfig(
+        steps=15,
+        log_every=1,
+        evaluate_every=3,
+        evaluate_batches=1,
+        checkpoint_every=5,
+        warmup_steps=0,
+        learning_rate=0.02,
+    )
+    whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
+    list(train(build(), loader, config, run=whole))
+    for line in train(build(), loader, config, run=parts):
+        if line["step"] == stop_after:
+            break
+    list(train(build(seed=1), loader, config, run=parts, resume=True))
+    assert timeless(parts) == timeless(whole)
+    kept = [line["kept_expert"] for line in timeless(whole) if "kept_expert" in line]
+    assert kept[0] == [None, None]
+    assert len({tuple(part) for part in kept[1:]}) > 1, "experts that never move test nothing"
+
+
+def test_an_evaluation_out_of_turn_is_not_remembered(build, loader, tmp_path):
+    """Where the user stops a run, one more line is written; those after it are as if it was not."""
+    config = TrainingConfig(
+        steps=9, log_every=1, evaluate_every=3, evaluate_batches=1, learning_rate=0.02
+    )
+    whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
+    list(train(build(), loader, config, run=whole))
+    seen = []
+    for line in train(build(), loader, config, run=parts, should_stop=lambda: len(seen) >= 5):
+        seen.append(line)
+    assert (seen[-1]["step"], "kept_expert" in seen[-1]) == (4, True)
+    list(train(build(), loader, config, run=parts, resume=True))
+    lines = timeless(parts)
+    lines.remove({key: seen[-1][key] for key in seen[-1].keys() - CLOCK})
+    assert lines == timeless(whole)
+
+
+def test_what_it_measures_changes_nothing_in_training(build, loader):
+    config = TrainingConfig(steps=6, log_every=1, evaluate_every=2, evaluate_batches=1)
+    without = TrainingConfig(steps=6, log_every=1, evaluate_every=None)
+    shape = {"dropout": 0.1, "expert_dropout": 0.1}
+    lines = [line for line in train(build(**shape), loader, config) if "loss" in line]
+    expected = list(train(build(**shape), loader, without))
+    assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
+
+
+def test_other_held_out_text_is_not_compared(build, loader):
+    """As after a resume with other settings of the data."""
+    model = build()
+    one = HeldOutLoss(loader.held_out(1), loader.sources)
+    one.evaluate(model, 1)
+    assert one.evaluate(model, 2).figures["kept_expert"] == [1.0, 1.0]
+    loader.rows = 4
+    other = HeldOutLoss(loader.held_out(1), loader.sources)
+    other.restore(one.state())
+    assert other.evaluate(model, 3).figures["kept_expert"] == [None, None]

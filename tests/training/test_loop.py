@@ -18,7 +18,12 @@ TRAINING_KEYS = {
     "tokens_per_second", "seconds", "skipped", "spikes",
 }  # fmt: skip
 ROUTING_KEYS = {"layers", "load", "gate", "dropped_by_layer"}
-EVALUATION_KEYS = {"step", "seconds", "evaluation_loss", "evaluation_loss_by_source"}
+EVALUATION_KEYS = {
+    "step", "seconds", "evaluation_loss", "evaluation_loss_by_source", "attention_near",
+}  # fmt: skip
+SWITCH_KEYS = {
+    "layers", "gate", "dead_experts", "router_entropy", "load_entropy", "kept_expert",
+}  # fmt: skip
 CLOCK = {"seconds", "tokens_per_second"}
 
 
@@ -40,7 +45,10 @@ def test_lines_have_all_documented_keys(build, loader, tmp_path):
     training = [line for line in lines if "loss" in line]
     assert all(line.keys() == TRAINING_KEYS | ROUTING_KEYS for line in training)
     evaluation = [line for line in lines if "evaluation_loss" in line]
-    assert all(line.keys() == EVALUATION_KEYS for line in evaluation)
+    assert all(line.keys() == EVALUATION_KEYS | SWITCH_KEYS for line in evaluation)
+    assert evaluation[0]["kept_expert"] == [None, None]
+    assert all(0 < kept <= 1 for kept in evaluation[1]["kept_expert"])
+    assert evaluation[0]["layers"] == training[0]["layers"]
     line = training[0]
     assert line["layers"] == ["encoder.blocks.1.feedforward", "decoder.blocks.1.feedforward"]
     assert [len(line[key]) for key in ("load", "gate", "dropped_by_layer")] == [2, 2, 2]
@@ -51,9 +59,10 @@ def test_lines_have_all_documented_keys(build, loader, tmp_path):
 
 
 def test_lines_of_dense_models_have_no_routing(build, loader):
-    config = TrainingConfig(steps=2, log_every=2, evaluate_every=None)
-    (line,) = train(build(num_experts=0), loader, config)
+    config = TrainingConfig(steps=2, log_every=2, evaluate_every=2, evaluate_batches=1)
+    line, evaluation = train(build(num_experts=0), loader, config)
     assert line.keys() == TRAINING_KEYS
+    assert evaluation.keys() == EVALUATION_KEYS
     assert line["dropped"] == line["balance_loss"] == 0
 
 

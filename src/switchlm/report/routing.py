@@ -126,8 +126,8 @@ def dead_experts(load_E: Sequence[int]) -> list[int]:
 
 
 def short_name(name: str) -> str:
-    """`encoder.blocks.3.feedforward` is `encoder 3` to a reader."""
-    return name.replace(".blocks.", " ").removesuffix(".feedforward")
+    """`encoder.blocks.3.feedforward` is `encoder 3` to a reader, as is its `attention`."""
+    return name.replace(".blocks.", " ").removesuffix(".feedforward").removesuffix(".attention")
 
 
 def _parts(shares: Floats) -> Any:

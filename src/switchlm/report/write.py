@@ -7,9 +7,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from switchlm.report.layers import layers_data
+from switchlm.report.points import rounded, thin
 from switchlm.report.routing import routing_data, short_name
-
-MAX_POINTS = 400  # of a curve: more than the page has pixels for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,12 @@ def write_report(
         "title": title,
         "headline": headline,
         "runs": [
-            {"name": run.name, **_series(run.metrics), "routing": routing_data(run.routing)}
+            {
+                "name": run.name,
+                **_series(run.metrics),
+                "inside": layers_data(run.metrics),
+                "routing": routing_data(run.routing),
+            }
             for run in runs
         ],
         "sources": [{"name": name, **_pick(one, one)} for name, one in (sources or {}).items()],
@@ -66,7 +71,7 @@ def _page() -> str:
     """Return the page with its style and scripts in it: one file that needs no other."""
     parts = files("switchlm.report").joinpath("page")
     page = parts.joinpath("page.html").read_text(encoding="utf-8")
-    for name in ("style.css", "charts.js", "routing.js", "page.js"):
+    for name in ("style.css", "charts.js", "layers.js", "routing.js", "page.js"):
         page = page.replace(f"__{name}__", parts.joinpath(name).read_text(encoding="utf-8"))
     return page
 
@@ -80,28 +85,12 @@ def _series(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "layers": next(
             (list(map(short_name, line["layers"])) for line in training if line.get("layers")), []
         ),
-        "training": [_pick(line, keys) for line in _thin(training)],
+        "training": [_pick(line, keys) for line in thin(training)],
         "evaluation": [
-            _pick(line, ("step", "seconds", "evaluation_loss")) for line in _thin(evaluation)
+            _pick(line, ("step", "seconds", "evaluation_loss")) for line in thin(evaluation)
         ],
     }
 
 
 def _pick(line: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    return {key: _rounded(line[key]) for key in keys if key in line}
-
-
-def _rounded(value: Any) -> Any:
-    """Six significant digits draw as well as sixteen; what is not finite has no place on paper."""
-    if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if abs(value) < float("inf") else None
-    return value
-
-
-def _thin(lines: Sequence[Any]) -> Sequence[Any]:
-    if len(lines) <= MAX_POINTS:
-        return lines
-    last = len(lines) - 1
-    return [lines[round(i * last / (MAX_POINTS - 1))] for i in range(MAX_POINTS)]
+    return {key: rounded(line[key]) for key in keys if key in line}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from switchlm.data.batch import Batch
+from switchlm.evaluation.diagnostics import diagnose
 from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.mesh import ALONE, AnyMesh
@@ -47,7 +48,13 @@ class Evaluator(Protocol):
 
 
 class HeldOutLoss:
-    """The loss of pre-training on fixed batches; it never ends a run."""
+    """The loss of pre-training on fixed batches; it never ends a run.
+
+    A single process measures besides what the layers do, on the first batch alone, so that it adds
+    little to an evaluation (see evaluation/diagnostics.py). What it remembers are experts that
+    tokens of that batch had at the evaluation before. An evaluation out of turn, where the user
+    stops a run, comes after the checkpoint, so that the resumed run compares as the undisturbed.
+    """
 
     when_stopped = True
 
@@ -55,20 +62,28 @@ class HeldOutLoss:
         self, batches: Sequence[Batch], sources: Sequence[str], mesh: AnyMesh = ALONE
     ) -> None:
         self.batches, self.sources, self.mesh = batches, sources, mesh
+        self.experts: dict[str, list[int]] = {}
 
     def evaluate(self, model: SwitchTransformer, step: int) -> Verdict:
-        """Return evaluation_loss and evaluation_loss_by_source, nats a target."""
+        """Return evaluation_loss and evaluation_loss_by_source, nats a target, and the diagnosis.
+
+        On many processes there is no diagnosis: the weights of a sharded model are together only
+        while its own forward pass runs.
+        """
         result = held_out_loss(model, self.batches, self.sources, self.mesh)
         by_source = {name: part["loss"] for name, part in result["sources"].items()}
-        return Verdict(
-            figures={"evaluation_loss": result["loss"], "evaluation_loss_by_source": by_source}
-        )
+        figures = {"evaluation_loss": result["loss"], "evaluation_loss_by_source": by_source}
+        if self.mesh.num_processes == 1:
+            diagnosis = diagnose(model, self.batches[0])
+            figures |= diagnosis.figures(self.experts)
+            self.experts = diagnosis.experts()
+        return Verdict(figures=figures)
 
     def state(self) -> dict[str, Any]:
-        return {}
+        return {"experts": self.experts}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        pass
+        self.experts = dict(state.get("experts", {}))
 
 
 @dataclass

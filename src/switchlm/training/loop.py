@@ -94,6 +94,15 @@ def train(
     models add, of the step, layers (names), load (a list of shares a layer), gate and
     dropped_by_layer. A line of evaluation has step, seconds, and the figures of the evaluator.
 
+    The held-out loss gives evaluation_loss and evaluation_loss_by_source, nats a target. A single
+    process adds, measured on the first held-out batch (up to 8,192 input tokens) with padding left
+    out: attention_near, for each self-attention by name a number a head, the attention weight on
+    keys at most 3 positions away, mean over tokens. Sparse models add layers (names), and of each:
+    gate, mean over what was kept; dead_experts, how many no token chose; router_entropy, of a
+    token's probabilities, mean over tokens, and load_entropy, of the experts' shares, both in nats,
+    at most ln E; kept_expert, the share of up to 1,024 fixed tokens with the same first choice as
+    at the evaluation before, None at the first one.
+
     objective: what is minimised, and `loss` in the lines; held-out losses are cross-entropy always.
 
     run: where metrics.jsonl and checkpoints go; without it nothing is written. resume: go on from
@@ -151,6 +160,10 @@ class _Run:
     def lines(self, resume: bool) -> Iterator[Line]:
         """Train and yield the lines; see `train`."""
         config = self.config
+        if self.evaluator is None and config.evaluate_every is not None:
+            batches = self.loader.held_out(config.evaluate_batches)
+            if batches:
+                self.evaluator = HeldOutLoss(batches, self.loader.sources, self.mesh)
         if resume:
             self._resume()
         elif self.store is not None and self.store.steps():
@@ -158,10 +171,6 @@ class _Run:
                 f"There are checkpoints of a run in {str(self.store.folder)!r} already. Resume it, "
                 "or give another folder."
             )
-        if self.evaluator is None and config.evaluate_every is not None:
-            batches = self.loader.held_out(config.evaluate_batches)
-            if batches:
-                self.evaluator = HeldOutLoss(batches, self.loader.sources, self.mesh)
         with ExitStack() as opened:
             if self.store is not None:
                 opened.enter_context(self.store)

@@ -26,8 +26,10 @@ function ticks(low, high, count) {
   return marks;
 }
 
-// A line chart. series: [{name, color, points: [[x, y], ...]}]. level: a dashed line with a label.
-function chart(title, small, series, {x, level = null, mark = null, fromZero = false} = {}) {
+// A line chart. series: [{name, color, points: [[x, y], ...]}]; a name stands in the legend, `told` is
+// what the mouse is told instead. level: a dashed line with a label. top: the end of an axis from 0.
+function chart(title, small, series, {x, level = null, mark = null, fromZero = false, top = null, narrow = false} = {}) {
+  const wide = narrow ? 384 : WIDTH, high = narrow ? 190 : HEIGHT, left = narrow ? 38 : LEFT;
   series = series.map(s => ({...s, points: s.points.filter(p => p[0] != null && p[1] != null)}))
                  .filter(s => s.points.length);
   if (!series.length) return null;
@@ -37,43 +39,50 @@ function chart(title, small, series, {x, level = null, mark = null, fromZero = f
   // The first steps would squeeze the rest of a loss curve into a line.
   let highY = fromZero ? ys[ys.length - 1] : ys[Math.floor(0.93 * (ys.length - 1))];
   let lowY = fromZero ? 0 : Math.min(ys[0], level ? level.value : Infinity);
+  if (fromZero) highY = Math.max(highY, level ? level.value : 0, top || 0);
   if (highY === lowY) { highY += Math.abs(highY) * 0.1 || 1; }
   const pad = (highY - lowY) * 0.05;
   highY += pad; if (!fromZero) lowY -= pad;
   series = series.map(s => ({...s, points: s.points.slice(s.points.findIndex(p => p[1] <= highY))}));
-  const px = v => LEFT + (v - lowX) / (highX - lowX || 1) * (WIDTH - LEFT - RIGHT);
-  const py = v => HEIGHT - BOTTOM - (Math.min(v, highY) - lowY) / (highY - lowY) * (HEIGHT - TOP - BOTTOM);
-  const svg = element("svg", {viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": title});
-  for (const t of ticks(lowY, highY, 5)) svg.append(
-    element("line", {x1: LEFT, x2: WIDTH - RIGHT, y1: py(t), y2: py(t), stroke: "var(--line)"}),
-    element("text", {x: LEFT - 6, y: py(t) + 4, "text-anchor": "end"}, format(t)));
-  for (const t of ticks(lowX, highX, 7)) svg.append(
-    element("text", {x: px(t), y: HEIGHT - 20, "text-anchor": px(t) > WIDTH - 30 ? "end" : "middle"}, format(t)));
-  svg.append(element("text", {x: WIDTH - RIGHT, y: HEIGHT - 4, "text-anchor": "end"}, x));
+  const px = v => left + (v - lowX) / (highX - lowX || 1) * (wide - left - RIGHT);
+  const py = v => high - BOTTOM - (Math.min(v, highY) - lowY) / (highY - lowY) * (high - TOP - BOTTOM);
+  const svg = element("svg", {viewBox: `0 0 ${wide} ${high}`, role: "img", "aria-label": title});
+  for (const t of ticks(lowY, highY, narrow ? 4 : 5)) svg.append(
+    element("line", {x1: left, x2: wide - RIGHT, y1: py(t), y2: py(t), stroke: "var(--line)"}),
+    element("text", {x: left - 6, y: py(t) + 4, "text-anchor": "end"}, format(t)));
+  for (const t of ticks(lowX, highX, narrow ? 5 : 7)) svg.append(
+    element("text", {x: px(t), y: high - 20, "text-anchor": px(t) > wide - 30 ? "end" : "middle"}, format(t)));
+  svg.append(element("text", {x: wide - RIGHT, y: high - 4, "text-anchor": "end"}, x));
   if (level) svg.append(
-    element("line", {x1: LEFT, x2: WIDTH - RIGHT, y1: py(level.value), y2: py(level.value),
+    element("line", {x1: left, x2: wide - RIGHT, y1: py(level.value), y2: py(level.value),
                      stroke: "var(--faint)", "stroke-dasharray": "5 4"}),
-    element("text", {x: LEFT + 5, y: py(level.value) - 5}, level.label));
-  for (const s of series) svg.append(element("path", {
-    d: s.points.map((p, i) => (i ? "L" : "M") + px(p[0]).toFixed(1) + " " + py(p[1]).toFixed(1)).join(""),
-    fill: "none", stroke: s.color, "stroke-width": 1.8, "stroke-opacity": s.opacity || 1,
-    "stroke-linejoin": "round"}));
+    element("text", {x: left + 5, y: py(level.value) - 5}, level.label));
+  for (const s of series) svg.append(s.points.length === 1
+    ? element("circle", {cx: px(s.points[0][0]), cy: py(s.points[0][1]), r: 3, fill: s.color})
+    : element("path", {
+      d: s.points.map((p, i) => (i ? "L" : "M") + px(p[0]).toFixed(1) + " " + py(p[1]).toFixed(1)).join(""),
+      fill: "none", stroke: s.color, "stroke-width": 1.8, "stroke-opacity": s.opacity || 1,
+      "stroke-dasharray": s.dashes || "none", "stroke-linejoin": "round"}));
   if (mark) svg.append(
-    element("line", {x1: px(mark.x), x2: px(mark.x), y1: py(mark.y), y2: HEIGHT - BOTTOM,
+    element("line", {x1: px(mark.x), x2: px(mark.x), y1: py(mark.y), y2: high - BOTTOM,
                      stroke: "var(--good)", "stroke-dasharray": "3 3"}),
     element("circle", {cx: px(mark.x), cy: py(mark.y), r: 4.5, fill: "var(--good)"}),
-    element("text", px(mark.x) > WIDTH - 90
-      ? {x: px(mark.x) - 6, y: HEIGHT - BOTTOM - 6, "text-anchor": "end"}
-      : {x: px(mark.x) + 6, y: HEIGHT - BOTTOM - 6}, mark.label));
-  const hover = element("text", {x: WIDTH - RIGHT, y: TOP + 8, "text-anchor": "end"});
+    element("text", px(mark.x) > wide - 90
+      ? {x: px(mark.x) - 6, y: high - BOTTOM - 6, "text-anchor": "end"}
+      : {x: px(mark.x) + 6, y: high - BOTTOM - 6}, mark.label));
+  const hover = element("text", {x: wide - RIGHT, y: TOP + 8, "text-anchor": "end"});
   svg.append(hover);
   svg.addEventListener("mousemove", event => {
     const box = svg.getBoundingClientRect();
-    const at = lowX + ((event.clientX - box.left) / box.width * WIDTH - LEFT) / (WIDTH - LEFT - RIGHT) * (highX - lowX);
-    hover.textContent = series.map(s => {
+    const at = lowX + ((event.clientX - box.left) / box.width * wide - left) / (wide - left - RIGHT) * (highX - lowX);
+    const height = (event.clientY - box.top) / box.height * high;
+    let found = series.map(s => {
       const near = s.points.reduce((a, b) => Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a);
-      return `${s.name} ${format(near[1])}`;
-    }).join("   ") + `   at ${format(at)}`;
+      return {text: `${s.told || s.name} ${format(near[1])}`, away: Math.abs(py(near[1]) - height)};
+    });
+    // There is room for a few; of many, or of long names, the line nearest to the mouse.
+    if (narrow || found.length > 6) found = [found.reduce((a, b) => b.away < a.away ? b : a)];
+    hover.textContent = found.map(one => one.text).join("   ") + `   at ${format(at)}`;
   });
   svg.addEventListener("mouseleave", () => { hover.textContent = ""; });
   const caption = element("figcaption", {}, title, " ", element("small", {}, small));
@@ -102,6 +111,13 @@ function named(name, color) {
 
 function hue(index, count) {
   return `hsl(${Math.round(360 * index / count)} 60% 50%)`;
+}
+
+// Colours of a few lines that are told apart by any eye, and of many from blue to orange.
+const TONES = ["#1d5fd1", "#d9730d", "#12805c", "#8e44ad", "#c2255c", "#0e8ba0", "#8a6d1b", "#6b7686"];
+function tone(index, count) {
+  if (count <= TONES.length) return TONES[index];
+  return `hsl(${Math.round(225 - 200 * index / (count - 1))} 65% 46%)`;
 }
 
 function shade(ratio) {

@@ -41,6 +41,7 @@ if (data.sources.length > 1) {
     gainBySource(data.sources, data.runs.map(run => run.name)), element("p", {}));
   section("", null, [speedUps(data.sources)]);
 }
+layersSection(data.runs);
 for (const run of data.runs) if (run.routing) routingSection(run);
 for (const run of data.runs) {
   const lines = run.training.filter(line => line.load && line.load.length);

@@ -1,0 +1,56 @@
+"""What the layers did at each evaluation, made ready for the page: one list of numbers a curve."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from switchlm.report.points import MAX_POINTS, rounded, thin
+from switchlm.report.routing import short_name
+
+MOST_NUMBERS = 100_000  # of all curves of a run together
+FIGURES = ("gate", "kept_expert", "router_entropy", "load_entropy", "dead_experts")
+
+Line = Mapping[str, Any]
+
+
+def layers_data(metrics: Sequence[Line]) -> dict[str, Any] | None:
+    """Return the curves of a run's lines of evaluation; None where no line measured the layers.
+
+    `step`: of every point. `stacks`: for each stack its layers, a layer having a name and `near`, a
+    curve a head. `switches`: for each Switch layer its name, number of experts, and a curve for
+    each of its figures (see `training.loop.train`).
+    """
+    lines = [line for line in metrics if "attention_near" in line]
+    if not lines:
+        return None
+    last = lines[-1]
+    numbers = sum(map(len, last["attention_near"].values()))
+    names: Sequence[str] = last.get("layers", ())
+    numbers += len(FIGURES) * len(names)
+    lines = list(thin(lines, max(min(MAX_POINTS, MOST_NUMBERS // numbers), 2)))
+    stacks: dict[str, list[dict[str, Any]]] = {}
+    for name, heads in last["attention_near"].items():
+        near = [
+            [line["attention_near"][name][head] for line in lines] for head in range(len(heads))
+        ]
+        layer = {"name": short_name(name), "near": rounded(near, 4)}
+        stacks.setdefault(name.split(".")[0], []).append(layer)
+    return {
+        "step": [line["step"] for line in lines],
+        "stacks": [{"name": name, "layers": layers} for name, layers in stacks.items()],
+        "switches": [
+            {
+                "name": short_name(name),
+                "experts": experts,
+                **{key: rounded([line[key][i] for line in lines], 4) for key in FIGURES},
+            }
+            for i, (name, experts) in enumerate(zip(names, _experts(metrics, names), strict=True))
+        ],
+    }
+
+
+def _experts(metrics: Sequence[Line], names: Sequence[str]) -> list[int | None]:
+    """Return the number of experts of each Switch layer, which lines of training tell, or None."""
+    for line in metrics:
+        if line.get("load"):
+            return [len(load_E) for load_E in line["load"]]
+    return [None] * len(names)

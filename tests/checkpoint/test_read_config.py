@@ -71,7 +71,9 @@ def without_extra(config: ModelConfig, **changes: Any) -> dict[str, Any]:
 
 
 def hf(name: str, **changes: Any) -> ModelConfig:
-    return dataclasses.replace(preset(name), router=HF, **changes)
+    """A model of which a config.json of transformers says everything."""
+    plain = {"router": HF, "initialisation": Initialisation()}
+    return dataclasses.replace(preset(name), **plain, **changes)
 
 
 def test_the_released_switch_c_is_repaired_from_its_index():
@@ -168,6 +170,14 @@ def test_own_router_settings_survive():
         preset("nano"), router=router, expert_dropout=0.4, initialisation=Initialisation(scale=0.3)
     )
     values = json.loads(json.dumps(write_config(config, "float32")))
+    assert read(values, keys_of(config)) == (config, [])
+
+
+def test_a_scale_as_earlier_versions_wrote_it_is_read():
+    config = dataclasses.replace(preset("nano"), initialisation=Initialisation(scale=0.3))
+    values = json.loads(json.dumps(write_config(config, "float32")))
+    del values["switchlm"]["initialisation"]
+    values["switchlm"]["initialisation_scale"] = 0.3
     assert read(values, keys_of(config)) == (config, [])
 
 

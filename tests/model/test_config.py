@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from switchlm.config import from_mapping, to_mapping
 from switchlm.errors import ConfigError
-from switchlm.model.config import ModelConfig, RouterConfig
+from switchlm.model.config import ModelConfig, RouterConfig, upgrade_model_section
 
 router_options = st.fixed_dictionaries(
     {},
@@ -112,3 +112,10 @@ def test_the_dense_twin_keeps_the_shape() -> None:
     assert not any(twin.is_sparse(layer) for layer in range(12))
     changed = {k for k, v in to_mapping(config).items() if v != to_mapping(twin)[k]}
     assert changed == {"num_experts", "attention_experts"}
+
+
+def test_sections_of_earlier_versions_are_read() -> None:
+    old = {"d_model": 64, "initialisation_scale": 0.3}
+    assert upgrade_model_section(old) == {"d_model": 64, "initialisation": {"scale": 0.3}}
+    new = {"initialisation": {"router_std": 0.5}}
+    assert upgrade_model_section(new) == new

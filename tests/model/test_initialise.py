@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from switchlm.model.config import Initialisation, ModelConfig, RouterConfig
+from switchlm.model.initialise import Initialiser
 from switchlm.model.switch import SwitchFeedForward
 from switchlm.model.transformer import SwitchTransformer
 
@@ -121,3 +122,60 @@ def test_a_seed_makes_a_model() -> None:
         torch.manual_seed(7)
         states.append(SwitchTransformer(CONFIG).state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_embedding_and_routers_are_as_wide_as_configured() -> None:
+    torch.manual_seed(0)
+    wide = Initialisation(embedding_std=0.3, router_std=0.5)
+    weights = SwitchTransformer(dataclasses.replace(CONFIG, initialisation=wide)).state_dict()
+    assert weights["embedding.weight"].std().item() == pytest.approx(0.3, rel=0.02)
+    assert weights[SWITCH + "router.weight"].std().item() == pytest.approx(0.5, rel=0.2)
+
+
+def attention_by_offset(stack: str, heads: int) -> Tensor:
+    """Return the mean attention of each head by offset, [heads, 129], of a bias that starts local.
+
+    Queries and keys are zeros: nothing but the bias decides.
+    """
+    torch.manual_seed(0)
+    local = dataclasses.replace(
+        CONFIG, num_heads=heads, initialisation=Initialisation(positions="local")
+    )
+    relative_bias = getattr(SwitchTransformer(local), stack).relative_bias
+    position = torch.arange(65)
+    bias_HQM = relative_bias(position, position)[0]
+    if stack == "decoder":
+        bias_HQM = bias_HQM.masked_fill(position[None, :] > position[:, None], -torch.inf)
+    weight_HQM = bias_HQM.softmax(-1)
+    offset_QM = position[None, :] - position[:, None] + 64
+    totals = torch.zeros(heads, 129).index_add_(1, offset_QM.flatten(), weight_HQM.flatten(1))
+    return totals / torch.bincount(offset_QM.flatten(), minlength=129)
+
+
+@pytest.mark.parametrize(
+    ("stack", "offsets"),
+    [("encoder", [-1, 1, -2, 2, -3, 3, -4, 4]), ("decoder", [0, -1, -2, -3, -4, -5, -6, -7])],
+)
+def test_local_attention_prefers_one_offset_per_head(stack: str, offsets: list[int]) -> None:
+    mean = attention_by_offset(stack, len(offsets))
+    assert (mean.argmax(-1) - 64).tolist() == offsets
+    assert mean.max(-1).values.min() > 0.3
+
+
+def test_many_heads_prefer_offsets_that_buckets_tell_apart() -> None:
+    for stack in ("encoder", "decoder"):
+        mean = attention_by_offset(stack, 64)
+        assert ((mean.argmax(-1) - 64).abs() <= BUCKETS // 2).all()
+        assert mean.max(-1).values.min() > 0.2
+
+
+def test_where_attention_starts_is_a_function_of_the_seed_and_the_name() -> None:
+    """Drawing a parameter alone gives what the whole model has."""
+    config = dataclasses.replace(CONFIG, initialisation=Initialisation(positions="local"))
+    model = SwitchTransformer(config)
+    Initialiser.of(config, seed=5).fill(model)
+    other = Initialiser.of(config, seed=5)
+    for name, weight in model.named_parameters():
+        assert torch.equal(other.draw(name, tuple(weight.shape)), weight), name
+    part = other.draw(SWITCH + "experts.up", (E, D, F), range(2, 4))
+    assert torch.equal(part, model.get_parameter(SWITCH + "experts.up")[2:4])

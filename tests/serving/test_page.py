@@ -32,12 +32,8 @@ KEY = "a key of the test"
 def nano():
     """A model whose output is varied, with two Switch layers a stack and a tight capacity."""
     torch.manual_seed(3)
-    config = dataclasses.replace(
-        preset("nano"),
-        initialisation=Initialisation(scale=4.0),
-        num_encoder_layers=4,
-        num_decoder_layers=4,
-    )
+    shape = {"initialisation": Initialisation(scale=4.0), "num_encoder_layers": 4}
+    config = dataclasses.replace(preset("nano"), **shape, num_decoder_layers=4)
     router = dataclasses.replace(config.router, evaluation_capacity_factor=0.5)
     return SwitchTransformer(dataclasses.replace(config, router=router)).eval()
 

@@ -59,12 +59,14 @@ def switch_feedforward(
     gate_EDF: Tensor | None,
 ) -> Tensor:
     """Return y_ND, weight times expert; zeros for rows past the counts, whatever their weight."""
-    assert activation == "relu" and gate_EDF is None, "see misfit"
+    assert activation == "relu", "see misfit"
+    assert gate_EDF is None, "see misfit"
     tensors = [t.contiguous() for t in (x_ND, weight_N, up_EDF, down_EFD)]
+    tensors += [order.assignment_R, order.counts_E]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        y_ND: Tensor = _Switch.apply(*tensors, order.assignment_R, order.counts_E)
+        y_ND: Tensor = _Switch.apply(*tensors)
         return y_ND
-    return _forward(*tensors, order.assignment_R, order.counts_E, None)
+    return _forward(*tensors)
 
 
 def _forward(
@@ -74,7 +76,7 @@ def _forward(
     down_EFD: Tensor,
     token_R: Tensor,
     counts_E: Tensor,
-    hidden_RF: Tensor | None,
+    hidden_RF: Tensor | None = None,
 ) -> Tensor:
     """Return y_ND. Fills `hidden_RF` with what the activation gave, if there is one."""
     library = native().library

@@ -194,7 +194,7 @@ def _separate(
     activation: Activation,
     gate_EDF: Tensor | None,
 ) -> Tensor:
-    per_token = weight_A.shape[0] // max(x_ND.shape[0], 1)
+    per_token = max(weight_A.shape[0] // max(x_ND.shape[0], 1), 1)
     x_RD = gather_rows(x_ND, order, per_token)
     y_RD = expert_feedforward(x_RD, order.counts_E, up_EDF, down_EFD, activation, gate_EDF)
     return combine_rows(y_RD, weight_A, order, per_token)

@@ -10,7 +10,11 @@
 #include "vectors.h"
 #include <math.h>
 
-enum { BLOCK = 64, FULL = 16 /* lanes of a whole vector on every processor */ };
+enum {
+  BLOCK = 64,
+  FULL = 16 /* lanes of a whole vector on every processor */,
+  AT_ONCE = 4 /* vectors */
+};
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE Floats load(const float *from) { return load_float32(from, 0); }
@@ -36,29 +40,58 @@ INLINE Floats exp_of(Floats x) {
   return where(vanishes, (Floats){0}, y * (Floats)power);
 }
 
-/* p[E, width]: from logits to probabilities, LANES tokens. lse: the logarithm of the sum of e^logit.
-   chosen: the expert with the most of p + bias, the first of equals; NaN counts as most. */
+/* The logarithm of normal numbers, to 1 ulp (Cephes' polynomial); NaN stays NaN. */
+INLINE Floats log_of(Floats x) {
+  const Ints exponent = ((Ints)x - 0x3f3504f3) >> 23; /* of x = 2^n (1 + f), f around 0 */
+  const Floats f = (Floats)((Ints)x - (exponent << 23)) - 1.0f, square = f * f;
+  const Floats n = __builtin_convertvector(exponent, Floats);
+  Floats y = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  y = y * f + 1.1676998740e-1f;
+  y = y * f - 1.2420140846e-1f;
+  y = y * f + 1.4249322787e-1f;
+  y = y * f - 1.6668057665e-1f;
+  y = y * f + 2.0000714765e-1f;
+  y = y * f - 2.4999993993e-1f;
+  y = y * f + 3.3333331174e-1f;
+  y = y * f * square - n * 2.12194440e-4f - 0.5f * square;
+  return f + y + n * 0.693359375f + (x - x);
+}
+
+/* p[E, width]: from logits to probabilities, of some vectors of tokens at once, which wait for no
+   result of each other. lse: the logarithm of the sum of e^logit. chosen: the expert with the most of
+   p + bias, the first of equals; NaN counts as most. */
 INLINE void softmax(float *p, int64_t E, int64_t width, const float *bias, float *lse,
-                    int32_t *chosen) {
-  Floats top = load(p), sum = {0};
-  for (int64_t e = 1; e < E; e++) top = larger(load(p + e * width), top);
-  for (int64_t e = 0; e < E; e++) {
-    const Floats power = exp_of(load(p + e * width) - top);
-    store(p + e * width, power);
-    sum += power;
+                    int32_t *chosen, const int vectors) {
+  Floats top[AT_ONCE], sum[AT_ONCE], best[AT_ONCE];
+  Ints index[AT_ONCE];
+  EACH(v, vectors) {
+    top[v] = load(p + v * LANES);
+    best[v] = (Floats){0} - INFINITY;
+    sum[v] = (Floats){0};
+    index[v] = (Ints){0};
   }
-  const Floats scale = 1.0f / sum;
-  Floats best = (Floats){0} - INFINITY;
-  Ints index = {0};
-  for (int64_t e = 0; e < E; e++) {
-    const Floats share = load(p + e * width) * scale, score = bias ? share + bias[e] : share;
-    store(p + e * width, share);
-    const Ints takes = ~(score <= best) & (best == best);
-    best = where(takes, score, best);
-    index = (takes & ((Ints){0} + (int32_t)e)) | (~takes & index);
+  for (int64_t e = 1; e < E; e++)
+    EACH(v, vectors) top[v] = larger(load(p + e * width + v * LANES), top[v]);
+  for (int64_t e = 0; e < E; e++) EACH(v, vectors) {
+    float *const place = p + e * width + v * LANES;
+    const Floats power = exp_of(load(place) - top[v]);
+    store(place, power);
+    sum[v] += power;
   }
-  memcpy(chosen, &index, sizeof index);
-  for (int lane = 0; lane < LANES; lane++) lse[lane] = top[lane] + logf(sum[lane]);
+  EACH(v, vectors) {
+    const Ints infinite = (top[v] == INFINITY) | (top[v] == -INFINITY);
+    store(lse + v * LANES, where(infinite, top[v], top[v] + log_of(sum[v])));
+    sum[v] = 1.0f / sum[v];
+  }
+  for (int64_t e = 0; e < E; e++) EACH(v, vectors) {
+    float *const place = p + e * width + v * LANES;
+    const Floats share = load(place) * sum[v], score = bias ? share + bias[e] : share;
+    store(place, share);
+    const Ints takes = ~(score <= best[v]) & (best[v] == best[v]);
+    best[v] = where(takes, score, best[v]);
+    index[v] = (takes & ((Ints){0} + (int32_t)e)) | (~takes & index[v]);
+  }
+  EACH(v, vectors) memcpy(chosen + v * LANES, &index[v], sizeof index[v]);
 }
 
 /* Fills all of what it returns: expert [N], gate [N], kept [N], load [E], fraction and mean
@@ -88,8 +121,11 @@ void route(const float *x, const float *weight, const float *bias, const uint8_t
         for (int64_t n = tokens; n < width; n++) room[d * width + n] = 0;
       }
       product(weight, D, 1, room, width, probability, width, E, D, width, 0, 0);
-      for (int64_t n = 0; n < width; n += LANES)
-        softmax(probability + n, E, width, bias, lses + n, chosen + n);
+      int64_t done = 0;
+#define SOFTMAX(vectors) \
+  softmax(probability + done, E, width, bias, lses + done, chosen + done, vectors)
+      for (; done + AT_ONCE * LANES <= width; done += AT_ONCE * LANES) SOFTMAX(AT_ONCE);
+      for (; done < width; done += LANES) SOFTMAX(1);
       for (int64_t n = 0; n < tokens; n++) {
         const int64_t token = start + n, e = chosen[n];
         const int counted = !valid || valid[token];

@@ -175,3 +175,13 @@ def test_sorting_equals_the_radix_sort(monkeypatch) -> None:
             theirs = sort_by_expert(expert_A, kept_A, experts)
         for name in ("assignment_R", "row_A", "counts_E"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_weights_of_another_dtype_are_not_read_as_float32(monkeypatch) -> None:
+    (x_ND, gate_N, up_EDF, down_EFD), order, _ = make([5, 3])
+    taken = []
+    monkeypatch.setattr(select, "_separate", lambda *_: taken.append(1) or x_ND)
+    arguments = (up_EDF.double(), down_EFD), (up_EDF, down_EFD.bfloat16()), (up_EDF, down_EFD)
+    for number, weights in enumerate(arguments, start=1):
+        select.SWITCHES["native"](x_ND, gate_N, order, *weights, "relu", None)
+        assert len(taken) == min(number, 2)

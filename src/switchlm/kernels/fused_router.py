@@ -38,16 +38,15 @@ def fits(x_ND: Tensor, weight_ED: Tensor) -> bool:
 
     The number of threads does not matter, so that it changes no result.
     """
-    num_experts, width = weight_ED.shape
     return (
-        x_ND.shape[0] * num_experts * width <= MOST_WORK
-        and width % _WIDTH == 0
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and type(x_ND) is Tensor
         and type(weight_ED) in (Tensor, nn.Parameter)
         and x_ND.is_cpu
         and weight_ED.is_cpu
         and x_ND.dtype == weight_ED.dtype == torch.float32
+        and x_ND.shape[0] * weight_ED.numel() <= MOST_WORK
+        and weight_ED.shape[1] % _WIDTH == 0
         and not torch._C._len_torch_dispatch_stack()
         and native().library is not None
     )

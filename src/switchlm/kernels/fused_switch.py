@@ -9,7 +9,7 @@ Shapes: N tokens, one expert each, D d_model, F d_ff, E experts.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from switchlm.kernels import buffers
@@ -29,6 +29,8 @@ def misfit(
 
     The number of threads does not matter, so that it changes no result.
     """
+    if torch.compiler.is_compiling() or type(x_ND) is not Tensor:
+        return "traced"
     num_tokens, d_model = x_ND.shape
     if activation != "relu" or gated:
         return "its experts are not ReLU alone"
@@ -38,8 +40,6 @@ def misfit(
         return f"experts of {d_model} x {d_ff} are not small, or no multiples of {_WIDTH}"
     if num_tokens * d_model * d_ff > MOST_WORK:
         return f"{num_tokens} rows are enough to share among threads"
-    if torch.compiler.is_compiling() or type(x_ND) is not Tensor:
-        return "traced"
     if torch._C._len_torch_dispatch_stack():
         return "somebody watches operators"
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_ND.dtype
@@ -47,6 +47,14 @@ def misfit(
         return f"it takes float32, not {dtype}"
     library = native()
     return library.reason if library.library is None else None
+
+
+def fits(*weights: Tensor) -> bool:
+    """Whether the experts' weights, too, can be read as they are."""
+    return all(
+        type(weight) in (Tensor, nn.Parameter) and weight.is_cpu and weight.dtype == torch.float32
+        for weight in weights
+    )
 
 
 def switch_feedforward(

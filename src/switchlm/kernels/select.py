@@ -200,6 +200,20 @@ def _separate(
     return combine_rows(y_RD, weight_A, order, per_token)
 
 
+def _native(
+    x_ND: Tensor,
+    weight_A: Tensor,
+    order: ExpertOrder,
+    up_EDF: Tensor,
+    down_EFD: Tensor,
+    activation: Activation,
+    gate_EDF: Tensor | None,
+) -> Tensor:
+    fits = fused_switch.fits(up_EDF, down_EFD)
+    way = fused_switch.switch_feedforward if fits else _separate
+    return way(x_ND, weight_A, order, up_EDF, down_EFD, activation, gate_EDF)
+
+
 def _triton(*arguments: object) -> Tensor:
     from switchlm.kernels import triton_feedforward
 
@@ -208,7 +222,7 @@ def _triton(*arguments: object) -> Tensor:
 
 SWITCHES: dict[str, Callable[..., Tensor]] = {
     "separate": _separate,
-    "native": fused_switch.switch_feedforward,
+    "native": _native,
     "triton": _triton,
 }
 

@@ -1,13 +1,13 @@
 """In one pass or step by step, a Switch layer computes the same, and says which it takes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from switchlm.kernels import select, trial
+from switchlm.kernels import fused_router, fused_switch, native, select, trial
 from switchlm.kernels.select import Choice, explain_switch
 from switchlm.model.config import RouterConfig
 from switchlm.model.switch import SwitchFeedForward
@@ -126,4 +126,75 @@ def test_explain_says_why_not() -> None:
     x_ND = torch.randn(2048, 16)
     choice = explain_switch(x_ND, 2048, 4, 24)
     assert choice.name == "separate"
-    assert "fused kernels are for GPUs, the tokens are on cpu" in choice.reason
+    assert "no fused kernel on cpu: experts of 16 x 24 are not small" in choice.reason
+
+
+@pytest.fixture
+def step_by_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    def refuse() -> None:
+        monkeypatch.setattr(fused_router, "fits", lambda *_: False)
+        monkeypatch.setattr(fused_switch, "misfit", lambda *_: "a test")
+
+    return refuse
+
+
+@pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
+@pytest.mark.parametrize("mode", ["paper", "t5x", "hf"])
+@pytest.mark.parametrize("factor", [None, 0.5], ids=["dropless", "dropping"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_small_experts_on_a_cpu_go_in_one_call(
+    mode: str, factor: float | None, training: bool, step_by_step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    plain = select.SWITCHES["native"]
+    monkeypatch.setitem(select.SWITCHES, "native", lambda *a: taken.append(1) or plain(*a))
+    router = RouterConfig(
+        mode=mode,
+        capacity_factor=factor,
+        evaluation_capacity_factor=factor,
+        exploration_rate=0.1,
+        min_capacity=1,
+    )
+    layer = SwitchFeedForward(32, 48, 5, router=router).train(training)
+    torch.nn.init.normal_(layer.router.weight)
+    x_BSD, mask_BS = torch.randn(3, 40, 32), torch.rand(3, 40) < 0.8
+
+    def outcome() -> list[Tensor]:
+        torch.manual_seed(1)  # of the jitter
+        inputs = x_BSD.clone().requires_grad_()
+        y_BSD, routing = layer(inputs, mask_BS)
+        loss = (y_BSD * torch.linspace(-1, 1, y_BSD.numel()).view_as(y_BSD)).sum()
+        loss = loss + routing.balance_loss + routing.z_loss
+        found = torch.autograd.grad(loss, [inputs, *layer.parameters()])
+        with torch.no_grad():
+            torch.manual_seed(1)
+            assert torch.equal(layer(inputs, mask_BS)[0], y_BSD)
+        return [y_BSD, routing.gate_A, routing.kept_A, routing.load_E, *found]
+
+    ours = outcome()
+    assert len(taken) == 2
+    step_by_step()
+    theirs = outcome()
+    assert len(taken) == 2
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    dropped_N = ~ours[2]
+    assert dropped_N.any() == (factor is not None or mode == "paper")
+    assert not ours[0].flatten(0, 1)[dropped_N].any()
+
+
+@pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
+def test_experts_in_bfloat16_go_step_by_step_after_a_router_in_one(
+    step_by_step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routed = []
+    plain = fused_router.route
+    monkeypatch.setattr(fused_router, "route", lambda *a: routed.append(1) or plain(*a))
+    layer = SwitchFeedForward(32, 48, 5, router=RouterConfig(exploration="argmax"))
+    x_BSD = torch.randn(2, 30, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = results(layer, x_BSD)
+        assert routed
+        step_by_step()
+        theirs = results(layer, x_BSD)
+    assert len(routed) == 1
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)

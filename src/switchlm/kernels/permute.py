@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from switchlm.kernels.native import native
+
 
 @dataclass(frozen=True)
 class ExpertOrder:
@@ -34,6 +36,8 @@ def sort_by_expert(expert_A: Tensor, kept_A: Tensor, num_experts: int) -> Expert
 
     expert_A: int64. kept_A: bool.
     """
+    if _counted(expert_A, kept_A):
+        return _counting_sort(expert_A.contiguous(), kept_A.contiguous(), num_experts)
     key_A = torch.where(kept_A, expert_A, num_experts)
     in_memory = type(key_A) is Tensor and key_A.device.type == "cpu"
     if in_memory and num_experts < 2**16 and not torch.compiler.is_compiling():
@@ -44,6 +48,30 @@ def sort_by_expert(expert_A: Tensor, kept_A: Tensor, num_experts: int) -> Expert
     edges = torch.arange(num_experts + 1, device=key_A.device)
     starts = torch.searchsorted(sorted_A, edges)
     return ExpertOrder(assignment_R, row_A, starts.diff())
+
+
+def _counted(expert_A: Tensor, kept_A: Tensor) -> bool:
+    """Whether native/switch.c may sort them: in main memory, and nobody traces it."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(expert_A) is type(kept_A) is Tensor
+        and expert_A.is_cpu
+        and expert_A.dtype == torch.int64
+        and not torch._C._len_torch_dispatch_stack()
+        and native().library is not None
+    )
+
+
+def _counting_sort(expert_A: Tensor, kept_A: Tensor, num_experts: int) -> ExpertOrder:
+    library = native().library
+    assert library is not None
+    assignment_R, row_A = torch.empty_like(expert_A), torch.empty_like(expert_A)
+    counts_E = expert_A.new_empty(num_experts)
+    library.sort_by_expert(
+        expert_A.data_ptr(), kept_A.data_ptr(), expert_A.numel(), num_experts,
+        assignment_R.data_ptr(), row_A.data_ptr(), counts_E.data_ptr(),
+    )  # fmt: skip
+    return ExpertOrder(assignment_R, row_A, counts_E)
 
 
 def _radix_sort(key_A: Tensor, num_experts: int) -> ExpertOrder:

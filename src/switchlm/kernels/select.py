@@ -15,6 +15,7 @@ from switchlm.kernels import (
     cpu,
     cpu_feedforward,
     few_rows,
+    fused_switch,
     half_precision,
     reference,
     torch_grouped,
@@ -123,12 +124,17 @@ def explain_switch(
 ) -> Choice:
     """Return how `switch_feedforward` computes such a layer, now.
 
-    `separate`: rows are gathered, multiplied by `explain`'s kernel, and combined. `triton`: all in
-    fused kernels (the extra `triton`, or PyTorch's own on a GPU). `trial`: not known yet, the next
-    call tries both (see trial.py).
+    `separate`: rows are gathered, multiplied by `explain`'s kernel, and combined. `native`: all in
+    one call in C, on a CPU. `triton`: all in fused kernels (the extra `triton`, or PyTorch's own on
+    a GPU). `trial`: not known yet, the next call tries both (see trial.py).
     """
+    if x_ND.is_cpu:
+        misfit = fused_switch.misfit(x_ND, num_assignments, d_ff, activation, gated)
+        if misfit is None:
+            return Choice("native", "small experts on a CPU: one call for the whole layer")
+        return Choice("separate", f"no fused kernel on {x_ND.device}: {misfit}")
     if x_ND.device.type != "cuda":
-        return Choice("separate", f"fused kernels are for GPUs, the tokens are on {x_ND.device}")
+        return Choice("separate", f"no fused kernels on {x_ND.device}")
     if torch.compiler.is_compiling() or type(x_ND) is not Tensor:
         return Choice("separate", "traced: fused kernels are chosen by a trial")
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x_ND.dtype
@@ -188,10 +194,24 @@ def _separate(
     activation: Activation,
     gate_EDF: Tensor | None,
 ) -> Tensor:
-    per_token = weight_A.shape[0] // max(x_ND.shape[0], 1)
+    per_token = max(weight_A.shape[0] // max(x_ND.shape[0], 1), 1)
     x_RD = gather_rows(x_ND, order, per_token)
     y_RD = expert_feedforward(x_RD, order.counts_E, up_EDF, down_EFD, activation, gate_EDF)
     return combine_rows(y_RD, weight_A, order, per_token)
+
+
+def _native(
+    x_ND: Tensor,
+    weight_A: Tensor,
+    order: ExpertOrder,
+    up_EDF: Tensor,
+    down_EFD: Tensor,
+    activation: Activation,
+    gate_EDF: Tensor | None,
+) -> Tensor:
+    fits = fused_switch.fits(up_EDF, down_EFD)
+    way = fused_switch.switch_feedforward if fits else _separate
+    return way(x_ND, weight_A, order, up_EDF, down_EFD, activation, gate_EDF)
 
 
 def _triton(*arguments: object) -> Tensor:
@@ -200,7 +220,11 @@ def _triton(*arguments: object) -> Tensor:
     return triton_feedforward.switch_feedforward(*arguments)  # type: ignore[arg-type]
 
 
-SWITCHES: dict[str, Callable[..., Tensor]] = {"separate": _separate, "triton": _triton}
+SWITCHES: dict[str, Callable[..., Tensor]] = {
+    "separate": _separate,
+    "native": _native,
+    "triton": _triton,
+}
 
 
 def _shape_class(

@@ -1,4 +1,4 @@
-"""Dispatch, experts and combine in one, where a kernel does all three: on GPUs.
+"""Dispatch, experts and combine in one, where a kernel does all three: GPUs, small experts on CPUs.
 
 Fused kernels gather tokens while they multiply, and scatter what comes out, so that rows in the
 order of experts never exist. For that all experts must be here, and each token's assignments stand
@@ -35,7 +35,9 @@ def in_one_pass(
     if choice.name == "separate":
         return None
     order = sort_by_expert(routing.expert_A, routing.kept_A, num_experts)
-    weight_A = torch.where(routing.kept_A, routing.gate_A, 0.0)
+    weight_A = routing.gate_A
+    if choice.name != "native":  # which leaves out dropped rows, whatever their weight
+        weight_A = torch.where(routing.kept_A, weight_A, 0.0)
     # Called as a module: sharding gathers its weights then.
     y_ND: Tensor = experts(x_ND, order.counts_E, Seats(order, weight_A))
     return y_ND

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from switchlm.errors import ConfigError
+from switchlm.kernels import fused_router
 from switchlm.model import selection
 from switchlm.model.capacity import (
     count_by_group,
@@ -91,11 +92,11 @@ class Router(nn.Module):
         semantics = self.config.semantics
         if semantics.padding_takes_capacity and not self.experts_choose:
             valid_N = None
+        tokens_a_group = group_size(x_ND.shape[0], row_tokens, semantics, self.config.group_rows)
+        if self._may_fuse(activation_dtype) and fused_router.fits(x_ND, self.weight):
+            return self._fused(x_ND, valid_N, tokens_a_group)
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE = nn.functional.linear(x_ND.to(self.dtype), self.weight.to(self.dtype))
-            tokens_a_group = group_size(
-                x_ND.shape[0], row_tokens, semantics, self.config.group_rows
-            )
             scores = Scores(logits_NE, logits_NE.softmax(-1), valid_N, tokens_a_group)
             if self.experts_choose:
                 return self._experts_choose(scores)
@@ -120,6 +121,38 @@ class Router(nn.Module):
         if factor is None:
             return None
         return expert_capacity(tokens_a_group, factor, self.num_experts, config.semantics)
+
+    def _may_fuse(self, activation_dtype: torch.dtype) -> bool:
+        """Whether tokens take the one expert they find most probable, all in float32."""
+        config = self.config
+        return (
+            config.experts_per_token == 1
+            and not self.experts_choose
+            and not config.reroute_overflow
+            and not (self.training and config.exploration == "sample")
+            and self.dtype == torch.float32
+            and not (config.semantics.gate_in_activation_dtype and activation_dtype != self.dtype)
+        )
+
+    def _fused(self, x_ND: Tensor, valid_N: Tensor | None, tokens_a_group: int) -> Routing:
+        """The same as `_tokens_choose`, in one kernel."""
+        capacity = self.capacity(tokens_a_group)
+        found = fused_router.route(
+            x_ND, self.weight, self.bias_E, valid_N, tokens_a_group, capacity
+        )
+        if not self.measures and capacity is None:
+            return self._unmeasured(found.expert_N, found.gate_N, found.kept_N)
+        return Routing(
+            expert_A=found.expert_N,
+            gate_A=found.gate_N,
+            kept_A=found.kept_N,
+            token_A=None,
+            load_E=found.load_E,
+            fraction_GE=found.fraction_GE,
+            probability_GE=found.probability_GE,
+            balance_loss=found.balance_loss,
+            z_loss=found.z_loss,
+        )
 
     def _tokens_choose(self, scores: Scores, probability_NE: Tensor) -> Routing:
         """Every token asks for its experts; those with seats left take it."""

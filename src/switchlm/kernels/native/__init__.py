@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 COMPILERS = ("gcc", "cc", "clang")
-UNITS, HEADERS = ("few_rows.c", "one_query.c", "products.c"), ("vectors.h",)
+UNITS = ("few_rows.c", "one_query.c", "products.c", "router.c", "switch.c")
+HEADERS = ("products.h", "vectors.h")
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _PROCESSOR = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native"}
 _OPENMP = "-fopenmp"
@@ -135,6 +136,20 @@ def _declare(library: ctypes.CDLL) -> None:
         *[pointer] * 4, *[integer] * 3, *[pointer] * 6
     ]  # fmt: skip
     library.relu_experts_backward.restype = None
+    library.route.argtypes = [*[pointer] * 4, *[integer] * 5, *[pointer] * 11]
+    library.route.restype = None
+    library.route_backward.argtypes = [*[pointer] * 3, *[integer] * 4, *[pointer] * 11]
+    library.route_backward.restype = None
+    library.sort_by_expert.argtypes = [*[pointer] * 2, *[integer] * 2, *[pointer] * 3]
+    library.sort_by_expert.restype = None
+    library.switch_experts.argtypes = [
+        *[pointer] * 4, *[integer] * 4, *[pointer] * 3, number, *[pointer] * 2
+    ]  # fmt: skip
+    library.switch_experts.restype = None
+    library.switch_experts_backward.argtypes = [
+        *[pointer] * 5, *[integer] * 4, *[pointer] * 8
+    ]  # fmt: skip
+    library.switch_experts_backward.restype = None
 
 
 def _works(library: ctypes.CDLL, threads: bool) -> bool:

@@ -4,6 +4,7 @@
 
    Shapes: M x K times K x N. Strides are in numbers, from one row, or column, to the next. */
 
+#include "products.h"
 #include "vectors.h"
 
 enum { VECTORS = TILE / MOST_ROWS, DEPTH = 512 /* of a, so that b stays in the cache */ };
@@ -49,12 +50,14 @@ void product(const float *a, int64_t a_row, int64_t a_column, const float *b, in
        y + (m) * y_row + n, y_row, depth, add || k, streams, rows, vectors)
 #define STREAMED(m, rows) TILE_AT(m, 1, rows, VECTORS)
 #define STORED(m, rows) TILE_AT(m, 0, rows, VECTORS)
+#define PAIRED(m, rows) TILE_AT(m, 0, rows, 2)
 #define NARROW(m, rows) TILE_AT(m, 0, rows, 1)
     for (; n + VECTORS * LANES <= N; n += VECTORS * LANES)
       if (stream)
         EACH_TILE(M, STREAMED)
       else
         EACH_TILE(M, STORED)
+    for (; n + 2 * LANES <= N; n += 2 * LANES) EACH_TILE(M, PAIRED)
     for (; n < N; n += LANES) EACH_TILE(M, NARROW)
   }
   if (stream) FENCE();

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 COMPILERS = ("gcc", "cc", "clang")
-UNITS, HEADERS = ("few_rows.c", "one_query.c", "products.c"), ("vectors.h",)
+UNITS = ("few_rows.c", "one_query.c", "products.c", "attention.c")
+HEADERS = ("vectors.h", "products.h")
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _PROCESSOR = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native"}
 _OPENMP = "-fopenmp"
@@ -118,6 +119,8 @@ def _declare(library: ctypes.CDLL) -> None:
         number, *[pointer] * 5, *[integer] * 10, number
     ]  # fmt: skip
     library.one_query.restype = number
+    library.attention.argtypes = [pointer, number, number]
+    library.attention.restype = number
     library.product.argtypes = [
         pointer, integer, integer, pointer, integer, pointer, integer, *[integer] * 3,
         number, number,

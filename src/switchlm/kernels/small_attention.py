@@ -86,9 +86,7 @@ def _forward(
 
 class _SmallAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         query, key, value, bias = _neighbours(query, key, value, bias)
         y_BQW, kept_2BHQ = _forward(query, key, value, bias)
         ctx.save_for_backward(query, key, value, bias, y_BQW, kept_2BHQ)
@@ -98,7 +96,7 @@ class _SmallAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, y_BQW, kept_2BHQ = ctx.saved_tensors
-        batch, heads, queries, width = query.shape
+        batch, heads, _, width = query.shape
         changes = tuple(
             torch.empty(batch, x.shape[2], heads, width).transpose(1, 2)
             for x in (query, key, value)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 COMPILERS = ("gcc", "cc", "clang")
-UNITS = ("few_rows.c", "one_query.c", "products.c", "attention.c")
+UNITS = ("few_rows.c", "one_query.c", "products.c", "attention.c", "norm.c")
 HEADERS = ("vectors.h", "products.h")
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _PROCESSOR = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native"}
@@ -115,6 +115,10 @@ def _declare(library: ctypes.CDLL) -> None:
     library.few_rows.restype = number
     library.rms_norm.argtypes = [pointer, pointer, pointer, integer, integer, ctypes.c_float]
     library.rms_norm.restype = None
+    library.norm.argtypes = [*[pointer] * 4, integer, integer, ctypes.c_float, number]
+    library.norm.restype = None
+    library.norm_backward.argtypes = [*[pointer] * 6, integer, integer, number]
+    library.norm_backward.restype = None
     library.one_query.argtypes = [
         number, *[pointer] * 5, *[integer] * 10, number
     ]  # fmt: skip

@@ -2,21 +2,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from switchlm.kernels import native, norm
 from switchlm.kernels.norm import rms_norm
 
 
 def both(x: Tensor, weight: Tensor, gradient: Tensor) -> list[list[Tensor]]:
     results = []
-    for norm in (
+    for function in (
         lambda: rms_norm(x, weight, 1e-6),
         lambda: nn.functional.rms_norm(x, weight.shape, weight, 1e-6),
     ):
-        y = norm()
+        y = function()
         results.append([y, *torch.autograd.grad(y, [x, weight], gradient)])
     return results
 
 
-@pytest.mark.parametrize("shape", [(7, 5), (2, 3, 16), (4,), (0, 8), (2, 0, 8)])
+@pytest.mark.parametrize(
+    "shape", [(7, 5), (2, 3, 16), (4,), (0, 8), (2, 0, 8), (32,), (0, 16), (3, 200, 48)]
+)
 def test_equals_the_formula_with_gradients(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     x = torch.randn(shape, requires_grad=True)
@@ -55,3 +58,61 @@ def test_a_compiled_model_takes_the_formula() -> None:
     x = torch.randn(3, 8)
     compiled = torch.compile(rms_norm, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, torch.ones(8), 1e-6), rms_norm(x, torch.ones(8), 1e-6))
+
+
+@pytest.fixture(params=[None, "-march=x86-64-v3", "-march=x86-64"])
+def build(request, tmp_path, monkeypatch):
+    """The library as compiled for this processor, and for those with narrower vectors."""
+    if native.native().library is None:
+        pytest.skip(native.native().reason)
+    if request.param is None:
+        return
+    if native.platform.machine() != "x86_64":
+        pytest.skip("narrower vectors are another compiler's flags here")
+    monkeypatch.setattr(native, "_PROCESSOR", {"x86_64": request.param})
+    monkeypatch.setattr(native, "_FLAGS", ("-O1", *native._FLAGS[1:]))
+    monkeypatch.setattr(native.Path, "home", lambda: tmp_path)
+    built = native.native.__wrapped__()
+    assert built.library is not None, built.reason
+    monkeypatch.setattr(norm, "native", lambda: built)
+
+
+def test_one_pass_on_every_kind_of_vector(build) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 300, 48, requires_grad=True), torch.rand(48, requires_grad=True)
+    gradient = torch.randn(x.shape)
+    assert norm.fits(x, weight)
+    with torch.no_grad():
+        assert torch.equal(rms_norm(x, weight, 1e-6), norm._OnePass.apply(x, weight, 1e-6))
+    found = both(x, weight, gradient)[0]
+    x64, weight64 = (tensor.detach().double().requires_grad_() for tensor in (x, weight))
+    y64 = nn.functional.rms_norm(x64, weight64.shape, weight64, 1e-6)
+    expected = [y64, *torch.autograd.grad(y64, [x64, weight64], gradient.double())]
+    for mine, other in zip(found, expected, strict=True):
+        size = other.abs().max().item()
+        torch.testing.assert_close(mine.double(), other, rtol=1e-5, atol=1e-6 * size)
+
+
+def test_threads_change_no_bit(build) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(5000, 32, requires_grad=True), torch.rand(32, requires_grad=True)
+    gradient = torch.randn(x.shape)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            results.append(both(x, weight, gradient)[0])
+        finally:
+            torch.set_num_threads(1)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_what_one_pass_does_not_take(monkeypatch) -> None:
+    x, weight = torch.randn(3, 32), torch.ones(32)
+    assert not norm.fits(x[:, :20].contiguous(), weight[:20])
+    assert not norm.fits(torch.randn(32, 32).t(), weight)
+    assert not norm.fits(x.double(), weight)
+    assert not norm.fits(x[:0], weight)
+    monkeypatch.setattr(norm, "native", lambda: native.Native(None, "none"))
+    assert not norm.fits(x, weight)

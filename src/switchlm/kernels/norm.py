@@ -1,8 +1,12 @@
-"""The root mean square norm in half the passes over memory, for a CPU.
+"""The root mean square norm in one pass each way, for a CPU.
 
 PyTorch has one kernel for it on a GPU; on a CPU it takes the formula apart, and autograd again.
+native/norm.c does it at once; what it does not take, a few operators do in half the passes.
+
+Shapes: R rows, D width.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +14,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from switchlm.kernels import few_rows
+from switchlm.kernels.native import native
+
+_WIDTH = 16  # rows come in multiples of it: whole vectors on every processor
+_GROUP = 256  # rows that norm.c sums together
+_LEAST_NUMBERS = 2**16  # below which waking a thread does not pay
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
@@ -21,9 +30,67 @@ def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
         # In decoding, where rows are few, autograd's wrapping takes longer than the sums.
         if few_rows.few(x, few_rows.MOST_ROWS[torch.float32]):
             return few_rows.rms_norm(x, weight_D, epsilon)
+        if fits(x, weight_D):
+            return _forward(x, weight_D, epsilon)[0]
         return _normalised(x, weight_D, epsilon)[0]
-    y: Tensor = _RMSNorm.apply(x, weight_D, epsilon)
+    function = _OnePass if fits(x, weight_D) else _RMSNorm
+    y: Tensor = function.apply(x, weight_D, epsilon)
     return y
+
+
+def fits(x: Tensor, weight_D: Tensor) -> bool:
+    """Whether norm.c takes these: float32 rows of whole vectors, one after the other."""
+    return (
+        x.dtype == weight_D.dtype == torch.float32
+        and x.shape[-1] % _WIDTH == 0
+        and x.numel() > 0
+        and x.is_contiguous()
+        and weight_D.is_contiguous()
+        and type(weight_D) in (Tensor, nn.Parameter)
+        and weight_D.is_cpu
+        and not torch._C._len_torch_dispatch_stack()
+        and native().library is not None
+    )
+
+
+def _forward(x: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return the norm of x [..., D], and scale_R, for what `fits`."""
+    library = native().library
+    assert library is not None
+    width = x.shape[-1]
+    y, scale_R = torch.empty_like(x), x.new_empty(x.numel() // width)
+    library.norm(
+        x.data_ptr(), weight_D.data_ptr(), y.data_ptr(), scale_R.data_ptr(),
+        len(scale_R), width, epsilon, _threads(x),
+    )  # fmt: skip
+    return y, scale_R
+
+
+def _threads(x: Tensor) -> int:
+    return torch.get_num_threads() if native().threads and x.numel() >= _LEAST_NUMBERS else 1
+
+
+class _OnePass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+        y, scale_R = _forward(x, weight_D, epsilon)
+        ctx.save_for_backward(x, weight_D, scale_R)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight_D, scale_R = ctx.saved_tensors
+        library = native().library
+        assert library is not None
+        dy, dx = gradients[0].contiguous(), torch.empty_like(x)
+        rows, width = len(scale_R), x.shape[-1]
+        dweight_GD = x.new_empty(math.ceil(rows / _GROUP), width)
+        library.norm_backward(
+            dy.data_ptr(), x.data_ptr(), weight_D.data_ptr(), scale_R.data_ptr(),
+            dx.data_ptr(), dweight_GD.data_ptr(), rows, width, _threads(x),
+        )  # fmt: skip
+        return dx, dweight_GD[0], None
 
 
 def _normalised(x: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

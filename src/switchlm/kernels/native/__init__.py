@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 COMPILERS = ("gcc", "cc", "clang")
-UNITS = ("few_rows.c", "one_query.c", "products.c", "router.c", "switch.c")
-HEADERS = ("products.h", "vectors.h")
+UNITS = ("few_rows.c", "one_query.c", "products.c", "attention.c", "norm.c", "router.c", "switch.c")
+HEADERS = ("vectors.h", "products.h")
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _PROCESSOR = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native"}
 _OPENMP = "-fopenmp"
@@ -115,10 +115,16 @@ def _declare(library: ctypes.CDLL) -> None:
     library.few_rows.restype = number
     library.rms_norm.argtypes = [pointer, pointer, pointer, integer, integer, ctypes.c_float]
     library.rms_norm.restype = None
+    library.norm.argtypes = [*[pointer] * 4, integer, integer, ctypes.c_float, number]
+    library.norm.restype = None
+    library.norm_backward.argtypes = [*[pointer] * 6, integer, integer, number]
+    library.norm_backward.restype = None
     library.one_query.argtypes = [
         number, *[pointer] * 5, *[integer] * 10, number
     ]  # fmt: skip
     library.one_query.restype = number
+    library.attention.argtypes = [pointer, number, number]
+    library.attention.restype = number
     library.product.argtypes = [
         pointer, integer, integer, pointer, integer, pointer, integer, *[integer] * 3,
         number, number,

@@ -17,25 +17,6 @@ void rms_norm(const float *x, const float *weight, float *y, int64_t R, int64_t 
   }
 }
 
-/* e^x to a unit in the last place, for x <= 0; zero where float32 has no normal number for it.
-   2^n e^r with |r| <= ln(2) / 2, and e^r by its Taylor polynomial. */
-INLINE Floats exponential(Floats x) {
-  const Ints exists = x > -87.0f;
-  x = (Floats)((Ints)x & exists);
-  const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
-  const Floats whole = __builtin_convertvector(n, Floats);
-  const Floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f; /* ln 2 in two parts */
-  Floats power = (Floats){0} + 1.0f / 5040;
-  power = power * r + 1.0f / 720;
-  power = power * r + 1.0f / 120;
-  power = power * r + 1.0f / 24;
-  power = power * r + 1.0f / 6;
-  power = power * r + 0.5f;
-  power = power * r + 1.0f;
-  power = power * r + 1.0f;
-  return (Floats)((Ints)(power * (Floats)((n + 127) << 23)) & exists);
-}
-
 /* softmax(q k^T + bias) v of one head. weight: room for M, up to whole vectors. */
 INLINE void attend(Load load, const float *q, const void *k, const void *v, const float *bias,
                    float *y, float *weight, int64_t M, int64_t K, int64_t place,

@@ -58,7 +58,12 @@ void product(const float *a, int64_t a_row, int64_t a_column, const float *b, in
       else
         EACH_TILE(M, STORED)
     for (; n + 2 * LANES <= N; n += 2 * LANES) EACH_TILE(M, PAIRED)
-    for (; n < N; n += LANES) EACH_TILE(M, NARROW)
+    for (; n < N; n += LANES) {
+      int64_t m = 0; /* narrow tiles are high: sums in progress fill the time that one takes */
+      for (; m + 2 * MOST_ROWS <= M; m += 2 * MOST_ROWS) NARROW(m, 2 * MOST_ROWS);
+#define NARROW_REST(r, rows) NARROW(m + r, rows)
+      EACH_TILE(M - m, NARROW_REST)
+    }
   }
   if (stream) FENCE();
 }

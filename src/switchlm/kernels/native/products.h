@@ -1,4 +1,4 @@
-/* See products.c. */
+/* What other files use of products.c. */
 
 #ifndef SWITCHLM_PRODUCTS_H
 #define SWITCHLM_PRODUCTS_H

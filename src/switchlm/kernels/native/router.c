@@ -23,23 +23,6 @@ INLINE Floats where(Ints chosen, Floats a, Floats b) {
   return (Floats)((chosen & (Ints)a) | (~chosen & (Ints)b));
 }
 
-/* e^x for x <= 0, to 1 ulp (Cephes' polynomial); 0 where the result would be denormal. */
-INLINE Floats exp_of(Floats x) {
-  const Floats least = (Floats){0} - 87.33654f, magic = (Floats){0} + 12582912.0f;
-  const Ints vanishes = x < least;
-  x = where(vanishes, least, x);
-  const Floats shifted = x * 1.44269504f + magic, n = shifted - magic;
-  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Floats y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.0f;
-  const Ints power = ((Ints)shifted << 23) + 0x3f800000;
-  return where(vanishes, (Floats){0}, y * (Floats)power);
-}
-
 /* The logarithm of normal numbers, to 1 ulp (Cephes' polynomial); NaN stays NaN. */
 INLINE Floats log_of(Floats x) {
   const Ints exponent = ((Ints)x - 0x3f3504f3) >> 23; /* of x = 2^n (1 + f), f around 0 */
@@ -74,7 +57,7 @@ INLINE void softmax(float *p, int64_t E, int64_t width, const float *bias, float
     EACH(v, vectors) top[v] = larger(load(p + e * width + v * LANES), top[v]);
   for (int64_t e = 0; e < E; e++) EACH(v, vectors) {
     float *const place = p + e * width + v * LANES;
-    const Floats power = exp_of(load(place) - top[v]);
+    const Floats power = exponential(load(place) - top[v]);
     store(place, power);
     sum[v] += power;
   }

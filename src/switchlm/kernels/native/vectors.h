@@ -164,9 +164,51 @@ INLINE void store_sums(const Floats *v, float *y, const int integers, const int 
   EACH(o, outputs) y[o] = sum_of(v[o], integers);
 }
 
+/* The larger of each two; b where one is NaN. */
 INLINE Floats larger(Floats a, Floats b) {
+#if LANES == 16
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif LANES == 8
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
   const Ints first = a > b;
   return (Floats)((first & (Ints)a) | (~first & (Ints)b));
+#endif
+}
+
+INLINE float largest_of(Floats v) {
+  union {
+    Floats all;
+    FourFloats part[LANES / 4];
+    float lane[LANES];
+  } lanes = {v};
+  EACH(i, LANES / 4 - 1) {
+    const FourInts more = lanes.part[i + 1] > lanes.part[0];
+    lanes.part[0] = (FourFloats)((more & (FourInts)lanes.part[i + 1]) |
+                                 (~more & (FourInts)lanes.part[0]));
+  }
+  const float low = lanes.lane[0] > lanes.lane[1] ? lanes.lane[0] : lanes.lane[1];
+  const float high = lanes.lane[2] > lanes.lane[3] ? lanes.lane[2] : lanes.lane[3];
+  return low > high ? low : high;
+}
+
+/* e^x to a unit in the last place, for x <= 0; zero below -87, where float32 soon has no normal
+   number for it; NaN of NaN. 2^n e^r with |r| <= ln(2) / 2, and e^r by the polynomial of degree 6
+   that is nearest to it. */
+INLINE Floats exponential(Floats x) {
+  const Ints exists = ~(x < -87.0f);
+  x = larger(spread(-87.0f), x);
+  const Floats shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: n is in the last bits */
+  const Floats n = shifted - 12582912.0f;
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts */
+  Floats power = 1.381454e-3f * r + 8.368745e-3f;
+  power = power * r + 4.166839e-2f;
+  power = power * r + 1.6666521e-1f;
+  power = power * r + 4.9999994e-1f;
+  power = power * r + 1.0f;
+  power = power * r + 1.0f;
+  const Ints scale = ((Ints)shifted << 23) + 0x3f800000; /* 2^n */
+  return (Floats)((Ints)(power * (Floats)scale) & exists);
 }
 
 /* EACH_TILE(R, body): body(r, rows) for rows from r on, `rows` a constant of at most MOST_ROWS. */

@@ -1,0 +1,169 @@
+"""Attention of small heads and short sequences: native/attention.c, forward and backward.
+
+PyTorch's products of matrices this small take several times as long as their arithmetic, and its
+fused kernel gives no gradient of a bias. The scores of some queries of one head are made, used and
+forgotten while they are in the cache; for backward two numbers a query are kept. The result has the
+same bits with any number of threads.
+
+The plain twin is `nn.functional.scaled_dot_product_attention`.
+
+Shapes: B batch, H heads, Q queries, M keys and values (memory), K head width, W = H * K.
+"""
+
+import ctypes
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from switchlm.kernels.native import native
+
+LARGEST_WIDTH, MOST_SCORES = 128, 2**20  # of a head: as measured; twice as fast at all of them
+_MOST_GROUPS, _ROWS_OF_A_GROUP = 16, 8  # each sums its own gradient of the bias
+_LEAST_SCORES = 2**16  # below which waking a thread does not pay
+_NOTHING = (0, 0, 0, 0)
+
+
+def fits(query_BHQK: Tensor, key_BHMK: Tensor, value_BHMK: Tensor, bias: Tensor | None) -> bool:
+    """Whether `small_attention` takes these: plain tensors, float32, in main memory, and small.
+
+    Under autocast, a tracer or a mode that watches operators, PyTorch's own are the right ones.
+    """
+    tensors = (query_BHQK, key_BHMK, value_BHMK, *(() if bias is None else (bias,)))
+    return (
+        query_BHQK.shape[3] <= LARGEST_WIDTH
+        and query_BHQK.shape[2] * key_BHMK.shape[2] <= MOST_SCORES
+        and not torch.compiler.is_compiling()
+        and all(
+            type(x) is Tensor and x.is_cpu and x.dtype == torch.float32 and x.numel() > 0
+            for x in tensors
+        )
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._len_torch_dispatch_stack()
+        and native().library is not None
+    )
+
+
+def small_attention(
+    query_BHQK: Tensor, key_BHMK: Tensor, value_BHMK: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Return softmax(q k^T + bias) v, [B, Q, W], with gradients of all four, for what `fits`.
+
+    bias: [1 or B, 1 or H, Q, M], or none. Queries, keys and values are read where they lie, and
+    their gradients lie in memory as [B, Q or M, H, K].
+    """
+    tensors = (query_BHQK, key_BHMK, value_BHMK, *(() if bias is None else (bias,)))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        y_BQW: Tensor = _SmallAttention.apply(query_BHQK, key_BHMK, value_BHMK, bias)
+        return y_BQW
+    inputs = _neighbours(query_BHQK, key_BHMK, value_BHMK, bias)
+    return _forward(*inputs)[0]
+
+
+def _neighbours(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the inputs, with the numbers of a place, and the biases of a query, side by side."""
+    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    if bias is not None and bias.stride(3) != 1:
+        bias = bias.contiguous()
+    return query, key, value, bias
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return y_BQW, and what backward needs of softmax: [2, B, H, Q], see attention.c."""
+    batch, heads, queries, width = query.shape
+    y_BQW = torch.empty(batch, queries, heads * width)
+    kept_2BHQ = torch.empty(2, batch, heads, queries)
+    places = (*map(_heads, (query, key, value, _split(y_BQW, heads))), *[_NOTHING] * 4)
+    _call(query, key, bias, places, kept_2BHQ, None)
+    return y_BQW, kept_2BHQ
+
+
+class _SmallAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        query, key, value, bias = _neighbours(query, key, value, bias)
+        y_BQW, kept_2BHQ = _forward(query, key, value, bias)
+        ctx.save_for_backward(query, key, value, bias, y_BQW, kept_2BHQ)
+        return y_BQW
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias, y_BQW, kept_2BHQ = ctx.saved_tensors
+        batch, heads, _, width = query.shape
+        changes = tuple(
+            torch.empty(batch, x.shape[2], heads, width).transpose(1, 2)
+            for x in (query, key, value)
+        )
+        dbias = None
+        if ctx.needs_input_grad[3]:
+            groups = batch if bias.shape[0] > 1 else math.ceil(batch / _group(batch))
+            dbias = torch.empty(groups, *bias.shape[1:])
+        dy_BQW = gradients[0].contiguous()
+        outputs = (_split(y_BQW, heads), _split(dy_BQW, heads))
+        places = tuple(map(_heads, (query, key, value, *outputs, *changes)))
+        _call(query, key, bias, places, kept_2BHQ, dbias)
+        if dbias is not None and bias.shape[0] == 1:
+            for group in dbias[1:]:
+                dbias[0] += group
+            dbias = dbias[:1]
+        return *changes, dbias
+
+
+def _group(batch: int) -> int:
+    """Return the rows of the batch that share a bias and are one task."""
+    return math.ceil(batch / min(math.ceil(batch / _ROWS_OF_A_GROUP), _MOST_GROUPS))
+
+
+def _split(x_BQW: Tensor, heads: int) -> Tensor:
+    return x_BQW.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def _heads(x_BHSK: Tensor) -> tuple[int, ...]:
+    """Return the `Heads` of attention.c."""
+    return x_BHSK.data_ptr(), *x_BHSK.stride()[:3]
+
+
+def _call(
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    places: tuple[tuple[int, ...], ...],
+    kept_2BHQ: Tensor,
+    dbias: Tensor | None,
+) -> None:
+    """Run attention.c, backward where there are gradients. places: `Heads`, in the order there."""
+    batch, heads, queries, width = query.shape
+    keys = key.shape[2]
+    of_bias, group = _NOTHING, _group(batch)
+    if bias is not None:
+        row, head, query_stride, _ = (
+            stride * (size > 1) for size, stride in zip(bias.shape, bias.stride(), strict=True)
+        )
+        of_bias = bias.data_ptr(), row, head, query_stride
+    if dbias is not None and bias is not None and bias.shape[0] > 1:
+        group = 1
+    shared = heads if dbias is not None and dbias.shape[1] == 1 else 1
+    numbers = (
+        *(batch, heads, queries, keys, width, group, shared),
+        *(number for place in places for number in place),
+        *of_bias,
+        *(part.data_ptr() for part in kept_2BHQ),
+        0 if dbias is None else dbias.data_ptr(),
+    )
+    built = native()
+    assert built.library is not None, built.reason
+    scores = batch * heads * queries * keys
+    failed = built.library.attention(
+        (ctypes.c_int64 * len(numbers))(*numbers),
+        places[-1] != _NOTHING,
+        torch.get_num_threads() if built.threads and scores >= _LEAST_SCORES else 1,
+    )
+    if failed:
+        raise MemoryError(f"No memory left to attend to {keys} places.")

@@ -18,6 +18,7 @@ from switchlm.kernels import (
     fused_switch,
     half_precision,
     reference,
+    small_linear,
     torch_grouped,
     trial,
 )
@@ -57,12 +58,14 @@ def explain(x_RD: Tensor, weight_EDF: Tensor) -> Choice:
 
 
 def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
-    """Return x w^T over the last dim, as nn.functional.linear; few rows where reading w is all."""
+    """Return x w^T over the last dim, as nn.functional.linear, by the fastest kernel."""
     if few_rows.fits(x, weight_NK):
         y_RN = few_rows.linear(x.reshape(-1, x.shape[-1]), weight_NK)
         return y_RN.view(*x.shape[:-1], -1)
     if half_precision.widens(x):
         return half_precision.linear(x, weight_NK)
+    if small_linear.fits(x, weight_NK):
+        return small_linear.linear(x, weight_NK)
     return nn.functional.linear(x, weight_NK)
 
 

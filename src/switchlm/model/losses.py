@@ -4,8 +4,9 @@ Shapes: B batch, T target, V vocabulary, L layers, G groups, E experts.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from switchlm.kernels import cross_entropy as cross_entropy_kernel
 from switchlm.model.config import ModelConfig
 from switchlm.model.local import local
 from switchlm.model.routing import ModelOutput, Routing
@@ -26,8 +27,8 @@ def cross_entropy(
 
 def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Return losses_BT, float32: the negative log likelihood of each target in nats."""
-    losses_N = nn.functional.cross_entropy(
-        logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="none"
+    losses_N = cross_entropy_kernel.token_losses(
+        logits_BTV.float().flatten(0, 1), targets_BT.flatten()
     )
     return local(losses_N).view(targets_BT.shape)
 

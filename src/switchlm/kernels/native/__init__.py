@@ -19,7 +19,16 @@ from pathlib import Path
 import torch
 
 COMPILERS = ("gcc", "cc", "clang")
-UNITS = ("few_rows.c", "one_query.c", "products.c", "attention.c", "norm.c", "router.c", "switch.c")
+UNITS = (
+    "few_rows.c",
+    "one_query.c",
+    "products.c",
+    "attention.c",
+    "norm.c",
+    "router.c",
+    "switch.c",
+    "cross_entropy.c",
+)
 HEADERS = ("vectors.h", "products.h")
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _PROCESSOR = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native"}
@@ -115,6 +124,10 @@ def _declare(library: ctypes.CDLL) -> None:
     library.few_rows.restype = number
     library.rms_norm.argtypes = [pointer, pointer, pointer, integer, integer, ctypes.c_float]
     library.rms_norm.restype = None
+    library.cross_entropy.argtypes = [*[pointer] * 4, integer, integer, number]
+    library.cross_entropy.restype = integer
+    library.cross_entropy_backward.argtypes = [*[pointer] * 5, integer, integer, number]
+    library.cross_entropy_backward.restype = None
     library.norm.argtypes = [*[pointer] * 4, integer, integer, ctypes.c_float, number]
     library.norm.restype = None
     library.norm_backward.argtypes = [*[pointer] * 6, integer, integer, number]

@@ -1,0 +1,49 @@
+/* Cross-entropy in training, float32: one pass over the logits of a row while they are in the cache,
+   forward, and one backward, which makes the softmax again instead of reading it from memory.
+
+   Shapes: N rows, V logits, a multiple of 16. targets: a logit of each row, or IGNORED. */
+
+#include <math.h>
+
+#include "vectors.h"
+
+enum { IGNORED = -100 };
+
+/* loss [N]: log(sum(e^logit)) - logit of the target, 0 where ignored. lse [N]: the logarithm alone.
+   Returns the first row whose target is no logit, N if there is none. */
+int64_t cross_entropy(const float *logits, const int64_t *targets, float *loss, float *lse,
+                      int64_t N, int64_t V, int threads) {
+  for (int64_t n = 0; n < N; n++)
+    if (targets[n] != IGNORED && (targets[n] < 0 || targets[n] >= V)) return n;
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+#endif
+  for (int64_t n = 0; n < N; n++) {
+    const float *row = logits + n * V;
+    Floats top = load_float32(row, 0), total = {0};
+    for (int64_t v = LANES; v < V; v += LANES) top = larger(load_float32(row, v), top);
+    const float most = largest_of(top);
+    for (int64_t v = 0; v < V; v += LANES) total += exponential(load_float32(row, v) - most);
+    lse[n] = most + logf(sum(total));
+    loss[n] = targets[n] == IGNORED ? 0 : lse[n] - row[targets[n]];
+  }
+  return N;
+}
+
+/* dlogits = dloss * (softmax - 1 at the target). */
+void cross_entropy_backward(const float *logits, const int64_t *targets, const float *lse,
+                            const float *dloss, float *dlogits, int64_t N, int64_t V, int threads) {
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+#endif
+  for (int64_t n = 0; n < N; n++) {
+    const int ignored = targets[n] == IGNORED;
+    const float *row = logits + n * V;
+    float *change = dlogits + n * V;
+    const Floats size = spread(dloss[n]), shift = spread(lse[n]);
+    for (int64_t v = 0; v < V; v += LANES)
+      *(LooseFloats *)(change + v) =
+          ignored ? (Floats){0} : exponential(load_float32(row, v) - shift) * size;
+    if (!ignored) change[targets[n]] -= dloss[n];
+  }
+}

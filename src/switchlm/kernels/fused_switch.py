@@ -131,7 +131,7 @@ class _Switch(torch.autograd.Function):
                 (x_ND, weight_N, up_EDF, down_EFD), ctx.needs_input_grad, strict=False
             )
         ]
-        room = x_ND.new_empty(_ROWS, 2 * d_model + d_ff)
+        room = x_ND.new_empty(_ROWS * (2 * d_model + d_ff) + 2 * d_model * d_ff)
         library.switch_experts_backward(
             dy_ND.data_ptr(), x_ND.data_ptr(), weight_N.data_ptr(), token_R.data_ptr(),
             counts_E.data_ptr(), num_tokens, *up_EDF.shape, up_EDF.data_ptr(),

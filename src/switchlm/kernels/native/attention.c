@@ -66,27 +66,9 @@ static float *of_head(const Heads *x, int64_t b, int64_t h) {
 /* y[k][m] = x[m][k], zeros in the places after M. */
 static void turn(const float *x, int64_t row, float *y, int64_t M, int64_t K) {
   const int64_t places = WHOLE(M);
-  int64_t m = 0;
-  for (; m + 4 <= M; m += 4) {
-    int64_t k = 0;
-    for (; k + 4 <= K; k += 4) {
-      FourFloats in[4];
-      EACH(i, 4) memcpy(&in[i], x + (m + i) * row + k, sizeof in[i]);
-#ifdef __clang__
-#define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define MIX(a, b, ...) __builtin_shuffle(a, b, (FourInts){__VA_ARGS__})
-#endif
-      const FourFloats low = MIX(in[0], in[1], 0, 4, 1, 5), high = MIX(in[2], in[3], 0, 4, 1, 5);
-      const FourFloats low2 = MIX(in[0], in[1], 2, 6, 3, 7), high2 = MIX(in[2], in[3], 2, 6, 3, 7);
-      const FourFloats out[4] = {MIX(low, high, 0, 1, 4, 5), MIX(low, high, 2, 3, 6, 7),
-                                 MIX(low2, high2, 0, 1, 4, 5), MIX(low2, high2, 2, 3, 6, 7)};
-      EACH(i, 4) memcpy(y + (k + i) * places + m, &out[i], sizeof out[i]);
-    }
-    for (; k < K; k++) EACH(i, 4) y[k * places + m + i] = x[(m + i) * row + k];
-  }
-  for (; m < places; m++)
-    for (int64_t k = 0; k < K; k++) y[k * places + m] = m < M ? x[m * row + k] : 0;
+  transpose(x, row, y, places, M, K);
+  for (int64_t k = 0; places > M && k < K; k++)
+    memset(y + k * places + M, 0, sizeof *y * (places - M));
 }
 
 /* Copy `count` numbers; usually few. */

@@ -57,13 +57,19 @@ void product(const float *a, int64_t a_row, int64_t a_column, const float *b, in
         EACH_TILE(M, STREAMED)
       else
         EACH_TILE(M, STORED)
-    for (; n + 2 * LANES <= N; n += 2 * LANES) EACH_TILE(M, PAIRED)
-    for (; n < N; n += LANES) {
-      int64_t m = 0; /* narrow tiles are high: sums in progress fill the time that one takes */
-      for (; m + 2 * MOST_ROWS <= M; m += 2 * MOST_ROWS) NARROW(m, 2 * MOST_ROWS);
+    /* Narrow tiles are high: sums in progress fill the time that one takes. */
+#define HIGH(body)                                                           \
+  {                                                                          \
+    int64_t m = 0;                                                           \
+    for (; m + 2 * MOST_ROWS <= M; m += 2 * MOST_ROWS) body(m, 2 * MOST_ROWS); \
+    EACH_TILE(M - m, body##_REST)                                            \
+  }
+#define PAIRED_REST(r, rows) PAIRED(m + r, rows)
 #define NARROW_REST(r, rows) NARROW(m + r, rows)
-      EACH_TILE(M - m, NARROW_REST)
-    }
+#if LANES == 16
+    for (; n + 2 * LANES <= N; n += 2 * LANES) HIGH(PAIRED)
+#endif
+    for (; n < N; n += LANES) HIGH(NARROW)
   }
   if (stream) FENCE();
 }
@@ -104,6 +110,30 @@ void product_of_columns(const float *a, int64_t a_row, const float *b, int64_t b
 #define SINGLE(m, rows) DOTS_OF(m, rows, 1)
   for (; n + VECTORS <= N; n += VECTORS) EACH_TILE(M, WIDE)
   for (; n < N; n++) EACH_TILE(M, SINGLE)
+}
+
+void transpose(const float *x, int64_t x_row, float *y, int64_t y_row, int64_t M, int64_t K) {
+  int64_t m = 0;
+  for (; m + 4 <= M; m += 4) {
+    int64_t k = 0;
+    for (; k + 4 <= K; k += 4) {
+      FourFloats in[4];
+      EACH(i, 4) memcpy(&in[i], x + (m + i) * x_row + k, sizeof in[i]);
+#ifdef __clang__
+#define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MIX(a, b, ...) __builtin_shuffle(a, b, (FourInts){__VA_ARGS__})
+#endif
+      const FourFloats low = MIX(in[0], in[1], 0, 4, 1, 5), high = MIX(in[2], in[3], 0, 4, 1, 5);
+      const FourFloats low2 = MIX(in[0], in[1], 2, 6, 3, 7), high2 = MIX(in[2], in[3], 2, 6, 3, 7);
+      const FourFloats out[4] = {MIX(low, high, 0, 1, 4, 5), MIX(low, high, 2, 3, 6, 7),
+                                 MIX(low2, high2, 0, 1, 4, 5), MIX(low2, high2, 2, 3, 6, 7)};
+      EACH(i, 4) memcpy(y + (k + i) * y_row + m, &out[i], sizeof out[i]);
+    }
+    for (; k < K; k++) EACH(i, 4) y[k * y_row + m + i] = x[(m + i) * x_row + k];
+  }
+  for (; m < M; m++)
+    for (int64_t k = 0; k < K; k++) y[k * y_row + m] = x[m * x_row + k];
 }
 
 /* Whole experts one after the other, y = relu(x up) down, as a few products each: where experts are

@@ -65,24 +65,29 @@ void switch_experts(const float *x, const float *gate, const int64_t *token, con
 }
 
 /* The gradients of all that is not NULL; zeros for tokens of no expert and experts of no token.
-   room: 128 x (2 D + F). */
+   room: 128 x (2 D + F) + 2 D F. */
 void switch_experts_backward(const float *dy, const float *x, const float *gate,
                              const int64_t *token, const int64_t *counts, int64_t N, int64_t E,
                              int64_t D, int64_t F, const float *up, const float *down,
                              const float *hidden, float *room, float *dx, float *dgate, float *dup,
                              float *ddown) {
   float *const rows_x = room, *const rows_dy = room + ROWS * D, *const inner = room + 2 * ROWS * D;
+  float *const up_columns = inner + ROWS * F, *const down_columns = up_columns + D * F;
   int64_t done = 0;
   for (int64_t e = 0; e < E; e++) {
     const int64_t matrix = e * D * F;
     if (dup && !counts[e]) memset(dup + matrix, 0, D * F * sizeof *dup);
     if (ddown && !counts[e]) memset(ddown + matrix, 0, D * F * sizeof *ddown);
+    if (counts[e]) {
+      transpose(down + matrix, D, down_columns, F, F, D);
+      if (dx) transpose(up + matrix, F, up_columns, D, D, F);
+    }
     for (int64_t left = counts[e], rows; left; left -= rows, done += rows) {
       const int add = left < counts[e];
       const float *const active = hidden + done * F;
       rows = least(left, ROWS);
       gather(dy, token + done, rows, D, rows_dy);
-      product_of_columns(rows_dy, D, down + matrix, D, inner, F, rows, D, F, 0);
+      product(rows_dy, D, 1, down_columns, F, inner, F, rows, D, F, 0, 0);
       for (int64_t r = 0; r < rows; r++) {
         const int64_t n = token[done + r];
         const Floats weight = spread(gate[n]);
@@ -104,7 +109,7 @@ void switch_experts_backward(const float *dy, const float *x, const float *gate,
         product(rows_x, 1, D, inner, F, dup + matrix, F, D, rows, F, add, 0);
       }
       if (dx) {
-        product_of_columns(inner, F, up + matrix, F, rows_x, D, rows, F, D, 0);
+        product(inner, F, 1, up_columns, D, rows_x, D, rows, F, D, 0, 0);
         for (int64_t r = 0; r < rows; r++)
           memcpy(dx + token[done + r] * D, rows_x + r * D, D * sizeof *dx);
       }

@@ -1,0 +1,375 @@
+"""benchmarks/paper: words, shared runs, resuming, a real small run of two tables, and the page."""
+
+import json
+import math
+import os
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from benchmarks.paper import __main__ as command
+from benchmarks.paper import runs as runs_module
+from benchmarks.paper import schedule
+from benchmarks.paper.base import DENSE, dense, switch
+from benchmarks.paper.page import page
+from benchmarks.paper.runs import (
+    Distillation,
+    DivergedError,
+    Finetuning,
+    Place,
+    Pretraining,
+    Run,
+    with_needs,
+    work,
+)
+from benchmarks.paper.schedule import run_all
+from benchmarks.paper.table import Claim, Result, word
+from tests import commands
+
+from switchlm.config import read_yaml
+from switchlm.model import count
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLES = [command.load(name) for name in command.TABLES]
+SEEDS = (0, 1, 2)
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place(tmp_path / "data", tmp_path / "out")
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A plan that does what it is told, in no time."""
+
+    name: str
+    behave: Callable[[], dict] = lambda: {"evaluations": [{"evaluation_loss": 1.0}]}
+    needs: tuple["Toy", ...] = ()
+
+    def configuration(self, seed, place):
+        return {"name": self.name, "seed": seed}
+
+    def seconds(self, place):
+        return 1.0
+
+    def perform(self, run, out, stop):
+        return self.behave()
+
+
+def raising(error):
+    def behave():
+        raise error
+
+    return behave
+
+
+def made_up(run, *, name=""):
+    """Return a record as a real run's, with figures out of the air."""
+    draw = random.Random(run.key)
+    steps = 100 * (1 + 5 * ("student" in str(run.configuration)))
+    lines = [
+        {
+            "step": steps * part // 4,
+            "seconds": float(part),
+            "evaluation_loss": 2 - part / 4 + draw.gauss(0, 0.01),
+            "evaluation_loss_by_source": {"a": 2 - part / 4 + draw.gauss(0, 0.01), "b": 1.0},
+        }
+        for part in (1, 2, 3, 4)
+    ]
+    figures = {
+        "evaluations": lines, "step": steps, "tokens": 1000, "seconds": 4.0, "rows": 64,
+        "dropped": 0.01, "learning_rate": 0.01, "parameters": 1000 + draw.randrange(9),
+        "flops_per_token": 3e4, "metric": "accuracy", "one_answer": 50.0, "examples": 100,
+        "scores": {"accuracy": {"value": draw.gauss(80, 2), "low": 78.0, "high": 82.0}},
+    }  # fmt: skip
+    environment = {
+        "processor": "none", "device": "cpu", "threads": 1, "torch": "0", "commit": "0",
+        "uncommitted_changes": False,
+    }  # fmt: skip
+    return {"seed": run.seed, "figures": figures, "environment": environment}
+
+
+def record_all(place, seeds=SEEDS):
+    place.out.mkdir(parents=True, exist_ok=True)
+    every = [run for table in TABLES for _, run in table.runs(place, seeds)]
+    for run in with_needs(every):
+        run.file.write_text(json.dumps(made_up(run)))
+
+
+@pytest.mark.parametrize(
+    ("differences", "error", "expected"),
+    [
+        ([0.1, 0.12, 0.11], 0.0, "reproduced"),
+        ([-0.1, -0.12, -0.11], 0.0, "not reproduced"),
+        ([0.1, 0.12, -0.01], 0.0, "too small to tell"),
+        ([0.1, 0.12, 0.04], 0.0, "too small to tell"),  # twice the error would have been enough
+        ([0.1, 0.12, 0.11], 0.1, "too small to tell"),
+        ([0.1, 0.1], 0.0, "too small to tell"),
+        ([0.0, 0.0, 0.0], 0.0, "too small to tell"),
+        ([math.inf, math.inf, math.inf], 0.0, "reproduced"),
+        ([math.inf, math.inf, 0.1], 0.0, "too small to tell"),
+        ([-math.inf] * 3, 0.0, "not reproduced"),
+        ([math.nan] * 3, 0.0, "too small to tell"),
+    ],
+)
+def test_a_word_is_earned(differences, error, expected):
+    assert word(differences, error) == expected
+
+
+def test_tables_share_runs_of_equal_configuration(place):
+    by_name = {table.name: dict(table.runs(place, [0])) for table in TABLES}
+    assert by_name["table1"]["dense"].key == by_name["figure1"]["dense"].key
+    assert by_name["figure5"]["Switch"].key == by_name["appendix"]["Switch"].key
+    assert by_name["table7"]["8 experts"].key == by_name["figure1"]["8 experts"].key
+    # Precision is float32 and exploration argmax anyway, s is 0.1: resolved, these are one run.
+    assert by_name["table2"]["float32"].key == by_name["table3"]["s = 0.1"].key
+    assert by_name["table11"]["argmax"].key == by_name["figure1"]["64 experts"].key
+    every = [run for table in TABLES for _, run in table.runs(place, SEEDS)]
+    assert len(list(with_needs(every))) < 0.9 * len(every)
+
+
+def test_whatever_decides_a_run_is_in_its_key(place):
+    student = Distillation(teacher=switch(4), student=DENSE, settings={"hard_weight": 1.0})
+    kinds = [
+        Run(DENSE, 0, place),
+        Run(DENSE, 1, place),
+        Run(dense(steps=7), 0, place),
+        Run(switch(4), 0, place),
+        Run(switch(4, rate=0.5), 0, place),
+        Run(student, 0, place),
+        Run(Distillation(teacher=switch(8), student=DENSE, settings=student.settings), 0, place),
+        Run(Finetuning(model=DENSE, task="sst2"), 0, place),
+        Run(Finetuning(model=switch(4), task="sst2"), 0, place),
+        Run(DENSE, 0, Place(place.data, place.out, most_steps=5)),
+    ]
+    assert len({run.key for run in kinds}) == len(kinds)
+    elsewhere = Place(Path("/elsewhere"), place.out)
+    assert Run(DENSE, 0, elsewhere).key == Run(DENSE, 0, place).key
+
+
+def test_dense_twins_take_equal_flops_and_wider_ones_three_and_a_half_times(place):
+    figure1, figure5 = (
+        dict(command.load(name).runs(place, [0])) for name in ("figure1", "figure5")
+    )
+
+    def flops(run):
+        return count.flops_per_token(run.plan.resolve(0, place).model, 64, 14)
+
+    for name, run in figure1.items():
+        assert 1 <= flops(run) / flops(figure1["dense"]) < 1.2, name
+    assert flops(figure5["wider dense"]) / flops(figure1["dense"]) == pytest.approx(3.5, rel=0.05)
+
+
+def test_rates_are_those_of_the_demo(place):
+    from switchlm.recipes.compare import configure
+
+    pair = configure()
+    assert DENSE.resolve(0, place).training.learning_rate == pair.dense.training.learning_rate
+    halved = switch(64, rate=0.5).resolve(0, place).training.learning_rate
+    assert halved == pytest.approx(pair.sparse.training.learning_rate / 2)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Runs are done in this process, as soon as they are started."""
+
+    class Process:
+        exitcode = 0
+
+        def __init__(self, target, args, daemon):
+            self.start = lambda: target(*args)
+
+        def is_alive(self):
+            return False
+
+    context = SimpleNamespace(Process=Process)
+    monkeypatch.setattr(schedule.multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.setattr(schedule.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(schedule.time, "sleep", lambda _: None)
+
+
+def do(plans, place):
+    place.out.mkdir(parents=True, exist_ok=True)
+    said: list[str] = []
+    todo = list(with_needs([Run(plan, 0, place) for plan in plans]))
+    run_all(todo, {run.key: run.plan.name for run in todo}, 2, said.append)
+    return said
+
+
+def test_what_is_finished_is_not_done_again(at_once, place):
+    calls: list[str] = []
+
+    def count_calls():
+        calls.append("")
+        return Toy("").behave()
+
+    plans = [Toy("a", count_calls), Toy("b", count_calls)]
+    assert do(plans, place)[0].startswith("2 of 2 runs to do.")
+    Run(plans[0], 0, place).file.unlink()
+    assert do(plans, place)[0].startswith("1 of 2 runs to do.")
+    assert len(calls) == 3
+
+
+def test_a_run_that_fails_is_recorded_tried_again_and_stops_no_other(at_once, place):
+    bad = Toy("bad", raising(ValueError("no such text")))
+    after = Toy("after", needs=(bad,))
+    good = Toy("good")
+    for _ in range(2):
+        said = do([bad, after, good], place)
+        assert any("bad: failed: ValueError: no such text" in line for line in said)
+        assert Run(good, 0, place).finished
+        assert not Run(bad, 0, place).finished
+        assert Run(after, 0, place).record() is None
+    assert said[0].startswith("2 of 3 runs to do.")
+
+
+def test_a_run_that_diverges_is_a_result_also_for_what_starts_from_it(at_once, place):
+    bad = Toy("bad", raising(DivergedError("no finite gradient")))
+    after = Toy("after", needs=(bad,))
+    do([after], place)
+    for plan in (bad, after):
+        assert Run(plan, 0, place).finished
+        assert Result(Run(plan, 0, place).record()).quality == -math.inf
+
+
+def books(folder):
+    draw = random.Random(0)
+    folder.mkdir(parents=True)
+    words = ["the", "a", "ship", "sea", "storm", "king", "queen", "sailed", "wept", "old"]
+    for book in range(10):
+        lines = (" ".join(draw.choices(words, k=12)) for _ in range(80))
+        (folder / f"{book}.txt").write_text("\n".join(lines))
+
+
+def test_every_kind_of_run_ends_in_its_figures(monkeypatch, tmp_path):
+    monkeypatch.setattr(runs_module, "EVALUATE_BATCHES", 1)
+    monkeypatch.setattr(runs_module.signal, "signal", lambda *_: None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    place = Place(tmp_path / "data", tmp_path / "out", most_steps=4)
+    place.out.mkdir()
+    books(place.data / "books")
+    draw = random.Random(0)
+    (place.data / "sst2").mkdir()
+    for split, examples in (("train", 60), ("dev", 20), ("test", 20)):
+        lines = [f"some words {draw.random()}\t{draw.randrange(2)}" for _ in range(examples)]
+        text = "\n".join(["sentence\tlabel", *lines])
+        (place.data / "sst2" / f"{split}.tsv").write_text(text)
+    text = 'data.sources=["{data}/books"]'
+    own = (text, "data.held_out_share=0.2", "data.batch_size=8")
+    twin = Pretraining(steps=9, dense=True, overrides=own)
+    sparse = Pretraining(steps=9, overrides=("model.num_experts=4", *own))
+    plans = [
+        twin,
+        sparse,
+        Distillation(teacher=sparse, student=twin, settings={"hard_weight": 0.75}),
+        Finetuning(model=sparse, task="sst2", overrides=("model={dropout: 0.1}",)),
+    ]
+    found = []
+    for plan in plans:
+        run = Run(plan, 3, place)
+        work(run)
+        assert "figures" in run.record(), run.record()
+        found.append(run.record()["figures"])
+    dense_, sparse_, student, tuned = found
+    assert dense_["step"] == sparse_["step"] == student["step"] == 4
+    assert dense_["tokens"] == sparse_["tokens"]
+    assert student["parameters"] == dense_["parameters"] < sparse_["parameters"]
+    assert student["learning_rate"] == dense_["learning_rate"]
+    assert tuned["metric"] == "accuracy"
+    assert tuned["examples"] == 20
+    assert 0 <= Result(Run(plans[3], 3, place).record()).score <= 100
+    stored = read_yaml(Run(plans[3], 3, place).folder / "config.yaml")
+    assert stored["model"]["dropout"] == 0.1
+
+
+def test_two_tables_from_the_command_line(tmp_path):
+    environment = {**os.environ, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    out = tmp_path / "out"
+    ask = [sys.executable, "-m", "benchmarks.paper", "table2", "table3", "--steps", "4"]
+    ask += ["--seeds", "0", "--out", str(out)]
+    before = (ROOT / "docs" / "results.md").read_bytes()
+    done = commands.run(ask, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "4 of 4 runs to do." in done.stdout  # of five rows: two are one run
+    assert "failed" not in done.stdout
+    text = (out / "results.md").read_text()
+    assert "| bfloat16 | " in text
+    assert "not measured: 1 of 3 seeds" in text
+    assert "| reproduced |" not in text
+    next(out.glob("*.json")).unlink()
+    again = commands.run([*ask, "--only-write"], cwd=ROOT, env=environment)
+    assert again.returncode == 0, again.stderr
+    assert "Not measured: " in (out / "results.md").read_text()
+    assert (ROOT / "docs" / "results.md").read_bytes() == before
+
+
+def test_a_table_that_is_not_there_is_named():
+    done = commands.run([sys.executable, "-m", "benchmarks.paper", "table12"], cwd=ROOT)
+    assert done.returncode == 2
+    assert "There is no table12" in done.stderr
+
+
+def test_without_the_data_it_says_so(place):
+    table = command.load("figure7")
+    assert "no ntrex128 in" in table.missing_data(place)
+    assert "no ntrex128 in" in page([table], place, SEEDS)
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_every_claim_and_column_of_a_table_is_measured(table, place):
+    record_all(place)
+    seeds = table.results(place, SEEDS)
+    for claim in table.claims:
+        assert len(claim.values(seeds)) == len(SEEDS), claim.name
+        assert "not measured" not in claim.verdict(seeds)
+    for runs in seeds:
+        for row in table.rows:
+            assert len(row.paper) <= len(table.columns)
+            for column in table.columns:
+                column.measure(runs[row.name], runs)
+    text = page([table], place, SEEDS)
+    assert "not measured" not in text.lower()
+    heads, line, *lines = (line for line in text.splitlines() if line.startswith("|"))
+    for other in (line, *lines[: len(table.rows)]):
+        assert other.count("|") == heads.count("|")
+
+
+def test_what_is_missing_is_said_and_not_guessed(place):
+    record_all(place, seeds=[0])
+    text = page(TABLES, place, SEEDS)
+    assert "Not measured: dense: seed 1, 2; 2 experts: seed 1, 2;" in text
+    assert "| reproduced |" not in text
+    assert "| not reproduced |" not in text
+    assert not command.whole(TABLES, place, SEEDS)
+    record_all(place)
+    assert command.whole(TABLES, place, SEEDS)
+    assert not command.whole(TABLES[:3], place, SEEDS)
+    Run(DENSE, 1, place).file.write_text(json.dumps({"failed": "OSError: full disk", "seed": 1}))
+    assert not command.whole(TABLES, place, SEEDS)
+    assert "seed 1 (failed: OSError: full disk)" in page(TABLES, place, SEEDS)
+
+
+def test_a_task_that_is_not_learnt_has_no_winner():
+    claim = command.load("table5").claims[0]
+
+    def score(value):
+        scores = {"accuracy": {"value": value, "low": value - 1, "high": value + 1}}
+        return Result({"figures": {"metric": "accuracy", "scores": scores, "one_answer": 50.0}})
+
+    def seeds(dense, sparse):
+        pairs = zip(dense, sparse, strict=True)
+        return [{"sst2, dense": score(a), "sst2, Switch": score(b)} for a, b in pairs]
+
+    assert claim.verdict(seeds([60, 61, 60], [70, 71, 70.5])) == "reproduced"
+    assert claim.verdict(seeds([40, 41, 40], [49, 50, 49.5])) == "too small to tell: not learnt"
+
+
+def test_a_claim_counts_only_seeds_that_have_its_runs():
+    claim = Claim("better", "+1", lambda runs: runs["a"].quality - runs["b"].quality)
+    one = Result({"figures": {"evaluations": [{"evaluation_loss": 1.0}]}})
+    assert claim.verdict([{"a": one, "b": one}, {"a": one}, {}]) == "not measured: 1 of 3 seeds"

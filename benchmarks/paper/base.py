@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.runs import Place, Pretraining
+from benchmarks.paper.plans import Pretraining
+from benchmarks.paper.runs import Place
 
 STEPS = 6000  # where the quality at the end counts
 EARLY = 2000  # where the paper's claim is about early training

@@ -1,7 +1,7 @@
 """Table 11 (appendix C): how a router explores in training."""
 
 from benchmarks.paper.base import switch
-from benchmarks.paper.runs import Pretraining
+from benchmarks.paper.plans import Pretraining
 from benchmarks.paper.table import Row, Table, better
 
 

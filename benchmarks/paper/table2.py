@@ -1,7 +1,7 @@
 """Table 2: selective precision has the speed of bfloat16 and the quality of float32."""
 
 from benchmarks.paper.base import EARLY, switch
-from benchmarks.paper.runs import Pretraining
+from benchmarks.paper.plans import Pretraining
 from benchmarks.paper.table import QUALITY, Claim, Column, Row, Table
 
 

@@ -1,7 +1,7 @@
 """Table 4: dropout in fine-tuning; a higher rate inside experts."""
 
 from benchmarks.paper.base import PIECES_DENSE, PIECES_SWITCH
-from benchmarks.paper.runs import Finetuning, Pretraining
+from benchmarks.paper.plans import Finetuning, Pretraining
 from benchmarks.paper.table import Column, Row, Table, scores_better
 
 SCORE = Column("accuracy, %", lambda one, runs: one.score, ".1f")

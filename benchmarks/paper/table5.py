@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from benchmarks.paper.base import PIECES_DENSE, PIECES_SWITCH
-from benchmarks.paper.runs import Finetuning
+from benchmarks.paper.plans import Finetuning
 from benchmarks.paper.table import Claim, Column, Row, Runs, Table, scores_better
 
 # Task: what the paper's figures are of, T5-Base and Switch-Base.

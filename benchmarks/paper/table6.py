@@ -1,7 +1,7 @@
 """Table 6: distilling a sparse model into its dense twin."""
 
 from benchmarks.paper.base import LONG, dense, switch
-from benchmarks.paper.runs import Distillation
+from benchmarks.paper.plans import Distillation
 from benchmarks.paper.table import QUALITY, Column, Result, Row, Runs, Table, better
 
 from switchlm.recipes.distill_result import share_kept

@@ -3,7 +3,7 @@
 import math
 
 from benchmarks.paper.base import DENSE, switch
-from benchmarks.paper.runs import Distillation
+from benchmarks.paper.plans import Distillation
 from benchmarks.paper.table import QUALITY, Claim, Column, Result, Row, Runs, Table, better
 
 from switchlm.recipes.distill_result import share_kept

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from benchmarks.paper import figure7
+from benchmarks.paper import figure7, plans
 from benchmarks.paper import runs as runs_module
 from benchmarks.paper.runs import Place, Run, work
 from benchmarks.paper.table import Result
@@ -39,7 +39,7 @@ def place(tmp_path):
 def test_a_small_run_measures_every_language(place, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(runs_module.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(runs_module, "EVALUATE_BATCHES", 2)
+    monkeypatch.setattr(plans, "EVALUATE_BATCHES", 2)
     figure7.prepare(place)
     figure7.prepare(place)  # once is enough
     records = [json.loads(line) for line in (place.out / "languages" / "Exish.jsonl").open()]

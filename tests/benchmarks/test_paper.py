@@ -12,20 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 from benchmarks.paper import __main__ as command
+from benchmarks.paper import plans, schedule
 from benchmarks.paper import runs as runs_module
-from benchmarks.paper import schedule
 from benchmarks.paper.base import DENSE, dense, switch
 from benchmarks.paper.page import page
-from benchmarks.paper.runs import (
-    Distillation,
-    DivergedError,
-    Finetuning,
-    Place,
-    Pretraining,
-    Run,
-    with_needs,
-    work,
-)
+from benchmarks.paper.plans import Distillation, Finetuning, Pretraining
+from benchmarks.paper.runs import DivergedError, Place, Run, with_needs, work
 from benchmarks.paper.schedule import run_all
 from benchmarks.paper.table import Claim, Result, word
 from tests import commands
@@ -194,10 +186,10 @@ def at_once(monkeypatch):
     monkeypatch.setattr(schedule.time, "sleep", lambda _: None)
 
 
-def do(plans, place):
+def do(kinds, place):
     place.out.mkdir(parents=True, exist_ok=True)
     said: list[str] = []
-    todo = list(with_needs([Run(plan, 0, place) for plan in plans]))
+    todo = list(with_needs([Run(plan, 0, place) for plan in kinds]))
     run_all(todo, {run.key: run.plan.name for run in todo}, 2, said.append)
     return said
 
@@ -209,10 +201,10 @@ def test_what_is_finished_is_not_done_again(at_once, place):
         calls.append("")
         return Toy("").behave()
 
-    plans = [Toy("a", count_calls), Toy("b", count_calls)]
-    assert do(plans, place)[0].startswith("2 of 2 runs to do.")
-    Run(plans[0], 0, place).file.unlink()
-    assert do(plans, place)[0].startswith("1 of 2 runs to do.")
+    kinds = [Toy("a", count_calls), Toy("b", count_calls)]
+    assert do(kinds, place)[0].startswith("2 of 2 runs to do.")
+    Run(kinds[0], 0, place).file.unlink()
+    assert do(kinds, place)[0].startswith("1 of 2 runs to do.")
     assert len(calls) == 3
 
 
@@ -248,7 +240,7 @@ def books(folder):
 
 
 def test_every_kind_of_run_ends_in_its_figures(monkeypatch, tmp_path):
-    monkeypatch.setattr(runs_module, "EVALUATE_BATCHES", 1)
+    monkeypatch.setattr(plans, "EVALUATE_BATCHES", 1)
     monkeypatch.setattr(runs_module.signal, "signal", lambda *_: None)
     monkeypatch.setenv("HOME", str(tmp_path))
     place = Place(tmp_path / "data", tmp_path / "out", most_steps=4)
@@ -264,14 +256,14 @@ def test_every_kind_of_run_ends_in_its_figures(monkeypatch, tmp_path):
     own = (text, "data.held_out_share=0.2", "data.batch_size=8")
     twin = Pretraining(steps=9, dense=True, overrides=own)
     sparse = Pretraining(steps=9, overrides=("model.num_experts=4", *own))
-    plans = [
+    kinds = [
         twin,
         sparse,
         Distillation(teacher=sparse, student=twin, settings={"hard_weight": 0.75}),
         Finetuning(model=sparse, task="sst2", overrides=("model={dropout: 0.1}", LONG_ENOUGH)),
     ]
     found = []
-    for plan in plans:
+    for plan in kinds:
         run = Run(plan, 3, place)
         work(run)
         assert "figures" in run.record(), run.record()
@@ -283,8 +275,8 @@ def test_every_kind_of_run_ends_in_its_figures(monkeypatch, tmp_path):
     assert student["learning_rate"] == dense_["learning_rate"]
     assert tuned["metric"] == "accuracy"
     assert tuned["examples"] == 20
-    assert 0 <= Result(Run(plans[3], 3, place).record()).score <= 100
-    stored = read_yaml(Run(plans[3], 3, place).folder / "config.yaml")
+    assert 0 <= Result(Run(kinds[3], 3, place).record()).score <= 100
+    stored = read_yaml(Run(kinds[3], 3, place).folder / "config.yaml")
     assert stored["model"]["dropout"] == 0.1
 
 

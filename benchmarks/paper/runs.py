@@ -126,9 +126,11 @@ def with_needs(runs: Sequence[Run]) -> Iterator[Run]:
                 yield one
 
 
-def work(run: Run) -> None:
-    """Do a run in a process of its own, with one thread, and record what came of it."""
-    parent = os.getppid()
+def work(run: Run, parent: int) -> None:
+    """Do a run in a process of its own, with one thread, and record what came of it.
+
+    parent: the process that started it; without that one it ends.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # such as that transformers has no top-2

@@ -1,6 +1,7 @@
 """Do all runs that are not finished, so many at once, and say how far that is."""
 
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -33,7 +34,7 @@ def run_all(runs: Sequence[Run], names: Mapping[str, str], workers: int, say: Sa
         ready = [run for run in waiting if all(need.key in finished for need in run.needs)]
         for run in ready[: workers - len(running)]:
             waiting.remove(run)
-            process: BaseProcess = spawn.Process(target=work, args=(run,), daemon=True)
+            process: BaseProcess = spawn.Process(target=work, args=(run, os.getpid()), daemon=True)
             process.start()
             running[run.key] = (run, process, time.monotonic())
         time.sleep(0.2)

@@ -1,6 +1,7 @@
 """Figures 7 and 8 on parallel text of the test's own; the commands of the guide to languages."""
 
 import json
+import os
 import random
 import re
 import shlex
@@ -48,7 +49,7 @@ def test_a_small_run_measures_every_language(place, monkeypatch, tmp_path):
     runs = {}
     for row in figure7.TABLE.rows:
         run = Run(row.plan, 0, place)
-        work(run)
+        work(run, os.getppid())
         assert "figures" in run.record(), run.record()
         runs[row.name] = Result(run.record())
     by_source = runs["Switch"].evaluations[-1]["evaluation_loss_by_source"]

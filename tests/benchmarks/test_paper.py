@@ -175,7 +175,7 @@ def at_once(monkeypatch):
         exitcode = 0
 
         def __init__(self, target, args, daemon):
-            self.start = lambda: target(*args)
+            self.start = lambda: target(args[0], os.getppid())
 
         def is_alive(self):
             return False
@@ -221,8 +221,25 @@ def test_a_run_that_fails_is_recorded_tried_again_and_stops_no_other(at_once, pl
     assert said[0].startswith("2 of 3 runs to do.")
 
 
-def test_a_run_that_diverges_is_a_result_also_for_what_starts_from_it(at_once, place):
-    bad = Toy("bad", raising(DivergedError("no finite gradient")))
+def test_a_run_without_its_parent_records_nothing(monkeypatch, place):
+    monkeypatch.setattr(runs_module.signal, "signal", lambda *_: None)
+    place.out.mkdir()
+    run = Run(Toy("left alone"), 0, place)
+    work(run, parent=-1)
+    assert run.record() is None
+
+
+def losses_of_a_line():
+    return json.loads(json.dumps({"evaluation_loss": math.nan}, allow_nan=False))
+
+
+@pytest.mark.parametrize(
+    "behave",
+    [raising(DivergedError("no finite gradient")), losses_of_a_line],
+    ids=["steps", "loss"],
+)
+def test_a_run_that_diverges_is_a_result_also_for_what_starts_from_it(at_once, place, behave):
+    bad = Toy("bad", behave)
     after = Toy("after", needs=(bad,))
     do([after], place)
     for plan in (bad, after):
@@ -265,7 +282,7 @@ def test_every_kind_of_run_ends_in_its_figures(monkeypatch, tmp_path):
     found = []
     for plan in kinds:
         run = Run(plan, 3, place)
-        work(run)
+        work(run, os.getppid())
         assert "figures" in run.record(), run.record()
         found.append(run.record()["figures"])
     dense_, sparse_, student, tuned = found

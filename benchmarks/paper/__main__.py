@@ -4,9 +4,9 @@
     python -m benchmarks.paper --steps 20 --seeds 0
     python -m benchmarks.paper --only-write
 
-Does the runs that have no result below OUT yet, two at a time, one thread each, and writes
-OUT/results.md. Once all runs of all tables are finished, docs/results.md and its pictures are
-written too, and the results go to benchmarks/results/paper; --write does so before, and what is
+Does the runs of the tables that have no result below OUT yet, two at a time, one thread each, and
+writes OUT/results.md. Once all runs of all tables are finished, docs/results.md and its pictures
+are written too, and the results go to benchmarks/results/paper; --write does so before, and what is
 missing is said. --steps cuts every run: a draft below /tmp, from which docs are never written.
 --recorded reads benchmarks/results/paper in place of OUT. Fine-tuning and languages need FOLDER.
 """
@@ -52,22 +52,24 @@ def main() -> None:
         parser.error(f"There is no {unknown[0]}; there are {', '.join(TABLES)}.")
     out = asked.out or (RECORD if asked.recorded else default_folder(asked.steps))
     place = Place(asked.data.resolve(), out.resolve(), asked.steps)
-    tables = [load(name) for name in asked.tables or TABLES]
+    tables = [load(name) for name in TABLES]
+    wanted = [table for table in tables if table.name in (asked.tables or TABLES)]
     if not (asked.only_write or asked.recorded):
         try:
-            perform(tables, place, asked.seeds, asked.workers)
+            perform(wanted, place, asked.seeds, asked.workers)
         except KeyboardInterrupt:
             raise SystemExit("Stopped; the next start goes on with what is not finished.") from None
-    text = page(tables, place, asked.seeds)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.md").write_text(text, encoding="utf-8")
-    print(f"Written: {out / 'results.md'}")
-    if find_spec("matplotlib") is None:
-        print("No pictures, and docs as they were: matplotlib is not installed.")
-        return
-    draw(tables, place, asked.seeds, out)
-    if asked.steps is None and (asked.write or whole(tables, place, asked.seeds)):
-        publish(tables, place, asked.seeds, text)
+    if asked.tables:
+        print(page(wanted, place, asked.seeds))
+    has_pictures = find_spec("matplotlib") is not None
+    if not has_pictures:
+        print("matplotlib is not installed: no pictures are drawn, and docs/ stays as it is.")
+    if not asked.recorded:
+        write(tables, place, asked.seeds, place.out, has_pictures)
+    finished = asked.write or whole(tables, place, asked.seeds)
+    if asked.steps is None and has_pictures and finished:
+        write(tables, place, asked.seeds, DOCS, has_pictures)
+        keep(tables, place, asked.seeds)
 
 
 def default_folder(steps: int | None) -> Path:
@@ -102,33 +104,35 @@ def perform(tables: Sequence[Table], place: Place, seeds: Sequence[int], workers
     run_all(list(with_needs(runs)), names, workers, lambda line: print(line, flush=True))
 
 
-def draw(tables: Sequence[Table], place: Place, seeds: Sequence[int], folder: Path) -> None:
-    """Draw the pictures of the tables that are finished."""
-    for table in tables:
+def write(
+    tables: Sequence[Table], place: Place, seeds: Sequence[int], folder: Path, pictures: bool
+) -> None:
+    """Write the page, and the pictures of the tables that are finished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.md").write_text(page(tables, place, seeds), encoding="utf-8")
+    for table in tables if pictures else ():
         found = table.results(place, seeds)
         if table.picture is not None and complete(table, found):
             table.picture(found, folder / f"{table.name}.png")
+    print(f"Written: {folder / 'results.md'}")
 
 
 def whole(tables: Sequence[Table], place: Place, seeds: Sequence[int]) -> bool:
-    """Whether all tables of the paper are finished, with enough seeds."""
-    return (
-        len(seeds) >= LEAST_SEEDS
-        and len(tables) == len(TABLES)
-        and all(complete(table, table.results(place, seeds)) for table in tables)
+    """Whether all tables are finished, with enough seeds."""
+    return len(seeds) >= LEAST_SEEDS and all(
+        complete(table, table.results(place, seeds)) for table in tables
     )
 
 
-def publish(tables: Sequence[Table], place: Place, seeds: Sequence[int], text: str) -> None:
-    """Write docs/results.md and its pictures, and keep the results that they come from."""
-    (DOCS / "results.md").write_text(text, encoding="utf-8")
-    draw(tables, place, seeds, DOCS)
-    runs = with_needs([run for table in tables for _, run in table.runs(place, seeds)])
-    RECORD.mkdir(parents=True, exist_ok=True)
-    for run in runs:
-        if run.finished and run.file.parent != RECORD:
+def keep(tables: Sequence[Table], place: Place, seeds: Sequence[int]) -> None:
+    """Copy the results that docs/results.md comes from, and those alone, to where they are kept."""
+    if place.out == RECORD:
+        return
+    shutil.rmtree(RECORD, ignore_errors=True)
+    RECORD.mkdir(parents=True)
+    for run in with_needs([run for table in tables for _, run in table.runs(place, seeds)]):
+        if run.finished:
             shutil.copy(run.file, RECORD / run.file.name)
-    print(f"Written: {DOCS / 'results.md'}, and the results to {RECORD}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ from benchmarks.paper.runs import Place
 STEPS = 6000  # where the quality at the end counts
 EARLY = 2000  # where the paper's claim is about early training
 LONG = 12000  # where the dense baseline has to be near the best that it can be
-
-
 ANYWHERE = Place(Path(), Path())
 
 

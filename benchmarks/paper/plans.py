@@ -119,7 +119,7 @@ class Finetuning:
         values = self.settings(0, place)
         rows, length = (values["finetune"][name] for name in ("batch_size", "input_length"))
         step = step_seconds(self.model.resolve(0, place), rows, length)
-        return 1.5 * values["training"]["steps"] * step  # and as much again for half of the answers
+        return 2.5 * values["training"]["steps"] * step  # most of it are answers, word by word
 
     def perform(self, run: Run, out: Path, stop: Stop) -> Figures:
         values = self.settings(run.seed, run.place)

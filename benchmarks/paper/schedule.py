@@ -11,6 +11,7 @@ from multiprocessing.process import BaseProcess
 from benchmarks.paper.runs import Run, work
 
 Say = Callable[[str], None]
+BESIDE = 10.0  # seconds of a run beside its steps: it starts, evaluates, saves
 
 
 def run_all(runs: Sequence[Run], names: Mapping[str, str], workers: int, say: Say) -> None:
@@ -20,7 +21,7 @@ def run_all(runs: Sequence[Run], names: Mapping[str, str], workers: int, say: Sa
     no result and is left for the next time, as are those that start from it.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    guesses = {run.key: run.plan.seconds(run.place) for run in runs}
+    guesses = {run.key: run.plan.seconds(run.place) + BESIDE for run in runs}
     finished = {run.key for run in runs if run.finished}
     waiting = [run for run in runs if run.key not in finished]
     total, measured = len(waiting), Measured()

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--out", type=Path, help="runs/paper unless told")
-    parser.add_argument("--steps", type=int, help="of a draft: at most so many a run")
+    parser.add_argument("--steps", type=int, help="of a draft: at most so many per run")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--only-write", action="store_true", help="run nothing")
     parser.add_argument("--write", action="store_true", help="write docs, whatever is missing")

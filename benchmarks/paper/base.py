@@ -18,7 +18,7 @@ def dense(*overrides: str, steps: int = STEPS, **more: Any) -> Pretraining:
 
 
 def switch(experts: int = 64, *overrides: str, steps: int = STEPS, **more: Any) -> Pretraining:
-    """Return the Switch Transformer with so many experts a layer."""
+    """Return the Switch Transformer with so many experts per layer."""
     own = (f"model.num_experts={experts}", *overrides)
     return Pretraining(steps=steps, overrides=own, **more)
 

@@ -16,7 +16,7 @@ FOLDER = "ntrex128"
 
 
 def prepare(place: Place) -> None:
-    """Write one JSONL a language below OUT/languages, a record a document.
+    """Write a JSONL file per language below OUT/languages, with a record per document.
 
     The text: LANGUAGES.tsv (code and name), NAME.CODE.txt with the same lines in each language, and
     DOCUMENT_IDS.tsv with the document of each line, as NTREX-128 has them.

@@ -16,7 +16,7 @@ HEAD = (
     "What the paper says beside what this code does, small: the demo's models, on text that comes "
     "with Python where nothing else is said. `make paper` measures and writes this page; a table "
     "alone: `python -m benchmarks.paper table1`. What was tried on the way: [the log](log.md).",
-    "Quality is negative log perplexity on held-out text, nats a target; the paper's is of larger "
+    "Quality is negative log perplexity on held-out text, nats per target; the paper's is of larger "
     "models on other text, so that differences are what compares. A figure is the mean over the "
     "seeds, with the smallest and the largest; a claim has the value of each seed.",
 )
@@ -43,7 +43,7 @@ def origin(results: Sequence[Result]) -> str:
 
     changes = any(one["uncommitted_changes"] for one in environments)
     return (
-        f"Processor {each('processor')}; {each('device')}; threads a run: {each('threads')}, two "
+        f"Processor {each('processor')}; {each('device')}; threads per run: {each('threads')}, two "
         f"runs at a time; torch {each('torch')}; commit {each('commit')}"
         f"{', with uncommitted changes' * changes}; seeds "
         f"{', '.join(sorted({str(one.record['seed']) for one in results}))}."

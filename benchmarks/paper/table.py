@@ -33,7 +33,7 @@ class Result:
 
     @property
     def quality(self) -> float:
-        """Negative log perplexity on held-out text, nats a target, at the end."""
+        """Negative log perplexity on held-out text, nats per target, at the end."""
         return -math.inf if self.diverged else -self.evaluations[-1]["evaluation_loss"]
 
     @property
@@ -234,7 +234,7 @@ class Table:
 
 
 def word(differences: Sequence[float], error_of_examples: float = 0.0) -> str:
-    """Return what to call a claim that says that the differences, one a seed, are above zero.
+    """Return what to call a claim that says that the differences, one per seed, are above zero.
 
     Where runs diverged a difference is infinite; then all must be, on the same side.
     """

@@ -16,9 +16,9 @@ HEAD = (
     "What the paper says beside what this code does, small: the demo's models, on text that comes "
     "with Python where nothing else is said. `make paper` measures and writes this page; a table "
     "alone: `python -m benchmarks.paper table1`. What was tried on the way: [the log](log.md).",
-    "Quality is negative log perplexity on held-out text, nats per target; the paper's is of larger "
-    "models on other text, so that differences are what compares. A figure is the mean over the "
-    "seeds, with the smallest and the largest; a claim has the value of each seed.",
+    "Quality is negative log perplexity on held-out text, nats per target; the paper's is of "
+    "larger models on other text, so that differences are what compares. A figure is the mean over "
+    "the seeds, with the smallest and the largest; a claim has the value of each seed.",
 )
 
 

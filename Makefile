@@ -1,4 +1,5 @@
-# Two commands: `make demo` trains a Switch Transformer and its dense twin; `make test` runs the tests.
+# `make demo` trains a Switch Transformer and its dense twin; `make test` runs the tests; `make paper`
+# measures the tables of the paper.
 
 PYTHON ?= python3
 BUDGET ?= 6m
@@ -8,7 +9,7 @@ BIN := .venv/bin
 CONSTRAINT := $(if $(shell command -v nvidia-smi),,-c constraints-cpu.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: install demo test test-slow check format clean
+.PHONY: install demo paper test test-slow check format clean
 
 install: .venv/installed
 
@@ -30,6 +31,14 @@ install: .venv/installed
 
 demo: .venv/installed
 	$(BIN)/switchlm compare --out runs/demo --overwrite --budget $(BUDGET)
+
+.venv/installed-paper: .venv/installed
+	$(PIP) install -q $(CONSTRAINT) -e '.[paper]'
+	@touch $@
+
+# The paper's tables and figures, some two hours on 2 cores; goes on where it was stopped.
+paper: .venv/installed-paper
+	$(BIN)/python -m benchmarks.paper
 
 # A test that hangs is ended, and says where it hung.
 HANGS := -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true

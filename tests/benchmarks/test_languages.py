@@ -1,34 +1,32 @@
-"""benchmarks/languages.py on parallel text of the test's own, and the commands of its guide."""
+"""Figures 7 and 8 on parallel text of the test's own; the commands of the guide to languages."""
 
 import json
 import os
 import random
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 import typer
-from tests import commands
+from benchmarks.paper import figure7, plans
+from benchmarks.paper import runs as runs_module
+from benchmarks.paper.runs import Place, Run, work
+from benchmarks.paper.table import Result
 
 from switchlm.cli.main import load
-from switchlm.config import read_yaml
-from switchlm.model import count
-from switchlm.recipes.compare import configure
-from switchlm.recipes.config import run_config
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "benchmarks" / "languages.py"
 GUIDE = ROOT / "docs" / "guides" / "languages.md"
 ALPHABETS = {"xx": "abcde", "yy": "абвгд", "zz": "αβγδε"}
 
 
 @pytest.fixture
-def parallel_text(tmp_path):
+def place(tmp_path):
     """Three languages, 30 documents of 4 lines."""
-    folder = tmp_path / "parallel"
-    folder.mkdir()
+    folder = tmp_path / "data" / "ntrex128"
+    folder.mkdir(parents=True)
+    (tmp_path / "out").mkdir()
     (folder / "LANGUAGES.tsv").write_text("xx Exish\nyy\tWhy (Cyrillic)\n")
     documents = [f"d{number}" for number in range(30) for _ in range(4)]
     (folder / "DOCUMENT_IDS.tsv").write_text("\n".join(documents) + "\n")
@@ -36,62 +34,34 @@ def parallel_text(tmp_path):
         draw = random.Random(0)
         lines = ["".join(draw.choices(letters + " ", k=40)) for _ in documents]
         (folder / f"news.{code}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
+    return Place(tmp_path / "data", tmp_path / "out", most_steps=4)
 
 
-def run(tmp_path, *arguments):
-    environment = {**os.environ, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return commands.run(command, cwd=tmp_path, env=environment)
-
-
-def test_a_small_run_measures_every_language(tmp_path, parallel_text):
-    small = ["training.steps=8", "training.evaluate_every=4", "training.evaluate_batches=2"]
-    small += ["data.batch_size=8", "training.log_every=4", "data.held_out_share=0.2"]
-    overrides = [part for one in small for part in ("--set", one)]
-    runs = tmp_path / "runs"
-    done = run(tmp_path, "--data", parallel_text, "--runs", runs, "--draft", *overrides)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"\| seed 0 \| 8 \| .* of 3 \|", done.stdout)
-    assert {"Exish", "Why (Cyrillic)", "zz"} <= set(
-        re.findall(r"^\| ([^|]+) \|", done.stdout, re.M)
-    )
-    records = [json.loads(line) for line in (runs / "texts" / "Exish.jsonl").open()]
+def test_a_small_run_measures_every_language(place, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(runs_module.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(plans, "EVALUATE_BATCHES", 2)
+    figure7.prepare(place)
+    figure7.prepare(place)  # once is enough
+    records = [json.loads(line) for line in (place.out / "languages" / "Exish.jsonl").open()]
     assert [record["document"] for record in records] == [f"d{number}" for number in range(30)]
     assert len(records[0]["text"].splitlines()) == 4
-    report = (runs / "laptop-0" / "report.html").read_text()
-    assert "Why (Cyrillic)" in report
+    runs = {}
+    for row in figure7.TABLE.rows:
+        run = Run(row.plan, 0, place)
+        work(run, os.getppid())
+        assert "figures" in run.record(), run.record()
+        runs[row.name] = Result(run.record())
+    by_source = runs["Switch"].evaluations[-1]["evaluation_loss_by_source"]
+    assert set(by_source) == {"Exish", "Why (Cyrillic)", "zz"}
+    assert len(figure7.speeds(runs)) == 3
+    assert figure7.better(runs) in (0, pytest.approx(100 / 3), pytest.approx(200 / 3), 100)
 
 
-def test_without_the_text_it_says_so(tmp_path):
-    done = run(tmp_path, "--data", tmp_path / "none")
-    assert done.returncode == 0
-    assert "nothing is measured" in done.stdout
-
-
-def test_files_of_another_length_are_refused(tmp_path, parallel_text):
-    (parallel_text / "news.yy.txt").write_text("one line\n")
-    done = run(tmp_path, "--data", parallel_text, "--runs", tmp_path / "runs", "--draft")
-    assert done.returncode != 0
-    assert "has 1 lines, DOCUMENT_IDS.tsv 120" in done.stderr
-
-
-@pytest.mark.parametrize("scale", ["laptop", "gpu"])
-def test_the_twins_take_equal_flops(scale):
-    pair = configure(path=SCRIPT.with_suffix("") / f"{scale}.yaml", sources=["python:stdlib"])
-    sparse, dense = (count.flops_per_token(run.model, 64, 20) for run in (pair.sparse, pair.dense))
-    assert 1 <= sparse / dense < 1.1
-    assert pair.sparse.data.mixing_exponent == 0.3
-
-
-def test_the_papers_scale_is_that_of_mt5_base():
-    values = read_yaml(SCRIPT.with_suffix("") / "paper.yaml")
-    sparse = run_config(values=values)
-    dense = run_config(values=values, overrides=["model.num_experts=0"])
-    assert count.parameters(dense.model) == pytest.approx(580e6, rel=0.02)
-    flops = [count.flops_per_token(run.model, 1024, 229) for run in (sparse, dense)]
-    assert flops[0] == pytest.approx(flops[1], rel=0.01)
-    assert sparse.data.batch_size * sparse.data.input_length == 2**20
+def test_files_of_another_length_are_refused(place):
+    (place.data / "ntrex128" / "news.yy.txt").write_text("one line\n")
+    with pytest.raises(SystemExit, match="has 1 lines, the documents 120"):
+        figure7.prepare(place)
 
 
 def guide_commands():

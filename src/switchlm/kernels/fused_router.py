@@ -104,7 +104,7 @@ class _Route(torch.autograd.Function):
         probability_GE = torch.empty(num_groups, num_experts)
         balance_loss, z_loss = torch.empty(()), torch.empty(())
         probability = torch.empty(num_experts * _padded(num_tokens, tokens_a_group))
-        room = torch.empty(width * _BLOCK)
+        room = torch.empty(width * _BLOCK + num_experts * _WIDTH)
         library.route(
             x_ND.data_ptr(), weight_ED.data_ptr(), _place(bias_E), _place(valid_N),
             num_tokens, width, num_experts, tokens_a_group, capacity, room.data_ptr(),

@@ -81,11 +81,12 @@ INLINE void softmax(float *p, int64_t E, int64_t width, const float *bias, float
    probability [G, E], losses (balance, z), and for the backward pass probability and lse [N].
 
    bias: NULL or [E], added for the choice alone. valid: NULL or [N]; padding is neither kept nor
-   counted. capacity: of an expert in a group, or -1. room: D x 64. */
+   counted. capacity: of an expert in a group, or -1. room: D x 64 + E x 16. */
 void route(const float *x, const float *weight, const float *bias, const uint8_t *valid, int64_t N,
            int64_t D, int64_t E, int64_t S, int64_t capacity, float *room, int64_t *expert,
            float *gate, uint8_t *kept, int64_t *loads, float *fraction, float *mean,
            float *balance_loss, float *z_loss, float *probability, float *lse) {
+  float *const totals = room + D * BLOCK; /* of each expert's probabilities, by lane */
   double balance = 0, z = 0;
   int64_t groups = 0;
   memset(loads, 0, E * sizeof *loads);
@@ -94,15 +95,14 @@ void route(const float *x, const float *weight, const float *bias, const uint8_t
     int64_t real = 0;
     double z_group = 0, balance_group = 0;
     memset(fraction, 0, E * sizeof *fraction);
-    memset(mean, 0, E * sizeof *mean);
+    memset(totals, 0, E * sizeof(Floats));
     for (int64_t start = first; start < last; start += BLOCK) {
       const int64_t tokens = least(last - start, BLOCK), width = (tokens + FULL - 1) / FULL * FULL;
       float lses[BLOCK], counts[BLOCK] = {0};
       int32_t chosen[BLOCK];
-      for (int64_t d = 0; d < D; d++) {
-        for (int64_t n = 0; n < tokens; n++) room[d * width + n] = x[(start + n) * D + d];
-        for (int64_t n = tokens; n < width; n++) room[d * width + n] = 0;
-      }
+      transpose(x + start * D, D, room, width, tokens, D);
+      for (int64_t d = 0; tokens < width && d < D; d++)
+        memset(room + d * width + tokens, 0, (width - tokens) * sizeof *room);
       product(weight, D, 1, room, width, probability, width, E, D, width, 0, 0);
       int64_t done = 0;
 #define SOFTMAX(vectors) \
@@ -122,10 +122,10 @@ void route(const float *x, const float *weight, const float *bias, const uint8_t
         real += counted;
       }
       for (int64_t e = 0; e < E; e++) {
-        Floats total = {0};
+        Floats total = load(totals + e * LANES);
         for (int64_t n = 0; n < width; n += LANES)
           total += load(probability + e * width + n) * load(counts + n);
-        mean[e] += sum(total);
+        store(totals + e * LANES, total);
       }
       probability += E * width;
     }
@@ -133,7 +133,7 @@ void route(const float *x, const float *weight, const float *bias, const uint8_t
     for (int64_t e = 0; e < E; e++) {
       loads[e] += (int64_t)fraction[e];
       fraction[e] /= tokens;
-      mean[e] /= tokens;
+      mean[e] = sum(load(totals + e * LANES)) / tokens;
       balance_group += fraction[e] * mean[e];
     }
     balance += balance_group * (double)E;

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from switchlm.checkpoint.transplant import transplant
 from switchlm.errors import CheckpointError
-from switchlm.model.config import ModelConfig, RouterConfig
+from switchlm.model.config import Initialisation, ModelConfig, RouterConfig
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 
-SPARSE = preset("nano")
+SPARSE = dataclasses.replace(preset("nano"), initialisation=Initialisation())
 DENSE = preset("dense-nano")
 DROPLESS = RouterConfig(capacity_factor=None, evaluation_capacity_factor=None, exploration="argmax")
 LAYERS = ("encoder.blocks.1.feedforward", "decoder.blocks.1.feedforward")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from switchlm.kernels import fused_router
 from switchlm.model.router import Router
 from switchlm.training.config import TrainingConfig
 from switchlm.training.optimizer import build_optimizer, set_learning_rate
@@ -22,7 +23,7 @@ def test_what_runs_in_which_dtype(build, loader, monkeypatch, precision, router,
     model = build()
     set_router_dtype(model, precision)
     seen: dict[str, set[torch.dtype]] = {"router": set(), "experts": set()}
-    linear = torch.nn.functional.linear
+    linear, route = torch.nn.functional.linear, fused_router.route
     weights = {(module.num_experts, 16) for module in model.modules() if isinstance(module, Router)}
 
     def spy(x, weight, bias=None):  # type: ignore[no-untyped-def]
@@ -30,7 +31,12 @@ def test_what_runs_in_which_dtype(build, loader, monkeypatch, precision, router,
             seen["router"].add(x.dtype)
         return linear(x, weight, bias)
 
+    def fused_spy(x_ND, *arguments):  # type: ignore[no-untyped-def]
+        seen["router"].add(x_ND.dtype)
+        return route(x_ND, *arguments)
+
     monkeypatch.setattr(torch.nn.functional, "linear", spy)
+    monkeypatch.setattr(fused_router, "route", fused_spy)
     for module in model.modules():
         if type(module).__name__ == "FeedForwardExperts":
             module.register_forward_hook(lambda _, args, y: seen["experts"].add(args[0].dtype))

@@ -33,9 +33,9 @@ def fits(query_BHQK: Tensor, key_BHMK: Tensor, value_BHMK: Tensor, bias: Tensor 
     """
     tensors = (query_BHQK, key_BHMK, value_BHMK, *(() if bias is None else (bias,)))
     return (
-        query_BHQK.shape[3] <= LARGEST_WIDTH
+        not torch.compiler.is_compiling()
+        and query_BHQK.shape[3] <= LARGEST_WIDTH
         and query_BHQK.shape[2] * key_BHMK.shape[2] <= MOST_SCORES
-        and not torch.compiler.is_compiling()
         and all(
             type(x) is Tensor and x.is_cpu and x.dtype == torch.float32 and x.numel() > 0
             for x in tensors

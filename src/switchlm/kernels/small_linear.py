@@ -28,9 +28,9 @@ def fits(x: Tensor, weight_NK: Tensor) -> bool:
     """
     return (
         torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
         and weight_NK.numel() <= LARGEST
         and 0 < x.numel() * weight_NK.shape[0] <= MOST_WORK
-        and not torch.compiler.is_compiling()
         and type(x) is Tensor
         and type(weight_NK) in (Tensor, nn.Parameter)
         and x.is_cpu

@@ -93,10 +93,11 @@ class Router(nn.Module):
         if semantics.padding_takes_capacity and not self.experts_choose:
             valid_N = None
         tokens_a_group = group_size(x_ND.shape[0], row_tokens, semantics, self.config.group_rows)
+        x_ND = x_ND.to(self.dtype)
         if self._may_fuse(activation_dtype) and fused_router.fits(x_ND, self.weight):
             return self._fused(x_ND, valid_N, tokens_a_group)
         with torch.autocast(x_ND.device.type, enabled=False):
-            logits_NE = nn.functional.linear(x_ND.to(self.dtype), self.weight.to(self.dtype))
+            logits_NE = nn.functional.linear(x_ND, self.weight.to(self.dtype))
             scores = Scores(logits_NE, logits_NE.softmax(-1), valid_N, tokens_a_group)
             if self.experts_choose:
                 return self._experts_choose(scores)

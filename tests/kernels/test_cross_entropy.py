@@ -62,6 +62,21 @@ def test_numbers_that_are_not_finite_stay_so_in_their_row():
     torch.testing.assert_close(change_NV[2:], expected_NV[2:])
 
 
+def test_large_logits_keep_their_digits():
+    """The logarithm of a sum has none to spare beside a logit of 1e8."""
+    logits_NV = torch.full((1, 16), 1e8)
+    loss_N, change_NV = outcome(logits_NV, torch.tensor([3]), torch.ones(1), token_losses)
+    expected_N, expected_NV = outcome(logits_NV, torch.tensor([3]), torch.ones(1), plain)
+    torch.testing.assert_close(loss_N, expected_N)
+    torch.testing.assert_close(change_NV, expected_NV)
+
+
+def test_losses_may_be_changed_in_place():
+    losses_N = token_losses(torch.randn(4, 32, requires_grad=True), torch.zeros(4).long())
+    losses_N *= 2
+    losses_N.sum().backward()
+
+
 @pytest.mark.parametrize("target", [-1, 32, -101])
 def test_a_target_that_is_no_logit_is_named(target):
     with pytest.raises(IndexError, match=f"Target {target} is out of bounds of 32"):

@@ -276,7 +276,7 @@ def test_everything_else_goes_step_by_step(case, taken, monkeypatch) -> None:
     if case == "much work":
         monkeypatch.setattr(fused_router, "MOST_WORK", 50 * 4 * D - 1)
     if case == "without a library":
-        monkeypatch.setattr(fused_router, "native", lambda: native.Native(None, "none"))
+        monkeypatch.setattr(native, "native", lambda: native.Native(None, "none"))
     if case == "watched":
         with FlopCounterMode(display=False) as counter:
             router(x_ND, None, 50)

@@ -171,7 +171,7 @@ def test_sorting_equals_the_radix_sort(monkeypatch) -> None:
         kept_A = torch.rand(assignments) < 0.7
         ours = sort_by_expert(expert_A, kept_A, experts)
         with monkeypatch.context() as patch:
-            patch.setattr(permute, "native", lambda: native.Native(None, "none"))
+            patch.setattr(native, "native", lambda: native.Native(None, "none"))
             theirs = sort_by_expert(expert_A, kept_A, experts)
         for name in ("assignment_R", "row_A", "counts_E"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name))

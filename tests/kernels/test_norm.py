@@ -114,5 +114,5 @@ def test_what_one_pass_does_not_take(monkeypatch) -> None:
     assert not norm.fits(torch.randn(32, 32).t(), weight)
     assert not norm.fits(x.double(), weight)
     assert not norm.fits(x[:0], weight)
-    monkeypatch.setattr(norm, "native", lambda: native.Native(None, "none"))
+    monkeypatch.setattr(native, "native", lambda: native.Native(None, "none"))
     assert not norm.fits(x, weight)

@@ -224,7 +224,7 @@ def _switch(
         name=name,
         gate=float(gate),
         dead_experts=int((load_E == 0).sum()),
-        router_entropy=float(entropy(probability_NE).mean()),
+        router_entropy=float(entropy(probability_NE).sum() / max(len(probability_NE), 1)),
         load_entropy=float(entropy(load_E / load_E.sum().clamp(min=1))),
         expert_T=first_N[::every].cpu(),
     )

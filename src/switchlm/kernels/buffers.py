@@ -26,7 +26,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return a contiguous, uninitialised tensor in main memory, on a kept block if one is free."""
     bytes_needed = prod(shape) * dtype.itemsize
     if bytes_needed < SMALLEST:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     size = _size_class(bytes_needed)
     block = _take(size)
     view = block.numpy()[:bytes_needed]
@@ -62,7 +62,7 @@ def _take(size: int) -> Tensor:
         if blocks:
             return blocks.pop()
         _free.clear()
-    return torch.empty(size, dtype=torch.uint8)
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 def _give_back(size: int, block: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from switchlm.kernels.native import native
+from switchlm.kernels.native import native, readable
 
 _WIDTH = 16  # whole vectors on every processor
 _LEAST_LOGITS = 2**18  # below which waking a thread does not pay
@@ -32,18 +32,12 @@ def token_losses(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 def fits(logits_NV: Tensor, targets_N: Tensor) -> bool:
     """Whether the native kernel takes these: plain, in main memory, rows of whole vectors."""
     return (
-        not torch.compiler.is_compiling()
-        and type(logits_NV) is Tensor
-        and type(targets_N) is Tensor
-        and logits_NV.is_cpu
-        and targets_N.is_cpu
-        and logits_NV.dtype == torch.float32
-        and targets_N.dtype == torch.int64
+        readable(logits_NV)
+        and readable(targets_N, dtype=torch.int64)
+        and targets_N.shape == logits_NV.shape[:1]
         and logits_NV.numel() > 0
         and logits_NV.shape[1] % _WIDTH == 0
         and logits_NV.is_contiguous()
-        and not torch._C._len_torch_dispatch_stack()
-        and native().library is not None
     )
 
 
@@ -54,25 +48,25 @@ class _CrossEntropy(torch.autograd.Function):
         assert library is not None
         targets_N = targets_N.contiguous()
         rows, width = logits_NV.shape
-        loss_N, lse_N = logits_NV.new_empty(2, rows)
+        loss_N, kept_2N = logits_NV.new_empty(rows), logits_NV.new_empty(2, rows)
         wrong = library.cross_entropy(
-            logits_NV.data_ptr(), targets_N.data_ptr(), loss_N.data_ptr(), lse_N.data_ptr(),
+            logits_NV.data_ptr(), targets_N.data_ptr(), loss_N.data_ptr(), kept_2N.data_ptr(),
             rows, width, _threads(logits_NV),
         )  # fmt: skip
         if wrong < rows:
             raise IndexError(f"Target {int(targets_N[wrong])} is out of bounds of {width} logits.")
-        ctx.save_for_backward(logits_NV, targets_N, lse_N)
+        ctx.save_for_backward(logits_NV, targets_N, kept_2N)
         return loss_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        logits_NV, targets_N, lse_N = ctx.saved_tensors
+        logits_NV, targets_N, kept_2N = ctx.saved_tensors
         library = native().library
         assert library is not None
         dloss_N, dlogits_NV = gradients[0].contiguous(), torch.empty_like(logits_NV)
         library.cross_entropy_backward(
-            logits_NV.data_ptr(), targets_N.data_ptr(), lse_N.data_ptr(), dloss_N.data_ptr(),
+            logits_NV.data_ptr(), targets_N.data_ptr(), kept_2N.data_ptr(), dloss_N.data_ptr(),
             dlogits_NV.data_ptr(), *logits_NV.shape, _threads(logits_NV),
         )  # fmt: skip
         return dlogits_NV, None

@@ -109,7 +109,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
 @cache
 def _one(rows: int) -> Tensor:
     """Return the counts of a single matrix."""
-    return torch.tensor([rows])
+    return torch.tensor([rows], device="cpu")
 
 
 def _product(
@@ -129,7 +129,7 @@ def _product(
     assert built.library is not None, built.reason
     rows, experts = x_RK.shape[0], counts_E.shape[0]
     x32_RK = x_RK.float().contiguous()
-    y_RN = torch.empty(rows, shape[1])
+    y_RN = x32_RK.new_empty(rows, shape[1])
     size = weight.nbytes // experts
     failed = built.library.few_rows(
         form,

@@ -9,10 +9,10 @@ Shapes: N tokens, D d_model, E experts, G groups of consecutive tokens.
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchlm.kernels.native import native
+from switchlm.kernels.native import native, readable
 
 MOST_WORK = 2**25  # multiply-adds of the logits above which PyTorch's threads are worth waking
 _WIDTH = 16  # whole vectors on every processor
@@ -33,22 +33,24 @@ class Routed(NamedTuple):
     fraction_GE: Tensor
 
 
-def fits(x_ND: Tensor, weight_ED: Tensor) -> bool:
+def fits(
+    x_ND: Tensor,
+    weight_ED: Tensor,
+    bias_E: Tensor | None = None,
+    valid_N: Tensor | None = None,
+) -> bool:
     """Whether tokens go this way: float32, in main memory, little work, and nobody traces it.
 
     The number of threads does not matter, so that it changes no result.
     """
     return (
-        not torch.compiler.is_compiling()
-        and type(x_ND) is Tensor
-        and type(weight_ED) in (Tensor, nn.Parameter)
-        and x_ND.is_cpu
-        and weight_ED.is_cpu
-        and x_ND.dtype == weight_ED.dtype == torch.float32
+        readable(x_ND, weight_ED)
         and x_ND.shape[0] * weight_ED.numel() <= MOST_WORK
+        and x_ND.shape[1:] == weight_ED.shape[1:]
         and weight_ED.shape[1] % _WIDTH == 0
-        and not torch._C._len_torch_dispatch_stack()
-        and native().library is not None
+        and (bias_E is None or (bias_E.is_cpu and bias_E.shape == weight_ED.shape[:1]))
+        and (valid_N is None or readable(valid_N, dtype=torch.bool))
+        and (valid_N is None or valid_N.shape == x_ND.shape[:1])
     )
 
 
@@ -97,14 +99,15 @@ class _Route(torch.autograd.Function):
         assert library is not None
         (num_tokens, width), num_experts = x_ND.shape, weight_ED.shape[0]
         num_groups = max(-(-num_tokens // tokens_a_group), 1)
-        expert_N, load_E = _integers(num_tokens), _integers(num_experts)
-        kept_N = torch.empty(num_tokens, dtype=torch.bool)
-        gate_N, lse_N = torch.empty(num_tokens), torch.empty(num_tokens)
-        fraction_GE = torch.empty(num_groups, num_experts)
-        probability_GE = torch.empty(num_groups, num_experts)
-        balance_loss, z_loss = torch.empty(()), torch.empty(())
-        probability = torch.empty(num_experts * _padded(num_tokens, tokens_a_group))
-        room = torch.empty(width * _BLOCK + num_experts * _WIDTH)
+        expert_N = x_ND.new_empty(num_tokens, dtype=torch.int64)
+        load_E = x_ND.new_empty(num_experts, dtype=torch.int64)
+        kept_N = x_ND.new_empty(num_tokens, dtype=torch.bool)
+        gate_N, lse_N = x_ND.new_empty(num_tokens), x_ND.new_empty(num_tokens)
+        fraction_GE = x_ND.new_empty(num_groups, num_experts)
+        probability_GE = x_ND.new_empty(num_groups, num_experts)
+        balance_loss, z_loss = x_ND.new_empty(()), x_ND.new_empty(())
+        probability = x_ND.new_empty(num_experts * _padded(num_tokens, tokens_a_group))
+        room = x_ND.new_empty(width * _BLOCK + num_experts * _WIDTH)
         library.route(
             x_ND.data_ptr(), weight_ED.data_ptr(), _place(bias_E), _place(valid_N),
             num_tokens, width, num_experts, tokens_a_group, capacity, room.data_ptr(),
@@ -131,10 +134,10 @@ class _Route(torch.autograd.Function):
             return None, None, *nothing
         library = native().library
         assert library is not None
-        dx_ND = torch.empty(x_ND.shape) if ctx.needs_input_grad[0] else None
-        dweight_ED = torch.empty(weight_ED.shape) if ctx.needs_input_grad[1] else None
+        dx_ND = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
+        dweight_ED = torch.empty_like(weight_ED) if ctx.needs_input_grad[1] else None
         num_experts, width = weight_ED.shape
-        room = torch.empty(num_experts * (_BLOCK + 1))
+        room = x_ND.new_empty(num_experts * (_BLOCK + 1))
         library.route_backward(
             x_ND.data_ptr(), weight_ED.data_ptr(), _place(valid_N),
             x_ND.shape[0], width, num_experts, ctx.tokens_a_group,
@@ -142,7 +145,3 @@ class _Route(torch.autograd.Function):
             *map(_place, came), room.data_ptr(), _place(dx_ND), _place(dweight_ED),
         )  # fmt: skip
         return dx_ND, dweight_ED, *nothing
-
-
-def _integers(number: int) -> Tensor:
-    return torch.empty(number, dtype=torch.int64)

@@ -9,11 +9,11 @@ Shapes: N tokens, one expert each, D d_model, F d_ff, E experts.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from switchlm.kernels import buffers
-from switchlm.kernels.native import native
+from switchlm.kernels.native import native, readable
 from switchlm.kernels.permute import ExpertOrder
 
 SMALL = 2**13  # numbers of a matrix up to which starting operators takes longer than its products
@@ -40,20 +40,27 @@ def misfit(
         return f"experts of {d_model} x {d_ff} are not small, or no multiples of {_WIDTH}"
     if num_tokens * d_model * d_ff > MOST_WORK:
         return f"{num_tokens} rows are enough to share among threads"
-    if torch._C._len_torch_dispatch_stack():
-        return "somebody watches operators"
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_ND.dtype
     if dtype != torch.float32 or x_ND.dtype != torch.float32:
         return f"it takes float32, not {dtype}"
     library = native()
-    return library.reason if library.library is None else None
+    if library.library is None:
+        return library.reason
+    return None if readable(x_ND) else "somebody watches operators"
 
 
-def fits(*weights: Tensor) -> bool:
-    """Whether the experts' weights, too, can be read as they are."""
-    return all(
-        type(weight) in (Tensor, nn.Parameter) and weight.is_cpu and weight.dtype == torch.float32
-        for weight in weights
+def fits(
+    x_ND: Tensor, weight_N: Tensor, order: ExpertOrder, up_EDF: Tensor, down_EFD: Tensor
+) -> bool:
+    """Whether the experts' weights, too, can be read as they are, and all shapes agree."""
+    experts, d_model, d_ff = up_EDF.shape
+    return (
+        readable(x_ND, weight_N, up_EDF, down_EFD)
+        and readable(order.assignment_R, order.counts_E, dtype=torch.int64)
+        and x_ND.shape[1] == d_model
+        and down_EFD.shape == (experts, d_ff, d_model)
+        and weight_N.shape == order.assignment_R.shape == x_ND.shape[:1]
+        and order.counts_E.shape == (experts,)
     )
 
 

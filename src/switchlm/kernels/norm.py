@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from switchlm.kernels import few_rows
-from switchlm.kernels.native import native
+from switchlm.kernels.native import native, readable
 
 _WIDTH = 16  # rows come in multiples of it: whole vectors on every processor
 _GROUP = 256  # rows that norm.c sums together
@@ -41,15 +41,12 @@ def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
 def fits(x: Tensor, weight_D: Tensor) -> bool:
     """Whether norm.c takes these: float32 rows of whole vectors, one after the other."""
     return (
-        x.dtype == weight_D.dtype == torch.float32
+        readable(x, weight_D)
+        and x.shape[-1:] == weight_D.shape
         and x.shape[-1] % _WIDTH == 0
         and x.numel() > 0
         and x.is_contiguous()
         and weight_D.is_contiguous()
-        and type(weight_D) in (Tensor, nn.Parameter)
-        and weight_D.is_cpu
-        and not torch._C._len_torch_dispatch_stack()
-        and native().library is not None
     )
 
 
@@ -90,7 +87,8 @@ class _OnePass(torch.autograd.Function):
             dy.data_ptr(), x.data_ptr(), weight_D.data_ptr(), scale_R.data_ptr(),
             dx.data_ptr(), dweight_GD.data_ptr(), rows, width, _threads(x),
         )  # fmt: skip
-        return dx, dweight_GD[0], None
+        # A view of the first group would keep them all in memory.
+        return dx, dweight_GD[0].clone() if len(dweight_GD) > 1 else dweight_GD[0], None
 
 
 def _normalised(x: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ def one_query(
     built = native()
     assert built.library is not None, built.reason
     query32 = query_BH1K.float().contiguous()
-    y_B1W = torch.empty(batch, 1, heads * width)
+    y_B1W = query32.new_empty(batch, 1, heads * width)
     bias_at, bias_strides = None, (0, 0, 0)
     if bias is not None:
         bias = bias.float()

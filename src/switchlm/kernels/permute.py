@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchlm.kernels.native import native
+from switchlm.kernels.native import native, readable
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,9 @@ def sort_by_expert(expert_A: Tensor, kept_A: Tensor, num_experts: int) -> Expert
 def _counted(expert_A: Tensor, kept_A: Tensor) -> bool:
     """Whether native/switch.c may sort them: in main memory, and nobody traces it."""
     return (
-        not torch.compiler.is_compiling()
-        and type(expert_A) is type(kept_A) is Tensor
-        and expert_A.is_cpu
-        and expert_A.dtype == torch.int64
-        and not torch._C._len_torch_dispatch_stack()
-        and native().library is not None
+        readable(expert_A, dtype=torch.int64)
+        and readable(kept_A, dtype=torch.bool)
+        and kept_A.shape == expert_A.shape
     )
 
 

@@ -212,7 +212,7 @@ def _native(
     activation: Activation,
     gate_EDF: Tensor | None,
 ) -> Tensor:
-    fits = fused_switch.fits(up_EDF, down_EFD)
+    fits = fused_switch.fits(x_ND, weight_A, order, up_EDF, down_EFD)
     way = fused_switch.switch_feedforward if fits else _separate
     return way(x_ND, weight_A, order, up_EDF, down_EFD, activation, gate_EDF)
 

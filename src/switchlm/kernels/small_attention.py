@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchlm.kernels.native import native
+from switchlm.kernels.native import native, readable
 
 LARGEST_WIDTH, MOST_SCORES = 128, 2**20  # of a head: as measured; twice as fast at all of them
 _MOST_GROUPS, _ROWS_OF_A_GROUP = 16, 8  # each sums its own gradient of the bias
@@ -33,16 +33,27 @@ def fits(query_BHQK: Tensor, key_BHMK: Tensor, value_BHMK: Tensor, bias: Tensor 
     """
     tensors = (query_BHQK, key_BHMK, value_BHMK, *(() if bias is None else (bias,)))
     return (
-        not torch.compiler.is_compiling()
+        readable(*tensors)
         and query_BHQK.shape[3] <= LARGEST_WIDTH
         and query_BHQK.shape[2] * key_BHMK.shape[2] <= MOST_SCORES
-        and all(
-            type(x) is Tensor and x.is_cpu and x.dtype == torch.float32 and x.numel() > 0
-            for x in tensors
-        )
+        and all(x.numel() > 0 for x in tensors)
+        and key_BHMK.shape == value_BHMK.shape
+        and query_BHQK.shape[:2] == key_BHMK.shape[:2]
+        and query_BHQK.shape[3] == key_BHMK.shape[3]
+        and (bias is None or _agrees(bias, query_BHQK, key_BHMK))
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._len_torch_dispatch_stack()
-        and native().library is not None
+    )
+
+
+def _agrees(bias: Tensor, query_BHQK: Tensor, key_BHMK: Tensor) -> bool:
+    """Whether the bias is of a documented shape."""
+    batch, heads, queries, _ = query_BHQK.shape
+    return (
+        bias.dim() == 4
+        and bias.shape[0] in (1, batch)
+        and bias.shape[1] in (1, heads)
+        and (bias.shape[2] == queries or (bias.shape[2] == 1 and not bias.requires_grad))
+        and bias.shape[3] == key_BHMK.shape[2]
     )
 
 
@@ -77,8 +88,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Return y_BQW, and what backward needs of softmax: [2, B, H, Q], see attention.c."""
     batch, heads, queries, width = query.shape
-    y_BQW = torch.empty(batch, queries, heads * width)
-    kept_2BHQ = torch.empty(2, batch, heads, queries)
+    y_BQW = query.new_empty(batch, queries, heads * width)
+    kept_2BHQ = query.new_empty(2, batch, heads, queries)
     places = (*map(_heads, (query, key, value, _split(y_BQW, heads))), *[_NOTHING] * 4)
     _call(query, key, bias, places, kept_2BHQ, None)
     return y_BQW, kept_2BHQ
@@ -98,13 +109,13 @@ class _SmallAttention(torch.autograd.Function):
         query, key, value, bias, y_BQW, kept_2BHQ = ctx.saved_tensors
         batch, heads, _, width = query.shape
         changes = tuple(
-            torch.empty(batch, x.shape[2], heads, width).transpose(1, 2)
+            x.new_empty(batch, x.shape[2], heads, width).transpose(1, 2)
             for x in (query, key, value)
         )
         dbias = None
         if ctx.needs_input_grad[3]:
             groups = batch if bias.shape[0] > 1 else math.ceil(batch / _group(batch))
-            dbias = torch.empty(groups, *bias.shape[1:])
+            dbias = bias.new_empty(groups, *bias.shape[1:])
         dy_BQW = gradients[0].contiguous()
         outputs = (_split(y_BQW, heads), _split(dy_BQW, heads))
         places = tuple(map(_heads, (query, key, value, *outputs, *changes)))

@@ -41,7 +41,7 @@ def forward(
     library = native().library
     assert library is not None
     y_RD = plan.empty(x_RD, down_EFD.shape[2])
-    counts_E = torch.tensor(plan.sizes[:-1])
+    counts_E = torch.tensor(plan.sizes[:-1], device="cpu")
     kept = hidden_RF is not None
     room = hidden_RF if hidden_RF is not None else _room(x_RD, plan, up_EDF)
     library.relu_experts(
@@ -63,7 +63,7 @@ def backward(
     """Write the gradients of x, up and down into those of `into` that are there."""
     library = native().library
     assert library is not None
-    counts_E = torch.tensor(plan.sizes[:-1])
+    counts_E = torch.tensor(plan.sizes[:-1], device="cpu")
     room = _room(x_RD, plan, up_EDF)
     places = (None if gradient is None else gradient.data_ptr() for gradient in into)
     library.relu_experts_backward(

@@ -10,10 +10,10 @@ Shapes: R rows, K inputs, N outputs.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchlm.kernels.native import native
+from switchlm.kernels.native import native, readable
 
 LARGEST = 2**14  # numbers of a matrix: as measured, at least twice as fast as PyTorch up to it
 MOST_WORK = 2**25  # multiply-adds above which PyTorch's threads are worth waking
@@ -28,20 +28,14 @@ def fits(x: Tensor, weight_NK: Tensor) -> bool:
     """
     return (
         torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and readable(x, weight_NK)
         and weight_NK.numel() <= LARGEST
         and 0 < x.numel() * weight_NK.shape[0] <= MOST_WORK
-        and type(x) is Tensor
-        and type(weight_NK) in (Tensor, nn.Parameter)
-        and x.is_cpu
-        and weight_NK.is_cpu
-        and x.dtype == weight_NK.dtype == torch.float32
+        and x.shape[-1] == weight_NK.shape[1]
         and all(width % _WIDTH == 0 for width in weight_NK.shape)
         and x.is_contiguous()
         and weight_NK.is_contiguous()
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._len_torch_dispatch_stack()
-        and native().library is not None
     )
 
 

@@ -94,7 +94,9 @@ class Router(nn.Module):
             valid_N = None
         tokens_a_group = group_size(x_ND.shape[0], row_tokens, semantics, self.config.group_rows)
         x_ND = x_ND.to(self.dtype)
-        if self._may_fuse(activation_dtype) and fused_router.fits(x_ND, self.weight):
+        if self._may_fuse(activation_dtype) and fused_router.fits(
+            x_ND, self.weight, self.bias_E, valid_N
+        ):
             return self._fused(x_ND, valid_N, tokens_a_group)
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE = nn.functional.linear(x_ND, self.weight.to(self.dtype))

@@ -6,7 +6,7 @@ as the undisturbed one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from switchlm.data.batch import Batch
@@ -77,6 +77,8 @@ class HeldOutLoss:
             diagnosis = diagnose(model, self.batches[0])
             figures |= diagnosis.figures(self.experts)
             self.experts = diagnosis.experts()
+        else:
+            self.experts = {}
         return Verdict(figures=figures)
 
     def state(self) -> dict[str, Any]:
@@ -131,4 +133,6 @@ class KeepBest:
         return dict(vars(self.best))
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.best = Best(**state)
+        # A run may have been judged by something else before.
+        known = {one.name for one in fields(Best)}
+        self.best = Best(**{name: value for name, value in state.items() if name in known})

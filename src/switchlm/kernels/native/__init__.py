@@ -17,6 +17,8 @@ from importlib import resources
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 COMPILERS = ("gcc", "cc", "clang")
 UNITS = (
@@ -43,6 +45,25 @@ class Native:
     library: ctypes.CDLL | None
     reason: str
     threads: bool = False
+
+
+def readable(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether there is a library, and it may read these tensors: plain, in main memory, of `dtype`.
+
+    Not while somebody traces, watches or transforms operators, who would not see a call into C.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and all(
+            type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu and tensor.dtype == dtype
+            for tensor in tensors
+        )
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and native().library is not None
+    )
 
 
 @cache
@@ -173,11 +194,16 @@ def _declare(library: ctypes.CDLL) -> None:
 
 def _works(library: ctypes.CDLL, threads: bool) -> bool:
     """Try a product of small integers, which is exact."""
-    x = torch.arange(3 * 64).remainder(7).float().view(3, 64)
-    weight = torch.arange(32 * 64).remainder(5).float().view(32, 64)
-    y, counts = torch.empty(3, 32), torch.tensor([3])
+    x = torch.arange(3 * 64, device="cpu").remainder(7).float().view(3, 64)
+    weight = torch.arange(32 * 64, device="cpu").remainder(5).float().view(32, 64)
+    y, counts = x.new_empty(3, 32), torch.tensor([3], device="cpu")
     failed = library.few_rows(
         0, weight.data_ptr(), None, 0, 64, 32, 0,
         x.data_ptr(), y.data_ptr(), 3, counts.data_ptr(), 1, 2 if threads else 1,
     )  # fmt: skip
-    return not failed and torch.equal(y, x @ weight.t())
+    expected, columns = x @ weight.t(), weight.t().contiguous()
+    if failed or not torch.equal(y, expected):
+        return False
+    y.zero_()
+    library.product(x.data_ptr(), 64, 1, columns.data_ptr(), 32, y.data_ptr(), 32, 3, 64, 32, 0, 0)
+    return torch.equal(y, expected)

@@ -9,9 +9,11 @@
 
 enum { IGNORED = -100 };
 
-/* loss [N]: log(sum(e^logit)) - logit of the target, 0 where ignored. lse [N]: the logarithm alone.
-   Returns the first row whose target is no logit, N if there is none. */
-int64_t cross_entropy(const float *logits, const int64_t *targets, float *loss, float *lse,
+/* loss [N]: log(sum(e^logit)) - logit of the target, 0 where ignored; the largest logit is taken off
+   first, since large ones leave no digits for the logarithm. kept [2, N], for backward: the largest
+   logit, and 1 / sum(e^(logit - largest)). Returns the first row whose target is no logit, N if there
+   is none. */
+int64_t cross_entropy(const float *logits, const int64_t *targets, float *loss, float *kept,
                       int64_t N, int64_t V, int threads) {
   for (int64_t n = 0; n < N; n++)
     if (targets[n] != IGNORED && (targets[n] < 0 || targets[n] >= V)) return n;
@@ -24,14 +26,16 @@ int64_t cross_entropy(const float *logits, const int64_t *targets, float *loss, 
     for (int64_t v = LANES; v < V; v += LANES) top = larger(load_float32(row, v), top);
     const float most = largest_of(top);
     for (int64_t v = 0; v < V; v += LANES) total += exponential(load_float32(row, v) - most);
-    lse[n] = most + logf(sum(total));
-    loss[n] = targets[n] == IGNORED ? 0 : lse[n] - row[targets[n]];
+    const float all = sum(total);
+    kept[n] = most;
+    kept[N + n] = 1 / all;
+    loss[n] = targets[n] == IGNORED ? 0 : most - row[targets[n]] + logf(all);
   }
   return N;
 }
 
 /* dlogits = dloss * (softmax - 1 at the target). */
-void cross_entropy_backward(const float *logits, const int64_t *targets, const float *lse,
+void cross_entropy_backward(const float *logits, const int64_t *targets, const float *kept,
                             const float *dloss, float *dlogits, int64_t N, int64_t V, int threads) {
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -40,10 +44,10 @@ void cross_entropy_backward(const float *logits, const int64_t *targets, const f
     const int ignored = targets[n] == IGNORED;
     const float *row = logits + n * V;
     float *change = dlogits + n * V;
-    const Floats size = spread(dloss[n]), shift = spread(lse[n]);
+    const Floats size = spread(dloss[n] * kept[N + n]), most = spread(kept[n]);
     for (int64_t v = 0; v < V; v += LANES)
       *(LooseFloats *)(change + v) =
-          ignored ? (Floats){0} : exponential(load_float32(row, v) - shift) * size;
+          ignored ? (Floats){0} : exponential(load_float32(row, v) - most) * size;
     if (!ignored) change[targets[n]] -= dloss[n];
   }
 }

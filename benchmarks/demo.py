@@ -208,9 +208,9 @@ def plot(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     if len(ratios) == len(runs):
         for axis, values, what in ((by_step, ratios, "steps"), (by_time, times, "time")):
             axis.set_title(
-                f"dense loss reached after {statistics.mean(values):.2f} of the {what} "
-                f"({min(values):.2f} to {max(values):.2f}, {len(runs)} runs)",
-                loc="left", fontsize=10.5, fontweight="bold",
+                f"dense loss after {statistics.mean(values):.2f} of the {what} "
+                f"({min(values):.2f} to {max(values):.2f} in {len(runs)} runs)",
+                loc="left", fontsize=10, fontweight="bold",
             )  # fmt: skip
     figure.savefig(path)
 

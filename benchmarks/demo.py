@@ -26,6 +26,7 @@ from switchlm.training.monitor import read_metrics
 
 ROOT = Path(__file__).parents[1]
 KEPT = ("dense_loss", "sparse_loss", "step_ratio", "time_ratio", "steps", "seconds", "crossing")
+NOT_KEPT = ("curves", "configuration")
 COLOURS = {"dense": "#1d5fd1", "sparse": "#c2570c"}
 # A compiler that builds for AVX2 whatever the processor; its version tells the two builds apart.
 COMPILER = """#!/bin/sh
@@ -60,7 +61,8 @@ def main() -> None:
     record = {
         "environment": harness.environment(arguments.seeds[0]),
         "budget": arguments.budget,
-        "runs": [{key: run[key] for key in run if key != "curves"} for run in runs],
+        "configuration": runs[0]["configuration"],  # the seeds differ, nothing else
+        "runs": [{key: run[key] for key in run if key not in NOT_KEPT} for run in runs],
     }
     if not arguments.draft:
         (harness.RESULTS / f"{arguments.name}.json").write_text(json.dumps(record, indent=1) + "\n")

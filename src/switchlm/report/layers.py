@@ -1,11 +1,14 @@
-"""What the layers did at each evaluation, made ready for the page: one list of numbers a curve."""
+"""What the layers did at each evaluation, for the page: one list of numbers per curve.
+
+Curves have no more points than a page shows, in few digits, none of them infinite.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from switchlm.report.points import MAX_POINTS, rounded, thin
 from switchlm.report.routing import short_name
 
+MAX_POINTS = 400  # of a curve: more than the page has pixels for
 MOST_NUMBERS = 100_000  # of all curves of a run together
 FIGURES = ("gate", "kept_expert", "router_entropy", "load_entropy", "dead_experts")
 
@@ -16,7 +19,7 @@ def layers_data(metrics: Sequence[Line]) -> dict[str, Any] | None:
     """Return the curves of a run's lines of evaluation; None where no line measured the layers.
 
     `step`: of every point. `stacks`: for each stack its layers, a layer having a name and `near`, a
-    curve a head. `switches`: for each Switch layer its name, number of experts, and a curve for
+    curve per head. `switches`: for each Switch layer its name, number of experts, and a curve for
     each of its figures (see `training.loop.train`).
     """
     lines = [line for line in metrics if "attention_near" in line]
@@ -54,3 +57,20 @@ def _experts(metrics: Sequence[Line], names: Sequence[str]) -> list[int | None]:
         if line.get("load"):
             return [len(load_E) for load_E in line["load"]]
     return [None] * len(names)
+
+
+def rounded(value: Any, digits: int = 6) -> Any:
+    """Return numbers in so many significant digits; what is not finite has no place on paper."""
+    if isinstance(value, (list, tuple)):
+        return [rounded(item, digits) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if abs(value) < float("inf") else None
+    return value
+
+
+def thin(lines: Sequence[Any], most: int = MAX_POINTS) -> Sequence[Any]:
+    """Return at most so many (2 or more) of the lines, evenly, the first and the last included."""
+    if len(lines) <= most:
+        return lines
+    last = len(lines) - 1
+    return [lines[round(i * last / (most - 1))] for i in range(most)]

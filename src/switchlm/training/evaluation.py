@@ -65,7 +65,7 @@ class HeldOutLoss:
         self.experts: dict[str, list[int]] = {}
 
     def evaluate(self, model: SwitchTransformer, step: int) -> Verdict:
-        """Return evaluation_loss and evaluation_loss_by_source, nats a target, and the diagnosis.
+        """Return evaluation_loss and evaluation_loss_by_source, nats per target, and the diagnosis.
 
         On many processes there is no diagnosis: the weights of a sharded model are together only
         while its own forward pass runs.

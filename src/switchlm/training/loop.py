@@ -94,7 +94,7 @@ def train(
     models add, of the step, layers (names), load (a list of shares a layer), gate and
     dropped_by_layer. A line of evaluation has step, seconds, and the figures of the evaluator.
 
-    The held-out loss gives evaluation_loss and evaluation_loss_by_source, nats a target. A single
+    The held-out loss gives evaluation_loss and evaluation_loss_by_source, nats per target. A single
     process adds, measured on the first held-out batch (up to 8,192 input tokens) with padding left
     out: attention_near, for each self-attention by name a number a head, the attention weight on
     keys at most 3 positions away, mean over tokens. Sparse models add layers (names), and of each:

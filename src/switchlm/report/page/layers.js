@@ -8,7 +8,7 @@ function nearCharts({step, stacks}) {
         color: alone ? tone(head, layer.near.length) : tone(at, layers.length),
         opacity: alone ? 1 : .65, points: step.map((s, i) => [s, curve[i]])};
     }));
-    return chart(`Near attention, ${name}`, "weight on tokens at most 3 away, one line a head", series,
+    return chart(`Near attention, ${name}`, "weight on tokens at most 3 away, one line per head", series,
       {x: "step", fromZero: true, top: 1, narrow: true});
   });
 }

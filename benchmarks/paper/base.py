@@ -6,9 +6,9 @@ from typing import Any
 from benchmarks.paper.plans import Pretraining
 from benchmarks.paper.runs import Place
 
-STEPS = 6000  # where the quality at the end counts
-EARLY = 2000  # where the paper's claim is about early training
-LONG = 12000  # where the dense baseline has to be near the best that it can be
+STEPS = 3000  # where the quality at the end counts
+EARLY = 1000  # where the paper's claim is about early training
+LONG = 6000  # where the dense baseline has to be near the best that it can be
 ANYWHERE = Place(Path(), Path())
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 
+from benchmarks.paper.plans import DENSE_STEP
 from benchmarks.paper.runs import Run, work
 
 Say = Callable[[str], None]
@@ -77,8 +78,8 @@ def plan(runs: Sequence[Run], guesses: Mapping[str, float], workers: int) -> str
     """Return what is to be done, in words."""
     seconds = sum(guesses[run.key] for run in runs)
     return (
-        f"At 10 ms for a step of the dense model that is {seconds:,.0f} seconds of one core, "
-        f"{clock(seconds / workers)} with {workers} runs at a time."
+        f"At {1000 * DENSE_STEP:.0f} ms for a step of the demo's dense model that is "
+        f"{seconds:,.0f} seconds of one core, {clock(seconds / workers)} with {workers} runs at a time."
     )
 
 

@@ -79,7 +79,8 @@ def plan(runs: Sequence[Run], guesses: Mapping[str, float], workers: int) -> str
     seconds = sum(guesses[run.key] for run in runs)
     return (
         f"At {1000 * DENSE_STEP:.0f} ms for a step of the demo's dense model that is "
-        f"{seconds:,.0f} seconds of one core, {clock(seconds / workers)} with {workers} runs at a time."
+        f"{seconds:,.0f} seconds of one core, "
+        f"{clock(seconds / workers)} with {workers} runs at a time."
     )
 
 

@@ -24,6 +24,7 @@ from switchlm.checkpoint.files import replace_file
 
 Figures = dict[str, Any]
 Stop = Callable[[], bool]
+COMMAND = "python -m benchmarks.paper"  # wherever the results were kept
 
 
 class DivergedError(Exception):
@@ -153,5 +154,5 @@ def work(run: Run, parent: int) -> None:
     if orphaned():
         return
     record["wall_seconds"] = time.monotonic() - started
-    record["environment"] = harness.environment(run.seed)
+    record["environment"] = {**harness.environment(run.seed), "command": COMMAND}
     replace_file(run.file, (json.dumps(record) + "\n").encode())

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 import harness
-from switchlm.data import sources
 from switchlm.data.config import Columns, DataConfig
-from switchlm.data.loader import Loader, open_data
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.pretraining.loader import Loader, open_data
+from switchlm.data.text import sources
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.training.config import TrainingConfig

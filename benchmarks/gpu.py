@@ -22,19 +22,18 @@ import harness
 from gpu_peers import PEERS
 from switchlm.data.batch import Batch
 from switchlm.generation.decode import generate
-from switchlm.kernels import trial
+from switchlm.kernels import autotune
 from switchlm.kernels.permute import combine_rows, gather_rows, sort_by_expert
 from switchlm.kernels.select import SWITCHES, explain_switch
 from switchlm.model import count
 from switchlm.model.config import ModelConfig, RouterConfig
-from switchlm.model.feedforward import FeedForward
+from switchlm.model.layers import FeedForward
 from switchlm.model.presets import preset
 from switchlm.model.switch import SwitchFeedForward
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.training.config import TrainingConfig
 from switchlm.training.optimizer import build_optimizer
-from switchlm.training.precision import set_router_dtype
-from switchlm.training.step import training_step
+from switchlm.training.step import set_router_dtype, training_step
 
 TOKENS, D_MODEL, D_FF, EXPERTS = 65536, 1024, 4096, (64, 256)
 DROPLESS = RouterConfig(capacity_factor=None, evaluation_capacity_factor=None, exploration="argmax")
@@ -266,7 +265,7 @@ def step(options: argparse.Namespace) -> tuple[dict, list[str]]:
         )  # fmt: skip
         del run, model
         torch.cuda.empty_cache()
-    record["choices"] = [vars(choice) for choice in trial.choices()]
+    record["choices"] = [vars(choice) for choice in autotune.choices()]
     headers = ["model", "median ms", "to dense", "of the best rate", "GB", "host waits for"]
     said = f"{ROWS} rows of {INPUTS} inputs and {TARGETS} targets, bfloat16, Adafactor."
     return record, [said, harness.table(headers, rows)]

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 import harness
 from peers import PEERS
-from switchlm.kernels.allocator import keep_freed_memory
+from switchlm.kernels.cpu.memory import keep_freed_memory
 from switchlm.model.config import RouterConfig
-from switchlm.model.feedforward import FeedForward
+from switchlm.model.layers import FeedForward
 from switchlm.model.switch import SwitchFeedForward, SwitchLayer
 
 D_MODEL, D_FF = 256, 1024

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 
-from switchlm.checkpoint.names import Entry, entries
-from switchlm.checkpoint.quantised import Quantisation
-from switchlm.checkpoint.quantised_saving import save_quantised
-from switchlm.checkpoint.write_config import write_config
+from switchlm.huggingface.config import write_config
+from switchlm.huggingface.names import Entry, entries
+from switchlm.huggingface.quantised import Quantisation, save_quantised
 from switchlm.model.config import ModelConfig
 
 BLOCK = 2**26 + 1  # numbers

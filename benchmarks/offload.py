@@ -29,10 +29,10 @@ import torch
 import harness
 import made_up
 import offload_plan
-from switchlm.checkpoint.huggingface import load
 from switchlm.compression.offload import load_offloaded
-from switchlm.generation.cache import StaticCache
+from switchlm.generation.decode import StaticCache
 from switchlm.generation.inference import dropless
+from switchlm.huggingface.load import load
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 

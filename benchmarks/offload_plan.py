@@ -9,11 +9,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from benchmarks.offload_estimate import Machine, OffloadPlan, plan_offload
+
 import few_tokens
 import harness
 import made_up
-from switchlm.checkpoint.quantised import Quantisation
-from switchlm.compression.offload_plan import Machine, OffloadPlan, plan_offload
+from switchlm.huggingface.quantised import Quantisation
 from switchlm.model.config import ModelConfig
 from switchlm.model.presets import preset
 

@@ -22,7 +22,7 @@ from torch import nn
 import harness
 from switchlm.model.experts import FeedForwardExperts
 from switchlm.training.config import TrainingConfig
-from switchlm.training.guard import global_norm
+from switchlm.training.monitor import global_norm
 from switchlm.training.optimizer import build_optimizer, set_learning_rate
 
 COPY = "copy"

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from switchlm.parallel.hardware import GPUS, Cluster
 from switchlm.parallel.mesh import MeshConfig
+from switchlm.planning.hardware import GPUS, Cluster
+from switchlm.planning.layouts import Layout, candidates, plan, words
+from switchlm.planning.simulate import simulate
 from switchlm.recipes.config import RunConfig, run_config
-from switchlm.recipes.plan import Layout, candidates, plan, words
-from switchlm.recipes.simulate import simulate
 
 DOCS = Path(__file__).parents[1] / "docs"
 GPU = "h200"

@@ -31,8 +31,8 @@ import httpx
 import torch
 
 import harness
-from switchlm.checkpoint import huggingface
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.huggingface import load
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 
@@ -54,7 +54,7 @@ def build(name: str, seed: int, folder: Path) -> None:
     said[ASCII.start : ASCII.stop] = 1.0
     with torch.no_grad():
         head.weight *= said
-    huggingface.save(model, tokenizer, folder)
+    load.save(model, tokenizer, folder)
 
 
 class Clients:

@@ -29,7 +29,7 @@ from transformers import (
 
 import harness
 from switchlm.data.batch import Batch
-from switchlm.kernels.allocator import keep_freed_memory
+from switchlm.kernels.cpu.memory import keep_freed_memory
 from switchlm.model import count
 from switchlm.model.config import ModelConfig, RouterConfig
 from switchlm.model.presets import preset

@@ -18,10 +18,10 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
-from switchlm.checkpoint.quantised import Quantisation, first_entries, parts
-from switchlm.checkpoint.write_config import family_of
 from switchlm.cli.main import app, load
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.huggingface.config import family_of
+from switchlm.huggingface.quantised import Quantisation, first_entries, parts
 from switchlm.model import count
 from switchlm.model.presets import preset
 

@@ -10,10 +10,10 @@ import transformers
 from safetensors.torch import load_file
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
-from switchlm.checkpoint import huggingface
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, ConfigError, MissingExtraError
 from switchlm.generation.decode import generate
+from switchlm.huggingface import load
 from switchlm.model.config import Initialisation, RouterConfig
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
@@ -38,13 +38,13 @@ def save(folder, **changes):
         **changes,
     }
     config = dataclasses.replace(preset("nano"), **options)
-    huggingface.save(SwitchTransformer(config), Tokenizer.bytes(), folder)
+    load.save(SwitchTransformer(config), Tokenizer.bytes(), folder)
     return folder
 
 
 def pair_of(folder):
     """Return our model and theirs of the same files."""
-    config = huggingface.load_config(folder)
+    config = load.load_config(folder)
     name = "SwitchTransformers" if config.num_experts else "T5"
     theirs = getattr(transformers, f"{name}ForConditionalGeneration").from_pretrained(folder)
     return SwitchTransformersForConditionalGeneration.from_pretrained(folder), theirs.eval()

@@ -10,7 +10,7 @@ from benchmarks.paper.pictures import by_language
 from benchmarks.paper.runs import Place
 from benchmarks.paper.table import Claim, Row, Runs, Table
 
-from switchlm.recipes.speedup import speed_by_source
+from switchlm.recipes.compare import speed_by_source
 
 FOLDER = "ntrex128"
 STEPS = 4 * LONG  # twice the text: 128 languages share it

@@ -49,7 +49,7 @@ def by_language(seeds: Sequence[Runs], path: Path) -> None:
     """Draw figures 7 and 8: quality and speed-up by language, means over the seeds."""
     from matplotlib.figure import Figure
 
-    from switchlm.recipes.speedup import speed_by_source
+    from switchlm.recipes.compare import speed_by_source
 
     found = [
         speed_by_source(runs["dense"].evaluations, runs["Switch"].evaluations) for runs in seeds

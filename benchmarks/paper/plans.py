@@ -12,13 +12,12 @@ from typing import Any
 
 from benchmarks.paper.runs import DivergedError, Figures, Place, Plan, Run, Stop
 
-from switchlm.checkpoint.huggingface import load
-from switchlm.checkpoint.run_folder import RunFolder
 from switchlm.config import override, read_yaml, to_mapping
-from switchlm.data.task import Example
-from switchlm.data.tasks import find_task, read_examples, spread_evenly
+from switchlm.data.tasks.mixture import find_task, read_examples, spread_evenly
+from switchlm.data.tasks.task import Example
 from switchlm.evaluation.metrics import measure
 from switchlm.evaluation.tasks import score_task
+from switchlm.huggingface.load import load
 from switchlm.model import count
 from switchlm.recipes.compare import configure
 from switchlm.recipes.config import RunConfig, put_over, run_config, to_sections
@@ -28,6 +27,7 @@ from switchlm.recipes.finetune import finetune
 from switchlm.recipes.finetune_config import finetune_run, paper_training
 from switchlm.recipes.pretrain import pretrain
 from switchlm.training.monitor import read_metrics
+from switchlm.training.run_folder import RunFolder
 
 HERE = Path(__file__).parent
 EVALUATIONS = 20  # of a run

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks import harness
-from switchlm.checkpoint.files import replace_file
+from switchlm.files import replace_file
 
 Figures = dict[str, Any]
 Stop = Callable[[], bool]

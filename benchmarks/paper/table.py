@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.paper.runs import Place, Plan, Run
 
-from switchlm.recipes.speedup import crossing
+from switchlm.recipes.compare import crossing
 
 REPRODUCED, NOT_REPRODUCED, TOO_SMALL = "reproduced", "not reproduced", "too small to tell"
 LEAST_SEEDS = 3

@@ -4,7 +4,7 @@ from benchmarks.paper.base import LONG, dense, switch
 from benchmarks.paper.plans import Distillation
 from benchmarks.paper.table import QUALITY, Column, Result, Row, Runs, Table, better
 
-from switchlm.recipes.distill_result import share_kept
+from switchlm.recipes.distill import share_kept
 
 DENSE, TEACHER = dense(steps=LONG), switch(steps=LONG)
 ONLY, WEIGHTS, MIXED, CONTROL = (

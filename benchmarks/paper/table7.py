@@ -6,7 +6,7 @@ from benchmarks.paper.base import DENSE, switch
 from benchmarks.paper.plans import Distillation
 from benchmarks.paper.table import QUALITY, Claim, Column, Result, Row, Runs, Table, better
 
-from switchlm.recipes.distill_result import share_kept
+from switchlm.recipes.distill import share_kept
 
 # Experts here: quality of teacher and student, share kept, and compression in the paper, whose
 # teachers have 1.1, 2.0, 3.8 and 7.4 billion parameters.

@@ -7,11 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from switchlm.checkpoint.adapters import load_adapters
-    from switchlm.checkpoint.huggingface import load, save
     from switchlm.data.config import DataConfig
-    from switchlm.data.loader import open_data
-    from switchlm.generation.fill import fill
+    from switchlm.data.pretraining.loader import open_data
+    from switchlm.generation.answer import fill
+    from switchlm.huggingface.adapters import load_adapters
+    from switchlm.huggingface.load import load, save
     from switchlm.model.config import ModelConfig, RouterConfig
     from switchlm.model.losses import cross_entropy, routing_losses
     from switchlm.model.presets import preset
@@ -32,17 +32,17 @@ _HOMES = {
     "SwitchFeedForward": "switchlm.model.switch",
     "SwitchTransformer": "switchlm.model.transformer",
     "cross_entropy": "switchlm.model.losses",
-    "fill": "switchlm.generation.fill",
+    "fill": "switchlm.generation.answer",
     "finetune": "switchlm.recipes.finetune",
     "finetune_run": "switchlm.recipes.finetune_config",
-    "load": "switchlm.checkpoint.huggingface",
-    "load_adapters": "switchlm.checkpoint.adapters",
-    "open_data": "switchlm.data.loader",
+    "load": "switchlm.huggingface.load",
+    "load_adapters": "switchlm.huggingface.adapters",
+    "open_data": "switchlm.data.pretraining.loader",
     "preset": "switchlm.model.presets",
     "pretrain": "switchlm.recipes.pretrain",
     "routing_losses": "switchlm.model.losses",
     "run_config": "switchlm.recipes.config",
-    "save": "switchlm.checkpoint.huggingface",
+    "save": "switchlm.huggingface.load",
     "shift_right": "switchlm.model.transformer",
 }
 

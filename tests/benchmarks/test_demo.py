@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "demo.py"
 CAPABILITY = """
 import torch
-from switchlm.kernels.native import native
+from switchlm.kernels.cpu.native import native
 assert native().library is not None, native().reason
 print(torch.backends.cpu.get_cpu_capability(), native().library._name)
 """

@@ -25,9 +25,9 @@ import torch
 from fallible_disk import Disk
 from torch import nn
 
-from switchlm.checkpoint.run_folder import RunFolder, truncate_metrics
 from switchlm.checkpoint.store import CheckpointStore
 from switchlm.errors import SwitchLMError
+from switchlm.training.run_folder import RunFolder, truncate_metrics
 
 
 def in_child(work: Callable[[], None]) -> int:

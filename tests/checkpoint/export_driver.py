@@ -17,7 +17,7 @@ from ranks_on_stage import CONFIG, FOUR, Run, differences, message_of, name_of, 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from switchlm.checkpoint.huggingface import fill, save
+from switchlm.huggingface.load import fill, save
 
 # transformers knows no gated experts.
 PLAIN = dataclasses.replace(CONFIG, gated=False)

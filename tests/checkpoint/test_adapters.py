@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from switchlm.checkpoint.adapters import AdapterConfig, load_adapters, save_adapters
 from switchlm.errors import CheckpointError
+from switchlm.huggingface.adapters import AdapterConfig, load_adapters, save_adapters
 from switchlm.model import lora
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer

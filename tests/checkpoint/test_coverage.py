@@ -6,8 +6,8 @@ import random
 import numpy as np
 import pytest
 
-from switchlm.checkpoint.coverage import check
 from switchlm.checkpoint.layout import Box
+from switchlm.checkpoint.read import check
 from switchlm.errors import CheckpointError
 
 EXPERTS = "model/encoder.blocks.1.feedforward.experts.up"

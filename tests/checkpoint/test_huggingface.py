@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import switchlm
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError
 from switchlm.model.config import Initialisation, ModelConfig, RouterConfig
 from switchlm.model.transformer import SwitchTransformer

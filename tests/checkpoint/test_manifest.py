@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from switchlm.checkpoint import manifest, tensors
-from switchlm.checkpoint.reading import load_folder
+from switchlm.checkpoint import format, tensors
+from switchlm.checkpoint.read import load_folder
 from switchlm.checkpoint.store import CheckpointStore
 from switchlm.errors import CheckpointError
 
@@ -58,7 +58,7 @@ def damage(folder: Path, older: Path, generator: random.Random) -> str:
         one.write_bytes(other.read_bytes())
         other.write_bytes(kept)
     elif kind == "stale":
-        stale = generator.choice([*shards, folder / manifest.NAME])
+        stale = generator.choice([*shards, folder / format.NAME])
         shutil.copy(older / stale.name, stale)
     elif kind == "extra":
         shutil.copy(older / shards[0].name, folder / "model-00004-of-00004.safetensors")
@@ -126,9 +126,9 @@ def test_a_symlink_does_not_pass_as_a_shard(store: CheckpointStore, tmp_path: Pa
 
 
 def test_a_newer_format_is_no_damage(store: CheckpointStore) -> None:
-    path = store.folder / "step-00000020" / manifest.NAME
+    path = store.folder / "step-00000020" / format.NAME
     content = json.loads(path.read_bytes()) | {"format": 2}
-    path.write_bytes(manifest._encode(content))
+    path.write_bytes(format._encode(content))
     with pytest.raises(CheckpointError, match="has format 2; this version of switchlm reads"):
         load_folder(path.parent)
 
@@ -156,9 +156,9 @@ class Malice:
 def test_no_pickle_is_ever_read(store: CheckpointStore, tmp_path: Path, name: str) -> None:
     folder, mark = store.folder / "step-00000020", tmp_path / "executed"
     (folder / name).write_bytes(pickle.dumps(Malice(mark)))
-    if name != manifest.NAME:
-        (folder / manifest.NAME).unlink()
-        manifest.write(folder, 20)  # an attacker can do that too
+    if name != format.NAME:
+        (folder / format.NAME).unlink()
+        format.write(folder, 20)  # an attacker can do that too
     try:
         assert load_folder(folder)["progress"] == {"step": 20}
         assert name in (".metadata", "__0_0.distcp")
@@ -189,7 +189,7 @@ def test_no_pickle_is_ever_read(store: CheckpointStore, tmp_path: Path, name: st
 def test_a_hostile_structure_ends_in_our_own_error(store: CheckpointStore, structure: str) -> None:
     folder = store.folder / "step-00000020"
     (folder / "state.json").write_text(structure)
-    (folder / manifest.NAME).unlink()
-    manifest.write(folder, 20)
+    (folder / format.NAME).unlink()
+    format.write(folder, 20)
     with pytest.raises(CheckpointError):
         load_folder(folder)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchlm.checkpoint.names import entries, locate
+from switchlm.huggingface.names import entries, locate
 from switchlm.model.config import ModelConfig, RouterConfig
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer

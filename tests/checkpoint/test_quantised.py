@@ -10,15 +10,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import switchlm
-from switchlm.checkpoint import huggingface
-from switchlm.checkpoint.names import entries
-from switchlm.checkpoint.quantised import KEY, Quantisation, parts
-from switchlm.checkpoint.quantised_saving import save_quantised, weights_of_model
-from switchlm.checkpoint.write_config import family_of
 from switchlm.compression.quantise import round_to_nearest
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, SwitchLMError
-from switchlm.kernels.quantised import matrix
+from switchlm.huggingface import load
+from switchlm.huggingface.config import family_of
+from switchlm.huggingface.names import entries
+from switchlm.huggingface.quantised import (
+    KEY,
+    Quantisation,
+    parts,
+    save_quantised,
+    weights_of_model,
+)
+from switchlm.kernels.cpu.quantised import matrix
 from switchlm.model.presets import preset
 from switchlm.model.quantised import QuantisedExperts, quantised_modules
 from switchlm.model.transformer import SwitchTransformer
@@ -81,7 +86,7 @@ def test_the_loaded_model_is_the_dequantised_one(tmp_path, bits, what, shape):
     folder = write(model, tmp_path / "q", bits, what)
     loaded, tokenizer = switchlm.load(folder)
     assert tokenizer is not None
-    assert loaded.config == model.config == huggingface.load_config(folder)
+    assert loaded.config == model.config == load.load_config(folder)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     twin = dequantised(model, folder, bits, what)
     batch = torch.randint(3, 200, (2, 40)), torch.randint(3, 200, (2, 8))

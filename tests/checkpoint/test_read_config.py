@@ -9,11 +9,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import switchlm
-from switchlm.checkpoint.names import entries
-from switchlm.checkpoint.read_config import read_config
-from switchlm.checkpoint.survey import survey
-from switchlm.checkpoint.write_config import write_config
 from switchlm.errors import CheckpointError
+from switchlm.huggingface.config import read_config, write_config
+from switchlm.huggingface.infer_config import survey
+from switchlm.huggingface.names import entries
 from switchlm.model.config import Initialisation, ModelConfig, RouterConfig
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from switchlm.checkpoint.run_folder import RunFolder, truncate_metrics
+from switchlm.training.run_folder import RunFolder, truncate_metrics
 
 
 def test_a_run_exists_once_something_of_it_is_there(tmp_path: Path) -> None:

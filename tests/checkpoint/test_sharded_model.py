@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tests.commands import run
 
 import switchlm
-from switchlm.checkpoint.huggingface import fill, load_config
 from switchlm.errors import CheckpointError
+from switchlm.huggingface.load import fill, load_config
 from switchlm.model.transformer import SwitchTransformer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks processes")

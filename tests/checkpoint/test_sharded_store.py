@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests import commands
 
-from switchlm.checkpoint import manifest
-from switchlm.checkpoint.reading import load_folder
+from switchlm.checkpoint import format
+from switchlm.checkpoint.read import load_folder
 from switchlm.checkpoint.store import CheckpointStore
 from switchlm.errors import CheckpointError
 
@@ -46,8 +46,8 @@ def edit(folder: Path, change: Callable[[str, dict[str, torch.Tensor]], None]) -
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
         change(path.name, tensors)
         save_file(tensors, path, metadata=metadata)
-    (folder / manifest.NAME).unlink()
-    manifest.write(folder, 2)
+    (folder / format.NAME).unlink()
+    format.write(folder, 2)
 
 
 def test_saved_on_any_mesh_and_loaded_on_any_other(drive: Drive, tmp_path: Path) -> None:
@@ -152,8 +152,8 @@ def test_offsets_that_make_no_sense_end_in_our_own_error(tmp_path: Path, offsets
     table = offsets if offsets.startswith("{") else f'{{"saved_offsets": {offsets}}}'
     metadata = {"DCP_SHARDING_INFO": f'{{"model/w": {table}}}'}
     save_file(load_file(path), path, metadata=metadata)
-    (path.parent / manifest.NAME).unlink()
-    manifest.write(path.parent, 2)
+    (path.parent / format.NAME).unlink()
+    format.write(path.parent, 2)
     with pytest.raises(CheckpointError):
         store.load()
 
@@ -166,13 +166,13 @@ def test_a_checkpoint_written_by_dcp_loads(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     store.save(2, state, wait=True)
     folder = tmp_path / "step-00000002"
-    for path in (*folder.glob("*.safetensors"), folder / manifest.NAME):
+    for path in (*folder.glob("*.safetensors"), folder / format.NAME):
         path.unlink()
     flat = {f"model/{name}": tensor for name, tensor in state["model"].items()}
     writer = dcp.HuggingFaceStorageWriter(str(folder))
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
     dcp.save(dict(flat), storage_writer=writer, planner=planner, no_dist=True)
-    manifest.write(folder, 2)
+    format.write(folder, 2)
     loaded = store.load()
     assert loaded["content"] == 5
     assert all(torch.equal(loaded["model"][name], state["model"][name]) for name in ("w", "b"))

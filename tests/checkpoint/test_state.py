@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchlm.checkpoint.state import DTYPES, describe, join, split
+from switchlm.checkpoint.format import DTYPES, describe, join, split
 from switchlm.errors import CheckpointError
 
 # No key is an integer and a string at once: their tensors would have one name.

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from switchlm.checkpoint import files, tensors
-from switchlm.checkpoint.reading import load_folder
-from switchlm.checkpoint.state import DTYPES
+from switchlm import files
+from switchlm.checkpoint import tensors
+from switchlm.checkpoint.format import DTYPES
+from switchlm.checkpoint.read import load_folder
 from switchlm.checkpoint.store import CheckpointStore
 from switchlm.errors import CheckpointError
 

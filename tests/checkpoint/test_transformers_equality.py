@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from switchlm.checkpoint.huggingface import load
-from switchlm.checkpoint.names import entries
+from switchlm.huggingface.load import load
+from switchlm.huggingface.names import entries
 from switchlm.model.config import Initialisation, RouterConfig
 from switchlm.model.losses import cross_entropy, routing_losses
 from switchlm.model.switch import SwitchFeedForward

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from switchlm.checkpoint.transplant import transplant
 from switchlm.errors import CheckpointError
+from switchlm.huggingface.init_from import transplant
 from switchlm.model.config import Initialisation, ModelConfig, RouterConfig
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer

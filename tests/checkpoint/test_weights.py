@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import switchlm
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, UserError
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer

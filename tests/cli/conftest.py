@@ -4,9 +4,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from switchlm.checkpoint import huggingface
 from switchlm.cli.main import app
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.huggingface import load
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 
@@ -16,7 +16,7 @@ def nano(tmp_path_factory):
     """A folder with an untrained nano model."""
     folder = tmp_path_factory.mktemp("models") / "nano"
     torch.manual_seed(0)
-    huggingface.save(SwitchTransformer(preset("nano")), Tokenizer.bytes(), folder)
+    load.save(SwitchTransformer(preset("nano")), Tokenizer.bytes(), folder)
     return str(folder)
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers
 
-from switchlm.checkpoint import huggingface
-from switchlm.checkpoint.adapters import AdapterConfig, save_adapters
+from switchlm.huggingface import load
+from switchlm.huggingface.adapters import AdapterConfig, save_adapters
 from switchlm.model import lora
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
@@ -15,7 +15,7 @@ def test_the_copy_has_the_same_weights_and_tokenizer(run_json, nano, tmp_path):
     out = tmp_path / "copy"
     result = run_json("convert", "--model", nano, "--out", out)
     assert "model.safetensors" in result["files"]
-    (model, tokenizer), (copy, its_tokenizer) = huggingface.load(nano), huggingface.load(out)
+    (model, tokenizer), (copy, its_tokenizer) = load.load(nano), load.load(out)
     assert copy.config == model.config
     for name, tensor in model.state_dict().items():
         assert torch.equal(copy.state_dict()[name], tensor)
@@ -24,7 +24,7 @@ def test_the_copy_has_the_same_weights_and_tokenizer(run_json, nano, tmp_path):
 
 
 def test_adapters_are_melted_in(run, refuse, nano, tmp_path):
-    model, _ = huggingface.load(nano)
+    model, _ = load.load(nano)
     lora.apply(model, 2, 4.0)
     with torch.no_grad():
         for pair in lora.adapters(model).values():
@@ -32,11 +32,11 @@ def test_adapters_are_melted_in(run, refuse, nano, tmp_path):
     save_adapters(model, AdapterConfig(rank=2, alpha=4.0), tmp_path / "adapters")
     command = ("convert", "--model", nano, "--adapters", tmp_path / "adapters", "--out")
     assert run(*command, tmp_path / "whole").exit_code == 0
-    whole = huggingface.load(tmp_path / "whole")[0].state_dict()
+    whole = load.load(tmp_path / "whole")[0].state_dict()
     expected = lora.merged(model).state_dict()
     assert all(torch.equal(whole[name], expected[name]) for name in expected)
     assert run(*command, tmp_path / "half", "--dtype", "bfloat16").exit_code == 0
-    half = huggingface.load(tmp_path / "half")[0].state_dict()
+    half = load.load(tmp_path / "half")[0].state_dict()
     assert all(torch.equal(half[name], expected[name].bfloat16()) for name in expected)
     assert "There are no adapters in" in refuse(*command[:4], nano, *command[5:], tmp_path / "x")
 
@@ -44,7 +44,7 @@ def test_adapters_are_melted_in(run, refuse, nano, tmp_path):
 def test_numbers_may_take_less_room(run, nano, tmp_path):
     result = run("convert", "--model", nano, "--out", tmp_path / "half", "--dtype", "bfloat16")
     assert result.exit_code == 0
-    model, _ = huggingface.load(tmp_path / "half")
+    model, _ = load.load(tmp_path / "half")
     assert {tensor.dtype for tensor in model.parameters()} == {torch.bfloat16}
 
 
@@ -53,7 +53,7 @@ def gated(tmp_path):
     """A model that transformers cannot represent."""
     config = dataclasses.replace(preset("nano"), gated=True, activation="gelu")
     with pytest.warns(UserWarning, match="gated"):
-        huggingface.save(SwitchTransformer(config), None, tmp_path / "gated")
+        load.save(SwitchTransformer(config), None, tmp_path / "gated")
     return tmp_path / "gated"
 
 
@@ -68,7 +68,7 @@ def test_native_keeps_everything(run, gated, tmp_path):
     result = run("convert", "--model", gated, "--to", "native", "--out", tmp_path / "x")
     assert result.exit_code == 0
     assert "no gated feed-forward" in result.stderr
-    assert huggingface.load(tmp_path / "x")[0].config.gated
+    assert load.load(tmp_path / "x")[0].config.gated
 
 
 def test_other_files_of_the_user_s_are_not_replaced(refuse, nano, tmp_path):

@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 
-from switchlm.checkpoint import huggingface
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.huggingface import load
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 
@@ -36,7 +36,7 @@ def arguments(nano, texts, tmp_path):
 
 def model_folder(folder, config, tokenizer):
     torch.manual_seed(1)
-    huggingface.save(SwitchTransformer(config), tokenizer, folder)
+    load.save(SwitchTransformer(config), tokenizer, folder)
     return folder
 
 
@@ -213,8 +213,8 @@ def test_upcycling_takes_the_shape_of_the_dense_model(run, refuse, texts, tmp_pa
     experts = ["--set", "model.num_experts=2"]
     result = run(*start, *experts, "--out", tmp_path / "sparse")
     assert result.exit_code == 0, result.output
-    assert huggingface.load_config(tmp_path / "sparse").num_experts == 2
-    assert huggingface.load_config(tmp_path / "sparse").d_model == 32
+    assert load.load_config(tmp_path / "sparse").num_experts == 2
+    assert load.load_config(tmp_path / "sparse").d_model == 32
     sparse = ["pretrain", "--init-from", tmp_path / "sparse", "--data", texts, *SMALL]
     message = refuse(*sparse, "--set", "model.num_experts=4", "--out", tmp_path / "more")
     assert "have 2 experts a Switch layer" in message

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from switchlm.checkpoint import huggingface
+from switchlm.huggingface import load
 
 SHORT = ("--input-length", 48, "--batch-size", 4, "--batches", 3)
 
@@ -33,8 +33,8 @@ def test_a_run_is_measured_on_what_it_held_out(run_json, nano, tmp_path):
     texts.mkdir()
     for i in range(40):
         texts.joinpath(f"{i}.txt").write_text(f"Document {i} has the number {i * 7}. " * 8)
-    model, tokenizer = huggingface.load(nano)
-    huggingface.save(model, tokenizer, tmp_path / "run" / "model")
+    model, tokenizer = load.load(nano)
+    load.save(model, tokenizer, tmp_path / "run" / "model")
     tmp_path.joinpath("run", "config.yaml").write_text(
         f"data: {{sources: ['{texts}'], input_length: 48, batch_size: 4, held_out_share: 0.2}}\n"
     )
@@ -84,9 +84,9 @@ def test_a_text_too_short_for_a_row_is_told(refuse, nano, tmp_path):
 
 
 def test_damaged_weights_are_told(refuse, nano, tmp_path, text_file):
-    model, tokenizer = huggingface.load(nano)
+    model, tokenizer = load.load(nano)
     model.embedding.weight.data[5] = float("nan")
-    huggingface.save(model, tokenizer, tmp_path / "bad")
+    load.save(model, tokenizer, tmp_path / "bad")
     message = refuse("evaluate", "--model", tmp_path / "bad", "--data", text_file, *SHORT)
     assert "The loss of" in message
 

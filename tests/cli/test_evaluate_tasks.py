@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from switchlm.checkpoint import huggingface
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.huggingface import load
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 
@@ -18,7 +18,7 @@ def other(tmp_path_factory):
     """A folder with another untrained nano model."""
     folder = tmp_path_factory.mktemp("models") / "other"
     torch.manual_seed(1)
-    huggingface.save(SwitchTransformer(preset("nano")), Tokenizer.bytes(), folder)
+    load.save(SwitchTransformer(preset("nano")), Tokenizer.bytes(), folder)
     return str(folder)
 
 
@@ -115,7 +115,7 @@ def test_a_file_of_ones_own_is_scored_whole_and_limited(run, run_json, nano, tmp
 
 
 def test_a_run_is_scored_on_inputs_as_long_as_it_learnt(run_json, run, nano, data, tmp_path):
-    huggingface.save(*huggingface.load(nano), tmp_path / "run" / "model")
+    load.save(*load.load(nano), tmp_path / "run" / "model")
     config = tmp_path / "run" / "config.yaml"
     config.write_text("finetune: {model: m, tasks: [sst2], input_length: 18}\n")
     line = ("evaluate", "--model", tmp_path / "run", "--task", "sst2", "--data", data, *SHORT)

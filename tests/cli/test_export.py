@@ -8,9 +8,9 @@ import torch
 import transformers
 from tests import commands
 
-from switchlm.checkpoint import huggingface
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.generation.decode import generate
+from switchlm.huggingface import load
 from switchlm.model.config import Initialisation
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
@@ -22,7 +22,7 @@ def lively(name, folder, **changes):
     """Save a model whose greedy output is long and varied."""
     torch.manual_seed(0)
     config = dataclasses.replace(preset(name), initialisation=Initialisation(scale=4.0), **changes)
-    huggingface.save(SwitchTransformer(config), Tokenizer.bytes(), folder)
+    load.save(SwitchTransformer(config), Tokenizer.bytes(), folder)
     return folder
 
 
@@ -47,7 +47,7 @@ def test_programs_say_the_same_in_a_process_that_knows_nothing_of_us(run_json, t
     sparse = lively("nano", tmp_path / "sparse", tied_head=False)
     out = tmp_path / to
     result = run_json("export", "--model", sparse, "--to", to, "--out", out, "--check", TEXT)
-    model, tokenizer = huggingface.load(sparse)
+    model, tokenizer = load.load(sparse)
     prompt = torch.tensor([[*tokenizer.encode(TEXT), 1]])
     [tokens] = generate(model, prompt, max_new_tokens=64).rows(1)
     assert len(set(tokens)) > 5
@@ -78,7 +78,7 @@ def test_a_dense_model_is_a_t5_to_transformers(run_json, tmp_path, changes):
     assert type(theirs) is transformers.T5ForConditionalGeneration
     inputs = transformers.AutoTokenizer.from_pretrained(out)(TEXT, return_tensors="pt")
     tokens = theirs.generate(inputs["input_ids"], max_new_tokens=12, do_sample=False)
-    ours = generate(huggingface.load(dense)[0], inputs["input_ids"], max_new_tokens=12)
+    ours = generate(load.load(dense)[0], inputs["input_ids"], max_new_tokens=12)
     assert torch.equal(tokens[:, 1:], ours.tokens_BT)
 
 

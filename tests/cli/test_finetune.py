@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from switchlm.checkpoint import huggingface
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.huggingface import load
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.training.monitor import read_metrics
@@ -153,7 +153,7 @@ def test_a_vocabulary_without_the_labels_is_told(refuse, command, tmp_path):
         "decoder": None, "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
     }  # fmt: skip
     model = SwitchTransformer(preset("nano"))
-    huggingface.save(model, Tokenizer.from_json(json.dumps(tokenizer)), tmp_path / "words")
+    load.save(model, Tokenizer.from_json(json.dumps(tokenizer)), tmp_path / "words")
     folder = tmp_path / "SST-2"
     folder.mkdir()
     for split in ("train", "dev"):
@@ -185,9 +185,9 @@ def test_a_base_that_has_changed_is_told(run, refuse, command, tmp_path, nano):
     assert run(*command(model=base, trainable="router")).exit_code == 0
     again = ("finetune", "--out", tmp_path / "run", "--resume")
     assert run(*again).exit_code == 0
-    model, tokenizer = huggingface.load(base)
+    model, tokenizer = load.load(base)
     model.embedding.weight.data[0, 0] += 1
-    huggingface.save(model, tokenizer, base)
+    load.save(model, tokenizer, base)
     assert "is not the one that the run in" in refuse(*again)
 
 

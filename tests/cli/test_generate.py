@@ -166,10 +166,10 @@ def test_wrong_folders_are_told(refuse, tmp_path, nano):
 
 
 def test_a_model_without_a_tokenizer_is_told(refuse, tmp_path, nano):
-    from switchlm.checkpoint import huggingface
+    from switchlm.huggingface import load
 
-    model, _ = huggingface.load(nano)
-    huggingface.save(model, None, tmp_path / "bare")
+    model, _ = load.load(nano)
+    load.save(model, None, tmp_path / "bare")
     assert "no tokenizer.json" in refuse("generate", "--model", tmp_path / "bare", "text")
 
 

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from switchlm.checkpoint import huggingface
+from switchlm.huggingface import load
 from switchlm.model import count
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
@@ -65,9 +65,9 @@ def test_routing_of_a_text(run_json, nano, text_file):
 
 
 def test_a_dense_model_is_said_to_be_one(run, tmp_path, nano, text_file):
-    _, tokenizer = huggingface.load(nano)
+    _, tokenizer = load.load(nano)
     dense = SwitchTransformer(dataclasses.replace(preset("nano"), num_experts=0))
-    huggingface.save(dense, tokenizer, tmp_path / "dense")
+    load.save(dense, tokenizer, tmp_path / "dense")
     result = run("inspect", "--model", tmp_path / "dense", "--data", text_file, *SHORT)
     assert result.exit_code == 0
     assert "dense: it has no experts" in result.stderr

@@ -1,12 +1,10 @@
 import pytest
 import torch
 
-from switchlm.checkpoint.quantised import Quantisation
-from switchlm.compression.calibrate import calibrate
-from switchlm.compression.codes import quantise_all
-from switchlm.compression.quantise import round_to_nearest
-from switchlm.compression.recorded import recording, run_text
+from switchlm.compression.calibrate import calibrate, recording, run_text
+from switchlm.compression.quantise import quantise_all, round_to_nearest
 from switchlm.evaluation.evaluator import held_out_loss
+from switchlm.huggingface.quantised import Quantisation
 from switchlm.model.config import Initialisation
 from switchlm.model.experts import FeedForwardExperts
 from switchlm.model.quantised import QuantisedExperts

@@ -5,11 +5,11 @@ import time
 import pytest
 import torch
 
-from switchlm.checkpoint.extents import Extent
 from switchlm.compression import expert_files, expert_memory
 from switchlm.compression.expert_files import STAGE, ExpertFiles, Recipe
 from switchlm.compression.expert_memory import ExpertMemory
 from switchlm.errors import CheckpointError, ConfigError
+from switchlm.huggingface.weights import Extent
 
 NUMBERS = 1024
 SIZE = 4 * NUMBERS  # bytes of an expert here

@@ -1,9 +1,7 @@
 import pytest
 import torch
 
-from switchlm.compression.alike import align, cluster
-from switchlm.compression.fewer import merge, prune
-from switchlm.compression.importance import importance, switch_layers
+from switchlm.compression.prune import align, cluster, importance, merge, prune, switch_layers
 from switchlm.errors import ConfigError
 from switchlm.model.experts import FeedForwardExperts
 from switchlm.model.transformer import shift_right

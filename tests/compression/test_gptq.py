@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from switchlm.checkpoint.names import Entry
-from switchlm.checkpoint.quantised import Quantisation
 from switchlm.compression.gptq import gptq
 from switchlm.compression.quantise import round_to_nearest
-from switchlm.kernels.quantised import matrix
+from switchlm.huggingface.names import Entry
+from switchlm.huggingface.quantised import Quantisation
+from switchlm.kernels.cpu.quantised import matrix
 
 
 def correlated(rows, inputs):

@@ -6,13 +6,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from switchlm.checkpoint import huggingface
-from switchlm.checkpoint.quantised import Quantisation
-from switchlm.checkpoint.quantised_saving import save_quantised, weights_of_model
 from switchlm.compression.offload import OffloadedExperts, load_offloaded, memory_of
 from switchlm.compression.quantise import round_to_nearest
 from switchlm.errors import CheckpointError
 from switchlm.generation.decode import generate
+from switchlm.huggingface import load
+from switchlm.huggingface.quantised import Quantisation, save_quantised, weights_of_model
 from switchlm.model.config import Initialisation
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
@@ -33,7 +32,7 @@ def varied():
 @pytest.fixture(scope="module")
 def folder(varied, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "varied"
-    huggingface.save(varied, None, folder, max_shard_bytes=60_000)  # several shards
+    load.save(varied, None, folder, max_shard_bytes=60_000)  # several shards
     return folder
 
 
@@ -70,7 +69,7 @@ def test_the_decoder_guesses_the_next_layers_experts(tmp_path, prompts_BS):
     torch.manual_seed(1)
     shape = {"num_encoder_layers": 6, "num_decoder_layers": 6, "num_experts": 16}
     model = SwitchTransformer(dataclasses.replace(preset("nano"), **shape)).eval()
-    huggingface.save(model, None, tmp_path / "deep")
+    load.save(model, None, tmp_path / "deep")
     offloaded = load_offloaded(tmp_path / "deep", 12 * EXPERT)
     expected = generate(model, prompts_BS[:1], max_new_tokens=8)
     found = generate(offloaded.model, prompts_BS[:1], max_new_tokens=8)
@@ -84,8 +83,8 @@ def test_the_decoder_guesses_the_next_layers_experts(tmp_path, prompts_BS):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_files_of_16_bits_compute_in_the_dtype_asked_for(varied, tmp_path, prompts_BS, dtype):
     halved = copy.deepcopy(varied).to(dtype)
-    huggingface.save(halved, None, tmp_path / "half")
-    expected, _ = huggingface.load(tmp_path / "half", dtype=torch.float32)
+    load.save(halved, None, tmp_path / "half")
+    expected, _ = load.load(tmp_path / "half", dtype=torch.float32)
     offloaded = load_offloaded(tmp_path / "half", 8 * EXPERT, dtype=torch.float32)
     assert torch.equal(
         generate(offloaded.model, prompts_BS, max_new_tokens=12).tokens_BT,
@@ -114,7 +113,7 @@ def test_quantised_experts_stay_on_the_disk_too(varied, tmp_path, prompts_BS, bi
         quantisation,
         round_to_nearest(quantisation),
     )
-    expected, _ = huggingface.load(tmp_path / "small")
+    expected, _ = load.load(tmp_path / "small")
     offloaded = load_offloaded(tmp_path / "small", 2 * EXPERT)
     found = generate(offloaded.model, prompts_BS, max_new_tokens=12)
     assert torch.equal(found.tokens_BT, generate(expected, prompts_BS, max_new_tokens=12).tokens_BT)
@@ -126,7 +125,7 @@ def test_switch_layers_in_attention_are_read_from_the_disk_too(tmp_path, prompts
     torch.manual_seed(3)
     config = dataclasses.replace(preset("nano"), attention_experts=True)
     model = SwitchTransformer(config).eval()
-    huggingface.save(model, None, tmp_path / "attention")
+    load.save(model, None, tmp_path / "attention")
     offloaded = load_offloaded(tmp_path / "attention", 2 * EXPERT)
     expected, found = (generate(m, prompts_BS, max_new_tokens=8) for m in (model, offloaded.model))
     assert torch.equal(found.tokens_BT, expected.tokens_BT)
@@ -134,7 +133,7 @@ def test_switch_layers_in_attention_are_read_from_the_disk_too(tmp_path, prompts
 
 
 def test_pickled_weights_are_refused(varied, tmp_path):
-    huggingface.save(varied, None, tmp_path / "pickled")
+    load.save(varied, None, tmp_path / "pickled")
     [file] = (tmp_path / "pickled").glob("*.safetensors")
     torch.save(safetensors.torch.load_file(file), tmp_path / "pickled" / "pytorch_model.bin")
     file.unlink()
@@ -143,7 +142,7 @@ def test_pickled_weights_are_refused(varied, tmp_path):
 
 
 def test_a_shard_cut_short_in_use_ends_generation_with_an_error(varied, tmp_path, prompts_BS):
-    huggingface.save(varied, None, tmp_path / "cut")
+    load.save(varied, None, tmp_path / "cut")
     offloaded = load_offloaded(tmp_path / "cut", EXPERT)
     [file] = (tmp_path / "cut").glob("*.safetensors")
     os.truncate(file, file.stat().st_size // 4)

@@ -2,13 +2,13 @@ import dataclasses
 
 import pytest
 import torch
+from benchmarks.offload_estimate import Machine, plan_offload
 
-from switchlm.checkpoint import huggingface
-from switchlm.checkpoint.quantised import Quantisation
 from switchlm.compression.offload import load_offloaded
-from switchlm.compression.offload_plan import Machine, plan_offload
 from switchlm.errors import ConfigError
 from switchlm.generation.decode import generate
+from switchlm.huggingface import load
+from switchlm.huggingface.quantised import Quantisation
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 
@@ -59,7 +59,7 @@ def test_the_plan_agrees_with_a_run(tmp_path):
     torch.manual_seed(0)
     shape = {"num_encoder_layers": 2, "num_decoder_layers": 2, "num_experts": 8}
     config = dataclasses.replace(preset("nano"), **shape)
-    huggingface.save(SwitchTransformer(config), None, tmp_path / "model")
+    load.save(SwitchTransformer(config), None, tmp_path / "model")
     offloaded = load_offloaded(tmp_path / "model", 10**6)
     inputs_BS = torch.randint(3, 300, (4, 60))
     generate(offloaded.model, inputs_BS, max_new_tokens=40)

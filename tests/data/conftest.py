@@ -5,7 +5,7 @@ import random
 import pytest
 
 from switchlm.data.config import DataConfig
-from switchlm.data.loader import open_data
+from switchlm.data.pretraining.loader import open_data
 
 WORDS = ["router", "token", "expert", "gate", "the", "sends", "scales", "each", "to", "one"]
 

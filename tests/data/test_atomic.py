@@ -3,8 +3,8 @@ import fcntl
 
 import pytest
 
-from switchlm.data.atomic import building
 from switchlm.errors import DataError
+from switchlm.files import building
 
 
 def names(folder):

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from switchlm.data import cache, readers
-from switchlm.data.cache import open_cache
 from switchlm.data.config import Columns
-from switchlm.data.sources import parse
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text import readers, token_cache
+from switchlm.data.text.sources import parse
+from switchlm.data.text.token_cache import open_cache
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import DataError
 
 TOKENIZER = Tokenizer.bytes()
@@ -95,8 +95,8 @@ def test_a_folder_that_cannot_be_written_is_an_error(corpus, tmp_path):
 
 
 def test_progress_is_reported_while_building(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "REPORT_SECONDS", 0.0)
-    monkeypatch.setattr(cache, "_BATCH", 25)
+    monkeypatch.setattr(token_cache, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(token_cache, "_BATCH", 25)
     lines = []
     build(corpus, tmp_path / "cache", report=lines.append)
     assert [line.split(",")[0] for line in lines] == [
@@ -132,7 +132,7 @@ def test_processes_that_build_at_once_make_one_cache(corpus, tmp_path):
 
 def _build_slowly(corpus, folder):
     # Every document is written and flushed alone, with time to be killed in between.
-    cache._BATCH = 1
+    token_cache._BATCH = 1
     encode = Tokenizer.encode_plain
 
     def slowly(self, texts):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from switchlm.data.config import DataConfig
-from switchlm.data.loader import open_data
+from switchlm.data.pretraining.loader import open_data
 from switchlm.errors import DataError
 
 FIELDS = ("inputs_BS", "targets_BT", "input_segments_BS", "target_segments_BT", "source_B")

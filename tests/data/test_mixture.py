@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchlm.data.mixture import BLOCK, Mixture, probabilities
+from switchlm.data.order import BLOCK, Mixture, probabilities
 from switchlm.errors import DataError
 
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchlm.data.packing import Pieces, pack, target_length_for
-from switchlm.data.span_corruption import Noise
+from switchlm.data.pretraining.rows import Pieces, pack, target_length_for
+from switchlm.data.pretraining.span_corruption import Noise
 
 
 @settings(max_examples=80, deadline=None)

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from switchlm.data.pairs import PairLoader
-from switchlm.data.task import Example
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.tasks.loader import PairLoader
+from switchlm.data.tasks.task import Example
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import DataError
 
 BYTES = Tokenizer.bytes()

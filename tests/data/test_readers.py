@@ -11,9 +11,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchlm.data import readers
 from switchlm.data.config import Columns
-from switchlm.data.readers import read_file, read_hub
+from switchlm.data.text import readers
+from switchlm.data.text.readers import read_file, read_hub
 from switchlm.errors import DataError, MissingExtraError
 
 

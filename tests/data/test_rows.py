@@ -2,8 +2,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchlm.data.cache import TokenCache
-from switchlm.data.rows import RunningText
+from switchlm.data.pretraining.rows import RunningText
+from switchlm.data.text.token_cache import TokenCache
 
 
 def cache_of(lengths):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from switchlm.data.config import Columns
-from switchlm.data.sources import Source, files, parse, parse_all, read
+from switchlm.data.text.sources import Source, files, parse, parse_all, read
 from switchlm.errors import DataError
 
 

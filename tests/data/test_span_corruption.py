@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from switchlm.data.order import hash_numbers
-from switchlm.data.span_corruption import Noise, check_sentinels, corrupt, noise_mask
+from switchlm.data.pretraining.span_corruption import Noise, check_sentinels, corrupt, noise_mask
 from switchlm.errors import DataError
 
 END = 1

@@ -5,8 +5,8 @@ import types
 
 import pytest
 
-from switchlm.data.task import Task
-from switchlm.data.tasks import find_task, read_examples
+from switchlm.data.tasks.mixture import find_task, read_examples
+from switchlm.data.tasks.task import Task
 from switchlm.errors import DataError, MissingExtraError
 
 

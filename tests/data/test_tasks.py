@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from switchlm.data.task_registry import MIXTURES, TASKS
-from switchlm.data.tasks import TaskOptions, find_task, find_tasks, read_examples
+from switchlm.data.tasks.mixture import TaskOptions, find_task, find_tasks, read_examples
+from switchlm.data.tasks.registry import MIXTURES, TASKS
 from switchlm.errors import ConfigError, DataError
 
 

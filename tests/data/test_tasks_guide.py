@@ -7,7 +7,7 @@ import pytest
 import typer
 
 from switchlm.cli.main import load
-from switchlm.data.task_registry import GROUPS, MIXTURES, TASKS
+from switchlm.data.tasks.registry import GROUPS, MIXTURES, TASKS
 from switchlm.evaluation.metrics import METRICS
 
 GUIDE = Path(__file__).parents[2].joinpath("docs", "guides", "tasks.md").read_text("utf-8")

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchlm.data.tokenizer import Tokenizer
-from switchlm.data.unigram import train_unigram
+from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.data.text.vocabulary import train_unigram
 from switchlm.errors import DataError
 
 TEXTS = [Path(inspect.getsourcefile(module)).read_text() for module in (argparse, ast, random)]

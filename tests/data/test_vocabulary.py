@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 
-from switchlm.data import vocabulary
 from switchlm.data.config import DataConfig
-from switchlm.data.sources import parse_all
-from switchlm.data.vocabulary import _sample
+from switchlm.data.text import vocabulary
+from switchlm.data.text.sources import parse_all
+from switchlm.data.text.vocabulary import _sample
 
 
 def sample(tmp_path, sizes, weights=None, **settings):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from switchlm.evaluation.bootstrap import bootstrap
+from switchlm.evaluation.metrics import bootstrap
 
 
 def mean(sums):

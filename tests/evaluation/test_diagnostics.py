@@ -6,9 +6,8 @@ import math
 import pytest
 import torch
 
-from switchlm.checkpoint.huggingface import save
 from switchlm.data.batch import Batch
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.evaluation.diagnostics import (
     MOST_SAMPLED,
     MOST_TOKENS,
@@ -18,6 +17,7 @@ from switchlm.evaluation.diagnostics import (
     kept_share,
 )
 from switchlm.evaluation.routing import routing_statistics, switch_layers
+from switchlm.huggingface.load import save
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer, shift_right
 

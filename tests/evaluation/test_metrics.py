@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from switchlm.data.task import Example
-from switchlm.data.task_registry import TASKS
+from switchlm.data.tasks.registry import TASKS
+from switchlm.data.tasks.task import Example
 from switchlm.errors import ConfigError, DataError, MissingExtraError
 from switchlm.evaluation.metrics import METRICS, find_metric, measure
 

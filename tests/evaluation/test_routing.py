@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from switchlm.data.batch import Batch
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.evaluation.routing import PLACES, routing_statistics, switch_layers
 from switchlm.model.presets import preset
 from switchlm.model.router import Router

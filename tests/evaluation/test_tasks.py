@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from switchlm.data.pairs import PairLoader, encode_texts
-from switchlm.data.task import Example, Task
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.tasks.loader import PairLoader, encode_texts
+from switchlm.data.tasks.task import Example, Task
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import ConfigError, DataError
 from switchlm.evaluation.tasks import label_losses, score_task
 from switchlm.generation.decode import pad_prompts

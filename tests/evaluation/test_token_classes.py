@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from switchlm.data.tokenizer import Tokenizer
-from switchlm.data.unigram import train_unigram
-from switchlm.evaluation.token_classes import CLASSES, TokenClasses, token_class, token_text
+from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.data.text.vocabulary import train_unigram
+from switchlm.evaluation.routing import CLASSES, TokenClasses, token_class, token_text
 
 
 def classes(tokenizer, text):

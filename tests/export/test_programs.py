@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, MissingExtraError
 from switchlm.export import onnx_programs
 from switchlm.export.folder import new_folder

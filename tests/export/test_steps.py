@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from switchlm.errors import CheckpointError, ConfigError
-from switchlm.export.greedy import greedy
-from switchlm.export.steps import programs
+from switchlm.export.steps import greedy, programs
 from switchlm.generation.decode import generate
 from switchlm.generation.inference import dropless
 from switchlm.model import lora

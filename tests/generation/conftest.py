@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.model.config import Initialisation
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer

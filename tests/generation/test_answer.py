@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import ConfigError, DataError
 from switchlm.generation.answer import answer, read_spans, stream
 from switchlm.generation.sampling import GREEDY, Sampling

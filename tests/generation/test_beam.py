@@ -5,10 +5,10 @@ import pytest
 import torch
 import transformers
 
-from switchlm.checkpoint import huggingface
 from switchlm.errors import CheckpointError, ConfigError, DataError
 from switchlm.generation.beam import Beams, beam_search
 from switchlm.generation.decode import generate, pad_prompts
+from switchlm.huggingface import load
 from switchlm.model.transformer import shift_right
 
 MODELS = {
@@ -62,7 +62,7 @@ def pairs(tmp_path_factory):
             kind, changes, router = MODELS[name]
             model = build(seed=4, router=router, **changes)
             folder = tmp_path_factory.mktemp("twins") / "model"
-            huggingface.save(model, None, folder)
+            load.save(model, None, folder)
             made[name] = model, getattr(transformers, kind).from_pretrained(folder).eval()
         return made[name]
 

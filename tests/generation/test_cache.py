@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from switchlm.generation.cache import StaticCache
-from switchlm.generation.decode import pad_prompts
+from switchlm.generation.decode import StaticCache, pad_prompts
 from switchlm.generation.inference import dropless
 from switchlm.model.transformer import SwitchTransformer
 

@@ -2,10 +2,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import DataError
-from switchlm.generation.answer import answer, read_spans
-from switchlm.generation.fill import count_blanks, fill, put_into_blanks
+from switchlm.generation.answer import answer, count_blanks, fill, put_into_blanks, read_spans
 
 TOKENIZER = Tokenizer.bytes()
 S = TOKENIZER.sentinel_ids

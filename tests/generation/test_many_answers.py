@@ -1,10 +1,10 @@
 import pytest
 
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import ConfigError, DataError
 from switchlm.generation.answer import answer
+from switchlm.generation.batch import answer_all, best_answers
 from switchlm.generation.beam import Beams
-from switchlm.generation.many_answers import answer_all, best_answers
 from switchlm.generation.sampling import GREEDY, Sampling
 
 TOKENIZER = Tokenizer.bytes()

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import DataError
 from switchlm.generation.decode import generate
 from switchlm.generation.inference import dropless, evaluation_mode

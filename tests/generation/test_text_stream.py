@@ -3,8 +3,8 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from switchlm.data.tokenizer import Tokenizer
-from switchlm.data.unigram import train_unigram
+from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.data.text.vocabulary import train_unigram
 from switchlm.errors import ConfigError
 from switchlm.generation.text_stream import TextStream
 

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import DataError
-from switchlm.generation.token_texts import texts_of_tokens, tokens_of_text
+from switchlm.generation.text_stream import texts_of_tokens, tokens_of_text
 
 BYTES = Tokenizer.bytes()
 PIECES = ("▁", "▁self", "▁return", "self", ".", "size", "▁=", "▁x", "e", "r", "t", "u", "n", "s")

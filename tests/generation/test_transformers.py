@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 
-from switchlm.checkpoint import huggingface
 from switchlm.generation.decode import generate, pad_prompts
+from switchlm.huggingface import load
 
 MODELS = {
     "T5 v1.0": ("T5ForConditionalGeneration", {"num_experts": 0, "tied_head": True}, {}),
@@ -32,7 +32,7 @@ MODELS = {
 @pytest.mark.parametrize(("kind", "changes", "router"), MODELS.values(), ids=MODELS.keys())
 def test_greedy_tokens_are_those_of_transformers(build, prompts, tmp_path, kind, changes, router):
     model = build(seed=4, router=router, **changes)
-    huggingface.save(model, None, tmp_path / "model")
+    load.save(model, None, tmp_path / "model")
     theirs = getattr(transformers, kind).from_pretrained(tmp_path / "model").eval()
     inputs_BS, segments_BS = pad_prompts(prompts, 0)
     ours = generate(model, inputs_BS, segments_BS, max_new_tokens=10, encoder_capacity=True)

@@ -15,7 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from switchlm.kernels import triton_backward, triton_forward, triton_tiles
+from switchlm.kernels.gpu import backward, tiles
+from switchlm.kernels.gpu import forward as kernels
 
 FLOATS = ("weight_A", "scale_A", "dweight_CA")
 LONGS = ("assignment_R", "first_T", "end_T", "end_E", "counts_E")
@@ -65,26 +66,26 @@ def cases(dtype: str) -> Iterator[tuple[Any, list[triton.Config], dict[str, Any]
     """Yield each kernel, its configurations, and what else is known when it is compiled."""
     common = {"PRECISION": "tf32" if dtype == "fp32" else "ieee"}
     tiled = {**common, "ROWS": 128, "EVEN": True}
-    yield triton_tiles._lay_out, [triton.Config({})], {"EXPERTS": 64, "ROWS": 128}
+    yield tiles._lay_out, [triton.Config({})], {"EXPERTS": 64, "ROWS": 128}
     absent = dict.fromkeys(("linear_EVW", "inner_RW", "linear_RW"))
     plain = {**tiled, "ACTIVATION": "relu", "GATED": False}
     gated = {**tiled, "ACTIVATION": "gelu", "GATED": True}
-    forward = triton_forward.configs()
-    yield triton_forward._hidden, forward, {**plain, **absent, "KEEP": False}
-    yield triton_forward._hidden, forward[1:], {**gated, "KEEP": True}
+    forward = kernels.configs()
+    yield kernels._hidden, forward, {**plain, **absent, "KEEP": False}
+    yield kernels._hidden, forward[1:], {**gated, "KEEP": True}
     absent = dict.fromkeys(("more_RV", "more_EVW"))
     down = {**tiled, **absent, "SCALED": True, "TWO": False, "stride_W": 1}
     back = {**tiled, "SCALED": False, "TWO": True, "scale_A": None, "stride_V": 1}
-    yield triton_forward._scatter, forward, down
-    yield triton_forward._scatter, forward[1:], back
-    configs = triton_backward._hidden_configs()
-    columns = {"BLOCK_W": triton_backward.COLUMNS}
+    yield kernels._scatter, forward, down
+    yield kernels._scatter, forward[1:], back
+    configs = backward._hidden_configs()
+    columns = {"BLOCK_W": backward.COLUMNS}
     absent = dict.fromkeys(("linear_RW", "middle_RW", "dlinear_RW"))
-    yield triton_backward._hidden_gradients, configs, {**plain, **columns, **absent, "KEPT": False}
-    yield triton_backward._hidden_gradients, configs, {**gated, **columns, "KEPT": True}
-    configs = triton_backward._weight_configs()
-    yield triton_backward._weight_gradient, configs, {**common, "SCALED": True}
-    yield triton_backward._weight_gradient, configs, {**common, "SCALED": False, "scale_A": None}
+    yield backward._hidden_gradients, configs, {**plain, **columns, **absent, "KEPT": False}
+    yield backward._hidden_gradients, configs, {**gated, **columns, "KEPT": True}
+    configs = backward._weight_configs()
+    yield backward._weight_gradient, configs, {**common, "SCALED": True}
+    yield backward._weight_gradient, configs, {**common, "SCALED": False, "scale_A": None}
 
 
 def main() -> None:

@@ -15,5 +15,5 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture
 def shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two threads, and no product too small to share."""
-    monkeypatch.setattr("switchlm.kernels.plan.LEAST_WORK", 0)
+    monkeypatch.setattr("switchlm.kernels.cpu.grouped.LEAST_WORK", 0)
     torch.set_num_threads(2)

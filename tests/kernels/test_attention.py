@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from switchlm.kernels import attention
-from switchlm.kernels.attention import biased_attention
+from switchlm.kernels.cpu import attention
+from switchlm.kernels.cpu.attention import biased_attention
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:

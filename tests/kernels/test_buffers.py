@@ -5,34 +5,35 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from switchlm.kernels import buffers, select
+from switchlm.kernels import select
+from switchlm.kernels.cpu import memory
 
 SHAPE = (2, 1024, 1024)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_free() -> Iterator[None]:
-    buffers.release()
+    memory.release()
     yield
-    buffers.release()
+    memory.release()
 
 
 def test_a_dead_tensors_memory_comes_back() -> None:
-    first = buffers.empty(SHAPE, torch.float32)
+    first = memory.empty_reused(SHAPE, torch.float32)
     address = first.data_ptr()
     del first
-    assert buffers.free_bytes() == 8 << 20
-    again = buffers.empty((2 * 1024 * 1024,), torch.float32)
+    assert memory.free_bytes() == 8 << 20
+    again = memory.empty_reused((2 * 1024 * 1024,), torch.float32)
     assert again.data_ptr() == address
-    assert buffers.free_bytes() == 0
+    assert memory.free_bytes() == 0
 
 
 def test_a_view_keeps_the_memory() -> None:
-    first = buffers.empty(SHAPE, torch.float32)
+    first = memory.empty_reused(SHAPE, torch.float32)
     row = first[1, 5].fill_(3.0)
     address = first.data_ptr()
     del first
-    second = buffers.empty(SHAPE, torch.float32).fill_(7.0)
+    second = memory.empty_reused(SHAPE, torch.float32).fill_(7.0)
     assert second.data_ptr() != address
     assert torch.equal(row, torch.full((1024,), 3.0))
 
@@ -47,31 +48,31 @@ def test_a_gradient_keeps_it_until_it_is_dropped() -> None:
 
         @staticmethod
         def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
-            return buffers.empty(SHAPE, torch.float32).fill_(1.0)
+            return memory.empty_reused(SHAPE, torch.float32).fill_(1.0)
 
     addresses = set()
     for _ in range(3):
         Fill.apply(weight).backward()
         assert weight.grad is not None
-        assert buffers.free_bytes() == 0  # the gradient is the buffer, not a copy of it
+        assert memory.free_bytes() == 0  # the gradient is the buffer, not a copy of it
         addresses.add(weight.grad.data_ptr())
         weight.grad = None
-        assert buffers.free_bytes() == 8 << 20
+        assert memory.free_bytes() == 8 << 20
     assert len(addresses) == 1
 
 
 def test_sizes_that_no_longer_occur_are_given_up() -> None:
-    del_me = buffers.empty(SHAPE, torch.float32)
+    del_me = memory.empty_reused(SHAPE, torch.float32)
     del del_me
-    kept = buffers.empty((3, 1024, 1024), torch.float32)
-    assert buffers.free_bytes() == 0
+    kept = memory.empty_reused((3, 1024, 1024), torch.float32)
+    assert memory.free_bytes() == 0
     assert kept.shape == (3, 1024, 1024)
 
 
 def test_lengths_that_vary_a_little_share_a_block() -> None:
     addresses = set()
     for rows in (1500, 1400, 1530):
-        tensor = buffers.empty((rows, 1024), torch.float32)
+        tensor = memory.empty_reused((rows, 1024), torch.float32)
         addresses.add(tensor.data_ptr())
         del tensor
     assert len(addresses) == 1
@@ -88,7 +89,7 @@ def test_a_layer_trains_in_the_same_memory_every_step() -> None:
         assert up_EDF.grad is not None
         assert down_EFD.grad is not None
         addresses |= {up_EDF.grad.data_ptr(), down_EFD.grad.data_ptr()}
-        assert buffers.free_bytes() == 20 << 20  # the hidden rows; the gradients were not copied
+        assert memory.free_bytes() == 20 << 20  # the hidden rows; the gradients were not copied
         up_EDF.grad = down_EFD.grad = None
     assert len(addresses) == 2
 
@@ -96,7 +97,7 @@ def test_a_layer_trains_in_the_same_memory_every_step() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(0, 3), (2, 3), (3, 1024, 1024)])
 def test_shape_and_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    tensor = buffers.empty(shape, dtype)
+    tensor = memory.empty_reused(shape, dtype)
     assert tensor.shape == shape
     assert tensor.dtype == dtype
     assert tensor.is_contiguous()

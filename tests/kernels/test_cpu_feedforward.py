@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from switchlm.kernels import reference, select
-from switchlm.kernels.activations import Activation
+from switchlm.kernels.reference import Activation
 
 COUNTS = st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 3))
 D, F = 6, 10

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from switchlm.kernels import cross_entropy, native
-from switchlm.kernels.cross_entropy import fits, token_losses
+from switchlm.kernels.cpu import cross_entropy, native
+from switchlm.kernels.cpu.cross_entropy import fits, token_losses
 
 pytestmark = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from switchlm.kernels import few_rows, native, quantised, reference, select
+from switchlm.kernels import reference, select
+from switchlm.kernels.cpu import native, quantised, small_batch
 
 ROWS = (1, 2, 3, 6, 7, 16, 64)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -29,7 +30,7 @@ def build(request, tmp_path_factory):
         patch.setattr(native.Path, "home", lambda: tmp_path_factory.mktemp("home"))
         built = native.native.__wrapped__()
         assert built.library is not None, built.reason
-        patch.setattr(few_rows, "native", lambda: built)
+        patch.setattr(small_batch, "native", lambda: built)
         yield built
 
 
@@ -50,7 +51,7 @@ def close(found, expected, dtype=torch.float32):
 @pytest.mark.parametrize("outputs", [64, 101, 960])
 def test_linear(build, rows, dtype, outputs):
     x_RK, weight_NK = torch.randn(rows, 192).to(dtype), torch.randn(outputs, 192).to(dtype)
-    y_RN = few_rows.linear(x_RK, weight_NK)
+    y_RN = small_batch.linear(x_RK, weight_NK)
     assert y_RN.dtype == dtype
     close(y_RN, x_RK.double() @ weight_NK.double().t(), dtype)
 
@@ -61,7 +62,7 @@ def test_linear(build, rows, dtype, outputs):
 def test_experts_and_rows_that_are_nobodys(build, dtype, counts, shape):
     x_RK = torch.randn(sum(counts) + 2, shape[0]).to(dtype)
     weight_EKN = torch.randn(len(counts), *shape).to(dtype)
-    y_RN = few_rows.grouped_matmul(x_RK, weight_EKN, torch.tensor(counts))
+    y_RN = small_batch.grouped_matmul(x_RK, weight_EKN, torch.tensor(counts))
     expected = reference.grouped_matmul(x_RK.double(), weight_EKN.double(), torch.tensor(counts))
     assert not y_RN[sum(counts) :].any()
     close(y_RN, expected, dtype)
@@ -83,8 +84,8 @@ def test_int8_gives_the_bits_of_the_plain_product(build, rows, monkeypatch):
     one = int8_matrix()
     x_RK = torch.randn(rows, 192) * torch.logspace(-6, 3, rows)[:, None]
     x_RK[-1, 3:] = 0
-    found = few_rows.int8_matmul(x_RK, one.codes_NK, one.scale_N)
-    monkeypatch.setattr(few_rows, "few", lambda *_: False)
+    found = small_batch.int8_matmul(x_RK, one.codes_NK, one.scale_N)
+    monkeypatch.setattr(small_batch, "few", lambda *_: False)
     assert torch.equal(found, one(x_RK))
 
 
@@ -92,7 +93,7 @@ def test_int8_gives_the_bits_of_the_plain_product(build, rows, monkeypatch):
 def test_int4_is_the_product_with_what_the_codes_mean(build, rows):
     one = int4_matrix()
     x_RK = torch.randn(rows, 192)
-    found = few_rows.int4_matmul(x_RK, one.codes_BKJ, one.scale_GN2)[:, :100]
+    found = small_batch.int4_matmul(x_RK, one.codes_BKJ, one.scale_GN2)[:, :100]
     close(found, x_RK.to(torch.bfloat16).double() @ one.dequantise().double().t())
 
 
@@ -100,20 +101,20 @@ def test_int4_is_the_product_with_what_the_codes_mean(build, rows):
 def test_rms_norm(build, shape):
     x, weight_D = torch.randn(shape) * 100, torch.rand(shape[-1])
     expected = torch.nn.functional.rms_norm(x.double(), shape[-1:], weight_D.double(), 1e-6)
-    close(few_rows.rms_norm(x, weight_D, 1e-6), expected)
+    close(small_batch.rms_norm(x, weight_D, 1e-6), expected)
 
 
 PRODUCTS = {
-    "linear": (torch.randn(960, 640), few_rows.linear),
-    "bfloat16": (torch.randn(960, 640).to(torch.bfloat16), few_rows.linear),
+    "linear": (torch.randn(960, 640), small_batch.linear),
+    "bfloat16": (torch.randn(960, 640).to(torch.bfloat16), small_batch.linear),
     "expert": (
         torch.randn(1, 640, 960),
-        lambda x, w: few_rows.grouped_matmul(x, w, torch.tensor([len(x)])),
+        lambda x, w: small_batch.grouped_matmul(x, w, torch.tensor([len(x)])),
     ),
-    "int8": (int8_matrix(960, 640), lambda x, m: few_rows.int8_matmul(x, m.codes_NK, m.scale_N)),
+    "int8": (int8_matrix(960, 640), lambda x, m: small_batch.int8_matmul(x, m.codes_NK, m.scale_N)),
     "int4": (
         int4_matrix(960, 640, 5),
-        lambda x, m: few_rows.int4_matmul(x, m.codes_BKJ, m.scale_GN2),
+        lambda x, m: small_batch.int4_matmul(x, m.codes_BKJ, m.scale_GN2),
     ),
 }
 
@@ -121,7 +122,7 @@ PRODUCTS = {
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_a_row_gives_the_same_bits_beside_any_others_and_on_any_threads(build, name, monkeypatch):
     weight, multiply = PRODUCTS[name]
-    monkeypatch.setattr(few_rows, "_LEAST_BYTES", 0)  # as if it were large: all threads
+    monkeypatch.setattr(small_batch, "_LEAST_BYTES", 0)  # as if it were large: all threads
     dtype = weight.dtype if isinstance(weight, torch.Tensor) else torch.float32
     x_RK = (torch.randn(23, 640) * torch.logspace(-2, 2, 23)[:, None]).to(dtype)
     together = multiply(x_RK, weight)
@@ -136,28 +137,28 @@ def test_a_row_gives_the_same_bits_beside_any_others_and_on_any_threads(build, n
 
 def test_what_it_fits():
     x_RK, weight_NK = torch.randn(4, 64), torch.randn(96, 64)
-    assert few_rows.fits(x_RK, weight_NK)
-    assert few_rows.fits(x_RK[None], torch.nn.Parameter(weight_NK))
+    assert small_batch.fits(x_RK, weight_NK)
+    assert small_batch.fits(x_RK[None], torch.nn.Parameter(weight_NK))
     with torch.enable_grad():
-        assert not few_rows.fits(x_RK, weight_NK)
+        assert not small_batch.fits(x_RK, weight_NK)
     with torch.autocast("cpu"):
-        assert not few_rows.fits(x_RK, weight_NK)
-    assert not few_rows.fits(torch.randn(65, 64), weight_NK), "many rows"
+        assert not small_batch.fits(x_RK, weight_NK)
+    assert not small_batch.fits(torch.randn(65, 64), weight_NK), "many rows"
     many, halves = torch.randn(17, 64).to(torch.bfloat16), weight_NK.to(torch.bfloat16)
-    assert not few_rows.fits(many, halves), "many rows in bfloat16"
-    assert few_rows.fits(many, halves[:64].view(4, 64, 16).repeat(1, 1, 4)), "but of experts"
-    assert not few_rows.fits(torch.randn(0, 64), weight_NK), "no rows"
-    assert not few_rows.fits(x_RK, torch.randn(96, 128)[:, ::2]), "not contiguous"
-    assert not few_rows.fits(torch.randn(4, 48), torch.randn(96, 48)), "an odd width"
-    assert not few_rows.fits(x_RK, torch.randn(2, 64, 96)), "an odd width of experts"
-    assert not few_rows.fits(x_RK.double(), weight_NK.double())
-    assert not few_rows.fits(x_RK, weight_NK.to(torch.bfloat16))
-    assert not few_rows.fits(x_RK.to("meta"), weight_NK.to("meta"))
+    assert not small_batch.fits(many, halves), "many rows in bfloat16"
+    assert small_batch.fits(many, halves[:64].view(4, 64, 16).repeat(1, 1, 4)), "but of experts"
+    assert not small_batch.fits(torch.randn(0, 64), weight_NK), "no rows"
+    assert not small_batch.fits(x_RK, torch.randn(96, 128)[:, ::2]), "not contiguous"
+    assert not small_batch.fits(torch.randn(4, 48), torch.randn(96, 48)), "an odd width"
+    assert not small_batch.fits(x_RK, torch.randn(2, 64, 96)), "an odd width of experts"
+    assert not small_batch.fits(x_RK.double(), weight_NK.double())
+    assert not small_batch.fits(x_RK, weight_NK.to(torch.bfloat16))
+    assert not small_batch.fits(x_RK.to("meta"), weight_NK.to("meta"))
 
 
 def test_experts_with_more_rows_than_there_are_read_no_others():
     with pytest.raises(AssertionError, match="more than the 3 rows"):
-        few_rows.grouped_matmul(torch.randn(3, 64), torch.randn(2, 64, 64), torch.tensor([2, 2]))
+        small_batch.grouped_matmul(torch.randn(3, 64), torch.randn(2, 64, 64), torch.tensor([2, 2]))
 
 
 def test_products_that_somebody_counts_are_pytorchs():
@@ -176,7 +177,7 @@ def test_a_whole_expert(activation, gated, monkeypatch):
     arguments = (x_RD, counts_E, up_EDF, down_EFD, activation, gate_EDF)
     assert select.explain(x_RD, up_EDF).name == "few_rows"
     found = select.expert_feedforward(*arguments)
-    monkeypatch.setattr(few_rows, "fits", lambda *_: False)
+    monkeypatch.setattr(small_batch, "fits", lambda *_: False)
     assert select.explain(x_RD, up_EDF).name == "cpu"
     close(found, select.expert_feedforward(*arguments).double(), torch.bfloat16)
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from switchlm.kernels import fused_router, native
+from switchlm.kernels.cpu import native
+from switchlm.kernels.cpu import router as fused_router
 from switchlm.model.config import RouterConfig
 from switchlm.model.router import Router
 from switchlm.model.routing import Routing
@@ -274,7 +275,7 @@ def test_everything_else_goes_step_by_step(case, taken, monkeypatch) -> None:
     if case == "hf in bfloat16":
         dtype = torch.bfloat16
     if case == "much work":
-        monkeypatch.setattr(fused_router, "MOST_WORK", 50 * 4 * D - 1)
+        monkeypatch.setattr(router, "MOST_WORK", 50 * 4 * D - 1)
     if case == "without a library":
         monkeypatch.setattr(native, "native", lambda: native.Native(None, "none"))
     if case == "watched":

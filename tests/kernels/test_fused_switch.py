@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from switchlm.kernels import fused_switch, native, permute, select
+from switchlm.kernels import permute, select
+from switchlm.kernels.cpu import native, switch
 from switchlm.kernels.permute import sort_by_expert
 from switchlm.kernels.select import explain_switch, switch_feedforward
 
@@ -24,7 +25,7 @@ def build(request, monkeypatch):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(native, "_PROCESSOR", {"x86_64": flag})
             _builds[flag] = native.native.__wrapped__()
-    for module in (fused_switch, permute):
+    for module in (switch, permute):
         monkeypatch.setattr(module, "native", lambda: _builds[flag])
 
 
@@ -161,7 +162,7 @@ def test_it_is_said_which_way_a_layer_goes(monkeypatch) -> None:
         assert reason in choice.reason
     with torch.autocast("cpu", torch.bfloat16):
         assert explain_switch(x_ND, 100, 4, 32).name == "separate"
-    monkeypatch.setattr(fused_switch, "native", lambda: native.Native(None, "no compiler"))
+    monkeypatch.setattr(switch, "native", lambda: native.Native(None, "no compiler"))
     assert "no compiler" in explain_switch(x_ND, 100, 4, 32).reason
 
 

@@ -3,16 +3,17 @@
 import pytest
 import torch
 
-from switchlm.kernels import half_precision, reference, select
-from switchlm.kernels.products import mm
-from switchlm.kernels.quantised import Int4Matrix, pack_int4
+from switchlm.kernels import reference, select
+from switchlm.kernels.cpu import small_matmul
+from switchlm.kernels.cpu.grouped import matmul_into
+from switchlm.kernels.cpu.quantised import Int4Matrix, pack_int4
 
 DTYPES = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
 def without_instructions(monkeypatch):
-    monkeypatch.setattr(half_precision, "is_slow", lambda dtype: dtype in half_precision.DTYPES)
+    monkeypatch.setattr(small_matmul, "is_slow", lambda dtype: dtype in small_matmul.DTYPES)
 
 
 def roundings(dtype):
@@ -22,8 +23,8 @@ def roundings(dtype):
 
 def test_float32_is_never_slow(monkeypatch):
     monkeypatch.undo()
-    assert not half_precision.is_slow(torch.float32)
-    assert isinstance(half_precision.is_slow(torch.bfloat16), bool)
+    assert not small_matmul.is_slow(torch.float32)
+    assert isinstance(small_matmul.is_slow(torch.bfloat16), bool)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,7 +58,7 @@ def test_products_of_an_expert(dtype, add):
     a, b, y = (torch.randn(*shape).to(dtype) for shape in ((70, 64), (64, 96), (70, 96)))
     product = a.float() @ b.float()
     expected = (y.float() + product if add else product).to(dtype)
-    found = mm(a, b, y, add=add)
+    found = matmul_into(a, b, y, add=add)
     assert found is y
     torch.testing.assert_close(found, expected, **roundings(dtype))
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from switchlm.kernels import few_rows, native, select
+from switchlm.kernels import select
+from switchlm.kernels.cpu import native, small_batch
 
 here = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
 
@@ -96,10 +97,10 @@ def test_a_compiler_that_makes_no_library_leaves_nothing(home, tmp_path, monkeyp
 
 
 def test_all_works_without_it(monkeypatch):
-    monkeypatch.setattr(few_rows, "native", lambda: native.Native(None, "none"))
+    monkeypatch.setattr(small_batch, "native", lambda: native.Native(None, "none"))
     x_RK, weight_NK = torch.randn(3, 64), torch.randn(64, 64)
     with torch.no_grad():
-        assert not few_rows.fits(x_RK, weight_NK)
+        assert not small_batch.fits(x_RK, weight_NK)
         assert torch.equal(
             select.linear(x_RK, weight_NK), torch.nn.functional.linear(x_RK, weight_NK)
         )
@@ -108,7 +109,7 @@ def test_all_works_without_it(monkeypatch):
 @here
 def test_processes_that_compile_at_once_agree(tmp_path):
     code = (
-        f"from switchlm.kernels import native as n; n._FLAGS = {QUICKLY}\n"
+        f"from switchlm.kernels.cpu import native as n; n._FLAGS = {QUICKLY}\n"
         "assert n.native().library, n.native()"
     )
     environment = os.environ | {"HOME": str(tmp_path)}

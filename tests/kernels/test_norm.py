@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from switchlm.kernels import native, norm
-from switchlm.kernels.norm import rms_norm
+from switchlm.kernels.cpu import native, norm
+from switchlm.kernels.cpu.norm import rms_norm
 
 
 def both(x: Tensor, weight: Tensor, gradient: Tensor) -> list[list[Tensor]]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from switchlm.kernels import native, one_query
+from switchlm.kernels.cpu import attention, native
 from switchlm.model.attention import attend
 
 pytestmark = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
@@ -41,8 +41,8 @@ def test_it_is_attention(shape, dtype, kind):
         "transposed": torch.randn(1, 1, places, heads).movedim(-1, -3),
     }[kind]
     query, key, value = tensors(*shape, dtype=dtype)
-    assert one_query.fits(query, key, value, bias)
-    found = one_query.one_query(query, key, value, bias)
+    assert attention.fits_decode(query, key, value, bias)
+    found = attention.decode_attention(query, key, value, bias)
     assert found.dtype == dtype
     tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-5
     expected = twin(query, key, value, bias)
@@ -51,7 +51,7 @@ def test_it_is_attention(shape, dtype, kind):
 
 def test_scores_far_apart():
     query, key, value = tensors(2, 2, 100, 32)
-    found = one_query.one_query(query * 100, key, value, None)
+    found = attention.decode_attention(query * 100, key, value, None)
     torch.testing.assert_close(
         found.double(), twin(query * 100, key, value, None), rtol=1e-4, atol=1e-4
     )
@@ -60,43 +60,43 @@ def test_scores_far_apart():
 def test_what_is_masked_takes_no_part_and_leaves_no_trace():
     query, key, value = tensors(2, 3, 40, 16)
     bias = torch.randn(1, 3, 1, 40)
-    short = one_query.one_query(query, key[:, :, :23], value[:, :, :23], bias[..., :23])
+    short = attention.decode_attention(query, key[:, :, :23], value[:, :, :23], bias[..., :23])
     masked = torch.where(torch.arange(40) < 23, bias, LOW)
     key[:, :, 23:] = 1e4
-    assert torch.equal(one_query.one_query(query, key, value, masked), short)
+    assert torch.equal(attention.decode_attention(query, key, value, masked), short)
 
 
 def test_a_query_that_may_attend_to_nothing_takes_the_mean():
     query, key, value = tensors(1, 2, 9, 16)
-    found = one_query.one_query(query, key, value, torch.full((1, 1, 1, 9), LOW))
+    found = attention.decode_attention(query, key, value, torch.full((1, 1, 1, 9), LOW))
     torch.testing.assert_close(found.view(2, 16), value[0].mean(1))
 
 
 def test_rows_and_threads_change_no_bit(monkeypatch):
-    monkeypatch.setattr(one_query, "_LEAST_NUMBERS", 0)
+    monkeypatch.setattr(attention, "_LEAST_NUMBERS", 0)
     query, key, value = tensors(4, 3, 50, 32)
-    together = one_query.one_query(query, key, value, None)
+    together = attention.decode_attention(query, key, value, None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    alone = one_query.one_query(query[2:3], key[2:3], value[2:3], None)
+    alone = attention.decode_attention(query[2:3], key[2:3], value[2:3], None)
     torch.set_num_threads(threads)
     assert torch.equal(alone, together[2:3])
 
 
 def test_what_it_fits():
     query, key, value = tensors(2, 3, 8, 16)
-    assert one_query.fits(query, key, value, None)
-    assert not one_query.fits(torch.randn(2, 3, 2, 16), key, value, None), "two queries"
-    assert not one_query.fits(query, key.transpose(2, 3).contiguous().mT, value, None)
-    assert not one_query.fits(query.double(), key.double(), value.double(), None)
-    assert not one_query.fits(*tensors(2, 3, 8, 12), None), "an odd width"
+    assert attention.fits_decode(query, key, value, None)
+    assert not attention.fits_decode(torch.randn(2, 3, 2, 16), key, value, None), "two queries"
+    assert not attention.fits_decode(query, key.transpose(2, 3).contiguous().mT, value, None)
+    assert not attention.fits_decode(query.double(), key.double(), value.double(), None)
+    assert not attention.fits_decode(*tensors(2, 3, 8, 12), None), "an odd width"
     with torch.enable_grad():
-        assert not one_query.fits(query, key, value, None)
+        assert not attention.fits_decode(query, key, value, None)
 
 
 def test_the_model_takes_it(monkeypatch):
     query, key, value = tensors(2, 3, 8, 16)
     bias = torch.randn(1, 3, 1, 8)
     ours = attend(query, key, value, bias, 0.0)
-    monkeypatch.setattr(one_query, "fits", lambda *_: False)
+    monkeypatch.setattr(attention, "fits_decode", lambda *_: False)
     torch.testing.assert_close(ours, attend(query, key, value, bias, 0.0))

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from switchlm.kernels import pages
+from switchlm.kernels.cpu import memory
 
 
 @pytest.mark.parametrize("shape", [(3,), (1 << 19,), (1000, 1001), (2, 700, 900)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_tensors_are_ordinary_ones(shape, dtype):
-    tensor = pages.empty(shape, dtype)
+    tensor = memory.empty_on_large_pages(shape, dtype)
     assert tensor.shape == shape
     assert tensor.dtype == dtype
     assert tensor.is_contiguous()
@@ -19,7 +19,7 @@ def test_tensors_are_ordinary_ones(shape, dtype):
 
 
 def test_large_ones_begin_at_a_page():
-    assert pages.empty((1 << 20,), torch.float32).data_ptr() % pages.PAGE == 0
+    assert memory.empty_on_large_pages((1 << 20,), torch.float32).data_ptr() % memory.PAGE == 0
 
 
 LARGE = """

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchlm.kernels.plan import FIXED_ROWS, Sums, make_plan
+from switchlm.kernels.cpu.grouped import FIXED_ROWS, Sums, make_schedule
 
 COUNTS = st.lists(st.integers(0, 500), min_size=1, max_size=80)
 
@@ -15,7 +15,7 @@ COUNTS = st.lists(st.integers(0, 500), min_size=1, max_size=80)
 def test_every_number_is_someones_once(counts: list[int], threads: int, width: int) -> None:
     torch.set_num_threads(threads)
     counts = [count * 4 for count in counts]  # some of several blocks
-    plan = make_plan(counts, sum(counts) + 3, work_per_row=2**22)
+    plan = make_schedule(counts, sum(counts) + 3, work_per_row=2**22)
     seen = torch.zeros(sum(counts) + 3, width)
     for piece in plan.rows(seen, cut=True):
         piece += 1
@@ -34,7 +34,7 @@ def test_every_column_of_a_weight_begins_once_and_on_one_thread(
 ) -> None:
     torch.set_num_threads(threads)
     counts = [count * 4 for count in counts]
-    plan = make_plan(counts, sum(counts), work_per_row=2**22)
+    plan = make_schedule(counts, sum(counts), work_per_row=2**22)
     begun = torch.zeros(len(counts), 1, 48)
     thread_of: dict[tuple[int, float], int] = {}
     columns_P = plan.columns(begun, 1)
@@ -51,7 +51,7 @@ def test_every_column_of_a_weight_begins_once_and_on_one_thread(
 )
 def test_two_threads_have_equal_work_whatever_the_loads(counts: list[int]) -> None:
     torch.set_num_threads(2)
-    plan = make_plan(counts, 4000, 2**16)
+    plan = make_schedule(counts, 4000, 2**16)
     assert len(plan.parts) == 2
     first, second = (
         sum(
@@ -66,12 +66,12 @@ def test_two_threads_have_equal_work_whatever_the_loads(counts: list[int]) -> No
 
 def test_little_work_stays_on_one_thread() -> None:
     torch.set_num_threads(2)
-    assert len(make_plan([10, 10], 20, 16).parts) == 1
+    assert len(make_schedule([10, 10], 20, 16).parts) == 1
 
 
 def test_rows_that_pieces_share_are_summed() -> None:
     torch.set_num_threads(3)
-    plan = make_plan([90, 10], 101, 2**22)
+    plan = make_schedule([90, 10], 101, 2**22)
     rows = plan.empty(torch.empty(1), 2)
     sums = Sums(plan, rows)
     for room in sums.room_P:

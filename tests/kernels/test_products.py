@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from switchlm.kernels import half_precision, native, products
-from switchlm.kernels.products import mm
+from switchlm.kernels.cpu import grouped, native, small_matmul
+from switchlm.kernels.cpu.grouped import matmul_into
 
 pytestmark = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
 SHAPES = [(1, 64, 256), (7, 48, 80), (16, 600, 192), (130, 32, 16), (64, 16, 48), (3, 5, 16)]
@@ -36,7 +36,7 @@ def ours(monkeypatch):
         raise AssertionError("PyTorch was asked")
 
     monkeypatch.setattr(torch, "mm", refuse)
-    monkeypatch.setattr(products, "MOST_ROWS", 1000)
+    monkeypatch.setattr(grouped, "MOST_ROWS", 1000)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -59,39 +59,41 @@ def test_it_is_a_product(shape, a, b, y, large, ours):
         pytest.skip("no whole vectors: PyTorch's")
     a_MK, b_KN, y_MN = a(rows, inputs), b(inputs, outputs), y(rows, outputs)
     expected = a_MK.double() @ b_KN.double()
-    assert mm(a_MK, b_KN, y_MN, large=large) is y_MN
+    assert matmul_into(a_MK, b_KN, y_MN, large=large) is y_MN
     torch.testing.assert_close(y_MN.double(), expected, rtol=1e-5, atol=1e-4)
-    mm(a_MK, b_KN, y_MN, add=True, large=large)
+    matmul_into(a_MK, b_KN, y_MN, add=True, large=large)
     torch.testing.assert_close(y_MN.double(), 2 * expected, rtol=1e-5, atol=1e-4)
 
 
 def test_it_writes_nothing_beside_the_result(ours):
     whole = torch.full((9, 96), 7.0)
     for large in (False, True):
-        mm(torch.randn(5, 64), torch.randn(64, 48), whole[2:7, 16:64], large=large)
+        matmul_into(torch.randn(5, 64), torch.randn(64, 48), whole[2:7, 16:64], large=large)
     whole[2:7, 16:64] = 7
     assert (whole == 7).all()
 
 
 @pytest.mark.parametrize("case", ["many rows", "bfloat16", "odd width", "without a library"])
 def test_what_does_not_fit_is_pytorchs(case, monkeypatch):
-    rows = products.MOST_ROWS + 1 if case == "many rows" else 4
+    rows = grouped.MOST_ROWS + 1 if case == "many rows" else 4
     width = 40 if case == "odd width" else 48
     dtype = torch.bfloat16 if case == "bfloat16" else torch.float32
     if case == "without a library":
-        monkeypatch.setattr(products, "native", lambda: native.Native(None, "none"))
-    monkeypatch.setattr(half_precision, "is_slow", lambda dtype: False)
+        monkeypatch.setattr(grouped, "native", lambda: native.Native(None, "none"))
+    monkeypatch.setattr(small_matmul, "is_slow", lambda dtype: False)
     a_MK, b_KN = torch.randn(rows, 32).to(dtype), torch.randn(32, width).to(dtype)
     called = []
     real = torch.mm
     monkeypatch.setattr(torch, "mm", lambda *a, **o: called.append(1) or real(*a, **o))
-    found = mm(a_MK, b_KN, torch.empty(rows, width, dtype=dtype))
+    found = matmul_into(a_MK, b_KN, torch.empty(rows, width, dtype=dtype))
     assert called
     torch.testing.assert_close(found, a_MK @ b_KN)
-    torch.testing.assert_close(mm(a_MK, b_KN, found.clone(), add=True), found + a_MK @ b_KN)
+    torch.testing.assert_close(
+        matmul_into(a_MK, b_KN, found.clone(), add=True), found + a_MK @ b_KN
+    )
 
 
 def test_products_that_somebody_counts_are_pytorchs():
     with FlopCounterMode(display=False) as counter:
-        mm(torch.randn(4, 32), torch.randn(32, 48), torch.empty(4, 48))
+        matmul_into(torch.randn(4, 32), torch.randn(32, 48), torch.empty(4, 48))
     assert counter.get_total_flops() == 2 * 4 * 32 * 48

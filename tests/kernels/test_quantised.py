@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from switchlm.kernels import few_rows, quantised
-from switchlm.kernels.quantised import Int4Matrix, Int8Matrix, matrix, pack_int4, quantise_rows
+from switchlm.kernels.cpu import quantised, small_batch
+from switchlm.kernels.cpu.quantised import Int4Matrix, Int8Matrix, matrix, pack_int4, quantise_rows
 
 ROWS = (1, 2, 7, 16, quantised.MANY_ROWS + 3)
 CHECKS = ("integer_product", "int4_product")
@@ -27,7 +27,7 @@ def int4_matrix(outputs=100, inputs=192, groups=3):
 def operators(request, monkeypatch):
     """By C, by PyTorch's private operators, and as if a version of PyTorch had none of them."""
     if request.param != "native":
-        monkeypatch.setattr(few_rows, "few", lambda *_: False)
+        monkeypatch.setattr(small_batch, "few", lambda *_: False)
     if request.param == "none":
         for name in CHECKS:
             monkeypatch.setattr(quantised, name, lambda: False)
@@ -51,7 +51,7 @@ def test_an_operator_that_is_slow_is_not_used(monkeypatch):
 
 def test_sums_too_large_for_float32_are_taken_in_exact_parts(monkeypatch):
     monkeypatch.setattr(quantised, "integer_product", lambda: False)
-    monkeypatch.setattr(few_rows, "few", lambda *_: False)
+    monkeypatch.setattr(small_batch, "few", lambda *_: False)
     codes_NK = torch.full((32, 2048), 127, dtype=torch.int8)
     codes_NK[:, 1] = 126
     y_RN = Int8Matrix(codes_NK, torch.ones(32))(torch.full((3, 2048), 127.0))

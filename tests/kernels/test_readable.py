@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from switchlm.kernels import native, small_attention
-from switchlm.kernels.cross_entropy import token_losses
-from switchlm.kernels.native import readable
+from switchlm.kernels.cpu import attention, native
+from switchlm.kernels.cpu.cross_entropy import token_losses
+from switchlm.kernels.cpu.native import readable
 from switchlm.kernels.permute import sort_by_expert
 from switchlm.kernels.select import linear
 from switchlm.model.attention import attend
 from switchlm.model.config import RouterConfig
-from switchlm.model.norm import RMSNorm
+from switchlm.model.layers import RMSNorm
 from switchlm.model.switch import SwitchFeedForward
 
 pytestmark = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
@@ -85,7 +85,7 @@ def test_one_sequence_of_keys_for_several_rows_is_pytorchs():
     torch.manual_seed(0)
     query_BHQK = torch.randn(4, 2, 5, 16)
     key_BHMK, value_BHMK = torch.randn(2, 1, 2, 7, 16)
-    assert not small_attention.fits(query_BHQK, key_BHMK, value_BHMK, None)
+    assert not attention.fits_small(query_BHQK, key_BHMK, value_BHMK, None)
     found = attend(query_BHQK, key_BHMK, value_BHMK, None, 0.0)
     whole = [x.expand(4, -1, -1, -1).contiguous() for x in (key_BHMK, value_BHMK)]
     torch.testing.assert_close(found, attend(query_BHQK, *whole, None, 0.0))
@@ -94,15 +94,15 @@ def test_one_sequence_of_keys_for_several_rows_is_pytorchs():
 @pytest.mark.parametrize("shape", [(1, 2, 5, 6), (3, 2, 5, 7), (1, 3, 5, 7), (2, 5, 7)], ids=str)
 def test_biases_of_other_shapes_are_not_taken(shape):
     query, key = torch.randn(2, 2, 5, 16), torch.randn(2, 2, 7, 16)
-    assert small_attention.fits(query, key, key, torch.zeros(1, 2, 5, 7))
-    assert not small_attention.fits(query, key, key, torch.zeros(shape))
+    assert attention.fits_small(query, key, key, torch.zeros(1, 2, 5, 7))
+    assert not attention.fits_small(query, key, key, torch.zeros(shape))
 
 
 def test_a_bias_for_all_queries_that_learns_is_not_taken():
     query, key = torch.randn(2, 2, 5, 16), torch.randn(2, 2, 7, 16)
     bias = torch.zeros(1, 2, 1, 7)
-    assert small_attention.fits(query, key, key, bias)
-    assert not small_attention.fits(query, key, key, bias.requires_grad_())
+    assert attention.fits_small(query, key, key, bias)
+    assert not attention.fits_small(query, key, key, bias.requires_grad_())
 
 
 def test_what_was_kept_must_be_as_long_as_the_experts():

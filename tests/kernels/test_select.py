@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from switchlm.kernels import reference, select, torch_grouped
+from switchlm.kernels import reference, select
+from switchlm.kernels.gpu import torch_grouped
 
 COUNTS = st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=7), st.integers(0, 4))
 # grouped_mm needs widths of 16 bytes: all kernels are tested at such widths.

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from switchlm.kernels import cpu_feedforward, native, products, small_experts
-from switchlm.kernels.cpu_feedforward import expert_feedforward
+from switchlm.kernels.cpu import feedforward, grouped, native
+from switchlm.kernels.cpu.feedforward import expert_feedforward
 
 pytestmark = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
 
@@ -29,8 +29,8 @@ def make(counts, width=32, hidden=48, dropped=3):
 def calls(monkeypatch):
     """Count how often the one call is taken."""
     taken = []
-    plain = small_experts.forward
-    monkeypatch.setattr(small_experts, "forward", lambda *a: taken.append(1) or plain(*a))
+    plain = feedforward.forward
+    monkeypatch.setattr(feedforward, "forward", lambda *a: taken.append(1) or plain(*a))
     return taken
 
 
@@ -39,8 +39,8 @@ def test_the_bits_are_those_of_one_after_the_other(counts, calls, monkeypatch):
     inputs = make(counts)
     ours = outcome(inputs, counts)
     assert len(calls) == 2
-    monkeypatch.setattr(cpu_feedforward, "_are_small", lambda *_: False)
-    monkeypatch.setattr(products, "MOST_ROWS", 1000)
+    monkeypatch.setattr(feedforward, "_are_small", lambda *_: False)
+    monkeypatch.setattr(grouped, "MOST_ROWS", 1000)
     for found, expected in zip(ours, outcome(inputs, counts), strict=True):
         assert torch.equal(found, expected)
     assert len(calls) == 2

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from switchlm.kernels import half_precision
-from switchlm.kernels.spare import EXACT_ROWS, Spare, keep, padded
+from switchlm.kernels.cpu import small_matmul
+from switchlm.kernels.cpu.memory import EXACT_ROWS, Workspace, keep, padded
 
 
 @pytest.fixture(autouse=True)
 def with_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(half_precision, "is_slow", lambda dtype: False)
+    monkeypatch.setattr(small_matmul, "is_slow", lambda dtype: False)
 
 
 def test_there_are_few_sizes_and_little_is_wasted() -> None:
@@ -23,23 +23,23 @@ def test_there_are_few_sizes_and_little_is_wasted() -> None:
 
 def test_nothing_is_filled_up_where_shapes_are_not_compiled() -> None:
     rows = torch.randn(33, 4)
-    assert Spare(rows).filled("x", rows) is rows
+    assert Workspace(rows).filled("x", rows) is rows
 
 
 def test_nothing_is_filled_up_where_products_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(half_precision, "is_slow", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(small_matmul, "is_slow", lambda dtype: dtype == torch.bfloat16)
     rows = torch.ones(33, 4, dtype=torch.bfloat16)
-    assert Spare(rows).filled("x", rows) is rows
+    assert Workspace(rows).filled("x", rows) is rows
 
 
 @pytest.mark.parametrize("rows", [1, 16])
 def test_few_rows_stay_as_they_are(rows: int) -> None:
     x = torch.ones(rows, 3, dtype=torch.bfloat16)
-    assert Spare(x).filled("x", x) is x
+    assert Workspace(x).filled("x", x) is x
 
 
 def test_rows_are_followed_by_zeros_whatever_the_room_held() -> None:
-    spare = Spare(torch.empty(0, dtype=torch.bfloat16))
+    spare = Workspace(torch.empty(0, dtype=torch.bfloat16))
     spare("x", 64, 3).fill_(float("nan"))
     full = spare.filled("x", torch.ones(33, 3, dtype=torch.bfloat16))
     assert full.shape == (48, 3)
@@ -49,7 +49,7 @@ def test_rows_are_followed_by_zeros_whatever_the_room_held() -> None:
 
 def test_a_result_gets_its_rows_alone() -> None:
     result = torch.zeros(33, 2, dtype=torch.bfloat16)
-    room = Spare(result).room_for("y", result, 48)
+    room = Workspace(result).room_for("y", result, 48)
     keep(room.fill_(7), result)
     assert (result == 7).all()
-    assert Spare(result).room_for("y", result, 33) is result
+    assert Workspace(result).room_for("y", result, 33) is result

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from switchlm.kernels import trial
+from switchlm.kernels import autotune
 
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered() -> Iterator[None]:
-    trial.forget()
+    autotune.forget()
     yield
-    trial.forget()
+    autotune.forget()
 
 
 def quick(x: Tensor, weight_EDF: Tensor) -> Tensor:
@@ -60,23 +60,25 @@ def tensors() -> list[Tensor]:
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_the_choice_and_its_reason(candidate, default, taken: str, reason: str) -> None:
-    assert trial.remembered("key") is None
-    choice = trial.choose("key", ("candidate", candidate), ("default", default), tensors())
+    assert autotune.remembered("key") is None
+    choice = autotune.autotune("key", ("candidate", candidate), ("default", default), tensors())
     assert choice.name == taken
-    assert trial.remembered("key") == choice
+    assert autotune.remembered("key") == choice
     assert re.search(reason, choice.reason)
 
 
 def test_the_tensors_are_left_alone() -> None:
     given = tensors()
-    trial.choose("key", ("candidate", quick), ("default", slow), given)
+    autotune.autotune("key", ("candidate", quick), ("default", slow), given)
     assert all(tensor.grad is None for tensor in given)
 
 
 @pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_none_are_compared(quiet) -> None:
     with quiet():
-        choice = trial.choose("key", ("candidate", wrong_gradient), ("default", slow), tensors())
+        choice = autotune.autotune(
+            "key", ("candidate", wrong_gradient), ("default", slow), tensors()
+        )
     assert choice.name == "candidate"
 
 
@@ -85,4 +87,4 @@ def test_other_errors_are_not_hidden() -> None:
         raise KeyError("a mistake")
 
     with pytest.raises(KeyError, match="a mistake"):
-        trial.choose("key", ("candidate", broken), ("default", slow), tensors())
+        autotune.autotune("key", ("candidate", broken), ("default", slow), tensors())

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from switchlm.kernels import reference
-from switchlm.kernels.activations import Activation
 from switchlm.kernels.permute import ExpertOrder, sort_by_expert
+from switchlm.kernels.reference import Activation
 
 # Older interpreters take no loops whose length is a loaded number; a GPU needs none.
 pytest.importorskip(
     "triton", None if torch.cuda.is_available() else "3.7", reason="needs the extra `triton`"
 )
-from switchlm.kernels.triton_feedforward import switch_feedforward
+from switchlm.kernels.gpu.feedforward import switch_feedforward
 
 HAS_GPU = torch.cuda.is_available()
 D, F = 24, 40  # no multiples of any block

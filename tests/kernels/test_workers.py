@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from switchlm.kernels import cpu, workers
+from switchlm.kernels.cpu import grouped, threads
 
 
 def test_parts_run_on_threads_of_their_own_without_gradients() -> None:
@@ -23,12 +23,12 @@ def test_parts_run_on_threads_of_their_own_without_gradients() -> None:
             assert not torch.is_grad_enabled()
 
     parts = [[0], [1], [2]]
-    workers.share(note, parts)
+    threads.parallel_for(note, parts)
     assert seen[0][0] == threading.get_ident()
     assert all(threads == 1 for _, threads, _ in seen.values())
     assert torch.get_num_threads() == 3
     with torch.inference_mode():
-        workers.share(note, parts)
+        threads.parallel_for(note, parts)
     assert all(inference for _, _, inference in seen.values())
 
 
@@ -41,7 +41,7 @@ def test_an_error_in_a_thread_reaches_the_caller(failing: int) -> None:
             raise ValueError("broken expert")
 
     with pytest.raises(ValueError, match="broken expert"):
-        workers.share(fail, [[0], [1]])
+        threads.parallel_for(fail, [[0], [1]])
     assert torch.get_num_threads() == 2
 
 
@@ -49,5 +49,5 @@ def test_an_error_in_a_thread_reaches_the_caller(failing: int) -> None:
 def test_a_flop_counter_sees_every_thread() -> None:
     x_RD, weight_EDF = torch.randn(12, 4), torch.randn(3, 4, 5)
     with FlopCounterMode(display=False) as counter:
-        cpu.grouped_matmul(x_RD, weight_EDF, torch.tensor([4, 4, 4]))
+        grouped.grouped_matmul(x_RD, weight_EDF, torch.tensor([4, 4, 4]))
     assert counter.get_total_flops() == 2 * 12 * 4 * 5

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchlm.model.capacity import (
+from switchlm.model.selection import (
     count_by_group,
     expert_capacity,
     group_size,

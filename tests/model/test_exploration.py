@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from switchlm.model.exploration import explore
+from switchlm.model.selection import explore
 
 
 def test_jitter_multiplies_by_a_uniform_factor_in_float32() -> None:

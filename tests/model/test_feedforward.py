@@ -3,7 +3,7 @@ import torch
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActDense
 
-from switchlm.model.feedforward import FeedForward
+from switchlm.model.layers import FeedForward
 
 
 @pytest.mark.parametrize("gated", [False, True])

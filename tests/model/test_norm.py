@@ -1,7 +1,7 @@
 import torch
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from switchlm.model.norm import RMSNorm
+from switchlm.model.layers import RMSNorm
 
 
 def pair(dtype: torch.dtype) -> tuple[RMSNorm, T5LayerNorm]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from switchlm.kernels import fused_router, fused_switch, native, select, trial
+from switchlm.kernels import autotune, select
+from switchlm.kernels.cpu import native, router, switch
 from switchlm.kernels.select import Choice, explain_switch
 from switchlm.model.config import RouterConfig
 from switchlm.model.switch import SwitchFeedForward
@@ -36,10 +37,10 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     ways = dict(select.SWITCHES)
     for name in ways:
         monkeypatch.setitem(select.SWITCHES, name, noted(name))
-    for module in ("switchlm.kernels.select", "switchlm.model.one_pass"):
+    for module in ("switchlm.kernels.select", "switchlm.model.switch"):
         monkeypatch.setattr(f"{module}.explain_switch", lambda *_: Choice("triton", "a test"))
     yield taken
-    trial.forget()
+    autotune.forget()
 
 
 def results(layer: SwitchFeedForward, x_BSD: Tensor) -> list[Tensor]:
@@ -58,7 +59,7 @@ def test_equals_step_by_step(
     x_BSD = torch.randn(2, 24, 16)
     ours = results(layer, x_BSD)
     assert fused == ["triton"]
-    monkeypatch.setattr("switchlm.model.one_pass.explain_switch", explain_switch)
+    monkeypatch.setattr("switchlm.model.switch.explain_switch", explain_switch)
     theirs = results(layer, x_BSD)
     assert fused == ["triton"]
     torch.testing.assert_close(ours, theirs)
@@ -108,11 +109,11 @@ def test_the_first_call_tries_both_ways_and_remembers(
 ) -> None:
     def not_known(*arguments: object) -> Choice:
         key = select._shape_class(arguments[0], arguments[0].dtype, arguments[1], arguments[2:])
-        return trial.remembered(key) or Choice("trial", "a test")
+        return autotune.remembered(key) or Choice("trial", "a test")
 
-    for module in ("switchlm.kernels.select", "switchlm.model.one_pass"):
+    for module in ("switchlm.kernels.select", "switchlm.model.switch"):
         monkeypatch.setattr(f"{module}.explain_switch", not_known)
-    monkeypatch.setattr(trial, "REPEATS", 1)
+    monkeypatch.setattr(autotune, "REPEATS", 1)
     layer = SwitchFeedForward(16, 24, 4).eval()
     x_BSD = torch.randn(2, 24, 16)
     layer(x_BSD)
@@ -132,8 +133,8 @@ def test_explain_says_why_not() -> None:
 @pytest.fixture
 def step_by_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def refuse() -> None:
-        monkeypatch.setattr(fused_router, "fits", lambda *_: False)
-        monkeypatch.setattr(fused_switch, "misfit", lambda *_: "a test")
+        monkeypatch.setattr(router, "fits", lambda *_: False)
+        monkeypatch.setattr(switch, "misfit", lambda *_: "a test")
 
     return refuse
 
@@ -187,8 +188,8 @@ def test_experts_in_bfloat16_go_step_by_step_after_a_router_in_one(
     step_by_step, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     routed = []
-    plain = fused_router.route
-    monkeypatch.setattr(fused_router, "route", lambda *a: routed.append(1) or plain(*a))
+    plain = router.route
+    monkeypatch.setattr(router, "route", lambda *a: routed.append(1) or plain(*a))
     layer = SwitchFeedForward(32, 48, 5, router=RouterConfig(exploration="argmax"))
     x_BSD = torch.randn(2, 30, 32)
     with torch.autocast("cpu", torch.bfloat16):

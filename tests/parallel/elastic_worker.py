@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from switchlm.checkpoint.store import CheckpointStore
-from switchlm.cli.signals import stop_on_signal
+from switchlm.cli.progress import stop_on_signal
 from switchlm.errors import SwitchLMError
 from switchlm.parallel.launch import launched, process_group
 

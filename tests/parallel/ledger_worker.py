@@ -9,8 +9,8 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from switchlm.parallel.ledger import Ledger
 from switchlm.parallel.mesh import Mesh, MeshConfig
+from switchlm.planning.recorder import Ledger
 
 
 def main(out: Path) -> None:

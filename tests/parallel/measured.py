@@ -12,8 +12,8 @@ from switchlm.model import selection
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply, materialise
 from switchlm.parallel.mesh import Mesh
+from switchlm.planning.simulate import blank_batch, measure_step, wire_dtype
 from switchlm.recipes.config import RunConfig
-from switchlm.recipes.simulate import blank_batch, measure_step, wire_dtype
 
 
 def measure(rank: int, configs: list[RunConfig], out: str) -> None:

@@ -9,7 +9,7 @@ from tests.parallel.jobs import free_port
 
 from switchlm.errors import LaunchError
 from switchlm.parallel.launch import Launch, launched
-from switchlm.parallel.meeting import meet, open_store, ranks
+from switchlm.parallel.rendezvous import meet, open_store, ranks
 
 ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 TORCHRUN = ADDRESS | {

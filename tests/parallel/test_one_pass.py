@@ -8,7 +8,7 @@ from torch import Tensor
 from switchlm.data.batch import Batch
 from switchlm.kernels import select
 from switchlm.kernels.select import Choice
-from switchlm.model import one_pass
+from switchlm.model import switch
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply, materialise
@@ -39,7 +39,7 @@ def figures(mesh: Mesh, way: str) -> Tensor:
         taken.append(way)
         return Choice(way, "a test")
 
-    select.explain_switch = one_pass.explain_switch = choose  # a process of its own
+    select.explain_switch = switch.explain_switch = choose  # a process of its own
     with torch.device("meta"):
         model = SwitchTransformer(preset("nano"))
     apply(model, mesh)

@@ -12,16 +12,14 @@ from switchlm.errors import ConfigError
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply
-from switchlm.parallel.fake import fake_job
-from switchlm.parallel.hardware import GPUS, Cluster, find_gpu
-from switchlm.parallel.ledger import Collective
 from switchlm.parallel.mesh import MeshConfig, layouts
-from switchlm.parallel.shares import shares
+from switchlm.planning.estimate import footprint
+from switchlm.planning.hardware import GPUS, Cluster, find_gpu
+from switchlm.planning.layouts import design, plan
+from switchlm.planning.recorder import Collective
+from switchlm.planning.shard_sizes import shares
+from switchlm.planning.simulate import fake_job, simulate
 from switchlm.recipes.config import RunConfig, run_config
-from switchlm.recipes.design import design
-from switchlm.recipes.footprint import footprint
-from switchlm.recipes.plan import plan
-from switchlm.recipes.simulate import simulate
 
 SMALL_BATCH = ("data.batch_size=16", "data.input_length=64")
 

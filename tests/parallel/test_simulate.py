@@ -13,14 +13,11 @@ from tests.parallel.measured import measure
 from tests.parallel.processes import run_in_processes
 
 from switchlm.errors import ConfigError
-from switchlm.parallel.balanced import balanced_loads, exchanged
-from switchlm.parallel.fake import fake_job
-from switchlm.parallel.ledger import Collective
-from switchlm.parallel.memory import Memory
 from switchlm.parallel.mesh import MeshConfig
+from switchlm.planning.estimate import footprint
+from switchlm.planning.recorder import Collective, Memory
+from switchlm.planning.simulate import balanced_loads, exchanged, fake_job, simulate
 from switchlm.recipes.config import RunConfig, run_config
-from switchlm.recipes.footprint import footprint
-from switchlm.recipes.simulate import simulate
 
 SMALL_BATCH = ("data.batch_size=8", "data.input_length=128")
 ON_TWO = [

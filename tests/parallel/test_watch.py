@@ -10,8 +10,8 @@ import torch.distributed as dist
 from tests.parallel.test_launch import clients
 
 from switchlm.errors import ConfigError, LostRankError
-from switchlm.parallel import watch as module
-from switchlm.parallel.watch import Watch, of_a_collective, within
+from switchlm.parallel import heartbeat as module
+from switchlm.parallel.heartbeat import Watch, of_a_collective, within
 
 BROKEN = "[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711"
 

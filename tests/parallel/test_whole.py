@@ -5,8 +5,8 @@ import torch
 from tests.parallel.processes import run_in_processes
 from torch.distributed.tensor import DTensor
 
+from switchlm.parallel.apply import whole
 from switchlm.parallel.mesh import Mesh, MeshConfig
-from switchlm.parallel.whole import whole
 from switchlm.recipes.config import run_config
 from switchlm.recipes.pretrain import build_model
 

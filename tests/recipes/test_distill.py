@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from switchlm.checkpoint.huggingface import load, load_config
+from switchlm.huggingface.load import load, load_config
 from switchlm.model.presets import preset
 from switchlm.recipes.config import run_config
-from switchlm.recipes.distill import distill
+from switchlm.recipes.distill import distill, headline, share_kept
 from switchlm.recipes.distill_config import configure, resumed
-from switchlm.recipes.distill_result import headline, share_kept
 from switchlm.recipes.finetune import finetune
 from switchlm.recipes.finetune_config import finetune_run
 from switchlm.recipes.pretrain import pretrain

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from switchlm.checkpoint import huggingface
 from switchlm.cli.main import load
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.huggingface.load import save
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.recipes.distill_config import TOP_K, DistillationConfig, configure
@@ -30,7 +30,7 @@ def test_the_commands_parse(line):
 def test_the_settings_are_there(tmp_path):
     torch.manual_seed(0)
     teacher = tmp_path / "nano"
-    huggingface.save(SwitchTransformer(preset("nano")), Tokenizer.bytes(), teacher)
+    save(SwitchTransformer(preset("nano")), Tokenizer.bytes(), teacher)
     assert len(SETTINGS) > 8
     for setting in SETTINGS:
         name, _, value = setting.partition("=")

@@ -5,11 +5,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from switchlm.checkpoint import huggingface
-from switchlm.checkpoint.adapters import load_adapters
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import ConfigError
 from switchlm.evaluation.tasks import score_task
+from switchlm.huggingface import load
+from switchlm.huggingface.adapters import load_adapters
 from switchlm.model import lora
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
@@ -30,7 +30,7 @@ def base(tmp_path_factory):
     """A folder with an untrained nano model."""
     folder = tmp_path_factory.mktemp("models") / "nano"
     torch.manual_seed(0)
-    huggingface.save(SwitchTransformer(preset("nano")), Tokenizer.bytes(), folder)
+    load.save(SwitchTransformer(preset("nano")), Tokenizer.bytes(), folder)
     return folder
 
 
@@ -90,7 +90,7 @@ def test_settings_can_be_others_but_the_shape_cannot(configure):
 def test_routing_cannot_move_the_switch_layers(configure, tmp_path):
     shape = {"sparse_step": 4, "num_encoder_layers": 4, "num_decoder_layers": 4}
     model = SwitchTransformer(dataclasses.replace(preset("nano"), **shape))
-    huggingface.save(model, Tokenizer.bytes(), tmp_path / "four", report=lambda said: None)
+    load.save(model, Tokenizer.bytes(), tmp_path / "four", report=lambda said: None)
     found = configure(model=str(tmp_path / "four")).model.router.mode
     other = "paper" if found == "hf" else "hf"
     with pytest.raises(ConfigError, match="puts Switch layers where the model"):
@@ -104,7 +104,7 @@ def test_a_run_leaves_the_best_model_and_all_that_says_how(configure, tmp_path):
     assert all(line["scores"]["first"].keys() == {"accuracy"} for line in judged)
     expected = {"config.yaml", "metrics.jsonl", "model", "report.html", "routing.json"}
     assert expected <= files(out).keys()
-    model, tokenizer = huggingface.load(out)
+    model, tokenizer = load.load(out)
     assert tokenizer is not None
     assert model.config.num_experts == 4
     best = judged[-1]
@@ -116,7 +116,7 @@ def test_it_learns_and_the_kept_model_has_the_best_score(configure, tmp_path):
     config = configure("training.steps=120", "training.evaluate_every=30", "model.dropout=0")
     judged = [line for line in run(config, tmp_path / "run") if "score" in line]
     assert judged[-1]["best_score"] == max(line["score"] for line in judged) > 60
-    model, tokenizer = huggingface.load(tmp_path / "run")
+    model, tokenizer = load.load(tmp_path / "run")
     (task,) = read_tasks(config.finetune).tasks
     examples = read_tasks(config.finetune).validation[task.name]
     found = score_task(model, tokenizer, task, examples, input_length=16, max_new_tokens=4)
@@ -157,8 +157,8 @@ def test_only_routers_differ_where_only_routers_train(configure, base, tmp_path)
 
 def test_adapters_alone_and_melted_in_are_the_same_model(configure, base, tmp_path):
     run(configure("finetune.lora_rank=4", "finetune.lora_alpha=32"), tmp_path / "run")
-    melted, _ = huggingface.load(tmp_path / "run")
-    model, _ = huggingface.load(base)
+    melted, _ = load.load(tmp_path / "run")
+    model, _ = load.load(base)
     before = model.state_dict()["encoder.blocks.1.feedforward.experts.up"].clone()
     load_adapters(model, tmp_path / "run" / "adapters")
     for name, tensor in lora.merged(model).state_dict().items():

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from switchlm.checkpoint import huggingface
 from switchlm.cli.main import load
+from switchlm.huggingface.load import save
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.recipes.finetune_config import finetune_run
@@ -32,7 +32,7 @@ def test_the_commands_parse(line):
 
 def test_the_settings_are_there(tmp_path):
     torch.manual_seed(0)
-    huggingface.save(SwitchTransformer(preset("nano")), None, tmp_path / "nano")
+    save(SwitchTransformer(preset("nano")), None, tmp_path / "nano")
     stated = {"model": str(tmp_path / "nano"), "tasks": ["sst2"]}
     assert len(SETTINGS) > 12
     usual = finetune_run({}, stated=stated)
@@ -42,7 +42,7 @@ def test_the_settings_are_there(tmp_path):
 
 def test_the_usual_settings_are_as_it_says(tmp_path):
     torch.manual_seed(0)
-    huggingface.save(SwitchTransformer(preset("nano")), None, tmp_path / "nano")
+    save(SwitchTransformer(preset("nano")), None, tmp_path / "nano")
     usual = finetune_run({}, stated={"model": str(tmp_path / "nano"), "tasks": ["sst2"]})
     assert "dropout 0.1, expert dropout 0.4" in GUIDE
     assert (usual.model.dropout, usual.model.expert_dropout) == (0.1, 0.4)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tests import commands
 
-from switchlm.checkpoint import huggingface
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.huggingface import load
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 
@@ -34,7 +34,7 @@ def home(tmp_path_factory):
     """A folder with an untrained model, and a task: the first letter of a word."""
     folder = tmp_path_factory.mktemp("home")
     torch.manual_seed(0)
-    huggingface.save(SwitchTransformer(preset("nano")), Tokenizer.bytes(), folder / "nano")
+    load.save(SwitchTransformer(preset("nano")), Tokenizer.bytes(), folder / "nano")
     words = [f"{'ab'[n % 2]}{n}" for n in range(60)]
     lines = [json.dumps({"input": f"say: {word}", "target": word[0]}) for word in words]
     (folder / "first.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -81,7 +81,7 @@ def test_the_run_is_that_of_one_process(home, alone, processes, mesh):
         assert ours["evaluation_loss"] == pytest.approx(theirs["evaluation_loss"], rel=1e-3)
         assert ours["score"] == pytest.approx(theirs["score"], abs=20), "one of six answers"
         assert ours["best_step"] == theirs["best_step"]
-    whole, parts = (huggingface.load(home / name)[0].state_dict() for name in ("alone", out))
+    whole, parts = (load.load(home / name)[0].state_dict() for name in ("alone", out))
     torch.testing.assert_close(parts, whole, rtol=1e-2, atol=1e-3)
     assert (home / out / "report.html").exists()
 

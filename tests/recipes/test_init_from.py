@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 
-from switchlm.checkpoint.huggingface import load, save
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, ConfigError
+from switchlm.huggingface.load import load, save
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.recipes.config import RunConfig, run_config

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests import commands
 
-from switchlm.checkpoint.huggingface import load
+from switchlm.huggingface.load import load
 
 SETTINGS = {
     "training.log_every": 5,

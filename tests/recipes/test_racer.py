@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from switchlm.checkpoint.run_folder import RunFolder
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.recipes.compare_worker import Racer, RacerError
 from switchlm.recipes.config import run_config, with_vocabulary
-from switchlm.recipes.racer import Racer, RacerError
+from switchlm.training.run_folder import RunFolder
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 
-from switchlm.recipes.speedup import crossing, speed_by_source
+from switchlm.recipes.compare import crossing, speed_by_source
 
 
 def line(step, seconds, loss):

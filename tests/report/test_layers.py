@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from switchlm.report.layers import MAX_POINTS, MOST_NUMBERS, layers_data
+from switchlm.report.sections import MAX_POINTS, MOST_NUMBERS, layers_data
 from switchlm.report.write import ReportRun, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""

@@ -6,14 +6,14 @@ import json
 import numpy as np
 import pytest
 
-from switchlm.report.order import similarity_order
-from switchlm.report.routing import (
+from switchlm.report.sections import (
     MOST_CELLS,
     MOST_EXPERTS,
     MOST_SOURCES,
     dead_experts,
     describe_expert,
     routing_data,
+    similarity_order,
 )
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from switchlm.report.layers import MAX_POINTS
+from switchlm.report.sections import MAX_POINTS
 from switchlm.report.write import ReportRun, write_report
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import uvicorn
 
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.generation.decode import generate
 from switchlm.generation.sampling import GREEDY
 from switchlm.model.config import Initialisation

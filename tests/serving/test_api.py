@@ -6,7 +6,7 @@ import httpx
 import openai
 import pytest
 
-from switchlm.generation.fill import put_into_blanks
+from switchlm.generation.answer import put_into_blanks
 
 TEXT = "A <extra_id_0> text of <extra_id_1> things."
 

@@ -9,7 +9,7 @@ import pytest
 from switchlm.generation.sampling import GREEDY, Sampling
 from switchlm.generation.slots import Slots
 from switchlm.generation.text_stream import TextStream
-from switchlm.serving.request import BusyError, ClosingError, Request
+from switchlm.serving.requests import BusyError, ClosingError, Request
 
 IDS = (5, 6, 7, 1)
 

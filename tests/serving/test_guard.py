@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from switchlm.serving import guard
-from switchlm.serving.guard import LARGEST_BODY, LARGEST_REFUSED, Guard
+from switchlm.serving import middleware
+from switchlm.serving.middleware import LARGEST_BODY, LARGEST_REFUSED, Guard
 
 KEY = "a key of the test"
 ROUTES = ("/metrics", "/v1/models", "/v1/completions", "/report", "/openapi.json", "/page", "//",
@@ -90,7 +90,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch):
         compared.append(pair)
         return original(*pair)
 
-    monkeypatch.setattr(guard.hmac, "compare_digest", compare)
+    monkeypatch.setattr(middleware.hmac, "compare_digest", compare)
     ask(headers=bearing(b"Bearer wrong"))
     assert compared == [(b"wrong", KEY.encode())]
 

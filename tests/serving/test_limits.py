@@ -35,12 +35,12 @@ def test_every_route_but_health_and_the_page_needs_the_key(serve, given_key):
 
 
 def test_the_key_is_compared_in_constant_time_and_written_nowhere(serve, monkeypatch, capfd):
-    import switchlm.serving.guard as guard
+    from switchlm.serving import middleware
 
     compared = []
-    original = guard.hmac.compare_digest
+    original = middleware.hmac.compare_digest
     monkeypatch.setattr(
-        guard.hmac, "compare_digest", lambda *pair: compared.append(pair) or original(*pair)
+        middleware.hmac, "compare_digest", lambda *pair: compared.append(pair) or original(*pair)
     )
     address = serve(key=KEY).address
     for key in (KEY, "wrong"):
@@ -113,7 +113,9 @@ def test_10_megabytes_are_refused_before_they_are_read(serve):
 
 
 def test_a_body_that_comes_slowly_is_given_up(serve, monkeypatch):
-    monkeypatch.setattr("switchlm.serving.guard.Guard.__init__.__kwdefaults__", {"seconds": 0.3})
+    monkeypatch.setattr(
+        "switchlm.serving.middleware.Guard.__init__.__kwdefaults__", {"seconds": 0.3}
+    )
     address = urllib.parse.urlsplit(serve().address)
     with socket.create_connection((address.hostname, address.port)) as slow:
         slow.sendall(b"POST /v1/fill HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from switchlm.data.tokenizer import Tokenizer
-from switchlm.generation.fill import put_into_blanks
+from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.generation.answer import put_into_blanks
 from switchlm.model.config import Initialisation
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer

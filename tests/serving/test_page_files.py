@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from switchlm.report.write import ReportRun, write_report
-from switchlm.serving.page_files import page_files, page_headers
+from switchlm.serving.middleware import page_files, page_headers
 
 
 def test_every_file_that_the_page_names_is_there():

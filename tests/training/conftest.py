@@ -8,7 +8,7 @@ import torch
 
 from switchlm.data.batch import Batch
 from switchlm.data.config import DataConfig
-from switchlm.data.loader import Loader, open_data
+from switchlm.data.pretraining.loader import Loader, open_data
 from switchlm.model.config import ModelConfig, RouterConfig
 from switchlm.model.transformer import SwitchTransformer
 

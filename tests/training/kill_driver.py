@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from switchlm.checkpoint.run_folder import RunFolder
 from switchlm.checkpoint.store import CheckpointStore
 from switchlm.data.config import DataConfig
-from switchlm.data.loader import open_data
+from switchlm.data.pretraining.loader import open_data
 from switchlm.model.config import ModelConfig, RouterConfig
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.training.config import TrainingConfig
 from switchlm.training.loop import train
 from switchlm.training.monitor import read_metrics
+from switchlm.training.run_folder import RunFolder
 
 CLOCK = {"seconds", "tokens_per_second"}
 

@@ -9,7 +9,7 @@ from transformers.optimization import Adafactor as Reference
 
 from switchlm.training.adafactor import Adafactor, initial_state
 from switchlm.training.config import TrainingConfig
-from switchlm.training.schedule import learning_rate
+from switchlm.training.optimizer import learning_rate
 
 
 def parameters(*shapes: tuple[int, ...], scale: float = 0.3) -> list[nn.Parameter]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from switchlm.training import adafactor_in_place
+from switchlm.training import adafactor
 from switchlm.training.adafactor import Adafactor
 
 SHAPES = [(5, 128, 130), (300, 140), (2, 3, 130, 128)]
@@ -32,14 +32,14 @@ def step(optimizer: Adafactor, parameter: nn.Parameter, number: int) -> None:
     ids=str,
 )
 def test_it_agrees_with_the_plain_way(monkeypatch, shape, size, options):
-    monkeypatch.setattr(adafactor_in_place, "SLICE", size)
+    monkeypatch.setattr(adafactor, "SLICE", size)
     ours = nn.Parameter(0.3 * torch.randn(shape, generator=torch.Generator().manual_seed(1)))
     plain = copy.deepcopy(ours)
     fast, slow = (Adafactor([one], lr=0.03, **options) for one in (ours, plain))
     for number in range(5):
         step(fast, ours, number)
         with monkeypatch.context() as patch:
-            patch.setattr(adafactor_in_place, "fits", lambda *_: False)
+            patch.setattr(adafactor, "fits", lambda *_: False)
             step(slow, plain, number)
     torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
     for name, expected in slow.state[plain].items():
@@ -65,7 +65,7 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("shape", [(40, 128, 128), (2000, 128)], ids=str)
 def test_nothing_larger_than_a_slice_is_made(monkeypatch, shape):
-    monkeypatch.setattr(adafactor_in_place, "SLICE", 20_000)
+    monkeypatch.setattr(adafactor, "SLICE", 20_000)
     parameter = nn.Parameter(torch.randn(shape))
     optimizer = Adafactor([parameter], lr=0.1, weight_decay=0.1)
     parameter.grad = torch.randn(shape)
@@ -77,7 +77,7 @@ def test_nothing_larger_than_a_slice_is_made(monkeypatch, shape):
 def test_what_it_does_not_take():
     weight = nn.Parameter(torch.randn(128, 128))
     state = Adafactor([weight]).state[weight]
-    assert adafactor_in_place.fits(weight, torch.randn(128, 128), state)
-    assert not adafactor_in_place.fits(weight, torch.randn(128, 128).t(), state)
-    assert not adafactor_in_place.fits(weight, torch.randn(128, 128).bfloat16(), state)
-    assert not adafactor_in_place.fits(weight, torch.randn(128, 128), {"square": state["row"]})
+    assert adafactor.fits(weight, torch.randn(128, 128), state)
+    assert not adafactor.fits(weight, torch.randn(128, 128).t(), state)
+    assert not adafactor.fits(weight, torch.randn(128, 128).bfloat16(), state)
+    assert not adafactor.fits(weight, torch.randn(128, 128), {"square": state["row"]})

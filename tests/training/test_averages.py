@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from switchlm.training.averages import Averages
+from switchlm.training.monitor import Averages
 
 
 def figures(loss: float, skipped: float = 0.0) -> torch.Tensor:

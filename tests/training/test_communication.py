@@ -8,8 +8,8 @@ from switchlm.data.batch import Batch
 from switchlm.model.config import ModelConfig, RouterConfig
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply, materialise
-from switchlm.parallel.ledger import Ledger
 from switchlm.parallel.mesh import Mesh, MeshConfig
+from switchlm.planning.recorder import Ledger
 from switchlm.training.config import TrainingConfig
 from switchlm.training.optimizer import build_optimizer, set_learning_rate
 from switchlm.training.step import training_step

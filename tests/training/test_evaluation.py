@@ -2,12 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from switchlm.checkpoint.run_folder import RunFolder
 from switchlm.checkpoint.store import CheckpointStore
 from switchlm.training.config import TrainingConfig
 from switchlm.training.evaluation import Best, HeldOutLoss, KeepBest
 from switchlm.training.loop import train
 from switchlm.training.monitor import read_metrics
+from switchlm.training.run_folder import RunFolder
 
 CLOCK = {"seconds", "tokens_per_second"}
 MODEL = nn.Linear(1, 1)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from switchlm.data.config import DataConfig
-from switchlm.data.loader import open_data
+from switchlm.data.pretraining.loader import open_data
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.training.config import TrainingConfig

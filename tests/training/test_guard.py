@@ -3,8 +3,8 @@ import random
 import pytest
 import torch
 
-from switchlm.training import guard
-from switchlm.training.guard import SpikeDetector, global_norm, keep_where
+from switchlm.training import monitor
+from switchlm.training.monitor import SpikeDetector, global_norm, keep_where
 
 
 def test_global_norm_is_that_of_all_gradients_as_one_vector():
@@ -14,7 +14,7 @@ def test_global_norm_is_that_of_all_gradients_as_one_vector():
 
 
 def test_global_norm_of_large_gradients_is_the_same(monkeypatch):
-    monkeypatch.setattr(guard, "LARGE", 10)
+    monkeypatch.setattr(monitor, "LARGE", 10)
     gradients = [torch.randn(4, 5, 6), torch.randn(3), torch.randn(7, 8).t()]
     whole = torch.cat([gradient.reshape(-1) for gradient in gradients])
     torch.testing.assert_close(global_norm(gradients), whole.norm())

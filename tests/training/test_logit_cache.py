@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from switchlm.data.loader import Loader
+from switchlm.data.pretraining.loader import Loader
 from switchlm.errors import CheckpointError
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer

@@ -3,7 +3,6 @@ import time
 import pytest
 import torch
 
-from switchlm.checkpoint.run_folder import RunFolder
 from switchlm.checkpoint.store import CheckpointStore
 from switchlm.errors import CheckpointError
 from switchlm.model.config import RouterConfig
@@ -11,6 +10,7 @@ from switchlm.training.config import TrainingConfig
 from switchlm.training.loop import train
 from switchlm.training.monitor import read_metrics
 from switchlm.training.optimizer import build_optimizer
+from switchlm.training.run_folder import RunFolder
 from switchlm.training.step import training_step
 
 TRAINING_KEYS = {

@@ -3,10 +3,10 @@ import sys
 
 import pytest
 
-from switchlm.checkpoint.run_folder import RunFolder
 from switchlm.errors import MissingExtraError
 from switchlm.training.config import TrainingConfig
 from switchlm.training.monitor import MetricsFile, open_monitor, read_metrics, scalars
+from switchlm.training.run_folder import RunFolder
 
 LINE = {"step": 3, "loss": 2.5, "load": [[0.5, 0.5]], "layers": ["a"], "skipped": 0}
 

@@ -8,7 +8,7 @@ import torch
 from switchlm.data.batch import Batch
 from switchlm.training.config import TrainingConfig
 from switchlm.training.loop import train
-from switchlm.training.objective import target_cross_entropy
+from switchlm.training.step import target_cross_entropy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from tests.parallel.processes import run_in_processes
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from switchlm.checkpoint.transplant import transplant
 from switchlm.data.batch import Batch
+from switchlm.huggingface.init_from import transplant
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply, materialise

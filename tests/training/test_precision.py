@@ -3,12 +3,10 @@
 import pytest
 import torch
 
-from switchlm.kernels import fused_router
 from switchlm.model.router import Router
 from switchlm.training.config import TrainingConfig
 from switchlm.training.optimizer import build_optimizer, set_learning_rate
-from switchlm.training.precision import computing, set_router_dtype
-from switchlm.training.step import seed_step, training_step
+from switchlm.training.step import computing, seed_step, set_router_dtype, training_step
 
 
 @pytest.mark.parametrize(
@@ -23,7 +21,7 @@ def test_what_runs_in_which_dtype(build, loader, monkeypatch, precision, router,
     model = build()
     set_router_dtype(model, precision)
     seen: dict[str, set[torch.dtype]] = {"router": set(), "experts": set()}
-    linear, route = torch.nn.functional.linear, fused_router.route
+    linear, route = torch.nn.functional.linear, router.route
     weights = {(module.num_experts, 16) for module in model.modules() if isinstance(module, Router)}
 
     def spy(x, weight, bias=None):  # type: ignore[no-untyped-def]
@@ -36,7 +34,7 @@ def test_what_runs_in_which_dtype(build, loader, monkeypatch, precision, router,
         return route(x_ND, *arguments)
 
     monkeypatch.setattr(torch.nn.functional, "linear", spy)
-    monkeypatch.setattr(fused_router, "route", fused_spy)
+    monkeypatch.setattr(router, "route", fused_spy)
     for module in model.modules():
         if type(module).__name__ == "FeedForwardExperts":
             module.register_forward_hook(lambda _, args, y: seen["experts"].add(args[0].dtype))

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from switchlm.training.config import TrainingConfig
-from switchlm.training.schedule import learning_rate
+from switchlm.training.optimizer import learning_rate
 
 
 def rates(steps: int, **options: object) -> list[float]:

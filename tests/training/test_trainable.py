@@ -5,8 +5,7 @@ from switchlm.errors import ConfigError
 from switchlm.model.config import RouterConfig
 from switchlm.training.config import TrainingConfig
 from switchlm.training.loop import train
-from switchlm.training.optimizer import build_optimizer, optimizer_state
-from switchlm.training.trainable import train_only
+from switchlm.training.optimizer import build_optimizer, optimizer_state, train_only
 
 
 def is_expert(name):

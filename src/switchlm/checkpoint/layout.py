@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from switchlm.checkpoint.ranks import Ranks
+from switchlm.checkpoint.collective import Ranks
 from switchlm.errors import CheckpointError
 from switchlm.model.local import local
 

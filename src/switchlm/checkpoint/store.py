@@ -8,10 +8,23 @@
 Every rank copies and writes its own parts into one folder; rank 0 makes the folder, and makes it
 the checkpoint once all have written (shelf.py). The files say where each part stands in its tensor,
 so that any other mesh, or one process, reads what it needs of them.
+
+The folders of checkpoints on the disk, and the order of steps in which they come and go.
+
+A save goes through these steps; the process, or the power, may fail after any of them:
+1. The files are written and synced in `.step-00001000.partial-PID`, the manifest last, then the
+   folder is synced. A crash leaves a hidden folder that the next save deletes.
+2. A checkpoint of the same step is renamed to `.step-00001000.replaced-PID`. While its place is
+   empty, readers take it from there, and the next save puts it back.
+3. The partial folder is renamed to `step-00001000`, and the parent synced: the save has happened.
+4. What is no longer kept is renamed to `.step-00000500.deleted-PID`, the parent synced, and only
+   then deleted: no visible checkpoint is ever half deleted.
 """
 
 import json
 import logging
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -25,13 +38,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from switchlm.checkpoint import files, manifest, tensors
+from switchlm import files
+from switchlm.checkpoint import format, tensors
+from switchlm.checkpoint.collective import Ranks
+from switchlm.checkpoint.format import describe, split
 from switchlm.checkpoint.layout import Planner, part_of
-from switchlm.checkpoint.ranks import Ranks
-from switchlm.checkpoint.reading import STATE, check_parts, read_verified
-from switchlm.checkpoint.shelf import Shelf
+from switchlm.checkpoint.read import STATE, check_parts, read_verified
 from switchlm.checkpoint.staging import Staging
-from switchlm.checkpoint.state import describe, split
 from switchlm.errors import CheckpointError
 
 Pieces = Mapping[str, tensors.Piece]
@@ -266,7 +279,7 @@ class CheckpointStore:
         (partial / STATE).write_text(json.dumps(structure), encoding="utf-8")
         files.sync_file(partial / STATE)
         known = {file: found for files_of_rank in written for file, found in files_of_rank.items()}
-        manifest.write(partial, step, known)
+        format.write(partial, step, known)
         files.sync_folder(partial)
         self._shelf.put_in_place(partial, step)
 
@@ -303,7 +316,7 @@ class CheckpointStore:
         return {int(step): self.folder / name for step, name in found.items()}
 
     def _verify(self, step: int, folder: Path) -> None:
-        found = manifest.verify(folder, self._ranks)
+        found = format.verify(folder, self._ranks)
         if found != step:
             raise CheckpointError(
                 f"The checkpoint {str(folder)!r} is damaged: its manifest is of step {found}."
@@ -324,3 +337,78 @@ def _explain(what: str) -> Iterator[None]:
             f"{what}: {error}. Earlier checkpoints are as they were. Free some space, or mend the "
             "disk or the permissions, and resume."
         ) from error
+
+
+VISIBLE = re.compile(r"step-(\d{8,})")
+HIDDEN = re.compile(r"\.step-(\d{8,})\.(partial|replaced|deleted)-(\d+)")
+
+
+class Shelf:
+    """The checkpoints in one folder, which one process of a run changes: rank 0.
+
+    All methods raise OSError where the disk does.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def finished(self) -> dict[int, Path]:
+        """Return every checkpoint by step; a displaced one counts while its place is empty."""
+        if not self.folder.is_dir():
+            return {}
+        visible, displaced = {}, {}
+        for path in self.folder.iterdir():
+            if match := VISIBLE.fullmatch(path.name):
+                visible[int(match[1])] = path
+            elif (match := HIDDEN.fullmatch(path.name)) and match[2] == "replaced":
+                displaced[int(match[1])] = path
+        return displaced | visible
+
+    def begin(self, step: int) -> Path:
+        """Clean up after dead saves, and make the partial folder of a new one."""
+        files.make_folder(self.folder)
+        self._sweep()
+        partial = self._hidden(step, "partial")
+        partial.mkdir()
+        return partial
+
+    def put_in_place(self, partial: Path, step: int) -> None:
+        """Make a synced partial folder the checkpoint of `step`."""
+        place, replaced = self._visible(step), self._hidden(step, "replaced")
+        if place.exists():
+            place.rename(replaced)
+        partial.rename(place)
+        files.sync_folder(self.folder)
+        files.remove_folder(replaced)
+
+    def discard(self, steps: list[int]) -> None:
+        """Delete the checkpoints of these steps."""
+        if not steps:
+            return
+        hidden = [self._hidden(step, "deleted") for step in steps]
+        for step, target in zip(steps, hidden, strict=True):
+            self.finished()[step].rename(target)
+        files.sync_folder(self.folder)
+        for target in hidden:
+            files.remove_folder(target)
+
+    def _sweep(self) -> None:
+        """Put back what a dead save displaced, and delete the rest that it left."""
+        for path in list(self.folder.iterdir()):
+            match = HIDDEN.fullmatch(path.name)
+            if match is None:
+                continue
+            step, kind, pid = int(match[1]), match[2], int(match[3])
+            if pid != os.getpid() and files.process_lives(pid):
+                continue
+            if kind == "replaced" and not self._visible(step).exists():
+                path.rename(self._visible(step))
+            else:
+                files.remove_folder(path)
+        files.sync_folder(self.folder)
+
+    def _visible(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _hidden(self, step: int, kind: str) -> Path:
+        return self.folder / f".step-{step:08d}.{kind}-{os.getpid()}"

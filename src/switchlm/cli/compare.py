@@ -9,8 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from switchlm.cli.progress import Progress
-from switchlm.cli.signals import stop_on_signal
+from switchlm.cli.progress import Progress, stop_on_signal
 from switchlm.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from switchlm.cli import task_options
+from switchlm.cli import options
 from switchlm.cli.options import (
     Batches,
     BatchSize,
@@ -24,7 +24,7 @@ from switchlm.cli.options import (
 from switchlm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from switchlm.data.tokenizer import Tokenizer
+    from switchlm.data.text.tokenizer import Tokenizer
     from switchlm.recipes.compress import Compressed, Plan, Texts
 
 HELD_OUT = 0.2  # of the documents, on which the loss is measured
@@ -65,7 +65,7 @@ def compress(
         int | None, typer.Option(help="Merge experts that are alike, to so many a layer.")
     ] = None,
     data: Data = None,
-    task: task_options.Tasks = None,
+    task: options.Tasks = None,
     batches: Batches = 16,
     batch_size: BatchSize = None,
     input_length: InputLength = None,
@@ -77,7 +77,7 @@ def compress(
     on documents that the steps do not see. --bits alone, of models of any size, needs no text and
     is measured where text is named.
     """
-    from switchlm.checkpoint.quantised import Quantisation
+    from switchlm.huggingface.quantised import Quantisation
     from switchlm.recipes.compress import Plan, quantise_folder
     from switchlm.recipes.compress import compress as recipe
 
@@ -148,12 +148,12 @@ def _tasks(
     input_length: int | None,
 ) -> "Texts":
     """Return examples for training to fit to, and those for validation to measure on."""
-    from switchlm.data.pairs import PairLoader
-    from switchlm.data.tasks import find_tasks, read_examples
+    from switchlm.data.tasks.loader import PairLoader
+    from switchlm.data.tasks.mixture import find_tasks, read_examples
     from switchlm.recipes.compress import Texts
 
     tasks = find_tasks(names)
-    places = task_options.places(tasks, data)
+    places = options.places(tasks, data)
 
     def read(split: str) -> dict[str, list]:  # type: ignore[type-arg]
         return {one.name: list(read_examples(one, split, places[one.name])) for one in tasks}

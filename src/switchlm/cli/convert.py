@@ -47,9 +47,9 @@ def convert(
     """Write a model in another layout."""
     import torch
 
-    from switchlm.checkpoint.adapters import load_adapters
-    from switchlm.checkpoint.huggingface import load, save
-    from switchlm.checkpoint.limits import limits
+    from switchlm.huggingface.adapters import load_adapters
+    from switchlm.huggingface.load import load, save
+    from switchlm.huggingface.model_card import limits
     from switchlm.model import lora
 
     kind = None if dtype is None else getattr(torch, dtype.value)

@@ -7,9 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from switchlm.cli.progress import Progress
-from switchlm.cli.signals import stop_on_signal
-from switchlm.cli.task_options import Tasks
+from switchlm.cli.options import Tasks
+from switchlm.cli.progress import Progress, stop_on_signal
 from switchlm.errors import ConfigError
 
 
@@ -55,7 +54,7 @@ def distill(
     from switchlm.parallel.launch import launched
     from switchlm.recipes import distill_config
     from switchlm.recipes.distill import distill as recipe
-    from switchlm.recipes.distill_result import headline
+    from switchlm.recipes.distill import headline
 
     stated: dict[str, Any] = {
         "baseline": baseline,

@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from switchlm.cli import scoring, task_options
+from switchlm.cli import options, score_tasks
 from switchlm.cli.expert_memory import ExpertMemorySize, Usage
-from switchlm.cli.figures import Figures, show_one, show_several, summarise
 from switchlm.cli.options import (
     Batches,
     BatchSize,
@@ -19,6 +18,7 @@ from switchlm.cli.options import (
     open_model,
     read_batches,
 )
+from switchlm.cli.score_tasks import Figures, show_one, show_several, summarise
 from switchlm.errors import CheckpointError, ConfigError, DataError
 
 Result = dict[str, Any]
@@ -41,7 +41,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Text: [name=]path[:weight], ...; of tasks: [TASK=]PATH. Repeatable."),
     ] = None,
-    task: task_options.Tasks = None,
+    task: options.Tasks = None,
     split: Annotated[
         str | None, typer.Option(help="Of tasks; validation if left out, or all of a file.")
     ] = None,
@@ -57,11 +57,11 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of an answer; the longest reference's if left out.")
     ] = None,
-    input_column: task_options.InputColumn = "input",
-    target_column: task_options.TargetColumn = "target",
-    template: task_options.Template = None,
-    target_template: task_options.TargetTemplate = None,
-    metric: task_options.Metrics = None,
+    input_column: options.InputColumn = "input",
+    target_column: options.TargetColumn = "target",
+    template: options.Template = None,
+    target_template: options.TargetTemplate = None,
+    metric: options.Metrics = None,
     batches: Batches = 20,
     batch_size: BatchSize = None,
     input_length: InputLength = None,
@@ -77,7 +77,7 @@ def evaluate(
     """
     _refuse_idle(context, bool(task))
     if task:
-        tasks = task_options.find(
+        tasks = options.find(
             task,
             input_column=input_column,
             target_column=target_column,
@@ -85,8 +85,8 @@ def evaluate(
             target_template=target_template,
             metrics=metric,
         )
-        work = scoring.read(tasks, task_options.places(tasks, data), split, limit)
-        results = scoring.score(
+        work = score_tasks.read(tasks, options.places(tasks, data), split, limit)
+        results = score_tasks.score(
             model,
             work,
             predictions,
@@ -98,7 +98,7 @@ def evaluate(
             rank_labels=rank_labels,
         )
         notes = {task.name: f"{len(examples):,} examples" for task, examples in work}
-        _present(results, [scoring.figures(result) for result in results], notes, as_json)
+        _present(results, [score_tasks.figures(result) for result in results], notes, as_json)
         return
     results = [
         _measure(one, data, batches, batch_size, input_length, device, expert_memory)
@@ -147,8 +147,8 @@ def _measure(
     expert_memory: str | None,
 ) -> Result:
     """Return the loss of a model on text, in total and by source."""
-    from switchlm.evaluation.bootstrap import RESAMPLES
     from switchlm.evaluation.evaluator import held_out_loss
+    from switchlm.evaluation.metrics import RESAMPLES
 
     loaded, tokenizer = open_model(model, device, expert_memory)
     usage = Usage(loaded)

@@ -73,7 +73,7 @@ def answer(to: Target, folder: Path, prompt: list[int], text: str) -> list[int]:
     """Return the tokens that the other runtime generates from what was written."""
     from switchlm.export import onnx_programs, t5, torch_programs
     from switchlm.export.folder import ABOUT
-    from switchlm.export.greedy import greedy
+    from switchlm.export.steps import greedy
 
     if to is Target.t5:
         return t5.t5_tokens(folder, text, CHECKED_TOKENS)

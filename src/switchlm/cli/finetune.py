@@ -7,9 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from switchlm.cli.progress import Progress
-from switchlm.cli.signals import stop_on_signal
-from switchlm.cli.task_options import Metrics, TargetTemplate, Tasks, Template
+from switchlm.cli.options import Metrics, TargetTemplate, Tasks, Template
+from switchlm.cli.progress import Progress, stop_on_signal
 from switchlm.config import read_yaml
 from switchlm.errors import ConfigError
 

@@ -69,7 +69,7 @@ def inspect(
         )
         layers = routing_statistics(loaded, read, tokenizer, sources)
     else:
-        from switchlm.checkpoint.huggingface import load_config
+        from switchlm.huggingface.load import load_config
 
         config = load_config(model, report=note)
 
@@ -115,7 +115,7 @@ def describe(config: "ModelConfig", input_length: int, target_length: int) -> di
 
 def _quantisation(model: str) -> dict[str, Any] | None:
     """Return how the weights of a saved model are quantised, None if they are not."""
-    from switchlm.checkpoint.huggingface import load_quantisation
+    from switchlm.huggingface.load import load_quantisation
 
     found = load_quantisation(model)
     if found is None:
@@ -159,7 +159,7 @@ def _layer_line(layers: list[str]) -> str:
 
 def _layer_table(layer: "dict[str, Any]") -> Table:
     """Say what the heat maps of the report show: what each expert serves, where tokens drop."""
-    from switchlm.report.routing import dead_experts, describe_expert
+    from switchlm.report.sections import dead_experts, describe_expert
 
     total, loads = sum(layer["load_E"]), layer["load_E"]
     dead = dead_experts(loads)

@@ -1,19 +1,25 @@
-"""What several verbs share: options, and how they read models and texts."""
+"""What several verbs share: options, and how they read models and texts.
+
+Options of the verbs that take tasks, and how these name their data.
+"""
 
 import dataclasses
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from switchlm.cli.expert_memory import parse_size
-from switchlm.errors import CheckpointError, ConfigError, DataError
+from switchlm.errors import CheckpointError, ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     from switchlm.data.batch import Batch
-    from switchlm.data.loader import Loader
-    from switchlm.data.tokenizer import Tokenizer
+    from switchlm.data.pretraining.loader import Loader
+    from switchlm.data.tasks.task import Task
+    from switchlm.data.text.tokenizer import Tokenizer
     from switchlm.model.transformer import SwitchTransformer
 
 LONGEST_INPUT = 4096  # tokens; attention takes memory with the square of it
@@ -62,7 +68,7 @@ def open_model(
         model, tokenizer = _open_offloaded(name, device, parse_size(expert_memory))
     else:
         place = find_device(device)
-        from switchlm.checkpoint.huggingface import load
+        from switchlm.huggingface.load import load
 
         model, tokenizer = load(name, device=place, report=note)
     if tokenizer is None:
@@ -139,10 +145,10 @@ def open_text(
     input_length: int | None,
 ) -> "Loader":
     """Return masked text: `data`, so much of it held out, or the run's own, as it held it out."""
-    from switchlm.checkpoint.run_folder import RunFolder
     from switchlm.config import from_mapping, read_yaml
     from switchlm.data.config import DataConfig
-    from switchlm.data.loader import open_data
+    from switchlm.data.pretraining.loader import open_data
+    from switchlm.training.run_folder import RunFolder
 
     run = RunFolder(Path(name)).config
     # A run on tasks has no such section, and others that are of no concern here.
@@ -162,3 +168,69 @@ def open_text(
     return open_data(
         dataclasses.replace(config, **changes), seed=0, tokenizer=tokenizer, report=note
     )
+
+
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task", help="A task or mixture by name, or a file or folder of yours; may be repeated."
+    ),
+]
+InputColumn = Annotated[str, typer.Option(help="Of a file of yours: the column to read.")]
+TargetColumn = Annotated[str, typer.Option(help="Of a file of yours: the column to write.")]
+Template = Annotated[
+    str | None,
+    typer.Option(help="Of a file of yours: the input, as in 'question: {question} text: {text}'."),
+]
+TargetTemplate = Annotated[
+    str | None, typer.Option(help="Of a file of yours: the target, as in '{answers.text}'.")
+]
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option("--metric", help="Of a file of yours: exact_match, f1, rouge2, ...; repeatable."),
+]
+
+
+def find(
+    names: Sequence[str],
+    *,
+    input_column: str,
+    target_column: str,
+    template: str | None,
+    target_template: str | None,
+    metrics: Sequence[str] | None,
+) -> "tuple[Task, ...]":
+    """Return the tasks of those names; raises ConfigError where the options do not fit them."""
+    from switchlm.data.tasks.mixture import TaskOptions, find_tasks
+    from switchlm.evaluation.metrics import find_metric
+
+    for metric in metrics or ():
+        find_metric(metric)
+    options = TaskOptions(
+        input_column=input_column,
+        target_column=target_column,
+        template=template,
+        target_template=target_template,
+        **({"metrics": tuple(metrics)} if metrics else {}),
+    )
+    return find_tasks(names, options)
+
+
+def places(tasks: "Sequence[Task]", data: Sequence[str] | None) -> dict[str, Path | None]:
+    """Return where each task's examples are, None for the hub; data: `PATH` or `TASK=PATH`.
+
+    A bare path is every named task's, which may have a folder of its own in it.
+    """
+    found: dict[str, Path | None] = {task.name: task.path for task in tasks}
+    named = [task.name for task in tasks if task.path is None]
+    for text in data or ():
+        name, equals, path = text.partition("=")
+        if not equals or os.path.exists(text):
+            if not named:
+                raise ConfigError(f"--data {text!r} is for no task here: --task is a file itself.")
+            found.update(dict.fromkeys(named, Path(text)))
+        elif name in found:
+            found[name] = Path(path)
+        else:
+            raise ConfigError(f"--data {text!r} is for no task here.{nearest(name, found)}")
+    return found

@@ -13,9 +13,9 @@ from switchlm.cli.options import Json
 from switchlm.cli.shapes import BatchTokens, Set, batch_config, traffic_mapping
 
 if TYPE_CHECKING:
-    from switchlm.parallel.hardware import Cluster
+    from switchlm.planning.hardware import Cluster
+    from switchlm.planning.layouts import Layout, Plan
     from switchlm.recipes.config import RunConfig
-    from switchlm.recipes.plan import Layout, Plan
 
 
 def plan(
@@ -41,7 +41,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Find the fastest layout of a model on a cluster, and what it takes."""
-    from switchlm.parallel.hardware import Cluster, find_gpu
+    from switchlm.planning.hardware import Cluster, find_gpu
 
     kind = find_gpu(gpu)
     if memory is not None:
@@ -60,7 +60,7 @@ def plan(
     if design:
         _design(run, cluster, console, as_json)
         return
-    from switchlm.recipes.plan import plan as recipe
+    from switchlm.planning.layouts import plan as recipe
 
     with console.status(f"Judging the layouts of {cluster.num_gpus} GPUs"):
         found = recipe(run, cluster)
@@ -76,7 +76,7 @@ def plan(
 
 
 def _counts(found: "Plan") -> str:
-    from switchlm.recipes.plan import words
+    from switchlm.planning.layouts import words
 
     text = f"{len(found.layouts)} layouts fit, {len(found.misfits)} need more memory"
     if found.misfits:
@@ -149,8 +149,7 @@ def _layout_mapping(layout: "Layout") -> dict[str, Any]:
 
 
 def _design(run: "RunConfig", cluster: "Cluster", console: Console, as_json: bool) -> None:
-    from switchlm.recipes.design import design
-    from switchlm.recipes.plan import words
+    from switchlm.planning.layouts import design, words
 
     with console.status("Planning every number of experts"):
         choices = design(run, cluster)

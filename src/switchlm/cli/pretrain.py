@@ -8,8 +8,7 @@ import typer
 from rich.console import Console
 
 from switchlm.cli.options import note
-from switchlm.cli.progress import Progress
-from switchlm.cli.signals import stop_on_signal
+from switchlm.cli.progress import Progress, stop_on_signal
 from switchlm.config import read_yaml
 
 
@@ -34,7 +33,7 @@ def pretrain(
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics as JSON lines.")] = False,
 ) -> None:
     """Pre-train a Switch Transformer, or a dense model, on text."""
-    from switchlm.checkpoint.huggingface import load_config
+    from switchlm.huggingface.load import load_config
     from switchlm.parallel.launch import launched
     from switchlm.recipes.config import RunConfig, run_config
     from switchlm.recipes.pretrain import pretrain as recipe

@@ -1,7 +1,13 @@
-"""A live display of one or several runs: steps, losses, speed, and the time that is left."""
+"""A live display of one or several runs: steps, losses, speed, and the time that is left.
 
+SIGINT and SIGTERM: finish the step, save, then exit with the documented status.
+"""
+
+import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from rich.console import Console, Group
@@ -120,3 +126,29 @@ def _sparkline(values: list[float], width: int = 24) -> str:
     low, high = min(values), max(values)
     scale = (len(SPARK) - 1) / (high - low) if high > low else 0.0
     return "".join(SPARK[round((value - low) * scale)] for value in values)
+
+
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Give a function that says whether to stop; on leaving after a signal, exit 130 or 143.
+
+    A second SIGINT stops at once, as it would have without this.
+    """
+    received: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in STATUS}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        raise SystemExit(STATUS[signal.Signals(received[0])])

@@ -12,7 +12,7 @@ import typer
 
 from switchlm.cli.expert_memory import ExpertMemorySize
 from switchlm.cli.options import Device, Model, note, open_model
-from switchlm.cli.signals import stop_on_signal
+from switchlm.cli.progress import stop_on_signal
 from switchlm.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def serve(
         from switchlm.serving.api import create_app
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "fastapi", "serve", "Serving") from None
-    from switchlm.kernels.native import native
+    from switchlm.kernels.cpu.native import native
     from switchlm.serving.engine import Engine
 
     key = None if api_key_file is None else _read_key(api_key_file)
@@ -182,7 +182,7 @@ def _address(listener: socket.socket) -> str:
 
 
 def _report_of(model: str) -> str | None:
-    from switchlm.checkpoint.run_folder import RunFolder
+    from switchlm.training.run_folder import RunFolder
 
     report = RunFolder(Path(model)).report
     return report.read_text(encoding="utf-8") if report.is_file() else None

@@ -9,7 +9,7 @@ import typer
 from switchlm.config import read_yaml
 
 if TYPE_CHECKING:
-    from switchlm.parallel.ledger import Collective
+    from switchlm.planning.recorder import Collective
     from switchlm.recipes.config import RunConfig
 
 PAPER_BATCH = 2**20  # tokens, of inputs

@@ -23,8 +23,8 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Run the step of one process of thousands without them, and measure it."""
-    from switchlm.recipes.footprint import footprint
-    from switchlm.recipes.simulate import simulate as recipe
+    from switchlm.planning.estimate import footprint
+    from switchlm.planning.simulate import simulate as recipe
 
     run = batch_config(config, preset, set_, batch_tokens)
     console = Console(stderr=as_json)

@@ -18,8 +18,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from switchlm.checkpoint.extents import Extent
 from switchlm.errors import CheckpointError
+from switchlm.huggingface.weights import Extent
 
 ALIGNMENT = 64  # bytes, a line of cache, where tensors begin in memory
 PAGE = 4096  # bytes; where direct reads begin and end, in files and in memory

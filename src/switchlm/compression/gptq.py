@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from switchlm.checkpoint.quantised import Quantisation
 from switchlm.compression.quantise import LARGEST_INT8, LEVELS, int4_grid, int8_scale, pad_grid
-from switchlm.kernels.quantised import pack_int4
+from switchlm.huggingface.quantised import Quantisation
+from switchlm.kernels.cpu.quantised import pack_int4
 
 COLUMNS = 128  # rounded before the columns after them are corrected, all at once
 DAMPING = 0.01  # of the mean diagonal, added to it

@@ -16,22 +16,22 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from switchlm.checkpoint.config_fields import Report
-from switchlm.checkpoint.extents import Extent
-from switchlm.checkpoint.huggingface import load_without_experts
-from switchlm.checkpoint.quantised import SCALE
 from switchlm.compression.expert_files import ExpertFiles, Recipe
 from switchlm.compression.expert_memory import READERS, ExpertMemory, Tensors
-from switchlm.kernels.quantised import matrix
+from switchlm.huggingface.config import Report
+from switchlm.huggingface.load import load_without_experts
+from switchlm.huggingface.quantised import SCALE
+from switchlm.huggingface.weights import Extent
+from switchlm.kernels.cpu.quantised import matrix
 from switchlm.kernels.select import linear
 from switchlm.model.block import Block
 from switchlm.model.config import Activation
-from switchlm.model.feedforward import Map, feed_forward
+from switchlm.model.layers import Map, feed_forward
 from switchlm.model.switch import SwitchFeedForward
 from switchlm.model.transformer import SwitchTransformer
 
 if TYPE_CHECKING:
-    from switchlm.data.tokenizer import Tokenizer
+    from switchlm.data.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from switchlm.data.pairs import encode_texts
-from switchlm.data.task import Example, Task
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.tasks.loader import encode_texts
+from switchlm.data.tasks.task import Example, Task
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import ConfigError
-from switchlm.evaluation.bootstrap import RESAMPLES, Interval
-from switchlm.evaluation.metrics import measure
+from switchlm.evaluation.metrics import RESAMPLES, Interval, measure
 from switchlm.generation.decode import check_vocabulary, encode_prompts, generate, pad_prompts
 from switchlm.generation.inference import dropless, evaluation_mode
 from switchlm.model.losses import token_losses

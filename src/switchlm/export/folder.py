@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from switchlm.checkpoint.files import make_folder, remove_folder
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError
-from switchlm.export.greedy import greedy
-from switchlm.export.steps import ENCODER_INPUTS, ENCODER_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS
+from switchlm.export.steps import ENCODER_INPUTS, ENCODER_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS, greedy
+from switchlm.files import make_folder, remove_folder
 from switchlm.model.config import ModelConfig
 
 ABOUT = "export.json"

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import MissingExtraError
 from switchlm.export.folder import describe, new_folder
-from switchlm.export.greedy import Program
 from switchlm.export.steps import (
     ENCODER_INPUTS,
     ENCODER_OUTPUTS,
     STEP_INPUTS,
     STEP_OUTPUTS,
+    Program,
 )
 from switchlm.export.torch_programs import trace
 from switchlm.model.transformer import SwitchTransformer

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from switchlm.model.experts import FeedForwardExperts
-from switchlm.model.feedforward import feed_forward
+from switchlm.model.layers import feed_forward
 from switchlm.model.selection import choose
 from switchlm.model.switch import SwitchFeedForward
 

@@ -3,21 +3,26 @@
 The key-value cache is an input and an output of the step, as long as the caller wants outputs to
 become; places from `position` on may hold anything.
 
-Shapes: B batch, S source, M places of the cache, L decoder layers, H heads, K head width,
-D d_model, V vocabulary.
+Greedy decoding with the two exported programs, in numpy alone.
+
+Its source stands in the README.md of every exported folder, so it needs nothing of this package.
+
+Shapes: B batch, S source, M places of the cache, L decoder layers, H heads, K head width, D
+d_model, V vocabulary.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from switchlm.checkpoint.names import entries
-from switchlm.checkpoint.write_config import family_of
 from switchlm.errors import CheckpointError, ConfigError
 from switchlm.export.static_switch import StaticSwitch, Way, gathered, padded_to, tiled
+from switchlm.huggingface.config import family_of
+from switchlm.huggingface.names import entries
 from switchlm.model.attention import Attention, KeysValues, KeyValueStore
 from switchlm.model.block import Block
 from switchlm.model.config import ModelConfig
@@ -208,3 +213,33 @@ def examples(config: ModelConfig) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         cache.clone(),
     )
     return (tokens_BS, mask_BS), step
+
+
+Program = Callable[..., Sequence[np.ndarray]]
+
+
+def greedy(
+    encode: Program,
+    step: Program,
+    tokens: list[int],
+    about: dict[str, int],
+    max_new_tokens: int,
+) -> list[int]:
+    """Return the tokens that follow from a prompt, without the end token.
+
+    tokens: the prompt, which ends with the end token. about: what export.json says.
+    """
+    mask = np.ones((1, len(tokens)), dtype=bool)
+    _, cross_keys, cross_values = encode(np.array([tokens]), mask)
+    shape = (about["layers"], 1, about["heads"], max_new_tokens, about["width"])
+    keys = values = np.zeros(shape, dtype=np.float32)
+    token, output = about["pad_id"], []
+    for position in range(max_new_tokens):
+        logits, keys, values = step(
+            np.array([[token]]), np.array(position), mask, cross_keys, cross_values, keys, values
+        )
+        token = int(logits[0].argmax())
+        if token == about["end_id"]:
+            break
+        output.append(token)
+    return output

@@ -5,10 +5,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from switchlm.checkpoint import huggingface
-from switchlm.checkpoint.config_fields import Report
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, MissingExtraError
+from switchlm.huggingface import load
+from switchlm.huggingface.config import Report
 from switchlm.model.transformer import SwitchTransformer
 
 
@@ -25,7 +25,7 @@ def write_t5(
             "layer. Distil it first, `switchlm distill --teacher MODEL --out RUN`, and export the "
             "student; or keep it sparse with --to onnx or --to torch."
         )
-    huggingface.save(model, tokenizer, folder, report=report)
+    load.save(model, tokenizer, folder, report=report)
 
 
 def t5_tokens(folder: Path, text: str, max_new_tokens: int) -> list[int]:

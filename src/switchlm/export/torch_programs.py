@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.export.folder import describe, new_folder
-from switchlm.export.greedy import Program
-from switchlm.export.steps import ENCODER_INPUTS, STEP_INPUTS, examples, programs
+from switchlm.export.steps import ENCODER_INPUTS, STEP_INPUTS, Program, examples, programs
 from switchlm.model.transformer import SwitchTransformer
 
 FILES = ("encoder.pt2", "decoder_step.pt2")

@@ -20,8 +20,13 @@ import torch
 from torch import Tensor
 
 from switchlm.errors import ConfigError
-from switchlm.generation.cache import StaticCache
-from switchlm.generation.decode import check_finite, check_prompts, encode_prompts, limits_of
+from switchlm.generation.decode import (
+    StaticCache,
+    check_finite,
+    check_prompts,
+    encode_prompts,
+    limits_of,
+)
 from switchlm.generation.inference import dropless, evaluation_mode
 from switchlm.model.transformer import SwitchTransformer
 

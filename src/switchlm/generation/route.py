@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import DataError
 from switchlm.generation.decode import check_vocabulary, generate
 from switchlm.generation.inference import dropless, evaluation_mode
-from switchlm.generation.token_texts import texts_of_tokens, tokens_of_text
+from switchlm.generation.text_stream import texts_of_tokens, tokens_of_text
 from switchlm.model.router import Router
 from switchlm.model.routing import Routing
 from switchlm.model.transformer import Stack, SwitchTransformer

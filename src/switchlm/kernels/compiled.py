@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchlm.kernels import cpu
-from switchlm.kernels.plan import Plan, make_plan
+from switchlm.kernels.cpu import grouped
+from switchlm.kernels.cpu.grouped import Schedule, make_schedule
 
 
-def _plan(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Plan:
-    return make_plan(counts_E.tolist(), x_RD.shape[0], weight_EDF[0].numel())
+def _plan(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Schedule:
+    return make_schedule(counts_E.tolist(), x_RD.shape[0], weight_EDF[0].numel())
 
 
 @torch.library.custom_op("switchlm::grouped_matmul", mutates_args=())
 def _product(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
-    return cpu.forward(x_RD, weight_EDF, _plan(x_RD, weight_EDF, counts_E))
+    return grouped.forward(x_RD, weight_EDF, _plan(x_RD, weight_EDF, counts_E))
 
 
 @_product.register_fake
@@ -34,8 +34,8 @@ def _gradients(
 ) -> tuple[Tensor, Tensor]:
     plan = _plan(x_RD, weight_EDF, counts_E)
     dy_RF = dy_RF.contiguous()
-    dweight_EDF = cpu.backward_weight(dy_RF, x_RD, weight_EDF, plan)
-    return cpu.backward_rows(dy_RF, weight_EDF, plan), dweight_EDF
+    dweight_EDF = grouped.backward_weight(dy_RF, x_RD, weight_EDF, plan)
+    return grouped.backward_rows(dy_RF, weight_EDF, plan), dweight_EDF
 
 
 @_gradients.register_fake

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchlm.kernels.native import native, readable
+from switchlm.kernels.cpu.native import native, readable
 
 
 @dataclass(frozen=True)

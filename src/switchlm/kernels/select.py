@@ -10,31 +10,23 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from switchlm.kernels import (
-    compiled,
-    cpu,
-    cpu_feedforward,
-    few_rows,
-    fused_switch,
-    half_precision,
-    reference,
-    small_linear,
-    torch_grouped,
-    trial,
-)
-from switchlm.kernels.activations import Activation
+from switchlm.kernels import autotune, compiled, reference
+from switchlm.kernels.autotune import Choice
+from switchlm.kernels.cpu import feedforward as cpu_feedforward
+from switchlm.kernels.cpu import grouped, small_batch, small_matmul, switch
+from switchlm.kernels.gpu import torch_grouped
 from switchlm.kernels.permute import ExpertOrder, combine_rows, gather_rows
-from switchlm.kernels.trial import Choice
+from switchlm.kernels.reference import Activation
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 KERNELS: dict[str, Kernel] = {  # those with gradients
     "reference": reference.grouped_matmul,
-    "cpu": cpu.grouped_matmul,
+    "cpu": grouped.grouped_matmul,
     "torch_grouped": torch_grouped.grouped_matmul,
     "compiled": compiled.grouped_matmul,
 }
-INFERENCE: dict[str, Kernel] = {"few_rows": few_rows.grouped_matmul}
+INFERENCE: dict[str, Kernel] = {"few_rows": small_batch.grouped_matmul}
 
 LEAST_ROWS = 1024  # below which launching dominates, as in decoding; not worth a trial
 
@@ -50,7 +42,7 @@ def explain(x_RD: Tensor, weight_EDF: Tensor) -> Choice:
         return Choice("compiled", "traced: the counts have no values yet, so one opaque operator")
     if device == "cuda" and fits:
         return Choice("torch_grouped", f"{x_RD.dtype} on a GPU: PyTorch loops over the experts")
-    if device == "cpu" and few_rows.fits(x_RD, weight_EDF):
+    if device == "cpu" and small_batch.fits(x_RD, weight_EDF):
         return Choice("few_rows", "few rows: as fast as their experts' weights can be read")
     if device == "cpu":
         return Choice("cpu", "main memory: one product an expert, results written once")
@@ -59,13 +51,13 @@ def explain(x_RD: Tensor, weight_EDF: Tensor) -> Choice:
 
 def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
     """Return x w^T over the last dim, as nn.functional.linear, by the fastest kernel."""
-    if few_rows.fits(x, weight_NK):
-        y_RN = few_rows.linear(x.reshape(-1, x.shape[-1]), weight_NK)
+    if small_batch.fits(x, weight_NK):
+        y_RN = small_batch.linear(x.reshape(-1, x.shape[-1]), weight_NK)
         return y_RN.view(*x.shape[:-1], -1)
-    if half_precision.widens(x):
-        return half_precision.linear(x, weight_NK)
-    if small_linear.fits(x, weight_NK):
-        return small_linear.linear(x, weight_NK)
+    if small_matmul.upcasts(x):
+        return small_matmul.upcast_linear(x, weight_NK)
+    if small_matmul.fits(x, weight_NK):
+        return small_matmul.linear(x, weight_NK)
     return nn.functional.linear(x, weight_NK)
 
 
@@ -106,7 +98,7 @@ def expert_feedforward(
             x_RD, counts_E, up_EDF, down_EFD, activation, gate_EDF
         )
     # What fits the way up fits the way down; another kernel may be better there.
-    multiply = few_rows.grouped_matmul if kernel == "few_rows" else grouped_matmul
+    multiply = small_batch.grouped_matmul if kernel == "few_rows" else grouped_matmul
     hidden_RF = multiply(x_RD, up_EDF if gate_EDF is None else gate_EDF, counts_E)
     if activation == "relu":
         hidden_RF = nn.functional.relu(hidden_RF)
@@ -132,7 +124,7 @@ def explain_switch(
     a GPU). `trial`: not known yet, the next call tries both (see trial.py).
     """
     if x_ND.is_cpu:
-        misfit = fused_switch.misfit(x_ND, num_assignments, d_ff, activation, gated)
+        misfit = switch.misfit(x_ND, num_assignments, d_ff, activation, gated)
         if misfit is None:
             return Choice("native", "small experts on a CPU: one call for the whole layer")
         return Choice("separate", f"no fused kernel on {x_ND.device}: {misfit}")
@@ -148,7 +140,7 @@ def explain_switch(
     if find_spec("triton") is None:
         return Choice("separate", "Triton is not installed (the extra `triton`)")
     key = _shape_class(x_ND, dtype, num_assignments, (num_experts, d_ff, activation, gated))
-    known = trial.remembered(key)
+    known = autotune.remembered(key)
     if known is None and torch.cuda.is_current_stream_capturing():
         return Choice("separate", "a graph is being captured, which is no time for a trial")
     return known or Choice("trial", "not tried yet with such shapes: the next call times both ways")
@@ -184,7 +176,7 @@ def switch_feedforward(
     if choice.name == "trial":
         key = _shape_class(x_ND, x_ND.dtype, weight_A.shape[0], shape)
         ways = (("triton", bound(SWITCHES["triton"])), ("separate", bound(SWITCHES["separate"])))
-        choice = trial.choose(key, *ways, tensors)
+        choice = autotune.autotune(key, *ways, tensors)
     return bound(SWITCHES[choice.name])(*tensors)
 
 
@@ -212,15 +204,15 @@ def _native(
     activation: Activation,
     gate_EDF: Tensor | None,
 ) -> Tensor:
-    fits = fused_switch.fits(x_ND, weight_A, order, up_EDF, down_EFD)
-    way = fused_switch.switch_feedforward if fits else _separate
+    fits = switch.fits(x_ND, weight_A, order, up_EDF, down_EFD)
+    way = switch.switch_feedforward if fits else _separate
     return way(x_ND, weight_A, order, up_EDF, down_EFD, activation, gate_EDF)
 
 
 def _triton(*arguments: object) -> Tensor:
-    from switchlm.kernels import triton_feedforward
+    from switchlm.kernels.gpu import feedforward
 
-    return triton_feedforward.switch_feedforward(*arguments)  # type: ignore[arg-type]
+    return feedforward.switch_feedforward(*arguments)  # type: ignore[arg-type]
 
 
 SWITCHES: dict[str, Callable[..., Tensor]] = {

@@ -9,10 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from switchlm.kernels import one_query, small_attention
-from switchlm.kernels.attention import biased_attention, fits
+from switchlm.kernels.cpu import attention
+from switchlm.kernels.cpu.attention import biased_attention, fits
 from switchlm.model.config import ModelConfig
-from switchlm.model.linear import Linear
+from switchlm.model.layers import Linear
 from switchlm.model.local import local
 from switchlm.model.routing import Routing
 from switchlm.model.switch import SwitchProjection
@@ -92,10 +92,10 @@ def attend(
     query_BHQK: Tensor, key_BHMK: Tensor, value_BHMK: Tensor, bias: Tensor | None, dropout: float
 ) -> Tensor:
     """Return softmax(q k^T + bias) v, [B, Q, H * K]; no bias is a bias of zero."""
-    if not dropout and one_query.fits(query_BHQK, key_BHMK, value_BHMK, bias):
-        return one_query.one_query(query_BHQK, key_BHMK, value_BHMK, bias)
-    if not dropout and small_attention.fits(query_BHQK, key_BHMK, value_BHMK, bias):
-        return small_attention.small_attention(query_BHQK, key_BHMK, value_BHMK, bias)
+    if not dropout and attention.fits_decode(query_BHQK, key_BHMK, value_BHMK, bias):
+        return attention.decode_attention(query_BHQK, key_BHMK, value_BHMK, bias)
+    if not dropout and attention.fits_small(query_BHQK, key_BHMK, value_BHMK, bias):
+        return attention.small_attention(query_BHQK, key_BHMK, value_BHMK, bias)
     if bias is not None and bias.requires_grad and not dropout and fits(query_BHQK, bias):
         y_BHQK = biased_attention(query_BHQK, key_BHMK, value_BHMK, bias)
     else:

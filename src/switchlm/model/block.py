@@ -4,8 +4,7 @@ from torch import Tensor, nn
 
 from switchlm.model.attention import Attention, KeyValueStore, Memory, SwitchAttention
 from switchlm.model.config import ModelConfig
-from switchlm.model.feedforward import FeedForward
-from switchlm.model.norm import RMSNorm
+from switchlm.model.layers import FeedForward, RMSNorm
 from switchlm.model.routing import Routing
 from switchlm.model.switch import SwitchFeedForward
 

@@ -6,7 +6,7 @@ Shapes: B batch, T target, V vocabulary, L layers, G groups, E experts.
 import torch
 from torch import Tensor
 
-from switchlm.kernels import cross_entropy as cross_entropy_kernel
+from switchlm.kernels.cpu import cross_entropy as cross_entropy_kernel
 from switchlm.model.config import ModelConfig
 from switchlm.model.local import local
 from switchlm.model.routing import ModelOutput, Routing

@@ -11,10 +11,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from switchlm.kernels.quantised import Int4Matrix, Int8Matrix, Matrix
+from switchlm.kernels.cpu.quantised import Int4Matrix, Int8Matrix, Matrix
 from switchlm.model.config import Activation
 from switchlm.model.experts import FeedForwardExperts, ProjectionExperts
-from switchlm.model.feedforward import feed_forward
+from switchlm.model.layers import feed_forward
 from switchlm.model.transformer import SwitchTransformer
 
 Matrices = Mapping[str, Sequence[Matrix]]

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from switchlm.errors import ConfigError
-from switchlm.kernels import fused_router
+from switchlm.kernels.cpu import router
 from switchlm.model import selection
-from switchlm.model.capacity import (
+from switchlm.model.config import RouterConfig
+from switchlm.model.routing import Routing
+from switchlm.model.selection import (
     count_by_group,
     expert_capacity,
     group_size,
     grouped,
     position_in_expert,
 )
-from switchlm.model.config import RouterConfig
-from switchlm.model.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Router(nn.Module):
             valid_N = None
         tokens_a_group = group_size(x_ND.shape[0], row_tokens, semantics, self.config.group_rows)
         x_ND = x_ND.to(self.dtype)
-        if self._may_fuse(activation_dtype) and fused_router.fits(
+        if self._may_fuse(activation_dtype) and router.fits(
             x_ND, self.weight, self.bias_E, valid_N
         ):
             return self._fused(x_ND, valid_N, tokens_a_group)
@@ -140,9 +140,7 @@ class Router(nn.Module):
     def _fused(self, x_ND: Tensor, valid_N: Tensor | None, tokens_a_group: int) -> Routing:
         """The same as `_tokens_choose`, in one kernel."""
         capacity = self.capacity(tokens_a_group)
-        found = fused_router.route(
-            x_ND, self.weight, self.bias_E, valid_N, tokens_a_group, capacity
-        )
+        found = router.route(x_ND, self.weight, self.bias_E, valid_N, tokens_a_group, capacity)
         if not self.measures and capacity is None:
             return self._unmeasured(found.expert_N, found.gate_N, found.kept_N)
         return Routing(

@@ -24,13 +24,12 @@ from switchlm.model.attention import (
 from switchlm.model.block import Block
 from switchlm.model.config import ModelConfig
 from switchlm.model.initialise import Initialiser
-from switchlm.model.linear import Linear
-from switchlm.model.norm import RMSNorm
+from switchlm.model.layers import Linear, RMSNorm
 from switchlm.model.routing import ModelOutput, Routing
 
 
 class DecodingCache(Protocol):
-    """What decoding step by step keeps (see generation/cache.py).
+    """What decoding step by step keeps (see generation/decode.py).
 
     positions_BT: int64, where the tokens being decoded stand, [T] or [B, T]. key_positions_M:
     int64, the positions of all cached keys. self_attention: a store a layer. cross_attention: the

@@ -2,6 +2,8 @@
 
 Tensor parallelism first, experts next, then FSDP2 over what is left: experts over (replicas, data),
 everything else over (replicas, data x expert), a block at a time. An axis of length 1 does nothing.
+
+A model that is spread over processes, whole again in each of them: to generate, to be kept.
 """
 
 import functools
@@ -126,3 +128,23 @@ def _hush() -> None:
     # Nothing works in place on a block's output, and slicing a flattened axis goes on working.
     for said in ("FSDP2-wrapped module", "Slicing a flattened dim", ".*_StridedShard"):
         warnings.filterwarnings("ignore", message=said)
+
+
+@torch.no_grad()
+def whole(model: SwitchTransformer) -> SwitchTransformer:
+    """Return a copy of a sharded model that is whole in this process, in eval mode.
+
+    All processes call this, and each must have room for the copy, on the model's device. A model
+    that is not sharded is returned as it is.
+    """
+    state = model.state_dict()
+    if not any(isinstance(tensor, DTensor) for tensor in state.values()):
+        return model
+    with torch.device("meta"):
+        copy = SwitchTransformer(model.config)
+    parts = {
+        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+        for name, tensor in state.items()
+    }
+    copy.load_state_dict(parts, assign=True)
+    return copy.eval()

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from switchlm.errors import LaunchError
-from switchlm.parallel.meeting import meet, open_store
-from switchlm.parallel.watch import Watch
+from switchlm.parallel.heartbeat import Watch
+from switchlm.parallel.rendezvous import meet, open_store
 
 # Processes of one job may start minutes apart: Python and torch come from a shared file system.
 START_SECONDS = 600.0

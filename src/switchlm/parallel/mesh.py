@@ -23,8 +23,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from switchlm.errors import ConfigError
+from switchlm.parallel.heartbeat import Watch
 from switchlm.parallel.launch import launched, process_group
-from switchlm.parallel.watch import Watch
 
 AXES = ("replicas", "data", "expert", "tensor")
 T = TypeVar("T")

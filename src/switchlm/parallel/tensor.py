@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import (
 from switchlm.errors import ConfigError
 from switchlm.model.attention import Attention, RelativeBias
 from switchlm.model.config import ModelConfig
-from switchlm.model.feedforward import FeedForward
+from switchlm.model.layers import FeedForward
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.expert import shard
 from switchlm.parallel.mesh import AnyMesh, Mesh

@@ -8,24 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchlm.checkpoint.config_fields import Report
-from switchlm.checkpoint.huggingface import load, load_config, load_tokenizer, open_floats, save
-from switchlm.checkpoint.names import Entry
-from switchlm.checkpoint.quantised import Quantisation
-from switchlm.checkpoint.quantised_saving import (
+from switchlm.compression.calibrate import LEAST_ROWS, Calibrated, calibrate
+from switchlm.compression.prune import Measure, check_number, importance, merge, prune
+from switchlm.compression.quantise import Codes, quantise_all, round_to_nearest
+from switchlm.data.batch import Batch
+from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.errors import CheckpointError, ConfigError
+from switchlm.evaluation.evaluator import held_out_loss
+from switchlm.huggingface.config import Report
+from switchlm.huggingface.load import load, load_config, load_tokenizer, open_floats, save
+from switchlm.huggingface.names import Entry
+from switchlm.huggingface.quantised import (
+    Quantisation,
     save_quantised,
     weights_of_files,
     weights_of_model,
 )
-from switchlm.compression.calibrate import LEAST_ROWS, Calibrated, calibrate
-from switchlm.compression.codes import Codes, quantise_all
-from switchlm.compression.fewer import check_number, merge, prune
-from switchlm.compression.importance import Measure, importance
-from switchlm.compression.quantise import round_to_nearest
-from switchlm.data.batch import Batch
-from switchlm.data.tokenizer import Tokenizer
-from switchlm.errors import CheckpointError, ConfigError
-from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from switchlm.config import from_mapping, override, to_mapping
 from switchlm.data.config import DataConfig
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import ConfigError
 from switchlm.model.config import ModelConfig, upgrade_model_section
 from switchlm.model.presets import preset as find_preset

@@ -2,36 +2,266 @@
 
 What the paper reports comes out: the share of the teacher's gain over a dense model that the
 student keeps, and how much smaller than the teacher it is.
+
+What a student reads, text or the examples of tasks, and what its teacher says of it.
+
+What a distillation comes to: how much of the teacher's gain is kept, and the compression.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from switchlm.checkpoint.files import replace_file
-from switchlm.checkpoint.huggingface import load, save
-from switchlm.checkpoint.transplant import transplant
 from switchlm.config import write_yaml
-from switchlm.data.loader import Loader
-from switchlm.data.pairs import PairLoader
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.pretraining.loader import Loader, open_data
+from switchlm.data.tasks.loader import PairLoader
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.evaluation.routing import routing_statistics
+from switchlm.files import replace_file
+from switchlm.huggingface.init_from import transplant
+from switchlm.huggingface.load import load, save
+from switchlm.model import count
+from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
+from switchlm.parallel.apply import whole
 from switchlm.parallel.mesh import AnyMesh, joined
+from switchlm.recipes.config import to_sections
 from switchlm.recipes.distill_config import SETTINGS, DistillationConfig, DistillRun, stored
-from switchlm.recipes.distill_data import Reading, taught
-from switchlm.recipes.distill_result import summarise, write_page
-from switchlm.recipes.pretrain import begin, build_model, default_device, open_folder
-from switchlm.recipes.routing import record_routing
-from switchlm.recipes.start import check_vocabulary, open_tokenizer, open_whole
-from switchlm.training.distillation import Distillation
-from switchlm.training.loop import train
-from switchlm.training.objective import Objective, target_cross_entropy
+from switchlm.recipes.finetune import Examples, check_spelling, read_tasks, scorer
+from switchlm.recipes.finetune_config import FinetuneRun
+from switchlm.recipes.pretrain import (
+    begin,
+    build_model,
+    check_vocabulary,
+    default_device,
+    open_folder,
+    open_tokenizer,
+    open_whole,
+    record_routing,
+)
+from switchlm.report.write import ReportRun, write_report
+from switchlm.training.distillation import Distillation, Taught, Teacher
+from switchlm.training.logit_cache import CacheKey, LogitCache, build, digest
+from switchlm.training.loop import BatchSource, train
+from switchlm.training.monitor import read_metrics
+from switchlm.training.run_folder import RunFolder
+from switchlm.training.step import Objective, target_cross_entropy
+
+Report = Callable[[str], None]
+Figures = dict[str, Any]
+
+
+class Reading:
+    """The data of a distillation.
+
+    loader: the batches of all processes together. examples: of the tasks; None where it is text.
+    """
+
+    def __init__(self, config: DistillRun, tokenizer: Tokenizer, report: Report) -> None:
+        self.config = config
+        self.examples: Examples | None = None
+        self.loader: Loader | PairLoader
+        settings = config.finetune
+        if settings is None:
+            self.loader = open_data(
+                config.run.data, seed=config.run.training.seed, tokenizer=tokenizer, report=report
+            )
+            return
+        self.examples = read_tasks(settings)
+        check_spelling(self.examples.tasks, tokenizer, settings.model)
+        self.loader = PairLoader(
+            self.examples.train,
+            tokenizer,
+            input_length=settings.input_length,
+            target_length=settings.target_length,
+            batch_size=settings.batch_size,
+            seed=config.run.training.seed,
+            held_out=self.examples.validation,
+            pack=settings.pack,
+            long_targets="truncate" if settings.truncate_targets else "refuse",
+            report=report,
+        )
+
+    def score(self, model: SwitchTransformer, mesh: AnyMesh) -> Figures:
+        """Return score and scores of a model on the tasks, in per cent; nothing for text."""
+        if self.config.finetune is None or self.examples is None:
+            return {}
+        training = self.config.run.training
+        every = training.evaluate_every or training.steps
+        run = FinetuneRun(
+            finetune=self.config.finetune,
+            model=model.config,
+            training=replace(training, evaluate_every=every),
+        )
+        assert isinstance(self.loader, PairLoader)
+        figures = scorer(run, self.examples, self.loader, mesh)(whole(model))
+        return {name: figures[name] for name in ("score", "scores")}
+
+
+def taught(
+    reading: Reading,
+    model: SwitchTransformer,
+    mesh: AnyMesh,
+    should_stop: Callable[[], bool],
+    report: Report,
+) -> BatchSource | None:
+    """Return this process's share of the batches, with what the teacher says of them.
+
+    A cache that is not there yet is made first; None if the user stopped that.
+    """
+    settings, training = reading.config.distillation, reading.config.run.training
+    loader = reading.loader
+    share = loader.share(mesh.share, mesh.num_shares)
+    if not settings.soft_weight:
+        return share
+    teacher = Teacher(
+        model,
+        temperature=settings.temperature,
+        precision=training.precision,
+        top_k=settings.num_words,
+    )
+    if settings.cache_logits is None:
+        return Taught(share, lambda number, batch: teacher(batch))
+    assert settings.num_words is not None, "a cache implies it"
+    folder = Path(settings.cache_logits)
+    num_batches = training.steps * training.accumulate
+    key = CacheKey(
+        teacher=digest(model),
+        tokenizer=loader.tokenizer.fingerprint(),
+        seed=training.seed,
+        temperature=settings.temperature,
+        precision=training.precision,
+        top_k=settings.num_words,
+    )
+    with mesh.first_on_node("logits"):
+        build(folder, key, teacher, loader, num_batches, should_stop, report)
+    if mesh.any(not folder.exists()):
+        return None
+    cache = LogitCache(
+        folder,
+        key,
+        num_batches * loader.batch_size,
+        share=mesh.share,
+        num_shares=mesh.num_shares,
+    )
+    source = Taught(share, cache.teach)
+    batches = source.iterate(0)
+    next(batches)  # other text is refused now, before there is a run
+    batches.close()
+    return source
+
+
+Result = dict[str, Any]
+ROLES = ("teacher", "student", "baseline")
+
+
+def share_kept(student: float, teacher: float, baseline: float) -> float | None:
+    """Return (student - baseline) / (teacher - baseline) of qualities, the more the better.
+
+    None where the teacher is no better than the baseline.
+    """
+    if teacher <= baseline:
+        return None
+    return (student - baseline) / (teacher - baseline)
+
+
+def summarise(
+    config: DistillRun,
+    teacher: ModelConfig,
+    figures: Mapping[str, Mapping[str, Any]],
+    folder: RunFolder,
+) -> Result:
+    """Return all that distill.json holds.
+
+    figures: of each role, `loss` (held out, nats a target), and `score` and `scores` (per cent) on
+    tasks. Quality is the score where there are tasks and the baseline has one, else the loss
+    negated, the paper's measure.
+    """
+    loss = {role: figures[role]["loss"] if role in figures else None for role in ROLES}
+    score = {role: figures[role]["score"] for role in ROLES if "score" in figures.get(role, {})}
+    quality = {role: -value for role, value in loss.items() if value is not None}
+    by = "loss"
+    if config.finetune is not None and ("baseline" in score or "baseline" not in figures):
+        quality, by = score, "score"
+    sizes = {
+        "student": count.parameters(config.run.model),
+        "teacher": count.parameters(teacher),
+    }
+    trained = [line for line in read_metrics(folder.metrics) if "loss" in line]
+    scores = {role: figures[role]["scores"] for role in score}
+    return {
+        **{f"{role}_loss": value for role, value in loss.items()},
+        **{f"{role}_score": value for role, value in score.items()},
+        **({"scores": scores} if scores else {}),
+        "quality": by,
+        "quality_kept": share_kept(**quality) if "baseline" in quality else None,
+        "compression": 1 - sizes["student"] / sizes["teacher"],
+        "parameters": sizes,
+        "steps": trained[-1]["step"] if trained else 0,
+        "seconds": trained[-1]["seconds"] if trained else 0.0,
+        "seeds": [config.run.training.seed],
+        "configuration": {**stored(config), **to_sections(config.run)},
+    }
+
+
+def headline(result: Result) -> str:
+    """Return the result in the line that the paper reports."""
+    by, sizes = result["quality"], result["parameters"]
+    form, unit = (".2f", "%") if by == "score" else (".4f", " nats a target")
+    found = {role: result.get(f"{role}_{by}") for role in ("student", "teacher", "baseline")}
+    said = ", ".join(
+        f"{'dense baseline' if role == 'baseline' else role} {value:{form}}{unit}"
+        for role, value in found.items()
+        if value is not None
+    )
+    compression = (
+        f"compression {result['compression']:.0%} ({sizes['student']:,} of {sizes['teacher']:,} "
+        "parameters)"
+    )
+    if found["baseline"] is None:
+        return f"{'Score' if by == 'score' else 'Held-out loss'}: {said}; {compression}."
+    if result["quality_kept"] is None:
+        return f"The teacher is no better than the dense baseline: {said}; {compression}."
+    return (
+        f"Quality kept: {result['quality_kept']:.0%} of the teacher's gain over the dense baseline "
+        f"({said}); {compression}."
+    )
+
+
+def result_table(result: Result) -> list[dict[str, str]]:
+    """Return the result as a row a model, text in every cell."""
+    rows = []
+    for role in ROLES:
+        loss, score = result[f"{role}_loss"], result.get(f"{role}_score")
+        if loss is not None:
+            size = result["parameters"].get(role)
+            row = {"": role, "held-out loss": f"{loss:.4f}"}
+            if result["quality"] == "score":
+                row["score"] = "" if score is None else f"{score:.2f}%"
+            rows.append({**row, "parameters": "" if size is None else f"{size:,}"})
+    return rows
+
+
+def write_page(
+    folder: RunFolder, result: Result, routing: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Write report.html; routing: that of the student's Switch layers, if it has any."""
+    run = ReportRun(name=folder.root.name, metrics=read_metrics(folder.metrics), routing=routing)
+    write_report(
+        folder.report,
+        title=f"Distillation: {folder.root.name}",
+        headline=headline(result),
+        runs=[run],
+        table=result_table(result),
+        configuration=result["configuration"],
+    )
+
 
 Event = dict[str, Any]
 Report = Callable[[str], None]

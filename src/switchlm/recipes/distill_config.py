@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from switchlm.checkpoint.huggingface import load_config
-from switchlm.checkpoint.run_folder import RunFolder
-from switchlm.checkpoint.transplant import FeedForwardSource, check_fit
 from switchlm.config import from_mapping, override, read_yaml, to_mapping
 from switchlm.data.config import DataConfig
 from switchlm.errors import ConfigError, nearest
+from switchlm.huggingface.init_from import FeedForwardSource, check_fit
+from switchlm.huggingface.load import load_config
 from switchlm.model.config import ModelConfig
 from switchlm.model.presets import PRESETS, preset
 from switchlm.recipes.config import RunConfig, run_config
 from switchlm.recipes.finetune_config import FinetuneConfig, paper_training
-from switchlm.recipes.start import check_stated, open_tokenizer
+from switchlm.recipes.pretrain import check_stated, open_tokenizer
 from switchlm.training.config import TrainingConfig
+from switchlm.training.run_folder import RunFolder
 
 SETTINGS = "distillation.yaml"  # in the run's folder, beside config.yaml
 TOP_K = 32

@@ -5,17 +5,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from switchlm.checkpoint.config_fields import Report
-from switchlm.checkpoint.huggingface import load_config
 from switchlm.config import from_mapping, override
 from switchlm.data.config import LONGEST
-from switchlm.data.tasks import TaskOptions
+from switchlm.data.tasks.mixture import TaskOptions
 from switchlm.errors import ConfigError
+from switchlm.huggingface.config import Report
+from switchlm.huggingface.load import load_config
 from switchlm.model.config import ModelConfig
 from switchlm.parallel.mesh import MeshConfig
 from switchlm.recipes.config import build_config, put_over, to_sections
 from switchlm.training.config import TrainingConfig
-from switchlm.training.trainable import Trainable
+from switchlm.training.optimizer import Trainable
 
 DROPOUT, EXPERT_DROPOUT = 0.1, 0.4  # the last row of Table 4
 

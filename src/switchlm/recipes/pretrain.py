@@ -1,27 +1,121 @@
-"""Pre-train a model on text with span corruption, from random weights or those of another model."""
+"""Pre-train a model on text with span corruption, from random weights or those of another model.
 
+At the end of a run: who goes to which expert, on held-out text.
+
+What a run starts from: the weights of another model, and with them its vocabulary.
+"""
+
+import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from switchlm.checkpoint.huggingface import save
-from switchlm.checkpoint.run_folder import RunFolder
-from switchlm.checkpoint.transplant import check_fit, transplant
 from switchlm.config import write_yaml
-from switchlm.data.loader import open_data
-from switchlm.data.tokenizer import Tokenizer
-from switchlm.errors import ConfigError
+from switchlm.data.pretraining.loader import open_data
+from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.errors import CheckpointError, ConfigError, DataError
+from switchlm.evaluation.routing import routing_statistics
+from switchlm.files import replace_file
+from switchlm.huggingface.init_from import check_fit, transplant
+from switchlm.huggingface.load import load, load_tokenizer, save
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply, materialise
 from switchlm.parallel.mesh import ALONE, AnyMesh, Mesh, joined
 from switchlm.recipes.config import RunConfig, to_sections, with_vocabulary
-from switchlm.recipes.routing import record_routing
-from switchlm.recipes.start import check_stated, open_whole
 from switchlm.report.write import ReportRun, write_report
-from switchlm.training.loop import train
+from switchlm.training.loop import BatchSource, train
 from switchlm.training.monitor import read_metrics
+from switchlm.training.run_folder import RunFolder
+
+MOST_TOKENS = 2**18  # of inputs; seconds of work at most
+MOST_BATCHES = 64
+
+
+def record_routing(
+    model: SwitchTransformer,
+    loader: BatchSource,
+    tokenizer: Tokenizer,
+    folder: RunFolder,
+    mesh: AnyMesh = ALONE,
+) -> list[dict[str, Any]]:
+    """Write RUN/routing.json, a record for every Switch layer, and return them as plain values.
+
+    There are none for a dense model, nor where no text is held out. All processes of a mesh call
+    this; the main one writes.
+    """
+    if not model.config.num_experts:
+        return []
+    try:
+        first = loader.held_out(1)[0]
+    except DataError:  # nothing is held out: a run may want that
+        return []
+    tokens = first.inputs_BS.numel() * mesh.num_shares
+    batches = loader.held_out(min(max(MOST_TOKENS // tokens, 1), MOST_BATCHES))
+    layers = routing_statistics(model, batches, tokenizer, loader.sources, mesh=mesh)
+    records = [dataclasses.asdict(layer) for layer in layers]
+    if mesh.is_main:
+        replace_file(folder.routing, json.dumps(records).encode())
+    return records
+
+
+def read_routing(folder: RunFolder) -> list[dict[str, Any]]:
+    """Return what `record_routing` wrote; nothing for a dense model."""
+    if not folder.routing.exists():
+        return []
+    records: list[dict[str, Any]] = json.loads(folder.routing.read_text(encoding="utf-8"))
+    return records
+
+
+Report = Callable[[str], None]
+
+
+def open_whole(
+    name: str, role: str, report: Report, device: torch.device | str = "cpu"
+) -> tuple[SwitchTransformer, Tokenizer]:
+    """Load a model that must bring its tokenizer; role: what it is to the run, for the error."""
+    model, tokenizer = load(name, device=device, report=report)
+    return model, _required(tokenizer, name, role)
+
+
+def open_tokenizer(name: str, role: str) -> Tokenizer:
+    """Load the tokenizer of a model that must have one."""
+    return _required(load_tokenizer(name, report=lambda line: None), name, role)
+
+
+def _required(tokenizer: Tokenizer | None, name: str, role: str) -> Tokenizer:
+    if tokenizer is None:
+        raise CheckpointError(
+            f"The {role} {name!r} has no tokenizer.json, so there is no telling its tokens from "
+            "text. Copy the one it was trained with into its folder."
+        )
+    return tokenizer
+
+
+def check_vocabulary(own: Tokenizer, other: Tokenizer, own_name: str, other_name: str) -> None:
+    """Raise CheckpointError unless the same ids mean the same in both."""
+    mine, theirs = (one.backend.get_vocab(with_added_tokens=True) for one in (own, other))
+    if mine == theirs:
+        return
+    example = sorted(mine.items() ^ theirs.items())[0][0]
+    raise CheckpointError(
+        f"{other_name} and {own_name} have different vocabularies ({len(theirs):,} and "
+        f"{len(mine):,} tokens; {example!r} is not the same in both), so what one says of a token "
+        "means nothing to the other. Take models that were trained with one tokenizer."
+    )
+
+
+def check_stated(stated: str, own: Tokenizer, own_name: str) -> None:
+    """Raise ConfigError unless `data.tokenizer`, as stated, is the vocabulary of the weights."""
+    if stated == "unigram":
+        raise ConfigError(
+            "data.tokenizer is 'unigram', a vocabulary to be trained, but the vocabulary is that "
+            f"of {own_name}. Leave data.tokenizer out."
+        )
+    other = Tokenizer.bytes() if stated == "bytes" else Tokenizer.load(Path(stated))
+    check_vocabulary(own, other, own_name, f"data.tokenizer {stated!r}")
 
 
 def default_device() -> torch.device:

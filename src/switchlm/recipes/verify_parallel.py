@@ -28,8 +28,7 @@ from switchlm.parallel.mesh import ALONE, AnyMesh, Mesh, MeshConfig, layouts
 from switchlm.recipes.config import RunConfig
 from switchlm.recipes.pretrain import build_model
 from switchlm.training.optimizer import build_optimizer, set_learning_rate
-from switchlm.training.precision import set_router_dtype
-from switchlm.training.step import training_step
+from switchlm.training.step import set_router_dtype, training_step
 
 Tensors = dict[str, Tensor]
 # What rounding may do: relative differences of the loss and of each gradient, as vectors.

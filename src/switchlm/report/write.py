@@ -7,8 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from switchlm.report.layers import layers_data, rounded, thin
-from switchlm.report.routing import routing_data, short_name
+from switchlm.report.sections import layers_data, rounded, routing_data, short_name, thin
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,19 @@ from starlette.exceptions import HTTPException
 
 from switchlm import __version__
 from switchlm.errors import DataError, UserError
-from switchlm.generation.answer import read_spans
-from switchlm.generation.fill import TOKENS_A_BLANK, count_blanks, put_into_blanks
+from switchlm.generation.answer import TOKENS_A_BLANK, count_blanks, put_into_blanks, read_spans
 from switchlm.generation.route import route
-from switchlm.serving.answers import (
+from switchlm.serving.engine import Engine, Mailbox, events
+from switchlm.serving.middleware import (
+    REPORT_HEADERS,
+    App,
+    Guard,
+    error_body,
+    page_files,
+    page_headers,
+)
+from switchlm.serving.requests import BusyError, ClosingError, Completion, Fill, Route
+from switchlm.serving.responses import (
     FailedError,
     Numbered,
     Output,
@@ -30,12 +39,6 @@ from switchlm.serving.answers import (
     prompt_ids,
     requests_of,
 )
-from switchlm.serving.engine import Engine
-from switchlm.serving.guard import App, Guard, error_body
-from switchlm.serving.mailbox import Mailbox, events
-from switchlm.serving.page_files import REPORT_HEADERS, page_files, page_headers
-from switchlm.serving.request import BusyError, ClosingError
-from switchlm.serving.schemas import Completion, Fill, Route
 from switchlm.serving.statistics import CONTENT_TYPE
 
 Answer = TypeVar("Answer")

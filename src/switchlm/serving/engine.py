@@ -4,22 +4,25 @@ Requests wait in a bounded queue, first come first served. Between two decoding 
 are encoded, together, and take free slots; those that are done, cancelled or out of time leave
 theirs. An error belongs to the request that caused it: what fails in a batch is tried again one by
 one, and only what fails alone is given up.
+
+Bring the engine's events to the event loop: one wake-up for all that a step tells.
 """
 
+import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from switchlm.data.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.generation.slots import Slots, serving
 from switchlm.generation.text_stream import TextStream
 from switchlm.model.transformer import SwitchTransformer
-from switchlm.serving.request import BusyError, ClosingError, Event, Reason, Request, Ticket
+from switchlm.serving.requests import BusyError, ClosingError, Event, Reason, Request, Ticket
 from switchlm.serving.statistics import Statistics
 
 Result = TypeVar("Result")
@@ -332,3 +335,50 @@ def _given_up(ticket: Ticket, now: float) -> Reason | None:
     if seconds is not None and now - ticket.arrived > seconds:
         return "deadline"
     return None
+
+
+class Mailbox:
+    """Carries events from the engine's thread into a loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._letters: deque[tuple[asyncio.Queue[tuple[int, Event]], int, Event]] = deque()
+        self._called = False
+
+    def post(self, queue: "asyncio.Queue[tuple[int, Event]]", number: int, event: Event) -> None:
+        """Put (number, event) into the queue, soon."""
+        self._letters.append((queue, number, event))
+        if not self._called:
+            self._called = True
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._called = False
+        while self._letters:
+            queue, number, event = self._letters.popleft()
+            queue.put_nowait((number, event))
+
+
+async def events(
+    engine: Engine, mailbox: Mailbox, requests: Sequence[Request]
+) -> AsyncGenerator[tuple[int, Event], None]:
+    """Yield (number of the request, event) until all have ended.
+
+    All requests are queued, or none: raises BusyError or ClosingError before the first event.
+    Whoever stops listening cancels what is left.
+    """
+    queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+
+    def listener(number: int) -> Callable[[Event], None]:
+        return lambda event: mailbox.post(queue, number, event)
+
+    tickets = engine.submit_all(requests, [listener(place) for place in range(len(requests))])
+    left = len(requests)
+    try:
+        while left:
+            number, event = await queue.get()
+            left -= event.reason is not None
+            yield number, event
+    finally:
+        for ticket in tickets:
+            ticket.cancel()

@@ -18,8 +18,7 @@ from switchlm.model.routing import ModelOutput
 from switchlm.model.transformer import SwitchTransformer, shift_right
 from switchlm.parallel.tensor import gathered
 from switchlm.training.config import Precision
-from switchlm.training.objective import target_cross_entropy
-from switchlm.training.precision import computing, set_router_dtype
+from switchlm.training.step import computing, set_router_dtype, target_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)

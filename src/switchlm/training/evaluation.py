@@ -13,8 +13,8 @@ from switchlm.data.batch import Batch
 from switchlm.evaluation.diagnostics import diagnose
 from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.model.transformer import SwitchTransformer
+from switchlm.parallel.apply import whole
 from switchlm.parallel.mesh import ALONE, AnyMesh
-from switchlm.parallel.whole import whole
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from switchlm.data.atomic import Report, building, flush
 from switchlm.data.batch import Batch
 from switchlm.errors import CheckpointError
+from switchlm.files import Report, building, flush
 from switchlm.training.distillation import TaughtBatch, Teacher, Untaught
 
 FORMAT = 1

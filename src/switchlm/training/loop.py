@@ -14,27 +14,32 @@ from typing import Any, Protocol
 import torch
 from torch.optim import Optimizer
 
-from switchlm.checkpoint.run_folder import RunFolder, truncate_metrics
 from switchlm.checkpoint.store import CheckpointStore
 from switchlm.data.batch import Batch
 from switchlm.errors import CheckpointError
-from switchlm.kernels.allocator import keep_freed_memory
+from switchlm.kernels.cpu.memory import keep_freed_memory
 from switchlm.model.router import Router
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.mesh import ALONE, AnyMesh
-from switchlm.training.averages import Averages
 from switchlm.training.config import TrainingConfig
 from switchlm.training.evaluation import Evaluator, HeldOutLoss
-from switchlm.training.monitor import open_monitor
-from switchlm.training.objective import Objective, target_cross_entropy
+from switchlm.training.monitor import Averages, open_monitor
 from switchlm.training.optimizer import (
     build_optimizer,
+    learning_rate,
     optimizer_state,
     set_learning_rate,
 )
-from switchlm.training.precision import set_router_dtype
-from switchlm.training.schedule import learning_rate
-from switchlm.training.step import StepRecord, seed_step, summarise_routing, training_step
+from switchlm.training.run_folder import RunFolder, truncate_metrics
+from switchlm.training.step import (
+    Objective,
+    StepRecord,
+    seed_step,
+    set_router_dtype,
+    summarise_routing,
+    target_cross_entropy,
+    training_step,
+)
 
 Line = dict[str, Any]
 

@@ -1,14 +1,159 @@
-"""Where the figures of a run go: metrics.jsonl, and TensorBoard or wandb if asked for."""
+"""Where the figures of a run go: metrics.jsonl, and TensorBoard or wandb if asked for.
+
+What keeps a bad batch from harming a run: steps that are skipped, spikes that are noticed.
+
+Means over the steps since the last line, kept on the device until they are wanted.
+"""
 
 import json
+import math
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import Any, Protocol
 
-from switchlm.checkpoint.run_folder import RunFolder
+import torch
+from torch import Tensor
+
 from switchlm.errors import MissingExtraError
+from switchlm.model.local import local
+from switchlm.parallel.mesh import ALONE, AnyMesh
 from switchlm.training.config import TrainingConfig
+from switchlm.training.run_folder import RunFolder
+
+LARGE = 2**20  # elements; PyTorch takes the norm of a tensor in main memory on one thread
+
+
+def global_norm(gradients: list[Tensor], mesh: AnyMesh = ALONE) -> Tensor:
+    """Return the Euclidean norm of all gradients together, a float32 scalar, without a sync.
+
+    Where several processes hold the same part of a gradient, each counts its share of it, so that
+    one sum over all processes is enough.
+    """
+    norms = torch._foreach_norm([_short(local(gradient)) for gradient in gradients])
+    parts = [
+        norm.float() / math.sqrt(mesh.copies(gradient))
+        for norm, gradient in zip(norms, gradients, strict=True)
+    ]
+    return mesh.length(torch.linalg.vector_norm(torch.stack(parts)))
+
+
+def _short(gradient: Tensor) -> Tensor:
+    """Return the norms of the rows, which have the same norm, where one thread would be slow."""
+    if gradient.device.type == "cpu" and gradient.dim() > 1 and gradient.numel() > LARGE:
+        return torch.linalg.vector_norm(gradient, dim=-1)
+    return gradient
+
+
+def keep_where(skip: Tensor, old: Tensor, new: Tensor) -> None:
+    """Overwrite `old` with `new` in place unless the bool scalar `skip`.
+
+    A choice, not a product: zero times infinity would be NaN.
+    """
+    old.copy_(torch.where(skip, old, new))
+
+
+class SpikeDetector:
+    """Notices losses far above the running median.
+
+    A loss is a spike if it exceeds `factor` times the median of the last `window` ordinary losses,
+    once `minimum` are known. Neither spikes nor non-finite losses enter the window; after `window`
+    spikes in a row the level is taken as the new normal.
+    """
+
+    def __init__(self, window: int = 100, factor: float = 1.5, minimum: int = 10) -> None:
+        self.window, self.factor, self.minimum = window, factor, minimum
+        self.losses: deque[float] = deque(maxlen=window)
+        self.spikes_in_a_row = 0
+
+    def is_spike(self, loss: float) -> bool:
+        """Return whether `loss` is a spike, and remember it if it is not."""
+        if not math.isfinite(loss):
+            return False
+        if len(self.losses) >= self.minimum and loss > self.factor * median(self.losses):
+            self.spikes_in_a_row += 1
+            if self.spikes_in_a_row < self.window:
+                return True
+            self.losses.clear()
+        self.spikes_in_a_row = 0
+        self.losses.append(loss)
+        return False
+
+    def state(self) -> dict[str, Any]:
+        """Return all it knows, for a checkpoint."""
+        return {"losses": list(self.losses), "spikes_in_a_row": self.spikes_in_a_row}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned."""
+        self.losses = deque(state["losses"], maxlen=self.window)
+        self.spikes_in_a_row = state["spikes_in_a_row"]
+
+
+FIGURES = ("loss", "balance_loss", "z_loss", "gradient_norm")
+
+
+class Averages:
+    """Sums the figures of steps; skipped steps are counted and stay out of every mean.
+
+    Figures arrive as tensors (see StepRecord) and are turned into numbers only by `fold`, one
+    transfer for all steps since the last.
+    """
+
+    def __init__(self) -> None:
+        self.pending: list[Tensor] = []
+        self.sums = [0.0] * len(FIGURES)
+        self.counted = 0
+        self.skipped = 0
+        self.spikes = 0
+        self.detector = SpikeDetector()
+
+    def add(self, figures: Tensor) -> None:
+        """Take the figures of one step, float32 [5]."""
+        self.pending.append(figures)
+
+    def fold(self) -> None:
+        """Turn what is pending into numbers."""
+        if not self.pending:
+            return
+        for *values, skipped in torch.stack(self.pending).tolist():
+            if skipped:
+                self.skipped += 1
+                continue
+            self.counted += 1
+            self.spikes += self.detector.is_spike(values[0])
+            self.sums = [total + value for total, value in zip(self.sums, values, strict=True)]
+        self.pending.clear()
+
+    def line(self) -> dict[str, Any]:
+        """Return the means (None if every step was skipped) and counts, and begin anew."""
+        self.fold()
+        means = [total / self.counted if self.counted else None for total in self.sums]
+        result = dict(zip(FIGURES, means, strict=True))
+        result |= {"skipped": self.skipped, "spikes": self.spikes}
+        self.sums = [0.0] * len(FIGURES)
+        self.counted = self.skipped = self.spikes = 0
+        return result
+
+    def state(self) -> dict[str, Any]:
+        """Return everything as numbers, for a checkpoint."""
+        self.fold()
+        return {
+            "sums": self.sums,
+            "counted": self.counted,
+            "skipped": self.skipped,
+            "spikes": self.spikes,
+            "detector": self.detector.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned."""
+        self.pending.clear()
+        self.sums, self.counted = list(state["sums"]), state["counted"]
+        self.skipped, self.spikes = state["skipped"], state["spikes"]
+        self.detector.restore(state["detector"])
+
 
 Line = Mapping[str, Any]
 

@@ -1,11 +1,21 @@
-"""The optimizer: which parameters it treats how, and its state by parameter name."""
+"""The optimizer: which parameters it treats how, and its state by parameter name.
 
-from typing import Any
+The learning rate as a pure function of the step.
+
+Which part of a model trains: all of it, or all but experts, experts or routers alone.
+
+What is frozen asks for no gradient, so that the optimizer holds nothing for it and the backward
+pass makes no buffer for it.
+"""
+
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from switchlm.errors import ConfigError
 from switchlm.training.adafactor import Adafactor
 from switchlm.training.config import TrainingConfig
 
@@ -89,3 +99,59 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[st
         for name, parameter in model.named_parameters()
         if parameter in optimizer.state
     }
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """Return the learning rate of step `step`, counted from 0.
+
+    Every schedule rises linearly to `learning_rate` over `warmup_steps`. Then
+    `constant` stays;
+    `inverse_sqrt` stays up to step d and falls as sqrt(d / step) from there, d = `decay_steps` or
+        the warm-up; T5's rule is learning_rate 0.01, no warm-up, d = 10,000 (Raffel et al. 2020);
+    `linear` falls to zero at `steps`;
+    `wsd` (warm-up, stable, decay) stays, and falls linearly to zero over the last `decay_steps`, a
+        fifth of all if not given.
+    """
+    rate, done = config.learning_rate, step + 1
+    if done < config.warmup_steps:
+        return rate * done / config.warmup_steps
+    if config.schedule == "inverse_sqrt":
+        start = config.decay_steps or max(config.warmup_steps, 1)
+        return rate * math.sqrt(start / max(done, start))
+    if config.schedule == "linear":
+        return rate * _remaining(step, config.steps, config.steps - config.warmup_steps)
+    if config.schedule == "wsd":
+        return rate * _remaining(step, config.steps, config.decay_steps or config.steps // 5)
+    return rate
+
+
+def _remaining(step: int, end: int, length: int) -> float:
+    """Return the share of the last `length` steps before `end` still to come, at most 1."""
+    return min(1.0, max(0.0, (end - step) / max(length, 1)))
+
+
+Trainable = Literal["all", "non-expert", "expert", "router"]
+
+
+def train_only(model: nn.Module, part: Trainable) -> None:
+    """Freeze all parameters of a SwitchTransformer but those of `part`, in place.
+
+    `non-expert` is everything but the weights of experts, routers included. Raises ConfigError for
+    a dense model, which has neither experts nor routers.
+    """
+    chosen = 0
+    for name, parameter in model.named_parameters():
+        group = group_of(name, parameter)
+        trains = {
+            "all": True,
+            "non-expert": group != "experts",
+            "expert": group == "experts",
+            "router": group == "routers",
+        }[part]
+        parameter.requires_grad_(trains)
+        chosen += trains
+    if not chosen:
+        raise ConfigError(
+            f"There is nothing to train: the model is dense, so it has no {part} parameters. "
+            "Choose all or non-expert."
+        )

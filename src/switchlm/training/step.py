@@ -1,27 +1,71 @@
 """One optimisation step: the loss, its gradients, and an update that a bad batch cannot spoil.
 
-Shapes: L Switch layers, E experts.
+Which numbers a step computes with: the experiment of Table 2 (section 2.4).
+
+Weights, gradients and the optimizer's state stay float32 in every mode, so that only what a mode
+names differs.
+
+What training minimises besides routing losses: cross-entropy, unless a recipe says otherwise.
+
+Shapes: L Switch layers, E experts, B batch, T target, V vocabulary.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from switchlm.data.batch import Batch
-from switchlm.model.losses import routing_losses
+from switchlm.model.losses import cross_entropy, routing_losses
 from switchlm.model.router import Router
-from switchlm.model.routing import Routing
+from switchlm.model.routing import ModelOutput, Routing
 from switchlm.model.transformer import SwitchTransformer, shift_right
 from switchlm.parallel.apply import send_gradients
 from switchlm.parallel.mesh import ALONE, AnyMesh
 from switchlm.parallel.tensor import losses_of
 from switchlm.training.config import Precision
-from switchlm.training.guard import global_norm
-from switchlm.training.objective import Objective, target_cross_entropy
-from switchlm.training.precision import computing
+from switchlm.training.monitor import global_norm
+
+
+def set_router_dtype(model: nn.Module, precision: Precision) -> None:
+    """Make routers compute in bfloat16 in the mode `bfloat16`, in float32 otherwise."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.dtype = dtype
+
+
+def computing(precision: Precision, device: torch.device) -> AbstractContextManager:
+    """Return the context of a forward pass.
+
+    `float32`: everything. `selective`: bfloat16, but routers float32 (the paper's choice).
+    `bfloat16`: routers too, which the paper found to diverge.
+    """
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+class Objective(Protocol):
+    """The loss of a model's answer to a batch.
+
+    What it needs beyond targets travels in the batch, as fields of a subclass of `Batch`.
+    """
+
+    def __call__(self, output: ModelOutput, batch: Batch) -> Tensor:
+        """Return the loss summed over the batch's targets: nats, a float32 scalar."""
+        ...
+
+
+def target_cross_entropy(output: ModelOutput, batch: Batch) -> Tensor:
+    """Return the summed negative log likelihood of the batch's targets, in nats."""
+    mask_BT = None if batch.target_segments_BT is None else batch.target_mask_BT
+    return cross_entropy(output.logits_BTV, batch.targets_BT, mask_BT)[0]
+
 
 MASK_64 = 2**64 - 1
 Routings = tuple[Routing, ...]

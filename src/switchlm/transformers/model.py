@@ -1,5 +1,11 @@
 """A PreTrainedModel around our model.
 
+The tensors of a saved folder, put into a model of ours that is there already.
+
+transformers' key-value cache as ours: it keeps what our decoder computes.
+
+Beam search reorders it and assisted decoding crops it, both from outside.
+
 Shapes: B batch, S source, T target, D d_model, V vocabulary.
 """
 
@@ -12,20 +18,21 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from switchlm.checkpoint import huggingface
-from switchlm.checkpoint.hub import find_model
-from switchlm.checkpoint.write_config import family_of, write_config
-from switchlm.data.tokenizer import Tokenizer
-from switchlm.errors import ConfigError
+from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.errors import CheckpointError, ConfigError
 from switchlm.generation.inference import dropless
+from switchlm.huggingface import load
+from switchlm.huggingface.config import family_of, write_config
+from switchlm.huggingface.hub import find_model
+from switchlm.huggingface.names import ALIASES, entries
+from switchlm.model.attention import KeysValues, KeyValueStore
 from switchlm.model.losses import cross_entropy, routing_losses
 from switchlm.model.routing import Routing
-from switchlm.model.transformer import SwitchTransformer, shift_right
-from switchlm.transformers.cache import TheirCache
-from switchlm.transformers.state import load_saved
+from switchlm.model.transformer import Stack, SwitchTransformer, shift_right
 
 IGNORED = -100  # a label that does not count
 GENERATION_CONFIG = "generation_config.json"
@@ -93,7 +100,7 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
         if device_map == "auto":
             device_map = "cuda" if torch.cuda.is_available() else "cpu"
         where = {"revision": revision, "local_files_only": local_files_only}
-        model, tokenizer = huggingface.load(
+        model, tokenizer = load.load(
             pretrained_model_name_or_path,
             dtype=cast("torch.dtype | None", dtype),
             device=device_map or "cpu",
@@ -115,8 +122,8 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
             written = Path(partial) / "model"
-            own = (folder / huggingface.TOKENIZER).is_file()
-            huggingface.save(self.model, None if own else self.tokenizer, written)
+            own = (folder / load.TOKENIZER).is_file()
+            load.save(self.model, None if own else self.tokenizer, written)
             self.generation_config.save_pretrained(written)
             for old in folder.glob("model*.safetensors*"):
                 old.unlink()
@@ -255,3 +262,80 @@ def _refuse(options: dict[str, Any], what: str) -> None:
             raise ConfigError(
                 f"{what} does not know {name}={str(value)[:80]!r} here; leave it out."
             )
+
+
+@torch.no_grad()
+def load_saved(model: SwitchTransformer, tensors: Mapping[str, Tensor], strict: bool) -> Any:
+    """Copy tensors by their names in a folder; return what is missing and what is unexpected.
+
+    Raises CheckpointError for a tensor of another shape, and, where strict, for names that do not
+    match.
+    """
+    places = model.state_dict()
+    missing: list[str] = []
+    known = {alias for names in ALIASES.values() for alias in names}
+    for entry in entries(model.config, family_of(model.config)):
+        known.add(entry.theirs)
+        if entry.theirs not in tensors:
+            missing.append(entry.theirs)
+            continue
+        tensor = tensors[entry.theirs]
+        place = places[entry.ours] if entry.expert is None else places[entry.ours][entry.expert].t()
+        if place.shape != tensor.shape:
+            raise CheckpointError(
+                f"{entry.theirs} is {list(tensor.shape)} there and {list(place.shape)} here: the "
+                "weights are those of another model."
+            )
+        place.copy_(tensor)
+    unexpected = sorted(set(tensors) - known)
+    if strict and (missing or unexpected):
+        raise CheckpointError(
+            f"The weights are not those of this model: {len(missing)} tensors are missing and "
+            f"{len(unexpected)} unknown, such as {(missing + unexpected)[0]!r}."
+        )
+    return _IncompatibleKeys(missing, unexpected)
+
+
+class LayerOf:
+    """The self-attention of one layer of a cache; see model.attention.KeyValueStore."""
+
+    def __init__(self, cache: Any, layer: int) -> None:
+        self.cache = cache
+        self.layer = layer
+
+    def update(self, key_BHQK: Tensor, value_BHQK: Tensor) -> KeysValues:
+        """Add the new ones and return all."""
+        keys_BHMK, values_BHMK = self.cache.update(key_BHQK, value_BHQK, self.layer)
+        return keys_BHMK, values_BHMK
+
+
+class TheirCache:
+    """A DecodingCache (see model/transformer.py) over an EncoderDecoderCache that grows.
+
+    The keys and values of cross-attention are computed when the cache sees its first token, and
+    kept in it. Raises ConfigError for caches of a fixed length.
+    """
+
+    def __init__(self, cache: Any, decoder: Stack, encoded_BSD: Tensor) -> None:
+        own, cross = cache.self_attention_cache, cache.cross_attention_cache
+        if getattr(cache, "is_compileable", False):
+            raise ConfigError(
+                f"A {type(own).__name__} of a fixed length is not supported here: leave "
+                "cache_implementation out."
+            )
+        layers = range(len(decoder.blocks))
+        self.length: int = cache.get_seq_length()
+        self.device = encoded_BSD.device
+        self.self_attention: list[KeyValueStore] = [LayerOf(own, layer) for layer in layers]
+        if not cache.is_updated.get(0):
+            for layer, (keys, values) in enumerate(decoder.memories(encoded_BSD)):
+                cross.update(keys, values, layer)
+                cache.is_updated[layer] = True
+        self.cross_attention: list[KeysValues] = [
+            (cross.layers[layer].keys, cross.layers[layer].values) for layer in layers
+        ]
+
+    def positions(self, num_new: int) -> tuple[Tensor, Tensor]:
+        """Return the positions of the new tokens, [T], and of all keys there will be, [M]."""
+        places_M = torch.arange(self.length + num_new, device=self.device)
+        return places_M[self.length :], places_M

@@ -1,0 +1,246 @@
+"""The manifest of a checkpoint: the size and SHA-256 of every file, and of the manifest itself.
+
+It is written last. A folder without one was never finished; one whose files differ from it was
+damaged later. Its own bytes are canonical, so that no bit of them can change unseen. A manifest
+finds accidents; it is no signature, and reading a checkpoint is safe without it.
+
+Training state as named tensors and JSON: nothing in a checkpoint is pickled.
+
+`split` takes nested dicts, lists and tuples apart: every tensor gets the name of its path
+(`optimizer/state/encoder.final_norm.weight/step`), and the structure that is left is plain JSON, a
+tensor in it being `{"$tensor": name, "dtype": ..., "shape": ...}`. `join` is the inverse. A tensor
+is stored whole under its name, whatever layout it had over processes.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from switchlm.checkpoint.collective import ALONE, Ranks
+from switchlm.errors import CheckpointError
+from switchlm.files import sync_file
+
+NAME = "manifest.json"
+FORMAT = 1
+LARGEST = 2**24  # bytes; a manifest has about a hundred a file
+
+
+def write(folder: Path, step: int, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Describe all files of `folder` as they are now, as the checkpoint of `step`.
+
+    known: size and SHA-256 of files that need not be read again for them.
+    """
+    known = known or {}
+    files = {
+        path.name: known.get(path.name) or _describe(path) for path in sorted(folder.iterdir())
+    }
+    path = folder / NAME
+    path.write_bytes(_encode({"format": FORMAT, "step": step, "files": files}))
+    sync_file(path)
+
+
+def verify(folder: Path, ranks: Ranks = ALONE) -> int:
+    """Read every file of a checkpoint, compare it with the manifest, and return the step.
+
+    Ranks share the reading. Raises CheckpointError on all of them that names the first file which
+    is missing, not listed, or differs.
+    """
+    content = ranks.first(lambda: _listed(folder))
+    files = content["files"]
+    by_size = sorted(files, key=lambda name: (-files[name]["size"], name))
+    share = by_size[ranks.rank :: ranks.size]
+    ranks.each(lambda: _compare_content(folder, {name: files[name] for name in share}))
+    step: int = content["step"]
+    return step
+
+
+def _listed(folder: Path) -> dict[str, Any]:
+    """Return the manifest, whose files are all there in their sizes, and no others."""
+    with _readable(folder):
+        content = _read(folder)
+        _compare_names(folder, content["files"])
+        return content
+
+
+def _compare_content(folder: Path, files: dict[str, Any]) -> None:
+    with _readable(folder):
+        for name, expected in files.items():
+            if _describe(folder / name) != expected:
+                raise _damaged(folder, f"{name} does not have the SHA-256 of the manifest")
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"Cannot read the checkpoint {str(folder)!r}: {error}.") from error
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / NAME
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no checkpoint folder {str(folder)!r}.")
+    if not path.is_file():
+        raise _damaged(folder, f"{NAME} is missing")
+    with path.open("rb") as stream:
+        found = stream.read(LARGEST)
+    try:
+        content = json.loads(found)
+        version, intact = content["format"], found == _encode(content)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise _damaged(folder, f"{NAME} cannot be read") from None
+    if not intact:
+        raise _damaged(folder, f"{NAME} has been changed")
+    if version != FORMAT:
+        raise CheckpointError(
+            f"The checkpoint {str(folder)!r} has format {version!r}; this version of switchlm "
+            f"reads format {FORMAT}. Load it with the version that wrote it."
+        )
+    if not isinstance(content.get("step"), int) or not isinstance(content.get("files"), dict):
+        raise _damaged(folder, f"{NAME} lacks its step or its files")
+    return content
+
+
+def _compare_names(folder: Path, files: dict[str, Any]) -> None:
+    present = {path.name: path for path in folder.iterdir() if path.name != NAME}
+    for name, path in present.items():
+        if path.is_symlink() or (name not in files and name.endswith(".safetensors")):
+            raise _damaged(folder, f"{name} does not belong to it")
+    for name, expected in files.items():
+        if name not in present or not present[name].is_file():
+            raise _damaged(folder, f"{name} is missing")
+        size = present[name].stat().st_size
+        if not isinstance(expected, dict) or size != expected.get("size"):
+            raise _damaged(folder, f"{name} has {size} bytes, not those of the manifest")
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return {"size": stream.tell(), "sha256": digest}
+
+
+def _encode(content: dict[str, Any]) -> bytes:
+    body = {key: value for key, value in content.items() if key != "sha256"}
+    canonical = json.dumps(body, sort_keys=True).encode()
+    body["sha256"] = hashlib.sha256(canonical).hexdigest()
+    return json.dumps(body, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _damaged(folder: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"The checkpoint {str(folder)!r} is damaged: {what}.")
+
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16,
+        torch.float8_e4m3fn, torch.float8_e5m2,
+        torch.int64, torch.int32, torch.int16, torch.int8,
+        torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
+
+
+def split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    """Return the tensors of `state` by name, and its structure as JSON values.
+
+    Keys are strings or integers; other leaves are numbers, strings, booleans and None. Raises
+    CheckpointError for anything else, naming where it stands.
+    """
+    tensors: dict[str, Tensor] = {}
+    return tensors, _take_apart(state, (), tensors)
+
+
+def join(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return the state that `split` took apart, with `tensors` in their places."""
+    if isinstance(structure, list):
+        return [join(item, tensors) for item in structure]
+    if not isinstance(structure, dict):
+        return structure
+    match structure:
+        case {"$tensor": str(name)}:
+            return tensors[name]
+        case {"$tuple": list(items)}:
+            return tuple(join(item, tensors) for item in items)
+        case {"$float": str(text)}:
+            return float(text)
+        case {"$items": list(items)}:
+            return {key: join(item, tensors) for key, item in items}
+    return {key: join(item, tensors) for key, item in structure.items()}
+
+
+def describe(structure: Any) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Yield name, dtype and shape of every tensor in a structure made by `split`."""
+    if isinstance(structure, list):
+        for item in structure:
+            yield from describe(item)
+    elif isinstance(structure, dict):
+        if "$tensor" in structure:
+            name, dtype, shape = (structure[key] for key in ("$tensor", "dtype", "shape"))
+            yield str(name), DTYPES[dtype], tuple(int(size) for size in shape)
+        else:
+            for item in structure.values():
+                yield from describe(item)
+
+
+def _take_apart(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return _name_tensor(value, path, tensors)
+    if isinstance(value, Mapping):
+        return _take_mapping_apart(value, path, tensors)
+    if type(value) in (list, tuple):
+        items = [_take_apart(item, (*path, str(i)), tensors) for i, item in enumerate(value)]
+        return items if isinstance(value, list) else {"$tuple": items}
+    if type(value) is float and not math.isfinite(value):
+        return {"$float": repr(value)}
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise CheckpointError(
+        f"Cannot save {'/'.join(path) or 'the state'}, which is a {type(value).__name__}: a "
+        "checkpoint holds tensors, numbers, strings, booleans, None, and dicts, lists and tuples "
+        "of them. Convert it to one of these."
+    )
+
+
+def _take_mapping_apart(
+    value: Mapping[Any, Any], path: tuple[str, ...], tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    items = []
+    for key, item in value.items():
+        if type(key) not in (str, int):
+            raise CheckpointError(
+                f"Cannot save the key {key!r} of {'/'.join(path) or 'the state'}: keys of a "
+                "checkpoint are strings or integers."
+            )
+        items.append((key, _take_apart(item, (*path, _escape(str(key))), tensors)))
+    if any(type(key) is int or key.startswith("$") for key, _ in items):
+        return {"$items": [[key, item] for key, item in items]}
+    return dict(items)
+
+
+def _name_tensor(tensor: Tensor, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    name = "/".join(path)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in DTYPES or tensor.layout != torch.strided:
+        raise CheckpointError(
+            f"Cannot save the tensor {name}: its kind ({tensor.dtype}, {tensor.layout}) has no "
+            f"place in a safetensors file. Store it as one of: {', '.join(DTYPES)}."
+        )
+    if name in tensors:
+        raise CheckpointError(f"Cannot save two tensors under the name {name}; rename a key.")
+    tensors[name] = tensor
+    return {"$tensor": name, "dtype": dtype, "shape": list(tensor.shape)}
+
+
+def _escape(key: str) -> str:
+    # As in JSON pointers (RFC 6901), so that a slash in a key cannot make two names equal.
+    return key.replace("~", "~0").replace("/", "~1")

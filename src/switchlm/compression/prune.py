@@ -1,0 +1,283 @@
+"""Models of fewer experts: prune those that matter least, or merge those that are alike.
+
+How much each expert matters on a text: by the tokens it takes, or by what the loss would lose.
+
+Which experts are alike, and which hidden unit of one is which of another.
+
+Shapes: E experts, N experts left, D d_model | width, F d_ff, R rows in the order of their experts.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from switchlm.data.batch import Batch
+from switchlm.errors import ConfigError
+from switchlm.model.config import ModelConfig
+from switchlm.model.experts import Experts, FeedForwardExperts
+from switchlm.model.losses import token_losses
+from switchlm.model.routing import Routing
+from switchlm.model.switch import SwitchLayer
+from switchlm.model.transformer import SwitchTransformer, shift_right
+
+Measure = Literal["load", "gradient"]
+
+
+class MaskedExperts(nn.Module):
+    """Experts whose outputs are multiplied with a mask of ones, for its gradient.
+
+    mask_R: of the last rows; counts_E: how many of them each expert had.
+    """
+
+    mask_R: Tensor
+    counts_E: Tensor
+
+    def __init__(self, base: Experts) -> None:
+        super().__init__()
+        self.base = base
+        self.num_experts = base.num_experts
+
+    def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+        y_RD = self.base(x_RD, counts_E)
+        self.mask_R = torch.ones(y_RD.shape[0], device=y_RD.device, requires_grad=True)
+        self.counts_E = counts_E
+        return y_RD * self.mask_R[:, None].to(y_RD.dtype)
+
+    def by_expert(self, value_R: Tensor) -> Tensor:
+        """Return the sum over each expert's rows, float64 [E]."""
+        counts_E = self.counts_E.cpu()
+        expert_R = torch.repeat_interleave(torch.arange(self.num_experts), counts_E)
+        sum_E = torch.zeros(self.num_experts, dtype=torch.float64)
+        return sum_E.index_add_(0, expert_R, value_R[: expert_R.numel()].double().cpu())
+
+
+def switch_layers(model: nn.Module) -> dict[str, SwitchLayer]:
+    """Return the Switch layers by name, in the order of the routing records."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, SwitchLayer)}
+
+
+def importance(
+    model: SwitchTransformer, batches: Sequence[Batch], by: Measure
+) -> dict[str, Tensor]:
+    """Return a score an expert for each Switch layer by name, float64 [E]; more is more important.
+
+    load: the assignments that the expert took. gradient: by how much the summed loss would change,
+    to first order, if the expert's output were zero for one token, in absolute value, summed over
+    its tokens (after Molchanov et al. 2017). Both as a share of the layer's.
+
+    The model is run as in evaluation, its capacity included, and is left as it was.
+    """
+    layers = switch_layers(model)
+    training = model.training
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        if by == "load":
+            scores = _loads(model, layers, batches)
+        else:
+            scores = _gradients(model, layers, batches)
+    finally:
+        model.train(training)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    return {name: score / score.sum().clamp(min=1e-30) for name, score in scores.items()}
+
+
+@torch.no_grad()
+def _loads(
+    model: SwitchTransformer, layers: dict[str, SwitchLayer], batches: Sequence[Batch]
+) -> dict[str, Tensor]:
+    scores = {
+        name: torch.zeros(layer.experts.num_experts, dtype=torch.float64)
+        for name, layer in layers.items()
+    }
+    for batch in batches:
+        _, routing = _run(model, batch)
+        for name, record in zip(layers, routing, strict=True):
+            expert_A = record.expert_A[record.kept_A].cpu()
+            scores[name] += torch.bincount(expert_A, minlength=scores[name].numel())
+    return scores
+
+
+def _gradients(
+    model: SwitchTransformer, layers: dict[str, SwitchLayer], batches: Sequence[Batch]
+) -> dict[str, Tensor]:
+    masked = {name: MaskedExperts(layer.experts) for name, layer in layers.items()}
+    scores = {
+        name: torch.zeros(one.num_experts, dtype=torch.float64) for name, one in masked.items()
+    }
+    try:
+        for name, layer in layers.items():
+            layer.experts = masked[name]
+        for batch in batches:
+            loss, _ = _run(model, batch)
+            masks = [one.mask_R for one in masked.values()]
+            gradients = torch.autograd.grad(loss, masks)
+            for (name, one), gradient_R in zip(masked.items(), gradients, strict=True):
+                scores[name] += one.by_expert(gradient_R.abs())
+    finally:
+        for name, layer in layers.items():
+            layer.experts = masked[name].base
+    return scores
+
+
+def _run(model: SwitchTransformer, batch: Batch) -> tuple[Tensor, tuple[Routing, ...]]:
+    """Return the summed loss of the targets, and the routing of all Switch layers."""
+    here = batch.to(model.embedding.weight.device)
+    decoder_inputs_BT = shift_right(here.targets_BT, here.target_segments_BT, model.config.pad_id)
+    output = model(
+        here.inputs_BS, decoder_inputs_BT, here.input_segments_BS, here.target_segments_BT
+    )
+    loss_BT = token_losses(output.logits_BTV, here.targets_BT)
+    return torch.where(here.target_mask_BT, loss_BT, 0.0).sum(), output.routing
+
+
+def cluster(layer: SwitchLayer, score_E: Tensor, number: int) -> list[list[int]]:
+    """Return groups of experts, each led by its centre: one of the `number` that score highest.
+
+    Two experts are alike as far as the router gives them the same tokens: by the cosine of their
+    rows in its weight, the mean over all experts taken off.
+    """
+    row_ED = layer.router.weight.detach().float().cpu()
+    row_ED = nn.functional.normalize(row_ED - row_ED.mean(0), dim=1)
+    order = score_E.argsort(descending=True, stable=True).tolist()
+    groups = [[centre] for centre in order[:number]]
+    for other in order[number:]:
+        closeness = row_ED[order[:number]] @ row_ED[other]
+        groups[int(closeness.argmax())].append(other)
+    return groups
+
+
+def align(experts: FeedForwardExperts, centre: int, other: int) -> Tensor:
+    """Return for each hidden unit of the centre the unit of the other that is most like it, [F].
+
+    Each is taken once: of all pairs left, those that prefer each other are matched, again and
+    again. The likeness of two units is the cosine of all their weights, in and out.
+    """
+
+    def units(expert: int) -> Tensor:
+        weights = [experts.up[expert].t(), experts.down[expert]]
+        if experts.gate is not None:
+            weights.append(experts.gate[expert].t())
+        joined_FW = torch.cat([weight.detach().float() for weight in weights], 1)
+        return nn.functional.normalize(joined_FW, dim=1)
+
+    likeness_FF = units(centre) @ units(other).t()
+    order_F = torch.full((likeness_FF.shape[0],), -1)
+    while (order_F < 0).any():
+        best_F, chosen_F = likeness_FF.argmax(1), likeness_FF.argmax(0)
+        unit_F = torch.arange(len(order_F))
+        mutual_F = (chosen_F[best_F] == unit_F) & (order_F < 0)
+        order_F[mutual_F] = best_F[mutual_F]
+        likeness_FF[mutual_F] = -torch.inf
+        likeness_FF[:, best_F[mutual_F]] = -torch.inf
+    return order_F
+
+
+def check_number(config: ModelConfig, number: int, most: int, option: str) -> None:
+    """Raise ConfigError unless of `most` experts a layer that many can be left.
+
+    option: what asked for it, for the message.
+    """
+    least = config.router.experts_per_token
+    if not most:
+        raise ConfigError(f"{option} is {number}, but the model is dense: it has no experts.")
+    if not least <= number < most:
+        raise ConfigError(
+            f"{option} is {number}; of the {most} experts a layer at least {least} and at most "
+            f"{most - 1} can stay."
+        )
+
+
+@torch.no_grad()
+def prune(
+    model: SwitchTransformer, scores: Mapping[str, Tensor], keep: int
+) -> tuple[SwitchTransformer, dict[str, list[int]]]:
+    """Return a model of the `keep` experts a layer that score highest, and which they were.
+
+    scores: see importance.py. Routers lose the rows of the experts that go, so that their tokens go
+    to the next best of those that stay.
+    """
+    check_number(model.config, keep, model.config.num_experts, "--keep-experts")
+    kept = {
+        name: sorted(score_E.argsort(descending=True, stable=True)[:keep].tolist())
+        for name, score_E in scores.items()
+    }
+    state = dict(model.state_dict())
+    for name, layer in switch_layers(model).items():
+        for key, tensor in _stacked(name, layer):
+            state[key] = tensor[kept[name]].clone()
+    return _smaller(model, state, keep), kept
+
+
+@torch.no_grad()
+def merge(
+    model: SwitchTransformer, scores: Mapping[str, Tensor], number: int
+) -> tuple[SwitchTransformer, dict[str, list[list[int]]]]:
+    """Return a model of `number` experts a layer, and which were merged into each.
+
+    scores: the loads. In every layer the experts that score highest are kept as centres; each
+    other expert joins the centre that is most like it, and a centre becomes the mean of its group,
+    weighted by load, hidden units first brought into the centre's order (Li et al. 2024). Routers'
+    rows are averaged likewise.
+    """
+    check_number(model.config, number, model.config.num_experts, "--merge-experts")
+    state = dict(model.state_dict())
+    groups = {}
+    for name, layer in switch_layers(model).items():
+        score_E = scores[name]
+        groups[name] = cluster(layer, score_E, number)
+        aligned = {
+            f"{name}.experts.{key}": tensor for key, tensor in _aligned(layer, groups[name]).items()
+        }
+        for key, tensor in _stacked(name, layer):
+            tensor = aligned.get(key, tensor)
+            state[key] = torch.stack([_mean(tensor, group, score_E) for group in groups[name]])
+    return _smaller(model, state, number), groups
+
+
+def _mean(tensor_E: Tensor, group: list[int], score_E: Tensor) -> Tensor:
+    """Return the mean over a group, by score; over experts that nothing chose, the centre's."""
+    weight_G = score_E[group].to(tensor_E)
+    if not weight_G.sum() > 0:
+        return tensor_E[group[0]].clone()
+    weight_G = weight_G / weight_G.sum()
+    return torch.einsum("g,g...->...", weight_G, tensor_E[group])
+
+
+def _aligned(layer: SwitchLayer, groups: list[list[int]]) -> dict[str, Tensor]:
+    """Return the feed-forward weights with every expert's hidden units in its centre's order."""
+    experts = layer.experts
+    if not isinstance(experts, FeedForwardExperts):
+        return {}
+    found = {key: tensor.detach().clone() for key, tensor in experts.named_parameters()}
+    for centre, *others in groups:
+        for other in others:
+            order_F = align(experts, centre, other)
+            for key, tensor in found.items():
+                place = tensor[other]
+                place.copy_(place[order_F] if key == "down" else place[:, order_F])
+    return found
+
+
+def _stacked(name: str, layer: SwitchLayer) -> list[tuple[str, Tensor]]:
+    """Return what has a row an expert: the router's weight and bias, and the experts."""
+    found = [(f"{name}.router.weight", layer.router.weight.detach())]
+    if layer.router.bias_E is not None:
+        found.append((f"{name}.router.bias_E", layer.router.bias_E))
+    experts = layer.experts
+    assert isinstance(experts, torch.nn.Module)
+    found += [(f"{name}.experts.{key}", one.detach()) for key, one in experts.named_parameters()]
+    return found
+
+
+def _smaller(
+    model: SwitchTransformer, state: dict[str, Tensor], num_experts: int
+) -> SwitchTransformer:
+    with torch.device("meta"):
+        smaller = SwitchTransformer(dataclasses.replace(model.config, num_experts=num_experts))
+    smaller.load_state_dict(state, assign=True)
+    return smaller.train(model.training)

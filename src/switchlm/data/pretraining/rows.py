@@ -1,0 +1,232 @@
+"""Rows of raw tokens out of a token cache: examples of text, before they are masked.
+
+Running text is here, packed documents are in packing.py; both answer `examples(index_N)`. A
+source's rows are numbered on for ever: row `num_rows` is the first of the second pass, shuffled
+anew.
+
+Many short documents in one row, each an example of its own, none seeing another.
+
+Shapes: D documents, N rows, E examples in those rows | examples of those rows, L raw positions, P
+pieces (a document, or a part of one too long for a row).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from switchlm.data.order import Int64, derive_key, hash_numbers, permute
+from switchlm.data.pretraining.span_corruption import Noise
+from switchlm.data.text.token_cache import TokenCache
+
+
+class Rows(Protocol):
+    """What a source of rows answers."""
+
+    num_rows: int
+    num_tokens: int
+
+    def examples(self, index_N: Int64) -> "Examples":
+        """Return the examples in the rows of those numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Raw tokens of E examples: tokens_EL is padded on the right; row_E says which row each is in,
+    counting from 0, and examples of a row are neighbours."""
+
+    tokens_EL: Int64
+    length_E: Int64
+    row_E: Int64
+
+    @property
+    def place_E(self) -> Int64:
+        """The place of each example in its row, from 0."""
+        return np.arange(len(self.row_E)) - np.searchsorted(self.row_E, self.row_E)
+
+
+def join(parts: list[Examples]) -> Examples:
+    """Return the examples of all parts in the order of their rows."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(part.tokens_EL.shape[1] for part in parts)
+    widened = [
+        np.pad(part.tokens_EL, ((0, 0), (0, longest - part.tokens_EL.shape[1]))) for part in parts
+    ]
+    row_E = np.concatenate([part.row_E for part in parts])
+    order_E = np.argsort(row_E, kind="stable")
+    return Examples(
+        tokens_EL=np.concatenate(widened)[order_E],
+        length_E=np.concatenate([part.length_E for part in parts])[order_E],
+        row_E=row_E[order_E],
+    )
+
+
+def shuffle(index_N: Int64, num_rows: int | Int64, seed: int) -> tuple[Int64, Int64]:
+    """Return the pass over the source that each number belongs to, and its row in that pass.
+
+    num_rows: of the source, or of the source of each number.
+    """
+    pass_N, place_N = index_N // num_rows, index_N % num_rows
+    key_N = hash_numbers(derive_key(seed, "order"), pass_N)
+    return pass_N, permute(place_N, num_rows, key_N)
+
+
+class RunningText:
+    """Rows of `row_length` tokens cut from the chosen documents, end to end.
+
+    Every pass begins elsewhere in the text, so that cuts fall at other places and the tokens left
+    over at the end of a pass (fewer than a row) are others each time.
+    """
+
+    def __init__(self, cache: TokenCache, chosen_D: np.ndarray, row_length: int, seed: int) -> None:
+        # A plain view: every slice of a memory map would be another map, which is slow to make.
+        self._tokens = np.asarray(cache.tokens)
+        self.row_length = row_length
+        self.seed = seed
+        # Neighbouring chosen documents form a run: one stretch of the file.
+        edge_D = np.diff(chosen_D.astype(np.int8), prepend=0, append=0)
+        run_start, run_end = cache.offsets[edge_D == 1], cache.offsets[edge_D == -1]
+        run_length = run_end - run_start
+        self._run_at = np.concatenate([[0], np.cumsum(run_length)])
+        self._shift = np.append(run_start - self._run_at[:-1], 0)
+        self.num_tokens = int(self._run_at[-1])
+        self.num_rows = self.num_tokens // row_length
+
+    def examples(self, index_N: Int64) -> Examples:
+        """Return the rows of those numbers, one example each."""
+        return running_rows([self], np.zeros_like(index_N), index_N)
+
+    def read(self, start: int) -> np.ndarray:
+        """Return the `row_length` tokens from a place in the chosen text on."""
+        run = self._run_at.searchsorted(start, side="right") - 1
+        if start + self.row_length <= self._run_at[run + 1]:
+            at = start + self._shift[run]
+            return self._tokens[at : at + self.row_length]
+        position_L = (start + np.arange(self.row_length)) % self.num_tokens
+        run_L = self._run_at.searchsorted(position_L, side="right") - 1
+        return self._tokens[position_L + self._shift[run_L]]
+
+
+def running_rows(texts: Sequence[RunningText], source_N: Int64, index_N: Int64) -> Examples:
+    """Return rows of several sources, one example each: number `index_N` of text `source_N`.
+
+    All sources at once, since a batch may draw from a hundred of them, few rows from each.
+    """
+    row_length, seed = texts[0].row_length, texts[0].seed
+    num_rows_N = np.array([text.num_rows for text in texts])[source_N]
+    num_tokens_N = np.array([text.num_tokens for text in texts])[source_N]
+    pass_N, row_N = shuffle(index_N, num_rows_N, seed)
+    offset_N = (hash_numbers(derive_key(seed, "offset"), pass_N) >> np.uint64(1)).astype(np.int64)
+    start_N = (row_N * row_length + offset_N % num_tokens_N) % num_tokens_N
+    tokens_NL = np.empty((len(index_N), row_length), dtype=np.int64)
+    for row, (source, start) in enumerate(zip(source_N.tolist(), start_N.tolist(), strict=True)):
+        tokens_NL[row] = texts[source].read(start)
+    return Examples(
+        tokens_EL=tokens_NL,
+        length_E=np.full(len(index_N), row_length, dtype=np.int64),
+        row_E=np.arange(len(index_N)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pieces:
+    """Parts of the token file, each to become one example."""
+
+    start_P: Int64
+    length_P: Int64
+
+
+def cut(cache: TokenCache, chosen_D: np.ndarray, longest: int) -> Pieces:
+    """Cut the chosen documents into even pieces of at most `longest` tokens.
+
+    Documents of a single token are left out: nothing would be left to predict it from.
+    """
+    chosen_D = chosen_D & (cache.lengths_D > 1)
+    start_D, length_D = cache.offsets[:-1][chosen_D], cache.lengths_D[chosen_D]
+    parts_D = -(-length_D // longest)
+    document_P = np.repeat(np.arange(len(length_D)), parts_D)
+    place_P = np.arange(len(document_P)) - (np.cumsum(parts_D) - parts_D)[document_P]
+    bounds_P2 = np.stack([place_P, place_P + 1], axis=1) * length_D[document_P, None]
+    bounds_P2 //= parts_D[document_P, None]
+    return Pieces(
+        start_P=start_D[document_P] + bounds_P2[:, 0], length_P=bounds_P2[:, 1] - bounds_P2[:, 0]
+    )
+
+
+def target_length_for(pieces: list[Pieces], noise: Noise, input_length: int) -> int:
+    """Return a target length that fills about as fast as the inputs do, a multiple of 8.
+
+    Short examples have a larger share of sentinels and end tokens in their targets than long ones.
+    """
+    length_P = np.concatenate([part.length_P for part in pieces])
+    inputs_P, targets_P = noise.corrupted_lengths(length_P)
+    even = input_length * int(targets_P.sum()) / max(int(inputs_P.sum()), 1)
+    full = noise.corrupted_lengths(np.array([noise.raw_length(input_length)]))[1][0]
+    return int(-(-max(even, full) // 8) * 8)
+
+
+def pack(size_P: Int64, room: int) -> tuple[Int64, Int64]:
+    """Share pieces out over bins of `room`, best fit decreasing; every size is at most `room`.
+
+    Returns order_P and first_B: bin b holds the pieces order_P[first_B[b] : first_B[b + 1]].
+    """
+    waiting: list[list[int]] = [[] for _ in range(room + 1)]  # open bins by the room left in them
+    open_rooms = 0  # bit r is set where waiting[r] has a bin
+    num_bins = 0
+    decreasing_P = np.argsort(-size_P, kind="stable")
+    bin_P = np.empty(len(size_P), dtype=np.int64)
+    for place, size in enumerate(size_P[decreasing_P].tolist()):
+        fitting = open_rooms >> size
+        if fitting:
+            left = size + (fitting & -fitting).bit_length() - 1
+            number = waiting[left].pop()
+            if not waiting[left]:
+                open_rooms ^= 1 << left
+        else:
+            left, number = room, num_bins
+            num_bins += 1
+        bin_P[place] = number
+        waiting[left - size].append(number)
+        open_rooms |= 1 << (left - size)
+    by_bin_P = np.argsort(bin_P, kind="stable")
+    return decreasing_P[by_bin_P], np.searchsorted(bin_P[by_bin_P], np.arange(num_bins + 1))
+
+
+class PackedDocuments:
+    """Rows of whole pieces. Which pieces share a row is settled once; passes shuffle the rows."""
+
+    def __init__(
+        self,
+        cache: TokenCache,
+        pieces: Pieces,
+        noise: Noise,
+        *,
+        input_length: int,
+        target_length: int,
+        seed: int,
+    ) -> None:
+        self._tokens = cache.tokens
+        self._pieces = pieces
+        self._seed = seed
+        inputs_P, targets_P = noise.corrupted_lengths(pieces.length_P)
+        # One size for both limits: the larger share of a row, counted in input tokens. Trying the
+        # two limits one by one leaves a third of the room empty: long pieces would take the inputs
+        # first, and the many targets of the short ones would then have no place.
+        size_P = np.maximum(inputs_P, -(-targets_P * input_length // target_length))
+        self._order_P, self._first_B = pack(size_P, input_length)
+        self.num_rows = len(self._first_B) - 1
+        self.num_tokens = int(pieces.length_P.sum())
+
+    def examples(self, index_N: Int64) -> Examples:
+        """Return the pieces packed into the rows of those numbers."""
+        _, bin_N = shuffle(index_N, self.num_rows, self._seed)
+        count_N = self._first_B[bin_N + 1] - self._first_B[bin_N]
+        row_E = np.repeat(np.arange(len(index_N)), count_N)
+        place_E = np.arange(len(row_E)) - (np.cumsum(count_N) - count_N)[row_E]
+        piece_E = self._order_P[self._first_B[bin_N][row_E] + place_E]
+        length_E = self._pieces.length_P[piece_E]
+        position_EL = self._pieces.start_P[piece_E][:, None] + np.arange(int(length_E.max()))
+        tokens_EL = self._tokens[np.minimum(position_EL, len(self._tokens) - 1)]
+        return Examples(tokens_EL=tokens_EL.astype(np.int64), length_E=length_E, row_E=row_E)

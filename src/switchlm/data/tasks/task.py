@@ -1,0 +1,286 @@
+"""What a task is: how the columns of a record become a text to read and a text to write.
+
+T5 puts every task into this form (Raffel et al. 2020, section 2.4), so that one model, one loss and
+one decoding procedure serve all of them.
+
+Nested records made flat: what the templates of some tasks cannot reach into.
+
+Each function takes a record as the task's files hold it, or as the hub does, and yields records of
+plain columns; `identity` says what these belong to together.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from switchlm.errors import DataError, nearest
+
+Record = dict[str, Any]
+
+_FIELD = re.compile(r"\{([^{}]+)\}")
+_UNLABELLED = ("", "-1", "None")
+_NO_LABELS = (
+    " Without labels there is nothing to learn or to score; the test sets of some benchmarks keep "
+    "theirs to themselves, so take the validation split."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One pair of texts. `references` are all right answers, `target` the one to train on.
+
+    identity: what the example belongs to, the input unless the task knows better; examples of one
+    identity, such as all questions about a paragraph, never part at a split or in a resample.
+    """
+
+    input: str
+    target: str
+    references: tuple[str, ...]
+    identity: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A named task. Adding one is adding one of these to `data/tasks/registry.py`.
+
+    input, target: templates over the columns of a record, such as `sst2 sentence: {sentence}`;
+        `{answers.text}` reaches into nested ones. A list in the target is several references, of
+        which the first is trained on; a list in the input is joined by spaces.
+    labels: the words that column `label` may become, in the order of their numbers; None for free
+        text. label_values: what else the data call them.
+    metrics: names in `evaluation/metrics.py`; the first decides which checkpoint is best.
+    columns: the name in a file to the name in the templates, where they differ.
+    header: the columns of tab-separated files that come without a line of names.
+    spread: makes of one record of the data the flat records that the templates read; a record may
+        bring an `identity`.
+    folder: what the task's folder may be called, if not like the task; case and dashes are all one.
+    files: for a split, how its file's name begins, where it is not the usual train, validation
+        (dev, val, valid) or test.
+    ragged: leave out rows of tables with too few or too many columns, which are refused elsewhere.
+    hub: `NAME[:CONFIG][@REVISION]` of a dataset; hub_splits: our split to theirs.
+    path: the user's own file or folder, for a task that is no named one.
+    """
+
+    name: str
+    input: str
+    target: str = "{label}"
+    labels: tuple[str, ...] | None = None
+    label_values: Mapping[str, str] = field(default_factory=dict)
+    metrics: tuple[str, ...]
+    columns: Mapping[str, str] = field(default_factory=dict)
+    header: tuple[str, ...] = ()
+    spread: Callable[[Record], Iterable[Record]] | None = None
+    folder: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
+    ragged: bool = False
+    hub: str | None = None
+    hub_splits: Mapping[str, str] = field(default_factory=dict)
+    path: Path | None = None
+
+    @property
+    def needed(self) -> list[str]:
+        """The top-level columns that the templates read, in order."""
+        found = _FIELD.findall(self.input + self.target)
+        return list(dict.fromkeys(name.split(".")[0] for name in found))
+
+
+def make_examples(task: Task, records: Iterable[Record], place: str) -> Iterator[Example]:
+    """Yield the examples of records; `place` says where these come from, for errors.
+
+    Raises DataError for a missing column, an unknown label, and an empty input or target.
+    """
+    for number, record in enumerate(records, start=1):
+        where = f"Record {number} of {place}"
+        try:
+            rows = [record] if task.spread is None else list(task.spread(record))
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise DataError(
+                f"{where} is not laid out as those of {task.name!r}: it has "
+                f"{', '.join(map(str, record))}, which gave {type(error).__name__}: {error}."
+            ) from None
+        for row in rows:
+            yield _example(task, row, where)
+
+
+def _example(task: Task, row: Record, where: str) -> Example:
+    for theirs, ours in task.columns.items():
+        if theirs in row and ours not in row:
+            row = {**row, ours: row[theirs]}
+    if task.labels is not None and "label" in row:
+        row = {**row, "label": _label(task, row["label"], where)}
+    text = " ".join(_render(task.input, row, where, joined=True)).strip()
+    answers = [answer.strip() for answer in _render(task.target, row, where)]
+    references = tuple(answer for answer in dict.fromkeys(answers) if answer)
+    if not text or not references:
+        raise DataError(
+            f"{where} has an empty {'target' if text else 'input'}: the template "
+            f"{(task.target if text else task.input)!r} gave nothing. Leave such records out."
+        )
+    for part in (text, *references):
+        try:
+            part.encode("utf-8")
+        except UnicodeEncodeError:  # JSON may spell half a surrogate pair
+            raise DataError(f"{where} holds half of a surrogate pair, not Unicode.") from None
+    return Example(
+        input=text,
+        target=references[0],
+        references=references,
+        identity=str(row.get("identity", text)),
+    )
+
+
+def _label(task: Task, value: Any, where: str) -> str:
+    labels = task.labels or ()
+    if isinstance(value, bool):
+        value = int(value)
+    text = str(value).strip()
+    if text in labels:
+        return text
+    if text in task.label_values:
+        return task.label_values[text]
+    if text.isdecimal() and int(text) < len(labels):
+        return labels[int(text)]
+    if text in _UNLABELLED:
+        raise DataError(f"{where} has no label.{_NO_LABELS}")
+    raise DataError(
+        f"{where} has the label {text!r}, which is none of the task {task.name!r}."
+        f"{nearest(text, [*labels, *task.label_values])}"
+    )
+
+
+def _render(template: str, row: Record, where: str, *, joined: bool = False) -> list[str]:
+    """Fill in a template; each element of a list in it gives a text of its own, unless joined."""
+    texts = [""]
+    position = 0
+    for match in _FIELD.finditer(template):
+        value = _lookup(row, match[1], where)
+        values = [str(one) for one in value] if isinstance(value, list) else [str(value)]
+        if joined:
+            values = [" ".join(values)]
+        before = template[position : match.start()]
+        texts = [text + before + one for text in texts for one in values]
+        position = match.end()
+    return [text + template[position:] for text in texts]
+
+
+def _lookup(row: Any, path: str, where: str) -> Any:
+    """Return the value of a column, or of `column.key`, which also reaches into lists."""
+    if isinstance(row, list):
+        return [_lookup(one, path, where) for one in row]
+    if isinstance(row, dict):
+        if path in row:
+            return "" if row[path] is None else row[path]
+        first, _, rest = path.partition(".")
+        if rest and first in row:
+            return _lookup(row[first], rest, where)
+    columns = [str(name) for name in row] if isinstance(row, dict) else []
+    hint = nearest(path, columns)
+    raise DataError(
+        f"{where} has no column {path!r}; it has: {', '.join(columns) or 'none'}."
+        f"{hint if 'Did you mean' in hint else ''}{_NO_LABELS if path == 'label' else ''}"
+    )
+
+
+_MARKS = (("span1", "*"), ("span2", "#"))  # of WSC: a noun, and a pronoun that may mean it
+
+
+def squad(record: Record) -> Iterator[Record]:
+    """An article with paragraphs with questions, or one question; its paragraph is the identity."""
+    for paragraph in record.get("paragraphs", ()):
+        for question in paragraph["qas"]:
+            yield from squad({**question, "context": paragraph["context"]})
+    if "paragraphs" not in record:
+        yield {**record, "identity": record.get("context", "")}
+
+
+def multirc(record: Record) -> Iterator[Record]:
+    """A passage with questions with answers, or one answer; its question is the identity."""
+    passage = record.get("passage")
+    if not isinstance(passage, dict):
+        index = record.get("idx", {})
+        yield {**record, "identity": f"multirc/{index.get('paragraph')}/{index.get('question')}"}
+        return
+    for number, question in enumerate(passage["questions"]):
+        for answer in question["answers"]:
+            yield {
+                "paragraph": passage["text"],
+                "question": question["question"],
+                "answer": answer["text"],
+                "label": answer.get("label"),
+                "identity": f"multirc/{record.get('idx')}/{question.get('idx', number)}",
+            }
+
+
+def record(record: Record) -> Iterator[Record]:
+    """A passage with queries, or one query; entities are listed once, highlights marked as text."""
+    passage = record.get("passage")
+    if not isinstance(passage, dict):
+        rows = [record]
+    else:
+        text = passage["text"]
+        entities = [text[span["start"] : span["end"] + 1] for span in passage["entities"]]
+        rows = [
+            {
+                "passage": text,
+                "query": query["query"],
+                "entities": entities,
+                "answers": [answer["text"] for answer in query.get("answers", ())],
+            }
+            for query in record["qas"]
+        ]
+    for row in rows:
+        changes: Record = {"passage": re.sub(r"\s*@highlight\s*", " ", str(row.get("passage", "")))}
+        if isinstance(row.get("entities"), list):
+            changes["entities"] = ", ".join(dict.fromkeys(row["entities"]))
+        if isinstance(row.get("answers"), list):
+            changes["answers"] = list(dict.fromkeys(row["answers"]))
+        yield {**row, **changes}
+
+
+def wsc(record: Record) -> Iterator[Record]:
+    """Mark the noun with * and the pronoun with # in the text, as T5 does."""
+    spans = {**record, **record.get("target", {})}
+    words = str(spans.get("text", "")).split(" ")
+    marks = [(int(spans.get(f"{span}_index", 0)), span, mark) for span, mark in _MARKS]
+    for start, span, mark in sorted(marks, reverse=True):  # the last one first
+        end = start + len(str(spans.get(f"{span}_text", "")).split(" "))
+        words[start:end] = [mark, *words[start:end], mark]
+    yield {**record, "marked": " ".join(words)}
+
+
+def multiple_choice(record: Record) -> Iterator[Record]:
+    """ARC: a question with its choices lettered (A), (B), ... whatever the file calls them."""
+    question = record.get("question")
+    stem, choices = (
+        (question.get("stem"), question.get("choices"))
+        if isinstance(question, dict)
+        else (question, record.get("choices"))
+    )
+    if isinstance(choices, dict):  # columns, as the hub gives them
+        choices = [
+            {"text": text, "label": label}
+            for text, label in zip(choices["text"], choices["label"], strict=True)
+        ]
+    letters = {choice["label"]: chr(ord("A") + n) for n, choice in enumerate(choices or ())}
+    listed = [f"({letters[choice['label']]}) {choice['text']}" for choice in choices or ()]
+    key = record.get("answerKey")
+    yield {**record, "question": stem, "choices": listed, "label": letters.get(key, key)}
+
+
+def trivia_qa(record: Record) -> Iterator[Record]:
+    """The answer and its aliases as one list, the answer itself first."""
+    answer = record.get("answer") or record.get("Answer") or {}
+    names = {key.lower(): value for key, value in answer.items()}
+    answers = [names.get("value", ""), *names.get("aliases", ())]
+    yield {**record, "answers": [one for one in dict.fromkeys(answers) if one]}
+
+
+def similarity(record: Record) -> Iterator[Record]:
+    """STS-B: the score rounded to a fifth, so that it is one of 26 words."""
+    score = record.get("score", record.get("label"))
+    try:
+        yield {**record, "similarity": f"{round(float(str(score)) * 5) / 5:.1f}"}
+    except ValueError:
+        yield record

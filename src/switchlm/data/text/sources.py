@@ -1,0 +1,196 @@
+"""Where text comes from: files, folders, globs, hub datasets and Python's own sources.
+
+A source is written `[name=]location[:weight]`, such as `en=texts/en:0.7` or `python:stdlib`.
+`each:location` stands for many: every file or folder in a folder or glob is a source of its own.
+"""
+
+import os
+import re
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from glob import glob, has_magic
+from pathlib import Path
+
+from switchlm.data.config import Columns
+from switchlm.data.text.readers import Document, read_file, read_hub
+from switchlm.errors import DataError
+
+_NAME = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.DOTALL)
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_TEXT_SUFFIXES = re.compile(r"(\.(txt|jsonl|ndjson|parquet|gz|zst))*$")
+_SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "node_modules"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One source as the user wrote it; `weight` is None where none was given."""
+
+    name: str
+    location: str
+    weight: float | None = None
+
+
+def parse(text: str) -> Source:
+    """Read `[name=]location[:weight]`. A path that exists is taken whole, colons and all."""
+    match = _NAME.fullmatch(text)
+    name, location = (match[1], match[2]) if match and not os.path.exists(text) else ("", text)
+    weight = None
+    head, colon, tail = location.rpartition(":")
+    if colon and _NUMBER.fullmatch(tail) and not os.path.exists(location):
+        location, weight = head, float(tail)
+        if not 0 < weight < float("inf"):
+            raise DataError(f"The weight of the data source {text!r} must be positive.")
+    if not location.strip():
+        raise DataError(
+            f"Cannot read the data source {text!r}: write it as path, path:weight or "
+            "name=path:weight, such as en=texts/en:0.7."
+        )
+    return Source(name=name or _default_name(location), location=location, weight=weight)
+
+
+def parse_all(texts: Sequence[str]) -> tuple[Source, ...]:
+    """Read all sources; where names collide, later ones get a number."""
+    if not texts:
+        raise DataError(
+            "There are no data sources. Give at least one, such as --data python:stdlib or "
+            "--data path/to/texts."
+        )
+    sources: list[Source] = []
+    for source in (one for text in texts for one in _expand(parse(text))):
+        taken = {other.name for other in sources}
+        name, number = source.name, 2
+        while name in taken:
+            name, number = f"{source.name}-{number}", number + 1
+        sources.append(replace(source, name=name))
+    return tuple(sources)
+
+
+def _expand(source: Source) -> list[Source]:
+    """Return the sources that one `each:` stands for; any other stands for itself.
+
+    Each is named by what the wildcards matched, whole words only: `each:news.*.txt` gives
+    `news.afr.txt` the name `afr`.
+    """
+    if not source.location.startswith("each:"):
+        return [source]
+    pattern = source.location.removeprefix("each:")
+    if os.path.isdir(pattern):
+        paths = [os.path.join(pattern, name) for name in os.listdir(pattern)]
+    else:
+        paths = glob(pattern, recursive=True)
+    prefix = "" if source.name == source.location else f"{source.name}-"
+    found = [
+        replace(source, name=prefix + _matched(pattern, path), location=path)
+        for path in sorted(paths)
+        if not Path(path).name.startswith(".")
+    ]
+    if not found:
+        raise DataError(
+            f"There are no files for {source.location!r}: give a folder or a glob, as in "
+            "each:texts or 'each:texts/*.jsonl'."
+        )
+    return found
+
+
+def _matched(pattern: str, path: str) -> str:
+    """Return what tells a path from the others of its pattern."""
+    name = Path(path).name
+    if has_magic(pattern) and not os.path.isdir(pattern):
+        before, *_, after = re.split(r"[*?\[\]]", pattern)
+        start = len(re.sub(r"[^\W_]*$", "", before))
+        name = path[start : len(path) - len(re.sub(r"^[^\W_]*", "", after))]
+    return _TEXT_SUFFIXES.sub("", name)
+
+
+def _default_name(location: str) -> str:
+    if location.startswith("each:"):
+        return location
+    if location.startswith(("python:", "hub:")):
+        return location.split(":")[1].rpartition("/")[2]
+    path = Path(location)
+    while has_magic(path.name):
+        path = path.parent
+    return path.name.split(".")[0] or path.resolve().name or location
+
+
+def is_hub(source: Source) -> bool:
+    """Return whether the source is a dataset on the hub, whose files cannot be looked at here."""
+    return source.location.startswith("hub:")
+
+
+def files(source: Source) -> list[tuple[str, Path]]:
+    """Return (name below the source's root, path) of every file, sorted, so that order is fixed.
+
+    Hidden files and folders are left out, as are caches and installed packages inside a library.
+    """
+    location = source.location
+    if location.startswith("python:"):
+        root = _python_folder(location)
+        found = [path for path in _walk(root) if path.suffix == ".py"]
+    elif os.path.isfile(location):
+        root = Path(location).parent
+        found = [Path(location)]
+    elif os.path.isdir(location):
+        root = Path(location)
+        found = _walk(root)
+    elif has_magic(location):
+        root = Path()
+        found = [
+            file
+            for path in map(Path, glob(location, recursive=True))
+            for file in (_walk(path) if path.is_dir() else [path])
+        ]
+    else:
+        raise DataError(
+            f"There is no file, folder or glob {location!r} for the data source {source.name!r}. "
+            "A weight is a number after the last colon, as in en=texts/en:0.7."
+        )
+    names = {os.path.relpath(path, root): path for path in found if path.is_file()}
+    if not names:
+        raise DataError(f"The data source {source.name!r} has no files: {location!r} is empty.")
+    return sorted(names.items())
+
+
+def _python_folder(location: str) -> Path:
+    folders = {"python:stdlib": "stdlib", "python:site-packages": "purelib"}
+    if location not in folders:
+        raise DataError(
+            f"There is no data source {location!r}; use python:stdlib or python:site-packages."
+        )
+    return Path(sysconfig.get_paths()[folders[location]])
+
+
+def _walk(root: Path) -> list[Path]:
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(
+            name for name in folders if name not in _SKIPPED_FOLDERS and not name.startswith(".")
+        )
+        found += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+    return found
+
+
+def read(
+    source: Source, *, columns: Columns, max_documents: int | None, skipped: Counter[str]
+) -> Iterator[Document]:
+    """Yield the documents of a source in a fixed order; counts what is left out, by reason."""
+    count = 0
+    for document in _read_all(source, columns, skipped):
+        if not document.text.strip():
+            skipped["empty"] += 1
+            continue
+        yield document
+        count += 1
+        if count == max_documents:
+            return
+
+
+def _read_all(source: Source, columns: Columns, skipped: Counter[str]) -> Iterator[Document]:
+    if is_hub(source):
+        yield from read_hub(source.location, columns, skipped)
+        return
+    found = files(source)
+    for name, path in found:
+        yield from read_file(path, name, columns, alone=len(found) == 1, skipped=skipped)

@@ -1,0 +1,180 @@
+"""The token cache: the text of a source, tokenized once, memory-mapped ever after.
+
+A cache is a folder named by a hash of all that it depends on:
+    tokens.bin     uint16 or uint32, documents end to end, each followed by the end token
+    offsets.npy    int64 [documents + 1], where each document begins
+    hashes.npy     uint64 [documents], of the document's identity, for the held-out split
+    manifest.json  sizes, and what was skipped; written last
+It is built under another name and renamed, behind a lock, so that a reader sees all of it or
+nothing, however many processes build at once and wherever one of them is killed.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from switchlm.data.config import Columns
+from switchlm.data.order import Int64, UInt64
+from switchlm.data.text import sources
+from switchlm.data.text.readers import Document
+from switchlm.data.text.sources import Source
+from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.errors import DataError
+from switchlm.files import Report, building, flush
+
+FORMAT = 1
+REPORT_SECONDS = 2.0
+_BATCH = 256  # documents tokenized at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenCache:
+    """The tokens of one source: `tokens` is memory-mapped, D documents."""
+
+    tokens: np.ndarray
+    offsets: Int64
+    hashes_D: UInt64
+    skipped: str
+
+    @property
+    def lengths_D(self) -> Int64:
+        """Tokens in each document, without its end token."""
+        return np.diff(self.offsets) - 1
+
+
+def fingerprint(source: Source, columns: Columns, max_documents: int | None) -> str:
+    """Return a hash of the text that a source would give: its files' names, sizes and times."""
+    listing: list[object] = [FORMAT, columns.text, max_documents]
+    if columns.group is not None:
+        listing.append(columns.group)
+    if sources.is_hub(source):
+        listing.append(source.location)
+    else:
+        for name, path in sources.files(source):
+            state = path.stat()
+            listing.append([name, state.st_size, state.st_mtime_ns])
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def open_cache(
+    source: Source,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    columns: Columns,
+    max_documents: int | None,
+    report: Report,
+) -> TokenCache:
+    """Open the cache of `source` in `folder`, building it where it is missing or damaged."""
+    text_hash = fingerprint(source, columns, max_documents)
+    key = hashlib.sha256(f"{text_hash} {tokenizer.fingerprint()}".encode()).hexdigest()[:24]
+    final = folder / f"tokens-{key}"
+    if (cache := _read(final)) is not None:
+        return cache
+    with building(final, report) as part:
+        if (cache := _read(final)) is not None:
+            return cache
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one
+        part.mkdir()
+        skipped: Counter[str] = Counter()
+        documents = sources.read(
+            source, columns=columns, max_documents=max_documents, skipped=skipped
+        )
+        _write(part, source, documents, tokenizer, skipped, report)
+    cache = _read(final)
+    assert cache is not None
+    return cache
+
+
+def _read(folder: Path) -> TokenCache | None:
+    """Open a finished cache; None where there is none or its files do not have their sizes."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for name, size in manifest["sizes"].items():
+            if (folder / name).stat().st_size != size:
+                return None
+        return TokenCache(
+            tokens=np.memmap(folder / "tokens.bin", dtype=manifest["dtype"], mode="r"),
+            offsets=np.load(folder / "offsets.npy", allow_pickle=False),
+            hashes_D=np.load(folder / "hashes.npy", allow_pickle=False),
+            skipped=manifest["skipped"],
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _write(
+    folder: Path,
+    source: Source,
+    documents: Iterator[Document],
+    tokenizer: Tokenizer,
+    skipped: Counter[str],
+    report: Report,
+) -> None:
+    """Tokenize all documents into the files of a cache."""
+    dtype = np.uint16 if tokenizer.vocabulary_size <= 2**16 else np.uint32
+    lengths: list[int] = []
+    hashes: list[int] = []
+    total, reported = 0, time.monotonic()
+    with (folder / "tokens.bin").open("wb") as file:
+        for batch in _batches(documents):
+            for tokens in tokenizer.encode_plain([document.text for document in batch]):
+                file.write(np.append(tokens, tokenizer.end_id).astype(dtype).tobytes())
+                lengths.append(len(tokens) + 1)
+            hashes += map(_identity, batch)
+            total = sum(lengths[-len(batch) :]) + total
+            if time.monotonic() - reported > REPORT_SECONDS:
+                reported = time.monotonic()
+                report(f"Tokenizing {source.name}: {len(lengths):,} documents, {total:,} tokens")
+        flush(file)
+    left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
+    if not lengths:
+        raise DataError(
+            f"The data source {source.name!r} has no text in {source.location!r}"
+            + (f"; skipped: {left_out}" if left_out else "")
+            + ". Give it some, or leave it out of the sources."
+        )
+    report(
+        f"Tokenized {source.name}: {len(lengths):,} documents, {total:,} tokens"
+        + (f"; skipped: {left_out}" if left_out else "")
+    )
+    _save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    _save(folder / "hashes.npy", np.array(hashes, dtype=np.uint64))
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    manifest = {"sizes": sizes, "dtype": np.dtype(dtype).name, "skipped": left_out}
+    with (folder / "manifest.json").open("w", encoding="utf-8") as text:
+        json.dump(manifest, text)
+        flush(text)
+
+
+def _save(path: Path, values: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.save(file, values, allow_pickle=False)
+        flush(file)
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Group documents, by number and by size, so that memory stays small."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if len(batch) == _BATCH or size > 2**22:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _identity(document: Document) -> int:
+    """Hash what a document is: its group, or its text, so that equal texts are never split."""
+    identity = (document.group or document.text).encode("utf-8")
+    return int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "little")

@@ -1,0 +1,147 @@
+"""Files that several processes share: one prepares them, and the others see all or nothing.
+
+Durable steps of the file system: what these functions return from survives a loss of power.
+
+A file is safe once its content and the folder that names it are both synced; a rename is safe once
+the folder is. The order of such steps is what makes a checkpoint atomic: see store.py.
+"""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from switchlm.errors import DataError
+
+Report = Callable[[str], None]
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what some network file systems answer
+
+
+@contextmanager
+def building(final: Path, report: Report) -> Iterator[Path]:
+    """Yield a path to write a file or folder to; when the body ends well, it becomes `final`.
+
+    The body first looks whether another process has made `final` meanwhile, and then writes
+    nothing. A lock keeps others waiting rather than doing the same work; where the file system has
+    none, whoever renames first wins. Raises DataError where the disk does not let it.
+    """
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with (final.parent / f"{final.name}.lock").open("w") as lock:
+            alone = _lock(lock, report)
+            if alone:  # then what is unfinished was left by a process that died
+                for leftover in final.parent.glob(f"{final.name}.part-*"):
+                    _remove(leftover)
+            part = final.parent / f"{final.name}.part-{secrets.token_hex(4)}"
+            try:
+                yield part
+                if part.exists():
+                    _rename(part, final)
+            finally:
+                _remove(part)
+    except OSError as error:
+        raise DataError(
+            f"Cannot write the cache in {str(final.parent)!r}: {error}. Point the cache at a "
+            "folder with room that you may write to."
+        ) from None
+
+
+def flush(file: IO[Any]) -> None:
+    """Put what was written onto the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _lock(file: IO[str], report: Report) -> bool:
+    """Wait for the lock, which the system frees if its holder dies; False if there are no locks."""
+    import fcntl  # not on every system that can still read what was built
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        report("Waiting for another process that prepares the same text.")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return False
+        raise
+    return True
+
+
+def _rename(part: Path, final: Path) -> None:
+    """Put `part` in the place of `final`; a folder already there was made by another process."""
+    try:
+        os.replace(part, final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_file(path: Path) -> None:
+    """Force the content of a file to the disk."""
+    _sync(path, os.O_RDONLY)
+
+
+def sync_folder(path: Path) -> None:
+    """Force the entries of a folder (files made, renamed, deleted) to the disk."""
+    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, durably; one that exists is fine."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a whole file in one step: a reader, or a crash, sees the old content or the new."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        sync_file(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder with all it holds; one that is gone is fine."""
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def process_lives(pid: int) -> bool:
+    """Whether a process of this machine has the number `pid`."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

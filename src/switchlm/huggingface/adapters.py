@@ -1,0 +1,82 @@
+"""Adapters in a folder of their own, so that many tasks share one base model.
+
+FOLDER/adapters.safetensors   the low-rank pairs by name (model/lora.py)
+FOLDER/adapters.json          rank, alpha, and the base model they were made for
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from switchlm.config import from_mapping
+from switchlm.errors import CheckpointError, ConfigError
+from switchlm.files import make_folder, replace_file
+from switchlm.huggingface.weights import LARGEST_CONFIG, Weights, read_json
+from switchlm.model import lora
+from switchlm.model.transformer import SwitchTransformer
+
+TENSORS, ABOUT = "adapters.safetensors", "adapters.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """rank, alpha: see lora.apply. base: the model the adapters were made for, as it was named."""
+
+    rank: int
+    alpha: float
+    base: str = ""
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.rank < 2**16 and self.alpha > 0):
+            raise ConfigError(
+                "Adapters have a rank of at least 1 and a positive alpha, got "
+                f"{self.rank} and {self.alpha}."
+            )
+
+
+def save_adapters(model: SwitchTransformer, config: AdapterConfig, folder: Path) -> None:
+    """Write the adapters of a model; each of the two files is replaced in one step."""
+    make_folder(folder)
+    pairs = {name: pair.detach().cpu() for name, pair in lora.adapters(model).items()}
+    replace_file(folder / TENSORS, save(pairs, {"format": "pt"}))
+    replace_file(folder / ABOUT, json.dumps(asdict(config), indent=2).encode())
+
+
+@torch.no_grad()
+def load_adapters(model: SwitchTransformer, folder: str | Path) -> AdapterConfig:
+    """Put the saved adapters on their plain base model, in place; `lora.merged` melts them in.
+
+    Raises CheckpointError where files are missing or damaged, or were made for a model of another
+    shape, which then is as it was.
+    """
+    folder = Path(folder)
+    if not (folder / ABOUT).is_file():
+        raise CheckpointError(
+            f"There are no adapters in {str(folder)!r}: {ABOUT} is missing. A fine-tuning run with "
+            "adapters keeps them in RUN/adapters."
+        )
+    try:
+        config = from_mapping(AdapterConfig, read_json(folder, ABOUT, LARGEST_CONFIG))
+    except ConfigError as error:
+        raise CheckpointError(f"{ABOUT} is damaged: {error}") from None
+    weights = Weights(folder, {TENSORS: None})
+    with torch.device("meta"):
+        trial = SwitchTransformer(model.config)
+    lora.apply(trial, config.rank, config.alpha)
+    expected = {name: tuple(pair.shape) for name, pair in lora.adapters(trial).items()}
+    found = {name: described.shape for name, described in weights.tensors.items()}
+    if found != expected:
+        name, *_ = sorted({name for name, _ in found.items() ^ expected.items()})
+        raise CheckpointError(
+            f"The adapters in {str(folder)!r} are not for this model: {name[:200]!r} is "
+            f"{found.get(name, 'missing')} there, {expected.get(name, 'missing')} here. They were "
+            f"made for {config.base!r}."
+        )
+    lora.apply(model, config.rank, config.alpha)
+    pairs = lora.adapters(model)
+    for name, tensor in weights.read(pairs.keys()):
+        pairs[name].copy_(tensor)
+    return config

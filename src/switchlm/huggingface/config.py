@@ -1,0 +1,414 @@
+"""The fields of a Hugging Face config.json, as transformers and this package use them.
+
+config.json to ModelConfig, checked against what the weights say.
+
+Fields absent from a file have transformers' own defaults. Where the file and the weights disagree
+on layers, sparse layers, experts, gating or the head, the weights are right and the repair is
+reported. Nothing in the file is imported or run: `auto_map` and the like are not read.
+
+ModelConfig to config.json, readable by transformers as far as it has the words.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from switchlm.config import from_mapping, to_mapping
+from switchlm.errors import CheckpointError, ConfigError
+from switchlm.huggingface.infer_config import StackSurvey, Survey
+from switchlm.huggingface.names import Family
+from switchlm.model.config import (
+    Initialisation,
+    ModelConfig,
+    RouterConfig,
+    upgrade_model_section,
+)
+from switchlm.model.semantics import SEMANTICS, Semantics
+
+Report = Callable[[str], None]
+
+EXTRA_KEY = "switchlm"
+ARCHITECTURES: dict[Family, str] = {
+    "switch": "SwitchTransformersForConditionalGeneration",
+    "t5": "T5ForConditionalGeneration",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fields:
+    """The fields of config.json that are read; the defaults are SwitchTransformersConfig's."""
+
+    vocab_size: int = 32128
+    d_model: int = 768
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_layers: int = 12
+    num_decoder_layers: int | None = 12
+    num_heads: int = 12
+    num_experts: int = 8
+    num_sparse_encoder_layers: int = 3
+    num_sparse_decoder_layers: int = 3
+    encoder_sparse_step: int | None = None
+    decoder_sparse_step: int | None = None
+    expert_capacity: int = 64
+    router_bias: bool = False
+    router_jitter_noise: float = 0.01
+    router_z_loss_coef: float = 0.001
+    router_aux_loss_coef: float = 0.001
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    dropout_rate: float = 0.1
+    layer_norm_epsilon: float = 1e-6
+    dense_act_fn: str = "relu"
+    feed_forward_proj: str | None = None
+    tie_word_embeddings: bool = True
+    scale_decoder_outputs: bool | None = None
+    pad_token_id: int | None = 0
+    eos_token_id: Any = 1
+    decoder_start_token_id: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    """What transformers has no field for, kept in config.json under the key `switchlm`."""
+
+    sparse_step: int = 2
+    decoder_sparse_step: int | None = None
+    attention_experts: bool = False
+    initialisation: Initialisation = field(default_factory=Initialisation)
+    expert_dropout: float = 0.0
+    router: RouterConfig = field(default_factory=RouterConfig)
+
+
+def sparse_layers(step: int, num_layers: int, semantics: Semantics) -> frozenset[int]:
+    """Return which layers are sparse under that step; 0 is none."""
+    if step <= 0:
+        return frozenset()
+    return frozenset(range(semantics.first_sparse_layer(step), num_layers, step))
+
+
+MODEL_TYPES: dict[str, Family] = {"switch_transformers": "switch", "t5": "t5", "mt5": "t5"}
+_T5_DEFAULTS = {
+    "d_model": 512,
+    "num_heads": 8,
+    "num_layers": 6,
+    "num_decoder_layers": None,
+    "num_experts": 0,
+}
+# transformers calls the tanh approximation, which T5 uses, gelu_new.
+_ACTIVATIONS: dict[str, Literal["relu", "gelu"]] = {
+    "relu": "relu",
+    "gelu_new": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+}
+
+
+def read_config(
+    values: Mapping[str, Any], found: Survey, head_differs: Callable[[], bool], report: Report
+) -> tuple[ModelConfig, Family]:
+    """Return the configuration of the model whose weights were surveyed, and its family.
+
+    head_differs: whether the head in the weights is another matrix than the embedding. report: told
+    of every repair. Raises CheckpointError for what this package cannot be.
+    """
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
+        raise CheckpointError(
+            f"config.json has model_type {str(kind)[:80]!r}; this reads {', '.join(MODEL_TYPES)}."
+        )
+    family = MODEL_TYPES[kind]
+    known = {item.name for item in fields(Fields)}
+    given = {key: value for key, value in values.items() if key in known}
+    defaults = _T5_DEFAULTS if family == "t5" else {}
+    try:
+        claim = from_mapping(Fields, {**defaults, **given}, "config.json")
+        extra = None
+        if EXTRA_KEY in values:
+            section = values[EXTRA_KEY]
+            if isinstance(section, Mapping):
+                section = upgrade_model_section(section)
+            extra = from_mapping(Extra, section, f"config.json.{EXTRA_KEY}")
+        config = _translate(claim, extra, found, family, head_differs, report)
+    except ConfigError as error:
+        raise CheckpointError(f"Cannot use this config.json: {error}") from None
+    return config, found.family or family
+
+
+def _translate(
+    claim: Fields,
+    extra: Extra | None,
+    found: Survey,
+    family: Family,
+    head_differs: Callable[[], bool],
+    report: Report,
+) -> ModelConfig:
+    if claim.router_bias:
+        raise CheckpointError("config.json sets router_bias; routers here have no bias.")
+    router = extra.router if extra else _router(claim)
+    decoder_layers = (
+        claim.num_layers if claim.num_decoder_layers is None else claim.num_decoder_layers
+    )
+    num_experts = _num_experts(claim, found, report)
+    gated, activation = _feedforward(claim, found, family, report)
+    steps: dict[str, Any] = {
+        "sparse_step": extra.sparse_step if extra else 2,
+        "decoder_sparse_step": extra.decoder_sparse_step if extra else None,
+    }
+    if num_experts:
+        steps = _sparse_steps(claim, extra, found, router.semantics, report)
+    return ModelConfig(
+        vocabulary_size=claim.vocab_size,
+        d_model=claim.d_model,
+        d_ff=claim.d_ff,
+        d_kv=claim.d_kv,
+        num_heads=claim.num_heads,
+        num_encoder_layers=_layers("encoder", claim.num_layers, found, report),
+        num_decoder_layers=_layers("decoder", decoder_layers, found, report),
+        num_experts=num_experts,
+        attention_experts=extra.attention_experts if extra else False,
+        activation=activation,
+        gated=gated,
+        tied_head=_tied_head(claim, found, head_differs, report),
+        relative_buckets=claim.relative_attention_num_buckets,
+        relative_distance=claim.relative_attention_max_distance,
+        norm_epsilon=claim.layer_norm_epsilon,
+        initialisation=extra.initialisation if extra else Initialisation(),
+        dropout=claim.dropout_rate,
+        expert_dropout=extra.expert_dropout if extra else claim.dropout_rate,
+        pad_id=_token(claim.pad_token_id, 0),
+        end_id=_token(claim.eos_token_id, 1),
+        router=router,
+        **steps,
+    )
+
+
+def _router(claim: Fields) -> RouterConfig:
+    return RouterConfig(
+        mode="hf",
+        capacity_factor=None,
+        evaluation_capacity_factor=None,
+        expert_capacity=claim.expert_capacity,
+        exploration_rate=claim.router_jitter_noise,
+        balance_weight=claim.router_aux_loss_coef,
+        z_weight=claim.router_z_loss_coef,
+    )
+
+
+def _layers(stack: str, claimed: int, found: Survey, report: Report) -> int:
+    """Weights beyond the claim are the truth; fewer will be named as missing."""
+    there = found.stacks[stack].num_layers
+    if there > claimed:
+        report(f"config.json says {claimed} {stack} layers; the weights have {there}.")
+        return there
+    return claimed
+
+
+def _num_experts(claim: Fields, found: Survey, report: Report) -> int:
+    if found.num_experts > claim.num_experts:
+        report(
+            f"config.json says {claim.num_experts} experts; the weights have them to number "
+            f"{found.num_experts - 1}."
+        )
+        return found.num_experts
+    all_dense = all(len(stack.dense) == stack.num_layers for stack in found.stacks.values())
+    return 0 if all_dense and not found.num_experts else claim.num_experts
+
+
+def _feedforward(
+    claim: Fields, found: Survey, family: Family, report: Report
+) -> tuple[bool, Literal["relu", "gelu"]]:
+    """Return (gated, activation); T5 names both in one word, such as `gated-gelu`."""
+    words = claim.feed_forward_proj or "relu" if family == "t5" else claim.dense_act_fn
+    if found.gated and family == "switch" and claim.feed_forward_proj:
+        words = claim.feed_forward_proj
+    first, _, rest = words.partition("-")
+    claimed_gated = first == "gated"
+    name = rest if claimed_gated else words
+    if claimed_gated and name == "gelu":
+        name = "gelu_new"
+    gated = claimed_gated if found.gated is None else found.gated
+    if gated != claimed_gated and name == "gelu":
+        name = "gelu_new"
+    if gated and not claimed_gated and name == "relu":
+        report(
+            f"config.json says {words!r}; the weights have gated feed-forward layers, taken as "
+            "GEGLU."
+        )
+        name = "gelu_new"
+    if name not in _ACTIVATIONS:
+        raise CheckpointError(
+            f"The feed-forward activation {words[:80]!r} of config.json is none of "
+            f"{', '.join(_ACTIVATIONS)} or gated-gelu."
+        )
+    return gated, _ACTIVATIONS[name]
+
+
+def _tied_head(
+    claim: Fields, found: Survey, head_differs: Callable[[], bool], report: Report
+) -> bool:
+    """A tied head is scaled by 1 / sqrt(d_model), one of its own is not."""
+    scaled = claim.scale_decoder_outputs
+    if scaled is None:
+        scaled = claim.tie_word_embeddings
+    if not claim.tie_word_embeddings or not scaled:
+        return False
+    if found.head_key is not None and head_differs():
+        report(
+            f"config.json says that the head is tied to the embedding; the weights have "
+            f"{found.head_key}, another matrix, which is taken, unscaled."
+        )
+        return False
+    return True
+
+
+def _sparse_steps(
+    claim: Fields, extra: Extra | None, found: Survey, semantics: Semantics, report: Report
+) -> dict[str, Any]:
+    claimed = {
+        "encoder": claim.encoder_sparse_step,
+        "decoder": claim.decoder_sparse_step,
+    }
+    if extra is not None:
+        second = extra.decoder_sparse_step
+        claimed = {
+            "encoder": extra.sparse_step,
+            "decoder": extra.sparse_step if second is None else second,
+        }
+    counts = {
+        "encoder": (claim.num_layers, claim.num_sparse_encoder_layers),
+        "decoder": (
+            claim.num_layers if claim.num_decoder_layers is None else claim.num_decoder_layers,
+            claim.num_sparse_decoder_layers,
+        ),
+    }
+    steps = {}
+    for stack, (num_layers, num_sparse) in counts.items():
+        step = claimed[stack]
+        if step is None:
+            step = num_layers // num_sparse if num_sparse > 0 else num_layers
+        steps[stack] = _sparse_step(stack, step, found.stacks[stack], semantics)
+        if steps[stack] != step:
+            there = sorted(found.stacks[stack].sparse)
+            report(
+                f"config.json says {stack} sparse step {step}; the sparse layers of the weights "
+                f"are {there}: step {steps[stack]}."
+            )
+    same = steps["decoder"] == steps["encoder"]
+    if extra is not None and extra.decoder_sparse_step is not None:
+        same = False
+    return {
+        "sparse_step": steps["encoder"],
+        "decoder_sparse_step": None if same else steps["decoder"],
+    }
+
+
+def _sparse_step(stack: str, claimed: int, found: StackSurvey, semantics: Semantics) -> int:
+    """Return the step that gives the layers found, the claimed one if it does."""
+    for step in (claimed, *range(found.num_layers + 2)):
+        layers = sparse_layers(step, found.num_layers, semantics)
+        if step >= 0 and found.sparse <= layers and not found.dense & layers:
+            return step
+    raise CheckpointError(
+        f"The sparse layers of the {stack}, {sorted(found.sparse)}, are not every n-th layer; this "
+        "package cannot hold such a model."
+    )
+
+
+def _token(value: Any, default: int) -> int:
+    """One token; of several ends the first."""
+    if isinstance(value, list) and value:
+        value = value[0]
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+        raise CheckpointError(f"config.json has the token id {value!r}; it must be a number.")
+    return value
+
+
+NEVER_DROPS = 2**31 - 1  # transformers knows absolute capacities only
+
+
+def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """Return the content of config.json; see limits() for what it cannot say to transformers."""
+    family = family_of(config)
+    values: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": "switch_transformers" if family == "switch" else "t5",
+        "vocab_size": config.vocabulary_size,
+        "d_model": config.d_model,
+        "d_kv": config.d_kv,
+        "d_ff": config.d_ff,
+        "num_layers": config.num_encoder_layers,
+        "num_decoder_layers": config.num_decoder_layers,
+        "num_heads": config.num_heads,
+        "relative_attention_num_buckets": config.relative_buckets,
+        "relative_attention_max_distance": config.relative_distance,
+        "dropout_rate": config.dropout,
+        "layer_norm_epsilon": config.norm_epsilon,
+        "tie_word_embeddings": config.tied_head,
+        "is_encoder_decoder": True,
+        "use_cache": True,
+        "pad_token_id": config.pad_id,
+        "eos_token_id": config.end_id,
+        "decoder_start_token_id": config.pad_id,
+        "dtype": dtype,
+    }
+    plain = "relu" if config.activation == "relu" else "gelu_new"
+    gated = f"gated-{config.activation}"
+    if family == "t5" or config.gated:
+        values["feed_forward_proj"] = gated if config.gated else plain
+    if family == "switch":
+        values |= {"dense_act_fn": plain, **_switch_fields(config)}
+    extra = Extra(
+        sparse_step=config.sparse_step,
+        decoder_sparse_step=config.decoder_sparse_step,
+        attention_experts=config.attention_experts,
+        initialisation=config.initialisation,
+        expert_dropout=config.expert_dropout,
+        router=config.router,
+    )
+    return {**values, EXTRA_KEY: to_mapping(extra)}
+
+
+def _switch_fields(config: ModelConfig) -> dict[str, Any]:
+    router = config.router
+    values: dict[str, Any] = {
+        "num_experts": config.num_experts,
+        "expert_capacity": router.expert_capacity or NEVER_DROPS,
+        "router_bias": False,
+        "router_dtype": "float32",
+        "router_ignore_padding_tokens": False,
+        "router_jitter_noise": router.exploration_rate if router.exploration == "jitter" else 0.0,
+        "router_aux_loss_coef": router.balance_weight if router.balance == "loss" else 0.0,
+        "router_z_loss_coef": router.z_weight,
+        "add_router_probs": False,
+    }
+    for stack in ("encoder", "decoder"):
+        layers = stack_layers(config, stack)
+        values[f"num_sparse_{stack}_layers"] = len(layers)
+        # transformers computes a step from the number above unless the step itself is given.
+        values[f"{stack}_sparse_step"] = transformers_step(config, stack)
+    return values
+
+
+def family_of(config: ModelConfig) -> Family:
+    """Dense models are saved as T5, all others as Switch Transformers."""
+    return "switch" if config.num_experts else "t5"
+
+
+def stack_layers(config: ModelConfig, stack: str) -> frozenset[int]:
+    """Return the sparse layers of that stack."""
+    decoder = stack == "decoder"
+    num_layers = config.num_decoder_layers if decoder else config.num_encoder_layers
+    return frozenset(i for i in range(num_layers) if config.is_sparse(i, decoder=decoder))
+
+
+def transformers_step(config: ModelConfig, stack: str) -> int | None:
+    """Return the sparse step that gives transformers the same layers, None if there is none."""
+    num_layers = config.num_decoder_layers if stack == "decoder" else config.num_encoder_layers
+    wanted = stack_layers(config, stack)
+    own = config.sparse_step_of(decoder=stack == "decoder")
+    for step in (own, *range(num_layers + 2)):
+        if sparse_layers(step, num_layers, SEMANTICS["hf"]) == wanted:
+            return step
+    return None

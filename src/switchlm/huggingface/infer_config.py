@@ -1,0 +1,97 @@
+"""What the weights themselves say about a model, read off the names and shapes of their tensors.
+
+A configuration can be wrong (that of the released Switch-C is); the names in the weight index
+cannot. The survey costs time and memory in proportion to the index, whatever the names claim.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from switchlm.errors import CheckpointError
+from switchlm.huggingface.names import ALIASES, STACKS, Family, locate
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackSurvey:
+    """One stack: how many layers there are, which are sparse, and which are dense, for certain.
+
+    A layer in neither set has no feed-forward tensor at all: one is missing.
+    """
+
+    num_layers: int
+    sparse: frozenset[int]
+    dense: frozenset[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """All stacks, and what they share. gated is None where no first matrix of an FFN was found."""
+
+    stacks: Mapping[str, StackSurvey]
+    num_experts: int
+    gated: bool | None
+    family: Family | None
+    head_key: str | None
+    attention_experts: bool
+
+
+def survey(keys: Mapping[str, object]) -> Survey:
+    """Read the names; raises CheckpointError where whole layers are missing in between."""
+    layers: dict[str, set[int]] = {stack: set() for stack in STACKS}
+    sparse: dict[str, set[int]] = {stack: set() for stack in STACKS}
+    dense: dict[str, set[int]] = {stack: set() for stack in STACKS}
+    experts: set[int] = set()
+    families: set[Family] = set()
+    needs: set[str] = set()
+    for key in keys:
+        place = locate(key)
+        if place is None or place.stack is None or place.layer is None:
+            continue
+        layers[place.stack].add(place.layer)
+        if place.family is not None:
+            families.add(place.family)
+        if place.expert is not None:
+            experts.add(place.expert)
+        needs |= place.row.needs
+        if "sparse" in place.row.needs:
+            sparse[place.stack].add(place.layer)
+        if "dense" in place.row.needs:
+            dense[place.stack].add(place.layer)
+    for stack, found in layers.items():
+        _check_complete(f"{stack}.block", found)
+    _check_complete("expert_", experts)
+    if len(families) > 1:
+        raise CheckpointError(
+            "The weights mix the names of T5 (DenseReluDense) and of Switch Transformers (mlp); "
+            "they do not belong to one model."
+        )
+    if {"plain", "gated"} <= needs:
+        raise CheckpointError(
+            "Some feed-forward layers have wi and others wi_0 and wi_1; a model is either gated or "
+            "not. The files do not belong to one model."
+        )
+    heads = ("lm_head.weight", *ALIASES["lm_head.weight"])
+    return Survey(
+        stacks={
+            stack: StackSurvey(
+                num_layers=len(layers[stack]),
+                sparse=frozenset(sparse[stack]),
+                dense=frozenset(dense[stack]),
+            )
+            for stack in STACKS
+        },
+        num_experts=len(experts),
+        gated=("gated" in needs) if {"plain", "gated"} & needs else None,
+        family=families.pop() if families else None,
+        head_key=next((key for key in heads if key in keys), None),
+        attention_experts="switch_attention" in needs,
+    )
+
+
+def _check_complete(name: str, found: set[int]) -> None:
+    if found and max(found) + 1 != len(found):
+        first = next(number for number in range(len(found)) if number not in found)
+        raise CheckpointError(
+            f"The weights have {name}{'.' * (not name.endswith('_'))}{max(found)}, but nothing of "
+            f"number {first}: the files are incomplete."
+        )

@@ -1,0 +1,321 @@
+"""Grouped products in main memory: one `mm` an expert, straight into tensors that are written once.
+
+Autograd over a loop that indexes the stacked weight builds one full-size gradient an expert, and
+`torch.nn.functional.grouped_mm` leaves the rows past the counts undefined. Here the loop is inside
+one autograd function: every product writes its slice of the result, an expert without rows costs
+the zeroing of its weight gradient, and rows past the counts are zero.
+
+Share the experts of a layer out among the cores: whole experts a core, not all cores a product.
+
+Products of 64 rows are too small to split: each thread taking whole experts is faster, and does not
+wait at a barrier after every product. Experts are laid out in a row, each as long as its cost, and
+the row is cut into equal lengths, one a thread (McNaughton's rule): an expert that a cut goes
+through is shared by two threads, column by column. So loads may be as skewed as they like.
+
+One product of an expert, on one thread: PyTorch's, or native/products.c where rows are few.
+
+Libraries for large products pack their factors first, which costs as much as it saves where one
+factor has some ten to a hundred rows. The plain twins are `torch.mm` and `addmm_`.
+
+Shapes: R rows, D in, F out, E experts, P pieces (see plan.py), M x K times K x N.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from switchlm.kernels.cpu import memory, small_matmul, threads
+from switchlm.kernels.cpu.memory import Workspace, compiles_shapes, keep
+from switchlm.kernels.cpu.native import native
+
+FIXED_ROWS = 48  # reading an expert's weights costs as much as multiplying about so many rows
+LEAST_WORK = 2**25  # multiply-adds a product below which waking a thread does not pay
+BLOCK_ROWS = 2048  # of a busy expert at a time, so that its hidden rows stay in the cache
+LEAST_GAIN = 0.02  # of a thread's time; a cut that evens out less is moved to an expert's end
+ALIGNMENT = 16  # columns
+FEW_WIDTHS = 4  # how many widths a cut expert's columns may have where shapes are compiled
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of an expert, all of them or a block, and columns, all or those between two shares.
+
+    The pieces of the same columns follow each other on one thread. few_shapes: columns are cut
+    coarsely, so that products have few shapes (see spare.py).
+    """
+
+    expert: int
+    first: int = 0
+    rows: int | None = None
+    start: float = 0.0
+    stop: float = 1.0
+    few_shapes: bool = False
+
+    @property
+    def begins(self) -> bool:
+        """Whether no other block of these columns comes before: results start, others are added."""
+        return self.first == 0
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        return rows if self.rows is None else rows.narrow(0, self.first, self.rows)
+
+    def of_columns(self, matrix: Tensor, dim: int) -> Tensor:
+        """Return the piece's slices of a matrix; an expert's pieces tile it."""
+        if self.start == 0 and self.stop == 1:
+            return matrix
+        width = matrix.shape[dim]
+        step = max(ALIGNMENT, width // FEW_WIDTHS) if self.few_shapes else ALIGNMENT
+        start, stop = (
+            min(round(share * width / step) * step, width) if share < 1 else width
+            for share in (self.start, self.stop)
+        )
+        return matrix.narrow(dim, start, stop - start)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which rows are whose, and which thread takes whom.
+
+    sizes: rows of every expert, and last the rows of none. pieces: of experts with rows, in order.
+    parts: for every thread its pieces; one part where sharing does not pay. idle: the experts
+    without rows.
+    """
+
+    sizes: list[int]
+    pieces: list[Piece]
+    parts: list[range]
+    idle: list[int]
+
+    def rows(self, rows: Tensor, cut: bool = False) -> list[Tensor]:
+        """Return every piece's rows; `cut`: its columns of them alone."""
+        rows_E = rows.split_with_sizes(self.sizes)
+        found = [piece.of_rows(rows_E[piece.expert]) for piece in self.pieces]
+        if not cut:
+            return found
+        return [piece.of_columns(t, 1) for piece, t in zip(self.pieces, found, strict=True)]
+
+    def columns(self, stacked: Tensor, dim: int) -> list[Tensor]:
+        """Return every piece's columns, in this dim, of its expert's matrix."""
+        matrix_E = stacked.unbind()
+        return [piece.of_columns(matrix_E[piece.expert], dim) for piece in self.pieces]
+
+    def empty(self, like: Tensor, width: int) -> Tensor:
+        """Return uninitialised rows of this width; those of no expert are zeros."""
+        rows = like.new_empty(sum(self.sizes), width)
+        if self.sizes[-1]:
+            rows[-self.sizes[-1] :].zero_()
+        return rows
+
+
+class Sums:
+    """Rows to which all pieces of an expert add: the first writes, the others wait their turn."""
+
+    def __init__(self, plan: Schedule, rows: Tensor) -> None:
+        self.room_P = plan.rows(rows)
+        self._later: list[tuple[Tensor, Tensor]] = []
+        for number, (piece, total) in enumerate(zip(plan.pieces, self.room_P, strict=True)):
+            if piece.start > 0:
+                self.room_P[number] = torch.empty_like(total)
+                self._later.append((total, self.room_P[number]))
+
+    def add_up(self) -> None:
+        """Add what the later pieces found, in order."""
+        for total, part in self._later:
+            total.add_(part)
+
+
+def make_schedule(
+    counts: list[int], num_rows: int, work_per_row: int, *, few_shapes: bool = False
+) -> Schedule:
+    """Share experts out, evenly to within a few percent whatever their loads.
+
+    counts: rows of each expert. work_per_row: multiply-adds of one row in one product. few_shapes:
+    cut columns coarsely (see Piece).
+    """
+    total = sum(counts)
+    assert total <= num_rows, f"experts have {total} rows in all, the input has {num_rows}"
+    sizes = [*counts, num_rows - total]
+    busy = [expert for expert, count in enumerate(counts) if count]
+    idle = [expert for expert, count in enumerate(counts) if not count]
+    threads = torch.get_num_threads()
+    pieces: list[Piece] = []
+    if threads == 1 or total * work_per_row < LEAST_WORK:
+        for expert in busy:
+            pieces += _blocks(expert, counts[expert], 0.0, 1.0)
+        return Schedule(sizes, pieces, [range(len(pieces))], idle)
+    fair = (total + FIXED_ROWS * len(busy)) / threads
+    ends, room = [0], fair
+    for expert in busy:
+        cost = left = float(counts[expert] + FIXED_ROWS)
+        while len(ends) < threads and left > room:
+            cut = _snap(room, left, LEAST_GAIN * fair)
+            if cut:
+                start, stop = 1 - left / cost, 1 - (left - cut) / cost
+                pieces += _blocks(expert, counts[expert], start, stop, few_shapes)
+            ends.append(len(pieces))
+            left -= cut
+            room += fair - cut
+        if left:
+            pieces += _blocks(expert, counts[expert], 1 - left / cost, 1.0, few_shapes)
+            room -= left
+    ends.append(len(pieces))
+    parts = [range(first, last) for first, last in pairwise(ends) if first < last]
+    return Schedule(sizes, pieces, parts, idle)
+
+
+def _blocks(
+    expert: int, count: int, start: float, stop: float, few_shapes: bool = False
+) -> list[Piece]:
+    """Return the pieces of these columns: the rows in equal blocks."""
+    number = -(-count // BLOCK_ROWS)
+    if number == 1:
+        return [Piece(expert, 0, None, start, stop, few_shapes)]
+    edges = [count * block // number for block in range(number + 1)]
+    return [
+        Piece(expert, first, end - first, start, stop, few_shapes) for first, end in pairwise(edges)
+    ]
+
+
+def _snap(cut: float, length: float, tolerance: float) -> float:
+    """Return the cut, moved to an end of the length that is nearer than the tolerance."""
+    if cut <= tolerance:
+        return 0.0
+    return length if length - cut <= tolerance else cut
+
+
+# Tokens of an expert; measured at 256 x 1,024, on an EPYC with AVX-512 and on one without.
+MOST_ROWS = 256 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
+_WIDTH = 16  # whole vectors on every processor
+
+
+def matmul_into(
+    a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, *, add: bool = False, large: bool = False
+) -> Tensor:
+    """Write the product into `out_MN`, or add it, and return that.
+
+    large: the result is more than the cache holds, and nobody reads it soon.
+    """
+    if a_MK.is_cpu and small_matmul.is_slow(a_MK.dtype):
+        wide_MN = torch.empty(out_MN.shape)
+        matmul_into(a_MK.float(), b_KN.float(), wide_MN)
+        return out_MN.add_(wide_MN) if add else out_MN.copy_(wide_MN)
+    if _fits(a_MK, b_KN, out_MN):
+        _multiply(a_MK, b_KN, out_MN, add, large)
+        return out_MN
+    if add:
+        return out_MN.addmm_(a_MK, b_KN)
+    return torch.mm(a_MK, b_KN, out=out_MN)
+
+
+def _fits(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> bool:
+    (rows, inputs), outputs = a_MK.shape, b_KN.shape[1]
+    transposed = a_MK.stride(1) != 1  # of a gradient of weights, whose inputs are tokens
+    return (
+        (inputs if transposed else rows) <= MOST_ROWS
+        and a_MK.dtype == torch.float32
+        and a_MK.is_cpu
+        and out_MN.stride(1) == 1
+        and (
+            (b_KN.stride(1) == 1 and outputs % _WIDTH == 0)
+            or (b_KN.stride(0) == 1 and not transposed and inputs % _WIDTH == 0)
+        )
+        and not torch._C._len_torch_dispatch_stack()
+        and native().library is not None
+    )
+
+
+def _multiply(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, add: bool, large: bool) -> None:
+    library = native().library
+    assert library is not None
+    (rows, inputs), outputs = a_MK.shape, b_KN.shape[1]
+    a, b, y = a_MK.data_ptr(), b_KN.data_ptr(), out_MN.data_ptr()
+    shape, y_row = (rows, inputs, outputs), out_MN.stride(0)
+    if b_KN.stride(1) == 1 and outputs % _WIDTH == 0:
+        a_row, a_column = a_MK.stride()
+        library.product(a, a_row, a_column, b, b_KN.stride(0), y, y_row, *shape, add, large)
+    else:
+        a_row, b_column = a_MK.stride(0), b_KN.stride(1)
+        library.product_of_columns(a, a_row, b, b_column, y, y_row, *shape, add)
+
+
+def weight_gradient(weight_EDF: Tensor, plan: Schedule) -> Tensor:
+    """Return an uninitialised gradient for a stacked weight; experts without rows have zeros."""
+    if weight_EDF.device.type == "cpu":
+        gradient_EDF = memory.empty_reused(tuple(weight_EDF.shape), weight_EDF.dtype)
+    else:
+        gradient_EDF = torch.empty_like(weight_EDF, memory_format=torch.contiguous_format)
+    for expert in plan.idle:
+        gradient_EDF[expert].zero_()
+    return gradient_EDF
+
+
+def forward(x_RD: Tensor, weight_EDF: Tensor, plan: Schedule) -> Tensor:
+    """Return y_RF: each row times its expert's matrix; zeros past the counts."""
+    y_RF = plan.empty(x_RD, weight_EDF.shape[2])
+    x_P, weight_P = plan.rows(x_RD), plan.columns(weight_EDF, 1)
+    y_P = plan.rows(y_RF, cut=True)
+
+    def multiply(part: Sequence[int]) -> None:
+        spare = Workspace(x_RD)
+        for p in part:
+            x = spare.filled("x", x_P[p])
+            keep(matmul_into(x, weight_P[p], spare.room_for("y", y_P[p], len(x))), y_P[p])
+
+    threads.parallel_for(multiply, plan.parts)
+    return y_RF
+
+
+def backward_rows(dy_RF: Tensor, weight_EDF: Tensor, plan: Schedule) -> Tensor:
+    """Return dx_RD, the gradient of the rows; zeros past the counts."""
+    return forward(dy_RF, weight_EDF.mT, plan)
+
+
+def backward_weight(dy_RF: Tensor, x_RD: Tensor, weight_EDF: Tensor, plan: Schedule) -> Tensor:
+    """Return dweight_EDF; zeros for experts without rows."""
+    dweight_EDF = weight_gradient(weight_EDF, plan)
+    x_P, dy_P = plan.rows(x_RD), plan.rows(dy_RF, cut=True)
+    dweight_P = plan.columns(dweight_EDF, 1)
+
+    def multiply(part: Sequence[int]) -> None:
+        spare = Workspace(x_RD)
+        for p in part:
+            x, dy = spare.filled("x", x_P[p]), spare.filled("dy", dy_P[p])
+            matmul_into(x.t(), dy, dweight_P[p], add=not plan.pieces[p].begins, large=True)
+
+    threads.parallel_for(multiply, plan.parts)
+    return dweight_EDF
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, weight_EDF: Tensor, plan: Schedule) -> Tensor:
+        ctx.save_for_backward(x_RD, weight_EDF)
+        ctx.plan = plan
+        return forward(x_RD, weight_EDF, plan)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_RD, weight_EDF = ctx.saved_tensors
+        dy_RF = gradients[0].contiguous()
+        dx_RD = dweight_EDF = None
+        if ctx.needs_input_grad[0]:
+            dx_RD = backward_rows(dy_RF, weight_EDF, ctx.plan)
+        if ctx.needs_input_grad[1]:
+            dweight_EDF = backward_weight(dy_RF, x_RD, weight_EDF, ctx.plan)
+        return dx_RD, dweight_EDF, None
+
+
+def grouped_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
+    """Multiply consecutive runs of rows with their expert's matrix: see reference.py."""
+    work_per_row = weight_EDF.shape[1] * weight_EDF.shape[2]
+    plan = make_schedule(
+        counts_E.tolist(), x_RD.shape[0], work_per_row, few_shapes=compiles_shapes(x_RD.dtype)
+    )
+    y_RF: Tensor = _GroupedMatmul.apply(x_RD, weight_EDF, plan)
+    return y_RF

@@ -1,0 +1,217 @@
+"""Products with weights of 8 or 4 bits, few rows and many; docs/guides/compress.md has the layout.
+
+8 bits: the rows are quantised too, each by itself, and products are summed in integers, so that a
+row's result is the same bit for bit whatever rows stand beside it. 4 bits: rows are rounded to
+bfloat16, products summed in float32. PyTorch's operators for both are private: that they are there
+and right is tried out once (see `integer_product`, `int4_product`). Few rows go another way, where
+there is one (few_rows.py).
+
+Shapes: R rows, K inputs, N outputs, B blocks of 64 outputs, G inputs that share a scale.
+"""
+
+import time
+from collections.abc import Callable
+from functools import cache, reduce
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from switchlm.kernels.cpu import small_batch, small_matmul
+
+BLOCK = 64  # outputs whose codes of 4 bits stand together
+GROUP_SIZES = (256, 128, 64, 32)  # that the operator for 4 bits knows
+MANY_ROWS = 96  # from which undoing the packing of 4 bits pays; measured at 768 x 3072
+EXACT = 1024  # products of two codes that float32 sums without rounding: 1024 * 127^2 < 2^24
+_FAILURES = (RuntimeError, AttributeError, NotImplementedError, TypeError)
+
+
+class Matrix(Protocol):
+    """A quantised weight: maps rows x_RK to y_RN, in the dtype of x."""
+
+    num_outputs: int
+
+    @property
+    def codes(self) -> Tensor:
+        """The codes, in whatever order."""
+        ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def __call__(self, x_RK: Tensor) -> Tensor: ...
+
+    def dequantise(self) -> Tensor:
+        """Return the weight that the codes stand for, [N, K] float32."""
+        ...
+
+
+def matrix(codes: Tensor, scale: Tensor, num_outputs: int) -> Matrix:
+    """Return a matrix over stored tensors: int8 codes, or uint8 pairs of 4 bits; nothing is copied.
+
+    codes, scale: of one matrix, as in the layout; views of mapped files are welcome.
+    """
+    if codes.dtype == torch.int8:
+        return Int8Matrix(codes, scale)
+    return Int4Matrix(codes, scale, num_outputs)
+
+
+class Int8Matrix:
+    """codes_NK: int8. scale_N: float32, one an output. w = code * scale."""
+
+    def __init__(self, codes_NK: Tensor, scale_N: Tensor) -> None:
+        self.codes_NK = codes_NK
+        self.scale_N = scale_N
+        self.num_outputs = codes_NK.shape[0]
+
+    @property
+    def codes(self) -> Tensor:
+        return self.codes_NK
+
+    @property
+    def num_bytes(self) -> int:
+        return self.codes_NK.nbytes + self.scale_N.nbytes
+
+    def __call__(self, x_RK: Tensor) -> Tensor:
+        if small_batch.few(x_RK, small_batch.MOST_ROWS_OF_INT8):
+            return small_batch.int8_matmul(x_RK, self.codes_NK, self.scale_N)
+        codes_RK, scale_R1 = quantise_rows(x_RK)
+        if x_RK.device.type == "cpu" and integer_product():
+            sums_RN = torch._int_mm(codes_RK, self.codes_NK.t()).float()
+        else:
+            parts = zip(codes_RK.split(EXACT, 1), self.codes_NK.split(EXACT, 1), strict=True)
+            sums_RN = reduce(torch.add, (x.float() @ codes.float().t() for x, codes in parts))
+        return (sums_RN.mul_(self.scale_N)).mul_(scale_R1).to(x_RK.dtype)
+
+    def dequantise(self) -> Tensor:
+        return self.codes_NK.float() * self.scale_N[:, None]
+
+
+class Int4Matrix:
+    """codes_BKJ: uint8 [N/64, K, 32], two codes a byte. scale_GN2: bfloat16, scale and offset.
+
+    w = (code - 8) * scale + offset.
+    """
+
+    def __init__(self, codes_BKJ: Tensor, scale_GN2: Tensor, num_outputs: int) -> None:
+        self.codes_BKJ = codes_BKJ
+        self.scale_GN2 = scale_GN2
+        self.num_outputs = num_outputs
+        self.group_size = codes_BKJ.shape[1] // scale_GN2.shape[0]
+
+    @property
+    def codes(self) -> Tensor:
+        return self.codes_BKJ
+
+    @property
+    def num_bytes(self) -> int:
+        return self.codes_BKJ.nbytes + self.scale_GN2.nbytes
+
+    def __call__(self, x_RK: Tensor) -> Tensor:
+        if small_batch.few(x_RK, small_batch.MOST_ROWS_OF_INT4):
+            y_RN = small_batch.int4_matmul(x_RK, self.codes_BKJ, self.scale_GN2)
+            return y_RN[:, : self.num_outputs]
+        rounded_RK = x_RK.to(torch.bfloat16)
+        if x_RK.device.type == "cpu" and x_RK.shape[0] < MANY_ROWS and int4_product():
+            blocks, inputs, half = self.codes_BKJ.shape
+            y_RN = torch._weight_int4pack_mm_for_cpu(
+                rounded_RK,
+                self.codes_BKJ.view(blocks * 2 * half, inputs // 2),
+                self.group_size,
+                self.scale_GN2,
+            )
+        else:
+            w_BKJ = self._dequantise_blocks(torch.bfloat16)
+            if x_RK.device.type == "cpu" and small_matmul.is_slow(torch.bfloat16):
+                rounded_RK, w_BKJ = rounded_RK.float(), w_BKJ.float()
+            y_BRJ = rounded_RK @ w_BKJ
+            y_RN = y_BRJ.transpose(0, 1).flatten(1)
+        return y_RN[:, : self.num_outputs].to(x_RK.dtype)
+
+    def dequantise(self) -> Tensor:
+        w_NK = self._dequantise_blocks(torch.float32).transpose(1, 2).flatten(0, 1)
+        return w_NK[: self.num_outputs].contiguous()
+
+    def rows(self, index_I: Tensor) -> Tensor:
+        """Return some rows of the weight, [I, K] float32: for looking up embeddings."""
+        place_I = index_I % BLOCK
+        low_I1 = (place_I < BLOCK // 2)[:, None]
+        pair_IK = self.codes_BKJ[index_I // BLOCK, :, place_I % (BLOCK // 2)]
+        code_IK = torch.where(low_I1, pair_IK & 15, pair_IK >> 4).float() - 8
+        scale_IG, offset_IG = self.scale_GN2[:, index_I].float().permute(2, 1, 0)
+        code_IGH = code_IK.unflatten(1, (scale_IG.shape[1], -1))
+        return (code_IGH * scale_IG[..., None] + offset_IG[..., None]).flatten(1)
+
+    def _dequantise_blocks(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight as [B, K, 64], outputs last."""
+        codes_BKJ = torch.cat([self.codes_BKJ & 15, self.codes_BKJ >> 4], 2).to(dtype).sub_(8)
+        scale_2GBJ = self.scale_GN2.to(dtype).unflatten(1, (-1, BLOCK)).permute(3, 0, 1, 2)
+        scale_BGJ, offset_BGJ = scale_2GBJ.transpose(1, 2)
+        w_BGHJ = codes_BKJ.unflatten(1, (scale_BGJ.shape[1], -1))
+        return w_BGHJ.mul_(scale_BGJ.unsqueeze(2)).add_(offset_BGJ.unsqueeze(2)).flatten(1, 2)
+
+
+def quantise_rows(x_RK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row as int8 codes and its scale [R, 1], float32: x is about code * scale."""
+    scale_R1 = torch.linalg.vector_norm(x_RK, torch.inf, -1, keepdim=True, dtype=torch.float32)
+    scale_R1 = scale_R1.div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
+    return (x_RK / scale_R1).round_().to(torch.int8), scale_R1
+
+
+def pack_int4(codes_NK: Tensor) -> Tensor:
+    """Return [B, K, 32] uint8 of codes 0..15: byte j holds the outputs j (low bits) and j + 32."""
+    num_outputs = codes_NK.shape[0]
+    padded = torch.nn.functional.pad(codes_NK.to(torch.uint8), (0, 0, 0, -num_outputs % BLOCK))
+    low_BJK, high_BJK = padded.unflatten(0, (-1, 2, BLOCK // 2)).unbind(1)
+    return (low_BJK | (high_BJK << 4)).transpose(1, 2).contiguous()
+
+
+def group_size_of(inputs: int, most: int) -> int | None:
+    """Return the largest group size up to `most` that divides the inputs; None if there is none."""
+    return next((size for size in GROUP_SIZES if size <= most and inputs % size == 0), None)
+
+
+def _extreme(rows: int, inputs: int) -> Tensor:
+    """Return codes whose products would overflow 16 bits, where a processor sums in those."""
+    codes = torch.arange(rows * inputs).view(rows, inputs) % 3 - 1
+    return (127 * codes.sign()).to(torch.int8).fill_diagonal_(127)
+
+
+@cache
+def integer_product() -> bool:
+    """Whether torch._int_mm multiplies int8 exactly on this machine, and no slower than float32."""
+    x, weight = _extreme(3, 64), _extreme(32, 64).abs()
+    try:
+        found = torch._int_mm(x, weight.t())
+    except _FAILURES:
+        return False
+    exact = torch.equal(found.long(), x.long() @ weight.long().t())
+    # Processors without instructions for it take thirty times as long.
+    many, square = _extreme(64, 512), _extreme(512, 512)
+    return exact and _seconds(lambda: torch._int_mm(many, square.t())) < _seconds(
+        lambda: many.float() @ square.float().t()
+    )
+
+
+def _seconds(work: Callable[[], Tensor]) -> float:
+    """Return the least time of a few."""
+    taken = []
+    for _ in range(4):
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+@cache
+def int4_product() -> bool:
+    """Whether PyTorch's product for 4 bits is there and reads our order (AVX-512)."""
+    codes_NK = (torch.arange(128 * 32).view(128, 32) * 7) % 16
+    x = (torch.arange(2 * 32).view(2, 32) % 5).to(torch.bfloat16)
+    scale = torch.tensor([1.0, 8.0], dtype=torch.bfloat16).expand(1, 128, 2).contiguous()
+    try:
+        found = torch._weight_int4pack_mm_for_cpu(x, pack_int4(codes_NK).view(128, 16), 32, scale)
+    except _FAILURES:
+        return False
+    expected = x.float() @ codes_NK.float().t()
+    return torch.allclose(found.float(), expected, rtol=0.01)

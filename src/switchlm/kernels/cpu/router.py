@@ -1,0 +1,147 @@
+"""The router in one call of native/router.c, where every token takes its most probable expert.
+
+Its plain twin is `Router` in model/router.py: some forty operators each way on tensors that small
+models hold in the cache, where starting an operator takes longer than what it does.
+
+Shapes: N tokens, D d_model, E experts, G groups of consecutive tokens.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from switchlm.kernels.cpu.native import native, readable
+
+MOST_WORK = 2**25  # multiply-adds of the logits above which PyTorch's threads are worth waking
+_WIDTH = 16  # whole vectors on every processor
+_BLOCK = 64  # as in router.c
+
+
+class Routed(NamedTuple):
+    """What `Routing` in model/routing.py says of these; gradients reach gate_N, probability_GE and
+    the two losses."""
+
+    gate_N: Tensor
+    probability_GE: Tensor
+    balance_loss: Tensor
+    z_loss: Tensor
+    expert_N: Tensor
+    kept_N: Tensor
+    load_E: Tensor
+    fraction_GE: Tensor
+
+
+def fits(
+    x_ND: Tensor,
+    weight_ED: Tensor,
+    bias_E: Tensor | None = None,
+    valid_N: Tensor | None = None,
+) -> bool:
+    """Whether tokens go this way: float32, in main memory, little work, and nobody traces it.
+
+    The number of threads does not matter, so that it changes no result.
+    """
+    return (
+        readable(x_ND, weight_ED)
+        and x_ND.shape[0] * weight_ED.numel() <= MOST_WORK
+        and x_ND.shape[1:] == weight_ED.shape[1:]
+        and weight_ED.shape[1] % _WIDTH == 0
+        and (bias_E is None or (bias_E.is_cpu and bias_E.shape == weight_ED.shape[:1]))
+        and (valid_N is None or readable(valid_N, dtype=torch.bool))
+        and (valid_N is None or valid_N.shape == x_ND.shape[:1])
+    )
+
+
+def route(
+    x_ND: Tensor,
+    weight_ED: Tensor,
+    bias_E: Tensor | None,
+    valid_N: Tensor | None,
+    tokens_a_group: int,
+    capacity: int | None,
+) -> Routed:
+    """Route tokens that `fits` to one expert each.
+
+    bias_E: added to the probabilities for the choice alone. valid_N: bool, false at padding; None
+    says all tokens are real. capacity: of an expert in a group of `tokens_a_group`, if any.
+    """
+    tensors = (x_ND.contiguous(), weight_ED.contiguous())
+    bias_E = None if bias_E is None else bias_E.float().contiguous()
+    valid_N = None if valid_N is None else valid_N.contiguous()
+    most = -1 if capacity is None else capacity
+    return Routed(*_Route.apply(*tensors, bias_E, valid_N, tokens_a_group, most))
+
+
+def _padded(num_tokens: int, tokens_a_group: int) -> int:
+    """Return how many tokens there are once each group is filled up to whole vectors."""
+    whole, rest = divmod(num_tokens, tokens_a_group)
+    return whole * (-(-tokens_a_group // _WIDTH) * _WIDTH) + -(-rest // _WIDTH) * _WIDTH
+
+
+def _place(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        weight_ED: Tensor,
+        bias_E: Tensor | None,
+        valid_N: Tensor | None,
+        tokens_a_group: int,
+        capacity: int,
+    ) -> tuple[Tensor, ...]:
+        library = native().library
+        assert library is not None
+        (num_tokens, width), num_experts = x_ND.shape, weight_ED.shape[0]
+        num_groups = max(-(-num_tokens // tokens_a_group), 1)
+        expert_N = x_ND.new_empty(num_tokens, dtype=torch.int64)
+        load_E = x_ND.new_empty(num_experts, dtype=torch.int64)
+        kept_N = x_ND.new_empty(num_tokens, dtype=torch.bool)
+        gate_N, lse_N = x_ND.new_empty(num_tokens), x_ND.new_empty(num_tokens)
+        fraction_GE = x_ND.new_empty(num_groups, num_experts)
+        probability_GE = x_ND.new_empty(num_groups, num_experts)
+        balance_loss, z_loss = x_ND.new_empty(()), x_ND.new_empty(())
+        probability = x_ND.new_empty(num_experts * _padded(num_tokens, tokens_a_group))
+        room = x_ND.new_empty(width * _BLOCK + num_experts * _WIDTH)
+        library.route(
+            x_ND.data_ptr(), weight_ED.data_ptr(), _place(bias_E), _place(valid_N),
+            num_tokens, width, num_experts, tokens_a_group, capacity, room.data_ptr(),
+            expert_N.data_ptr(), gate_N.data_ptr(), kept_N.data_ptr(), load_E.data_ptr(),
+            fraction_GE.data_ptr(), probability_GE.data_ptr(), balance_loss.data_ptr(),
+            z_loss.data_ptr(), probability.data_ptr(), lse_N.data_ptr(),
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(expert_N, kept_N, load_E, fraction_GE)
+        ctx.save_for_backward(x_ND, weight_ED, valid_N, expert_N, fraction_GE, probability, lse_N)
+        ctx.tokens_a_group = tokens_a_group
+        return (
+            gate_N, probability_GE, balance_loss, z_loss, expert_N, kept_N, load_E, fraction_GE
+        )  # fmt: skip
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of x and weight from those that came, of gates, means and losses."""
+        x_ND, weight_ED, valid_N, expert_N, fraction_GE, probability, lse_N = ctx.saved_tensors
+        nothing = (None,) * 4
+        came = [None if one is None else one.contiguous() for one in gradients[:4]]
+        if all(one is None for one in came):
+            return None, None, *nothing
+        library = native().library
+        assert library is not None
+        dx_ND = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
+        dweight_ED = torch.empty_like(weight_ED) if ctx.needs_input_grad[1] else None
+        num_experts, width = weight_ED.shape
+        room = x_ND.new_empty(num_experts * (_BLOCK + 1))
+        library.route_backward(
+            x_ND.data_ptr(), weight_ED.data_ptr(), _place(valid_N),
+            x_ND.shape[0], width, num_experts, ctx.tokens_a_group,
+            expert_N.data_ptr(), fraction_GE.data_ptr(), probability.data_ptr(), lse_N.data_ptr(),
+            *map(_place, came), room.data_ptr(), _place(dx_ND), _place(dweight_ED),
+        )  # fmt: skip
+        return dx_ND, dweight_ED, *nothing

@@ -1,0 +1,126 @@
+"""The linear map of small models in training: native/products.c, forward and backward.
+
+Libraries for large products arrange their factors in memory first, which takes longer than the
+arithmetic where a matrix has some thousand numbers, however many rows there are. The plain twin is
+`nn.functional.linear`.
+
+Products of numbers of 16 bits, on a processor that has no instructions for them.
+
+There PyTorch multiplies one number after the other, twenty to a hundred times as slowly as in
+float32. So the factors are widened first: their products and sums are then exact in float32, and
+the result is rounded once, as processors do that can multiply them.
+
+Shapes: R rows, K inputs, N outputs.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from switchlm.kernels.cpu.native import native, readable
+
+LARGEST = 2**14  # numbers of a matrix: as measured, at least twice as fast as PyTorch up to it
+MOST_WORK = 2**25  # multiply-adds above which PyTorch's threads are worth waking
+_WIDTH = 16  # whole vectors on every processor
+
+
+def fits(x: Tensor, weight_NK: Tensor) -> bool:
+    """Whether `linear` takes these: float32, in main memory, small, and a gradient is wanted.
+
+    The number of threads does not matter, so that it changes no result. Under autocast, a tracer
+    or a mode that watches operators, PyTorch's own are the right ones.
+    """
+    return (
+        torch.is_grad_enabled()
+        and readable(x, weight_NK)
+        and weight_NK.numel() <= LARGEST
+        and 0 < x.numel() * weight_NK.shape[0] <= MOST_WORK
+        and x.shape[-1] == weight_NK.shape[1]
+        and all(width % _WIDTH == 0 for width in weight_NK.shape)
+        and x.is_contiguous()
+        and weight_NK.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
+    """Return x w^T over the last dim, for what `fits`."""
+    y: Tensor = _Linear.apply(x, weight_NK)
+    return y
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_NK)
+        outputs, inputs = weight_NK.shape
+        y = x.new_empty(*x.shape[:-1], outputs)
+        weight_KN = weight_NK.t().contiguous()
+        _product(x, (inputs, 1), weight_KN, y, (x.numel() // inputs, inputs, outputs))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight_NK = ctx.saved_tensors
+        dy = gradients[0].contiguous()
+        outputs, inputs = weight_NK.shape
+        rows = x.numel() // inputs
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        if dx is not None:
+            _product(dy, (outputs, 1), weight_NK, dx, (rows, outputs, inputs))
+        dweight_NK = torch.empty_like(weight_NK) if ctx.needs_input_grad[1] else None
+        if dweight_NK is not None:
+            _product(dy, (1, outputs), x, dweight_NK, (outputs, rows, inputs))
+        return dx, dweight_NK
+
+
+def _product(
+    a: Tensor, strides: tuple[int, int], b_KN: Tensor, y_MN: Tensor, shape: tuple[int, int, int]
+) -> None:
+    """Write a [M, K], whose strides are given, times b into y. shape: M, K, N."""
+    library = native().library
+    assert library is not None
+    width = shape[2]
+    library.product(
+        a.data_ptr(), *strides, b_KN.data_ptr(), width, y_MN.data_ptr(), width, *shape, 0, 0
+    )
+
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@cache
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's products in this dtype are slow in main memory, on this machine."""
+    names = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
+    if dtype not in names:
+        return False
+    try:
+        return not getattr(torch.ops.mkldnn, names[dtype])()
+    except (AttributeError, RuntimeError):  # another build, for another processor
+        return False
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that nn.functional.linear would multiply x in, on a CPU."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def upcasts(x: Tensor) -> bool:
+    """Whether `linear` is the faster one for x."""
+    return x.is_cpu and is_slow(product_dtype(x)) and not torch.compiler.is_compiling()
+
+
+def upcast_linear(x: Tensor, weight_NK: Tensor) -> Tensor:
+    """Return nn.functional.linear(x, w), with gradients, by a product in float32."""
+    dtype = product_dtype(x)
+    with torch.autocast("cpu", enabled=False):
+        wide = nn.functional.linear(x.to(dtype).float(), weight_NK.to(dtype).float())
+        return wide.to(dtype)

@@ -1,0 +1,70 @@
+"""Threads that each do a part of a layer's work, with PyTorch's own threads out of the way."""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+Item = TypeVar("Item")
+
+
+def parallel_for(work: Callable[[Sequence[Item]], None], parts: Sequence[Sequence[Item]]) -> None:
+    """Call `work` once a part, each on its own thread; the first runs on this one.
+
+    Threads record no gradients. Under a dispatch mode (a FLOP counter, say), which lives in one
+    thread, everything runs here.
+    """
+    if len(parts) == 1 or _get_current_dispatch_mode() is not None:
+        for part in parts:
+            work(part)
+        return
+    threads = torch.get_num_threads()
+    pool = _pool(len(parts) - 1)
+    inference = torch.is_inference_mode_enabled()
+    futures: list[Future[None]] = [
+        pool.submit(_quietly, work, part, inference) for part in parts[1:]
+    ]
+    torch.set_num_threads(1)
+    try:
+        work(parts[0])
+    finally:
+        wait(futures)
+        torch.set_num_threads(threads)
+    for future in futures:
+        future.result()
+
+
+def _quietly(work: Callable[[Sequence[Item]], None], part: Sequence[Item], inference: bool) -> None:
+    with torch.inference_mode(inference), torch.no_grad():
+        work(part)
+
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+_lock = threading.Lock()
+
+
+def _pool(size: int) -> ThreadPoolExecutor:
+    with _lock:
+        if size not in _pools:
+            _pools[size] = ThreadPoolExecutor(
+                size,
+                thread_name_prefix="switchlm-expert",
+                initializer=torch.set_num_threads,
+                initargs=(1,),
+            )
+        return _pools[size]
+
+
+def _forget() -> None:
+    """Threads do not survive a fork: the child starts its own."""
+    global _lock
+    _lock = threading.Lock()
+    _pools.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,85 @@
+"""The dense feed-forward network of T5 v1.0 (ReLU) and v1.1 (gated GELU).
+
+T5's layer norm: root mean square, no mean, no bias.
+
+The linear map of every dense projection: PyTorch's, by the kernel that is fastest.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from switchlm.kernels.cpu.norm import rms_norm
+from switchlm.kernels.select import linear
+from switchlm.model.config import Activation
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "relu": nn.functional.relu,
+    "gelu": partial(nn.functional.gelu, approximate="tanh"),
+}
+
+
+Map = Callable[[Tensor], Tensor]
+
+
+def feed_forward(
+    x: Tensor, up: Map, gate: Map | None, down: Map, activation: Activation, dropout: float
+) -> Tensor:
+    """Return down(act(up(x))), or down(act(gate(x)) * up(x)) when gated (Shazeer 2020).
+
+    up, gate, down: the linear maps. dropout: on the intermediate activation.
+    """
+    activate = ACTIVATIONS[activation]
+    hidden = up(x)
+    hidden = activate(hidden) if gate is None else activate(gate(x)) * hidden
+    return down(nn.functional.dropout(hidden, dropout, dropout > 0))
+
+
+class FeedForward(nn.Module):
+    """One feed-forward network, see `feed_forward`. No biases."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        activation: Activation = "relu",
+        gated: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.up = Linear(d_model, d_ff)
+        self.gate = Linear(d_model, d_ff) if gated else None
+        self.down = Linear(d_ff, d_model)
+        self.activation = activation
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return feed_forward(x, self.up, self.gate, self.down, self.activation, dropout)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (Zhang & Sennrich 2019), the mean square always in float32.
+
+    Takes and returns [..., D] in the input's dtype.
+    """
+
+    def __init__(self, d_model: int, epsilon: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x.float(), self.weight.float(), self.epsilon).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """y = x w^T over the last dim, as nn.Linear without bias; in decoding as fast as w is read."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)

@@ -1,0 +1,342 @@
+"""What travels: every collective of a block of code, by kind, axes and payload.
+
+    with Ledger(mesh) as ledger:
+        training_step(...)
+    ledger.collectives, ledger.by_kind()
+
+It reads the calls themselves, so it counts a real job and one of fake processes alike. The payload
+of a collective is the size of its whole tensor here: the input of all-reduce, reduce-scatter and
+all-to-all, the output of all-gather, in the dtype that is sent. How many bytes pass the wire
+follows from it and from the number of processes. What a process sends to itself alone is left out.
+
+What is in memory while a block of code runs, and at its fullest moment: bytes by what they are.
+
+    with Memory(model, optimizer.state.values()) as memory:
+        training_step(...)
+    memory.peak
+
+It follows the storages of all tensors that operators return, so it counts real tensors and fake
+ones alike. What an allocator adds by rounding and by fragmentation, and what the process holds
+besides tensors, is not in it.
+"""
+
+import dataclasses
+import math
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from switchlm.parallel.mesh import AXES, Mesh
+
+# The operators below autograd, by the name of what they do; others (wait, barrier) carry nothing.
+KINDS = {
+    "c10d": {
+        "_allgather_base_": "all_gather",
+        "allgather_": "all_gather",
+        "allgather_into_tensor_coalesced_": "all_gather",
+        "allreduce_": "all_reduce",
+        "allreduce_coalesced_": "all_reduce",
+        "_reduce_scatter_base_": "reduce_scatter",
+        "reduce_scatter_": "reduce_scatter",
+        "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+        "alltoall_base_": "all_to_all",
+        "alltoall_": "all_to_all",
+        "broadcast_": "broadcast",
+    },
+    "_c10d_functional": {
+        "all_gather_into_tensor": "all_gather",
+        "all_gather_into_tensor_out": "all_gather",
+        "all_gather_into_tensor_coalesced": "all_gather",
+        "all_reduce": "all_reduce",
+        "all_reduce_": "all_reduce",
+        "all_reduce_coalesced": "all_reduce",
+        "all_reduce_coalesced_": "all_reduce",
+        "reduce_scatter_tensor": "reduce_scatter",
+        "reduce_scatter_tensor_out": "reduce_scatter",
+        "reduce_scatter_tensor_coalesced": "reduce_scatter",
+        "all_to_all_single": "all_to_all",
+        "broadcast": "broadcast",
+        "broadcast_": "broadcast",
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """One collective as this process takes part in it.
+
+    kind: all_reduce, all_gather, reduce_scatter, all_to_all or broadcast. axes: of the mesh, joined
+    by `x`. size: processes that take part. payload: bytes, see above.
+    """
+
+    kind: str
+    axes: str
+    size: int
+    dtype: torch.dtype
+    payload: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that leave this process: of a ring, and of an all-to-all with equal loads."""
+        rounds = 2 if self.kind == "all_reduce" else 1
+        return self.payload * rounds * (self.size - 1) / self.size
+
+
+class Ledger(TorchDispatchMode):
+    """Writes down the collectives of a block of code, those of its backward pass too.
+
+    mesh: names the axes; without one they are called `all`.
+    """
+
+    def __init__(self, mesh: Mesh | None = None) -> None:
+        super().__init__()
+        self.mesh = mesh
+        self.collectives: list[Collective] = []
+        self._groups: dict[str, tuple[str, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # it calls again with its parts, and the collectives it needs
+        kind = kind_of(func)
+        if kind is not None:
+            names = (argument.name for argument in func._schema.arguments)
+            self._note(kind, {**dict(zip(names, args, strict=False)), **(kwargs or {})})
+        return func(*args, **(kwargs or {}))
+
+    def by_kind(self) -> dict[tuple[str, str, torch.dtype], tuple[int, int]]:
+        """Return (how many, payload in bytes) of each (kind, axes, dtype)."""
+        return by_kind(self.collectives)
+
+    def _note(self, kind: str, given: dict[str, Any]) -> None:
+        tensors = [
+            tensor
+            for name, value in given.items()
+            if name.startswith(("input", "tensor"))
+            for tensor in _tensors_of(value)
+        ]
+        axes, size = self._group(given)
+        if size == 1:
+            return
+        payload = sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)
+        self.collectives.append(
+            Collective(
+                kind=kind,
+                axes=axes,
+                size=size,
+                dtype=tensors[0].dtype,
+                payload=payload * size if kind == "all_gather" else payload,
+            )
+        )
+
+    def _group(self, given: dict[str, Any]) -> tuple[str, int]:
+        name = given.get("group_name")
+        if name is None:
+            name = dist.ProcessGroup.unbox(given["process_group"]).group_name
+        if name not in self._groups:
+            group = dist.distributed_c10d._resolve_process_group(name)
+            ranks = dist.get_process_group_ranks(group)
+            self._groups[name] = (self._axes(ranks), len(ranks))
+        return self._groups[name]
+
+    def _axes(self, ranks: list[int]) -> str:
+        """Return the axes along which these processes differ."""
+        if self.mesh is None:
+            return "all"
+        shape = [self.mesh.size(axis) for axis in AXES]
+        places = numpy.unravel_index(numpy.array(ranks), shape)
+        return "x".join(
+            axis for axis, place in zip(AXES, places, strict=True) if (place != place[0]).any()
+        )
+
+
+def kind_of(func: Any) -> str | None:
+    """Return the kind of collective that an operator is, None if it is none."""
+    return KINDS.get(func.namespace, {}).get(func._schema.name.partition("::")[2])
+
+
+def by_kind(
+    collectives: Iterable[Collective],
+) -> dict[tuple[str, str, torch.dtype], tuple[int, int]]:
+    """Return (how many, payload in bytes) of each (kind, axes, dtype)."""
+    totals: dict[tuple[str, str, torch.dtype], tuple[int, int]] = {}
+    for one in collectives:
+        key = (one.kind, one.axes, one.dtype)
+        number, payload = totals.get(key, (0, 0))
+        totals[key] = (number + 1, payload + one.payload)
+    return totals
+
+
+def _tensors_of(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors_of(item)
+
+
+Purpose = Literal["weights", "gradients", "optimizer", "activations", "buffers"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """Bytes of one process.
+
+    weights, gradients, optimizer: of this process's shards. buffers: weights gathered from other
+    processes, and what is gathered or reduced. activations: all else, gradients of activations and
+    gradients on their way to be reduced among them.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    buffers: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them together."""
+        return sum(dataclasses.astuple(self))
+
+
+class Memory(TorchDispatchMode):
+    """Follows memory from here to the end of the block.
+
+    model: its parameters and buffers are weights. states: the optimizer's tensors, a mapping a
+    parameter. Where the block runs in a FakeTensorMode, enter that first.
+    """
+
+    def __init__(self, model: nn.Module, states: Iterable[Mapping[str, Any]] = ()) -> None:
+        super().__init__()
+        self._fake: FakeTensorMode | None = None
+        self._depth = 0
+        self._known: dict[int, tuple[weakref.ref, int, Purpose]] = {}
+        self._now: dict[Purpose, int] = dict.fromkeys(Bytes.__dataclass_fields__, 0)  # type: ignore[arg-type]
+        self._highest = 0
+        self.peak = Bytes()
+        self._model = model
+        self._hooks: list[Any] = []
+        self._states = list(states)
+
+    def __enter__(self) -> "Memory":
+        self._fake = active_fake_mode()
+        self._depth = 0 if self._fake is None else len(self._fake.enter_stack)
+        for tensor in (*self._model.parameters(), *self._model.buffers()):
+            self._see(tensor, "weights")
+        for state in self._states:
+            for tensor in state.values():
+                self._see(tensor, "optimizer")
+        for parameter in self._model.parameters():
+            if parameter.requires_grad:
+                self._hooks.append(
+                    parameter.register_post_accumulate_grad_hook(
+                        lambda p: self._see(p.grad, "gradients")
+                    )
+                )
+        self._resize = torch.UntypedStorage.resize_
+        memory = self
+
+        def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            # Sharded training gives gathered weights their memory, and takes it, by this.
+            result = memory._resize(storage, size)
+            memory._size(storage, "buffers")
+            return result
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def now(self) -> Bytes:
+        """What is in memory at this moment."""
+        return Bytes(**self._now)
+
+    def mark(self) -> int:
+        """Return the most bytes that there were since the last mark."""
+        highest, self._highest = self._highest, sum(self._now.values())
+        return highest
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            self._see(value, "activations")
+        if func.namespace == "fsdp":  # copies into and out of what is gathered and reduced
+            for value in tree_iter((args, kwargs)):
+                self._see(value, "buffers", again=True)
+        kind = kind_of(func)
+        if kind in ("all_gather", "reduce_scatter"):
+            for value in tree_iter((args, result)):
+                self._see(value, "buffers", again=True)
+            if kind == "reduce_scatter":
+                # The first tensor is where the sum goes: the gradient of this process's shards.
+                into = result if isinstance(result, Tensor) else next(_tensors(args))
+                self._see(into, "gradients", again=True)
+        return result
+
+    def _see(self, value: Any, purpose: Purpose, again: bool = False) -> None:
+        """Follow a tensor's storage if it is new; with `again`, say what a known one is for."""
+        if isinstance(value, DTensor):
+            value = value._local_tensor
+        if not isinstance(value, Tensor) or self._is_shadow(value):
+            return
+        storage = value.untyped_storage()
+        if storage._cdata not in self._known or again or purpose == "gradients":
+            self._size(storage, purpose)
+
+    def _is_shadow(self, tensor: Tensor) -> bool:
+        """Whether a tensor has no memory in any process.
+
+        To learn the shape of a result, DTensor runs operators on fake tensors of the whole shape,
+        in a fake mode of its own or in the one that is active, entered once more.
+        """
+        if self._fake is None:
+            return isinstance(tensor, FakeTensor)
+        return len(self._fake.enter_stack) > self._depth
+
+    def _size(self, storage: torch.UntypedStorage, purpose: Purpose) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            reference, old, was = self._known[key]
+            if was in ("weights", "optimizer"):
+                purpose = was
+            self._now[was] -= old
+        else:
+            reference = weakref.ref(storage, lambda _: self._forget(key))
+        self._known[key] = (reference, size, purpose)
+        self._now[purpose] += size
+        total = sum(self._now.values())
+        self._highest = max(self._highest, total)
+        if total > self.peak.total:
+            self.peak = self.now
+
+    def _forget(self, key: int) -> None:
+        _, size, purpose = self._known.pop(key)
+        self._now[purpose] -= size
+
+
+def active_fake_mode() -> FakeTensorMode | None:
+    """Return the fake mode in which operators run here, if any."""
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    assert mode is None or isinstance(mode, FakeTensorMode)
+    return mode
+
+
+def _tensors(value: Any) -> Any:
+    return (leaf for leaf in tree_iter(value) if isinstance(leaf, Tensor))

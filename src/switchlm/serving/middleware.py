@@ -1,0 +1,204 @@
+"""What stands before every route: the key, and bounds on how large and how slow a body may be.
+
+The page as a server gives it: every file with its address, media type and headers.
+
+The page may load nothing from elsewhere and run nothing but its own scripts, whatever a model
+writes: its content security policy says so to the browser.
+"""
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import re
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+LARGEST_BODY = 2**21  # bytes
+LARGEST_REFUSED = 2**26  # what is thrown away before the refusal: few clients read while they send
+BODY_SECONDS = 10.0  # for all of a body to come
+OPEN = ("/", "/health")  # besides the page's own files, which hold nothing secret
+
+
+class Guard:
+    """An ASGI application before another one.
+
+    key: None lets everyone in. The body is read here, whole, before the application sees any of it,
+    so nothing large or slow ever reaches it. count: called with the status of every answer.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        key: str | None,
+        seconds: float = BODY_SECONDS,
+        count: Callable[[int], None] | None = None,
+    ) -> None:
+        self._app, self._seconds, self._count = app, seconds, count
+        self._key = None if key is None else key.encode()
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        else:
+            await self._answer(scope, receive, self._counted(send))
+
+    def _counted(self, send: Send) -> Send:
+        count = self._count
+        if count is None:
+            return send
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                count(message["status"])
+            await send(message)
+
+        return counted
+
+    async def _answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if not self._allowed(scope):
+            message = "This needs the API key: send it as `Authorization: Bearer KEY`."
+            await refuse(send, 401, message, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
+            return
+        try:
+            body = await asyncio.wait_for(_read(receive), self._seconds)
+        except TimeoutError:
+            await refuse(send, 408, f"The body did not come within {self._seconds:g} s.")
+            return
+        except OverflowError:
+            await refuse(send, 413, f"A request may have {LARGEST_BODY:,} bytes at most.")
+            return
+        if body is None:  # the client is gone
+            return
+        given = False
+
+        async def replay() -> Message:
+            nonlocal given
+            if given:
+                return await receive()
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._app(scope, replay, send)
+
+    def _allowed(self, scope: MutableMapping[str, Any]) -> bool:
+        if self._key is None or scope["path"] in OPEN or scope["path"].startswith("/page/"):
+            return True
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, value = given.partition(b" ")
+        if scheme.lower() == b"basic":  # what a browser sends for an address with a password
+            try:
+                value = base64.b64decode(value, validate=True).partition(b":")[2]
+            except binascii.Error:
+                return False
+        elif scheme.lower() != b"bearer":
+            return False
+        return hmac.compare_digest(value.strip(), self._key)
+
+
+async def _read(receive: Receive) -> bytes | None:
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        part = message.get("body", b"")
+        size += len(part)
+        if size <= LARGEST_BODY:
+            parts.append(part)
+        else:
+            parts.clear()
+        more = message.get("more_body", False)
+        if size > (LARGEST_REFUSED if more else LARGEST_BODY):
+            raise OverflowError
+        if not more:
+            return b"".join(parts)
+
+
+def error_body(
+    message: str, kind: str = "invalid_request_error", param: str | None = None, code: Any = None
+) -> dict[str, Any]:
+    """Return an error as the OpenAI API has it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+async def refuse(
+    send: Send, status: int, message: str, code: Any = None, headers: dict[str, str] | None = None
+) -> None:
+    """Answer with an error."""
+    content = json.dumps(error_body(message, code=code)).encode()
+    fields = {"content-type": "application/json", "content-length": str(len(content))}
+    fields |= {"connection": "close"} if status in (408, 413) else {}
+    raw = [
+        (name.lower().encode(), value.encode())
+        for name, value in (fields | (headers or {})).items()
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": content})
+
+
+_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+_INLINE_SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
+
+# A report is one file with its scripts inside; alone in a window it may not reach anything.
+REPORT_HEADERS = {
+    "Content-Security-Policy": (
+        "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; "
+        "style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageFile:
+    """media_type: with the character set, for the Content-Type header."""
+
+    media_type: str
+    content: bytes
+
+
+def page_files() -> dict[str, PageFile]:
+    """Return the page's files by address: `/` and `/page/NAME`. None needs the API key."""
+    found = {}
+    for file in files("switchlm.serving").joinpath("page").iterdir():
+        ending = file.name.rpartition(".")[2]
+        if ending in _TYPES:
+            address = "/" if file.name == "index.html" else f"/page/{file.name}"
+            media_type = f"{_TYPES[ending]}; charset=utf-8"
+            found[address] = PageFile(media_type=media_type, content=file.read_bytes())
+    return found
+
+
+def page_headers(report: str | None = None) -> dict[str, str]:
+    """Return the headers of every file of the page.
+
+    report: the HTML of the run's report, if there is one. The page shows it in a frame of its own,
+    which is walled off but under the page's policy, so its scripts are allowed by their hashes.
+    """
+    hashes = ""
+    for script in _INLINE_SCRIPT.findall(report or ""):
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        hashes += f" 'sha256-{digest}'"
+    return {
+        "Content-Security-Policy": (
+            f"default-src 'none'; script-src 'self'{hashes}; "
+            "style-src 'self' 'unsafe-inline'; img-src data:; connect-src 'self'; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        ),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }

@@ -15,9 +15,9 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
-import transformers
 from typer.testing import CliRunner
 
+import transformers
 from switchlm.cli.main import app, load
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.huggingface.config import family_of
@@ -25,7 +25,7 @@ from switchlm.huggingface.quantised import Quantisation, first_entries, parts
 from switchlm.model import count
 from switchlm.model.presets import preset
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GUIDE = (ROOT / "docs" / "guides" / "deploy.md").read_text("utf-8")
 COMMANDS = [line for line in GUIDE.splitlines() if line.startswith("switchlm ")]
 UNIT = (ROOT / "examples" / "switchlm.service").read_text("utf-8")

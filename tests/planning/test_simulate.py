@@ -9,8 +9,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from tests.parallel.measured import measure
 from tests.parallel.processes import run_in_processes
+from tests.planning.measured import measure
 
 from switchlm.errors import ConfigError
 from switchlm.parallel.mesh import MeshConfig

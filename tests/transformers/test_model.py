@@ -6,10 +6,9 @@ import sys
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
+import transformers
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, ConfigError, MissingExtraError
 from switchlm.generation.decode import generate
@@ -18,6 +17,7 @@ from switchlm.model.config import Initialisation, RouterConfig
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.transformers import SwitchTransformersForConditionalGeneration
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 HF = RouterConfig(
     mode="hf",

@@ -3,7 +3,7 @@
     python compile_triton.py ARCHITECTURE (90 for Hopper) [all]
 
 With `all` in every variant and configuration that the autotuner tries, otherwise each once. Run by
-tests/kernels/test_triton_compile.py, in a process of its own: here the interpreter is off.
+tests/kernels/gpu/test_compile.py, in a process of its own: here the interpreter is off.
 """
 
 import json

@@ -60,6 +60,6 @@ def test_links_and_tree_exist():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
     tree = next(block for block in blocks("") if block.startswith("src/"))
-    rooms = set(re.findall(r"\b(\w+)/", tree.split("benchmarks/")[0])) - {"src", "switchlm"}
+    packages = set(re.findall(r"\b(\w+)/", tree.split("benchmarks/")[0])) - {"src", "switchlm"}
     found = {path.name for path in (ROOT / "src" / "switchlm").iterdir() if path.is_dir()}
-    assert rooms == found - {"__pycache__"}
+    assert packages == found - {"__pycache__"}

@@ -1,9 +1,8 @@
-"""Files that several processes share: one prepares them, and the others see all or nothing.
+"""Atomic, durable files and folders: readers, and a crash, see the old content or the new.
 
-Durable steps of the file system: what these functions return from survives a loss of power.
-
-A file is safe once its content and the folder that names it are both synced; a rename is safe once
-the folder is. The order of such steps is what makes a checkpoint atomic: see store.py.
+A file survives a loss of power once its content and the folder that names it are both synced; a
+rename once the folder is. `building` adds a lock, for what several processes would prepare alike,
+such as a token cache: one builds it, the others wait. What returns from here is on the disk.
 """
 
 import errno

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: training state to resume from, models in the Hugging Face format."""
+"""Training state that a run resumes from, bit for bit, on any mesh."""

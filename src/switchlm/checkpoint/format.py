@@ -1,15 +1,14 @@
-"""The manifest of a checkpoint: the size and SHA-256 of every file, and of the manifest itself.
+"""What the files of a checkpoint hold: its manifest, and training state as tensors and JSON.
 
-It is written last. A folder without one was never finished; one whose files differ from it was
-damaged later. Its own bytes are canonical, so that no bit of them can change unseen. A manifest
-finds accidents; it is no signature, and reading a checkpoint is safe without it.
+The manifest has the size and SHA-256 of every file, and of itself, and is written last. A folder
+without one was never finished; one whose files differ from it was damaged later. Its own bytes are
+canonical, so that no bit of them can change unseen. It finds accidents; it is no signature, and
+reading a checkpoint is safe without it.
 
-Training state as named tensors and JSON: nothing in a checkpoint is pickled.
-
-`split` takes nested dicts, lists and tuples apart: every tensor gets the name of its path
-(`optimizer/state/encoder.final_norm.weight/step`), and the structure that is left is plain JSON, a
-tensor in it being `{"$tensor": name, "dtype": ..., "shape": ...}`. `join` is the inverse. A tensor
-is stored whole under its name, whatever layout it had over processes.
+Nothing is pickled. `split` takes nested dicts, lists and tuples apart: every tensor gets the name
+of its path (`optimizer/state/encoder.final_norm.weight/step`), and the structure that is left is
+plain JSON, a tensor in it being `{"$tensor": name, "dtype": ..., "shape": ...}`. `join` is the
+inverse. A tensor is stored whole under its name, whatever layout it had over processes.
 """
 
 import hashlib

@@ -1,9 +1,8 @@
 """Read one checkpoint folder: verified as a whole before a single tensor is touched.
 
-Whether the stored parts of every tensor make it up exactly: no gap, nothing twice.
-
-Found out from shapes and offsets alone, before any number is read. Parts of an expert stack
-[E, ...] are named by the numbers of the experts.
+Whether the stored parts of every tensor cover it exactly, no gap and nothing twice, follows from
+shapes and offsets alone, before any number is read. Parts of an expert stack [E, ...] are named by
+the numbers of the experts.
 """
 
 import json

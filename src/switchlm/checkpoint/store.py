@@ -1,15 +1,13 @@
-"""Checkpoints of training: atomic, verified, written in the background, free of layout.
+"""Checkpoints of training: atomic, verified, written in the background, independent of the mesh.
 
     RUN/checkpoints/step-00001000/
         model-00001-of-00001.safetensors   parts of the tensors by name, bit-exact (tensors.py)
-        state.json                         the structure around them, and all numbers (state.py)
-        manifest.json                      size and SHA-256 of each, written last (manifest.py)
+        state.json                         the structure around them, and all numbers (format.py)
+        manifest.json                      size and SHA-256 of each, written last (format.py)
 
-Every rank copies and writes its own parts into one folder; rank 0 makes the folder, and makes it
-the checkpoint once all have written (shelf.py). The files say where each part stands in its tensor,
-so that any other mesh, or one process, reads what it needs of them.
-
-The folders of checkpoints on the disk, and the order of steps in which they come and go.
+Every rank copies and writes its own parts into one folder; rank 0 makes the folder, and renames it
+once all have written. The files say where each part lies in its tensor, so that any other mesh, or
+one process, reads what it needs of them (read.py).
 
 A save goes through these steps; the process, or the power, may fail after any of them:
 1. The files are written and synced in `.step-00001000.partial-PID`, the manifest last, then the
@@ -98,7 +96,7 @@ class CheckpointStore:
     def save(self, step: int, state: Mapping[str, Any], *, wait: bool = False) -> None:
         """Copy the tensors of `state` now, and write the checkpoint in the background.
 
-        state: nested dicts, lists and tuples of tensors, numbers and strings, see state.py; it may
+        state: nested dicts, lists and tuples of tensors, numbers and strings, see format.py; it may
         change as soon as this returns. Of DTensors each part is saved once; all else must be the
         same on all ranks, and is rank 0's. A checkpoint of the same step is replaced. At most one
         save is under way: this waits for the one before, and raises its error if it failed. The

@@ -1,7 +1,4 @@
-"""switchlm generate: fill the blanks of a text, or show what the model answers.
-
-Texts from a file, and what is said of each into another: `switchlm generate --input`.
-"""
+"""switchlm generate: fill the blanks of a text, or show the model's answer; of files, to a file."""
 
 import dataclasses
 import json

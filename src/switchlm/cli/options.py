@@ -1,7 +1,4 @@
-"""What several verbs share: options, and how they read models and texts.
-
-Options of the verbs that take tasks, and how these name their data.
-"""
+"""What several commands have in common: options, and how they read models, texts and tasks."""
 
 import dataclasses
 import os

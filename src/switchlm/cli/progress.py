@@ -1,6 +1,6 @@
 """A live display of one or several runs: steps, losses, speed, and the time that is left.
 
-SIGINT and SIGTERM: finish the step, save, then exit with the documented status.
+SIGINT and SIGTERM finish the step and save; the command then exits with the documented status.
 """
 
 import signal

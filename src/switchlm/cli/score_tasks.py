@@ -1,6 +1,6 @@
-"""How `evaluate` scores models on tasks: examples read once, answered by every model.
+"""How `evaluate` scores models on tasks, and shows their metrics with intervals side by side.
 
-What `evaluate` shows: figures with their intervals of one model, or of several side by side.
+Examples are read once and answered by every model.
 """
 
 import json

@@ -1,12 +1,10 @@
 """Quantise a model so that it changes least on a text: GPTQ, block after block.
 
 Each block sees what the quantised blocks before it make of the text. An expert learns from the rows
-that are routed to it alone.
+that are routed to it alone: while a text runs through the model, stand-ins for the matrices capture
+the rows that reach them.
 
-Stand-ins that note which rows reach a matrix, for as long as a text runs through the model.
-
-Shapes: N outputs, K inputs, R rows | rows in the order of their experts, D d_model | width, E
-experts.
+Shapes: N outputs, K inputs, R rows in the order of their experts, D width, E experts.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,10 +1,9 @@
-"""Models of fewer experts: prune those that matter least, or merge those that are alike.
+"""Models of fewer experts: prune those that matter least, or merge those that are similar.
 
-How much each expert matters on a text: by the tokens it takes, or by what the loss would lose.
+How much an expert matters on a text is told by the tokens that it takes, or by what the loss would
+lose without it. Experts are similar by their weights, their hidden units matched first.
 
-Which experts are alike, and which hidden unit of one is which of another.
-
-Shapes: E experts, N experts left, D d_model | width, F d_ff, R rows in the order of their experts.
+Shapes: E experts, N experts that stay, D d_model, F d_ff, R rows in the order of their experts.
 """
 
 import dataclasses
@@ -198,7 +197,7 @@ def prune(
 ) -> tuple[SwitchTransformer, dict[str, list[int]]]:
     """Return a model of the `keep` experts a layer that score highest, and which they were.
 
-    scores: see importance.py. Routers lose the rows of the experts that go, so that their tokens go
+    scores: see `importance`. Routers lose the rows of the experts that go, so that their tokens go
     to the next best of those that stay.
     """
     check_number(model.config, keep, model.config.num_experts, "--keep-experts")

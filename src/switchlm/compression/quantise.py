@@ -1,6 +1,4 @@
-"""Round weights to codes of 8 or 4 bits: every weight to the nearest.
-
-The codes of a whole model in memory, as they are stored, and the quantised model of them.
+"""Round weights to codes of 8 or 4 bits, each to the nearest; the quantised state of a model.
 
 Shapes: N outputs, K inputs, G groups of H inputs.
 """

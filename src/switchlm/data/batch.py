@@ -1,6 +1,7 @@
-"""The one record that leaves this room: padded or packed rows of token ids.
+"""`Batch`, the one record that leaves this package, and what all its sources have in common.
 
-What all sources of batches share: the samples of a step, shares of them, batches made ahead.
+A source of batches gives every data-parallel worker its rows of each step, prepared ahead in a
+background thread.
 """
 
 from collections import deque

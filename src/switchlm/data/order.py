@@ -1,18 +1,14 @@
-"""Randomness without state: hashes and permutations that are pure functions of a key and a counter.
+"""The order of samples as a pure function of seed and step: hashes, permutations, mixing, held out.
 
-Every random choice of this room is `hash(key, counter)`, so any step can be computed alone, by any
-worker, in any order, and is the same on every machine.
+Every random choice of this package is `hash(key, counter)`, so any step can be computed alone, by
+any worker, in any order, and is the same on every machine.
 
-Which source each sample comes from, and which of the source's samples it is.
-
-Sources take turns in blocks of fixed quotas: within a block the samples of a source are spread
+Sources are interleaved in blocks of fixed quotas: within a block the samples of a source are spread
 evenly, each a little off by a hash, and every sample of a source comes exactly once and in order.
-So the share of a source is right in every stretch of the run, not only on average, and the answer
-for a sample needs its number alone.
+So the proportion of a source is right in every stretch of the run, not only on average, and where a
+sample comes from needs its number alone.
 
-The held-out split: which documents are never trained on.
-
-Shapes: N numbers | samples, L positions, S sources.
+Shapes: N numbers (of samples), L positions, S sources, D documents, P places of a block.
 """
 
 import hashlib

@@ -1,13 +1,9 @@
-"""The metrics of tasks, in per cent, each with an interval of the bootstrap.
+"""The metrics of tasks, in per cent, each with a bootstrap interval.
 
-A metric is two functions: statistics of every example, and the figure that their sums make. The
-name of a metric is what `Task.metrics` and `--metric` say.
-
-A figure that is not defined is 0, such as the correlation with what is always the same.
-
-How far a figure may be off: percentile intervals of the bootstrap (Efron 1979), over groups.
-
-Every figure here is a function of sums over examples, so a resample needs only the sums of the
+A metric is two functions: statistics of every example, and the value that their sums make. The name
+of a metric is what `Task.metrics` and `--metric` say. A value that is not defined is 0, such as the
+correlation with a constant. Intervals are percentile intervals of the bootstrap (Efron 1979), over
+groups of examples: since every value is a function of sums, a resample needs only the sums of the
 groups that it drew.
 
 Shapes: N examples, K statistics, L labels, G groups, R resamples.

@@ -1,14 +1,12 @@
-"""Who goes to which expert: for every Switch layer, counts by expert and class, source and token.
+"""The expert assignment: for every Switch layer, counts by expert and class, source and token.
 
-All of it is read off the `Routing` record of the model's own output.
+All of it is read off the `Routing` record of the model's own output. Classes of tokens are letters,
+digits, signs, spaces, sentinels and starts of words. Vocabularies of bytes and of pieces get the
+same ones: a byte of a longer character is of the class of its character, and whether a letter
+starts a word is decided by the token before it.
 
-What kind of token each is: letters, digits, signs, spaces, sentinels, starts of words.
-
-Vocabularies of bytes and of pieces get the same classes: a byte of a longer character is of the
-class of its character, and whether a letter starts a word is told by the token before it.
-
-Shapes: B batch, S source, T target, N tokens, K experts a token, A assignments, E experts, C
-classes, M sources of the mixture, P places in a row.
+Shapes: B batch, S source, T target, N tokens, K experts per token, A assignments, E experts,
+C classes, M sources of the mixture, P places in a row.
 """
 
 import re
@@ -149,8 +147,8 @@ class LayerRouting:
     """What one Switch layer did with a text; padding is left out everywhere.
 
     name: the module, such as `encoder.blocks.1.feedforward`. load_E: assignments to each expert,
-    before dropping. class_load, source_load: the same for each class of tokens (see
-    token_classes.py) and each source of the text. top_tokens: for each expert its most frequent
+    before dropping. class_load, source_load: the same for each class of tokens and
+    each source of the text. top_tokens: for each expert its most frequent
     tokens as (text, count). dropped: the share of assignments that capacity dropped.
     dropped_by_place: the share of tokens that no expert took, in equal parts of the row from its
     start to its end. gate: the mean gate.

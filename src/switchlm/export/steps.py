@@ -1,14 +1,11 @@
 """The two programs of a model: its encoder, and a step of its decoder. Tensors in, tensors out.
 
-The key-value cache is an input and an output of the step, as long as the caller wants outputs to
-become; places from `position` on may hold anything.
+The KV cache is an input and an output of the step, as long as the caller wants outputs to become;
+places from `position` on may hold anything. `greedy` decodes with the two in numpy alone; its
+source is part of the README.md of every exported folder, so it needs nothing of this package.
 
-Greedy decoding with the two exported programs, in numpy alone.
-
-Its source stands in the README.md of every exported folder, so it needs nothing of this package.
-
-Shapes: B batch, S source, M places of the cache, L decoder layers, H heads, K head width, D
-d_model, V vocabulary.
+Shapes: B batch, S source, M places of the cache, L decoder layers, H heads, K head width,
+D d_model, V vocabulary.
 """
 
 import copy

@@ -1,13 +1,12 @@
-"""Text in, text out: the whole answer, or piece by piece as it comes (see also many_answers.py).
+"""Text in, text out: the whole answer, or piece by piece as it comes; blanks filled.
 
-A text gets the end token, as in training. What it is answered does not depend on how: alone, piece
-by piece, or in a batch with others.
+A text gets the end token, as in training. Its answer does not depend on how it was asked for:
+alone, piece by piece, or in a batch with others (batch.py). Filling blanks is what a model trained
+by span corruption does without further training:
 
-Fill the blanks of a text: what a model trained by span corruption does out of the box.
-
-text      def <extra_id_0>(self): return <extra_id_1>
-output    <extra_id_0>size<extra_id_1>self._size</s>
-filled    def size(self): return self._size
+    text      def <extra_id_0>(self): return <extra_id_1>
+    output    <extra_id_0>size<extra_id_1>self._size</s>
+    filled    def size(self): return self._size
 """
 
 import re

@@ -1,15 +1,14 @@
-"""Generate outputs for a batch of prompts, a token at a time.
+"""Generate outputs for a batch of prompts, token by token, with a KV cache.
 
 What a prompt gets does not depend on its neighbours, on padding or on its place in the batch: no
-token is dropped for want of capacity, and every row draws from a stream of its own.
+token is dropped for want of capacity, and every row draws from a random stream of its own.
 
-The key-value cache of decoding: allocated once, the same shapes at every step.
+The KV cache is allocated once, the same shapes at every step. Each layer's self-attention writes
+the new keys and values into buffers as long as the longest output; places not yet written lie in
+the future, which the causal mask hides. The encoder's keys and values for cross-attention are
+computed once.
 
-Each layer's self-attention writes the new keys and values into buffers as long as the longest
-output; places not yet written lie in the future, which the causal mask hides. The encoder's keys
-and values for cross-attention are computed once.
-
-Shapes: B batch, S source, T generated | new tokens, D d_model, H heads, M places, K head width.
+Shapes: B batch, S source, T new tokens, M places of the cache, H heads, K head width, D d_model.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -7,14 +7,12 @@
             break
     print(stream.finish())
 
-What is given out adds up to `tokenizer.decode` of all tokens, cut before the stop string, wherever
-the borders between tokens lie. Text is held back while the next token may still change it: half a
+The pieces add up to `tokenizer.decode` of all tokens, cut before the stop string, wherever the
+borders between tokens lie. Text is held back while the next token may still change it: half a
 character, or what may become a stop string. Bytes that are no character show as U+FFFD, as there.
 
-How tokens read to a human, so that all of them one after the other are the text.
-
-A space stands where it was, and a character made of several byte tokens is the text of the first of
-them; the others have none.
+`token_texts` gives every token the text that a reader sees: a space where it was, and of a
+character made of several byte tokens the first has the text, the others none.
 """
 
 from collections.abc import Sequence

@@ -1,12 +1,9 @@
-"""The fields of a Hugging Face config.json, as transformers and this package use them.
-
-config.json to ModelConfig, checked against what the weights say.
+"""config.json to ModelConfig and back, as transformers and this package use its fields.
 
 Fields absent from a file have transformers' own defaults. Where the file and the weights disagree
 on layers, sparse layers, experts, gating or the head, the weights are right and the repair is
-reported. Nothing in the file is imported or run: `auto_map` and the like are not read.
-
-ModelConfig to config.json, readable by transformers as far as it has the words.
+reported. Nothing in the file is imported or run: `auto_map` and the like are not read. What is
+written, transformers reads as far as it has the words.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,7 +1,4 @@
-"""The README.md of a saved model.
-
-What transformers cannot represent of a model, in words for warnings and model cards.
-"""
+"""The model card (README.md) of a saved model, and what transformers cannot represent of it."""
 
 from switchlm.huggingface.config import ARCHITECTURES, family_of, transformers_step
 from switchlm.model import count

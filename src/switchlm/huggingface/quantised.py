@@ -1,11 +1,9 @@
-"""Folders of quantised models: what is in them, and how they are read.
+"""Folders of quantised models: how they are read, and written a matrix at a time.
 
 Beside the fields of any model, config.json has a `quantization_config` of the method `switchlm`.
 Tensors have our own names. A parameter that is quantised is stored as its codes, under its name,
 and their scales, under its name with `.scale`: outputs before inputs, experts first.
-docs/guides/compress.md has the layout in full.
-
-Write the folder of a quantised model, a matrix at a time: whole, or not at all.
+docs/guides/compress.md has the layout in full. A folder is written whole, or not at all.
 
 Shapes: E experts, N outputs, K inputs, B blocks of 64 outputs, G groups of inputs.
 """

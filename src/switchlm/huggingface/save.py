@@ -1,9 +1,8 @@
 """Write a model folder of the Hugging Face format: whole, or not at all.
 
-The weight files of a model folder, written by all ranks, none of which ever holds the model.
-
-The tensors of the files go by one at a time, in one order on all ranks: those that hold a part of
-it send the part to the rank that writes the file, which keeps only what it is writing.
+All ranks write the weight files together, and none ever holds the whole model. Tensors are handled
+one by one, in one order on all ranks: those that hold a part of a tensor send it to the rank that
+writes the file, which keeps only what it is writing.
 """
 
 import dataclasses

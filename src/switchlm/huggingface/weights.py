@@ -1,13 +1,12 @@
 """Weight files of a model folder: which there are, what is in them, and their tensors one by one.
 
-Names in an index are those of strangers: a file is only opened if it lies in the folder. Shapes are
+Names in an index are not to be trusted: a file is only opened if it lies in the folder. Shapes are
 known before any tensor is read. safetensors files are mapped into memory, never read whole; `.bin`
 files are unpickled with weights_only, which runs no code of theirs.
 
-Where tensors lie in safetensors files: for reading parts of them again and again, without a map.
-
-A mapped file that is cut short while in use kills the process; a read that comes back short is an
-error that can be told.
+Parts that are read again and again, such as experts left in their files, are read by offset and not
+through a map: a mapped file that is cut short while in use kills the process, while a read that
+comes back short is an error with a message.
 """
 
 import json

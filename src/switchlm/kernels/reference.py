@@ -1,8 +1,7 @@
-"""The obviously right grouped product: one matrix product an expert, in a loop.
+"""The obviously right grouped product, and the activations of experts.
 
-Every fast kernel is tested against this one, gradients too.
-
-The activations of experts on a CPU, in place or into memory that is there already.
+One matrix product per expert, in a loop: every fast kernel is tested against it, gradients too.
+Activations work in place, or into memory that is there already.
 
 Shapes: R rows, D in, F out, E experts.
 """

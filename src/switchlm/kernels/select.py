@@ -121,7 +121,7 @@ def explain_switch(
 
     `separate`: rows are gathered, multiplied by `explain`'s kernel, and combined. `native`: all in
     one call in C, on a CPU. `triton`: all in fused kernels (the extra `triton`, or PyTorch's own on
-    a GPU). `trial`: not known yet, the next call tries both (see trial.py).
+    a GPU). `trial`: not known yet, the next call tries both (see autotune.py).
     """
     if x_ND.is_cpu:
         misfit = switch.misfit(x_ND, num_assignments, d_ff, activation, gated)

@@ -1,9 +1,4 @@
-"""The dense feed-forward network of T5 v1.0 (ReLU) and v1.1 (gated GELU).
-
-T5's layer norm: root mean square, no mean, no bias.
-
-The linear map of every dense projection: PyTorch's, by the kernel that is fastest.
-"""
+"""Layers of T5 that dense and sparse models share: linear, RMSNorm, dense feed-forward."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,14 +1,11 @@
-"""How experts and tokens find each other, given the router's probabilities.
+"""Which experts a token goes to, and which tokens an expert has capacity for.
 
-Every function takes probability_NE (float32) and returns choices; none carries gradients, the gate
-read off the probabilities afterwards does.
+Functions take probability_NE (float32) and return choices; none carries gradients, the gate that is
+read off the probabilities afterwards does. In training the router's input may be disturbed so that
+experts get explored (appendix C).
 
-Expert capacity: how many tokens an expert takes from a group, and which ones.
-
-What the router sees in training: its input, disturbed so that experts get tried (appendix C).
-
-Shapes: N tokens, K choices | choices a token, E experts, G groups of S tokens, C capacity, A = N *
-K assignments.
+Shapes: N tokens, K choices per token, A = N * K assignments, E experts, G groups of S tokens, C
+capacity.
 """
 
 import math

@@ -1,10 +1,8 @@
 """The Switch layer: route, dispatch, compute, combine (section 2.2). It reads like the paper.
 
-Dispatch, experts and combine in one, where a kernel does all three: GPUs, small experts on CPUs.
-
-Fused kernels gather tokens while they multiply, and scatter what comes out, so that rows in the
-order of experts never exist. For that all experts must be here, and each token's assignments stand
-in token order. Everything else goes step by step: see switch.py.
+Where one kernel dispatches, computes and combines (on GPUs, and for small experts on CPUs), these
+three are one call: fused kernels gather tokens while they multiply, and scatter the results, so
+that rows in the order of experts never exist. For that all experts must be in this process.
 """
 
 import torch

@@ -1,9 +1,8 @@
-"""`apply`: the one call that spreads a model over processes. The model itself does not change.
+"""`apply`: the one call that shards a model over processes, and `gather_model`, its inverse.
 
-Tensor parallelism first, experts next, then FSDP2 over what is left: experts over (replicas, data),
-everything else over (replicas, data x expert), a block at a time. An axis of length 1 does nothing.
-
-A model that is spread over processes, whole again in each of them: to generate, to be kept.
+The model itself does not change. Tensor parallelism first, experts next, then FSDP2 over what is
+left: experts over (replicas, data), everything else over (replicas, data x expert), a block at a
+time. An axis of length 1 does nothing.
 """
 
 import functools

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Given a model and a cluster: layouts, memory and traffic, estimated or simulated."""

@@ -1,7 +1,7 @@
 """Given a model, a batch and a cluster: every layout that fits, how long a step takes, and why.
 
 It answers what the paper leaves open (section 8, question 3), as far as one can without running:
-memory and traffic are those of the real code (footprint.py), times are estimates from them:
+memory and traffic are those of the real code (estimate.py), times are estimates from them:
 
     compute     matrix products at `utilisation` of the peak, or memory traffic if that takes longer
     gathering   weights and gradients; hidden behind compute as far as that lasts
@@ -9,12 +9,10 @@ memory and traffic are those of the real code (footprint.py), times are estimate
     optimizer   bound by memory
 
 Memory traffic counts weights three times (forward, and both products backward), activations three
-times (written, read, and read again), and 28 bytes a parameter for AdamW, 40 for Adafactor.
+times (written, read, and read again), and 28 bytes per parameter for AdamW, 40 for Adafactor.
 
-Given hardware and a shape: how many experts to take, and the layout to train them in.
-
-Quality rises at every doubling of the experts at equal FLOPs a token (section 3.1), so the best
-model is the one with the most experts whose step is not much longer than the shortest.
+Quality rises with every doubling of the experts at equal FLOPs per token (section 3.1), so the best
+model for a cluster is the one with the most experts whose step is hardly longer than the shortest.
 """
 
 import dataclasses

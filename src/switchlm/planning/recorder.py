@@ -1,23 +1,16 @@
-"""What travels: every collective of a block of code, by kind, axes and payload.
+"""What a block of code sends, and what is in memory at its peak.
 
-    with Ledger(mesh) as ledger:
+    with Ledger(mesh) as ledger, Memory(model, optimizer.state.values()) as memory:
         training_step(...)
-    ledger.collectives, ledger.by_kind()
+    ledger.collectives, ledger.by_kind(), memory.peak
 
-It reads the calls themselves, so it counts a real job and one of fake processes alike. The payload
-of a collective is the size of its whole tensor here: the input of all-reduce, reduce-scatter and
-all-to-all, the output of all-gather, in the dtype that is sent. How many bytes pass the wire
-follows from it and from the number of processes. What a process sends to itself alone is left out.
+Collectives are read off the calls themselves, so a real job and one of fake processes count alike.
+The payload of a collective is the size of its whole tensor: the input of all-reduce, reduce-scatter
+and all-to-all, the output of all-gather, in the dtype that is sent. How many bytes pass the wire
+follows from it and from the number of processes. What a process sends to itself is left out.
 
-What is in memory while a block of code runs, and at its fullest moment: bytes by what they are.
-
-    with Memory(model, optimizer.state.values()) as memory:
-        training_step(...)
-    memory.peak
-
-It follows the storages of all tensors that operators return, so it counts real tensors and fake
-ones alike. What an allocator adds by rounding and by fragmentation, and what the process holds
-besides tensors, is not in it.
+Memory follows the storages of all tensors that operators return, real or fake. What an allocator
+adds by rounding and fragmentation, and what the process holds besides tensors, is not in it.
 """
 
 import dataclasses

@@ -1,18 +1,14 @@
 """One training step of one process of a job that does not exist: its memory, and what it sends.
 
 The model, `parallel.apply` and `training_step` are the real ones; tensors are fake and have shapes
-only, and so has the job. Loads are balanced (planning/simulate.py).
-
-A job of any number of processes in this one: collectives return at once, and move nothing.
-
-A dispatcher whose loads are known beforehand, for steps that are traced but not computed.
+only, and so has the job: collectives return at once and move nothing.
 
 Fake tensors carry no values, so what the routers choose is not known. Here every expert takes the
 same number of tokens of the whole batch, which is what the balance loss trains for (section 2.2);
-what no expert has seats for is dropped. Real loads differ from step to step: the fullest process
-then holds more rows, up to the capacity, and the others fewer.
+what exceeds the capacity is dropped. Real loads differ from step to step: the fullest process then
+holds more rows, up to the capacity, and the others fewer.
 
-Shapes: P processes of the expert axis, E experts in all, L experts here.
+Shapes: P processes of the expert axis, E experts in all, L experts of this process.
 """
 
 import functools

@@ -1,10 +1,8 @@
-"""Race a Switch Transformer against its FLOP-matched dense twin on the same batches.
+"""Train a Switch Transformer and its FLOP-matched dense twin on the same batches, side by side.
 
 The two runs share the machine in the same seconds, so that whatever slows it slows both, and take
-the same number of steps. What the paper's section 3 measures comes out: how much earlier, in steps
-and in time, the sparse model reaches the dense model's final held-out loss.
-
-How much earlier one run reached another's final loss, in steps and in time (section 3.1).
+the same number of steps. What the paper's section 3.1 measures comes out: how much earlier, in
+steps and in time, the sparse model reaches the dense model's final held-out loss.
 """
 
 import dataclasses

@@ -32,7 +32,7 @@ from switchlm.model.transformer import SwitchTransformer
 class Plan:
     """What to do, in this order: prune to `keep_experts`, merge to `merge_experts`, quantise.
 
-    by: which experts stay, see importance.py. calibrate: fit the codes to the text (GPTQ).
+    by: which experts stay, see prune.py. calibrate: fit the codes to the text (GPTQ).
     """
 
     keep_experts: int | None = None

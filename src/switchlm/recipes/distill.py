@@ -1,11 +1,8 @@
 """Distil a model into a smaller one: a sparse teacher into its dense twin (section 4.2).
 
-What the paper reports comes out: the share of the teacher's gain over a dense model that the
-student keeps, and how much smaller than the teacher it is.
-
-What a student reads, text or the examples of tasks, and what its teacher says of it.
-
-What a distillation comes to: how much of the teacher's gain is kept, and the compression.
+A student reads text or the examples of tasks, with what its teacher says of each. What the paper
+reports comes out: the share of the teacher's gain over a dense model that the student keeps, and
+how much smaller than the teacher it is.
 """
 
 import json

@@ -1,8 +1,7 @@
 """Fine-tune a model on tasks: the best checkpoint by the tasks' own metrics is what stays.
 
-The model of a fine-tuning run: loaded, its dropout and routing set, and in part frozen.
-
-What a run writes of it: the whole model, and adapters by themselves where it trains some.
+The model is loaded, its dropout and routing set, and in part frozen; written are the whole model,
+and adapters by themselves where a run trains some.
 """
 
 import hashlib

@@ -1,8 +1,6 @@
 """Pre-train a model on text with span corruption, from random weights or those of another model.
 
-At the end of a run: who goes to which expert, on held-out text.
-
-What a run starts from: the weights of another model, and with them its vocabulary.
+At its end a run records its expert assignment on held-out text, RUN/routing.json.
 """
 
 import dataclasses

@@ -1,10 +1,7 @@
-"""Routing records made ready for the page: bounded, ordered, in few digits.
+"""Routing and diagnostics made ready for the page: bounded, ordered, in few digits, all finite.
 
-An order in which neighbours are alike, so that families show in a heat map.
-
-What the layers did at each evaluation, for the page: one list of numbers per curve.
-
-Curves have no more points than a page shows, in few digits, none of them infinite.
+Experts and classes are put in an order in which neighbours are similar, so that families show in a
+heat map. Curves have no more points than a page shows.
 
 Shapes: E experts shown, M sources (or classes), L layers.
 """

@@ -1,11 +1,10 @@
 """One thread that owns the model: continuous batching (Yu et al. 2022, Orca).
 
 Requests wait in a bounded queue, first come first served. Between two decoding steps those that fit
-are encoded, together, and take free slots; those that are done, cancelled or out of time leave
+are encoded, together, and take free slots; those that are done, cancelled or out of time free
 theirs. An error belongs to the request that caused it: what fails in a batch is tried again one by
-one, and only what fails alone is given up.
-
-Bring the engine's events to the event loop: one wake-up for all that a step tells.
+one, and only what fails alone is given up. Events reach the server's event loop with one wake-up
+per step.
 """
 
 import asyncio

@@ -1,9 +1,8 @@
-"""What stands before every route: the key, and bounds on how large and how slow a body may be.
+"""What comes before every route: the key, bounds on bodies, the files and headers of the page.
 
-The page as a server gives it: every file with its address, media type and headers.
-
-The page may load nothing from elsewhere and run nothing but its own scripts, whatever a model
-writes: its content security policy says so to the browser.
+A body may be no larger and no slower than its bounds. The page may load nothing from elsewhere and
+run nothing but its own scripts, whatever a model writes: its content security policy says so to the
+browser.
 """
 
 import asyncio

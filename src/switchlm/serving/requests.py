@@ -1,6 +1,6 @@
-"""What is asked of the engine, and what it tells while it works on it.
+"""The bodies of requests, and what the engine is asked for and tells while it works on it.
 
-The bodies of requests: every field has its type and bounds, and there are no others.
+Every field has its type and bounds, and there are no others.
 """
 
 from collections.abc import Callable

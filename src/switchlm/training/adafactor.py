@@ -10,18 +10,14 @@ two largest dims, means wherever E is smaller than D and F; it keeps experts fro
 statistics, so that one that few tokens reach still takes steps of full size; and it works alike
 when the experts are sharded over machines.
 
-All arithmetic here is out of place, so that sharded tensors (DTensor) work and a step can be
-skipped without a trace. On a CPU plain factored tensors are updated in place instead, to the same
-result but for rounding: adafactor_in_place.py.
-
-Adafactor's update of factored weights in place: for plain float32 tensors in main memory.
-
-The plain way, in adafactor.py, passes a dozen times over temporaries as large as the weights. Here
-a slice of a few experts at a time is read, and its squares stay in the cache while rows, columns
-and the update's norm are summed; then the slice of the weights is written. The update's root mean
-square, by which it is clipped, and the weights', by which the rate is multiplied, are those of the
-whole stack: so weights and gradients are read once before the first weight is written, and once
-more.
+The plain arithmetic is out of place, so that sharded tensors (DTensor) work and a step can be
+skipped without a trace; it passes a dozen times over temporaries as large as the weights. Plain
+factored float32 tensors in main memory are updated in place instead, to the same result but for
+rounding: a slice of a few experts at a time is read, and its squares stay in the cache while rows,
+columns and the update's norm are summed; then the slice of the weights is written. The update's
+root mean square, by which it is clipped, and the weights', by which the rate is multiplied, are
+those of the whole stack: so weights and gradients are read once before the first weight is written,
+and once more.
 
 Shapes: M matrices (experts, or one plain matrix), D rows, F columns.
 """

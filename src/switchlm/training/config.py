@@ -20,7 +20,7 @@ class TrainingConfig:
         multiply the learning rate of experts, routers and relative position biases.
     gradient_clip: largest norm of all gradients together; None leaves them alone.
     accumulate: loader batches a step; the loss is that of one batch as large as all of them.
-    precision: see precision.py.
+    precision: see step.py.
     activation_checkpointing: recompute the blocks in the backward pass to save memory.
     compile: compile the model with torch.compile first; slow to start.
     log_every, evaluate_every, checkpoint_every: in steps; None for never.

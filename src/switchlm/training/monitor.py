@@ -1,8 +1,7 @@
-"""Where the figures of a run go: metrics.jsonl, and TensorBoard or wandb if asked for.
+"""The metrics of a run: averaged on the device, written to metrics.jsonl, TensorBoard or wandb.
 
-What keeps a bad batch from harming a run: steps that are skipped, spikes that are noticed.
-
-Means over the steps since the last line, kept on the device until they are wanted.
+Steps with a bad gradient are skipped and counted, and so are spikes of the loss; neither enters the
+means over the steps since the last line.
 """
 
 import json

@@ -1,11 +1,7 @@
-"""The optimizer: which parameters it treats how, and its state by parameter name.
-
-The learning rate as a pure function of the step.
-
-Which part of a model trains: all of it, or all but experts, experts or routers alone.
+"""The optimizer: which parameters train, in which groups, at which learning rate.
 
 What is frozen asks for no gradient, so that the optimizer holds nothing for it and the backward
-pass makes no buffer for it.
+pass makes no buffer for it. The learning rate is a pure function of the step.
 """
 
 import math

@@ -1,11 +1,8 @@
 """One optimisation step: the loss, its gradients, and an update that a bad batch cannot spoil.
 
-Which numbers a step computes with: the experiment of Table 2 (section 2.4).
-
-Weights, gradients and the optimizer's state stay float32 in every mode, so that only what a mode
-names differs.
-
-What training minimises besides routing losses: cross-entropy, unless a recipe says otherwise.
+A step computes in one of three precisions, the experiment of Table 2 (section 2.4). Weights,
+gradients and the optimizer's state stay float32 in each, so that only what it names differs. What
+is minimised besides routing losses is cross-entropy, unless a recipe says otherwise.
 
 Shapes: L Switch layers, E experts, B batch, T target, V vocabulary.
 """

@@ -1,10 +1,6 @@
-"""A PreTrainedModel around our model.
+"""A PreTrainedModel around our model, with the tensors of saved folders and transformers' KV cache.
 
-The tensors of a saved folder, put into a model of ours that is there already.
-
-transformers' key-value cache as ours: it keeps what our decoder computes.
-
-Beam search reorders it and assisted decoding crops it, both from outside.
+Beam search reorders the cache and assisted decoding crops it, both from outside.
 
 Shapes: B batch, S source, T target, D d_model, V vocabulary.
 """

@@ -1,13 +1,11 @@
-"""Rows of raw tokens out of a token cache: examples of text, before they are masked.
+"""Rows of raw tokens out of a token cache, not masked yet: running text, or packed documents.
 
-Running text is here, packed documents are in packing.py; both answer `examples(index_N)`. A
-source's rows are numbered on for ever: row `num_rows` is the first of the second pass, shuffled
-anew.
+Both answer `examples(index_N)`. A source's rows are numbered for ever: row `num_rows` is the first
+of the second pass, shuffled anew. In packed rows many short documents share a row, each an example
+of its own, none seeing another.
 
-Many short documents in one row, each an example of its own, none seeing another.
-
-Shapes: D documents, N rows, E examples in those rows | examples of those rows, L raw positions, P
-pieces (a document, or a part of one too long for a row).
+Shapes: D documents, N rows, E examples of those rows, L raw positions, P pieces (a document, or a
+part of one too long for a row).
 """
 
 from collections.abc import Sequence

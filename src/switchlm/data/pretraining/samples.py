@@ -1,6 +1,4 @@
-"""Sample numbers to a batch: which source, which text, which mask, laid out in rows.
-
-The shape of a row: how long inputs and targets are, and how raw text is cut to fill them.
+"""Sample numbers to a batch: which source, which text, which mask, how long rows are.
 
 Shapes: B rows of the batch, E examples in them, S inputs, T targets, L raw positions.
 """

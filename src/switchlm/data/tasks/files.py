@@ -1,9 +1,8 @@
-"""Records out of the files of tasks: TSV, CSV, JSON, JSONL, Parquet, pairs of lines.
+"""Records of tasks, out of files or off the hub.
 
-A folder may hold one task, or a folder for each of several. The file of a split is told by its
-name: `train.tsv`, `dev.jsonl`, `train-v1.1.json`, `val.jsonl.zst`.
-
-Records of a task from the hub, through the optional package `datasets`.
+Files are TSV, CSV, JSON, JSONL, Parquet, or pairs of lines. A folder may hold one task, or a folder
+for each of several. The file of a split is recognised by its name: `train.tsv`, `dev.jsonl`,
+`train-v1.1.json`, `val.jsonl.zst`. The hub needs the optional package `datasets`.
 """
 
 import csv

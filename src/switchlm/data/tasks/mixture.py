@@ -1,7 +1,6 @@
 """Tasks by name or from a file of the user's, and their examples.
 
-What there is: `task_registry.py`. Where examples come from: files (`task_files.py`), or the hub
-(`task_hub.py`).
+The tasks that have a name are in `registry.py`; records come from `files.py`.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,12 +1,9 @@
-"""What a task is: how the columns of a record become a text to read and a text to write.
+"""A task: how the columns of a record become a text to read and a text to write.
 
 T5 puts every task into this form (Raffel et al. 2020, section 2.4), so that one model, one loss and
-one decoding procedure serve all of them.
-
-Nested records made flat: what the templates of some tasks cannot reach into.
-
-Each function takes a record as the task's files hold it, or as the hub does, and yields records of
-plain columns; `identity` says what these belong to together.
+one decoding procedure serve all of them. Nested records, which templates cannot reach into, are
+first flattened: functions that take a record as the task's files or the hub hold it, and yield
+records of plain columns; `identity` says which of these belong together.
 """
 
 import re

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Text: sources and readers, tokenizers, and the cache of their tokens."""

@@ -1,10 +1,9 @@
-"""Which tokenizer a configuration means: bytes, a file, or one trained on the sources and kept.
+"""The tokenizer of a configuration: bytes, a file, or a Unigram model trained on the sources.
 
-Train a Unigram tokenizer (Kudo 2018) with byte fallback: lossless on any text.
-
-As in SentencePiece, a space is written `▁` inside pieces (so that a `▁` in a text comes back as a
-space, the one exception to losslessness). Unlike it, nothing is normalised and nothing prepended:
-line breaks and indentation survive, as program text needs.
+A trained one (Kudo 2018) falls back to bytes, so that it is lossless on any text, and is kept
+beside the token cache. As in SentencePiece, a space is written `▁` inside pieces (so that a `▁` in
+a text comes back as a space, the one exception to losslessness). Unlike it, nothing is normalised
+and nothing prepended: line breaks and indentation survive, as program text needs.
 """
 
 import hashlib

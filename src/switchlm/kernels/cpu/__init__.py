@@ -1,1 +1,1 @@
-"""TODO."""
+"""Kernels in main memory, in PyTorch's operators and in C (native/)."""

@@ -1,27 +1,22 @@
-"""Attention with a bias that learns, in main memory: a few rows at a time, each on one core.
+"""Attention in main memory, three kernels for three situations.
 
-No fused kernel gives the gradient of a bias on a CPU, and the fallback of
-`scaled_dot_product_attention` passes more than a dozen times over all scores. Here some rows of the
-batch go through every step while their scores are in the cache, and each thread has rows of its
-own, so that none waits for another. The result has the same bits with any number of threads.
+Their plain twin is `nn.functional.scaled_dot_product_attention`, whose fused kernel gives no
+gradient of a bias on a CPU, and whose fallback passes more than a dozen times over all scores.
 
-Attention of one query a head, as in decoding: native/one_query.c, once over keys and values.
+`biased_attention`: training, any shape, with a bias that learns. Some rows of the batch go through
+every step while their scores are in the cache, and each thread has rows of its own, so that none
+waits for another.
+`small_attention`: training of small heads on short sequences, where PyTorch's products take several
+times as long as their arithmetic; native/attention.c, forward and backward. The scores of some
+queries of one head are made, used and forgotten while they are in the cache; for backward two
+numbers per query are kept.
+`decode_attention`: one query per head, as in decoding; native/one_query.c, once over keys and
+values. What a row gets depends on no other row, and not on how many masked places follow.
 
-PyTorch's kernel for it takes longer to set out than to compute. The plain twin is
-`nn.functional.scaled_dot_product_attention`. What a row gets depends on no other row, and not on
-how many masked places follow.
+All give the same bits with any number of threads.
 
-Attention of small heads and short sequences: native/attention.c, forward and backward.
-
-PyTorch's products of matrices this small take several times as long as their arithmetic, and its
-fused kernel gives no gradient of a bias. The scores of some queries of one head are made, used and
-forgotten while they are in the cache; for backward two numbers a query are kept. The result has the
-same bits with any number of threads.
-
-The plain twin is `nn.functional.scaled_dot_product_attention`.
-
-Shapes: B batch, H heads, Q queries, M keys and values (memory), K head width, N = B * H products, G
-groups of rows, W = H * K.
+Shapes: B batch, H heads, Q queries, M keys and values (memory), K head width, N = B * H products,
+G groups of rows, W = H * K.
 """
 
 import ctypes

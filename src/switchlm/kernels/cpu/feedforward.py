@@ -1,16 +1,15 @@
-"""A whole expert in one go: up, activation and down, while its hidden rows are still in the cache.
+"""A whole expert at once: up, activation and down, while its hidden rows are still in the cache.
 
 Three separate calls write and read all hidden rows of all experts again and again, and pass over
 them once more for the activation and its gradient. Here each expert runs to its end before the next
 begins; its output and its weight gradients are written once.
 
-All small experts of a layer in one call of native/products.c, on one thread.
-
 Where experts have some thousand weights or some ten rows, preparing four tensors for each takes
-longer than multiplying them. cpu_feedforward.py goes from expert to expert and is the plain twin;
-where it takes the products in C too (products.py), the results are the same bits.
+longer than multiplying them: then all experts of a layer are one call of native/products.c, on one
+thread. Going from expert to expert is its plain twin, with the same bits where that multiplies in
+C.
 
-Shapes: R rows, D d_model, F d_ff, E experts, P pieces (see plan.py).
+Shapes: R rows, D d_model, F d_ff, E experts, P pieces (see grouped.py).
 """
 
 from collections.abc import Sequence

@@ -1,23 +1,21 @@
-"""Grouped products in main memory: one `mm` an expert, straight into tensors that are written once.
+"""Grouped products in main memory: one product per expert, experts shared out among the threads.
 
-Autograd over a loop that indexes the stacked weight builds one full-size gradient an expert, and
+Autograd over a loop that indexes the stacked weight builds one full-size gradient per expert, and
 `torch.nn.functional.grouped_mm` leaves the rows past the counts undefined. Here the loop is inside
 one autograd function: every product writes its slice of the result, an expert without rows costs
 the zeroing of its weight gradient, and rows past the counts are zero.
 
-Share the experts of a layer out among the cores: whole experts a core, not all cores a product.
+Products of 64 rows are too small to split among threads: each thread taking whole experts is
+faster, and does not wait at a barrier after every product. Experts are laid out in a row, each as
+long as its cost, and the row is cut into equal lengths, one per thread (McNaughton's rule): an
+expert that a cut goes through is shared by two threads, column by column. So loads may be as skewed
+as they like.
 
-Products of 64 rows are too small to split: each thread taking whole experts is faster, and does not
-wait at a barrier after every product. Experts are laid out in a row, each as long as its cost, and
-the row is cut into equal lengths, one a thread (McNaughton's rule): an expert that a cut goes
-through is shared by two threads, column by column. So loads may be as skewed as they like.
+One product is PyTorch's, or native/products.c where rows are few: libraries for large products pack
+their factors first, which costs as much as it saves where one factor has some ten to a hundred
+rows. The plain twins are `torch.mm` and `addmm_`.
 
-One product of an expert, on one thread: PyTorch's, or native/products.c where rows are few.
-
-Libraries for large products pack their factors first, which costs as much as it saves where one
-factor has some ten to a hundred rows. The plain twins are `torch.mm` and `addmm_`.
-
-Shapes: R rows, D in, F out, E experts, P pieces (see plan.py), M x K times K x N.
+Shapes: R rows, D in, F out, E experts, P pieces (see `Piece`); of one product, M x K times K x N.
 """
 
 from collections.abc import Sequence
@@ -46,7 +44,7 @@ class Piece:
     """Rows of an expert, all of them or a block, and columns, all or those between two shares.
 
     The pieces of the same columns follow each other on one thread. few_shapes: columns are cut
-    coarsely, so that products have few shapes (see spare.py).
+    coarsely, so that products have few shapes (see memory.py).
     """
 
     expert: int

@@ -1,32 +1,27 @@
-"""Memory for large tensors that outlives a training step.
+"""Main memory for kernels: reused between steps, a workspace per thread, large pages.
 
-Experts' gradients and hidden rows are the largest tensors that a step allocates and frees. Given
-back to the system every time, they cost a page fault for every 4 KiB and a second write of all
-their bytes (zeros by the kernel); with 256 experts that is a third of the layer's time. Blocks from
-here wait for the next step when the last tensor on them is gone.
+`empty_reused`: experts' gradients and hidden rows are the largest tensors that a step allocates and
+frees. Given back to the system every time, they cost a page fault for every 4 KiB and a second
+write of all their bytes (zeros by the kernel); with 256 experts that is a third of the layer's
+time. A block waits for the next step when the last tensor on it is gone. The pool holds no more
+than the tensors of one step: whenever no free block fits, the free blocks of other sizes go back to
+the system first. `release` returns all that is free.
 
-The pool holds no more than the tensors of one step: whenever no free block fits, the free blocks
-of other sizes go back to the system first. `release` returns all that is free.
+`Workspace`: rows that are needed for a moment, and rows padded to one of few sizes. oneDNN, which
+multiplies in bfloat16 and float16 on a CPU, compiles code for every shape that it meets:
+milliseconds each, while loads differ at every step. So there rows are padded with zeros to one of
+some fifty sizes, each of which is compiled once.
 
-Room for rows that are needed for a moment, and rows filled up to one of few sizes.
+`empty_on_large_pages`: for weights that every decoding step reads once. A processor remembers where
+few pages lie. With pages of 4 KiB, reading a model's weights from end to end misses that memory at
+every page; of 2 MiB pages there are 512 times fewer. Linux gives them on request (`madvise`),
+without any right or setting, and where it cannot, all works as before.
 
-oneDNN, which multiplies in bfloat16 and float16 on a CPU, compiles code for every shape that it
-meets: milliseconds each, while loads differ at every step. So there rows are filled up with zeros
-to one of some fifty sizes, each of which is compiled once.
+`keep_freed_memory`: a training step allocates the same tensors as the one before, while the C
+library returns large blocks to the system at once and gets them back, empty, a moment later: a
+tenth of a step on a CPU. Only glibc is told to keep them, and only in a training run.
 
-Main memory in large pages, for weights that every decoding step reads once.
-
-A processor remembers where few pages lie. With pages of 4 KiB, reading a model's weights from end
-to end misses that memory at every page; of 2 MiB pages there are 512 times fewer. Linux gives them
-to who asks (`madvise`), without any right or setting, and where it cannot, all works as before.
-
-Tell the C library to keep what training frees, instead of giving it back to the system.
-
-A training step allocates the same tensors as the one before. The C library returns large blocks to
-the system at once and gets them back, empty, a moment later: a page fault for every 4 KiB, a tenth
-of a step on a CPU. Only glibc is told, and only by who owns the process: a training run.
-
-Shapes: X rows of one piece of an expert (see plan.py).
+Shapes: X rows of one piece of an expert (see grouped.py).
 """
 
 import ctypes

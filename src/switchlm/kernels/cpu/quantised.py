@@ -4,7 +4,7 @@
 row's result is the same bit for bit whatever rows stand beside it. 4 bits: rows are rounded to
 bfloat16, products summed in float32. PyTorch's operators for both are private: that they are there
 and right is tried out once (see `integer_product`, `int4_product`). Few rows go another way, where
-there is one (few_rows.py).
+there is one (small_batch.py).
 
 Shapes: R rows, K inputs, N outputs, B blocks of 64 outputs, G inputs that share a scale.
 """

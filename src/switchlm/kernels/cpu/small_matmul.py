@@ -1,16 +1,15 @@
-"""The linear map of small models in training: native/products.c, forward and backward.
+"""Linear maps that PyTorch is slow at on a CPU: small ones, and 16 bits without instructions.
 
 Libraries for large products arrange their factors in memory first, which takes longer than the
-arithmetic where a matrix has some thousand numbers, however many rows there are. The plain twin is
-`nn.functional.linear`.
+arithmetic where a matrix has some thousand numbers, however many rows there are: `linear` is
+native/products.c, forward and backward.
 
-Products of numbers of 16 bits, on a processor that has no instructions for them.
+On a processor that has no instructions for numbers of 16 bits PyTorch multiplies one after the
+other, twenty to a hundred times as slowly as in float32: `upcast_linear` converts the factors
+first. Products and sums are then exact in float32, and the result is rounded once, as processors do
+that can multiply them.
 
-There PyTorch multiplies one number after the other, twenty to a hundred times as slowly as in
-float32. So the factors are widened first: their products and sums are then exact in float32, and
-the result is rounded once, as processors do that can multiply them.
-
-Shapes: R rows, K inputs, N outputs.
+The plain twin of both is `nn.functional.linear`. Shapes: R rows, K inputs, N outputs.
 """
 
 from functools import cache

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Kernels on NVIDIA GPUs: PyTorch's grouped product, and fused ones in Triton."""

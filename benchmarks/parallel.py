@@ -87,8 +87,8 @@ def training(mesh: AnyMesh) -> Callable[[], None]:
     model.train()
     optimizer = build_optimizer(model, TrainingConfig())
     set_learning_rate(optimizer, 1e-4)
-    rows = ROWS // mesh.num_shares
-    noise = torch.Generator().manual_seed(mesh.share)
+    rows = ROWS // mesh.data_size
+    noise = torch.Generator().manual_seed(mesh.data_rank)
 
     def draw(length: int) -> Tensor:
         return torch.randint(2, MODEL.vocabulary_size, (rows, length), generator=noise)

@@ -6,14 +6,14 @@ import random
 import numpy as np
 import pytest
 
-from switchlm.checkpoint.layout import Box
+from switchlm.checkpoint.layout import Region
 from switchlm.checkpoint.read import check
 from switchlm.errors import CheckpointError
 
 EXPERTS = "model/encoder.blocks.1.feedforward.experts.up"
 
 
-def grid(shape: tuple[int, ...], generator: random.Random) -> list[Box]:
+def grid(shape: tuple[int, ...], generator: random.Random) -> list[Region]:
     """Cut every dim at random places; the boxes of the grid tile the shape."""
     sides = []
     for size in shape:
@@ -24,14 +24,14 @@ def grid(shape: tuple[int, ...], generator: random.Random) -> list[Box]:
     return [tuple(box) for box in itertools.product(*sides)]
 
 
-def covered(shape: tuple[int, ...], boxes: list[Box]) -> bool:
+def covered(shape: tuple[int, ...], boxes: list[Region]) -> bool:
     counts = np.zeros(shape, dtype=int)
     for box in boxes:
         counts[tuple(slice(a, b) for a, b in box)] += 1
     return bool((counts == 1).all())
 
 
-def found(shape: tuple[int, ...], boxes: list[Box], name: str = EXPERTS) -> str | None:
+def found(shape: tuple[int, ...], boxes: list[Region], name: str = EXPERTS) -> str | None:
     try:
         check({name: shape}, {name: boxes}, "It")
     except CheckpointError as error:
@@ -58,7 +58,7 @@ def test_it_finds_what_counting_every_number_finds(seed: int) -> None:
 
 
 def test_parts_that_are_no_grid_may_tile_too() -> None:
-    pinwheel: list[Box] = [
+    pinwheel: list[Region] = [
         ((0, 1), (0, 2)), ((0, 2), (2, 3)), ((2, 3), (1, 3)), ((1, 3), (0, 1)), ((1, 2), (1, 2)),
     ]  # fmt: skip
     assert found((3, 3), pinwheel) is None
@@ -67,7 +67,7 @@ def test_parts_that_are_no_grid_may_tile_too() -> None:
     )
 
 
-def one(expert: int) -> Box:
+def one(expert: int) -> Region:
     return ((expert, expert + 1), (0, 4), (0, 2))
 
 

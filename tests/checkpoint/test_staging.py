@@ -47,7 +47,7 @@ def test_memory_of_the_first_save_can_be_had_beforehand(tmp_path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("room", [True, False])
 def test_a_gpu_goes_on_while_its_copies_travel(monkeypatch: pytest.MonkeyPatch, room: bool) -> None:
-    monkeypatch.setattr("switchlm.checkpoint.staging._has_room", lambda device, parts: room)
+    monkeypatch.setattr("switchlm.checkpoint.staging._fits_in_memory", lambda device, parts: room)
     staging = Staging()
     weight = torch.randn(1000, 1000, device="cuda")
     for _ in range(3):

@@ -233,7 +233,7 @@ def test_large_parts_are_read_wherever_they_lie(tmp_path, monkeypatch, before, d
         "down": Extent(path, before + 2 * 700_001, (2 * STAGE,), torch.bfloat16),
     }
     recipe = Recipe(parts, dtype)
-    room = expert_files.new_room(recipe.num_bytes())
+    room = expert_files.new_buffer(recipe.num_bytes())
     files = ExpertFiles([path])
     files.read(recipe, room)
     found = recipe.tensors(room)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchlm.data.order import choose_alike, choose_held_out
+from switchlm.data.order import choose_aligned, choose_held_out
 
 HASHES = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=50)
 
@@ -52,7 +52,7 @@ def test_a_single_document_is_for_training():
 def test_a_group_is_held_out_in_all_sources_or_in_none(sources, share, least):
     hashes_SD = [np.array(hashes, dtype=np.uint64) for hashes in sources]
     lengths_SD = [np.full(len(hashes), 100) for hashes in sources]
-    chosen_SD = choose_alike(hashes_SD, lengths_SD, share, least)
+    chosen_SD = choose_aligned(hashes_SD, lengths_SD, share, least)
     held_out = {value for h, c in zip(hashes_SD, chosen_SD, strict=True) for value in h[c]}
     trained = {value for h, c in zip(hashes_SD, chosen_SD, strict=True) for value in h[~c]}
     assert not held_out & trained

@@ -28,13 +28,13 @@ def say(line: str) -> None:
 def work(folder: Path, steps: int, step_seconds: float, timeout: float) -> None:
     launch = launched()
     assert launch is not None
-    with stop_on_signal() as should_stop, process_group(launch, timeout) as watch:
+    with stop_on_signal() as should_stop, process_group(launch, timeout) as heartbeat:
         weight = torch.zeros(8)
         store = CheckpointStore(folder / "checkpoints")
         done = 0
-        if watch.restarted and store.steps():
+        if heartbeat.restarted and store.steps():
             done = int(store.load(into={"weight": weight})["progress"])
-        say(f"rank {launch.rank} from {done} restarted {watch.restarted}")
+        say(f"rank {launch.rank} from {done} restarted {heartbeat.restarted}")
         dist.barrier()
         while done < steps:
             generator = torch.Generator().manual_seed(1000 * done + launch.rank)
@@ -44,7 +44,7 @@ def work(folder: Path, steps: int, step_seconds: float, timeout: float) -> None:
             weight += gradient[:-1]
             time.sleep(step_seconds)
             done += 1
-            watch.note(done)
+            heartbeat.beat(done)
             stop = bool(gradient[-1] > 0)
             if (done % 5 == 0 or stop) and launch.rank == 0:
                 store.save(done, {"weight": weight, "progress": done}, wait=True)

@@ -72,7 +72,7 @@ def check_layer(whole: SwitchFeedForward, mesh: Mesh, x_BSD: Tensor) -> None:
     x_BSD.requires_grad_()
     y_BSD, _ = whole(x_BSD)
     (y_BSD * weight_BSD).sum().backward()
-    mine = slice(2 * mesh.share, 2 * mesh.share + 2) if mesh.num_shares == 2 else slice(None)
+    mine = slice(2 * mesh.data_rank, 2 * mesh.data_rank + 2) if mesh.data_size == 2 else slice(None)
     part_BSD = x_BSD.detach()[mine].requires_grad_()
     z_BSD, _ = sharded(part_BSD)
     (z_BSD * weight_BSD[mine]).sum().backward()
@@ -80,7 +80,7 @@ def check_layer(whole: SwitchFeedForward, mesh: Mesh, x_BSD: Tensor) -> None:
     close(z_BSD, y_BSD[mine], rtol=1e-5, atol=1e-5)
     close(part_BSD.grad, x_BSD.grad[mine], rtol=1e-5, atol=1e-5)
     router_gradient = sharded.router.weight.grad
-    close(mesh.total(router_gradient), whole.router.weight.grad, rtol=1e-4, atol=1e-5)
+    close(mesh.all_reduce_sum(router_gradient), whole.router.weight.grad, rtol=1e-4, atol=1e-5)
     for name, parameter in sharded.experts.named_parameters():
         expected = dict(whole.experts.named_parameters())[name].grad
         close(parameter.grad.full_tensor(), expected, rtol=1e-4, atol=1e-5)

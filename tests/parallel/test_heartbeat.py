@@ -11,7 +11,7 @@ from tests.parallel.test_launch import clients
 
 from switchlm.errors import ConfigError, LostRankError
 from switchlm.parallel import heartbeat as module
-from switchlm.parallel.heartbeat import Watch, of_a_collective, within
+from switchlm.parallel.heartbeat import Heartbeat, of_a_collective, within
 
 BROKEN = "[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711"
 
@@ -23,19 +23,19 @@ def _soon(monkeypatch):
 
 
 @pytest.fixture
-def watches():
+def heartbeats():
     host, stores = clients(3)
-    yield [Watch(store, rank, 3) for rank, store in enumerate(stores)]
+    yield [Heartbeat(store, rank, 3) for rank, store in enumerate(stores)]
     del host
 
 
-def fail_in(watches, errors):
-    """Raise an error (None: none) within each rank's watch, all at once; return what comes out."""
+def fail_in(heartbeats, errors):
+    """Raise an error (None: none) within each rank's heartbeat, all at once; return what comes out."""
     found = {}
 
     def run(rank, error):
         try:
-            with watches[rank].naming_the_lost():
+            with heartbeats[rank].report_lost_ranks():
                 raise error
         except Exception as told:
             found[rank] = told
@@ -48,9 +48,9 @@ def fail_in(watches, errors):
     return found
 
 
-def test_the_silent_rank_is_named_with_its_step_by_all_others(watches):
-    watches[2].note(41)
-    found = fail_in(watches, {0: RuntimeError(BROKEN), 1: RuntimeError(BROKEN)})
+def test_the_silent_rank_is_named_with_its_step_by_all_others(heartbeats):
+    heartbeats[2].beat(41)
+    found = fail_in(heartbeats, {0: RuntimeError(BROKEN), 1: RuntimeError(BROKEN)})
     for rank in (0, 1):
         assert isinstance(found[rank], LostRankError)
         message = str(found[rank])
@@ -62,45 +62,45 @@ def test_the_silent_rank_is_named_with_its_step_by_all_others(watches):
         assert BROKEN in message
 
 
-def test_a_rank_without_a_step_is_named_too(watches):
-    found = fail_in(watches, {0: RuntimeError(BROKEN), 1: RuntimeError(BROKEN)})
+def test_a_rank_without_a_step_is_named_too(heartbeats):
+    found = fail_in(heartbeats, {0: RuntimeError(BROKEN), 1: RuntimeError(BROKEN)})
     assert "was last heard of before its first step" in str(found[0])
 
 
-def test_a_rank_that_failed_by_itself_is_to_blame_and_keeps_its_error(watches):
+def test_a_rank_that_failed_by_itself_is_to_blame_and_keeps_its_error(heartbeats):
     own = OSError("No space left on device")
-    found = fail_in(watches, {0: own, 1: RuntimeError(BROKEN)})
+    found = fail_in(heartbeats, {0: own, 1: RuntimeError(BROKEN)})
     assert found[0] is own
     assert "failed: OSError: No space left on device." in str(found[1])
     assert "was last heard" not in str(found[1]), "nobody is called lost while one has said why"
 
 
-def test_if_all_answer_it_is_the_network(watches):
-    found = fail_in(watches, dict.fromkeys(range(3), RuntimeError(BROKEN)))
+def test_if_all_answer_it_is_the_network(heartbeats):
+    found = fail_in(heartbeats, dict.fromkeys(range(3), RuntimeError(BROKEN)))
     for error in found.values():
         assert "All ranks still answer: look at the network between the hosts" in str(error)
 
 
 def test_if_the_store_is_gone_its_host_is_named():
     host, stores = clients(1)
-    watch = Watch(stores[0], 1, 2)
+    heartbeat = Heartbeat(stores[0], 1, 2)
     del host
     with pytest.raises(LostRankError, match="rank 0, or the host it runs on, is gone"):
-        fail_and_raise(watch)
+        fail_and_raise(heartbeat)
 
 
-def fail_and_raise(watch):
-    with watch.naming_the_lost():
+def fail_and_raise(heartbeat):
+    with heartbeat.report_lost_ranks():
         raise RuntimeError(BROKEN)
 
 
 def test_a_stores_host_that_stopped_does_not_hold_the_others():
     _host, stores = clients(1)
-    watch = Watch(stores[0], 1, 2)
-    watch._store = Stopped()
+    heartbeat = Heartbeat(stores[0], 1, 2)
+    heartbeat._store = Stopped()
     start = time.monotonic()
     with pytest.raises(LostRankError, match="is gone, stopped or cut off"):
-        fail_and_raise(watch)
+        fail_and_raise(heartbeat)
     assert time.monotonic() - start < 4
 
 
@@ -109,14 +109,14 @@ class Stopped:
         threading.Event().wait()
 
 
-def test_rank_0_stays_until_the_others_have_read(watches):
+def test_rank_0_stays_until_the_others_have_read(heartbeats):
     """It may be the host of the store: were it to leave first, they would blame it."""
     left = {}
 
     def run(rank, wait):
         time.sleep(wait)
         try:
-            fail_and_raise(watches[rank])
+            fail_and_raise(heartbeats[rank])
         except LostRankError:
             left[rank] = time.monotonic()
 
@@ -128,9 +128,9 @@ def test_rank_0_stays_until_the_others_have_read(watches):
     assert left[0] > left[1] - 0.2
 
 
-def test_other_errors_pass_as_they_are(watches):
+def test_other_errors_pass_as_they_are(heartbeats):
     own = ConfigError("mesh.data must be at least 1, got 0.")
-    assert fail_in(watches, {1: own})[1] is own
+    assert fail_in(heartbeats, {1: own})[1] is own
 
 
 @pytest.mark.parametrize(
@@ -147,16 +147,16 @@ def test_what_is_an_error_of_a_collective(error, expected):
     assert of_a_collective(error) is expected
 
 
-def test_beats_are_at_most_one_a_second(watches):
+def test_beats_are_at_most_one_a_second(heartbeats):
     for step in range(100):
-        watches[1].note(step)
-    assert json.loads(watches[0]._store.get("beat/1"))["step"] == 0
+        heartbeats[1].beat(step)
+    assert json.loads(heartbeats[0]._store.get("beat/1"))["step"] == 0
 
 
 def test_the_first_of_a_node_goes_first():
     _host, stores = clients(3)
     order = []
-    nodes = [Watch(store, rank, 3, local_rank=rank) for rank, store in enumerate(stores)]
+    nodes = [Heartbeat(store, rank, 3, local_rank=rank) for rank, store in enumerate(stores)]
 
     def run(rank):
         with nodes[rank].first_on_node("text"):

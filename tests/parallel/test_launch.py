@@ -9,7 +9,7 @@ from tests.parallel.jobs import free_port
 
 from switchlm.errors import LaunchError
 from switchlm.parallel.launch import Launch, launched
-from switchlm.parallel.rendezvous import meet, open_store, ranks
+from switchlm.parallel.rendezvous import open_store, ranks, rendezvous
 
 ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 TORCHRUN = ADDRESS | {
@@ -143,7 +143,7 @@ def meet_all(stores, restarts):
     told = {}
 
     def run(rank):
-        own, restarted = meet(stores[rank], rank, len(stores), restarts[rank], 20)
+        own, restarted = rendezvous(stores[rank], rank, len(stores), restarts[rank], 20)
         own.set(f"seen/{rank}", "yes")
         own.wait([f"seen/{other}" for other in range(len(stores))], timedelta(seconds=10))
         told[rank] = restarted
@@ -177,13 +177,13 @@ def test_the_question_of_a_dead_process_is_no_answer_for_the_living():
 def test_those_who_do_not_start_are_named():
     _host, stores = clients(1)
     with pytest.raises(LaunchError, match=r"Ranks 1, 2 of 3 did not start within 0\.3 s"):
-        meet(stores[0], 0, 3, 0, 0.3)
+        rendezvous(stores[0], 0, 3, 0, 0.3)
 
 
 def test_others_than_rank_0_say_that_it_knows():
     _host, stores = clients(1)
     with pytest.raises(LaunchError, match=r"Rank 1 waited 1 s for all 3 .*if it has none, rank 0"):
-        meet(stores[0], 1, 3, 0, 1)
+        rendezvous(stores[0], 1, 3, 0, 1)
 
 
 def test_of_many_ranks_only_the_first_are_listed():

@@ -48,19 +48,24 @@ def test_four_processes_agree(tmp_path):
 def agree(rank):
     mesh = Mesh.of(MeshConfig(data=2, tensor=2), "cpu")
     # Tensor neighbours, who are next to one another, have the same share of a batch.
-    assert (mesh.num_shares, mesh.share, mesh.is_main) == (2, rank // 2, rank == 0)
-    assert mesh.total(torch.tensor(10 + mesh.share)) == 21
-    assert mesh.any(rank == 3)
-    assert not mesh.any(False)
+    assert (mesh.data_size, mesh.data_rank, mesh.is_main) == (2, rank // 2, rank == 0)
+    assert mesh.all_reduce_sum(torch.tensor(10 + mesh.data_rank)) == 21
+    assert mesh.any_rank(rank == 3)
+    assert not mesh.any_rank(False)
     # A vector [0 .. 7] sharded over both axes; another whole on each process.
     grid = mesh.sub("data", "tensor")
     part = DTensor.from_local(torch.arange(2.0) + 2 * rank, grid, [Shard(0), Shard(0)])
     copy = DTensor.from_local(torch.ones(3), grid, [Replicate(), Replicate()])
     half = DTensor.from_local(torch.ones(2), grid, [Replicate(), Shard(0)])
-    assert [mesh.copies(tensor) for tensor in (part, copy, half, torch.ones(1))] == [1, 4, 2, 4]
-    length = mesh.length(part.to_local().norm())
+    assert [mesh.num_replicas(tensor) for tensor in (part, copy, half, torch.ones(1))] == [
+        1,
+        4,
+        2,
+        4,
+    ]
+    length = mesh.global_norm(part.to_local().norm())
     torch.testing.assert_close(length, torch.arange(8.0).norm())
-    assert mesh.length(torch.tensor(float("nan") if rank == 1 else 0.0)).isnan()
+    assert mesh.global_norm(torch.tensor(float("nan") if rank == 1 else 0.0)).isnan()
     bits = [torch.empty(()) for _ in range(4)]
     dist.all_gather(bits, length)
     assert len({float(value) for value in bits}) == 1

@@ -45,7 +45,7 @@ def figures(mesh: Mesh, way: str) -> Tensor:
     apply(model, mesh)
     materialise(model, torch.device("cpu"), seed=0)
     optimizer = build_optimizer(model, TrainingConfig(learning_rate=1e-3))
-    noise = torch.Generator().manual_seed(mesh.share)
+    noise = torch.Generator().manual_seed(mesh.data_rank)
     batch = Batch(
         inputs_BS=torch.randint(2, 384, (2, 16), generator=noise),
         targets_BT=torch.randint(2, 384, (2, 8), generator=noise),
@@ -53,7 +53,7 @@ def figures(mesh: Mesh, way: str) -> Tensor:
         target_segments_BT=None,
         source_B=torch.zeros(2, dtype=torch.int32),
     )
-    torch.manual_seed(mesh.share)
+    torch.manual_seed(mesh.data_rank)
     record = training_step(model.train(), optimizer, [batch], mesh=mesh)
     assert taken, "the layers were asked"
     return record.figures

@@ -5,7 +5,7 @@ import torch
 from tests.parallel.processes import run_in_processes
 from torch.distributed.tensor import DTensor
 
-from switchlm.parallel.apply import whole
+from switchlm.parallel.apply import gather_model
 from switchlm.parallel.mesh import Mesh, MeshConfig
 from switchlm.recipes.config import run_config
 from switchlm.recipes.pretrain import build_model
@@ -24,7 +24,7 @@ def put_together(rank: int, number: int) -> None:
     for axes in meshes:
         model = build_model(config, Mesh.of(MeshConfig(**axes), "cpu"))
         assert any(isinstance(part, DTensor) for part in model.parameters())
-        copy = whole(model)
+        copy = gather_model(model)
         assert not copy.training
         assert copy.state_dict().keys() == expected.keys()
         for name, tensor in copy.state_dict().items():
@@ -34,4 +34,4 @@ def put_together(rank: int, number: int) -> None:
 
 def test_a_model_of_one_process_is_given_back():
     model = build_model(run_config(preset="nano"))
-    assert whole(model) is model
+    assert gather_model(model) is model

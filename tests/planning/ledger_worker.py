@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from switchlm.parallel.mesh import Mesh, MeshConfig
-from switchlm.planning.recorder import Ledger
+from switchlm.planning.recorder import CollectiveRecorder
 
 
 def main(out: Path) -> None:
@@ -19,7 +19,7 @@ def main(out: Path) -> None:
     mesh = Mesh.of(MeshConfig(data=2, expert=2), "cpu")
     expert = mesh.sub("expert")
     assert expert is not None
-    with Ledger(mesh) as ledger:
+    with CollectiveRecorder(mesh) as ledger:
         dist.all_reduce(torch.ones(3))
         dist.all_to_all_single(torch.ones(4), torch.ones(4), group=expert.get_group())
         x = torch.ones(6, 2, requires_grad=True)

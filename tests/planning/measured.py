@@ -37,7 +37,7 @@ def measure(rank: int, configs: list[RunConfig], out: str) -> None:
             model = SwitchTransformer(config.model)
         apply(model, mesh, wire_dtype=wire_dtype(config))
         materialise(model, torch.device("cpu"), seed=0)
-        rows = config.data.batch_size // mesh.num_shares
+        rows = config.data.batch_size // mesh.data_size
         batch = random_batch(config, rows)
         step = measure_step(model, [batch] * config.training.accumulate, config, mesh)
         collectives = [[c.kind, c.axes, c.size, str(c.dtype), c.payload] for c in step.collectives]

@@ -15,7 +15,7 @@ from tests.planning.measured import measure
 from switchlm.errors import ConfigError
 from switchlm.parallel.mesh import MeshConfig
 from switchlm.planning.estimate import footprint
-from switchlm.planning.recorder import Collective, Memory
+from switchlm.planning.recorder import Collective, MemoryRecorder
 from switchlm.planning.simulate import balanced_loads, exchanged, fake_job, simulate
 from switchlm.recipes.config import RunConfig, run_config
 
@@ -118,7 +118,7 @@ def test_balanced_loads_share_out_the_remainder_over_processes() -> None:
 
 def test_memory_is_followed_to_the_byte_and_forgotten() -> None:
     layer = torch.nn.Linear(8, 4, bias=False)
-    with Memory(layer) as memory:
+    with MemoryRecorder(layer) as memory:
         x = torch.ones(16, 8)
         layer(x).sum().backward()
         assert memory.now.weights == 8 * 4 * 4

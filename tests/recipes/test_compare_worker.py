@@ -5,7 +5,7 @@ import random
 import pytest
 
 from switchlm.data.text.tokenizer import Tokenizer
-from switchlm.recipes.compare_worker import Racer, RacerError
+from switchlm.recipes.compare_worker import CompareWorker, WorkerError
 from switchlm.recipes.config import run_config, with_vocabulary
 from switchlm.training.run_folder import RunFolder
 
@@ -32,7 +32,9 @@ def start(tmp_path):
         )
         tokenizer = Tokenizer.bytes()
         folder = RunFolder(tmp_path / "run")
-        started.append(Racer(with_vocabulary(config, tokenizer), tokenizer, folder, threads=1))
+        started.append(
+            CompareWorker(with_vocabulary(config, tokenizer), tokenizer, folder, threads=1)
+        )
         return started[-1]
 
     yield begin
@@ -56,5 +58,5 @@ def test_a_child_that_fails_is_an_error_and_no_hang(start):
     racer = start("model.d_model=30")
     racer.folder.config.write_text("model: {d_model: none}\n")
     racer.ask("advance 2")
-    with pytest.raises(RacerError, match="ended with status 1"):
+    with pytest.raises(WorkerError, match="ended with status 1"):
         list(racer.answers())

@@ -9,7 +9,7 @@ from switchlm.model.config import ModelConfig, RouterConfig
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply, materialise
 from switchlm.parallel.mesh import Mesh, MeshConfig
-from switchlm.planning.recorder import Ledger
+from switchlm.planning.recorder import CollectiveRecorder
 from switchlm.training.config import TrainingConfig
 from switchlm.training.optimizer import build_optimizer, set_learning_rate
 from switchlm.training.step import training_step
@@ -57,7 +57,7 @@ def count(mesh: Mesh, precision: str) -> None:
     config = TrainingConfig()
     optimizer = build_optimizer(model, config)
     set_learning_rate(optimizer, 1e-3)
-    noise = torch.Generator().manual_seed(mesh.share)
+    noise = torch.Generator().manual_seed(mesh.data_rank)
     batch = Batch(
         inputs_BS=torch.randint(2, V, (B, S), generator=noise),
         targets_BT=torch.randint(2, V, (B, T), generator=noise),
@@ -67,18 +67,18 @@ def count(mesh: Mesh, precision: str) -> None:
     )
     step = {"gradient_clip": 1.0, "precision": precision, "mesh": mesh}
     training_step(model, optimizer, [batch], **step)
-    with Ledger(mesh) as ledger:
+    with CollectiveRecorder(mesh) as ledger:
         record = training_step(model, optimizer, [batch], **step)
     found = ledger.by_kind()
     kept = sum(int(layer.kept_A.sum()) for layer in record.routing[0])
-    everywhere = int(mesh.total(torch.tensor(kept)))
-    assert everywhere < mesh.num_shares * SWITCH_LAYERS // 2 * B * (S + T), "capacity must bind"
+    everywhere = int(mesh.all_reduce_sum(torch.tensor(kept)))
+    assert everywhere < mesh.data_size * SWITCH_LAYERS // 2 * B * (S + T), "capacity must bind"
 
     # Expert parallelism (5.4): two all-to-alls a layer and direction, of kept tokens alone.
     if mesh.size("expert") > 1:
         calls, payload = found.pop(("all_to_all", "expert", wire))
         assert calls == 4 * SWITCH_LAYERS
-        sent = int(mesh.total(torch.tensor(payload)))
+        sent = int(mesh.all_reduce_sum(torch.tensor(payload)))
         assert sent == 4 * everywhere * D * wire.itemsize
         # How many go where is told first: a number an expert.
         counts = found.pop(("all_to_all", "expert", torch.int64))

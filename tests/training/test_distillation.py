@@ -12,9 +12,9 @@ from switchlm.model.routing import ModelOutput
 from switchlm.training.config import TrainingConfig
 from switchlm.training.distillation import (
     Distillation,
-    Taught,
-    TaughtBatch,
     Teacher,
+    TeacherBatch,
+    TeacherLoader,
     soft_cross_entropy,
     top_soft_cross_entropy,
 )
@@ -168,14 +168,14 @@ def test_a_teacher_of_few_words_agrees_with_one_of_all(build, loader, k):
 
 def test_a_taught_source_teaches_from_any_step_and_holds_out_plainly(build, loader):
     teacher = Teacher(build())
-    source = Taught(loader, lambda number, batch: teacher(batch))
+    source = TeacherLoader(loader, lambda number, batch: teacher(batch))
     batches = source.iterate(7)
     number, batch = next(batches)
     batches.close()
     assert number == 7
-    assert isinstance(batch, TaughtBatch)
+    assert isinstance(batch, TeacherBatch)
     assert torch.equal(batch.inputs_BS, loader.batch(7).inputs_BS)
-    assert not any(isinstance(one, TaughtBatch) for one in source.held_out(2))
+    assert not any(isinstance(one, TeacherBatch) for one in source.held_out(2))
     assert source.sources == loader.sources
 
 
@@ -187,7 +187,7 @@ def test_a_student_learns_from_soft_targets_alone(build, loader, top_k):
                        if "loss" in line]  # fmt: skip
     assert last < 0.7 * first
     teacher = Teacher(model, top_k=top_k)
-    source = Taught(loader, lambda number, batch: teacher(batch))
+    source = TeacherLoader(loader, lambda number, batch: teacher(batch))
     student = build(seed=1, num_experts=0)
     objective = Distillation(hard_weight=0.0, soft_weight=1.0)
     held_out = [

@@ -4,7 +4,7 @@ from torch import nn
 
 from switchlm.checkpoint.store import CheckpointStore
 from switchlm.training.config import TrainingConfig
-from switchlm.training.evaluation import Best, HeldOutLoss, KeepBest
+from switchlm.training.evaluation import Best, BestCheckpoint, HeldOutLoss
 from switchlm.training.loop import train
 from switchlm.training.monitor import read_metrics
 from switchlm.training.run_folder import RunFolder
@@ -17,7 +17,7 @@ def scripted(*scores, patience=None):
     """An evaluator that reads its scores off a list, by the step of the evaluation."""
     kept = []
     left = dict(enumerate(scores, start=1))
-    evaluator = KeepBest(
+    evaluator = BestCheckpoint(
         score=lambda model: {"score": left.pop(min(left))}, keep=kept.append, patience=patience
     )
     return evaluator, kept
@@ -30,7 +30,7 @@ def weight_of(model):
 def judge(patience=None):
     """An evaluator whose scores are a function of the weights, so that they rise and fall."""
     kept = []
-    return KeepBest(
+    return BestCheckpoint(
         score=lambda model: {"score": round(1e6 * weight_of(model)) % 7},
         keep=lambda model: kept.append(weight_of(model)),
         patience=patience,

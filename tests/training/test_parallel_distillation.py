@@ -65,8 +65,8 @@ def rows(mesh: AnyMesh) -> Batch:
     noise = torch.Generator().manual_seed(7)
     inputs_BS = torch.randint(2, 384, (4, 16), generator=noise)
     targets_BT = torch.randint(2, 384, (4, 8), generator=noise)
-    share = 4 // mesh.num_shares
-    mine = slice(mesh.share * share, (mesh.share + 1) * share)
+    share = 4 // mesh.data_size
+    mine = slice(mesh.data_rank * share, (mesh.data_rank + 1) * share)
     return Batch(
         inputs_BS=inputs_BS[mine],
         targets_BT=targets_BT[mine],

@@ -54,7 +54,7 @@ def train(
     records = []
     for step in steps:
         torch.manual_seed(step)
-        noise = torch.Generator().manual_seed(10 * step + mesh.share)
+        noise = torch.Generator().manual_seed(10 * step + mesh.data_rank)
         batch = Batch(
             inputs_BS=torch.randint(2, 384, (2, 16), generator=noise),
             targets_BT=torch.randint(2, 384, (2, 8), generator=noise),

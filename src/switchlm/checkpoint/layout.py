@@ -19,33 +19,33 @@ from switchlm.checkpoint.collective import Ranks
 from switchlm.errors import CheckpointError
 from switchlm.model.local import local
 
-Box = tuple[tuple[int, int], ...]
+Region = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Held:
+class StoredRegion:
     """A part of a tensor, and the rank that saves or sends it."""
 
     rank: int
-    box: Box
+    box: Region
 
 
-Layout = dict[str, list[Held]]
+Layout = dict[str, list[StoredRegion]]
 
 
-def whole(shape: tuple[int, ...]) -> Box:
+def full_region(shape: tuple[int, ...]) -> Region:
     """Return the box of all of a tensor."""
     return tuple((0, size) for size in shape)
 
 
-def box_of(tensor: Tensor) -> Box:
+def region_of(tensor: Tensor) -> Region:
     """Return which part of a tensor is here; CheckpointError if that is no box.
 
     Several axes may split one dim (FSDP after tensor or expert parallelism): PyTorch orders them so
     that a rank's part is in one piece wherever the later split is even.
     """
     if not isinstance(tensor, DTensor):
-        return whole(tuple(tensor.shape))
+        return full_region(tuple(tensor.shape))
     if any(placement.is_partial() for placement in tensor.placements):
         raise CheckpointError(
             f"Cannot save a tensor {list(tensor.shape)} that is a pending sum over processes; "
@@ -67,18 +67,18 @@ def part_of(tensor: Tensor) -> Tensor:
     return local(tensor.detach())
 
 
-def overlap(one: Box, other: Box) -> Box | None:
+def overlap(one: Region, other: Region) -> Region | None:
     """Return the box that two share, None if they do not touch."""
     common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
     return common if all(start < stop for start, stop in common) else None
 
 
-def slices(box: Box, inside: Box) -> tuple[slice, ...]:
+def slices(box: Region, inside: Region) -> tuple[slice, ...]:
     """Return how to cut `box` out of a tensor that holds `inside`."""
     return tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(box, inside, strict=True))
 
 
-def volume(box: Box) -> int:
+def volume(box: Region) -> int:
     """Return how many numbers a box holds."""
     return math.prod(max(stop - start, 0) for start, stop in box)
 
@@ -98,9 +98,13 @@ class Planner:
         0's. Raises CheckpointError if ranks have different tensors.
         """
         if self.ranks.size == 1:
-            return {name: [Held(0, whole(tuple(t.shape)))] for name, t in tensors.items()}
+            return {
+                name: [StoredRegion(0, full_region(tuple(t.shape)))] for name, t in tensors.items()
+            }
         boxes = {
-            name: [list(side) for side in box_of(tensor)] if isinstance(tensor, DTensor) else None
+            name: [list(side) for side in region_of(tensor)]
+            if isinstance(tensor, DTensor)
+            else None
             for name, tensor in tensors.items()
         }
         digests = self.ranks.each(lambda: _digest([list(boxes), _kinds(tensors), boxes]))
@@ -124,12 +128,12 @@ def _assign(
     layout: Layout = {}
     load = [0] * len(boxes_by_rank)
     for index, (name, tensor) in enumerate(tensors.items()):
-        holders: dict[Box, list[int]] = {}
+        holders: dict[Region, list[int]] = {}
         for rank, boxes in enumerate(boxes_by_rank):
             found = boxes[index]
             if found is None:
                 if rank == 0:
-                    holders[whole(tuple(tensor.shape))] = [0]
+                    holders[full_region(tuple(tensor.shape))] = [0]
                 continue
             box = tuple((start, stop) for start, stop in found)
             holders.setdefault(box, []).append(rank)
@@ -138,7 +142,7 @@ def _assign(
             if volume(box):
                 rank = min(ranks, key=load.__getitem__)
                 load[rank] += volume(box) * tensor.dtype.itemsize
-                layout[name].append(Held(rank, box))
+                layout[name].append(StoredRegion(rank, box))
     return layout
 
 

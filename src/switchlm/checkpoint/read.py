@@ -21,7 +21,7 @@ from torch import Tensor
 from switchlm.checkpoint import format, tensors
 from switchlm.checkpoint.collective import ALONE, Ranks
 from switchlm.checkpoint.format import describe, join, split
-from switchlm.checkpoint.layout import Box, overlap, volume, whole
+from switchlm.checkpoint.layout import Region, full_region, overlap, volume
 from switchlm.errors import CheckpointError
 
 STATE = "state.json"
@@ -173,7 +173,7 @@ Bands = tuple[tuple[int, int, int, int], ...]
 
 
 def check(
-    shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Iterable[Box]], where: str
+    shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Iterable[Region]], where: str
 ) -> None:
     """Raise CheckpointError unless the boxes of each name tile its shape.
 
@@ -192,8 +192,8 @@ def check(
         )
 
 
-def _problems(name: str, shape: tuple[int, ...], boxes: tuple[Box, ...]) -> list[str]:
-    everything = whole(shape)
+def _problems(name: str, shape: tuple[int, ...], boxes: tuple[Region, ...]) -> list[str]:
+    everything = full_region(shape)
     for box in boxes:
         inside = len(box) == len(shape) and overlap(box, everything) == box
         if not inside:
@@ -229,18 +229,18 @@ def _say(name: str, shape: tuple[int, ...], bad: list[tuple[int, int, bool]]) ->
 
 
 @lru_cache(maxsize=64)
-def _bands(shape: tuple[int, ...], boxes: tuple[Box, ...]) -> Bands:
+def _bands(shape: tuple[int, ...], boxes: tuple[Region, ...]) -> Bands:
     """Sweep over the first dim; many tensors of a model are cut alike, hence the cache."""
     if not shape:
         return ((0, 1, len(boxes), len(boxes)),)
-    starts: dict[int, list[Box]] = {}
-    stops: dict[int, list[Box]] = {}
+    starts: dict[int, list[Region]] = {}
+    stops: dict[int, list[Region]] = {}
     for box in boxes:
         starts.setdefault(box[0][0], []).append(box)
         stops.setdefault(box[0][1], []).append(box)
     cuts = sorted({0, shape[0], *starts, *stops})
     bands = []
-    active: list[Box] = []
+    active: list[Region] = []
     for start, stop in pairwise(cuts):
         ended = stops.get(start, ())
         if ended:

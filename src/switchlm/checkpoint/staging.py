@@ -34,7 +34,7 @@ class Staging:
         CPU, which hold until the next call of this.
         """
         devices = {part.device for part in parts.values() if part.device.type != "cpu"}
-        if devices and all(_has_room(device, parts) for device in devices):
+        if devices and all(_fits_in_memory(device, parts) for device in devices):
             held = {name: part.clone() for name, part in parts.items()}
             taken = {device: _stream(device).record_event() for device in devices}
 
@@ -82,7 +82,7 @@ def _stream(device: torch.device) -> Any:
     return torch.get_device_module(device).current_stream(device)
 
 
-def _has_room(device: torch.device, parts: Mapping[str, Tensor]) -> bool:
+def _fits_in_memory(device: torch.device, parts: Mapping[str, Tensor]) -> bool:
     """Whether copies fit on the device, with as much left over for training to grow into."""
     ask = getattr(torch.get_device_module(device), "mem_get_info", None)
     if ask is None:

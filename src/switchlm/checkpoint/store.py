@@ -85,7 +85,7 @@ class CheckpointStore:
             raise CheckpointError(f"A run must keep at least one checkpoint, not {keep}.")
         self.folder = Path(folder)
         self.keep = keep
-        self._shelf = Shelf(self.folder)
+        self._shelf = CheckpointDirectory(self.folder)
         self._ranks = Ranks(group)
         self._planner = Planner(self._ranks)
         self._staging = Staging()
@@ -341,7 +341,7 @@ VISIBLE = re.compile(r"step-(\d{8,})")
 HIDDEN = re.compile(r"\.step-(\d{8,})\.(partial|replaced|deleted)-(\d+)")
 
 
-class Shelf:
+class CheckpointDirectory:
     """The checkpoints in one folder, which one process of a run changes: rank 0.
 
     All methods raise OSError where the disk does.

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from switchlm.checkpoint.layout import Box, Layout, box_of, overlap, part_of, slices, volume
+from switchlm.checkpoint.layout import Layout, Region, overlap, part_of, region_of, slices, volume
 from switchlm.errors import CheckpointError
 
 FILE_BYTES = 2**28  # about; a larger part has a file of its own
@@ -45,7 +45,7 @@ class Piece:
 class Stored:
     """A part of a tensor in a file: its box, the dtype's code, the file's name."""
 
-    box: Box
+    box: Region
     code: str
     file: str
 
@@ -103,9 +103,9 @@ def index(paths: Iterable[Path]) -> Iterator[tuple[str, Stored]]:
 @torch.no_grad()
 def load(folder: Path, into: Mapping[str, Tensor], stored: Mapping[str, Iterable[Stored]]) -> None:
     """Fill what is here of each tensor from the parts that overlap it; nothing else is read."""
-    wanted: dict[str, list[tuple[str, Box, Box, Box]]] = {}
+    wanted: dict[str, list[tuple[str, Region, Region, Region]]] = {}
     for name, tensor in into.items():
-        here = box_of(tensor)
+        here = region_of(tensor)
         for part in stored.get(name, ()):
             common = overlap(here, part.box)
             if common is not None:

@@ -94,7 +94,7 @@ def _stage(part: Extent) -> int:
     return STAGE + 2 * PAGE if is_large(part) else min(STAGE, part.num_bytes)
 
 
-def new_room(size: int) -> Tensor:
+def new_buffer(size: int) -> Tensor:
     """Return memory that begins with a page, uint8."""
     if size < LARGE:
         return torch.empty(size, dtype=torch.uint8)
@@ -164,7 +164,7 @@ class ExpertFiles:
     def _convert(self, part: Extent, target: Tensor) -> None:
         """Read a part a piece at a time, as numbers of another dtype."""
         size, step = part.dtype.itemsize, STAGE // part.dtype.itemsize
-        room = new_room(_stage(part))
+        room = new_buffer(_stage(part))
         for first in range(0, target.numel(), step):
             piece = target[first : first + step]
             shift = (part.offset + first * size) % PAGE if is_large(part) else 0

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from switchlm.compression.expert_files import ExpertFiles, Recipe, new_room
+from switchlm.compression.expert_files import ExpertFiles, Recipe, new_buffer
 from switchlm.errors import CheckpointError, ConfigError
 
 READERS = 2
@@ -111,7 +111,7 @@ class ExpertMemory:
             left -= size
             if left < 0:
                 return
-            self._spare.setdefault(size, []).append(new_room(size).zero_())
+            self._spare.setdefault(size, []).append(new_buffer(size).zero_())
 
     @contextmanager
     def want(self, keys: Sequence[Key]) -> Iterator[Iterator[tuple[Key, Tensors]]]:
@@ -302,7 +302,7 @@ class ExpertMemory:
         if self._spare.get(size):
             return self._spare[size].pop()
         self._spare.clear()  # of other sizes
-        return new_room(size)
+        return new_buffer(size)
 
     def _read(self, entry: _Entry) -> None:
         recipe = self._recipes[entry.key]

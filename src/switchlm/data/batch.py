@@ -71,7 +71,7 @@ def sample_numbers(step: int, batch_size: int, rank: int = 0, world_size: int = 
     return np.arange(share) + (step * batch_size + rank * share)
 
 
-def made_ahead(
+def prefetch_batches(
     make: Callable[[int], Batch], start_step: int, prefetch: int
 ) -> Generator[tuple[int, Batch], None, None]:
     """Yield (step, make(step)) for ever, `prefetch` batches made ahead in a background thread."""
@@ -87,7 +87,7 @@ def made_ahead(
             worker.shutdown(wait=False, cancel_futures=True)
 
 
-class Shareable(Protocol):
+class ShardableLoader(Protocol):
     """A source of batches that gives each worker its rows of them."""
 
     @property
@@ -108,10 +108,10 @@ class Shareable(Protocol):
         """Return a worker's rows of the held-out batches."""
 
 
-class LoaderShare:
+class ShardedLoader:
     """One worker's rows of every batch of a loader."""
 
-    def __init__(self, whole: Shareable, rank: int, world_size: int) -> None:
+    def __init__(self, whole: ShardableLoader, rank: int, world_size: int) -> None:
         """Raises DataError where the rows of a batch cannot be shared out evenly."""
         whole.sample_ids(0, rank, world_size)
         self.whole, self.rank, self.world_size = whole, rank, world_size

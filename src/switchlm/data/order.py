@@ -178,7 +178,7 @@ def choose_held_out(hashes_D: UInt64, lengths_D: Int64, share: float, least: int
     return chosen_D
 
 
-def choose_alike(
+def choose_aligned(
     hashes_SD: Sequence[UInt64], lengths_SD: Sequence[Int64], share: float, least: int
 ) -> list[np.ndarray]:
     """Return for each source which documents are held out, the same groups in all of them.

@@ -52,7 +52,7 @@ def held_out_loss(
     for source_B, loss_B, tokens_B in rows:
         loss_S.index_add_(0, source_B, loss_B)
         tokens_S.index_add_(0, source_B, tokens_B)
-    loss_S, tokens_S = mesh.total(loss_S), mesh.total(tokens_S)
+    loss_S, tokens_S = mesh.all_reduce_sum(loss_S), mesh.all_reduce_sum(tokens_S)
     if not tokens_S.sum():
         raise DataError("There is no held-out text to evaluate on: not one target token.")
     result: dict[str, Any] = {

@@ -283,9 +283,12 @@ class _Tally:
     def summary(
         self, name: str, tokenizer: Tokenizer, sources: Sequence[str], top: int, mesh: AnyMesh
     ) -> LayerRouting:
-        class_CE, source_ME = mesh.total(self.class_CE), mesh.total(self.source_ME)
-        untaken_P, taken_P = mesh.total(self.place_P2).unbind(1)
-        kept, gate = mesh.total(self.kept_and_gate).tolist()
+        class_CE, source_ME = (
+            mesh.all_reduce_sum(self.class_CE),
+            mesh.all_reduce_sum(self.source_ME),
+        )
+        untaken_P, taken_P = mesh.all_reduce_sum(self.place_P2).unbind(1)
+        kept, gate = mesh.all_reduce_sum(self.kept_and_gate).tolist()
         load_E = class_CE.sum(0)
         total = max(int(load_E.sum()), 1)
         top_tokens: list[list[tuple[str, int]]] = [[] for _ in load_E]

@@ -81,7 +81,7 @@ def score_task(
 
     said: dict[int, str] = {}
     unfinished = 0
-    mine = islice(_by_length(prompts, batch_size), mesh.number, None, mesh.num_processes)
+    mine = islice(_by_length(prompts, batch_size), mesh.global_rank, None, mesh.world_size)
     for chosen in mine:
         inputs_BS, segments_BS = pad_prompts(
             [prompts[place].tolist() for place in chosen], model.config.pad_id

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from switchlm.checkpoint.layout import box_of, part_of, slices, whole
+from switchlm.checkpoint.layout import full_region, part_of, region_of, slices
 from switchlm.errors import CheckpointError
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
@@ -105,8 +105,8 @@ def transplant(
             value = _derive(name, shape, source, givers, feedforward, load or {})
             (drawn if value is None else derived).append(name)
         if value is not None:
-            box = box_of(place)
-            part_of(place).copy_(value[slices(box, whole(shape))])
+            box = region_of(place)
+            part_of(place).copy_(value[slices(box, full_region(shape))])
     return Account(taken=tuple(taken), derived=tuple(derived), drawn=tuple(drawn))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from switchlm.checkpoint.collective import Ranks
-from switchlm.checkpoint.layout import box_of, part_of, slices, volume, whole
+from switchlm.checkpoint.layout import full_region, part_of, region_of, slices, volume
 from switchlm.errors import CheckpointError
 from switchlm.huggingface.config import Report, read_config
 from switchlm.huggingface.hub import CONFIG, find_model
@@ -301,7 +301,7 @@ def _fill(
 @torch.no_grad()
 def _copy(places: dict[str, Tensor], matched: Match, weights: Weights) -> None:
     """Copy what is here of every parameter, an expert at a time."""
-    boxes = {name: box_of(place) for name, place in places.items()}
+    boxes = {name: region_of(place) for name, place in places.items()}
     wanted: dict[str, list[Entry]] = {}
     for entry in matched.entries:
         box = boxes[entry.ours]
@@ -314,4 +314,4 @@ def _copy(places: dict[str, Tensor], matched: Match, weights: Weights) -> None:
             if entry.expert is not None:
                 part = part[entry.expert - box[0][0]]
                 box, tensor = box[1:], tensor.t()
-            part.copy_(tensor[slices(box, whole(tuple(tensor.shape)))])
+            part.copy_(tensor[slices(box, full_region(tuple(tensor.shape)))])

@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 
 from switchlm.checkpoint.collective import Ranks
-from switchlm.checkpoint.layout import Held, Planner, box_of, overlap, part_of, slices, whole
+from switchlm.checkpoint.layout import (
+    Planner,
+    StoredRegion,
+    full_region,
+    overlap,
+    part_of,
+    region_of,
+    slices,
+)
 from switchlm.checkpoint.tensors import header, raw
 from switchlm.errors import CheckpointError
 from switchlm.files import make_folder, remove_folder, sync_file, sync_folder
@@ -138,10 +146,10 @@ def _size(entry: Entry, tensors: Mapping[str, Tensor]) -> int:
 
 
 def _fetch(
-    tensor: Tensor, entry: Entry, holders: list[Held], writer: int, ranks: Ranks
+    tensor: Tensor, entry: Entry, holders: list[StoredRegion], writer: int, ranks: Ranks
 ) -> Tensor | None:
     """Return their tensor on the rank that writes it; the others send what they hold of it."""
-    wanted = whole(tuple(tensor.shape))
+    wanted = full_region(tuple(tensor.shape))
     if entry.expert is not None:
         wanted = ((entry.expert, entry.expert + 1), *wanted[1:])
     target = None
@@ -152,7 +160,7 @@ def _fetch(
         if common is None:
             continue
         if ranks.rank == held.rank:
-            part = part_of(tensor)[slices(common, box_of(tensor))]
+            part = part_of(tensor)[slices(common, region_of(tensor))]
             if target is not None:
                 target[slices(common, wanted)].copy_(part)
             else:

@@ -1,8 +1,8 @@
 """The grouped product as one opaque operator, for torch.compile and for fake tensors.
 
-How many rows an expert has is known only at run time, so the loop of cpu/grouped.py cannot be traced; as an
-operator with a shape rule it needs no graph break. Calling it costs tens of microseconds more than
-grouped.py alone, which is why nothing else uses it.
+How many rows an expert has is known only at run time, so the loop of cpu/grouped.py cannot be
+traced; as an operator with a shape rule it needs no graph break. Calling it costs tens of
+microseconds more than grouped.py alone, which is why nothing else uses it.
 """
 
 from typing import Any

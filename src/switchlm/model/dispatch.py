@@ -27,7 +27,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Seats:
+class Assignments:
     """Where tokens that still stand in their own order belong, and what their outputs weigh.
 
     order: of the assignments by expert. weight_A: float32, the gate; zero where dropped.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from switchlm.kernels.select import expert_feedforward, grouped_matmul, switch_feedforward
 from switchlm.model.config import Activation
-from switchlm.model.dispatch import Seats
+from switchlm.model.dispatch import Assignments
 from switchlm.model.layers import Map, feed_forward
 from switchlm.model.local import local
 
@@ -49,7 +49,7 @@ class FeedForwardExperts(nn.Module):
         self.activation = activation
         self.dropout = dropout
 
-    def forward(self, x_RD: Tensor, counts_E: Tensor, seats: Seats | None = None) -> Tensor:
+    def forward(self, x_RD: Tensor, counts_E: Tensor, seats: Assignments | None = None) -> Tensor:
         """Map rows to rows; with seats, tokens x_ND to y_ND, summed by weight (no dropout)."""
         up, down = local(self.up), local(self.down)
         gate = None if self.gate is None else local(self.gate)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from switchlm.kernels.permute import sort_by_expert
 from switchlm.kernels.select import explain_switch
 from switchlm.model.config import Activation, Initialisation, RouterConfig
-from switchlm.model.dispatch import Dispatcher, LocalDispatcher, Seats
+from switchlm.model.dispatch import Assignments, Dispatcher, LocalDispatcher
 from switchlm.model.experts import Experts, FeedForwardExperts, ProjectionExperts
 from switchlm.model.initialise import Initialiser
 from switchlm.model.router import Router
@@ -55,7 +55,7 @@ class SwitchLayer(nn.Module):
         routing = self.router(seen_ND, valid_N, row_tokens, x_ND.dtype)
         if torch.is_autocast_enabled(x.device.type):
             x_ND = x_ND.to(torch.get_autocast_dtype(x.device.type))
-        y_ND = in_one_pass(self.dispatcher, self.experts, x_ND, routing)
+        y_ND = fused_switch(self.dispatcher, self.experts, x_ND, routing)
         if y_ND is None:
             rows = self.dispatcher.dispatch(x_ND, routing)
             y_RD = self.experts(rows.x_RD, rows.counts_E)
@@ -113,7 +113,7 @@ class SwitchProjection(SwitchLayer):
         self.initialise(initialisation)
 
 
-def in_one_pass(
+def fused_switch(
     dispatcher: Dispatcher, experts: Experts, x_ND: Tensor, routing: Routing
 ) -> Tensor | None:
     """Return y_ND, gate times output; None where it has to go step by step."""
@@ -137,5 +137,5 @@ def in_one_pass(
     if choice.name != "native":  # which leaves out dropped rows, whatever their weight
         weight_A = torch.where(routing.kept_A, weight_A, 0.0)
     # Called as a module: sharding gathers its weights then.
-    y_ND: Tensor = experts(x_ND, order.counts_E, Seats(order, weight_A))
+    y_ND: Tensor = experts(x_ND, order.counts_E, Assignments(order, weight_A))
     return y_ND

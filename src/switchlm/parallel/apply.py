@@ -35,7 +35,7 @@ def apply(model: SwitchTransformer, mesh: Mesh, *, wire_dtype: torch.dtype | Non
     Gradients are sums over all processes: divide the loss by what is counted globally. Raises
     ConfigError where an axis does not divide what it splits.
     """
-    _hush()
+    _silence_warnings()
     split_tensors(model, mesh)
     shard_experts(model, mesh)
     policy = MixedPrecisionPolicy(
@@ -123,14 +123,14 @@ def exact_modules(block: Block) -> list[nn.Module]:
     ]
 
 
-def _hush() -> None:
+def _silence_warnings() -> None:
     # Nothing works in place on a block's output, and slicing a flattened axis goes on working.
     for said in ("FSDP2-wrapped module", "Slicing a flattened dim", ".*_StridedShard"):
         warnings.filterwarnings("ignore", message=said)
 
 
 @torch.no_grad()
-def whole(model: SwitchTransformer) -> SwitchTransformer:
+def gather_model(model: SwitchTransformer) -> SwitchTransformer:
     """Return a copy of a sharded model that is whole in this process, in eval mode.
 
     All processes call this, and each must have room for the copy, on the model's device. A model

@@ -30,16 +30,16 @@ FEEDFORWARD_DIM = {"up": 2, "gate": 2, "down": 1}
 
 
 @dataclass(frozen=True)
-class Journey:
+class DispatchState:
     """How rows came here: what is needed to send them back.
 
-    order: of this process's own assignments. arrival: from the order in which rows arrived (by
-    process, then expert) to that of the experts here; None if none had to travel. sent, received:
-    rows a process.
+    order: of this process's own assignments. receive_order: from the order in which rows arrived
+    (by process, then expert) to that of the experts here; None if none had to travel. sent,
+    received: rows a process.
     """
 
     order: ExpertOrder
-    arrival: ExpertOrder | None
+    receive_order: ExpertOrder | None
     sent: list[int]
     received: list[int]
 
@@ -59,28 +59,28 @@ class AllToAllDispatcher:
         """Return the rows of the experts here, from all processes, sorted by expert."""
         own = self.local.dispatch(x_ND, routing)
         counts_PL, sent, received = self.exchange_counts(own.counts_E)
-        x_QD, counts_L, arrival = own.x_RD[: sum(sent)], own.counts_E, None
+        x_QD, counts_L, receive_order = own.x_RD[: sum(sent)], own.counts_E, None
         if self.experts is not None:
-            x_QD = self._travel(x_QD, sent, received)
+            x_QD = self._all_to_all(x_QD, sent, received)
             # The rows are on their way while their order is worked out.
-            arrival = _order_of_arrival(counts_PL, sum(received))
-            x_QD, counts_L = gather_rows(x_QD, arrival, 1), arrival.counts_E
+            receive_order = _receive_order(counts_PL, sum(received))
+            x_QD, counts_L = gather_rows(x_QD, receive_order, 1), receive_order.counts_E
         if self.tensor is not None:
-            x_QD = enter(x_QD, self.tensor)
-        return Rows(x_QD, counts_L, Journey(own.way_back, arrival, sent, received))
+            x_QD = copy_to_tensor_parallel(x_QD, self.tensor)
+        return Rows(x_QD, counts_L, DispatchState(own.way_back, receive_order, sent, received))
 
     def combine(self, y_QD: Tensor, rows: Rows, routing: Routing, num_tokens: int) -> Tensor:
         """Return y_ND: gate times output, summed over a token's experts; zero where dropped."""
-        journey: Journey = rows.way_back
+        state: DispatchState = rows.way_back
         if self.tensor is not None:
-            y_QD = leave(y_QD, self.tensor)
-        if journey.arrival is not None:
+            y_QD = reduce_from_tensor_parallel(y_QD, self.tensor)
+        if state.receive_order is not None:
             ones_Q = torch.ones(y_QD.shape[0], dtype=y_QD.dtype, device=y_QD.device)
-            y_QD = combine_rows(y_QD, ones_Q, journey.arrival, 1)
-            y_QD = self._travel(y_QD, journey.received, journey.sent)
+            y_QD = combine_rows(y_QD, ones_Q, state.receive_order, 1)
+            y_QD = self._all_to_all(y_QD, state.received, state.sent)
         dropped = routing.kept_A.numel() - y_QD.shape[0]
         y_RD = nn.functional.pad(y_QD, (0, 0, 0, dropped)) if dropped else y_QD
-        own = Rows(y_RD, rows.counts_E, journey.order)
+        own = Rows(y_RD, rows.counts_E, state.order)
         return self.local.combine(y_RD, own, routing, num_tokens)
 
     def exchange_counts(self, counts_E: Tensor) -> tuple[Tensor, list[int], list[int]]:
@@ -99,7 +99,7 @@ class AllToAllDispatcher:
         dist.all_to_all_single(received_E, counts_E, group=self.experts.get_group())
         return received_E.view(self.experts.size(), -1)
 
-    def _travel(self, x_RD: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    def _all_to_all(self, x_RD: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Send sent[p] rows to process p, and return those that come; gradients travel back."""
         assert self.experts is not None
         arrived: Tensor = all_to_all_single_autograd(
@@ -108,7 +108,7 @@ class AllToAllDispatcher:
         return arrived
 
 
-def _order_of_arrival(counts_PL: Tensor, num_rows: int) -> ExpertOrder:
+def _receive_order(counts_PL: Tensor, num_rows: int) -> ExpertOrder:
     """Return the order that brings rows from (process, expert) to (expert, process)."""
     num_processes, num_experts = counts_PL.shape
     expert_L = torch.arange(num_experts, device=counts_PL.device).repeat(num_processes)
@@ -116,13 +116,13 @@ def _order_of_arrival(counts_PL: Tensor, num_rows: int) -> ExpertOrder:
     return sort_by_expert(expert_Q, torch.ones_like(expert_Q, dtype=torch.bool), num_experts)
 
 
-def enter(x: Tensor, tensor: DeviceMesh) -> Tensor:
+def copy_to_tensor_parallel(x: Tensor, tensor: DeviceMesh) -> Tensor:
     """Return x, which each process then uses in part; its gradients are summed over the axis."""
     spread = DTensor.from_local(x, tensor, [Replicate()], run_check=False)
     return cast(Tensor, spread.to_local(grad_placements=[Partial()]))
 
 
-def leave(y: Tensor, tensor: DeviceMesh) -> Tensor:
+def reduce_from_tensor_parallel(y: Tensor, tensor: DeviceMesh) -> Tensor:
     """Return the sum of the parts y over the axis."""
     part = DTensor.from_local(y, tensor, [Partial()], run_check=False)
     return part.redistribute(placements=[Replicate()]).to_local()

@@ -52,7 +52,7 @@ class Member:
         return f"{where}, {max(now - self.at, 0):.0f} s ago"
 
 
-class Watch:
+class Heartbeat:
     """One rank's view of all ranks, by way of the store.
 
     restarted: whether the job was started before, and failed or was put back.
@@ -70,26 +70,26 @@ class Watch:
     ) -> None:
         self.rank, self.world_size, self.local_rank, self.node = rank, world_size, local_rank, node
         self.restarted = restarted
-        self._store = dist.PrefixStore("watch", store)
+        self._store = dist.PrefixStore("heartbeat", store)
         self._beaten = 0.0
         self._step: int | None = None
         who = {"host": socket.gethostname(), "process": os.getpid(), "at": time.time()}
         self._store.set(f"who/{rank}", json.dumps(who))
 
-    def note(self, step: int) -> None:
+    def beat(self, step: int) -> None:
         """Leave word that `step` steps are done; cheap enough for every step."""
         self._step = step
         now = time.monotonic()
         if now - self._beaten >= BEAT_SECONDS:
             self._beaten = now
-            self._beat()
+            self._write_beat()
 
-    def _beat(self) -> None:
+    def _write_beat(self) -> None:
         beat = {"step": self._step, "at": time.time()}
         self._store.set(f"beat/{self.rank}", json.dumps(beat))
 
     @contextmanager
-    def first_on_node(self, what: str) -> Iterator[None]:
+    def local_rank_zero_first(self, what: str) -> Iterator[None]:
         """Run the block in local rank 0 of each node first, and in the others after it.
 
         what: a name for this piece of work, used once a run.
@@ -104,7 +104,7 @@ class Watch:
                 self._store.set(key, "done")
 
     @contextmanager
-    def naming_the_lost(self) -> Iterator[None]:
+    def report_lost_ranks(self) -> Iterator[None]:
         """Turn the failure of a collective in the block into LostRankError; leave others alone."""
         try:
             yield
@@ -121,7 +121,7 @@ class Watch:
 
     def _beat_at_the_end(self) -> None:
         if self._step is not None:
-            self._beat()
+            self._write_beat()
 
     def _explain(self, error: Exception) -> str:
         reason = f"({' '.join(str(error).split())[:200]})"

@@ -1,9 +1,9 @@
 """How a process learns that it is one of many, and joins the others.
 
     launch = launched()                                  # None: one plain process
-    with process_group(launch, timeout_seconds=600) as watch:
+    with process_group(launch, timeout_seconds=600) as heartbeat:
         ...
-        watch.note(step)
+        heartbeat.beat(step)
 
 torchrun, or srun, starts the processes; torch.distributed connects them; docs/guides/cluster.md.
 Nothing else in the package reads the environment.
@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from switchlm.errors import LaunchError
-from switchlm.parallel.heartbeat import Watch
-from switchlm.parallel.rendezvous import meet, open_store
+from switchlm.parallel.heartbeat import Heartbeat
+from switchlm.parallel.rendezvous import open_store, rendezvous
 
 # Processes of one job may start minutes apart: Python and torch come from a shared file system.
 START_SECONDS = 600.0
@@ -140,7 +140,7 @@ def _tasks_of_node(text: str, node: int) -> int:
 @contextmanager
 def process_group(
     launch: Launch, timeout_seconds: float, *, start_seconds: float = START_SECONDS
-) -> Iterator[Watch]:
+) -> Iterator[Heartbeat]:
     """Join the processes of the job for the length of the block.
 
     timeout_seconds: the longest that a collective waits for the others. start_seconds: the longest
@@ -153,11 +153,11 @@ def process_group(
     backend = _choose_backend(launch)
     rank, world_size = launch.rank, launch.world_size
     store = open_store(launch.address, rank, world_size, start_seconds)
-    store, restarted = meet(store, rank, world_size, launch.restarts, start_seconds)
-    watch = Watch(
+    store, restarted = rendezvous(store, rank, world_size, launch.restarts, start_seconds)
+    heartbeat = Heartbeat(
         store, rank, world_size, local_rank=launch.local_rank, node=launch.node, restarted=restarted
     )
-    with watch.naming_the_lost():
+    with heartbeat.report_lost_ranks():
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("default", store),
@@ -165,7 +165,7 @@ def process_group(
             world_size=world_size,
             timeout=timedelta(seconds=timeout_seconds),
         )
-        yield watch
+        yield heartbeat
         dist.barrier()  # nobody takes the store away from those who still use it
     # After a failure nothing is taken down: that would wait for the lost rank once more.
     dist.destroy_process_group()

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from switchlm.errors import ConfigError
-from switchlm.parallel.heartbeat import Watch
+from switchlm.parallel.heartbeat import Heartbeat
 from switchlm.parallel.launch import launched, process_group
 
 AXES = ("replicas", "data", "expert", "tensor")
@@ -78,23 +78,23 @@ def layouts(num_processes: int) -> Iterator[MeshConfig]:
 class Mesh:
     """All processes, and where this one stands among them.
 
-    watch: who is alive; None where nobody looks. storage: a group of all processes for checkpoints,
-    which are written while training goes on.
+    heartbeat: which ranks live; None where nobody looks. storage: a group of all processes for
+    checkpoints, which are written while training goes on.
     """
 
     device_mesh: DeviceMesh
-    watch: Watch | None = None
+    heartbeat: Heartbeat | None = None
     storage: dist.ProcessGroup | None = None
 
     @classmethod
-    def of(cls, config: MeshConfig, device_type: str, watch: Watch | None = None) -> "Mesh":
+    def of(cls, config: MeshConfig, device_type: str, heartbeat: Heartbeat | None = None) -> "Mesh":
         """Lay the processes of the running job out on the grid."""
         shape = config.shape(dist.get_world_size())
         grid = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
         fake = dist.get_backend() == "fake"
         patience = timedelta(seconds=config.timeout)
         storage = None if fake else dist.new_group(backend="gloo", timeout=patience)
-        return cls(grid, watch, storage)
+        return cls(grid, heartbeat, storage)
 
     def size(self, axis: str) -> int:
         """Return how many processes there are along an axis."""
@@ -105,12 +105,12 @@ class Mesh:
         return self.device_mesh.get_local_rank(axis)
 
     @property
-    def num_shares(self) -> int:
+    def data_size(self) -> int:
         """Into how many shares the rows of a batch are split."""
         return self.size("replicas") * self.size("data") * self.size("expert")
 
     @property
-    def share(self) -> int:
+    def data_rank(self) -> int:
         """Which share of the rows is this process's; tensor neighbours have the same."""
         row = self.rank("replicas") * self.size("data") + self.rank("data")
         return row * self.size("expert") + self.rank("expert")
@@ -121,35 +121,35 @@ class Mesh:
         return dist.get_rank() == 0
 
     @property
-    def number(self) -> int:
+    def global_rank(self) -> int:
         """Return the number of this process among all."""
         return dist.get_rank()
 
     @property
-    def num_processes(self) -> int:
+    def world_size(self) -> int:
         """Return how many processes there are."""
         return dist.get_world_size()
 
     @property
     def restarted(self) -> bool:
         """Whether the job failed before and was started anew."""
-        return self.watch is not None and self.watch.restarted
+        return self.heartbeat is not None and self.heartbeat.restarted
 
     def gather(self, value: T) -> list[T]:
         """Return what every process gives, by its number; plain Python values."""
-        found: list[T] = [value] * self.num_processes
+        found: list[T] = [value] * self.world_size
         dist.all_gather_object(found, value)
         return found
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Return the sum of `values` over all shares of a batch, the same bits everywhere."""
-        if self.num_shares == 1:
+        if self.data_size == 1:
             return values
         values = values.clone()
         dist.all_reduce(values, group=self._shares.get_group())
         return values
 
-    def length(self, part: Tensor) -> Tensor:
+    def global_norm(self, part: Tensor) -> Tensor:
         """Return the Euclidean length of a vector from the lengths of its parts on all processes.
 
         The same bits everywhere; a part that is not finite makes the whole so.
@@ -158,7 +158,7 @@ class Mesh:
         dist.all_reduce(square)
         return square.sqrt()
 
-    def copies(self, tensor: Tensor) -> int:
+    def num_replicas(self, tensor: Tensor) -> int:
         """Return how many processes hold what this one holds of a tensor."""
         shards = 1
         if isinstance(tensor, DTensor):
@@ -166,24 +166,26 @@ class Mesh:
                 shards *= 1 if placement.is_replicate() else size
         return self.device_mesh.size() // shards
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether any process says so; all agree on the answer."""
         flags = torch.tensor([float(flag)])
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Return when all processes have come here."""
         dist.barrier()
 
-    def note(self, step: int) -> None:
+    def beat(self, step: int) -> None:
         """Leave word that this process has come to `step`."""
-        if self.watch is not None:
-            self.watch.note(step)
+        if self.heartbeat is not None:
+            self.heartbeat.beat(step)
 
-    def first_on_node(self, what: str) -> AbstractContextManager[None]:
+    def local_rank_zero_first(self, what: str) -> AbstractContextManager[None]:
         """Run the block in one process of each host first, then in the others."""
-        return nullcontext() if self.watch is None else self.watch.first_on_node(what)
+        return (
+            nullcontext() if self.heartbeat is None else self.heartbeat.local_rank_zero_first(what)
+        )
 
     def sub(self, *axes: str) -> DeviceMesh | None:
         """Return the mesh of the axes longer than 1, in order; None if there are none."""
@@ -216,8 +218,8 @@ class Mesh:
 class Alone:
     """The mesh of a single process that was started by nobody."""
 
-    num_shares = num_processes = 1
-    share = number = 0
+    data_size = world_size = 1
+    data_rank = global_rank = 0
     is_main = True
     storage = None
     restarted = False
@@ -230,29 +232,29 @@ class Alone:
         """Return the value alone."""
         return [value]
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Return the values."""
         return values
 
-    def length(self, part: Tensor) -> Tensor:
+    def global_norm(self, part: Tensor) -> Tensor:
         """Return the length: the part is the whole."""
         return part
 
-    def copies(self, tensor: Tensor) -> int:
+    def num_replicas(self, tensor: Tensor) -> int:
         """Return 1."""
         return 1
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Return the flag."""
         return flag
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Return at once."""
 
-    def note(self, step: int) -> None:
+    def beat(self, step: int) -> None:
         """Do nothing: nobody waits for word."""
 
-    def first_on_node(self, what: str) -> AbstractContextManager[None]:
+    def local_rank_zero_first(self, what: str) -> AbstractContextManager[None]:
         """Run the block."""
         return nullcontext()
 
@@ -273,6 +275,6 @@ def joined(config: MeshConfig) -> Iterator[AnyMesh]:
         config.shape(1)
         yield ALONE
         return
-    with process_group(launch, config.timeout) as watch:
+    with process_group(launch, config.timeout) as heartbeat:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
-        yield Mesh.of(config, device_type, watch)
+        yield Mesh.of(config, device_type, heartbeat)

@@ -34,7 +34,7 @@ def open_store(address: str, rank: int, world_size: int, seconds: float) -> dist
     return store
 
 
-def meet(
+def rendezvous(
     store: dist.Store, rank: int, world_size: int, restarts: int, seconds: float
 ) -> tuple[dist.Store, bool]:
     """Wait for all processes; return the part of the store that is theirs alone.

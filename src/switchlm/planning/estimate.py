@@ -1,7 +1,8 @@
 """What a step takes in a layout, worked out instead of run: peak memory, and all that travels.
 
-The parts that processes hold come from planning/shard_sizes.py, what blocks take from planning/profile.py;
-here FSDP's gathering and reducing is laid over them, layer by layer, as it goes through a step:
+The parts that processes hold come from planning/shard_sizes.py, what blocks take from
+planning/profile.py; here FSDP's gathering and reducing is laid over them, layer by layer, as it
+goes through a step:
 
     forward   gather a block's weights, twice for a moment: as they arrive, and in place; free them
     backward  gather again, the next block's ahead; its gradients in float32 on their way; free both

@@ -23,7 +23,7 @@ from switchlm.parallel.apply import exact_modules
 from switchlm.parallel.expert import shard_experts
 from switchlm.parallel.mesh import MeshConfig
 from switchlm.parallel.tensor import split_tensors
-from switchlm.planning.recorder import Bytes, Collective, Ledger, Memory
+from switchlm.planning.recorder import Bytes, Collective, CollectiveRecorder, MemoryRecorder
 from switchlm.planning.simulate import balance, blank_batch, fake_job
 from switchlm.training.config import Precision
 from switchlm.training.step import backward, set_router_dtype
@@ -105,7 +105,7 @@ def trace(
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu").train()
             batch = blank_batch(data, rows)
-            with Memory(model) as memory, Ledger(job) as ledger:
+            with MemoryRecorder(model) as memory, CollectiveRecorder(job) as ledger:
                 marks = _Marks(model, memory, ledger)
                 backward(model, [batch], precision, job)
                 marks.mark("end")
@@ -115,7 +115,9 @@ def trace(
 class _Marks:
     """Marks memory where blocks begin and end, forward and backward."""
 
-    def __init__(self, model: SwitchTransformer, memory: Memory, ledger: Ledger) -> None:
+    def __init__(
+        self, model: SwitchTransformer, memory: MemoryRecorder, ledger: CollectiveRecorder
+    ) -> None:
         self.memory, self.ledger = memory, ledger
         self.found: list[tuple[str, Bytes, int, int]] = []
         self._seen: set[str] = set()

@@ -85,7 +85,7 @@ class Collective:
         return self.payload * rounds * (self.size - 1) / self.size
 
 
-class Ledger(TorchDispatchMode):
+class CollectiveRecorder(TorchDispatchMode):
     """Writes down the collectives of a block of code, those of its backward pass too.
 
     mesh: names the axes; without one they are called `all`.
@@ -201,7 +201,7 @@ class Bytes:
         return sum(dataclasses.astuple(self))
 
 
-class Memory(TorchDispatchMode):
+class MemoryRecorder(TorchDispatchMode):
     """Follows memory from here to the end of the block.
 
     model: its parameters and buffers are weights. states: the optimizer's tensors, a mapping a
@@ -220,7 +220,7 @@ class Memory(TorchDispatchMode):
         self._hooks: list[Any] = []
         self._states = list(states)
 
-    def __enter__(self) -> "Memory":
+    def __enter__(self) -> "MemoryRecorder":
         self._fake = active_fake_mode()
         self._depth = 0 if self._fake is None else len(self._fake.enter_stack)
         for tensor in (*self._model.parameters(), *self._model.buffers()):

@@ -39,7 +39,7 @@ from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply
 from switchlm.parallel.expert import AllToAllDispatcher
 from switchlm.parallel.mesh import Mesh, MeshConfig
-from switchlm.planning.recorder import Bytes, Collective, Ledger, Memory
+from switchlm.planning.recorder import Bytes, Collective, CollectiveRecorder, MemoryRecorder
 from switchlm.recipes.config import RunConfig
 from switchlm.training.optimizer import build_optimizer
 from switchlm.training.step import set_router_dtype, training_step
@@ -162,13 +162,15 @@ def simulate(config: RunConfig, ranks: int) -> Simulation:
     """
     started = time.perf_counter()
     with fake_job(config.mesh, ranks) as mesh:
-        rows = rows_of_a_share(config.data.batch_size, mesh.num_shares)
+        rows = rows_of_a_share(config.data.batch_size, mesh.data_size)
         with torch.device("meta"):
             model = SwitchTransformer(config.model)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         apply(model, mesh, wire_dtype=wire_dtype(config))
         balance(model)
-        mesh.total(torch.zeros(1))  # makes its group, which cannot be made among fake tensors
+        mesh.all_reduce_sum(
+            torch.zeros(1)
+        )  # makes its group, which cannot be made among fake tensors
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             batches = [blank_batch(config.data, rows)] * config.training.accumulate
@@ -191,7 +193,10 @@ def measure_step(
     set_router_dtype(model, training.precision)
     for stack in (model.encoder, model.decoder):
         stack.activation_checkpointing = training.activation_checkpointing
-    with Memory(model, optimizer.state.values()) as memory, Ledger(mesh) as ledger:
+    with (
+        MemoryRecorder(model, optimizer.state.values()) as memory,
+        CollectiveRecorder(mesh) as ledger,
+    ):
         training_step(
             model.train(),
             optimizer,

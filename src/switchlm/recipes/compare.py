@@ -26,7 +26,7 @@ from switchlm.errors import ConfigError
 from switchlm.generation.answer import fill, put_into_blanks, read_spans
 from switchlm.huggingface.load import load
 from switchlm.model import count
-from switchlm.recipes.compare_worker import Racer
+from switchlm.recipes.compare_worker import CompareWorker
 from switchlm.recipes.config import (
     RunConfig,
     from_sections,
@@ -115,7 +115,7 @@ def compare(
         racers = {}
         for name, run in (("dense", config.dense), ("sparse", config.sparse)):
             folder = RunFolder(out / name)
-            racers[name] = Racer(run, loader.tokenizer, folder, threads)
+            racers[name] = CompareWorker(run, loader.tokenizer, folder, threads)
             opened.callback(racers[name].close)
         yield {"phase": "training"}
         deadline = started + (math.inf if seconds is None else seconds * (1 - LAST_WORK))
@@ -135,7 +135,7 @@ def compare(
     yield {"result": result}
 
 
-def _ask(racers: Mapping[str, Racer], command: str, together: bool) -> Iterator[Event]:
+def _ask(racers: Mapping[str, CompareWorker], command: str, together: bool) -> Iterator[Event]:
     """Let both runs do as told, at once or one after the other, and yield their lines."""
     if together:
         for racer in racers.values():
@@ -147,7 +147,7 @@ def _ask(racers: Mapping[str, Racer], command: str, together: bool) -> Iterator[
             yield {"run": name, **line}
 
 
-def _result(config: Comparison, racers: Mapping[str, Racer], loader: Loader) -> Event:
+def _result(config: Comparison, racers: Mapping[str, CompareWorker], loader: Loader) -> Event:
     dense, sparse = racers["dense"].evaluations, racers["sparse"].evaluations
     last = {"dense": dense[-1], "sparse": sparse[-1]}
     reached = crossing(sparse, last["dense"]["evaluation_loss"])
@@ -176,7 +176,7 @@ def _result(config: Comparison, racers: Mapping[str, Racer], loader: Loader) -> 
     }
 
 
-def _example(racers: Mapping[str, Racer], loader: Loader) -> dict[str, str]:
+def _example(racers: Mapping[str, CompareWorker], loader: Loader) -> dict[str, str]:
     """Fill the blanks of a held-out text with both models."""
     text, targets = loader.example()
     truth = read_spans(loader.tokenizer.encode(targets), loader.tokenizer)
@@ -242,7 +242,7 @@ def result_table(result: Event) -> list[dict[str, str]]:
     return rows
 
 
-def _report(path: Path, racers: Mapping[str, Racer], result: Event) -> None:
+def _report(path: Path, racers: Mapping[str, CompareWorker], result: Event) -> None:
     reached = result["crossing"]
     write_report(
         path,

@@ -29,11 +29,11 @@ from switchlm.training.run_folder import RunFolder
 Event = dict[str, Any]
 
 
-class RacerError(SwitchLMError):
+class WorkerError(SwitchLMError):
     """The child process of a run ended before its time."""
 
 
-class Racer:
+class CompareWorker:
     """The parent's end: starts the child on a run folder and asks it for steps."""
 
     def __init__(
@@ -76,7 +76,7 @@ class Racer:
                 return
             self.metrics.append(line)
             yield line
-        raise RacerError(
+        raise WorkerError(
             f"The process of {str(self.folder.root)!r} ended with status {self._child.wait()} "
             "before its run did; what it said stands above."
         )

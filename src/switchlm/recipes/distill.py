@@ -26,7 +26,7 @@ from switchlm.huggingface.load import load, save
 from switchlm.model import count
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
-from switchlm.parallel.apply import whole
+from switchlm.parallel.apply import gather_model
 from switchlm.parallel.mesh import AnyMesh, joined
 from switchlm.recipes.config import to_sections
 from switchlm.recipes.distill_config import SETTINGS, DistillationConfig, DistillRun, stored
@@ -43,7 +43,7 @@ from switchlm.recipes.pretrain import (
     record_routing,
 )
 from switchlm.report.write import ReportRun, write_report
-from switchlm.training.distillation import Distillation, Taught, Teacher
+from switchlm.training.distillation import Distillation, Teacher, TeacherLoader
 from switchlm.training.logit_cache import CacheKey, LogitCache, build, digest
 from switchlm.training.loop import BatchSource, train
 from switchlm.training.monitor import read_metrics
@@ -97,7 +97,7 @@ class Reading:
             training=replace(training, evaluate_every=every),
         )
         assert isinstance(self.loader, PairLoader)
-        figures = scorer(run, self.examples, self.loader, mesh)(whole(model))
+        figures = scorer(run, self.examples, self.loader, mesh)(gather_model(model))
         return {name: figures[name] for name in ("score", "scores")}
 
 
@@ -114,7 +114,7 @@ def taught(
     """
     settings, training = reading.config.distillation, reading.config.run.training
     loader = reading.loader
-    share = loader.share(mesh.share, mesh.num_shares)
+    share = loader.share(mesh.data_rank, mesh.data_size)
     if not settings.soft_weight:
         return share
     teacher = Teacher(
@@ -124,7 +124,7 @@ def taught(
         top_k=settings.num_words,
     )
     if settings.cache_logits is None:
-        return Taught(share, lambda number, batch: teacher(batch))
+        return TeacherLoader(share, lambda number, batch: teacher(batch))
     assert settings.num_words is not None, "a cache implies it"
     folder = Path(settings.cache_logits)
     num_batches = training.steps * training.accumulate
@@ -136,18 +136,18 @@ def taught(
         precision=training.precision,
         top_k=settings.num_words,
     )
-    with mesh.first_on_node("logits"):
+    with mesh.local_rank_zero_first("logits"):
         build(folder, key, teacher, loader, num_batches, should_stop, report)
-    if mesh.any(not folder.exists()):
+    if mesh.any_rank(not folder.exists()):
         return None
     cache = LogitCache(
         folder,
         key,
         num_batches * loader.batch_size,
-        share=mesh.share,
-        num_shares=mesh.num_shares,
+        share=mesh.data_rank,
+        num_shares=mesh.data_size,
     )
-    source = Taught(share, cache.teach)
+    source = TeacherLoader(share, cache.teach)
     batches = source.iterate(0)
     next(batches)  # other text is refused now, before there is a run
     batches.close()
@@ -298,7 +298,7 @@ def _distill(
     teacher, tokenizer = open_whole(settings.teacher, "teacher", report, default_device())
     _check_others(settings, tokenizer)
     yield {"phase": "reading text"}
-    with mesh.first_on_node("text"):
+    with mesh.local_rank_zero_first("text"):
         reading = Reading(config, tokenizer, report)
     source = taught(reading, teacher, mesh, should_stop, report)
     if source is None:
@@ -397,7 +397,7 @@ def _measured(
 
 def _measure(reading: Reading, model: SwitchTransformer, mesh: AnyMesh) -> dict[str, Any]:
     """Return the held-out loss of a model in nats a target, and its scores on tasks."""
-    share = reading.loader.share(mesh.share, mesh.num_shares)
+    share = reading.loader.share(mesh.data_rank, mesh.data_size)
     batches = share.held_out(reading.config.run.training.evaluate_batches)
     loss = held_out_loss(model, batches, share.sources, mesh)["loss"]
     return {"loss": loss, **reading.score(model, mesh)}

@@ -34,7 +34,7 @@ from switchlm.recipes.config import RunConfig, to_sections
 from switchlm.recipes.finetune_config import FinetuneConfig, FinetuneRun
 from switchlm.recipes.pretrain import build_model, default_device, open_tokenizer, record_routing
 from switchlm.report.write import ReportRun, write_report
-from switchlm.training.evaluation import KeepBest
+from switchlm.training.evaluation import BestCheckpoint
 from switchlm.training.loop import train
 from switchlm.training.monitor import read_metrics
 from switchlm.training.optimizer import train_only
@@ -51,7 +51,7 @@ def open_model(
     On many processes it is sharded over the mesh, and all of it trains.
     """
     settings = config.finetune
-    with mesh.first_on_node("model"):  # which may come from the hub
+    with mesh.local_rank_zero_first("model"):  # which may come from the hub
         tokenizer = open_tokenizer(settings.model, "model to fine-tune")
     if isinstance(mesh, Mesh):
         model = build_model(RunConfig(model=config.model, training=config.training), mesh)
@@ -172,7 +172,7 @@ def _finetune(
     _check(config, folder, mesh, resume)
     settings = config.finetune
     yield {"phase": "reading the tasks"}
-    with mesh.first_on_node("tasks"):
+    with mesh.local_rank_zero_first("tasks"):
         examples = read_tasks(settings)
     yield {"phase": "loading the model"}
     model, tokenizer = open_model(config, mesh, report)
@@ -189,19 +189,19 @@ def _finetune(
         long_targets="truncate" if settings.truncate_targets else "refuse",
         report=report,
     )
-    share = loader.share(mesh.share, mesh.num_shares)
-    mesh.wait()  # until all have found the folder as it was
+    share = loader.share(mesh.data_rank, mesh.data_size)
+    mesh.barrier()  # until all have found the folder as it was
     if mesh.is_main:
         folder.create()
         check_base(model, folder, settings.model)
         write_yaml(folder.config, to_sections(config))
-    mesh.wait()
+    mesh.barrier()
 
     def keep_best(best: SwitchTransformer) -> None:
         if mesh.is_main:
             keep(best, tokenizer, settings, folder, report)
 
-    evaluator = KeepBest(
+    evaluator = BestCheckpoint(
         score=scorer(config, examples, loader, mesh), keep=keep_best, patience=settings.patience
     )
     yield {"phase": "training"}
@@ -251,7 +251,9 @@ def scorer(
 ) -> Callable[[SwitchTransformer], dict[str, Any]]:
     """Return what gives the figures, all but the best so far, of a model whole in each process."""
     settings = config.finetune
-    batches = loader.share(mesh.share, mesh.num_shares).held_out(config.training.evaluate_batches)
+    batches = loader.share(mesh.data_rank, mesh.data_size).held_out(
+        config.training.evaluate_batches
+    )
 
     def score(model: SwitchTransformer) -> dict[str, Any]:
         scores = {}

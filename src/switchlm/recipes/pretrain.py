@@ -50,7 +50,7 @@ def record_routing(
         first = loader.held_out(1)[0]
     except DataError:  # nothing is held out: a run may want that
         return []
-    tokens = first.inputs_BS.numel() * mesh.num_shares
+    tokens = first.inputs_BS.numel() * mesh.data_size
     batches = loader.held_out(min(max(MOST_TOKENS // tokens, 1), MOST_BATCHES))
     layers = routing_statistics(model, batches, tokenizer, loader.sources, mesh=mesh)
     records = [dataclasses.asdict(layer) for layer in layers]
@@ -177,11 +177,11 @@ def _pretrain(
             check_stated(config.data.tokenizer, theirs, config.init_from)
         tokenizer = tokenizer or theirs
     yield {"phase": "reading text"}
-    with mesh.first_on_node("text"):
+    with mesh.local_rank_zero_first("text"):
         loader = open_data(
             config.data, seed=config.training.seed, tokenizer=tokenizer, report=report
         )
-    share = loader.share(mesh.share, mesh.num_shares)
+    share = loader.share(mesh.data_rank, mesh.data_size)
     config = with_vocabulary(config, loader.tokenizer)
     if start is not None:
         check_fit(start.config, config.model)
@@ -229,9 +229,9 @@ def open_folder(out: Path, resume: bool) -> RunFolder:
 
 def begin(folder: RunFolder, config: RunConfig, tokenizer: Tokenizer, mesh: AnyMesh) -> None:
     """Let the main process make the folder and write what a run is resumed with."""
-    mesh.wait()
+    mesh.barrier()
     if mesh.is_main:
         folder.create()
         tokenizer.save(folder.tokenizer)
         write_yaml(folder.config, to_sections(config))
-    mesh.wait()
+    mesh.barrier()

@@ -199,7 +199,7 @@ def _batch(config: RunConfig, number: int, rows: int, tokens: int) -> Batch:
 def _share(batch: Batch, mesh: AnyMesh) -> Batch:
     """Return the rows of a batch that fall to this process."""
     parts = {
-        name: None if value is None else value.chunk(mesh.num_shares)[mesh.share]
+        name: None if value is None else value.chunk(mesh.data_size)[mesh.data_rank]
         for name, value in vars(batch).items()
     }
     return Batch(**cast(dict[str, Tensor], parts))

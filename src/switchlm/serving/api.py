@@ -21,7 +21,7 @@ from switchlm import __version__
 from switchlm.errors import DataError, UserError
 from switchlm.generation.answer import TOKENS_A_BLANK, count_blanks, put_into_blanks, read_spans
 from switchlm.generation.route import route
-from switchlm.serving.engine import Engine, Mailbox, events
+from switchlm.serving.engine import Engine, EventBridge, events
 from switchlm.serving.middleware import (
     REPORT_HEADERS,
     App,
@@ -102,11 +102,11 @@ class _Interface:
         self._engine, self._name, self._seconds = engine, name, seconds
         self._has_report = report is not None
         self._created = int(time.time())
-        self._mailbox: Mailbox | None = None
+        self._mailbox: EventBridge | None = None
 
     @asynccontextmanager
     async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
-        self._mailbox = Mailbox(asyncio.get_running_loop())
+        self._mailbox = EventBridge(asyncio.get_running_loop())
         yield
 
     async def health(self) -> Response:
@@ -225,7 +225,7 @@ class _Interface:
             raise HTTPException(404, f"There is no model {name!r} here, only {self._name!r}.")
 
     @property
-    def _box(self) -> Mailbox:
+    def _box(self) -> EventBridge:
         assert self._mailbox is not None, "the application has started"
         return self._mailbox
 

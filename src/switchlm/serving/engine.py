@@ -21,7 +21,14 @@ from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.generation.slots import Slots, serving
 from switchlm.generation.text_stream import TextStream
 from switchlm.model.transformer import SwitchTransformer
-from switchlm.serving.requests import BusyError, ClosingError, Event, Reason, Request, Ticket
+from switchlm.serving.requests import (
+    BusyError,
+    ClosingError,
+    Event,
+    PendingRequest,
+    Reason,
+    Request,
+)
 from switchlm.serving.statistics import Statistics
 
 Result = TypeVar("Result")
@@ -50,11 +57,11 @@ class Engine:
         self.max_source, self.max_target = max_source, max_target
         self.num_slots, self.queue = num_slots, queue
         self.statistics = Statistics()
-        self._waiting: deque[Ticket] = deque()
+        self._waiting: deque[PendingRequest] = deque()
         self._calls: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._closing = False
-        self._streams: dict[Ticket, TextStream] = {}
+        self._streams: dict[PendingRequest, TextStream] = {}
         self._joining = 0  # neither in the queue any more nor in a slot yet
         self._thread = threading.Thread(target=self._run, name="switchlm-engine", daemon=True)
         self._started: Future[None] = Future()
@@ -64,20 +71,20 @@ class Engine:
         self._thread.start()
         self._started.result()
 
-    def submit(self, request: Request, listener: Listener) -> Ticket:
+    def submit(self, request: Request, listener: Listener) -> PendingRequest:
         """Queue a request. Raises BusyError when the queue is full, ClosingError after `close`."""
         return self.submit_all([request], [listener])[0]
 
     def submit_all(
         self, requests: Sequence[Request], listeners: Sequence[Listener]
-    ) -> list[Ticket]:
+    ) -> list[PendingRequest]:
         """Queue all of these, or none; raises as `submit` does."""
         now = time.monotonic()
         tickets = []
         for request, listener in zip(requests, listeners, strict=True):
             assert 0 < len(request.ids) <= self.max_source, "prompts are bounded before they come"
             assert 0 < request.limit <= self.max_target, "limits are bounded before they come"
-            tickets.append(Ticket(request, listener, now))
+            tickets.append(PendingRequest(request, listener, now))
         with self._changed:
             if self._closing:
                 raise ClosingError("The server is shutting down; nothing new is taken.")
@@ -200,7 +207,7 @@ class Engine:
 
     def _admit(self, slots: Slots) -> None:
         """Encode the next requests and give them free slots."""
-        new: list[Ticket] = []
+        new: list[PendingRequest] = []
         with self._changed:
             longest = 0
             while self._waiting and len(new) < slots.num_free:
@@ -218,7 +225,7 @@ class Engine:
                 self._join(slots, ticket, encoded_SD)
             self._joining -= 1
 
-    def _join(self, slots: Slots, ticket: Ticket, encoded_SD: Tensor) -> None:
+    def _join(self, slots: Slots, ticket: PendingRequest, encoded_SD: Tensor) -> None:
         request = ticket.request
         try:
             stream = TextStream(self.tokenizer, request.stops)
@@ -234,7 +241,7 @@ class Engine:
             return
         self._streams[ticket] = stream
 
-    def _encoded(self, slots: Slots, tickets: Sequence[Ticket]) -> list[Tensor | Exception]:
+    def _encoded(self, slots: Slots, tickets: Sequence[PendingRequest]) -> list[Tensor | Exception]:
         try:
             return [*slots.encode([ticket.request.ids for ticket in tickets])]
         except Exception as error:
@@ -282,7 +289,7 @@ class Engine:
         except Exception as error:
             return error
 
-    def _tell(self, slots: Slots, row: int, ticket: Ticket, token: int) -> None:
+    def _tell(self, slots: Slots, row: int, ticket: PendingRequest, token: int) -> None:
         stream = self._streams[ticket]
         piece = stream.push(token)
         if token == self.model.config.end_id or stream.stopped:
@@ -304,13 +311,13 @@ class Engine:
         else:
             self._finish(ticket, reason, piece + rest, token)
 
-    def _fail(self, ticket: Ticket, error: Exception) -> None:
+    def _fail(self, ticket: PendingRequest, error: Exception) -> None:
         message = " ".join(f"{type(error).__name__}: {error}".split())
         self._finish(ticket, "error", message=message)
 
     def _finish(
         self,
-        ticket: Ticket,
+        ticket: PendingRequest,
         reason: Reason,
         piece: str = "",
         token: int | None = None,
@@ -326,7 +333,7 @@ class Engine:
             ticket.unheard = error
 
 
-def _given_up(ticket: Ticket, now: float) -> Reason | None:
+def _given_up(ticket: PendingRequest, now: float) -> Reason | None:
     """Return why a request is not wanted any more, None if it is."""
     if ticket.cancelled:
         return "cancelled"
@@ -336,7 +343,7 @@ def _given_up(ticket: Ticket, now: float) -> Reason | None:
     return None
 
 
-class Mailbox:
+class EventBridge:
     """Carries events from the engine's thread into a loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -359,7 +366,7 @@ class Mailbox:
 
 
 async def events(
-    engine: Engine, mailbox: Mailbox, requests: Sequence[Request]
+    engine: Engine, mailbox: EventBridge, requests: Sequence[Request]
 ) -> AsyncGenerator[tuple[int, Event], None]:
     """Yield (number of the request, event) until all have ended.
 

@@ -58,7 +58,7 @@ class Event:
 
 
 @dataclass(eq=False)
-class Ticket:
+class PendingRequest:
     """A request on its way. listener: called in the engine's thread with every event.
 
     unheard: what the listener raised at the last one, which then nobody heard.

@@ -22,7 +22,7 @@ from switchlm.training.step import computing, set_router_dtype, target_cross_ent
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaughtBatch(Batch):
+class TeacherBatch(Batch):
     """A batch, and what a teacher says of each of its targets.
 
     expected_BTK: float32 log-probabilities. Of all words (K = V) where words_BTK is None; else of
@@ -76,7 +76,7 @@ class Distillation:
 
     def __call__(self, output: ModelOutput, batch: Batch) -> Tensor:
         """Return the loss summed over the targets of a TaughtBatch."""
-        assert isinstance(batch, TaughtBatch), "batches come from a Taught source"
+        assert isinstance(batch, TeacherBatch), "batches come from a Taught source"
         logits_BTV = gathered(output.logits_BTV).float() / self.temperature
         if batch.words_BTK is None:
             losses_BT = soft_cross_entropy(logits_BTV, batch.expected_BTK)
@@ -103,7 +103,7 @@ class Teacher:
         self.temperature, self.precision, self.top_k = temperature, precision, top_k
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> TaughtBatch:
+    def __call__(self, batch: Batch) -> TeacherBatch:
         """Return the batch, taught, on the teacher's device."""
         batch = batch.to(self.model.embedding.weight.device)
         with computing(self.precision, batch.inputs_BS.device):
@@ -115,11 +115,11 @@ class Teacher:
             ).logits_BTV
         expected_BTV = log_softmax(logits_BTV.float() / self.temperature, -1)
         if self.top_k is None:
-            return TaughtBatch(**vars(batch), expected_BTK=expected_BTV)
+            return TeacherBatch(**vars(batch), expected_BTK=expected_BTV)
         found_BTK, words_BTK = expected_BTV.topk(self.top_k, dim=-1)
         others_BT1 = expected_BTV.scatter(-1, words_BTK, -torch.inf).logsumexp(-1, keepdim=True)
         expected_BTK = torch.cat([found_BTK, others_BT1], -1)
-        return TaughtBatch(**vars(batch), expected_BTK=expected_BTK, words_BTK=words_BTK)
+        return TeacherBatch(**vars(batch), expected_BTK=expected_BTK, words_BTK=words_BTK)
 
 
 class Untaught(Protocol):
@@ -133,13 +133,13 @@ class Untaught(Protocol):
     def held_out(self, num_batches: int) -> list[Batch]: ...
 
 
-class Taught:
+class TeacherLoader:
     """A source whose training batches are taught; those held out are as they were.
 
     teach: from the number of a batch and the batch to the batch taught.
     """
 
-    def __init__(self, source: Untaught, teach: Callable[[int, Batch], TaughtBatch]) -> None:
+    def __init__(self, source: Untaught, teach: Callable[[int, Batch], TeacherBatch]) -> None:
         self.source, self.teach = source, teach
 
     @property

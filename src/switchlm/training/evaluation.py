@@ -13,12 +13,12 @@ from switchlm.data.batch import Batch
 from switchlm.evaluation.diagnostics import diagnose
 from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.model.transformer import SwitchTransformer
-from switchlm.parallel.apply import whole
+from switchlm.parallel.apply import gather_model
 from switchlm.parallel.mesh import ALONE, AnyMesh
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class EvaluationResult:
     """What an evaluation found: figures for its metrics line, and whether to end the run."""
 
     figures: Mapping[str, Any]
@@ -34,7 +34,7 @@ class Evaluator(Protocol):
 
     when_stopped: bool
 
-    def evaluate(self, model: SwitchTransformer, step: int) -> Verdict:
+    def evaluate(self, model: SwitchTransformer, step: int) -> EvaluationResult:
         """Judge the model as it is after `step` steps, and leave it in its mode."""
         ...
 
@@ -64,7 +64,7 @@ class HeldOutLoss:
         self.batches, self.sources, self.mesh = batches, sources, mesh
         self.experts: dict[str, list[int]] = {}
 
-    def evaluate(self, model: SwitchTransformer, step: int) -> Verdict:
+    def evaluate(self, model: SwitchTransformer, step: int) -> EvaluationResult:
         """Return evaluation_loss and evaluation_loss_by_source, nats per target, and the diagnosis.
 
         On many processes there is no diagnosis: the weights of a sharded model are together only
@@ -73,13 +73,13 @@ class HeldOutLoss:
         result = held_out_loss(model, self.batches, self.sources, self.mesh)
         by_source = {name: part["loss"] for name, part in result["sources"].items()}
         figures = {"evaluation_loss": result["loss"], "evaluation_loss_by_source": by_source}
-        if self.mesh.num_processes == 1:
+        if self.mesh.world_size == 1:
             diagnosis = diagnose(model, self.batches[0])
             figures |= diagnosis.figures(self.experts)
             self.experts = diagnosis.experts()
         else:
             self.experts = {}
-        return Verdict(figures=figures)
+        return EvaluationResult(figures=figures)
 
     def state(self) -> dict[str, Any]:
         return {"experts": self.experts}
@@ -98,7 +98,7 @@ class Best:
 
 
 @dataclass(kw_only=True)
-class KeepBest:
+class BestCheckpoint:
     """Keeps the model of the best score and ends the run when scores stay below it.
 
     A model that is spread over processes is put together in each of them first.
@@ -114,9 +114,9 @@ class KeepBest:
     best: Best = field(default_factory=Best)
     when_stopped = False
 
-    def evaluate(self, model: SwitchTransformer, step: int) -> Verdict:
+    def evaluate(self, model: SwitchTransformer, step: int) -> EvaluationResult:
         """Return what `score` gives, and best_score and best_step so far."""
-        model = whole(model)
+        model = gather_model(model)
         figures = self.score(model)
         best, score = self.best, float(figures["score"])
         if best.score is None or score > best.score:
@@ -124,7 +124,7 @@ class KeepBest:
             best = self.best = Best(step=step, score=score)
         else:
             best.misses += 1
-        return Verdict(
+        return EvaluationResult(
             figures={**figures, "best_score": best.score, "best_step": best.step},
             stop=self.patience is not None and best.misses >= self.patience,
         )

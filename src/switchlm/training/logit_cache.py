@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from switchlm.data.batch import Batch
 from switchlm.errors import CheckpointError
 from switchlm.files import Report, building, flush
-from switchlm.training.distillation import TaughtBatch, Teacher, Untaught
+from switchlm.training.distillation import Teacher, TeacherBatch, Untaught
 
 FORMAT = 1
 REPORT_EVERY = 100  # batches
@@ -93,7 +93,7 @@ class LogitCache:
             folder / "expected.bin", dtype=np.float32, mode="r", shape=(shape[0], shape[1] + 1)
         )
 
-    def teach(self, number: int, batch: Batch) -> TaughtBatch:
+    def teach(self, number: int, batch: Batch) -> TeacherBatch:
         """Return this process's rows of the run's batch `number`, taught."""
         num_rows, length = batch.targets_BT.shape
         first = (number * self.num_shares + self.share) * num_rows
@@ -107,7 +107,7 @@ class LogitCache:
         shape = (num_rows, length, -1)
         words = self.words[places].astype(np.int64).reshape(shape)
         expected = np.array(self.expected[places]).reshape(shape)
-        return TaughtBatch(
+        return TeacherBatch(
             **vars(batch),
             expected_BTK=torch.from_numpy(expected),
             words_BTK=torch.from_numpy(words),

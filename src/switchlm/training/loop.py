@@ -193,7 +193,7 @@ class _Run:
                     yield monitor.write(self._evaluation_line(self.evaluator))
                 if self._due(config.checkpoint_every):
                     self._save()
-            interrupted = self.mesh.any(self.should_stop())
+            interrupted = self.mesh.any_rank(self.should_stop())
             if interrupted:
                 self._save()  # before anything that takes time
             if self.evaluator is not None and self._left_to_evaluate(interrupted):
@@ -207,8 +207,8 @@ class _Run:
         started = time.perf_counter()
         parts = [next(batches)[1] for _ in range(config.accumulate)]
         num_tokens = sum(batch.num_tokens for batch in parts)
-        progress.tokens += int(self.mesh.total(torch.tensor(num_tokens)))
-        seed_step(config.seed, progress.step, self.device, self.mesh.share)
+        progress.tokens += int(self.mesh.all_reduce_sum(torch.tensor(num_tokens)))
+        seed_step(config.seed, progress.step, self.device, self.mesh.data_rank)
         set_learning_rate(self.optimizer, learning_rate(progress.step, config))
         record = training_step(
             self.model,
@@ -220,7 +220,7 @@ class _Run:
             objective=self.objective,
         )
         progress.step += 1
-        self.mesh.note(progress.step)
+        self.mesh.beat(progress.step)
         self.averages.add(record.figures)
         if self._due_to_log():
             self.averages.fold()  # waits for the device, so that the time is the step's
@@ -246,7 +246,7 @@ class _Run:
         out_of_time = config.seconds is not None and progress.seconds >= config.seconds
         if progress.step >= config.steps or progress.stopped:
             return True
-        return self.mesh.any(out_of_time or self.should_stop())
+        return self.mesh.any_rank(out_of_time or self.should_stop())
 
     def _training_line(self, record: StepRecord) -> Line:
         progress, logged = self.progress, self.logged

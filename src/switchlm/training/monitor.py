@@ -33,10 +33,10 @@ def global_norm(gradients: list[Tensor], mesh: AnyMesh = ALONE) -> Tensor:
     """
     norms = torch._foreach_norm([_short(local(gradient)) for gradient in gradients])
     parts = [
-        norm.float() / math.sqrt(mesh.copies(gradient))
+        norm.float() / math.sqrt(mesh.num_replicas(gradient))
         for norm, gradient in zip(norms, gradients, strict=True)
     ]
-    return mesh.length(torch.linalg.vector_norm(torch.stack(parts)))
+    return mesh.global_norm(torch.linalg.vector_norm(torch.stack(parts)))
 
 
 def _short(gradient: Tensor) -> Tensor:

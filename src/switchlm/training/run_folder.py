@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from switchlm.checkpoint.store import Shelf
+from switchlm.checkpoint.store import CheckpointDirectory
 from switchlm.files import make_folder, replace_file
 
 
@@ -20,7 +20,7 @@ class RunFolder:
 
     def has_checkpoint(self) -> bool:
         """Whether a resumed run would go on from a checkpoint, not from the start."""
-        return bool(Shelf(self.checkpoints).finished())
+        return bool(CheckpointDirectory(self.checkpoints).finished())
 
     def create(self) -> None:
         """Make the folder, durably; one that exists is fine."""

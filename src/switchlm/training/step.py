@@ -163,8 +163,8 @@ def backward(
     Returns float32 [3] (objective a target, balance loss, z-loss), of all processes, and the
     routing of each batch here.
     """
-    num_targets = mesh.total(sum_of([batch.target_mask_BT.sum() for batch in batches]))
-    num_parts = len(batches) * mesh.num_shares
+    num_targets = mesh.all_reduce_sum(sum_of([batch.target_mask_BT.sum() for batch in batches]))
+    num_parts = len(batches) * mesh.data_size
     losses = None
     routing: tuple[Routings, ...] = ()
     for number, batch in enumerate(batches, start=1):
@@ -184,7 +184,7 @@ def backward(
         losses = parts.detach() if losses is None else losses + parts.detach()
         routing += (output.routing,)
     assert losses is not None, "a step needs at least one batch"
-    return mesh.total(losses), routing
+    return mesh.all_reduce_sum(losses), routing
 
 
 def nudge_biases(
@@ -212,7 +212,7 @@ def summarise_routing(routing: Sequence[Routings], mesh: AnyMesh = ALONE) -> Rou
     layers = list(zip(*routing, strict=True))
     kept_L = torch.stack([sum_of([layer.kept_A.sum() for layer in batches]) for batches in layers])
     gates_L = torch.stack([sum_of([_sum_of_gates(one) for one in batches]) for batches in layers])
-    kept_L, gates_L = mesh.total(torch.stack([kept_L.double(), gates_L.double()]))
+    kept_L, gates_L = mesh.all_reduce_sum(torch.stack([kept_L.double(), gates_L.double()]))
     wanted_L = load_LE.sum(-1)
     return RoutingSummary(
         load_LE=load_LE / wanted_L[:, None].clamp(min=1),
@@ -224,7 +224,7 @@ def summarise_routing(routing: Sequence[Routings], mesh: AnyMesh = ALONE) -> Rou
 def _loads(routing: Sequence[Routings], mesh: AnyMesh) -> Tensor:
     """Return load_LE, int64: how many tokens of a step asked for each expert, everywhere."""
     layers = zip(*routing, strict=True)
-    return mesh.total(
+    return mesh.all_reduce_sum(
         torch.stack([sum_of([layer.load_E for layer in batches]) for batches in layers])
     )
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from switchlm.data import order
-from switchlm.data.batch import Batch, LoaderShare, made_ahead, sample_numbers
+from switchlm.data.batch import Batch, ShardedLoader, prefetch_batches, sample_numbers
 from switchlm.data.config import DataConfig
-from switchlm.data.order import Int64, Mixture, choose_alike, choose_held_out
+from switchlm.data.order import Int64, Mixture, choose_aligned, choose_held_out
 from switchlm.data.pretraining.rows import Rows
 from switchlm.data.pretraining.samples import RowShape, Samples
 from switchlm.data.text import sources
@@ -51,11 +51,13 @@ class Loader:
         self, start_step: int = 0, prefetch: int = 2, rank: int = 0, world_size: int = 1
     ) -> Generator[tuple[int, Batch], None, None]:
         """Yield (step, batch) for ever, `prefetch` batches made ahead in a background thread."""
-        return made_ahead(lambda step: self.batch(step, rank, world_size), start_step, prefetch)
+        return prefetch_batches(
+            lambda step: self.batch(step, rank, world_size), start_step, prefetch
+        )
 
-    def share(self, rank: int, world_size: int) -> LoaderShare:
+    def share(self, rank: int, world_size: int) -> ShardedLoader:
         """Return what `rank` of `world_size` workers reads: its rows of every batch."""
-        return LoaderShare(self, rank, world_size)
+        return ShardedLoader(self, rank, world_size)
 
     def held_out(
         self, num_batches: int, source: str | None = None, rank: int = 0, world_size: int = 1
@@ -179,7 +181,7 @@ def _choose_held_out(
     if config.group_column is None:
         return [choose_held_out(one.hashes_D, one.lengths_D, share, least) for one in caches]
     hashes_SD = [one.hashes_D for one in caches]
-    return choose_alike(hashes_SD, [one.lengths_D for one in caches], share, least)
+    return choose_aligned(hashes_SD, [one.lengths_D for one in caches], share, least)
 
 
 def _held_out(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from switchlm.data.batch import Batch, LoaderShare, made_ahead, sample_numbers
+from switchlm.data.batch import Batch, ShardedLoader, prefetch_batches, sample_numbers
 from switchlm.data.order import Int64, Mixture, probabilities
 from switchlm.data.pretraining.rows import pack as share_out
 from switchlm.data.pretraining.rows import shuffle
@@ -116,11 +116,13 @@ class PairLoader:
         self, start_step: int = 0, prefetch: int = 2, rank: int = 0, world_size: int = 1
     ) -> Generator[tuple[int, Batch], None, None]:
         """Yield (step, batch) for ever, `prefetch` batches made ahead in a background thread."""
-        return made_ahead(lambda step: self.batch(step, rank, world_size), start_step, prefetch)
+        return prefetch_batches(
+            lambda step: self.batch(step, rank, world_size), start_step, prefetch
+        )
 
-    def share(self, rank: int, world_size: int) -> LoaderShare:
+    def share(self, rank: int, world_size: int) -> ShardedLoader:
         """Return what `rank` of `world_size` workers reads: its rows of every batch."""
-        return LoaderShare(self, rank, world_size)
+        return ShardedLoader(self, rank, world_size)
 
     def held_out(
         self, num_batches: int, source: str | None = None, rank: int = 0, world_size: int = 1

@@ -267,7 +267,7 @@ def forward(
     y_RD = plan.empty(x_RD, down_EFD.shape[2])
     counts_E = torch.tensor(plan.sizes[:-1], device="cpu")
     kept = hidden_RF is not None
-    room = hidden_RF if hidden_RF is not None else _room(x_RD, plan, up_EDF)
+    room = hidden_RF if hidden_RF is not None else _workspace(x_RD, plan, up_EDF)
     library.relu_experts(
         x_RD.data_ptr(), counts_E.data_ptr(), *up_EDF.shape, up_EDF.data_ptr(),
         down_EFD.data_ptr(), room.data_ptr(), kept, y_RD.data_ptr(),
@@ -288,7 +288,7 @@ def backward(
     library = native().library
     assert library is not None
     counts_E = torch.tensor(plan.sizes[:-1], device="cpu")
-    room = _room(x_RD, plan, up_EDF)
+    room = _workspace(x_RD, plan, up_EDF)
     places = (None if gradient is None else gradient.data_ptr() for gradient in into)
     library.relu_experts_backward(
         dy_RD.data_ptr(), x_RD.data_ptr(), hidden_RF.data_ptr(), counts_E.data_ptr(),
@@ -296,6 +296,6 @@ def backward(
     )  # fmt: skip
 
 
-def _room(x_RD: Tensor, plan: Schedule, up_EDF: Tensor) -> Tensor:
+def _workspace(x_RD: Tensor, plan: Schedule, up_EDF: Tensor) -> Tensor:
     """Return room for the hidden rows of one expert."""
     return x_RD.new_empty(max(plan.sizes[:-1]), up_EDF.shape[2])

@@ -1,4 +1,4 @@
-"""How many tokens a second the data pipeline makes, against what training consumes.
+"""How many tokens per second the data pipeline makes, against what training consumes.
 
     python benchmarks/data.py [--preset tiny] [--repeats 7] [--threads 2]
 
@@ -120,7 +120,7 @@ def main() -> None:
         ]
         for name, values in found.items()
     ]
-    headers = ["million tokens a second, times training's", "median", "best repeat"]
+    headers = ["million tokens per second, times training's", "median", "best repeat"]
     speed = tokenizing(options.repeats)
     harness.write(
         "data",

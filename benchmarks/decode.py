@@ -90,7 +90,7 @@ CROSS = ("cross_attention.key", "cross_attention.value")
 
 
 def routed(model: SwitchTransformer, inputs_BS: torch.Tensor, new: int) -> float:
-    """Return how many different experts a step routes to, over all layers, in the mean."""
+    """Return how many different experts per step routes to, over all layers, in the mean."""
     found, decode = [], model.decode
 
     def watched(*arguments: Any, **options: Any) -> Any:
@@ -233,11 +233,11 @@ def measured(
 
 HEADERS = [
     "batch, model",
-    "ms a step (quartiles)",
-    "tokens a second",
+    "ms per step (quartiles)",
+    "tokens per second",
     "times theirs (quartiles)",
     "whole request, times theirs",
-    "experts a step",
+    "experts per step",
     "limit ms",
     "of the limit",
     "same tokens",

@@ -10,7 +10,7 @@ import peers
 
 
 class MegaBlocks(nn.Module):
-    """MegaBlocks' dropless layer (Gale et al. 2022), one expert a token, ReLU, no biases."""
+    """MegaBlocks' dropless layer (Gale et al. 2022), one expert per token, ReLU, no biases."""
 
     def __init__(self, d_model: int, d_ff: int, num_experts: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class MegaBlocks(nn.Module):
 
 
 class ScatterMoE(nn.Module):
-    """ScatterMoE's layer (Tan et al. 2024), with a router of one expert a token before it."""
+    """ScatterMoE's layer (Tan et al. 2024), with a router of one expert per token before it."""
 
     def __init__(self, d_model: int, d_ff: int, num_experts: int) -> None:
         super().__init__()

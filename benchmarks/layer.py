@@ -265,7 +265,7 @@ def as_table(found: dict[str, Any]) -> str:
 
 
 def growth(number: int, dtype: torch.dtype, options: Any) -> tuple[list[dict[str, Any]], str]:
-    """Measure how the cost grows with the experts at equal FLOPs a token."""
+    """Measure how the cost grows with the experts at equal FLOPs per token."""
     found, rows = [], []
     for num_experts in GROWTH:
         torch.manual_seed(options.seed)
@@ -301,7 +301,7 @@ def growth(number: int, dtype: torch.dtype, options: Any) -> tuple[list[dict[str
         )
     headers = [
         "experts", "million parameters", "to dense (quartiles)", "the limit", "to the limit",
-        "router and permutations, of the layer", "peak bytes a parameter",
+        "router and permutations, of the layer", "peak bytes per parameter",
     ]  # fmt: skip
     title = f"## {str(dtype).removeprefix('torch.')}, N {number}, D {D_MODEL}, F {D_FF}, dropless"
     return found, f"{title}\n\n{harness.table(headers, rows)}"

@@ -2,7 +2,7 @@
 
     python benchmarks/offload.py hot   --folder FOLDER     # switch-base-8, all experts fit
     python benchmarks/offload.py cold  --folder FOLDER     # switch-base-256, 29 GB in bfloat16
-    python benchmarks/offload.py scale --folder FOLDER     # switch-c of 64 experts a layer, int4
+    python benchmarks/offload.py scale --folder FOLDER     # switch-c of 64 experts per layer, int4
 
 Weights are made up (made_up.py) and written into FOLDER where they are not there yet; only what is
 measured afterwards is timed. Each part replaces its own section of results/offload.json. Before
@@ -97,7 +97,7 @@ def encode(model: SwitchTransformer, inputs_BS: torch.Tensor) -> torch.Tensor:
 
 
 def decode(model: SwitchTransformer, encoded_BSD: torch.Tensor, steps: int, seed: int) -> int:
-    """Sample so many tokens a row; return how many different ones there were."""
+    """Sample so many tokens per row; return how many different ones there were."""
     generator = torch.Generator().manual_seed(seed)
     token_B1 = torch.zeros(encoded_BSD.shape[0], 1, dtype=torch.int64)
     seen = set()

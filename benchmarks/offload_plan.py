@@ -1,6 +1,6 @@
 """The plan of `plan_offload` against a run at 1/32 scale, and what it says of switch-c-2048.
 
-The run is of switch-c with 64 experts a layer instead of 2,048 and five layers in each stack
+The run is of switch-c with 64 experts per layer instead of 2,048 and five layers in each stack
 instead of 15, all else as it is, experts of 4 bits. Weights are made up (made_up.py).
 """
 
@@ -124,9 +124,9 @@ def tables(part: dict[str, Any]) -> list[str]:
     titles = [
         f"{WHOLE}, planned",
         "TB on disk",
-        "MB an expert",
+        "MB per expert",
         "GB resident",
-        "GB read for 64 tokens a row in",
+        "GB read for 64 tokens per row in",
         "seconds",
         "GB read a step",
         "tokens/s",

@@ -26,7 +26,7 @@ from switchlm.recipes.config import RunConfig, run_config
 DOCS = Path(__file__).parents[1] / "docs"
 GPU = "h200"
 SIZES = [8, 16, 32, 64, 128, 256, 512, 1024, 2048]
-# Rows of 512 inputs and 114 targets a GPU: as many as fill it well, and fit.
+# Rows of 512 inputs and 114 targets per GPU: as many as fill it well, and fit.
 MODELS = {"switch-base-128": 32, "switch-xxl-128": 8, "switch-c-2048": 8}
 
 
@@ -111,7 +111,7 @@ def page(points: list[dict[str, Any]]) -> str:
         "with the real code (`switchlm simulate`). **No step of these ran on a GPU**: memory and",
         "bytes are those of the code, times are estimates. Written by `benchmarks/scaling.py`.",
         "",
-        "![Tokens a second a GPU, by model and number of GPUs](scaling.png)",
+        "![Tokens a second per GPU, by model and number of GPUs](scaling.png)",
         "",
         f"Assumptions: {GPU} with {gpu.memory / 1e9:.0f} GB of which 92% may be filled,",
         f"{gpu.tensor_flops / 1e12:.0f} TFLOP/s in bfloat16 at 50% utilisation,",
@@ -122,14 +122,14 @@ def page(points: list[dict[str, Any]]) -> str:
         "the tensor axis hide behind nothing. Selective precision, AdamW in float32, rows of 512",
         "inputs and 114 targets; activation checkpointing for XXL. Meshes with one replica, expert",
         "x tensor of at least 8 and tensor of at most 2 are compared. `efficiency` is tokens a",
-        "second a GPU against the first size that fits.",
+        "second per GPU against the first size that fits.",
         "",
     ]
     for name in MODELS:
         mine = [point for point in points if point["model"] == name]
-        lines += [f"## {name}, {mine[0]['rows']} rows a GPU", ""]
+        lines += [f"## {name}, {mine[0]['rows']} rows per GPU", ""]
         lines += [
-            "| GPUs | layout | GB a GPU | simulated | GB sent | same collectives | ms a step |"
+            "| GPUs | layout | GB per GPU | simulated | GB sent | same collectives | ms per step |"
             " tokens/s | efficiency | bound by |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
@@ -160,7 +160,7 @@ def page(points: list[dict[str, Any]]) -> str:
 
 
 def plot(points: list[dict[str, Any]], path: Path) -> None:
-    """Draw tokens a second a GPU over the number of GPUs."""
+    """Draw tokens per second per GPU over the number of GPUs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -177,7 +177,7 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xticks(SIZES, [f"{size:,}" for size in SIZES])
     axes.set_xlabel(f"GPUs ({GPU}, 8 a node)")
-    axes.set_ylabel("tokens a second a GPU, estimated")
+    axes.set_ylabel("tokens per second per GPU, estimated")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

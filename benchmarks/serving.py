@@ -5,7 +5,7 @@
 The model has the shape of the preset and weights made up, so that it never ends an output by
 itself. Every client streams one request after another: 64 tokens in, 32 new ones, greedy. The
 numbers of clients take turns within every repeat. Then 200 clients come at once, to 32 slots and a
-queue of 32. /health is asked some 50 times a second all along.
+queue of 32. /health is asked some 50 times per second all along.
 """
 
 import argparse
@@ -297,7 +297,7 @@ def report(record: dict[str, Any], options: Any) -> None:
         f"{max(crowd['health']) * 1e3:.0f} ms.\n\n"
         f"Resident: {first:.2f} GB after the first request, {after:.2f} GB after the clients, "
         f"{last:.2f} GB after the crowd. /metrics: {outcomes}; {record['rows_a_step']:.1f} rows a "
-        f"step, {record['step_seconds'] * 1e3:.0f} ms a step."
+        f"step, {record['step_seconds'] * 1e3:.0f} ms per step."
     )
     title = "What a server gives its clients"
     harness.write(options.name, title, record, [harness.table(headers, rows), text])

@@ -199,7 +199,7 @@ def as_table(found: dict[str, Any]) -> str:
         )
     headers = [
         "one step", "median s", "minimum s", "to the dense twin (quartiles)",
-        "times as fast as transformers Switch (quartiles)", "tokens a second", "of the matrix peak",
+        "times as fast as transformers Switch (quartiles)", "tokens per second", "of the matrix peak",
     ]  # fmt: skip
     peak = f"Matrix peak, measured: {found['matrix_peak_flops_a_second'] / 1e9:.0f} GFLOP/s."
     return f"## {found['title']}\n\n{harness.table(headers, rows)}\n\n{peak}"

@@ -26,7 +26,7 @@ def state_of(step: int) -> dict[str, Any]:
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckpointStore:
-    """Steps 10 and 20, one tensor a file."""
+    """Steps 10 and 20, one tensor per file."""
     monkeypatch.setattr(tensors, "FILE_BYTES", 48)
     store = CheckpointStore(tmp_path / "checkpoints")
     for step in (10, 20):

@@ -52,7 +52,7 @@ def test_the_run_ends_with_the_line_of_the_paper(run, arguments, tmp_path):
     result = run(*arguments, "--baseline", "9.5", "--cache-logits", tmp_path / "logits")
     assert result.exit_code == 0, result.output
     words = " ".join(result.output.split())
-    assert "nats a target); compression" in words
+    assert "nats per target); compression" in words
     assert "dense baseline 9.5000" in words
     assert '"top_k": 32' in (tmp_path / "logits" / "manifest.json").read_text()
     assert (tmp_path / "run" / "report.html").exists()

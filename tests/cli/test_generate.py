@@ -183,7 +183,7 @@ def test_experts_may_stay_on_the_disk(run, run_json, nano):
     result = run(*line, "--expert-memory", "20KB")
     assert result.stdout == run(*line).stdout
     assert "Experts on disk" in result.stderr
-    assert "tokens a second" in result.stderr
+    assert "tokens per second" in result.stderr
     figures = run_json(*line, "--expert-memory", "1 MiB")["experts"]
     assert figures["hits"] + figures["misses"] > 0
     assert figures["bytes_read"] > 0

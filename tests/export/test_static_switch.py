@@ -12,7 +12,7 @@ WAYS = {"gathered": gathered, "tiled": tiled, "padded": padded_to(4.0)}
 KINDS = {
     "relu": {},
     "gated gelu": {"gated": True, "activation": "gelu"},
-    "two experts a token": {"router": RouterConfig(experts_per_token=2)},
+    "two experts per token": {"router": RouterConfig(experts_per_token=2)},
     "balanced by bias": {"router": RouterConfig(balance="bias")},
 }
 

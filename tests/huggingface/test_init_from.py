@@ -98,7 +98,7 @@ def test_upcycled_experts_are_the_dense_network_each():
 
 
 def test_with_gates_that_add_up_to_one_the_upcycled_model_is_the_dense_model():
-    """Two experts a token: their gates are renormalised, so that nothing is lost at the start."""
+    """Two experts per token: their gates are renormalised, so that nothing is lost at the start."""
     dense = build(DENSE)
     router = dataclasses.replace(DROPLESS, experts_per_token=2)
     sparse = build(dataclasses.replace(SPARSE, router=router), 1)

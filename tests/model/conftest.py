@@ -30,7 +30,7 @@ def dense_layer(
 ) -> Dense:
     """Compute a Switch layer with one-hot tensors of [group, token, expert, place].
 
-    Follows the paper's pseudo-code, extended to several choices a token: all first choices take
+    Follows the paper's pseudo-code, extended to several choices per token: all first choices take
     their places before any second one, and gates are divided by their sum.
     """
     num_experts, choices = layer.router.num_experts, layer.router.config.experts_per_token

@@ -160,7 +160,7 @@ def test_the_decoder_stays_causal_where_experts_choose_in_the_encoder() -> None:
 def test_routing_comes_in_layer_order_and_covers_the_tokens() -> None:
     model = build(sparse_step=1, attention_experts=True)
     output = model(torch.randint(2, 40, (2, 8)), torch.randint(2, 40, (2, 6)))
-    # Queries, keys, feed-forward: three Switch layers a block.
+    # Queries, keys, feed-forward: three Switch layers per block.
     assert len(output.encoder_routing) == len(output.decoder_routing) == 6
     assert output.routing == output.encoder_routing + output.decoder_routing
     assert [r.load_E.sum().item() for r in output.routing] == [16] * 6 + [12] * 6

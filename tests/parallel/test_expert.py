@@ -17,7 +17,7 @@ EXPERTS, WIDTH = 4, 8
 ROUTERS = {
     "dropless": RouterConfig(capacity_factor=None, exploration="argmax"),
     "capacity": RouterConfig(capacity_factor=0.75, exploration="argmax", group_rows=1),
-    "two experts a token": RouterConfig(
+    "two experts per token": RouterConfig(
         capacity_factor=None, exploration="argmax", experts_per_token=2
     ),
     "experts choose": RouterConfig(

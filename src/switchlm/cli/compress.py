@@ -1,4 +1,4 @@
-"""switchlm compress: fewer bits a weight, fewer experts, and what that costs on a text."""
+"""switchlm compress: fewer bits per weight, fewer experts, and what that costs on a text."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def compress(
         bool, typer.Option("--calibrate", help="Fit the codes to the text (GPTQ).")
     ] = False,
     keep_experts: Annotated[
-        int | None, typer.Option(help="Keep so many experts a layer, those that matter most.")
+        int | None, typer.Option(help="Keep so many experts per layer, those that matter most.")
     ] = None,
     by: Annotated[
         By, typer.Option(help="What matters: tokens taken, or the gradient of the loss.")
@@ -71,7 +71,7 @@ def compress(
     input_length: InputLength = None,
     as_json: Json = False,
 ) -> None:
-    """Make a model smaller: fewer bits a weight, fewer experts.
+    """Make a model smaller: fewer bits per weight, fewer experts.
 
     With text (--data, --task, or the run's own) the loss is measured before and after every step,
     on documents that the steps do not see. --bits alone, of models of any size, needs no text and

@@ -46,7 +46,7 @@ def evaluate(
         str | None, typer.Option(help="Of tasks; validation if left out, or all of a file.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Score so many examples a task, spread evenly.")
+        int | None, typer.Option(min=1, help="Score so many examples per task, spread evenly.")
     ] = None,
     predictions: Annotated[
         Path | None, typer.Option(help="Write every answer to this JSONL file.")

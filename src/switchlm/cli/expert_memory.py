@@ -92,7 +92,7 @@ class Usage:
             return
         rate = ""
         if num_tokens is not None:
-            rate = f", {found['tokens_a_second']:.1f} tokens a second"
+            rate = f", {found['tokens_a_second']:.1f} tokens per second"
         wanted = found["hits"] + found["misses"]
         typer.echo(
             f"Experts on disk: {found['bytes_read'] / 1e9:.2f} GB read, "

@@ -304,7 +304,7 @@ def read_texts(file: str) -> list[dict[str, Any]]:
     if lines and not lines[-1]:
         lines.pop()
     if not lines:
-        raise DataError(f"The file {file!r} is empty: it should have one text a line.")
+        raise DataError(f"The file {file!r} is empty: it should have one text per line.")
     records = []
     for number, line in enumerate(lines, 1):
         line = line.removesuffix("\r")

@@ -129,8 +129,8 @@ def _size_table(sizes: dict[str, Any]) -> Table:
     lengths = f"{sizes['input_length']} inputs, {sizes['target_length']} targets"
     rows = {
         "parameters": f"{sizes['parameters']:,}",
-        "active parameters a token": f"{sizes['active_parameters']:,}",
-        "forward FLOPs a token": f"{sizes['flops_per_token']:,.0f} ({lengths})",
+        "active parameters per token": f"{sizes['active_parameters']:,}",
+        "forward FLOPs per token": f"{sizes['flops_per_token']:,.0f} ({lengths})",
         "vocabulary": f"{shape['vocabulary_size']:,}",
         "d_model, d_ff": f"{shape['d_model']}, {shape['d_ff']}",
         "heads x d_kv": f"{shape['num_heads']} x {shape['d_kv']}",

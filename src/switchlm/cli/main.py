@@ -29,7 +29,7 @@ VERBS = {
     "plan": "Find the fastest layout of a model on a cluster, and what it takes.",
     "simulate": "Run the step of one process of thousands without them, and measure it.",
     "verify-parallel": "Compare every layout over many processes with one process.",
-    "compress": "Make a model smaller: fewer bits a weight, fewer experts.",
+    "compress": "Make a model smaller: fewer bits per weight, fewer experts.",
     "convert": "Write a model in another layout.",
     "export": "Write a model for another runtime: PyTorch's programs, ONNX, or a plain T5.",
 }

@@ -24,7 +24,9 @@ def plan(
     nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs in each.")] = 8,
     gpu: Annotated[str, typer.Option(help="a100-80gb, h100, h200 or b200.")] = "h200",
-    memory: Annotated[float | None, typer.Option(help="GB a GPU, instead of the table's.")] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GB per GPU, instead of the table's.")
+    ] = None,
     network: Annotated[float, typer.Option(help="GB/s between nodes, a GPU.")] = 50.0,
     link: Annotated[
         float | None, typer.Option(help="GB/s within a node, a GPU and direction.")
@@ -81,13 +83,13 @@ def _counts(found: "Plan") -> str:
     text = f"{len(found.layouts)} layouts fit, {len(found.misfits)} need more memory"
     if found.misfits:
         nearest = found.misfits[0]
-        text += f" (the nearest, {words(nearest.mesh)}, {nearest.missing / 1e9:.3g} GB a GPU)"
+        text += f" (the nearest, {words(nearest.mesh)}, {nearest.missing / 1e9:.3g} GB per GPU)"
     return f"{text}, {found.impossible} do not divide the model or the batch."
 
 
 def _table(layouts: "tuple[Layout, ...]") -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("replicas", "data", "expert", "tensor", "GB a GPU", "ms a step", "tokens/s"):
+    for column in ("replicas", "data", "expert", "tensor", "GB per GPU", "ms per step", "tokens/s"):
         table.add_column(column, justify="right")
     for layout in layouts:
         mesh = layout.mesh
@@ -102,7 +104,7 @@ def _table(layouts: "tuple[Layout, ...]") -> Table:
 
 def _memory(layout: "Layout") -> str:
     parts = dataclasses.asdict(layout.peak).items()
-    return "The first, GB a GPU: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts)
+    return "The first, GB per GPU: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts)
 
 
 def _traffic_table(layout: "Layout") -> Table:
@@ -167,7 +169,7 @@ def _design(run: "RunConfig", cluster: "Cluster", console: Console, as_json: boo
         typer.echo(json.dumps({"choices": found}))
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("experts", "parameters", "GB a GPU", "ms", "tokens/s"):
+    for column in ("experts", "parameters", "GB per GPU", "ms", "tokens/s"):
         table.add_column(column, justify="right")
     table.add_column("best layout")
     for choice in choices:

@@ -58,7 +58,7 @@ def show_one(figures: Figures, notes: Mapping[str, str]) -> None:
 
 
 def show_several(names: Sequence[str], models: Sequence[Figures]) -> None:
-    """Print one row a model, and under them the mean and the standard deviation."""
+    """Print one row per model, and under them the mean and the standard deviation."""
     table = Table()
     table.add_column("model")
     for on, metric in models[0]:

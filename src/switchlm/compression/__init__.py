@@ -1,1 +1,1 @@
-"""Smaller models: fewer bits a weight, fewer experts."""
+"""Smaller models: fewer bits per weight, fewer experts."""

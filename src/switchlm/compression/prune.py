@@ -186,7 +186,7 @@ def check_number(config: ModelConfig, number: int, most: int, option: str) -> No
         raise ConfigError(f"{option} is {number}, but the model is dense: it has no experts.")
     if not least <= number < most:
         raise ConfigError(
-            f"{option} is {number}; of the {most} experts a layer at least {least} and at most "
+            f"{option} is {number}; of the {most} experts per layer at least {least} and at most "
             f"{most - 1} can stay."
         )
 
@@ -216,7 +216,7 @@ def prune(
 def merge(
     model: SwitchTransformer, scores: Mapping[str, Tensor], number: int
 ) -> tuple[SwitchTransformer, dict[str, list[list[int]]]]:
-    """Return a model of `number` experts a layer, and which were merged into each.
+    """Return a model of `number` experts per layer, and which were merged into each.
 
     scores: the loads. In every layer the experts that score highest are kept as centres; each
     other expert joins the centre that is most like it, and a centre becomes the mean of its group,

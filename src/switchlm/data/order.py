@@ -60,7 +60,7 @@ def permute(index_N: Int64, size: int | Int64, key_N: UInt64) -> Int64:
     size: of all permutations, below 2**52; or one for each index.
 
     A Feistel network over a grid just larger than `size`; what falls outside walks on until it is
-    inside again (Black and Rogaway 2002), which keeps it a bijection. O(1) memory a number.
+    inside again (Black and Rogaway 2002), which keeps it a bijection. O(1) memory per number.
     """
     size_N = np.broadcast_to(np.asarray(size, dtype=np.uint64), np.shape(index_N))
     grid_N = np.sqrt(size_N.astype(np.float64) - (size_N > 0)).astype(np.uint64) + np.uint64(1)
@@ -183,7 +183,7 @@ def choose_aligned(
 ) -> list[np.ndarray]:
     """Return for each source which documents are held out, the same groups in all of them.
 
-    hashes_SD, lengths_SD: one array a source. As `choose_held_out`, but a group that joins in one
+    hashes_SD, lengths_SD: one array per source. As `choose_held_out`, but a group that joins in one
     source, because that has too little text, joins in all: else translations of a held-out text
     would be trained on.
     """

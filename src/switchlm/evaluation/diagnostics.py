@@ -129,7 +129,7 @@ def entropy(probability: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """What a block did: near attention a head, its Switch layers, and its output."""
+    """What a block did: near attention per head, its Switch layers, and its output."""
 
     near: dict[str, list[float]]
     switches: list[SwitchDiagnosis]

@@ -28,7 +28,7 @@ def held_out_loss(
     *,
     resamples: int = 0,
 ) -> dict[str, Any]:
-    """Return the mean negative log likelihood in nats a target token, and how many counted.
+    """Return the mean negative log likelihood in nats per target token, and how many counted.
 
     sources: the names that `Batch.source_B` indexes. The result is `loss`, `tokens`, and `sources`:
     a mapping of each name met to its own `loss` and `tokens`. Capacity is enforced as configured

@@ -11,7 +11,7 @@ graph can know. Here all shapes follow from the number of tokens, in one of thre
 - `padded`: every expert has C seats, as in the paper. No copies, and E * C rows are multiplied;
   what finds no seat is dropped: it gives zero, and the residual carries the token on.
 
-Shapes: N tokens, K experts a token, A = N * K assignments, D d_model, F d_ff, E experts, X tiles,
+Shapes: N tokens, K experts per token, A = N * K assignments, D d_model, F d_ff, E experts, X tiles,
 C capacity.
 """
 

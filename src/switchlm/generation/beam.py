@@ -37,7 +37,7 @@ _IMPOSSIBLE = -1e9  # the log probability of open outputs that do not exist yet
 class Beams:
     """How to search.
 
-    width: open outputs a prompt; 1 is greedy. length_penalty: above 0 favours long outputs, below
+    width: open outputs per prompt; 1 is greedy. length_penalty: above 0 favours long outputs, below
     0 short ones. early_stopping: a prompt is done as soon as `width` of its outputs have ended.
     """
 

@@ -1,6 +1,6 @@
 """Which expert takes each token of one text, in every Switch layer of both stacks.
 
-Shapes: S source, T target, A assignments, K experts a token.
+Shapes: S source, T target, A assignments, K experts per token.
 """
 
 from contextlib import ExitStack

@@ -68,7 +68,7 @@ def next_tokens(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None)
 def candidates(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Return probability_BV (float32, falling, zero where excluded) and the tokens in that order.
 
-    At least one candidate a row is left. The temperature must be above 0.
+    At least one candidate per row is left. The temperature must be above 0.
     """
     logits_BV, token_BV = logits_BV.float().sort(dim=-1, descending=True, stable=True)
     # Large logits over a small temperature overflow unless the greatest is taken off first.

@@ -57,7 +57,7 @@ class Quantisation:
     """How weights are stored.
 
     bits: 8, with a scale an output; or 4, with a scale and an offset a group of inputs. group_size:
-    of 4 bits, inputs a group; a matrix whose inputs it does not divide has the next smaller size.
+    of 4 bits, inputs per group; a matrix whose inputs it does not divide has the next smaller size.
     what: `experts`, or `all`: attention, dense feed-forward layers and the vocabulary too.
     """
 
@@ -149,7 +149,7 @@ def parts(entry: Entry, num_experts: int, quantisation: Quantisation) -> list[Pa
 
 
 def first_entries(config: ModelConfig, family: Family) -> Iterator[Entry]:
-    """Yield one entry a parameter: for stacked ones that of the first expert."""
+    """Yield one entry per parameter: for stacked ones that of the first expert."""
     return (entry for entry in entries(config, family) if not entry.expert)
 
 

@@ -3,7 +3,7 @@
 Both directions gather, forwards and backwards, by the permutation or its inverse: nothing scatters,
 so the result never depends on the order of threads.
 
-Shapes: N tokens, K assignments a token, A = N * K assignments, R = A rows, D width, E experts.
+Shapes: N tokens, K assignments per token, A = N * K assignments, R = A rows, D width, E experts.
 """
 
 from dataclasses import dataclass

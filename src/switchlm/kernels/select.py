@@ -45,7 +45,7 @@ def explain(x_RD: Tensor, weight_EDF: Tensor) -> Choice:
     if device == "cpu" and small_batch.fits(x_RD, weight_EDF):
         return Choice("few_rows", "few rows: as fast as their experts' weights can be read")
     if device == "cpu":
-        return Choice("cpu", "main memory: one product an expert, results written once")
+        return Choice("cpu", "main memory: one product per expert, results written once")
     return Choice("reference", f"no faster kernel for {x_RD.dtype} of these widths on {device}")
 
 

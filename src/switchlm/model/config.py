@@ -220,5 +220,5 @@ class ModelConfig:
         return step > 0 and layer % step == self.router.semantics.first_sparse_layer(step)
 
     def dense_twin(self) -> "ModelConfig":
-        """The dense model of equal FLOPs a token: every Switch layer becomes one FFN."""
+        """The dense model of equal FLOPs per token: every Switch layer becomes one FFN."""
         return dataclasses.replace(self, num_experts=0, attention_experts=False)

@@ -1,6 +1,6 @@
 """The router: which expert takes each token, in float32 (sections 2.1, 2.2 and 2.4).
 
-Shapes: N tokens, D d_model, E experts, K experts a token, A assignments, G groups of S tokens.
+Shapes: N tokens, D d_model, E experts, K experts per token, A assignments, G groups of S tokens.
 """
 
 from dataclasses import dataclass
@@ -86,7 +86,7 @@ class Router(nn.Module):
         """Route tokens.
 
         x_ND: any floating dtype, as the exploration left it. valid_N: bool, false at padding; None
-        says all tokens are real. row_tokens: tokens a row, for semantics that group by row.
+        says all tokens are real. row_tokens: tokens per row, for semantics that group by row.
         activation_dtype: what the experts compute in, for semantics that choose in that dtype.
         """
         semantics = self.config.semantics

@@ -33,7 +33,7 @@ class DecodingCache(Protocol):
 
     positions_BT: int64, where the tokens being decoded stand, [T] or [B, T]. key_positions_M:
     int64, the positions of all cached keys. self_attention: a store a layer. cross_attention: the
-    encoder's keys and values a layer.
+    encoder's keys and values per layer.
     """
 
     self_attention: list[KeyValueStore]

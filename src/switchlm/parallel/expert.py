@@ -35,7 +35,7 @@ class DispatchState:
 
     order: of this process's own assignments. receive_order: from the order in which rows arrived
     (by process, then expert) to that of the experts here; None if none had to travel. sent,
-    received: rows a process.
+    received: rows per process.
     """
 
     order: ExpertOrder

@@ -92,7 +92,7 @@ class Heartbeat:
     def local_rank_zero_first(self, what: str) -> Iterator[None]:
         """Run the block in local rank 0 of each node first, and in the others after it.
 
-        what: a name for this piece of work, used once a run.
+        what: a name for this piece of work, used once per run.
         """
         key = f"first/{what}/{self.node}"
         if self.local_rank > 0:

@@ -209,7 +209,7 @@ def _shortage(config: RunConfig, cluster: Cluster, misfits: list[Misfit]) -> str
     nearest = misfits[0]
     text = (
         f"Nothing fits: {words(nearest.mesh)} comes nearest, and lacks "
-        f"{nearest.missing / 1e9:.3g} GB of {cluster.memory / 1e9:.3g} GB a GPU."
+        f"{nearest.missing / 1e9:.3g} GB of {cluster.memory / 1e9:.3g} GB per GPU."
     )
     advice = ["more GPUs"]
     if not config.training.activation_checkpointing:

@@ -220,7 +220,7 @@ def result_table(result: Event) -> list[dict[str, str]]:
     rows = [
         row("held-out loss", {name: f"{result[f'{name}_loss']:.4f}" for name in names}),
         row("parameters", both("parameters", ",")),
-        row("FLOPs a token", both("flops_per_token", ",.0f")),
+        row("FLOPs per token", both("flops_per_token", ",.0f")),
         row("steps", dict.fromkeys(names, f"{result['steps']:,}")),
         row("training time", both("seconds", ".0f", " s")),
     ]

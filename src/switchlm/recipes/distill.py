@@ -176,7 +176,7 @@ def summarise(
 ) -> Result:
     """Return all that distill.json holds.
 
-    figures: of each role, `loss` (held out, nats a target), and `score` and `scores` (per cent) on
+    figures: of each role, `loss` (held out, nats per target), and `score` and `scores` (per cent) on
     tasks. Quality is the score where there are tasks and the baseline has one, else the loss
     negated, the paper's measure.
     """
@@ -210,7 +210,7 @@ def summarise(
 def headline(result: Result) -> str:
     """Return the result in the line that the paper reports."""
     by, sizes = result["quality"], result["parameters"]
-    form, unit = (".2f", "%") if by == "score" else (".4f", " nats a target")
+    form, unit = (".2f", "%") if by == "score" else (".4f", " nats per target")
     found = {role: result.get(f"{role}_{by}") for role in ("student", "teacher", "baseline")}
     said = ", ".join(
         f"{'dense baseline' if role == 'baseline' else role} {value:{form}}{unit}"
@@ -396,7 +396,7 @@ def _measured(
 
 
 def _measure(reading: Reading, model: SwitchTransformer, mesh: AnyMesh) -> dict[str, Any]:
-    """Return the held-out loss of a model in nats a target, and its scores on tasks."""
+    """Return the held-out loss of a model in nats per target, and its scores on tasks."""
     share = reading.loader.share(mesh.data_rank, mesh.data_size)
     batches = share.held_out(reading.config.run.training.evaluate_batches)
     loss = held_out_loss(model, batches, share.sources, mesh)["loss"]

@@ -148,7 +148,7 @@ def finetune(
     """Train as configured; yield `{"phase": text}` and every line of metrics.jsonl.
 
     A line of evaluation has score (per cent, the mean over tasks of each task's metric), scores (by
-    task and metric), evaluation_loss (nats a target token), best_score and best_step. Writes the
+    task and metric), evaluation_loss (nats per target token), best_score and best_step. Writes the
     run folder OUT: `model` is the best so far at any time, and with adapters `adapters` is too.
     With `resume`, goes on from the newest valid checkpoint in it, and so it does when a job was
     started anew after it failed. report: told of what a user should know.

@@ -210,7 +210,7 @@ def _pretrain(
     write_report(
         folder.report,
         title=f"Pre-training: {out.name}",
-        headline="" if last is None else f"Held-out loss {last:.3f} nats a target token.",
+        headline="" if last is None else f"Held-out loss {last:.3f} nats per target token.",
         runs=[ReportRun(name=out.name, metrics=metrics, routing=routing)],
         configuration=to_sections(config),
     )

@@ -62,7 +62,7 @@ def verify_parallel(
 ) -> Iterator[LayoutResult]:
     """Train a few steps in one process, then in every layout, and yield how each compares.
 
-    Batches are random: 2 rows a process, or a group of them, of up to `tokens` inputs. The
+    Batches are random: 2 rows per process, or a group of them, of up to `tokens` inputs. The
     processes run on GPUs if there is one for each, else on CPUs over gloo.
     """
     config = _comparable(config)

@@ -77,7 +77,7 @@ class Adafactor(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        assert closure is None, "Adafactor takes one gradient a step"
+        assert closure is None, "Adafactor takes one gradient per step"
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:

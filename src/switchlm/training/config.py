@@ -19,12 +19,12 @@ class TrainingConfig:
     expert_learning_rate_factor, router_learning_rate_factor, position_learning_rate_factor:
         multiply the learning rate of experts, routers and relative position biases.
     gradient_clip: largest norm of all gradients together; None leaves them alone.
-    accumulate: loader batches a step; the loss is that of one batch as large as all of them.
+    accumulate: loader batches per step; the loss is that of one batch as large as all of them.
     precision: see step.py.
     activation_checkpointing: recompute the blocks in the backward pass to save memory.
     compile: compile the model with torch.compile first; slow to start.
     log_every, evaluate_every, checkpoint_every: in steps; None for never.
-    evaluate_batches: held-out batches an evaluation.
+    evaluate_batches: held-out batches per evaluation.
     tensorboard, wandb: also write there; `wandb` names the project.
     """
 

@@ -93,10 +93,10 @@ def train(
     `loader` giving its share of every batch; all yield the same lines, the main one writes them.
 
     A line of training (every `log_every` steps, and the last step) has step, tokens and seconds of
-    training so far; loss (nats a target), balance_loss, z_loss (both weighted) and gradient_norm
+    training so far; loss (nats per target), balance_loss, z_loss (both weighted) and gradient_norm
     (before clipping) as means since the last line, None if every step was skipped; skipped, spikes
     and tokens_per_second since then; and learning_rate and dropped of the step itself. Sparse
-    models add, of the step, layers (names), load (a list of shares a layer), gate and
+    models add, of the step, layers (names), load (a list of shares per layer), gate and
     dropped_by_layer. A line of evaluation has step, seconds, and the figures of the evaluator.
 
     The held-out loss gives evaluation_loss and evaluation_loss_by_source, nats per target. A single

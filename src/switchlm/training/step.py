@@ -72,7 +72,7 @@ Routings = tuple[Routing, ...]
 class StepRecord:
     """What a step leaves behind: detached tensors on the model's device, nothing synchronised.
 
-    figures: float32 [5]: the objective in nats a target, weighted balance loss, weighted z-loss,
+    figures: float32 [5]: the objective in nats per target, weighted balance loss, weighted z-loss,
         gradient norm before clipping, and 1 if the step was skipped for a number that is not
         finite, else 0.
     routing: of the last step, a tuple of layers for each micro-batch.

@@ -11,7 +11,7 @@ from switchlm.errors import ConfigError, DataError
 
 @pytest.fixture
 def write(tmp_path):
-    """Return a function that writes files by name, text or records a line, into one folder."""
+    """Return a function that writes files by name, text or records per line, into one folder."""
 
     def write(**files):
         for name, content in files.items():

@@ -88,7 +88,7 @@ class Int8Matrix:
 
 
 class Int4Matrix:
-    """codes_BKJ: uint8 [N/64, K, 32], two codes a byte. scale_GN2: bfloat16, scale and offset.
+    """codes_BKJ: uint8 [N/64, K, 32], two codes per byte. scale_GN2: bfloat16, scale and offset.
 
     w = (code - 8) * scale + offset.
     """

@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 
 
 def parallel_for(work: Callable[[Sequence[Item]], None], parts: Sequence[Sequence[Item]]) -> None:
-    """Call `work` once a part, each on its own thread; the first runs on this one.
+    """Call `work` once per part, each on its own thread; the first runs on this one.
 
     Threads record no gradients. Under a dispatch mode (a FLOP counter, say), which lives in one
     thread, everything runs here.

@@ -5,7 +5,7 @@ was never stored; the same number is the product of the hidden row with the toke
 back through the second matrix, which is at hand. The gradient of the tokens is triton_forward's
 scattered product again.
 
-Shapes: N tokens, K assignments a token, A = N * K assignments, R = A rows in the order of their
+Shapes: N tokens, K assignments per token, A = N * K assignments, R = A rows in the order of their
 experts, D d_model, F d_ff, V and W the sides of a weight, E experts, T tiles.
 """
 

@@ -6,7 +6,7 @@ exists. What backward keeps of the hidden rows: R x F numbers for a ReLU (its ou
 input), twice that where gated. Backward itself needs R x F more for a ReLU, twice that for a GELU,
 three times where gated.
 
-Shapes: N tokens, K assignments a token, A = N * K assignments, R = A rows, D d_model, F d_ff,
+Shapes: N tokens, K assignments per token, A = N * K assignments, R = A rows, D d_model, F d_ff,
 E experts.
 """
 

@@ -3,7 +3,7 @@
 Neither permuted tokens nor unweighted outputs ever exist in memory; only hidden rows do. Products
 are summed in float32.
 
-Shapes: N tokens, K assignments a token, A = N * K assignments, R = A rows in the order of their
+Shapes: N tokens, K assignments per token, A = N * K assignments, R = A rows in the order of their
 experts, D d_model, F d_ff, V summed over, W out, E experts, T tiles.
 """
 
@@ -27,7 +27,7 @@ from switchlm.kernels.gpu.tiles import (
 
 
 def configs() -> list[triton.Config]:
-    """Return what the autotuner tries: columns and summands a block, warps, stages."""
+    """Return what the autotuner tries: columns and summands per block, warps, stages."""
     tried = [(256, 64, 8, 3), (128, 64, 8, 3), (128, 64, 4, 4), (128, 32, 4, 4), (64, 64, 4, 4)]
     return [
         triton.Config({"BLOCK_W": w, "BLOCK_V": v}, num_warps=warps, num_stages=stages)

@@ -181,7 +181,7 @@ function gainBySource(sources, names) {
     svg.append(group);
   });
   return element("figure", {class: "scrolls"}, element("figcaption", {}, "Held-out loss of every source ",
-    element("small", {}, "nats a target token, largest gain first"),
+    element("small", {}, "nats per target token, largest gain first"),
     ...names.map((name, i) => named(name, `var(--run-${i})`))), svg);
 }
 

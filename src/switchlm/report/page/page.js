@@ -26,13 +26,13 @@ const curves = (kind, x, y) => data.runs.map((run, i) => ({
 const level = data.target_loss == null ? null : {value: data.target_loss, label: "dense twin's last"};
 const markAt = (key, text) => data.crossing && level
   ? {x: data.crossing[key], y: data.target_loss, label: text} : null;
-section("Loss", "Held-out negative log likelihood, in nats a target token; lower is better.", [
+section("Loss", "Held-out negative log likelihood, in nats per target token; lower is better.", [
   chart("Held-out loss by step", "", curves("evaluation", "step", "evaluation_loss"),
         {x: "step", level, mark: markAt("step", data.crossing && `step ${format(data.crossing.step)}`)}),
   chart("Held-out loss by time", "", curves("evaluation", "seconds", "evaluation_loss"),
         {x: "seconds of training", level, mark: markAt("seconds", data.crossing && `${format(data.crossing.seconds)} s`)}),
   chart("Training loss", "", curves("training", "step", "loss"), {x: "step"}),
-  chart("Throughput", "tokens a second", curves("training", "seconds", "tokens_per_second"),
+  chart("Throughput", "tokens per second", curves("training", "seconds", "tokens_per_second"),
         {x: "seconds of training", fromZero: true}),
 ]);
 if (data.sources.length > 1) {
@@ -54,8 +54,8 @@ for (const run of data.runs) {
     name: names.length <= 8 ? name : "", color: hue(i, names.length), opacity: .9,
     points: lines.filter(l => l[key]).map(l => [l.step, l[key][i]])}));
   section(`Gates and drops: ${run.name}`, null, [
-    chart("Gate", "mean router probability of the chosen expert, one line a layer", perLayer("gate"), {x: "step", fromZero: true}),
-    chart("Dropped", "share of tokens past capacity, one line a layer", perLayer("dropped_by_layer"), {x: "step", fromZero: true}),
+    chart("Gate", "mean router probability of the chosen expert, one line per layer", perLayer("gate"), {x: "step", fromZero: true}),
+    chart("Dropped", "share of tokens past capacity, one line per layer", perLayer("dropped_by_layer"), {x: "step", fromZero: true}),
   ]);
 }
 if (data.example) {

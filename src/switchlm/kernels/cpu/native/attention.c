@@ -1,7 +1,7 @@
 /* Attention in training: y = softmax(q k^T + bias) v, and its gradients, float32, for heads and
    sequences so small that the scores of some queries stay in the cache.
 
-   Forward keeps two numbers a query, the largest score and 1 / sum(e^(score - largest)); backward
+   Forward keeps two numbers per query, the largest score and 1 / sum(e^(score - largest)); backward
    computes the weights from them again. Scores lie in rows of whole vectors; the places past the
    last key have a bias of -inf, and so a weight of zero.
 

@@ -1,4 +1,4 @@
-/* What else a decoding step does for every row: normalise, and attend with one query a head.
+/* What else a decoding step does for every row: normalise, and attend with one query per head.
 
 Shapes: B batch, H heads, M keys and values (memory), K head width, R rows, D width. */
 

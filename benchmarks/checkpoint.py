@@ -3,10 +3,10 @@
     python benchmarks/checkpoint.py [--experts 16 --rows 8 --inputs 256] [--repeats 3]
 
 Preset `small` (d_model 512, 6 + 6 layers), float32; with all its 64 experts and AdamW, weights,
-gradients, optimizer state and the copies take 28 bytes per parameter, 24 GB, and half of that with 32
-experts. Every repeat takes steps with nothing else going on, saves, and goes on taking steps until
-the checkpoint is on the disk. The pause is the call of `save`; the memory of its copies was got
-beforehand, by `prepare`.
+gradients, optimizer state and the copies take 28 bytes per parameter, 24 GB, and half of that with
+32 experts. Every repeat takes steps with nothing else going on, saves, and goes on taking steps
+until the checkpoint is on the disk. The pause is the call of `save`; the memory of its copies was
+got beforehand, by `prepare`.
 """
 
 import argparse

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 import harness
 import switchlm
+import transformers
 from few_tokens import read_bandwidth
 from switchlm.generation.decode import generate
 from switchlm.model.presets import preset

@@ -20,12 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    SwitchTransformersConfig,
-    SwitchTransformersForConditionalGeneration,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 import harness
 from switchlm.data.batch import Batch
@@ -37,6 +31,12 @@ from switchlm.model.transformer import SwitchTransformer
 from switchlm.training.config import TrainingConfig
 from switchlm.training.optimizer import build_optimizer
 from switchlm.training.step import training_step
+from transformers import (
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 DENSE, THEIRS = "switchlm, dense twin", "transformers Switch"
 # rows, inputs, targets of a step of each preset
@@ -199,7 +199,8 @@ def as_table(found: dict[str, Any]) -> str:
         )
     headers = [
         "one step", "median s", "minimum s", "to the dense twin (quartiles)",
-        "times as fast as transformers Switch (quartiles)", "tokens per second", "of the matrix peak",
+        "times as fast as transformers Switch (quartiles)", "tokens per second",
+        "of the matrix peak",
     ]  # fmt: skip
     peak = f"Matrix peak, measured: {found['matrix_peak_flops_a_second'] / 1e9:.0f} GFLOP/s."
     return f"## {found['title']}\n\n{harness.table(headers, rows)}\n\n{peak}"

@@ -1,6 +1,6 @@
 """Configuration as frozen dataclasses: YAML in and out, dotted overrides, errors that teach.
 
-Every room defines its own section as a frozen, keyword-only dataclass; this module turns nested
+Every package defines its own section as a frozen, keyword-only dataclass; this module turns nested
 mappings into them and back. A field's type may be a scalar, an optional (`X | None`), a `Literal`,
 a tuple, a mapping or another such dataclass. A `__post_init__` may raise `ConfigError` for ranges.
 """

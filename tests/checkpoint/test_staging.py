@@ -45,9 +45,9 @@ def test_memory_of_the_first_save_can_be_had_beforehand(tmp_path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("room", [True, False])
-def test_a_gpu_goes_on_while_its_copies_travel(monkeypatch: pytest.MonkeyPatch, room: bool) -> None:
-    monkeypatch.setattr("switchlm.checkpoint.staging._fits_in_memory", lambda device, parts: room)
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_gpu_goes_on_while_copied(monkeypatch: pytest.MonkeyPatch, fits: bool) -> None:
+    monkeypatch.setattr("switchlm.checkpoint.staging._fits_in_memory", lambda device, parts: fits)
     staging = Staging()
     weight = torch.randn(1000, 1000, device="cuda")
     for _ in range(3):

@@ -41,7 +41,7 @@ def test_adapters_are_melted_in(run, refuse, nano, tmp_path):
     assert "There are no adapters in" in refuse(*command[:4], nano, *command[5:], tmp_path / "x")
 
 
-def test_numbers_may_take_less_room(run, nano, tmp_path):
+def test_numbers_may_take_less_memory(run, nano, tmp_path):
     result = run("convert", "--model", nano, "--out", tmp_path / "half", "--dtype", "bfloat16")
     assert result.exit_code == 0
     model, _ = load.load(tmp_path / "half")

@@ -24,10 +24,10 @@ class WatchedFiles(ExpertFiles):
         self.gate = threading.Event()
         self.gate.set()
 
-    def read(self, recipe, room):
+    def read(self, recipe, buffer):
         assert self.gate.wait(5)
         self.read_offsets.append(recipe.parts["up"].offset)
-        super().read(recipe, room)
+        super().read(recipe, buffer)
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_readers_that_end_for_want_of_work_are_replaced(make, monkeypatch):
             take(memory, [turn % 16, (turn + 5) % 16])
             time.sleep(0.0005 * (turn % 3))
         with memory.want([("layer", 1), ("layer", 2), ("layer", 3)]) as ready:
-            for _ in ready:  # there is no room for the third, for longer than readers wait
+            for _ in ready:  # there is no memory for the third, for longer than readers wait
                 time.sleep(0.05)
 
     thread = threading.Thread(target=work, daemon=True)
@@ -233,23 +233,23 @@ def test_large_parts_are_read_wherever_they_lie(tmp_path, monkeypatch, before, d
         "down": Extent(path, before + 2 * 700_001, (2 * STAGE,), torch.bfloat16),
     }
     recipe = Recipe(parts, dtype)
-    room = expert_files.new_buffer(recipe.num_bytes())
+    buffer = expert_files.new_buffer(recipe.num_bytes())
     files = ExpertFiles([path])
-    files.read(recipe, room)
-    found = recipe.tensors(room)
+    files.read(recipe, buffer)
+    found = recipe.tensors(buffer)
     kind = dtype or torch.bfloat16
     assert torch.equal(found["up"], up.to(kind))
     assert torch.equal(found["down"], down.to(kind))
     os.truncate(path, before + 1_400_002 + 3 * STAGE)
     with pytest.raises(CheckpointError, match=r"was cut short|changed"):
-        files.read(recipe, room)
+        files.read(recipe, buffer)
     files.close()
 
 
 def test_memory_taken_beforehand_is_what_experts_then_use(make, monkeypatch):
     memory, _ = make(4)
     memory.prepare()
-    monkeypatch.setattr(expert_memory, "new_room", None)  # no more is to be taken
+    monkeypatch.setattr(expert_memory, "new_buffer", None)  # no more is to be taken
     for expert in range(16):
         take(memory, [expert])
     assert memory.counters.most_bytes_held == 4 * SIZE

@@ -1,4 +1,4 @@
-"""A small corpus that every test of this room may open."""
+"""A small corpus that every test of this package may open."""
 
 import random
 

@@ -112,7 +112,7 @@ def test_a_dense_model_has_no_layers(batch, tokenizer):
 
 
 def test_drops_are_told_by_place(tokenizer):
-    """With one seat per expert and one group, whoever comes late is dropped."""
+    """With a capacity of one per expert and one group, whoever comes late is dropped."""
     inputs_BS = torch.tensor([tokenizer.encode("a" * 32)])
     batch = Batch(
         inputs_BS=inputs_BS,

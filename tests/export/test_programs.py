@@ -39,7 +39,7 @@ def assert_dims_are_free(encode, step, model):
         ({"num_experts": 0}, None),
         ({}, 4.0),
     ],
-    ids=["switch", "v1.1", "two experts", "dense", "seats for all"],
+    ids=["switch", "v1.1", "two experts", "dense", "capacity for all"],
 )
 def test_exported_programs_are_the_model(build, tmp_path, changes, factor):
     model, tokenizer = build(**changes), Tokenizer.bytes()

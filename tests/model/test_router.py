@@ -84,8 +84,8 @@ def test_no_expert_takes_more_than_its_capacity_and_none_drops_early(scene: Scen
         for expert in range(scene.router.num_experts):
             wanted = (expert_NK == expert) & members[:, None] & scene.routed_N[:, None]
             taken = int((wanted & kept_NK).sum())
-            seats = wanted.sum() if capacity is None else min(int(wanted.sum()), capacity)
-            assert taken == seats
+            expected = wanted.sum() if capacity is None else min(int(wanted.sum()), capacity)
+            assert taken == expected
     assert not kept_NK[~scene.routed_N].any()
 
 

@@ -52,7 +52,7 @@ def test_rerouting_leaves_no_token_behind_where_seats_suffice(
         assert load_E.max() <= capacity
         seated, real = int((members & kept_N).sum()), int((members & valid_N).sum())
         assert seated == min(real, capacity * experts)
-    # Whoever would have had a seat without rerouting keeps it: rerouted tokens queue behind.
+    # Whoever would have been kept without rerouting keeps it: rerouted tokens queue behind.
     for n in range(tokens):
         same = (group_N == group_N[n]) & valid_N & (first_N1[:, 0] == first_N1[n, 0])
         if valid_N[n] and int(same[:n].sum()) < capacity:

@@ -38,7 +38,9 @@ def gradients(layer: nn.Module, x: Tensor, loss: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [x, *layer.parameters()]))
 
 
-def seats(mode: str, tokens: int, factor: float | None, experts: int, least: int | None) -> int:
+def capacity_of(
+    mode: str, tokens: int, factor: float | None, experts: int, least: int | None
+) -> int:
     """Capacity by the words of the three implementations, apart from the model's own code."""
     if factor is None:
         return 10**6
@@ -91,7 +93,7 @@ def test_output_and_gradients_equal_the_one_hot_einsum(
         patch.setitem(SEMANTICS, mode, limit)
         y_GSD, routing = layer(x_GSD, mask_GS)
     real_GS = mask_GS if mode == "paper" else None
-    capacity = min(seats(mode, size, factor, experts, least), size * 2)
+    capacity = min(capacity_of(mode, size, factor, experts, least), size * 2)
     oracle = dense(layer, x_GSD, capacity, real_GS)
 
     torch.testing.assert_close(y_GSD, oracle.y, rtol=1e-4, atol=1e-5)

@@ -30,7 +30,7 @@ def heartbeats():
 
 
 def fail_in(heartbeats, errors):
-    """Raise an error (None: none) within each rank's heartbeat, all at once; return what comes out."""
+    """Raise an error (None: none) within each rank's heartbeat; return what comes out."""
     found = {}
 
     def run(rank, error):

@@ -108,10 +108,10 @@ def test_a_simulation_leaves_no_job_behind() -> None:
 
 
 def test_balanced_loads_share_out_the_remainder_over_processes() -> None:
-    loads_PE = numpy.stack([balanced_loads(6, 4, process, seats=9) for process in range(4)])
+    loads_PE = numpy.stack([balanced_loads(6, 4, process, capacity=9) for process in range(4)])
     assert (loads_PE.sum(1) == 6).all()
     assert (loads_PE.sum(0) == 6).all()
-    assert balanced_loads(12, 4, 0, seats=2).tolist() == [2, 2, 2, 2]
+    assert balanced_loads(12, 4, 0, capacity=2).tolist() == [2, 2, 2, 2]
     sent, received = exchanged(6, 4, 2, 0, 9)
     assert (sent, received) == ([4, 2], [4, 4 - 2])
 

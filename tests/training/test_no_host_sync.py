@@ -131,7 +131,7 @@ def test_numbers_and_random_choices_are_noticed() -> None:
 
 
 def test_no_token_left_behind_does_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once a round, whether anyone still looks for a seat; it is why the tests above can fail."""
+    """Once per round: whether any assignment lacks capacity. So the tests above can fail."""
     router = RouterConfig(reroute_overflow=True)
     with (
         fake_model(router, monkeypatch) as model,

@@ -59,12 +59,12 @@ class Recipe:
         """Return where it begins, for reading in the order of the files."""
         return min((str(part.file), part.offset) for part in self.parts.values())
 
-    def tensors(self, room: Tensor) -> dict[str, Tensor]:
+    def tensors(self, buffer: Tensor) -> dict[str, Tensor]:
         """Return the tensors over that memory: uint8, `num_bytes` of them."""
         found, starts = {}, self._places()[0]
         for name, part in self.parts.items():
             start = starts[name]
-            flat = room[start : start + self._size(part)].view(self.dtype_of(part))
+            flat = buffer[start : start + self._size(part)].view(self.dtype_of(part))
             found[name] = flat.view(part.shape)
         return found
 
@@ -98,10 +98,10 @@ def new_buffer(size: int) -> Tensor:
     """Return memory that begins with a page, uint8."""
     if size < LARGE:
         return torch.empty(size, dtype=torch.uint8)
-    room = mmap.mmap(-1, _padded(size, PAGE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer = mmap.mmap(-1, _padded(size, PAGE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        room.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(room, dtype=torch.uint8, count=size)
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(buffer, dtype=torch.uint8, count=size)
 
 
 @dataclass
@@ -126,12 +126,12 @@ class ExpertFiles:
                 raise CheckpointError(f"Cannot open {str(path)!r}: {error.strerror}.") from None
             self._files[path] = _Open(plain, _open_direct(path), _state(plain))
 
-    def read(self, recipe: Recipe, room: Tensor) -> None:
+    def read(self, recipe: Recipe, buffer: Tensor) -> None:
         """Fill memory with an expert; CheckpointError where a file is not what it was."""
-        for name, tensor in recipe.tensors(room).items():
+        for name, tensor in recipe.tensors(buffer).items():
             part = recipe.parts[name]
             if tensor.dtype == part.dtype:
-                self._fill(part, 0, tensor.view(-1).view(torch.uint8), room)
+                self._fill(part, 0, tensor.view(-1).view(torch.uint8), buffer)
             else:
                 self._convert(part, tensor.view(-1))
             file = self._files[part.file]
@@ -142,20 +142,20 @@ class ExpertFiles:
         """Close the files; nothing can be read any more."""
         self._close()
 
-    def _fill(self, part: Extent, start: int, target: Tensor, room: Tensor) -> None:
+    def _fill(self, part: Extent, start: int, target: Tensor, buffer: Tensor) -> None:
         """Read from byte `start` of the part as many bytes as the target has.
 
-        target: a view of `room`. What it has around it up to whole pages may be overwritten where
+        target: a view of `buffer`. What it has around it up to whole pages may be overwritten where
         the part is large.
         """
         file, offset, size = self._files[part.file], part.offset + start, target.numel()
-        first = target.storage_offset() - room.storage_offset()
+        first = target.storage_offset() - buffer.storage_offset()
         shift = offset % PAGE
         begin, length = first - shift, _padded(shift + size, PAGE)
-        fits = begin >= 0 and begin + length <= room.numel()
-        aligned = (room.data_ptr() + begin) % PAGE == 0
+        fits = begin >= 0 and begin + length <= buffer.numel()
+        aligned = (buffer.data_ptr() + begin) % PAGE == 0
         if file.direct is not None and is_large(part) and fits and aligned:
-            whole = memoryview(cast(Any, room[begin : begin + length].numpy()))
+            whole = memoryview(cast(Any, buffer[begin : begin + length].numpy()))
             if _read(part.file, file.direct, whole, offset - shift, shift + size):
                 return
             file.direct = None  # the file system opens files so, but does not read them
@@ -164,12 +164,12 @@ class ExpertFiles:
     def _convert(self, part: Extent, target: Tensor) -> None:
         """Read a part a piece at a time, as numbers of another dtype."""
         size, step = part.dtype.itemsize, STAGE // part.dtype.itemsize
-        room = new_buffer(_stage(part))
+        buffer = new_buffer(_stage(part))
         for first in range(0, target.numel(), step):
             piece = target[first : first + step]
             shift = (part.offset + first * size) % PAGE if is_large(part) else 0
-            raw = room[shift : shift + piece.numel() * size]
-            self._fill(part, first * size, raw, room)
+            raw = buffer[shift : shift + piece.numel() * size]
+            self._fill(part, first * size, raw, buffer)
             for to, numbers in zip(
                 piece.split(GRAIN), raw.view(part.dtype).split(GRAIN), strict=True
             ):

@@ -5,8 +5,8 @@ that are missing are read by threads of their own, in the order of the files, wh
 What is only guessed to be needed (`guess`) is read when there is nothing else to do.
 
 An expert that somebody wants is never evicted, one that is used last is evicted first. No deadlock:
-readers wait for room only while everything in memory is wanted, and of those who want it, each can
-take what is ready in any order and then gives it back.
+readers wait for memory only while everything in memory is wanted, and of those who want it, each
+can take what is ready in any order and then gives it back.
 """
 
 import threading
@@ -59,13 +59,13 @@ class Counters:
 class _Entry:
     """An expert that is in memory or on its way.
 
-    wanted: by how many. room: None until a reader begins.
+    wanted: by how many. buffer: None until a reader begins.
     """
 
     key: Key
     wanted: int = 0
     guessed: bool = False
-    room: Tensor | None = None
+    buffer: Tensor | None = None
     tensors: Tensors | None = None
     error: BaseException | None = None
 
@@ -98,14 +98,14 @@ class ExpertMemory:
             raise ConfigError(
                 f"The memory for experts is {budget:,} bytes, but one expert takes {largest:,}"
                 + (f" and reading it {staging:,}" if staging else "")
-                + f". Give at least {largest + staging:,}; with room for more than all that a "
+                + f". Give at least {largest + staging:,}; with memory for more than all that a "
                 "layer uses at a time, fewer are read twice."
             )
-        self._room_for_experts = budget - staging
+        self._bytes_for_experts = budget - staging
 
     def prepare(self) -> None:
         """Take the memory that experts will need from the system now, instead of in between."""
-        left = self._room_for_experts
+        left = self._bytes_for_experts
         for recipe in self._recipes.values():
             size = recipe.num_bytes()
             left -= size
@@ -143,11 +143,11 @@ class ExpertMemory:
             while self._guessed:
                 self._forget(self._guessed.popleft())
             expected = set()
-            room = self._room_for_experts // 2
+            left = self._bytes_for_experts // 2
             for key in ((layer, expert) for expert in experts):
                 if key not in self._entries:
-                    room -= self._recipes[key].num_bytes()
-                    if room < 0:
+                    left -= self._recipes[key].num_bytes()
+                    if left < 0:
                         break
                     entry = self._entries[key] = _Entry(key, guessed=True)
                     self._guessed.append(entry)
@@ -220,7 +220,7 @@ class ExpertMemory:
     def _release(self, entry: _Entry) -> None:
         entry.wanted -= 1
         if not entry.wanted:
-            if entry.room is None:  # nobody waits for it any more, nor has it been read
+            if entry.buffer is None:  # nobody waits for it any more, nor has it been read
                 if entry in self._needed:
                     self._needed.remove(entry)
                 self._forget(entry)
@@ -263,13 +263,13 @@ class ExpertMemory:
             return entry
 
     def _next(self) -> _Entry | None:
-        """Return what to read next, with room for it; None where there is nothing, or no room."""
+        """Return what to read next, with memory for it; None if there is neither."""
         queue = self._needed or self._guessed
         if not queue:
             return None
         entry = queue[0]
-        entry.room = self._make_room(self._recipes[entry.key].num_bytes(), entry.guessed)
-        if entry.room is not None:
+        entry.buffer = self._make_buffer(self._recipes[entry.key].num_bytes(), entry.guessed)
+        if entry.buffer is not None:
             queue.popleft()
             return entry
         if entry.guessed:
@@ -277,10 +277,10 @@ class ExpertMemory:
                 self._forget(self._guessed.popleft())
         return None
 
-    def _make_room(self, size: int, for_guess: bool) -> Tensor | None:
+    def _make_buffer(self, size: int, for_guess: bool) -> Tensor | None:
         """Return memory of that size, that of what was used longest ago if need be."""
         counters = self.counters
-        while counters.bytes_held + size > self._room_for_experts:
+        while counters.bytes_held + size > self._bytes_for_experts:
             idle = (
                 entry
                 for entry in self._entries.values()
@@ -292,11 +292,11 @@ class ExpertMemory:
             if victim is None:
                 return None
             self._forget(victim)
-            assert victim.room is not None
-            room, victim.room, victim.tensors = victim.room, None, None
-            if room.numel() == size:
-                return room
-            counters.bytes_held -= room.numel()
+            assert victim.buffer is not None
+            buffer, victim.buffer, victim.tensors = victim.buffer, None, None
+            if buffer.numel() == size:
+                return buffer
+            counters.bytes_held -= buffer.numel()
         counters.bytes_held += size
         counters.most_bytes_held = max(counters.most_bytes_held, counters.bytes_held)
         if self._spare.get(size):
@@ -306,9 +306,9 @@ class ExpertMemory:
 
     def _read(self, entry: _Entry) -> None:
         recipe = self._recipes[entry.key]
-        assert entry.room is not None
+        assert entry.buffer is not None
         try:
-            self._files.read(recipe, entry.room)
+            self._files.read(recipe, entry.buffer)
         except CheckpointError as error:
             self._fail(entry, error)
             return
@@ -318,7 +318,7 @@ class ExpertMemory:
                 self._running -= 1
             raise
         with self._changed:
-            entry.tensors = recipe.tensors(entry.room)
+            entry.tensors = recipe.tensors(entry.buffer)
             self.counters.experts_read += 1
             self.counters.bytes_read += recipe.file_bytes()
             self._changed.notify_all()
@@ -326,9 +326,9 @@ class ExpertMemory:
     def _fail(self, entry: _Entry, error: BaseException) -> None:
         """Let those who want an expert know that it cannot be read; the next may try again."""
         with self._changed:
-            assert entry.room is not None
-            self.counters.bytes_held -= entry.room.numel()
-            entry.room, entry.error = None, error
+            assert entry.buffer is not None
+            self.counters.bytes_held -= entry.buffer.numel()
+            entry.buffer, entry.error = None, error
             self._forget(entry)
             self._changed.notify_all()
 

@@ -68,8 +68,8 @@ def describe(
         routing = (
             "No token is dropped, however uneven the loads.\n"
             if capacity_factor is None
-            else f"In the encoder an expert has seats for {capacity_factor:g} times its even share "
-            "of a batch's tokens, padding included; those past it get zeros from the layer, and "
+            else f"In the encoder an expert has capacity for {capacity_factor:g} times its even "
+            "share of a batch's tokens, padding included; those past it get zeros from the layer, and "
             "outputs then differ from those of the model. The decoder drops none.\n"
         )
     text = f"""# A model in two programs

@@ -8,8 +8,8 @@ graph can know. Here all shapes follow from the number of tokens, in one of thre
 - `tiled`: rows stand in tiles of `TILE`, each of one expert, and a tile brings the matrices along.
   A / TILE + E tiles hold any routing, so nothing is ever dropped; products are at most those of
   A + E * TILE rows, however uneven the loads, and as many matrices as tiles are copied.
-- `padded`: every expert has C seats, as in the paper. No copies, and E * C rows are multiplied;
-  what finds no seat is dropped: it gives zero, and the residual carries the token on.
+- `padded`: every expert has C slots, as in the paper. No copies, and E * C rows are multiplied;
+  what finds no slot is dropped: it gives zero, and the residual carries the token on.
 
 Shapes: N tokens, K experts per token, A = N * K assignments, D d_model, F d_ff, E experts, X tiles,
 C capacity.
@@ -91,35 +91,35 @@ def tiled(layer: StaticSwitch, x_AD: Tensor, expert_A: Tensor) -> Tensor:
     place_A, counts_E = queue(expert_A, num_experts)
     end_E = ((counts_E + TILE - 1) // TILE).cumsum(0)
     start_E = end_E - (counts_E + TILE - 1) // TILE
-    seat_A = start_E[expert_A] * TILE + place_A
+    slot_A = start_E[expert_A] * TILE + place_A
     num_tiles = x_AD.shape[0] // TILE + num_experts
     tile_X = torch.arange(num_tiles, device=x_AD.device)
     expert_X = (tile_X[:, None] >= end_E).long().sum(1).clamp(max=num_experts - 1)
-    rows_RD = x_AD.new_zeros(num_tiles * TILE, x_AD.shape[1]).index_copy(0, seat_A, x_AD)
-    return layer.feed(rows_RD.view(-1, TILE, x_AD.shape[1]), expert_X).flatten(0, 1)[seat_A]
+    rows_RD = x_AD.new_zeros(num_tiles * TILE, x_AD.shape[1]).index_copy(0, slot_A, x_AD)
+    return layer.feed(rows_RD.view(-1, TILE, x_AD.shape[1]), expert_X).flatten(0, 1)[slot_A]
 
 
 def padded_to(factor: float) -> Way:
-    """Return `padded`, where an expert has ceil(A / E * factor) seats for all rows of a batch.
+    """Return `padded`, where an expert has ceil(A / E * factor) slots for all rows of a batch.
 
-    Assignments are seated in order; padding takes seats like any token. factor: to two decimals.
+    Assignments take slots in order; padding takes slots like any token. factor: to two decimals.
     """
     hundredths = round(factor * _HUNDREDTHS)
 
     def padded(layer: StaticSwitch, x_AD: Tensor, expert_A: Tensor) -> Tensor:
-        """Multiply the seats of every expert with its matrices; drop what finds no seat."""
+        """Multiply the slots of every expert with its matrices; drop what finds no slot."""
         num_experts = layer.experts.num_experts
         share = _HUNDREDTHS * num_experts
         capacity = (x_AD.shape[0] * hundredths + share - 1) // share
         place_A, _ = queue(expert_A, num_experts)
         kept_A = place_A < capacity
-        nowhere = num_experts * capacity  # one seat more, where all that is dropped goes
-        seat_A = torch.where(kept_A, expert_A * capacity + place_A, nowhere)
+        nowhere = num_experts * capacity  # one slot more, where all that is dropped goes
+        slot_A = torch.where(kept_A, expert_A * capacity + place_A, nowhere)
         rows_RD = x_AD.new_zeros(nowhere + 1, x_AD.shape[1])
-        rows_RD = rows_RD.index_put((seat_A,), x_AD * kept_A[:, None])
-        seats_ECD = rows_RD[:nowhere].view(num_experts, capacity, x_AD.shape[1])
-        y_RD = layer.feed(seats_ECD, None).flatten(0, 1)
-        return y_RD[seat_A.clamp(max=nowhere - 1)] * kept_A[:, None]
+        rows_RD = rows_RD.index_put((slot_A,), x_AD * kept_A[:, None])
+        slots_ECD = rows_RD[:nowhere].view(num_experts, capacity, x_AD.shape[1])
+        y_RD = layer.feed(slots_ECD, None).flatten(0, 1)
+        return y_RD[slot_A.clamp(max=nowhere - 1)] * kept_A[:, None]
 
     return padded
 

@@ -156,7 +156,7 @@ def programs(
     if {entry.ours for entry in entries(config, family_of(config))} != model.state_dict().keys():
         raise CheckpointError(
             "A model that was compressed or adapted cannot be exported: export the one it was made "
-            "from; `switchlm convert` melts adapters in."
+            "from; `switchlm convert` merges adapters in."
         )
     if capacity_factor is not None and not capacity_factor >= 0.01:
         raise ConfigError(f"A capacity factor is at least 0.01, got {capacity_factor}.")

@@ -71,7 +71,7 @@ def route(
     the expert beside a token is the one that read it, to write the next. Joined, the encoder's
     tokens are the text and `</s>`; the decoder's are `<pad>` and the output.
 
-    enforce_capacity: drop what the configured capacity for evaluation leaves no seat for, the
+    enforce_capacity: drop what the configured capacity for evaluation has no slot for, the
     decoder seeing its output at once, as in training; otherwise, as in serving, nothing is dropped.
 
     Raises DataError for an empty text, and for tokens that the model's vocabulary lacks.

@@ -84,14 +84,14 @@ class Slots:
         start_11 = torch.full((1, 1), config.pad_id, device=device)
         like = model.decoder.memories(encode_prompts(model, start_11, None))[0][0]
 
-        def room(length: int) -> list[tuple[Tensor, Tensor]]:
+        def buffers(length: int) -> list[tuple[Tensor, Tensor]]:
             shape = (num_slots, config.num_heads, length, config.d_kv)
             return [
                 (like.new_zeros(shape), like.new_zeros(shape))
                 for _ in range(config.num_decoder_layers)
             ]
 
-        self.own, self.cross = room(max_target), room(max_source)
+        self.own, self.cross = buffers(max_target), buffers(max_source)
         self.places_M = torch.arange(max_target, device=device)
         self.position_N = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.source_N = torch.zeros(num_slots, dtype=torch.int64, device=device)

@@ -32,16 +32,16 @@ def grouped_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor
 Activation = Literal["relu", "gelu"]
 
 
-def activate(inner: Tensor, activation: Activation, room: Tensor | None = None) -> Tensor:
-    """Return the activated rows: ReLU in place, GELU (the tanh form of T5 v1.1) in `room`, or new.
+def activate(inner: Tensor, activation: Activation, workspace: Tensor | None = None) -> Tensor:
+    """Return the activated rows: ReLU in place, GELU (tanh, T5 v1.1) in `workspace`, or new.
 
     ReLU may forget its input: its gradient reads the same from its output.
     """
     if activation == "relu":
         return inner.clamp_min_(0)
-    if room is None:
-        room = torch.empty_like(inner)
-    return torch.ops.aten.gelu.out(inner, approximate="tanh", out=room)
+    if workspace is None:
+        workspace = torch.empty_like(inner)
+    return torch.ops.aten.gelu.out(inner, approximate="tanh", out=workspace)
 
 
 def activate_backward_(gradient: Tensor, inner: Tensor, activation: Activation) -> None:

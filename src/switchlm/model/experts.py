@@ -49,13 +49,15 @@ class FeedForwardExperts(nn.Module):
         self.activation = activation
         self.dropout = dropout
 
-    def forward(self, x_RD: Tensor, counts_E: Tensor, seats: Assignments | None = None) -> Tensor:
-        """Map rows to rows; with seats, tokens x_ND to y_ND, summed by weight (no dropout)."""
+    def forward(
+        self, x_RD: Tensor, counts_E: Tensor, assignments: Assignments | None = None
+    ) -> Tensor:
+        """Map rows to rows; with assignments, tokens x_ND to y_ND, weighted (no dropout)."""
         up, down = local(self.up), local(self.down)
         gate = None if self.gate is None else local(self.gate)
-        if seats is not None:
+        if assignments is not None:
             return switch_feedforward(
-                x_RD, seats.weight_A, seats.order, up, down, self.activation, gate
+                x_RD, assignments.weight_A, assignments.order, up, down, self.activation, gate
             )
         if not (self.training and self.dropout):
             return expert_feedforward(x_RD, counts_E, up, down, self.activation, gate)

@@ -156,7 +156,7 @@ class Router(nn.Module):
         )
 
     def _tokens_choose(self, scores: Scores, probability_NE: Tensor) -> Routing:
-        """Every token asks for its experts; those with seats left take it."""
+        """Every token asks for its experts; those with capacity left take it."""
         choices = self.config.experts_per_token
         capacity = self.capacity(scores.tokens_a_group)
         if self.training and self.config.exploration == "sample":
@@ -207,7 +207,7 @@ class Router(nn.Module):
         )
 
     def _experts_choose(self, scores: Scores) -> Routing:
-        """Every expert takes as many of its most probable tokens as it has seats."""
+        """Every expert takes as many of its most probable tokens as it has capacity for."""
         capacity = self.capacity(scores.tokens_a_group)
         assert capacity is not None, "experts that choose have a capacity"
         num_tokens = scores.probability_NE.shape[0]
@@ -219,11 +219,11 @@ class Router(nn.Module):
             scores.by_group(real_N[:, None])[..., 0],
             capacity,
         )
-        num_groups, num_experts, seats = place_GEC.shape
+        num_groups, num_experts, capacity = place_GEC.shape
         first_G = torch.arange(num_groups, device=place_GEC.device) * scores.tokens_a_group
         token_A = (place_GEC + first_G[:, None, None]).clamp(max=num_tokens - 1).reshape(-1)
         expert_A = torch.arange(num_experts, device=place_GEC.device)
-        expert_A = expert_A[None, :, None].expand(num_groups, -1, seats).reshape(-1)
+        expert_A = expert_A[None, :, None].expand(num_groups, -1, capacity).reshape(-1)
         return self._record(
             scores,
             kept_GEC.sum(-1).float(),

@@ -117,7 +117,7 @@ def reroute_overflow(
     """No-token-left-behind (appendix B): overflow asks the next best expert, round by round.
 
     first_N1: int64, the expert that each token asks first; then it goes by probability. A token
-    that found a seat keeps it; those still standing queue for their next choice in token order.
+    that found capacity keep it; those still standing queue for their next choice in token order.
     Returns expert_N1 (the one that took the token, or the last one asked) and kept_N1.
     """
     num_experts = probability_NE.shape[1]
@@ -133,10 +133,10 @@ def reroute_overflow(
         expert_N = torch.where(standing_N, next_N, expert_N)
         asked_N = torch.where(standing_N, next_N, num_experts)
         place_N = position_in_expert(asked_N[:, None], group_N, num_experts)[:, 0]
-        seat_N = group_N * (num_experts + 1) + asked_N
-        seated_N = standing_N & (place_N + taken[seat_N] < capacity)
-        kept_N = kept_N | seated_N
-        taken = taken + torch.bincount(seat_N[seated_N], minlength=taken.numel())
+        slot_N = group_N * (num_experts + 1) + asked_N
+        placed_N = standing_N & (place_N + taken[slot_N] < capacity)
+        kept_N = kept_N | placed_N
+        taken = taken + torch.bincount(slot_N[placed_N], minlength=taken.numel())
         left_NE.scatter_(1, next_N[:, None], -torch.inf)
         next_N = left_NE.argmax(-1)
     return expert_N[:, None], kept_N[:, None]

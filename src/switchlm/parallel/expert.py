@@ -1,7 +1,7 @@
-"""Expert parallelism: every process owns some experts, and tokens travel to them and back.
+"""Expert parallelism: every process owns some experts, and tokens are sent to them and back.
 
-Two all-to-alls a layer in each direction (section 5.4). Only kept tokens travel, each exactly once
-to its expert, in the dtype the experts compute in; how many go where is exchanged first.
+Two all-to-alls per layer in each direction (section 5.4). Only kept tokens are sent, each exactly
+once to its expert, in the dtype the experts compute in; how many go where is exchanged first.
 
 Shapes: N tokens, D width, R rows sent (in the order of all experts), Q rows received, P processes
 of the expert axis, E experts in all, L experts here.
@@ -34,7 +34,7 @@ class DispatchState:
     """How rows came here: what is needed to send them back.
 
     order: of this process's own assignments. receive_order: from the order in which rows arrived
-    (by process, then expert) to that of the experts here; None if none had to travel. sent,
+    (by process, then expert) to that of the experts here; None if none was sent. sent,
     received: rows per process.
     """
 
@@ -100,7 +100,7 @@ class AllToAllDispatcher:
         return received_E.view(self.experts.size(), -1)
 
     def _all_to_all(self, x_RD: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        """Send sent[p] rows to process p, and return those that come; gradients travel back."""
+        """Send sent[p] rows to process p, and return those that come; gradients go back."""
         assert self.experts is not None
         arrived: Tensor = all_to_all_single_autograd(
             x_RD.contiguous(), received, sent, self.experts.get_group()
@@ -149,7 +149,7 @@ def shard_experts(model: nn.Module, mesh: Mesh) -> None:
 
 
 def shard(weight: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> nn.Parameter:
-    """Return this process's part of a parameter that all processes hold whole; nothing travels."""
+    """Return this process's part of a parameter that all processes hold whole; nothing is sent."""
     local = weight.detach()
     coordinate = mesh.get_coordinate()
     assert coordinate is not None

@@ -1,8 +1,8 @@
-"""The processes of a run on a grid of four axes, and what they tell one another every step.
+"""The processes of a run on a grid of four axes, and the collectives of every step.
 
-    replicas   whole copies; only gradients travel between them
+    replicas   whole copies; only gradients are summed over them
     data       shares of a batch; weights, gradients and optimizer state are sharded
-    expert     shares of a batch too, and of the experts; tokens travel by all-to-all
+    expert     shares of a batch too, and of the experts; tokens are sent by all-to-all
     tensor     one share of a batch; heads, d_ff and the vocabulary are split
 
 The last axis varies fastest, so that tensor neighbours, who talk most, share a host.

@@ -1,4 +1,4 @@
-"""What a step takes in a layout, worked out instead of run: peak memory, and all that travels.
+"""What a step takes in a layout, worked out instead of run: peak memory, and all that is sent.
 
 The parts that processes hold come from planning/shard_sizes.py, what blocks take from
 planning/profile.py; here FSDP's gathering and reducing is laid over them, layer by layer, as it

@@ -100,8 +100,8 @@ class Cluster:
         if collective.kind == "all_to_all":
             outside = collective.sent * (size - here) / max(size - 1, 1)
             inside = collective.sent - outside
-            travel = max(outside / self.network, inside / self.gpu.link)
-            return start + self.message * size + travel
+            transfer = max(outside / self.network, inside / self.gpu.link)
+            return start + self.message * size + transfer
         bandwidth = self.gpu.link if here == size else min(self.gpu.link, self.network * here)
         return start + collective.sent / bandwidth
 

@@ -72,26 +72,26 @@ def fake_job(config: MeshConfig, num_processes: int) -> Iterator[Mesh]:
 
 
 def balanced_loads(
-    assignments: int, num_experts: int, process: int, seats: int
+    assignments: int, num_experts: int, process: int, capacity: int
 ) -> NDArray[numpy.int64]:
     """Return load_E: how many of its assignments a process sends to each expert.
 
     The remainder of the division goes to the experts in turn, from process to process, so that all
-    have the same load in the end. seats: what an expert takes of one process at most.
+    have the same load in the end. capacity: what an expert takes of one process at most.
     """
     base, rest = divmod(assignments, num_experts)
     load_E = numpy.full(num_experts, base, dtype=numpy.int64)
     load_E[(process * rest + numpy.arange(rest)) % num_experts] += 1
-    return numpy.minimum(load_E, seats)
+    return numpy.minimum(load_E, capacity)
 
 
 @functools.cache
 def exchanged(
-    assignments: int, num_experts: int, processes: int, here: int, seats: int
+    assignments: int, num_experts: int, processes: int, here: int, capacity: int
 ) -> tuple[list[int], list[int]]:
     """Return the rows that process `here` sends to each process, and those that it receives."""
     loads_PE = numpy.stack(
-        [balanced_loads(assignments, num_experts, p, seats) for p in range(processes)]
+        [balanced_loads(assignments, num_experts, p, capacity) for p in range(processes)]
     )
     loads_PPL = loads_PE.reshape(processes, processes, -1).sum(-1)
     return loads_PPL[here].tolist(), loads_PPL[:, here].tolist()
@@ -110,7 +110,7 @@ class BalancedDispatcher(AllToAllDispatcher):
     def __init__(self, like: AllToAllDispatcher, router: Router) -> None:
         super().__init__(like.experts, like.tensor)
         self._router = router
-        self._assignments, self._seats = 0, 0
+        self._assignments, self._capacity = 0, 0
 
     def dispatch(self, x_ND: Tensor, routing: Routing) -> Rows:
         """Return the rows of the experts here, sorted by expert; how many depends on shapes only.
@@ -120,7 +120,7 @@ class BalancedDispatcher(AllToAllDispatcher):
         groups = routing.fraction_GE.shape[0]
         capacity = self._router.capacity(math.ceil(x_ND.shape[0] / groups))
         self._assignments = routing.expert_A.numel()
-        self._seats = self._assignments if capacity is None else capacity * groups
+        self._capacity = self._assignments if capacity is None else capacity * groups
         return super().dispatch(x_ND, routing)
 
     def exchange_counts(self, counts_E: Tensor) -> tuple[Tensor, list[int], list[int]]:
@@ -129,7 +129,7 @@ class BalancedDispatcher(AllToAllDispatcher):
         processes, here = 1, 0
         if self.experts is not None:
             processes, here = self.experts.size(), self.experts.get_local_rank()
-        rows = exchanged(self._assignments, counts_E.numel(), processes, here, self._seats)
+        rows = exchanged(self._assignments, counts_E.numel(), processes, here, self._capacity)
         return counts_PL, *rows
 
 

@@ -112,11 +112,11 @@ def compare(
     together = default_device().type == "cpu"
     threads = max(1, torch.get_num_threads() // (2 if together else 1))
     with ExitStack() as opened:
-        racers = {}
+        workers = {}
         for name, run in (("dense", config.dense), ("sparse", config.sparse)):
             folder = RunFolder(out / name)
-            racers[name] = CompareWorker(run, loader.tokenizer, folder, threads)
-            opened.callback(racers[name].close)
+            workers[name] = CompareWorker(run, loader.tokenizer, folder, threads)
+            opened.callback(workers[name].close)
         yield {"phase": "training"}
         deadline = started + (math.inf if seconds is None else seconds * (1 - LAST_WORK))
         step = 0
@@ -124,31 +124,31 @@ def compare(
             if should_stop():
                 break
             step = min(step + training.log_every, training.steps)
-            yield from _ask(racers, f"advance {step}", together)
+            yield from _ask(workers, f"advance {step}", together)
         yield {"phase": "evaluating and saving"}
-        yield from _ask(racers, "finish", together)
-    result = _result(config, racers, loader)
+        yield from _ask(workers, "finish", together)
+    result = _result(config, workers, loader)
     out.joinpath("compare.json").write_text(
         json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8"
     )
-    _report(out / "report.html", racers, result)
+    _report(out / "report.html", workers, result)
     yield {"result": result}
 
 
-def _ask(racers: Mapping[str, CompareWorker], command: str, together: bool) -> Iterator[Event]:
+def _ask(workers: Mapping[str, CompareWorker], command: str, together: bool) -> Iterator[Event]:
     """Let both runs do as told, at once or one after the other, and yield their lines."""
     if together:
-        for racer in racers.values():
-            racer.ask(command)
-    for name, racer in racers.items():
+        for worker in workers.values():
+            worker.ask(command)
+    for name, worker in workers.items():
         if not together:
-            racer.ask(command)
-        for line in racer.answers():
+            worker.ask(command)
+        for line in worker.answers():
             yield {"run": name, **line}
 
 
-def _result(config: Comparison, racers: Mapping[str, CompareWorker], loader: Loader) -> Event:
-    dense, sparse = racers["dense"].evaluations, racers["sparse"].evaluations
+def _result(config: Comparison, workers: Mapping[str, CompareWorker], loader: Loader) -> Event:
+    dense, sparse = workers["dense"].evaluations, workers["sparse"].evaluations
     last = {"dense": dense[-1], "sparse": sparse[-1]}
     reached = crossing(sparse, last["dense"]["evaluation_loss"])
     batch = loader.batch(0)
@@ -168,7 +168,7 @@ def _result(config: Comparison, racers: Mapping[str, CompareWorker], loader: Loa
             name: count.flops_per_token(model, *lengths) for name, model in models.items()
         },
         "seeds": [config.sparse.training.seed],
-        "example": _example(racers, loader),
+        "example": _example(workers, loader),
         "configuration": {
             "sparse": to_sections(config.sparse),
             "dense": to_sections(config.dense),
@@ -176,15 +176,15 @@ def _result(config: Comparison, racers: Mapping[str, CompareWorker], loader: Loa
     }
 
 
-def _example(racers: Mapping[str, CompareWorker], loader: Loader) -> dict[str, str]:
+def _example(workers: Mapping[str, CompareWorker], loader: Loader) -> dict[str, str]:
     """Fill the blanks of a held-out text with both models."""
     text, targets = loader.example()
     truth = read_spans(loader.tokenizer.encode(targets), loader.tokenizer)
     filled = {
         f"filled by the {name} model": fill(
-            load(str(racer.folder.model))[0], loader.tokenizer, text
+            load(str(worker.folder.model))[0], loader.tokenizer, text
         )
-        for name, racer in racers.items()
+        for name, worker in workers.items()
     }
     return {
         "held-out text with blanks": text,
@@ -242,7 +242,7 @@ def result_table(result: Event) -> list[dict[str, str]]:
     return rows
 
 
-def _report(path: Path, racers: Mapping[str, CompareWorker], result: Event) -> None:
+def _report(path: Path, workers: Mapping[str, CompareWorker], result: Event) -> None:
     reached = result["crossing"]
     write_report(
         path,
@@ -250,7 +250,7 @@ def _report(path: Path, racers: Mapping[str, CompareWorker], result: Event) -> N
         headline=headline(result),
         runs=[
             ReportRun(
-                name=name, metrics=racers[name].metrics, routing=read_routing(racers[name].folder)
+                name=name, metrics=workers[name].metrics, routing=read_routing(workers[name].folder)
             )
             for name in ("sparse", "dense")
         ],

@@ -118,7 +118,7 @@ def keep(
     folder: RunFolder,
     report: Say,
 ) -> None:
-    """Write the model as the best of the run, adapters both alone and melted into it."""
+    """Write the model as the best of the run, adapters both alone and merged into it."""
     if settings.lora_rank is not None:
         about = AdapterConfig(
             rank=settings.lora_rank, alpha=settings.lora_alpha, base=settings.model

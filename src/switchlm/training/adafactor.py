@@ -191,11 +191,11 @@ def update(
     gradient_MDF = gradient.view(-1, num_rows, num_columns)
     row_MD, column_MF = state["row"].view(-1, num_rows), state["column"].view(-1, num_columns)
     together = not (group["per_expert_rms"] and parameter.dim() == 3)
-    room = parameter.new_empty(min(max(SLICE, num_columns), parameter.numel()))
+    workspace = parameter.new_empty(min(max(SLICE, num_columns), parameter.numel()))
 
     row_MD.mul_(1 - new).add_(new * SQUARE_FLOOR)
     column_MF.mul_(1 - new).add_(new * SQUARE_FLOOR)
-    mean_square_M = _move_statistics(gradient_MDF, row_MD, column_MF, new / scale**2, room)
+    mean_square_M = _move_statistics(gradient_MDF, row_MD, column_MF, new / scale**2, workspace)
     rate_M = torch.full_like(mean_square_M, group["lr"])
     if group["scale_by_parameter"]:
         norm_MD = torch.linalg.vector_norm(weight_MDF, dim=-1)
@@ -208,7 +208,7 @@ def update(
     factor_MF = column_MF.rsqrt()
     for matrices, rows in _slices(weight_MDF):
         weight, gradient = weight_MDF[matrices, rows], gradient_MDF[matrices, rows]
-        factor = _as(gradient, room)
+        factor = _as(gradient, workspace)
         torch.mul(step_MD[matrices, rows, None], factor_MF[matrices, None], out=factor)
         if group["weight_decay"]:
             weight.mul_(keep_M11[matrices])
@@ -216,7 +216,7 @@ def update(
 
 
 def _move_statistics(
-    gradient_MDF: Tensor, row_MD: Tensor, column_MF: Tensor, share: float, room: Tensor
+    gradient_MDF: Tensor, row_MD: Tensor, column_MF: Tensor, share: float, workspace: Tensor
 ) -> Tensor:
     """Add `share` of the gradient's mean squares to rows and columns.
 
@@ -226,14 +226,14 @@ def _move_statistics(
     in_one = num_rows * num_columns <= SLICE
     sum_MF = torch.zeros_like(column_MF)
     for matrices, rows in _slices(gradient_MDF):
-        square = _square(gradient_MDF[matrices, rows], room)
+        square = _square(gradient_MDF[matrices, rows], workspace)
         row = row_MD[matrices, rows].add_(square.sum(-1), alpha=share / num_columns)
         column_MF[matrices].add_(square.sum(-2), alpha=share / num_rows)
         if in_one:
             torch.bmm(row.reciprocal()[:, None], square, out=sum_MF[matrices, None])
     if not in_one:
         for matrices, rows in _slices(gradient_MDF):
-            square = _square(gradient_MDF[matrices, rows], room)
+            square = _square(gradient_MDF[matrices, rows], workspace)
             weight = row_MD[matrices, rows].reciprocal()
             sum_MF[matrices] += torch.bmm(weight[:, None], square)[:, 0]
     return (sum_MF / column_MF).sum(-1) * row_MD.mean(-1) / (num_rows * num_columns)
@@ -253,13 +253,13 @@ def _slices(stack_MDF: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(matrix, matrix + matrices), slice(row, row + rows)
 
 
-def _square(gradient: Tensor, room: Tensor) -> Tensor:
-    return torch.mul(gradient, gradient, out=_as(gradient, room))
+def _square(gradient: Tensor, workspace: Tensor) -> Tensor:
+    return torch.mul(gradient, gradient, out=_as(gradient, workspace))
 
 
-def _as(like: Tensor, room: Tensor) -> Tensor:
-    """Return room for a slice, in its shape."""
-    return room[: like.numel()].view(like.shape)
+def _as(like: Tensor, workspace: Tensor) -> Tensor:
+    """Return memory for a slice, in its shape."""
+    return workspace[: like.numel()].view(like.shape)
 
 
 def _root(mean_square_M: Tensor, together: bool) -> Tensor:

@@ -1,6 +1,6 @@
 """Distillation: learn from the words that follow, and from what a teacher expects (section 4.2).
 
-What a teacher says of a batch travels in the batch, so that the loop is the one of all training.
+What a teacher says of a batch is part of the batch, so that the loop is the one of all training.
 
 Shapes: B batch, T target, V vocabulary, K words.
 """

@@ -50,7 +50,7 @@ def computing(precision: Precision, device: torch.device) -> AbstractContextMana
 class Objective(Protocol):
     """The loss of a model's answer to a batch.
 
-    What it needs beyond targets travels in the batch, as fields of a subclass of `Batch`.
+    What it needs beyond targets is part of the batch, as fields of a subclass of `Batch`.
     """
 
     def __call__(self, output: ModelOutput, batch: Batch) -> Tensor:

@@ -12,11 +12,11 @@ from switchlm.data.pretraining.span_corruption import Noise
 
 @settings(max_examples=80, deadline=None)
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(40, 60))
-def test_every_piece_is_in_one_bin_and_no_bin_overflows(sizes, room):
+def test_every_piece_is_in_one_bin_and_no_bin_overflows(sizes, size):
     sizes = np.array(sizes, dtype=np.int64)
-    order, first = pack(sizes, room)
+    order, first = pack(sizes, size)
     assert sorted(order.tolist()) == list(range(len(sizes)))
-    assert all(0 < sizes[order[a:b]].sum() <= room for a, b in itertools.pairwise(first))
+    assert all(0 < sizes[order[a:b]].sum() <= size for a, b in itertools.pairwise(first))
 
 
 def test_packing_fills_bins_well():

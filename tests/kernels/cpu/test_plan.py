@@ -74,8 +74,8 @@ def test_rows_that_pieces_share_are_summed() -> None:
     plan = make_schedule([90, 10], 101, 2**22)
     rows = plan.empty(torch.empty(1), 2)
     sums = Sums(plan, rows)
-    for room in sums.room_P:
-        room.fill_(1)
+    for out in sums.out_P:
+        out.fill_(1)
     sums.add_up()
     pieces = [sum(piece.expert == expert for piece in plan.pieces) for expert in (0, 1)]
     assert pieces[0] > 1

@@ -38,7 +38,7 @@ def test_few_rows_stay_as_they_are(rows: int) -> None:
     assert Workspace(x).filled("x", x) is x
 
 
-def test_rows_are_followed_by_zeros_whatever_the_room_held() -> None:
+def test_rows_are_followed_by_zeros_whatever_the_buffer_held() -> None:
     spare = Workspace(torch.empty(0, dtype=torch.bfloat16))
     spare("x", 64, 3).fill_(float("nan"))
     full = spare.filled("x", torch.ones(33, 3, dtype=torch.bfloat16))
@@ -49,7 +49,7 @@ def test_rows_are_followed_by_zeros_whatever_the_room_held() -> None:
 
 def test_a_result_gets_its_rows_alone() -> None:
     result = torch.zeros(33, 2, dtype=torch.bfloat16)
-    room = Workspace(result).room_for("y", result, 48)
-    keep(room.fill_(7), result)
+    out = Workspace(result).output_for("y", result, 48)
+    keep(out.fill_(7), result)
     assert (result == 7).all()
-    assert Workspace(result).room_for("y", result, 33) is result
+    assert Workspace(result).output_for("y", result, 33) is result

@@ -165,29 +165,31 @@ def target_length_for(pieces: list[Pieces], noise: Noise, input_length: int) -> 
     return int(-(-max(even, full) // 8) * 8)
 
 
-def pack(size_P: Int64, room: int) -> tuple[Int64, Int64]:
-    """Share pieces out over bins of `room`, best fit decreasing; every size is at most `room`.
+def pack(size_P: Int64, bin_size: int) -> tuple[Int64, Int64]:
+    """Share pieces out over bins, best fit decreasing; every size is at most `bin_size`.
 
     Returns order_P and first_B: bin b holds the pieces order_P[first_B[b] : first_B[b + 1]].
     """
-    waiting: list[list[int]] = [[] for _ in range(room + 1)]  # open bins by the room left in them
-    open_rooms = 0  # bit r is set where waiting[r] has a bin
+    waiting: list[list[int]] = [
+        [] for _ in range(bin_size + 1)
+    ]  # open bins by what is left in them
+    open_bins = 0  # bit r is set where waiting[r] has a bin
     num_bins = 0
     decreasing_P = np.argsort(-size_P, kind="stable")
     bin_P = np.empty(len(size_P), dtype=np.int64)
     for place, size in enumerate(size_P[decreasing_P].tolist()):
-        fitting = open_rooms >> size
+        fitting = open_bins >> size
         if fitting:
             left = size + (fitting & -fitting).bit_length() - 1
             number = waiting[left].pop()
             if not waiting[left]:
-                open_rooms ^= 1 << left
+                open_bins ^= 1 << left
         else:
-            left, number = room, num_bins
+            left, number = bin_size, num_bins
             num_bins += 1
         bin_P[place] = number
         waiting[left - size].append(number)
-        open_rooms |= 1 << (left - size)
+        open_bins |= 1 << (left - size)
     by_bin_P = np.argsort(bin_P, kind="stable")
     return decreasing_P[by_bin_P], np.searchsorted(bin_P[by_bin_P], np.arange(num_bins + 1))
 
@@ -210,7 +212,7 @@ class PackedDocuments:
         self._seed = seed
         inputs_P, targets_P = noise.corrupted_lengths(pieces.length_P)
         # One size for both limits: the larger share of a row, counted in input tokens. Trying the
-        # two limits one by one leaves a third of the room empty: long pieces would take the inputs
+        # two limits one by one leaves a third of the row empty: long pieces would take the inputs
         # first, and the many targets of the short ones would then have no place.
         size_P = np.maximum(inputs_P, -(-targets_P * input_length // target_length))
         self._order_P, self._first_B = pack(size_P, input_length)

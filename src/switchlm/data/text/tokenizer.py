@@ -1,6 +1,6 @@
 """Text to token ids and back, over one `tokenizers.Tokenizer`, with T5's special tokens.
 
-Ids: padding 0 and the end token 1 where this room makes the tokenizer; sentinels `<extra_id_0>`,
+Ids: padding 0 and the end token 1 where this package makes the tokenizer; sentinels `<extra_id_0>`,
 `<extra_id_1>` ... count down from the highest id. The vocabulary is filled up to a multiple of 128,
 so that the embedding has a round size.
 """

@@ -63,31 +63,33 @@ def _forward(
     inner_P = _cut_rows(plan, None if hidden is None else hidden.inner_RF)
     linear_P = _cut_rows(plan, None if hidden is None else hidden.linear_RF)
 
-    def compute(p: int, spare: Workspace) -> None:
-        x = spare.filled("x", x_P[p])
+    def compute(p: int, workspace: Workspace) -> None:
+        x = workspace.filled("x", x_P[p])
         rows, width = x.shape[0], down_P[p].shape[0]
 
         def multiply(name: str, weight_P: list[Tensor], stored_P: list[Tensor]) -> Tensor:
             if not stored_P:
-                return matmul_into(x, weight_P[p], spare(name, rows, width))
-            return matmul_into(x, weight_P[p], spare.room_for(name, stored_P[p], rows))
+                return matmul_into(x, weight_P[p], workspace(name, rows, width))
+            return matmul_into(x, weight_P[p], workspace.output_for(name, stored_P[p], rows))
 
         inner = multiply("inner", inner_weight_P, inner_P)
-        apart = None if activation == "relu" else spare("middle", rows, width)
+        apart = None if activation == "relu" else workspace("middle", rows, width)
         middle = activate(inner, activation, apart)
         if inner_P:
             keep(inner, inner_P[p])
         if linear_weight_P:
             linear = multiply("linear", linear_weight_P, linear_P)
-            middle = torch.mul(middle, linear, out=spare("middle", rows, width))
+            middle = torch.mul(middle, linear, out=workspace("middle", rows, width))
             if linear_P:
                 keep(linear, linear_P[p])
-        keep(matmul_into(middle, down_P[p], spare.room_for("y", y.room_P[p], rows)), y.room_P[p])
+        keep(
+            matmul_into(middle, down_P[p], workspace.output_for("y", y.out_P[p], rows)), y.out_P[p]
+        )
 
     def run(part: Sequence[int]) -> None:
-        spare = Workspace(x_RD)
+        workspace = Workspace(x_RD)
         for p in part:
-            compute(p, spare)
+            compute(p, workspace)
 
     threads.parallel_for(run, plan.parts)
     y.add_up()
@@ -127,20 +129,20 @@ def _backward(
     )
 
     def run(part: Sequence[int]) -> None:
-        spare = Workspace(x_RD)
+        workspace = Workspace(x_RD)
         for p in part:
-            x, dy = spare.filled("x", x_P[p]).t(), spare.filled("dy", dy_P[p])
-            inner = spare.filled("inner", inner_P[p])
+            x, dy = workspace.filled("x", x_P[p]).t(), workspace.filled("dy", dy_P[p])
+            inner = workspace.filled("inner", inner_P[p])
             begins = plan.pieces[p].begins
-            gradient = matmul_into(dy, down_P[p], spare("gradient", *inner.shape))
+            gradient = matmul_into(dy, down_P[p], workspace("gradient", *inner.shape))
             middle = inner
             if activation != "relu":
-                middle = activate(inner, activation, spare("middle", *inner.shape))
+                middle = activate(inner, activation, workspace("middle", *inner.shape))
             if linear_P:
-                linear = spare.filled("linear", linear_P[p])
-                dlinear = torch.mul(gradient, middle, out=spare("dlinear", *inner.shape))
+                linear = workspace.filled("linear", linear_P[p])
+                dlinear = torch.mul(gradient, middle, out=workspace("dlinear", *inner.shape))
                 gradient.mul_(linear)
-                middle = torch.mul(middle, linear, out=spare("middle", *inner.shape))
+                middle = torch.mul(middle, linear, out=workspace("middle", *inner.shape))
             if ddown_P:
                 matmul_into(middle.t(), dy, ddown_P[p], add=not begins, large=True)
             activate_backward_(gradient, inner, activation)
@@ -149,11 +151,11 @@ def _backward(
             if dlinear_P:
                 matmul_into(x, dlinear, dlinear_P[p], add=not begins, large=True)
             if dx is not None:
-                room = spare.room_for("dx", dx.room_P[p], len(gradient))
-                matmul_into(gradient, inner_weight_P[p], room)
+                out = workspace.output_for("dx", dx.out_P[p], len(gradient))
+                matmul_into(gradient, inner_weight_P[p], out)
                 if linear_weight_P:
-                    matmul_into(dlinear, linear_weight_P[p], room, add=True)
-                keep(room, dx.room_P[p])
+                    matmul_into(dlinear, linear_weight_P[p], out, add=True)
+                keep(out, dx.out_P[p])
 
     threads.parallel_for(run, plan.parts)
     if dx is not None:
@@ -267,10 +269,10 @@ def forward(
     y_RD = plan.empty(x_RD, down_EFD.shape[2])
     counts_E = torch.tensor(plan.sizes[:-1], device="cpu")
     kept = hidden_RF is not None
-    room = hidden_RF if hidden_RF is not None else _workspace(x_RD, plan, up_EDF)
+    out = hidden_RF if hidden_RF is not None else _hidden_rows(x_RD, plan, up_EDF)
     library.relu_experts(
         x_RD.data_ptr(), counts_E.data_ptr(), *up_EDF.shape, up_EDF.data_ptr(),
-        down_EFD.data_ptr(), room.data_ptr(), kept, y_RD.data_ptr(),
+        down_EFD.data_ptr(), out.data_ptr(), kept, y_RD.data_ptr(),
     )  # fmt: skip
     return y_RD
 
@@ -288,14 +290,14 @@ def backward(
     library = native().library
     assert library is not None
     counts_E = torch.tensor(plan.sizes[:-1], device="cpu")
-    room = _workspace(x_RD, plan, up_EDF)
+    out = _hidden_rows(x_RD, plan, up_EDF)
     places = (None if gradient is None else gradient.data_ptr() for gradient in into)
     library.relu_experts_backward(
         dy_RD.data_ptr(), x_RD.data_ptr(), hidden_RF.data_ptr(), counts_E.data_ptr(),
-        *up_EDF.shape, up_EDF.data_ptr(), down_EFD.data_ptr(), room.data_ptr(), *places,
+        *up_EDF.shape, up_EDF.data_ptr(), down_EFD.data_ptr(), out.data_ptr(), *places,
     )  # fmt: skip
 
 
-def _workspace(x_RD: Tensor, plan: Schedule, up_EDF: Tensor) -> Tensor:
-    """Return room for the hidden rows of one expert."""
+def _hidden_rows(x_RD: Tensor, plan: Schedule, up_EDF: Tensor) -> Tensor:
+    """Return memory for the hidden rows of one expert."""
     return x_RD.new_empty(max(plan.sizes[:-1]), up_EDF.shape[2])

@@ -114,12 +114,12 @@ class Sums:
     """Rows to which all pieces of an expert add: the first writes, the others wait their turn."""
 
     def __init__(self, plan: Schedule, rows: Tensor) -> None:
-        self.room_P = plan.rows(rows)
+        self.out_P = plan.rows(rows)
         self._later: list[tuple[Tensor, Tensor]] = []
-        for number, (piece, total) in enumerate(zip(plan.pieces, self.room_P, strict=True)):
+        for number, (piece, total) in enumerate(zip(plan.pieces, self.out_P, strict=True)):
             if piece.start > 0:
-                self.room_P[number] = torch.empty_like(total)
-                self._later.append((total, self.room_P[number]))
+                self.out_P[number] = torch.empty_like(total)
+                self._later.append((total, self.out_P[number]))
 
     def add_up(self) -> None:
         """Add what the later pieces found, in order."""
@@ -147,20 +147,20 @@ def make_schedule(
             pieces += _blocks(expert, counts[expert], 0.0, 1.0)
         return Schedule(sizes, pieces, [range(len(pieces))], idle)
     fair = (total + FIXED_ROWS * len(busy)) / threads
-    ends, room = [0], fair
+    ends, remaining = [0], fair
     for expert in busy:
         cost = left = float(counts[expert] + FIXED_ROWS)
-        while len(ends) < threads and left > room:
-            cut = _snap(room, left, LEAST_GAIN * fair)
+        while len(ends) < threads and left > remaining:
+            cut = _snap(remaining, left, LEAST_GAIN * fair)
             if cut:
                 start, stop = 1 - left / cost, 1 - (left - cut) / cost
                 pieces += _blocks(expert, counts[expert], start, stop, few_shapes)
             ends.append(len(pieces))
             left -= cut
-            room += fair - cut
+            remaining += fair - cut
         if left:
             pieces += _blocks(expert, counts[expert], 1 - left / cost, 1.0, few_shapes)
-            room -= left
+            remaining -= left
     ends.append(len(pieces))
     parts = [range(first, last) for first, last in pairwise(ends) if first < last]
     return Schedule(sizes, pieces, parts, idle)
@@ -259,10 +259,10 @@ def forward(x_RD: Tensor, weight_EDF: Tensor, plan: Schedule) -> Tensor:
     y_P = plan.rows(y_RF, cut=True)
 
     def multiply(part: Sequence[int]) -> None:
-        spare = Workspace(x_RD)
+        workspace = Workspace(x_RD)
         for p in part:
-            x = spare.filled("x", x_P[p])
-            keep(matmul_into(x, weight_P[p], spare.room_for("y", y_P[p], len(x))), y_P[p])
+            x = workspace.filled("x", x_P[p])
+            keep(matmul_into(x, weight_P[p], workspace.output_for("y", y_P[p], len(x))), y_P[p])
 
     threads.parallel_for(multiply, plan.parts)
     return y_RF
@@ -280,9 +280,9 @@ def backward_weight(dy_RF: Tensor, x_RD: Tensor, weight_EDF: Tensor, plan: Sched
     dweight_P = plan.columns(dweight_EDF, 1)
 
     def multiply(part: Sequence[int]) -> None:
-        spare = Workspace(x_RD)
+        workspace = Workspace(x_RD)
         for p in part:
-            x, dy = spare.filled("x", x_P[p]), spare.filled("dy", dy_P[p])
+            x, dy = workspace.filled("x", x_P[p]), workspace.filled("dy", dy_P[p])
             matmul_into(x.t(), dy, dweight_P[p], add=not plan.pieces[p].begins, large=True)
 
     threads.parallel_for(multiply, plan.parts)

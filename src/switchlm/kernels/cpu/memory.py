@@ -111,33 +111,33 @@ class Workspace:
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
-        self._rooms: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
 
-    def __call__(self, room: str, rows: int, columns: int) -> Tensor:
-        """Return uninitialised rows; what this room held before is gone."""
+    def __call__(self, name: str, rows: int, columns: int) -> Tensor:
+        """Return uninitialised rows; what this buffer held before is gone."""
         size = rows * columns
-        if room not in self._rooms or self._rooms[room].numel() < size:
-            self._rooms[room] = self._like.new_empty(size)
-        return self._rooms[room][:size].view(rows, columns)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = self._like.new_empty(size)
+        return self._buffers[name][:size].view(rows, columns)
 
-    def filled(self, room: str, rows_X: Tensor) -> Tensor:
+    def filled(self, name: str, rows_X: Tensor) -> Tensor:
         """Return the rows, and zeros up to a size that is compiled."""
         rows, columns = rows_X.shape
         size = padded(rows, rows_X.dtype)
         if size == rows:
             return rows_X
-        full = self(room, size, columns)
+        full = self(name, size, columns)
         full[:rows].copy_(rows_X)
         full[rows:].zero_()
         return full
 
-    def room_for(self, room: str, result_X: Tensor, rows: int) -> Tensor:
+    def output_for(self, name: str, result_X: Tensor, rows: int) -> Tensor:
         """Return where so many rows may be written of which `result_X` wants the first."""
-        return result_X if len(result_X) == rows else self(room, rows, result_X.shape[1])
+        return result_X if len(result_X) == rows else self(name, rows, result_X.shape[1])
 
 
 def keep(rows: Tensor, result_X: Tensor) -> None:
-    """Bring what was written to `room_for` a result there, unless it stands there already."""
+    """Bring what was written to `output_for` a result there, unless it stands there already."""
     if len(rows) != len(result_X):
         result_X.copy_(rows[: len(result_X)])
 

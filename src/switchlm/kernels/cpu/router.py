@@ -107,10 +107,10 @@ class _Route(torch.autograd.Function):
         probability_GE = x_ND.new_empty(num_groups, num_experts)
         balance_loss, z_loss = x_ND.new_empty(()), x_ND.new_empty(())
         probability = x_ND.new_empty(num_experts * _padded(num_tokens, tokens_a_group))
-        room = x_ND.new_empty(width * _BLOCK + num_experts * _WIDTH)
+        workspace = x_ND.new_empty(width * _BLOCK + num_experts * _WIDTH)
         library.route(
             x_ND.data_ptr(), weight_ED.data_ptr(), _place(bias_E), _place(valid_N),
-            num_tokens, width, num_experts, tokens_a_group, capacity, room.data_ptr(),
+            num_tokens, width, num_experts, tokens_a_group, capacity, workspace.data_ptr(),
             expert_N.data_ptr(), gate_N.data_ptr(), kept_N.data_ptr(), load_E.data_ptr(),
             fraction_GE.data_ptr(), probability_GE.data_ptr(), balance_loss.data_ptr(),
             z_loss.data_ptr(), probability.data_ptr(), lse_N.data_ptr(),
@@ -137,11 +137,11 @@ class _Route(torch.autograd.Function):
         dx_ND = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
         dweight_ED = torch.empty_like(weight_ED) if ctx.needs_input_grad[1] else None
         num_experts, width = weight_ED.shape
-        room = x_ND.new_empty(num_experts * (_BLOCK + 1))
+        workspace = x_ND.new_empty(num_experts * (_BLOCK + 1))
         library.route_backward(
             x_ND.data_ptr(), weight_ED.data_ptr(), _place(valid_N),
             x_ND.shape[0], width, num_experts, ctx.tokens_a_group,
             expert_N.data_ptr(), fraction_GE.data_ptr(), probability.data_ptr(), lse_N.data_ptr(),
-            *map(_place, came), room.data_ptr(), _place(dx_ND), _place(dweight_ED),
+            *map(_place, came), workspace.data_ptr(), _place(dx_ND), _place(dweight_ED),
         )  # fmt: skip
         return dx_ND, dweight_ED, *nothing

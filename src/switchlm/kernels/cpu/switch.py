@@ -97,12 +97,12 @@ def _forward(
     library = native().library
     assert library is not None
     (num_tokens, d_model), d_ff = x_ND.shape, up_EDF.shape[2]
-    y_ND, room = torch.empty_like(x_ND), x_ND.new_empty(_ROWS, d_model)
+    y_ND, workspace = torch.empty_like(x_ND), x_ND.new_empty(_ROWS, d_model)
     hidden = x_ND.new_empty(_ROWS, d_ff) if hidden_RF is None else hidden_RF
     library.switch_experts(
         x_ND.data_ptr(), weight_N.data_ptr(), token_R.data_ptr(), counts_E.data_ptr(),
         num_tokens, *up_EDF.shape, up_EDF.data_ptr(), down_EFD.data_ptr(),
-        hidden.data_ptr(), hidden_RF is not None, room.data_ptr(), y_ND.data_ptr(),
+        hidden.data_ptr(), hidden_RF is not None, workspace.data_ptr(), y_ND.data_ptr(),
     )  # fmt: skip
     return y_ND
 
@@ -138,11 +138,11 @@ class _Switch(torch.autograd.Function):
                 (x_ND, weight_N, up_EDF, down_EFD), ctx.needs_input_grad, strict=False
             )
         ]
-        room = x_ND.new_empty(_ROWS * (2 * d_model + d_ff) + 2 * d_model * d_ff)
+        workspace = x_ND.new_empty(_ROWS * (2 * d_model + d_ff) + 2 * d_model * d_ff)
         library.switch_experts_backward(
             dy_ND.data_ptr(), x_ND.data_ptr(), weight_N.data_ptr(), token_R.data_ptr(),
             counts_E.data_ptr(), num_tokens, *up_EDF.shape, up_EDF.data_ptr(),
-            down_EFD.data_ptr(), hidden_RF.data_ptr(), room.data_ptr(),
+            down_EFD.data_ptr(), hidden_RF.data_ptr(), workspace.data_ptr(),
             *(None if gradient is None else gradient.data_ptr() for gradient in into),
         )  # fmt: skip
         return *into, None, None

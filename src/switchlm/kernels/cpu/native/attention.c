@@ -50,7 +50,7 @@ typedef struct {
   float *dk, *dv;               /* [M, K] */
   float *bias, *dbias;          /* [Q, M] */
   float *score, *dscore;        /* [block, M] */
-} Room;
+} Workspace;
 
 _Static_assert(sizeof(float *) == sizeof(int64_t), "Python fills a Call as an array of int64");
 
@@ -78,31 +78,31 @@ INLINE void copy(float *to, const float *from, int64_t count) {
   for (; i < count; i++) to[i] = from[i];
 }
 
-/* Rows of whole vectors: as they are, or a copy in `room` with zeros after K. */
-static Rows whole(const float *x, int64_t row, float *room, int64_t places, int64_t K) {
+/* Rows of whole vectors: as they are, or a copy in `workspace` with zeros after K. */
+static Rows whole(const float *x, int64_t row, float *workspace, int64_t places, int64_t K) {
   const int64_t width = WHOLE(K);
   if (width == K) return (Rows){x, row};
   for (int64_t i = 0; i < places; i++) {
-    memset(room + i * width, 0, sizeof *room * width);
-    copy(room + i * width, x + i * row, K);
+    memset(workspace + i * width, 0, sizeof *workspace * width);
+    copy(workspace + i * width, x + i * row, K);
   }
-  return (Rows){room, width};
+  return (Rows){workspace, width};
 }
 
 /* The bias of one head in rows of whole vectors. Without one: a single row, for all queries. */
-static Rows whole_bias(const Call *c, float *room, int64_t b, int64_t h) {
+static Rows whole_bias(const Call *c, float *workspace, int64_t b, int64_t h) {
   const int64_t places = WHOLE(c->M);
   const float *from = c->bias.at;
   const int64_t queries = from && c->bias.query ? c->Q : 1;
   if (from) from += b * c->bias.row + h * c->bias.head;
-  for (int64_t i = 0; i < queries; i++, room += places) {
-    for (int64_t m = places - LANES; m < places; m++) room[m] = -INFINITY;
+  for (int64_t i = 0; i < queries; i++, workspace += places) {
+    for (int64_t m = places - LANES; m < places; m++) workspace[m] = -INFINITY;
     if (from)
-      memcpy(room, from + i * c->bias.query, sizeof *room * c->M);
+      memcpy(workspace, from + i * c->bias.query, sizeof *workspace * c->M);
     else
-      memset(room, 0, sizeof *room * c->M);
+      memset(workspace, 0, sizeof *workspace * c->M);
   }
-  return (Rows){room - queries * places, queries > 1 ? places : 0};
+  return (Rows){workspace - queries * places, queries > 1 ? places : 0};
 }
 
 /* score = q k^T + bias of `n` queries. */
@@ -114,7 +114,7 @@ static void scores(const Call *c, const float *q, const float *k_columns, Rows b
   product(q, c->q.place, 1, k_columns, places, score, places, n, c->K, places, 1, 0);
 }
 
-static void forward(const Call *c, const Room *r, Rows bias, int64_t b, int64_t h) {
+static void forward(const Call *c, const Workspace *r, Rows bias, int64_t b, int64_t h) {
   const int64_t places = WHOLE(c->M), width = WHOLE(c->K);
   const int64_t block = BLOCK / places > 12 ? BLOCK / places / 12 * 12 : 12;
   turn(of_head(&c->k, b, h), c->k.place, r->k_columns, c->M, c->K);
@@ -162,7 +162,7 @@ static float dot(const float *a, const float *b, int64_t K) {
   return all;
 }
 
-static void backward(const Call *c, const Room *r, Rows bias, int64_t b, int64_t h) {
+static void backward(const Call *c, const Workspace *r, Rows bias, int64_t b, int64_t h) {
   const int64_t places = WHOLE(c->M), width = WHOLE(c->K);
   const int64_t block = BLOCK / places > 12 ? BLOCK / places / 12 * 12 : 12;
   turn(of_head(&c->k, b, h), c->k.place, r->k_columns, c->M, c->K);
@@ -203,8 +203,8 @@ static void backward(const Call *c, const Room *r, Rows bias, int64_t b, int64_t
   }
 }
 
-/* Divide memory into the parts of a room; return the numbers that they take together. */
-static int64_t divide(const Call *c, float *memory, Room *r) {
+/* Divide memory into the parts of a workspace; return the numbers that they take together. */
+static int64_t divide(const Call *c, float *memory, Workspace *r) {
   const int64_t places = WHOLE(c->M), width = WHOLE(c->K);
   const int64_t block = BLOCK / places > 12 ? BLOCK / places / 12 * 12 : 12;
   const int64_t queries = c->Q < block ? c->Q : block;
@@ -220,7 +220,7 @@ static int64_t divide(const Call *c, float *memory, Room *r) {
 }
 
 /* One task. Where rows of the batch have a bias each that learns, groups are of one row. */
-static void attend(const Call *c, const Room *r, int64_t task, int differentiate) {
+static void attend(const Call *c, const Workspace *r, int64_t task, int differentiate) {
   const int64_t places = WHOLE(c->M), parts = c->H / c->shared;
   const int64_t start = task / parts * c->group, part = task % parts;
   const int64_t stop = start + c->group < c->B ? start + c->group : c->B;
@@ -249,16 +249,16 @@ int attention(const Call *call, int differentiate, int threads) {
 #pragma omp parallel num_threads(threads) reduction(| : failed) if (threads > 1)
 #endif
   {
-    Room room;
-    const int64_t numbers = divide(&c, NULL, &room);
+    Workspace workspace;
+    const int64_t numbers = divide(&c, NULL, &workspace);
     float *memory = NULL;
     failed = posix_memalign((void **)&memory, 64, sizeof(float) * numbers) != 0;
-    if (!failed) divide(&c, memory, &room);
+    if (!failed) divide(&c, memory, &workspace);
 #ifdef _OPENMP
 #pragma omp for schedule(dynamic)
 #endif
     for (int64_t task = 0; task < tasks; task++)
-      if (!failed) attend(&c, &room, task, differentiate);
+      if (!failed) attend(&c, &workspace, task, differentiate);
     free(memory);
   }
   return failed;

@@ -267,9 +267,9 @@ static int64_t unit(Format format) {
   return format == FLOAT32_KN || format == BFLOAT16_KN ? LANES : OUTPUTS;
 }
 
-/* room: memory for what a thread makes of the rows, unless it reads them as they are. Every thread
+/* workspace: memory for what a thread makes of the rows, unless it reads them as they are. Every thread
    makes it for itself: that is less work than waiting for each other. */
-static size_t room_for(const Matrix *m, int64_t R) {
+static size_t workspace_size(const Matrix *m, int64_t R) {
   const size_t rows = R, inputs = m->inputs;
   switch (m->format) {
     case BFLOAT16_NK: return rows * inputs * sizeof(int16_t);
@@ -279,7 +279,7 @@ static size_t room_for(const Matrix *m, int64_t R) {
   }
 }
 
-static void columns(const Matrix *m, const float *x, float *y, void *room, int64_t R,
+static void columns(const Matrix *m, const float *x, float *y, void *workspace, int64_t R,
                     int64_t start, int64_t stop) {
   const int64_t K = m->inputs, N = m->outputs;
   const void *w = m->weight;
@@ -292,8 +292,8 @@ static void columns(const Matrix *m, const float *x, float *y, void *room, int64
       break;
     case BFLOAT16_NK:
 #ifdef __AVX512BF16__
-      for (int64_t i = 0; i < R * K; i++) ((uint16_t *)room)[i] = bits_of(x[i]) >> 16;
-      DOTS(load_int16, load_int16, multiply_bfloat16, 0, room, uint16_t, 2);
+      for (int64_t i = 0; i < R * K; i++) ((uint16_t *)workspace)[i] = bits_of(x[i]) >> 16;
+      DOTS(load_int16, load_int16, multiply_bfloat16, 0, workspace, uint16_t, 2);
 #else
       DOTS(load_float32, load_bfloat16, multiply_float32, 0, x, float, 1);
 #endif
@@ -301,7 +301,7 @@ static void columns(const Matrix *m, const float *x, float *y, void *room, int64
     case FLOAT32_KN: sums(load_float32, x, w, y, R, K, N, start, stop); break;
     case BFLOAT16_KN: sums(load_bfloat16, x, w, y, R, K, N, start, stop); break;
     case INT8_NK: {
-      float *x_scale = room;
+      float *x_scale = workspace;
       int16_t *codes = (int16_t *)(x_scale + R);
       round_rows(x, codes, x_scale, R, K);
       DOTS(load_int16, load_int8, multiply_int16, 1, codes, int16_t, 2);
@@ -309,7 +309,7 @@ static void columns(const Matrix *m, const float *x, float *y, void *room, int64
       break;
     }
     case INT4_BLOCKS: {
-      float *rounded = room, *x_sum = rounded + R * K;
+      float *rounded = workspace, *x_sum = rounded + R * K;
       const int64_t groups = K / m->group;
       round_and_sum(x, rounded, x_sum, R, K, m->group);
 #define TILE_OF(r, rows)                                                                         \
@@ -349,13 +349,13 @@ int few_rows(int format, const void *weight, const void *scale, int64_t stride, 
     for (int64_t e = 0; e < experts; row += counts[e++]) {
       const Matrix m = {format, (const char *)weight + e * stride, scale, inputs, outputs, group};
       if (!counts[e]) continue;
-      const size_t size = room_for(&m, counts[e]);
-      void *room = size ? malloc(size) : NULL;
-      if (size && !room)
+      const size_t size = workspace_size(&m, counts[e]);
+      void *workspace = size ? malloc(size) : NULL;
+      if (size && !workspace)
         failed = 1;
       else
-        columns(&m, x + row * inputs, y + row * outputs, room, counts[e], start, stop);
-      free(room);
+        columns(&m, x + row * inputs, y + row * outputs, workspace, counts[e], start, stop);
+      free(workspace);
     }
     for (; row < rows; row++)
       memset(y + row * outputs + start, 0, sizeof(float) * (stop - start));

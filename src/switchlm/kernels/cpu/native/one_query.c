@@ -17,7 +17,7 @@ void rms_norm(const float *x, const float *weight, float *y, int64_t R, int64_t 
   }
 }
 
-/* softmax(q k^T + bias) v of one head. weight: room for M, up to whole vectors. */
+/* softmax(q k^T + bias) v of one head. weight: memory for M, up to whole vectors. */
 INLINE void attend(Load load, const float *q, const void *k, const void *v, const float *bias,
                    float *y, float *weight, int64_t M, int64_t K, int64_t place,
                    int64_t bias_place) {

@@ -140,7 +140,7 @@ void transpose(const float *x, int64_t x_row, float *y, int64_t y_row, int64_t M
    small, calling for every one of them takes longer than they do. R rows, sorted by expert, of which
    counts[e] are expert e's; E experts, D inputs, F hidden numbers, both multiples of 16.
 
-   hidden_RF: relu(x up), of all rows if `kept`, else room for those of one expert. */
+   hidden_RF: relu(x up), of all rows if `kept`, else memory for those of one expert. */
 void relu_experts(const float *x, const int64_t *counts, int64_t E, int64_t D, int64_t F,
                   const float *up, const float *down, float *hidden, int kept, float *y) {
   for (int64_t e = 0; e < E; e++) {
@@ -154,21 +154,21 @@ void relu_experts(const float *x, const int64_t *counts, int64_t E, int64_t D, i
   }
 }
 
-/* The gradients of all that is not NULL. room: for the hidden rows of one expert. Those of an expert
+/* The gradients of all that is not NULL. workspace: for the hidden rows of one expert. Those of an expert
    without rows are left as they are. */
 void relu_experts_backward(const float *dy, const float *x, const float *hidden,
                            const int64_t *counts, int64_t E, int64_t D, int64_t F, const float *up,
-                           const float *down, float *room, float *dx, float *dup, float *ddown) {
+                           const float *down, float *workspace, float *dx, float *dup, float *ddown) {
   const int large = E * D * F > 1 << 20;
   for (int64_t e = 0; e < E; e++) {
     const int64_t rows = counts[e], matrix = e * D * F;
     if (!rows) continue;
-    product_of_columns(dy, D, down + matrix, D, room, F, rows, D, F, 0);
+    product_of_columns(dy, D, down + matrix, D, workspace, F, rows, D, F, 0);
     if (ddown) product(hidden, 1, F, dy, D, ddown + matrix, D, F, rows, D, 0, large);
-    for (int64_t i = 0; i < rows * F; i++) room[i] = hidden[i] <= 0 ? 0 : room[i];
-    if (dup) product(x, 1, D, room, F, dup + matrix, F, D, rows, F, 0, large);
+    for (int64_t i = 0; i < rows * F; i++) workspace[i] = hidden[i] <= 0 ? 0 : workspace[i];
+    if (dup) product(x, 1, D, workspace, F, dup + matrix, F, D, rows, F, 0, large);
     if (dx) {
-      product_of_columns(room, F, up + matrix, F, dx, D, rows, F, D, 0);
+      product_of_columns(workspace, F, up + matrix, F, dx, D, rows, F, D, 0);
       dx += rows * D;
     }
     dy += rows * D;

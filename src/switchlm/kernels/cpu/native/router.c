@@ -81,12 +81,12 @@ INLINE void softmax(float *p, int64_t E, int64_t width, const float *bias, float
    probability [G, E], losses (balance, z), and for the backward pass probability and lse [N].
 
    bias: NULL or [E], added for the choice alone. valid: NULL or [N]; padding is neither kept nor
-   counted. capacity: of an expert in a group, or -1. room: D x 64 + E x 16. */
+   counted. capacity: of an expert in a group, or -1. workspace: D x 64 + E x 16. */
 void route(const float *x, const float *weight, const float *bias, const uint8_t *valid, int64_t N,
-           int64_t D, int64_t E, int64_t S, int64_t capacity, float *room, int64_t *expert,
+           int64_t D, int64_t E, int64_t S, int64_t capacity, float *workspace, int64_t *expert,
            float *gate, uint8_t *kept, int64_t *loads, float *fraction, float *mean,
            float *balance_loss, float *z_loss, float *probability, float *lse) {
-  float *const totals = room + D * BLOCK; /* of each expert's probabilities, by lane */
+  float *const totals = workspace + D * BLOCK; /* of each expert's probabilities, by lane */
   double balance = 0, z = 0;
   int64_t groups = 0;
   memset(loads, 0, E * sizeof *loads);
@@ -100,10 +100,10 @@ void route(const float *x, const float *weight, const float *bias, const uint8_t
       const int64_t tokens = least(last - start, BLOCK), width = (tokens + FULL - 1) / FULL * FULL;
       float lses[BLOCK], counts[BLOCK] = {0};
       int32_t chosen[BLOCK];
-      transpose(x + start * D, D, room, width, tokens, D);
+      transpose(x + start * D, D, workspace, width, tokens, D);
       for (int64_t d = 0; tokens < width && d < D; d++)
-        memset(room + d * width + tokens, 0, (width - tokens) * sizeof *room);
-      product(weight, D, 1, room, width, probability, width, E, D, width, 0, 0);
+        memset(workspace + d * width + tokens, 0, (width - tokens) * sizeof *workspace);
+      product(weight, D, 1, workspace, width, probability, width, E, D, width, 0, 0);
       int64_t done = 0;
 #define SOFTMAX(vectors) \
   softmax(probability + done, E, width, bias, lses + done, chosen + done, vectors)
@@ -152,13 +152,13 @@ INLINE int64_t real_tokens(const uint8_t *valid, int64_t first, int64_t last) {
 }
 
 /* The gradients of x and weight, those that are not NULL, from those of gate [N], mean probability
-   [G, E] and the losses, of which any may be NULL. room: E x 64 + E. */
+   [G, E] and the losses, of which any may be NULL. workspace: E x 64 + E. */
 void route_backward(const float *x, const float *weight, const uint8_t *valid, int64_t N, int64_t D,
                     int64_t E, int64_t S, const int64_t *expert, const float *fraction,
                     const float *probability, const float *lse, const float *dgate,
-                    const float *dmean, const float *dbalance, const float *dz, float *room,
+                    const float *dmean, const float *dbalance, const float *dz, float *workspace,
                     float *dx, float *dweight) {
-  float *const dshare = room + E * BLOCK;
+  float *const dshare = workspace + E * BLOCK;
   int64_t groups = 0;
   for (int64_t first = 0; first < N; first += S)
     groups += real_tokens(valid, first, least(first + S, N)) > 0;
@@ -188,12 +188,12 @@ void route_backward(const float *x, const float *weight, const uint8_t *valid, i
         const Floats rest = load(squares + n) - load(gates + n) - inner * counted;
         for (int64_t e = 0; e < E; e++) {
           const Floats share = load(probability + e * width + n);
-          store(room + e * width + n, share * (counted * dshare[e] + rest));
+          store(workspace + e * width + n, share * (counted * dshare[e] + rest));
         }
       }
-      for (int64_t n = 0; n < tokens; n++) room[expert[start + n] * width + n] += gates[n];
-      if (dx) product(room, 1, width, weight, D, dx + start * D, D, tokens, E, D, 0, 0);
-      if (dweight) product(room, width, 1, x + start * D, D, dweight, D, E, tokens, D, 1, 0);
+      for (int64_t n = 0; n < tokens; n++) workspace[expert[start + n] * width + n] += gates[n];
+      if (dx) product(workspace, 1, width, weight, D, dx + start * D, D, tokens, E, D, 0, 0);
+      if (dweight) product(workspace, width, 1, x + start * D, D, dweight, D, E, tokens, D, 1, 0);
       probability += E * width;
     }
   }

@@ -34,44 +34,44 @@ void sort_by_expert(const int64_t *expert, const uint8_t *kept, int64_t A, int64
   for (int64_t e = E - 1; e > 0; e--) counts[e] -= counts[e - 1];
 }
 
-INLINE void gather(const float *x, const int64_t *token, int64_t rows, int64_t D, float *room) {
+INLINE void gather(const float *x, const int64_t *token, int64_t rows, int64_t D, float *workspace) {
   for (int64_t r = 0; r < rows; r++)
     for (int64_t d = 0; d < D; d += LANES)
-      *(LooseFloats *)(room + r * D + d) = load_float32(x, token[r] * D + d);
+      *(LooseFloats *)(workspace + r * D + d) = load_float32(x, token[r] * D + d);
 }
 
-/* y [N, D]; zeros for tokens of no expert. hidden: relu(x up) of all rows if `all`, else room for 128
-   of them. room: 128 x D. */
+/* y [N, D]; zeros for tokens of no expert. hidden: relu(x up) of all rows if `all`, else memory for 128
+   of them. workspace: 128 x D. */
 void switch_experts(const float *x, const float *gate, const int64_t *token, const int64_t *counts,
                     int64_t N, int64_t E, int64_t D, int64_t F, const float *up, const float *down,
-                    float *hidden, int all, float *room, float *y) {
+                    float *hidden, int all, float *workspace, float *y) {
   int64_t done = 0;
   for (int64_t e = 0; e < E; e++)
     for (int64_t left = counts[e], rows; left; left -= rows, done += rows) {
       rows = least(left, ROWS);
       float *const inner = all ? hidden + done * F : hidden;
-      gather(x, token + done, rows, D, room);
-      product(room, D, 1, up + e * D * F, F, inner, F, rows, D, F, 0, 0);
+      gather(x, token + done, rows, D, workspace);
+      product(workspace, D, 1, up + e * D * F, F, inner, F, rows, D, F, 0, 0);
       for (int64_t i = 0; i < rows * F; i++) inner[i] = inner[i] < 0 ? 0 : inner[i];
-      product(inner, F, 1, down + e * F * D, D, room, D, rows, F, D, 0, 0);
+      product(inner, F, 1, down + e * F * D, D, workspace, D, rows, F, D, 0, 0);
       for (int64_t r = 0; r < rows; r++) {
         const int64_t n = token[done + r];
         const Floats weight = spread(gate[n]);
         for (int64_t d = 0; d < D; d += LANES)
-          *(LooseFloats *)(y + n * D + d) = weight * load_float32(room, r * D + d);
+          *(LooseFloats *)(y + n * D + d) = weight * load_float32(workspace, r * D + d);
       }
     }
   for (; done < N; done++) memset(y + token[done] * D, 0, D * sizeof *y);
 }
 
 /* The gradients of all that is not NULL; zeros for tokens of no expert and experts of no token.
-   room: 128 x (2 D + F) + 2 D F. */
+   workspace: 128 x (2 D + F) + 2 D F. */
 void switch_experts_backward(const float *dy, const float *x, const float *gate,
                              const int64_t *token, const int64_t *counts, int64_t N, int64_t E,
                              int64_t D, int64_t F, const float *up, const float *down,
-                             const float *hidden, float *room, float *dx, float *dgate, float *dup,
+                             const float *hidden, float *workspace, float *dx, float *dgate, float *dup,
                              float *ddown) {
-  float *const rows_x = room, *const rows_dy = room + ROWS * D, *const inner = room + 2 * ROWS * D;
+  float *const rows_x = workspace, *const rows_dy = workspace + ROWS * D, *const inner = workspace + 2 * ROWS * D;
   float *const up_columns = inner + ROWS * F, *const down_columns = up_columns + D * F;
   int64_t done = 0;
   for (int64_t e = 0; e < E; e++) {

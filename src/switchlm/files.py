@@ -1,14 +1,15 @@
 """Atomic, durable files and folders: readers, and a crash, see the old content or the new.
 
 A file survives a loss of power once its content and the folder that names it are both synced; a
-rename once the folder is. `building` adds a lock, for what several processes would prepare alike,
-such as a token cache: one builds it, the others wait. What returns from here is on the disk.
+rename once the folder is. What returns from here is on the disk. `building` adds a lock, for what
+several processes would prepare alike, such as a token cache: one builds it, the others wait.
 """
 
 import errno
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,73 +20,6 @@ from switchlm.errors import DataError
 Report = Callable[[str], None]
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what some network file systems answer
-
-
-@contextmanager
-def building(final: Path, report: Report) -> Iterator[Path]:
-    """Yield a path to write a file or folder to; when the body ends well, it becomes `final`.
-
-    The body first looks whether another process has made `final` meanwhile, and then writes
-    nothing. A lock keeps others waiting rather than doing the same work; where the file system has
-    none, whoever renames first wins. Raises DataError where the disk does not let it.
-    """
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with (final.parent / f"{final.name}.lock").open("w") as lock:
-            alone = _lock(lock, report)
-            if alone:  # then what is unfinished was left by a process that died
-                for leftover in final.parent.glob(f"{final.name}.part-*"):
-                    _remove(leftover)
-            part = final.parent / f"{final.name}.part-{secrets.token_hex(4)}"
-            try:
-                yield part
-                if part.exists():
-                    _rename(part, final)
-            finally:
-                _remove(part)
-    except OSError as error:
-        raise DataError(
-            f"Cannot write the cache in {str(final.parent)!r}: {error}. Point the cache at a "
-            "folder with room that you may write to."
-        ) from None
-
-
-def flush(file: IO[Any]) -> None:
-    """Put what was written onto the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _lock(file: IO[str], report: Report) -> bool:
-    """Wait for the lock, which the system frees if its holder dies; False if there are no locks."""
-    import fcntl  # not on every system that can still read what was built
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        report("Waiting for another process that prepares the same text.")
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            return False
-        raise
-    return True
-
-
-def _rename(part: Path, final: Path) -> None:
-    """Put `part` in the place of `final`; a folder already there was made by another process."""
-    try:
-        os.replace(part, final)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def sync_file(path: Path) -> None:
@@ -121,6 +55,39 @@ def replace_file(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty hidden folder, which takes the place of `folder` when the body ends well."""
+    partial = hidden_folder(folder)
+    try:
+        yield partial
+        replace_folder(partial, folder)
+    finally:
+        remove_folder(partial)
+
+
+def hidden_folder(folder: Path) -> Path:
+    """Make an empty hidden folder beside `folder`, for `replace_folder`, and return it."""
+    make_folder(folder.absolute().parent)
+    return Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.absolute().parent))
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Sync a folder with all its files, and put it in the place of another, which is deleted."""
+    partial.chmod(0o755)
+    for path in partial.iterdir():
+        sync_file(path)
+    sync_folder(partial)
+    old = None
+    if folder.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    sync_folder(folder.parent)
+    if old is not None:
+        shutil.rmtree(old)
+
+
 def remove_folder(path: Path) -> None:
     """Delete a folder with all it holds; one that is gone is fine."""
     if path.exists():
@@ -144,3 +111,70 @@ def _sync(path: Path, flags: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def building(final: Path, report: Report) -> Iterator[Path]:
+    """Yield a path to write a file or folder to; when the body ends well, it becomes `final`.
+
+    The body first looks whether another process has made `final` meanwhile, and then writes
+    nothing. A lock keeps others waiting rather than doing the same work; where the file system has
+    none, whoever renames first wins. Raises DataError where the disk does not let it.
+    """
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with (final.parent / f"{final.name}.lock").open("w") as lock:
+            alone = _lock(lock, report)
+            if alone:  # then what is unfinished was left by a process that died
+                for leftover in final.parent.glob(f"{final.name}.part-*"):
+                    _remove(leftover)
+            part = final.parent / f"{final.name}.part-{secrets.token_hex(4)}"
+            try:
+                yield part
+                if part.exists():
+                    _rename(part, final)
+            finally:
+                _remove(part)
+    except OSError as error:
+        raise DataError(
+            f"Cannot write the cache in {str(final.parent)!r}: {error}. Point the cache at a "
+            "folder with room that you may write to."
+        ) from None
+
+
+def flush(file: IO[Any]) -> None:
+    """Force what was written to an open file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _lock(file: IO[str], report: Report) -> bool:
+    """Wait for the lock, which the system frees if its holder dies; False if there are no locks."""
+    import fcntl  # not on every system that can still read what was built
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        report("Waiting for another process that prepares the same text.")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return False
+        raise
+    return True
+
+
+def _rename(part: Path, final: Path) -> None:
+    """Put `part` in the place of `final`; a folder already there was made by another process."""
+    try:
+        os.replace(part, final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import switchlm
 from switchlm.errors import CheckpointError
 from switchlm.huggingface.config import read_config, write_config
-from switchlm.huggingface.infer_config import survey
+from switchlm.huggingface.infer_config import infer_architecture
 from switchlm.huggingface.names import entries
 from switchlm.model.config import Initialisation, ModelConfig, RouterConfig
 from switchlm.model.presets import preset
@@ -53,7 +53,9 @@ SWITCH_C = {
 
 def read(values: dict[str, Any], keys: Any, differs: bool = False) -> tuple[ModelConfig, list[str]]:
     said: list[str] = []
-    config, _ = read_config(values, survey(dict.fromkeys(keys)), lambda: differs, said.append)
+    config, _ = read_config(
+        values, infer_architecture(dict.fromkeys(keys)), lambda: differs, said.append
+    )
     return config, said
 
 

@@ -5,17 +5,14 @@ It appears whole or not at all, and replaces nothing but an earlier export.
 
 import inspect
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from switchlm import files
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError
 from switchlm.export.steps import ENCODER_INPUTS, ENCODER_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS, greedy
-from switchlm.files import make_folder, remove_folder
 from switchlm.model.config import ModelConfig
 
 ABOUT = "export.json"
@@ -31,16 +28,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
             f"Will not replace {str(folder)!r}: it is no folder of an earlier export. Choose "
             "another one with --out, or empty it."
         )
-    make_folder(folder.parent)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-    try:
+    with files.new_folder(folder) as partial:
         yield partial
-        partial.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    finally:
-        remove_folder(partial)
 
 
 def describe(
@@ -49,7 +38,7 @@ def describe(
     tokenizer: Tokenizer,
     *,
     opening: str,
-    files: tuple[str, str],
+    programs: tuple[str, str],
     capacity_factor: float | None,
 ) -> None:
     """Write all but the programs. opening: Python that binds `encode` and `step`."""
@@ -69,15 +58,15 @@ def describe(
             "No token is dropped, however uneven the loads.\n"
             if capacity_factor is None
             else f"In the encoder an expert has capacity for {capacity_factor:g} times its even "
-            "share of a batch's tokens, padding included; those past it get zeros from the layer, and "
-            "outputs then differ from those of the model. The decoder drops none.\n"
+            "share of a batch's tokens, padding included; those past it get zeros from the layer, "
+            "and outputs then differ from those of the model. The decoder drops none.\n"
         )
     text = f"""# A model in two programs
 
 | program | inputs | outputs |
 |---|---|---|
-| `{files[0]}` | {", ".join(map(_say, ENCODER_INPUTS.items()))} | {", ".join(ENCODER_OUTPUTS)} |
-| `{files[1]}` | {", ".join(map(_say, STEP_INPUTS.items()))} | {", ".join(STEP_OUTPUTS)} |
+| `{programs[0]}` | {", ".join(map(_say, ENCODER_INPUTS.items()))} | {", ".join(ENCODER_OUTPUTS)} |
+| `{programs[1]}` | {", ".join(map(_say, STEP_INPUTS.items()))} | {", ".join(STEP_OUTPUTS)} |
 
 Dims named `batch`, `source` (the input) and `places` (of the cache) are free. Token ids and
 `position` are int64, `mask` is bool and false at padding, all else is float32. The step takes one

@@ -74,7 +74,7 @@ def write_onnx(
             model.config,
             tokenizer,
             opening=_OPENING,
-            files=FILES,
+            programs=FILES,
             capacity_factor=capacity_factor,
         )
 

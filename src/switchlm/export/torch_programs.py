@@ -62,7 +62,7 @@ def write_torch(
             model.config,
             tokenizer,
             opening=_OPENING,
-            files=FILES,
+            programs=FILES,
             capacity_factor=capacity_factor,
         )
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from switchlm.config import from_mapping, to_mapping
 from switchlm.errors import CheckpointError, ConfigError
-from switchlm.huggingface.infer_config import StackSurvey, Survey
+from switchlm.huggingface.infer_config import Architecture, StackArchitecture
 from switchlm.huggingface.names import Family
 from switchlm.model.config import (
     Initialisation,
@@ -101,7 +101,7 @@ _ACTIVATIONS: dict[str, Literal["relu", "gelu"]] = {
 
 
 def read_config(
-    values: Mapping[str, Any], found: Survey, head_differs: Callable[[], bool], report: Report
+    values: Mapping[str, Any], found: Architecture, head_differs: Callable[[], bool], report: Report
 ) -> tuple[ModelConfig, Family]:
     """Return the configuration of the model whose weights were surveyed, and its family.
 
@@ -134,7 +134,7 @@ def read_config(
 def _translate(
     claim: Fields,
     extra: Extra | None,
-    found: Survey,
+    found: Architecture,
     family: Family,
     head_differs: Callable[[], bool],
     report: Report,
@@ -191,7 +191,7 @@ def _router(claim: Fields) -> RouterConfig:
     )
 
 
-def _layers(stack: str, claimed: int, found: Survey, report: Report) -> int:
+def _layers(stack: str, claimed: int, found: Architecture, report: Report) -> int:
     """Weights beyond the claim are the truth; fewer will be named as missing."""
     there = found.stacks[stack].num_layers
     if there > claimed:
@@ -200,7 +200,7 @@ def _layers(stack: str, claimed: int, found: Survey, report: Report) -> int:
     return claimed
 
 
-def _num_experts(claim: Fields, found: Survey, report: Report) -> int:
+def _num_experts(claim: Fields, found: Architecture, report: Report) -> int:
     if found.num_experts > claim.num_experts:
         report(
             f"config.json says {claim.num_experts} experts; the weights have them to number "
@@ -212,7 +212,7 @@ def _num_experts(claim: Fields, found: Survey, report: Report) -> int:
 
 
 def _feedforward(
-    claim: Fields, found: Survey, family: Family, report: Report
+    claim: Fields, found: Architecture, family: Family, report: Report
 ) -> tuple[bool, Literal["relu", "gelu"]]:
     """Return (gated, activation); T5 names both in one word, such as `gated-gelu`."""
     words = claim.feed_forward_proj or "relu" if family == "t5" else claim.dense_act_fn
@@ -241,7 +241,7 @@ def _feedforward(
 
 
 def _tied_head(
-    claim: Fields, found: Survey, head_differs: Callable[[], bool], report: Report
+    claim: Fields, found: Architecture, head_differs: Callable[[], bool], report: Report
 ) -> bool:
     """A tied head is scaled by 1 / sqrt(d_model), one of its own is not."""
     scaled = claim.scale_decoder_outputs
@@ -259,7 +259,7 @@ def _tied_head(
 
 
 def _sparse_steps(
-    claim: Fields, extra: Extra | None, found: Survey, semantics: Semantics, report: Report
+    claim: Fields, extra: Extra | None, found: Architecture, semantics: Semantics, report: Report
 ) -> dict[str, Any]:
     claimed = {
         "encoder": claim.encoder_sparse_step,
@@ -299,7 +299,7 @@ def _sparse_steps(
     }
 
 
-def _sparse_step(stack: str, claimed: int, found: StackSurvey, semantics: Semantics) -> int:
+def _sparse_step(stack: str, claimed: int, found: StackArchitecture, semantics: Semantics) -> int:
     """Return the step that gives the layers found, the claimed one if it does."""
     for step in (claimed, *range(found.num_layers + 2)):
         layers = sparse_layers(step, found.num_layers, semantics)

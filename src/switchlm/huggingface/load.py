@@ -17,7 +17,7 @@ from switchlm.checkpoint.layout import full_region, part_of, region_of, slices, 
 from switchlm.errors import CheckpointError
 from switchlm.huggingface.config import Report, read_config
 from switchlm.huggingface.hub import CONFIG, find_model
-from switchlm.huggingface.infer_config import survey
+from switchlm.huggingface.infer_config import infer_architecture
 from switchlm.huggingface.match import Match, match
 from switchlm.huggingface.names import Entry, Family
 from switchlm.huggingface.quantised import (
@@ -258,7 +258,7 @@ def _understand(
     values: dict[str, Any], weights: Weights, report: Report
 ) -> tuple[ModelConfig, Family]:
     """Return what config.json says, mended where the names and shapes of the weights say better."""
-    found = survey(weights.tensors)
+    found = infer_architecture(weights.tensors)
 
     def head_differs() -> bool:
         assert found.head_key is not None

@@ -10,10 +10,10 @@ Shapes: E experts, N outputs, K inputs, B blocks of 64 outputs, G groups of inpu
 
 import math
 import os
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -24,11 +24,18 @@ from switchlm.checkpoint.tensors import header, raw
 from switchlm.config import from_mapping, to_mapping
 from switchlm.errors import CheckpointError, ConfigError
 from switchlm.huggingface.config import family_of, read_config, write_config
-from switchlm.huggingface.infer_config import StackSurvey, Survey
+from switchlm.huggingface.infer_config import infer_quantised
 from switchlm.huggingface.match import match
 from switchlm.huggingface.model_card import quantised_card
-from switchlm.huggingface.names import STACKS, Entry, Family, entries
-from switchlm.huggingface.save import index_of, new_folder, shard_name, write_json, write_tokens
+from switchlm.huggingface.names import Entry, Family, entries
+from switchlm.huggingface.save import (
+    index_of,
+    new_folder,
+    shard_name,
+    share_out,
+    write_json,
+    write_tokens,
+)
 from switchlm.huggingface.weights import (
     QUANTISED,
     Description,
@@ -49,7 +56,6 @@ if TYPE_CHECKING:
 KEY = "quantization_config"
 METHOD = "switchlm"
 SCALE = ".scale"
-_BLOCK_NAME = re.compile(r"(encoder|decoder)\.blocks\.([0-9]{1,9})\.(.+)", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +167,7 @@ def read_quantised_config(
     The work is bounded by the files, whatever config.json claims; nothing is allocated.
     """
     weights = open_weights(folder, codes=True)
-    config, family = read_config(values, _survey(weights.tensors), lambda: True, _refuse)
+    config, family = read_config(values, infer_quantised(weights.tensors), lambda: True, _refuse)
     expected: set[str] = set()
     for entry in first_entries(config, family):
         try:
@@ -281,43 +287,6 @@ def _check(part: Part, found: Description | None) -> None:
             f"of {str(found.dtype).removeprefix('torch.')}, but the configuration asks for "
             f"{list(part.shape)} of {asked}."
         )
-
-
-def _survey(tensors: Mapping[str, Description]) -> Survey:
-    """Read off the names what survey.survey reads off those of the Hugging Face format."""
-    layers: dict[str, set[int]] = {stack: set() for stack in STACKS}
-    sparse: dict[str, set[int]] = {stack: set() for stack in STACKS}
-    num_experts = 0
-    gated, switched = None, False
-    for key, description in tensors.items():
-        place = _BLOCK_NAME.fullmatch(key)
-        if place is None:
-            continue
-        stack, layer, rest = place[1], int(place[2]), place[3]
-        layers[stack].add(layer)
-        if rest.startswith("feedforward."):
-            gated = bool(gated) or ".gate" in rest
-        if ".experts." in rest:
-            num_experts = max(num_experts, description.shape[0] if description.shape else 0)
-            switched = switched or rest.startswith("attention.")
-            if rest.startswith("feedforward."):
-                sparse[stack].add(layer)
-    stacks: dict[str, StackSurvey] = {}
-    for stack in STACKS:
-        if layers[stack] and max(layers[stack]) + 1 != len(layers[stack]):
-            raise CheckpointError(f"The weights lack layers of the {stack}: they are incomplete.")
-        dense = frozenset(layers[stack] - sparse[stack])
-        stacks[stack] = StackSurvey(
-            num_layers=len(layers[stack]), sparse=frozenset(sparse[stack]), dense=dense
-        )
-    return Survey(
-        stacks=stacks,
-        num_experts=num_experts,
-        gated=gated,
-        family=None,
-        head_key="head.weight" if "head.weight" in tensors else None,
-        attention_experts=switched,
-    )
 
 
 Source = Iterator[tuple[Entry, Tensor]]
@@ -446,13 +415,5 @@ def _bytes(part: Part) -> int:
 
 def _share(stored: dict[str, list[Part]], max_shard_bytes: int) -> list[list[Part]]:
     """Share the parts out among files, a parameter's codes and scales in the same one."""
-    shards: list[list[Part]] = [[]]
-    size = 0
-    for both in stored.values():
-        needed = sum(map(_bytes, both))
-        if shards[-1] and size + needed > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1] += both
-        size += needed
-    return shards
+    shards = share_out(stored.values(), lambda both: sum(map(_bytes, both)), max_shard_bytes)
+    return [list(chain.from_iterable(shard)) for shard in shards]

@@ -9,18 +9,17 @@ import dataclasses
 import json
 import math
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
 
+from switchlm import files
 from switchlm.checkpoint.collective import Ranks
 from switchlm.checkpoint.layout import (
     Planner,
@@ -33,7 +32,6 @@ from switchlm.checkpoint.layout import (
 )
 from switchlm.checkpoint.tensors import header, raw
 from switchlm.errors import CheckpointError
-from switchlm.files import make_folder, remove_folder, sync_file, sync_folder
 from switchlm.huggingface.config import Report, family_of, write_config
 from switchlm.huggingface.model_card import limits, model_card
 from switchlm.huggingface.names import ALIASES, Entry, entries
@@ -44,6 +42,8 @@ from switchlm.model.transformer import SwitchTransformer
 
 if TYPE_CHECKING:
     from switchlm.data.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ def write_shards(
     layout = Planner(ranks).layout(tensors)
     # The format wants no gaps: with larger dtypes first all tensors are aligned.
     shards = [sorted(s, key=lambda entry: -tensors[entry.ours].element_size()) for s in shards]
-    files = [shard_name(number, len(shards)) for number in range(len(shards))]
+    names = [shard_name(number, len(shards)) for number in range(len(shards))]
     problem: OSError | None = None
     for first in range(0, len(shards), ranks.size):
         now = shards[first : first + ranks.size]  # one a rank, written at the same time
         output = None
         if ranks.rank < len(now):
             head = _header(now[ranks.rank], tensors)
-            output = _Output(folder / files[first + ranks.rank], head)
+            output = _Output(folder / names[first + ranks.rank], head)
         for turn in zip_longest(*now):
             for writer, entry in enumerate(turn):
                 if entry is None:
@@ -92,7 +92,7 @@ def write_shards(
     ranks.each(report)
     return [
         Shard(file, [entry.theirs for entry in shard], sum(_size(e, tensors) for e in shard))
-        for file, shard in zip(files, shards, strict=True)
+        for file, shard in zip(names, shards, strict=True)
     ]
 
 
@@ -206,7 +206,7 @@ def write_model(
         ranks.first(lambda: _finish(model, tokenizer, partial, folder, written))
     finally:
         if ranks.is_first:
-            remove_folder(partial)
+            files.remove_folder(partial)
 
 
 def _begin(config: ModelConfig, folder: Path, report: Report) -> str:
@@ -214,23 +214,15 @@ def _begin(config: ModelConfig, folder: Path, report: Report) -> str:
     _check_replaceable(folder)
     for limit in limits(config):
         report(limit)
-    make_folder(folder.parent)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-    return partial.name
+    return files.hidden_folder(folder).name
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Give a hidden folder to write a model into; it takes its place if nothing goes wrong."""
-    folder = folder.absolute()
+    """Yield a hidden folder to write a model into; it takes its place if nothing goes wrong."""
     _check_replaceable(folder)
-    make_folder(folder.parent)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-    try:
+    with files.new_folder(folder) as partial:
         yield partial
-        _seal(partial, folder)
-    finally:
-        remove_folder(partial)
 
 
 def _finish(
@@ -247,24 +239,15 @@ def _finish(
     _write_texts(model, partial)
     if tokenizer is not None:
         tokenizer.save(partial)
-    _seal(partial, folder)
+    files.replace_folder(partial, folder)
 
 
-def index_of(files: Mapping[str, tuple[list[str], int]]) -> dict[str, Any]:
+def index_of(written: Mapping[str, tuple[list[str], int]]) -> dict[str, Any]:
     """Return the index of weight files: of each the keys in it, and the bytes of its tensors."""
     return {
-        "metadata": {"total_size": sum(size for _, size in files.values())},
-        "weight_map": {key: file for file, (keys, _) in files.items() for key in keys},
+        "metadata": {"total_size": sum(size for _, size in written.values())},
+        "weight_map": {key: file for file, (keys, _) in written.items() for key in keys},
     }
-
-
-def _seal(partial: Path, folder: Path) -> None:
-    """Sync what was written, and put it in its place."""
-    partial.chmod(0o755)
-    for path in partial.iterdir():
-        sync_file(path)
-    sync_folder(partial)
-    _put_in_place(partial, folder)
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -279,17 +262,6 @@ def _check_replaceable(folder: Path) -> None:
                 f"Will not replace {str(folder)!r} with a model: it holds {path.name!r}, which is "
                 "no part of a saved model. Choose another folder, or empty this one."
             )
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    old = None
-    if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    sync_folder(folder.parent)
-    if old is not None:
-        shutil.rmtree(old)
 
 
 def _write_texts(model: SwitchTransformer, folder: Path) -> None:
@@ -340,15 +312,19 @@ def _shard_bytes(tensors: dict[str, Tensor], largest: int, ranks: Ranks) -> int:
 def _shards(
     config: ModelConfig, tensors: dict[str, Tensor], max_shard_bytes: int
 ) -> list[list[Entry]]:
-    """Share the entries out among files, in the order of the layers."""
-    shards: list[list[Entry]] = [[]]
+    return share_out(_saved(config), lambda entry: _size(entry, tensors), max_shard_bytes)
+
+
+def share_out(items: Iterable[T], num_bytes: Callable[[T], int], most: int) -> list[list[T]]:
+    """Share items out among files of at most `most` bytes, in their order."""
+    shards: list[list[T]] = [[]]
     size = 0
-    for entry in _saved(config):
-        needed = math.prod(entry.shape) * tensors[entry.ours].element_size()
-        if shards[-1] and size + needed > max_shard_bytes:
+    for item in items:
+        needed = num_bytes(item)
+        if shards[-1] and size + needed > most:
             shards.append([])
             size = 0
-        shards[-1].append(entry)
+        shards[-1].append(item)
         size += needed
     return shards
 

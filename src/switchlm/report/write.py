@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from switchlm.files import replace_file
 from switchlm.report.sections import layers_data, rounded, routing_data, short_name, thin
 
 
@@ -60,9 +61,7 @@ def write_report(
     }
     # "</" would end the script element that holds the data.
     text = json.dumps(data, allow_nan=False).replace("</", "<\\/")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(_page().replace("__DATA__", text), encoding="utf-8")
-    partial.replace(path)
+    replace_file(path, _page().replace("__DATA__", text).encode("utf-8"))
 
 
 def _page() -> str:

@@ -25,7 +25,7 @@ from switchlm.kernels.cpu.quantised import matrix
 from switchlm.model.block import Block
 from switchlm.model.experts import FeedForwardExperts, ProjectionExperts
 from switchlm.model.layers import ACTIVATIONS
-from switchlm.model.transformer import SwitchTransformer, shift_right
+from switchlm.model.transformer import SwitchTransformer, forward_batch
 
 
 class RecordedExperts(nn.Module):
@@ -84,11 +84,11 @@ def recording(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Reco
             stand_ins[name] = RecordedExperts(module)
     try:
         for name, stand_in in stand_ins.items():
-            _put(model, name, stand_in)
+            model.set_submodule(name, stand_in)
         yield stand_ins
     finally:
         for name, stand_in in stand_ins.items():
-            _put(model, name, stand_in.base)
+            model.set_submodule(name, stand_in.base)
 
 
 def run_text(model: SwitchTransformer, batches: Iterable[Batch]) -> None:
@@ -96,15 +96,7 @@ def run_text(model: SwitchTransformer, batches: Iterable[Batch]) -> None:
     device = next(model.parameters()).device
     with evaluation_mode(model):
         for batch in batches:
-            here = batch.to(device)
-            targets, segments = here.targets_BT, here.target_segments_BT
-            decoder_inputs_BT = shift_right(targets, segments, model.config.pad_id)
-            model(here.inputs_BS, decoder_inputs_BT, here.input_segments_BS, segments)
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, module)
+            forward_batch(model, batch.to(device))
 
 
 LEAST_ROWS = 64  # an expert that saw fewer is rounded to nearest

@@ -158,11 +158,12 @@ def load_offloaded(
     memory.prepare()
     for layer in dict.fromkeys(layer for layer, _ in recipes):
         width = config.d_model if "down" in parts[layer, 0] else config.num_heads * config.d_kv
-        put = OffloadedExperts(
-            layer, config.num_experts, width, config.d_ff, memory, config.activation
+        model.set_submodule(
+            layer,
+            OffloadedExperts(
+                layer, config.num_experts, width, config.d_ff, memory, config.activation
+            ),
         )
-        parent, _, attribute = layer.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, put)
     _foresee(model)
     return Offloaded(model.requires_grad_(False), tokenizer, memory)
 

@@ -20,7 +20,7 @@ from switchlm.model.experts import Experts, FeedForwardExperts
 from switchlm.model.losses import token_losses
 from switchlm.model.routing import Routing
 from switchlm.model.switch import SwitchLayer
-from switchlm.model.transformer import SwitchTransformer, shift_right
+from switchlm.model.transformer import SwitchTransformer, forward_batch
 
 Measure = Literal["load", "gradient"]
 
@@ -126,10 +126,7 @@ def _gradients(
 def _run(model: SwitchTransformer, batch: Batch) -> tuple[Tensor, tuple[Routing, ...]]:
     """Return the summed loss of the targets, and the routing of all Switch layers."""
     here = batch.to(model.embedding.weight.device)
-    decoder_inputs_BT = shift_right(here.targets_BT, here.target_segments_BT, model.config.pad_id)
-    output = model(
-        here.inputs_BS, decoder_inputs_BT, here.input_segments_BS, here.target_segments_BT
-    )
+    output = forward_batch(model, here)
     loss_BT = token_losses(output.logits_BTV, here.targets_BT)
     return torch.where(here.target_mask_BT, loss_BT, 0.0).sum(), output.routing
 

@@ -15,7 +15,7 @@ from switchlm.errors import DataError
 from switchlm.evaluation.metrics import Floats, bootstrap, ratio
 from switchlm.generation.inference import evaluation_mode
 from switchlm.model.losses import token_losses
-from switchlm.model.transformer import SwitchTransformer, shift_right
+from switchlm.model.transformer import SwitchTransformer, forward_batch
 from switchlm.parallel.mesh import ALONE, AnyMesh
 from switchlm.parallel.tensor import losses_of
 
@@ -81,10 +81,6 @@ def _interval(statistics_N2: Floats, resamples: int) -> list[float]:
 
 def row_losses(model: SwitchTransformer, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return each row's summed negative log likelihood (float32) and its number of targets."""
-    decoder_inputs_BT = shift_right(batch.targets_BT, batch.target_segments_BT, model.config.pad_id)
-    logits_BTV = model(
-        batch.inputs_BS, decoder_inputs_BT, batch.input_segments_BS, batch.target_segments_BT
-    ).logits_BTV
-    loss_BT = token_losses(logits_BTV, batch.targets_BT)
+    loss_BT = token_losses(forward_batch(model, batch).logits_BTV, batch.targets_BT)
     mask_BT = batch.target_mask_BT
     return torch.where(mask_BT, loss_BT, 0.0).sum(1), mask_BT.sum(1)

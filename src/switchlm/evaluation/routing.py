@@ -24,7 +24,7 @@ from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.generation.inference import evaluation_mode
 from switchlm.model.router import Router
 from switchlm.model.routing import Routing
-from switchlm.model.transformer import SwitchTransformer, shift_right
+from switchlm.model.transformer import SwitchTransformer, forward_batch, shift_right
 from switchlm.parallel.mesh import ALONE, AnyMesh
 
 CLASSES = (
@@ -203,7 +203,7 @@ def routing_statistics(
                 batch.targets_BT, batch.target_segments_BT, model.config.pad_id
             )
             segments = (batch.input_segments_BS, batch.target_segments_BT)
-            output = model(batch.inputs_BS, decoder_inputs_BT, *segments)
+            output = forward_batch(model, batch)
             seen = [
                 _Tokens.of(tokens, part, batch.source_B, classes)
                 for tokens, part in zip((batch.inputs_BS, decoder_inputs_BT), segments, strict=True)

@@ -36,6 +36,7 @@ from switchlm.huggingface.weights import (
     find_extents,
     inside,
     open_weights,
+    put_tensor,
     read_json,
 )
 from switchlm.kernels.cpu import memory
@@ -289,12 +290,7 @@ def _fill(
             places[name] = memory.empty_on_large_pages(meta.shape, dtypes[name])
         else:
             places[name] = torch.empty(meta.shape, dtype=dtypes[name], device=device)
-        owner, _, attribute = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if isinstance(meta, nn.Parameter):
-            setattr(module, attribute, nn.Parameter(places[name]))
-        else:
-            setattr(module, attribute, places[name])
+        put_tensor(model, name, places[name])
     _copy(places, matched, weights)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from switchlm.checkpoint.tensors import header, raw
 from switchlm.config import from_mapping, to_mapping
@@ -43,6 +43,7 @@ from switchlm.huggingface.weights import (
     Weights,
     find_extents,
     open_weights,
+    put_tensor,
 )
 from switchlm.kernels.cpu import memory
 from switchlm.kernels.cpu.quantised import BLOCK, GROUP_SIZES, Matrix, group_size_of, matrix
@@ -231,11 +232,7 @@ def assemble(
         if key in held:
             matrices[key] = _matrices(kinds[key], tensor, scales.pop(key + SCALE), device)
         else:
-            owner, _, attribute = key.rpartition(".")
-            module = model.get_submodule(owner)
-            place = tensor.to(device, dtype or tensor.dtype, copy=True)
-            is_parameter = isinstance(getattr(module, attribute), nn.Parameter)
-            setattr(module, attribute, nn.Parameter(place) if is_parameter else place)
+            put_tensor(model, key, tensor.to(device, dtype or tensor.dtype, copy=True))
     put_in(model, matrices)
     return model.requires_grad_(False).eval()
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from switchlm.errors import CheckpointError
 
@@ -305,3 +305,11 @@ def _changed(path: Path) -> CheckpointError:
         f"{path.name} changed while it was being opened. Let whatever writes it finish, then try "
         "again."
     )
+
+
+def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make a tensor the parameter or the buffer of that name."""
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    is_parameter = isinstance(getattr(module, attribute), nn.Parameter)
+    setattr(module, attribute, nn.Parameter(tensor) if is_parameter else tensor)

@@ -133,8 +133,7 @@ def apply(model: SwitchTransformer, rank: int, alpha: float, seed: int = 0) -> N
             if isinstance(part, nn.Linear)
             else AdaptedExperts(part, rank, scale)
         )
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, adapted.train(part.training))
+        model.set_submodule(name, adapted.train(part.training))
     initialiser = Initialiser(Initialisation(scale=1.0), seed=seed)
     with torch.no_grad():
         for name, parameter in adapters(model).items():

@@ -119,8 +119,7 @@ def put_in(model: SwitchTransformer, matrices: Matrices) -> None:
     for name, module in list(model.named_modules()):
         made = _made(name, module, matrices)
         if made is not None:
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, made)
+            model.set_submodule(name, made)
     vocabulary = "embedding.weight" if model.head is None else "head.weight"
     if vocabulary in matrices:
         matrix = matrices[vocabulary][0]

@@ -245,6 +245,34 @@ class SwitchTransformer(nn.Module):
         return self.project(x_BTD * self.config.d_model**-0.5, self.embedding.weight)
 
 
+class TargetBatch(Protocol):
+    """Inputs with their targets, as `data.batch.Batch`; segments are None where rows are full."""
+
+    @property
+    def inputs_BS(self) -> Tensor: ...
+
+    @property
+    def targets_BT(self) -> Tensor: ...
+
+    @property
+    def input_segments_BS(self) -> Tensor | None: ...
+
+    @property
+    def target_segments_BT(self) -> Tensor | None: ...
+
+
+def forward_batch(model: nn.Module, batch: TargetBatch) -> ModelOutput:
+    """Return the output of a SwitchTransformer for a batch; the decoder reads earlier targets."""
+    pad_id = cast(SwitchTransformer, model).config.pad_id
+    output: ModelOutput = model(
+        batch.inputs_BS,
+        shift_right(batch.targets_BT, batch.target_segments_BT, pad_id),
+        batch.input_segments_BS,
+        batch.target_segments_BT,
+    )
+    return output
+
+
 def shift_right(targets_BT: Tensor, segments_BT: Tensor | None, pad_id: int) -> Tensor:
     """Return the decoder's inputs: targets one place later, each segment led by the pad token."""
     shifted_BT = torch.nn.functional.pad(targets_BT, (1, 0), value=pad_id)[:, :-1]

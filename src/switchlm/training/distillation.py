@@ -15,7 +15,7 @@ from torch.nn.functional import log_softmax
 
 from switchlm.data.batch import Batch
 from switchlm.model.routing import ModelOutput
-from switchlm.model.transformer import SwitchTransformer, shift_right
+from switchlm.model.transformer import SwitchTransformer, forward_batch
 from switchlm.parallel.tensor import gathered
 from switchlm.training.config import Precision
 from switchlm.training.step import computing, set_router_dtype, target_cross_entropy
@@ -107,12 +107,7 @@ class Teacher:
         """Return the batch, taught, on the teacher's device."""
         batch = batch.to(self.model.embedding.weight.device)
         with computing(self.precision, batch.inputs_BS.device):
-            logits_BTV = self.model(
-                batch.inputs_BS,
-                shift_right(batch.targets_BT, batch.target_segments_BT, self.model.config.pad_id),
-                batch.input_segments_BS,
-                batch.target_segments_BT,
-            ).logits_BTV
+            logits_BTV = forward_batch(self.model, batch).logits_BTV
         expected_BTV = log_softmax(logits_BTV.float() / self.temperature, -1)
         if self.top_k is None:
             return TeacherBatch(**vars(batch), expected_BTK=expected_BTV)

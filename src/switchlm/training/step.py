@@ -20,7 +20,7 @@ from switchlm.data.batch import Batch
 from switchlm.model.losses import cross_entropy, routing_losses
 from switchlm.model.router import Router
 from switchlm.model.routing import ModelOutput, Routing
-from switchlm.model.transformer import SwitchTransformer, shift_right
+from switchlm.model.transformer import SwitchTransformer, forward_batch
 from switchlm.parallel.apply import send_gradients
 from switchlm.parallel.mesh import ALONE, AnyMesh
 from switchlm.parallel.tensor import losses_of
@@ -170,12 +170,7 @@ def backward(
     for number, batch in enumerate(batches, start=1):
         send_gradients(model, now=number == len(batches))
         with computing(precision, batch.inputs_BS.device):
-            output = model(
-                batch.inputs_BS,
-                shift_right(batch.targets_BT, batch.target_segments_BT, model.config.pad_id),
-                batch.input_segments_BS,
-                batch.target_segments_BT,
-            )
+            output = forward_batch(model, batch)
         with losses_of(mesh):
             summed = objective(output, batch)
             balance, z_loss = routing_losses(output, model.config)

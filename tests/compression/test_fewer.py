@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from switchlm.compression.prune import align, cluster, importance, merge, prune, switch_layers
+from switchlm.compression.prune import align, cluster, importance, merge, prune
 from switchlm.errors import ConfigError
 from switchlm.model.experts import FeedForwardExperts
+from switchlm.model.switch import switch_layers
 from switchlm.model.transformer import shift_right
 
 LAYERS = ("encoder.blocks.1.feedforward", "decoder.blocks.1.feedforward")

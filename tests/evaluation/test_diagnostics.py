@@ -16,9 +16,10 @@ from switchlm.evaluation.diagnostics import (
     entropy,
     kept_share,
 )
-from switchlm.evaluation.routing import routing_statistics, switch_layers
+from switchlm.evaluation.routing import routing_statistics
 from switchlm.huggingface.load import save
 from switchlm.model.presets import preset
+from switchlm.model.switch import switch_layers
 from switchlm.model.transformer import SwitchTransformer, shift_right
 
 
@@ -145,7 +146,7 @@ def test_loads_and_gates_are_those_of_the_models_own_forward_pass(router, attent
     model = build(router=router, attention_experts=attention_experts, num_decoder_layers=4)
     batch = make_batch(segments="packed")
     found = diagnose(model, batch)
-    assert [layer.name for layer in found.layers] == switch_layers(model)
+    assert [layer.name for layer in found.layers] == list(switch_layers(model))
     counted = routing_statistics(model, [batch], Tokenizer.bytes())
     for layer, expected in zip(found.layers, counted, strict=True):
         load_E = expected.load_E

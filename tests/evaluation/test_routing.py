@@ -5,9 +5,10 @@ import torch
 
 from switchlm.data.batch import Batch
 from switchlm.data.text.tokenizer import Tokenizer
-from switchlm.evaluation.routing import PLACES, routing_statistics, switch_layers
+from switchlm.evaluation.routing import PLACES, routing_statistics
 from switchlm.model.presets import preset
 from switchlm.model.router import Router
+from switchlm.model.switch import switch_layers
 from switchlm.model.transformer import SwitchTransformer
 
 TEXTS = ("def size(self):\n", "x = 12", "a b")
@@ -55,7 +56,7 @@ ROUTERS = {
 def test_every_real_token_is_counted_once_an_expert(batch, tokenizer, router):
     model = build(router)
     layers = routing_statistics(model, [batch, batch], tokenizer, NAMES, top=300)
-    assert [layer.name for layer in layers] == switch_layers(model)
+    assert [layer.name for layer in layers] == list(switch_layers(model))
     real = {"encoder": sum(map(len, TEXTS)), "decoder": 5 + 5 + 3}
     choices = router.get("experts_per_token", 1)
     for layer in layers:

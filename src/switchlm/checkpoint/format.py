@@ -138,15 +138,15 @@ def _damaged(folder: Path, what: str) -> CheckpointError:
     return CheckpointError(f"The checkpoint {str(folder)!r} is damaged: {what}.")
 
 
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16,
-        torch.float8_e4m3fn, torch.float8_e5m2,
-        torch.int64, torch.int32, torch.int16, torch.int8,
-        torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
-    )
+# Dtypes by their codes in safetensors files.
+CODES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.bool: "BOOL",
 }  # fmt: skip
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
 
 
 def split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:

@@ -18,18 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from switchlm.checkpoint.format import CODES
 from switchlm.checkpoint.layout import Layout, Region, overlap, part_of, region_of, slices, volume
 from switchlm.errors import CheckpointError
 
 FILE_BYTES = 2**28  # about; a larger part has a file of its own
 OFFSETS = "DCP_SHARDING_INFO"
-CODES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from switchlm.model.config import ModelConfig
 from switchlm.model.experts import Experts, FeedForwardExperts
 from switchlm.model.losses import token_losses
 from switchlm.model.routing import Routing
-from switchlm.model.switch import SwitchLayer
+from switchlm.model.switch import SwitchLayer, switch_layers
 from switchlm.model.transformer import SwitchTransformer, forward_batch
 
 Measure = Literal["load", "gradient"]
@@ -51,11 +51,6 @@ class MaskedExperts(nn.Module):
         expert_R = torch.repeat_interleave(torch.arange(self.num_experts), counts_E)
         sum_E = torch.zeros(self.num_experts, dtype=torch.float64)
         return sum_E.index_add_(0, expert_R, value_R[: expert_R.numel()].double().cpu())
-
-
-def switch_layers(model: nn.Module) -> dict[str, SwitchLayer]:
-    """Return the Switch layers by name, in the order of the routing records."""
-    return {name: part for name, part in model.named_modules() if isinstance(part, SwitchLayer)}
 
 
 def importance(

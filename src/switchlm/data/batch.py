@@ -87,6 +87,23 @@ def prefetch_batches(
             worker.shutdown(wait=False, cancel_futures=True)
 
 
+class BatchSource(Protocol):
+    """What training reads: a loader, or anything else that gives batches by step."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names that Batch.source_B indexes."""
+        ...
+
+    def iterate(self, start_step: int) -> Generator[tuple[int, Batch], None, None]:
+        """Yield (step, batch) from `start_step` on without end; the batch depends on it alone."""
+        ...
+
+    def held_out(self, num_batches: int) -> list[Batch]:
+        """Return a fixed set of batches for evaluation."""
+        ...
+
+
 class ShardableLoader(Protocol):
     """A source of batches that gives each worker its rows of them."""
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from switchlm.data.batch import Batch
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.generation.inference import evaluation_mode
-from switchlm.model.router import Router
 from switchlm.model.routing import Routing
+from switchlm.model.switch import switch_layers
 from switchlm.model.transformer import SwitchTransformer, forward_batch, shift_right
 from switchlm.parallel.mesh import ALONE, AnyMesh
 
@@ -164,15 +164,6 @@ class LayerRouting:
     gate: float
 
 
-def switch_layers(model: SwitchTransformer) -> list[str]:
-    """Return the names of the Switch layers, in the order of `ModelOutput.routing`."""
-    return [
-        name.removesuffix(".router")
-        for name, module in model.named_modules()
-        if isinstance(module, Router)
-    ]
-
-
 def routing_statistics(
     model: SwitchTransformer,
     batches: Iterable[Batch],
@@ -190,7 +181,7 @@ def routing_statistics(
     each gives its share of the batches, and all get the counts of all, but for `top_tokens`, which
     are of the process's own share.
     """
-    names = switch_layers(model)
+    names = list(switch_layers(model))
     if not names:
         return []
     tallies = [_Tally(model.config.num_experts, len(sources)) for _ in names]

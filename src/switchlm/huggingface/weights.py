@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from switchlm.checkpoint.format import CODES
 from switchlm.errors import CheckpointError
 
 SAFETENSORS = "model.safetensors"
@@ -32,12 +33,9 @@ QUANTISED = (
 PICKLED = "pytorch_model.bin"
 LARGEST_CONFIG = 2**24  # bytes
 _DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
+    CODES[dtype]: dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 }
-_CODES = {"I8": torch.int8, "U8": torch.uint8}  # of quantised weights
+_CODES = {CODES[dtype]: dtype for dtype in (torch.int8, torch.uint8)}  # of quantised weights
 
 # What torch.load raises for damaged pickles: they program its unpickler, wrong arguments and all.
 DAMAGE = (

@@ -139,3 +139,8 @@ def fused_switch(
     # Called as a module: sharding gathers its weights then.
     y_ND: Tensor = experts(x_ND, order.counts_E, Assignments(order, weight_A))
     return y_ND
+
+
+def switch_layers(model: nn.Module) -> dict[str, SwitchLayer]:
+    """Return the Switch layers by name, in the order of `ModelOutput.routing`."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, SwitchLayer)}

@@ -18,7 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from switchlm.model.block import Block
 from switchlm.model.initialise import Initialiser
 from switchlm.model.router import Router
-from switchlm.model.switch import SwitchLayer
+from switchlm.model.switch import switch_layers
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.expert import shard_experts
 from switchlm.parallel.mesh import Mesh
@@ -43,7 +43,7 @@ def apply(model: SwitchTransformer, mesh: Mesh, *, wire_dtype: torch.dtype | Non
     )
     weights, experts = mesh.weights, mesh.experts
     for block in [module for module in model.modules() if isinstance(module, Block)]:
-        for layer in [module for module in block.modules() if isinstance(module, SwitchLayer)]:
+        for layer in switch_layers(block).values():
             if experts is not None:
                 fully_shard(
                     cast(nn.Module, layer.experts),

@@ -22,7 +22,7 @@ from switchlm.kernels.permute import ExpertOrder, combine_rows, gather_rows, sor
 from switchlm.model.dispatch import LocalDispatcher, Rows
 from switchlm.model.experts import FeedForwardExperts
 from switchlm.model.routing import Routing
-from switchlm.model.switch import SwitchLayer
+from switchlm.model.switch import SwitchLayer, switch_layers
 from switchlm.parallel.mesh import Mesh
 
 # Which dim of a stacked weight is d_ff: experts are split along it over the tensor axis.
@@ -137,7 +137,7 @@ def shard_experts(model: nn.Module, mesh: Mesh) -> None:
     both = mesh.sub("expert", "tensor")
     if both is None:
         return
-    for layer in [module for module in model.modules() if isinstance(module, SwitchLayer)]:
+    for layer in switch_layers(model).values():
         experts = cast(nn.Module, layer.experts)
         _check(layer, mesh)
         for name, weight in list(experts.named_parameters()):

@@ -34,7 +34,7 @@ from switchlm.errors import ConfigError
 from switchlm.model.dispatch import Rows
 from switchlm.model.router import Router
 from switchlm.model.routing import Routing
-from switchlm.model.switch import SwitchLayer
+from switchlm.model.switch import switch_layers
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply
 from switchlm.parallel.expert import AllToAllDispatcher
@@ -99,7 +99,7 @@ def exchanged(
 
 def balance(model: nn.Module) -> None:
     """Let all experts of a sharded model have the same load, whatever the routers say."""
-    for layer in [module for module in model.modules() if isinstance(module, SwitchLayer)]:
+    for layer in switch_layers(model).values():
         if isinstance(layer.dispatcher, AllToAllDispatcher):
             layer.dispatcher = BalancedDispatcher(layer.dispatcher, layer.router)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from switchlm.config import write_yaml
+from switchlm.data.batch import BatchSource
 from switchlm.data.pretraining.loader import Loader, open_data
 from switchlm.data.tasks.loader import PairLoader
 from switchlm.data.text.tokenizer import Tokenizer
@@ -45,7 +46,7 @@ from switchlm.recipes.pretrain import (
 from switchlm.report.write import ReportRun, write_report
 from switchlm.training.distillation import Distillation, Teacher, TeacherLoader
 from switchlm.training.logit_cache import CacheKey, LogitCache, build, digest
-from switchlm.training.loop import BatchSource, train
+from switchlm.training.loop import train
 from switchlm.training.monitor import read_metrics
 from switchlm.training.run_folder import RunFolder
 from switchlm.training.step import Objective, target_cross_entropy

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from switchlm.config import write_yaml
+from switchlm.data.batch import BatchSource
 from switchlm.data.pretraining.loader import open_data
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, ConfigError, DataError
@@ -24,7 +25,7 @@ from switchlm.parallel.apply import apply, materialise
 from switchlm.parallel.mesh import ALONE, AnyMesh, Mesh, joined
 from switchlm.recipes.config import RunConfig, to_sections, with_vocabulary
 from switchlm.report.write import ReportRun, write_report
-from switchlm.training.loop import BatchSource, train
+from switchlm.training.loop import train
 from switchlm.training.monitor import read_metrics
 from switchlm.training.run_folder import RunFolder
 

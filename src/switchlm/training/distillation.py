@@ -7,13 +7,12 @@ Shapes: B batch, T target, V vocabulary, K words.
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from switchlm.data.batch import Batch
+from switchlm.data.batch import Batch, BatchSource
 from switchlm.model.routing import ModelOutput
 from switchlm.model.transformer import SwitchTransformer, forward_batch
 from switchlm.parallel.tensor import gathered
@@ -117,24 +116,13 @@ class Teacher:
         return TeacherBatch(**vars(batch), expected_BTK=expected_BTK, words_BTK=words_BTK)
 
 
-class Untaught(Protocol):
-    """A source of batches as the loop reads it (see loop.BatchSource)."""
-
-    @property
-    def sources(self) -> tuple[str, ...]: ...
-
-    def iterate(self, start_step: int) -> Generator[tuple[int, Batch], None, None]: ...
-
-    def held_out(self, num_batches: int) -> list[Batch]: ...
-
-
 class TeacherLoader:
     """A source whose training batches are taught; those held out are as they were.
 
     teach: from the number of a batch and the batch to the batch taught.
     """
 
-    def __init__(self, source: Untaught, teach: Callable[[int, Batch], TeacherBatch]) -> None:
+    def __init__(self, source: BatchSource, teach: Callable[[int, Batch], TeacherBatch]) -> None:
         self.source, self.teach = source, teach
 
     @property

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from switchlm.data.batch import Batch
+from switchlm.data.batch import Batch, BatchSource
 from switchlm.errors import CheckpointError
 from switchlm.files import Report, building, flush
-from switchlm.training.distillation import Teacher, TeacherBatch, Untaught
+from switchlm.training.distillation import Teacher, TeacherBatch
 
 FORMAT = 1
 REPORT_EVERY = 100  # batches
@@ -118,7 +118,7 @@ def build(
     folder: Path,
     key: CacheKey,
     teacher: Teacher,
-    source: Untaught,
+    source: BatchSource,
     num_batches: int,
     should_stop: Callable[[], bool] = lambda: False,
     report: Report = lambda line: None,
@@ -187,7 +187,7 @@ def _write(
 
 
 def _first(
-    source: Untaught, count: int, should_stop: Callable[[], bool], report: Report
+    source: BatchSource, count: int, should_stop: Callable[[], bool], report: Report
 ) -> Iterator[Batch]:
     """Yield the first batches of a source, and say now and then how many of them are done."""
     with closing(source.iterate(0)) as batches:

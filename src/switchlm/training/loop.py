@@ -6,16 +6,16 @@ anywhere and resumed is the run that was never stopped, bit for bit on a CPU.
 """
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from switchlm.checkpoint.store import CheckpointStore
-from switchlm.data.batch import Batch
+from switchlm.data.batch import Batch, BatchSource
 from switchlm.errors import CheckpointError
 from switchlm.kernels.cpu.memory import keep_freed_memory
 from switchlm.model.router import Router
@@ -42,23 +42,6 @@ from switchlm.training.step import (
 )
 
 Line = dict[str, Any]
-
-
-class BatchSource(Protocol):
-    """What the loop reads: `data.loader.Loader`, or anything else that gives batches by step."""
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The names that Batch.source_B indexes."""
-        ...
-
-    def iterate(self, start_step: int) -> Generator[tuple[int, Batch], None, None]:
-        """Yield (step, batch) from `start_step` on without end; the batch depends on it alone."""
-        ...
-
-    def held_out(self, num_batches: int) -> list[Batch]:
-        """Return a fixed set of batches for evaluation."""
-        ...
 
 
 @dataclass

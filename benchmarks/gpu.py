@@ -33,7 +33,7 @@ from switchlm.model.switch import SwitchFeedForward
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.training.config import TrainingConfig
 from switchlm.training.optimizer import build_optimizer
-from switchlm.training.step import set_router_dtype, training_step
+from switchlm.training.step import prepare_for_training, training_step
 
 TOKENS, D_MODEL, D_FF, EXPERTS = 65536, 1024, 4096, (64, 256)
 DROPLESS = RouterConfig(capacity_factor=None, evaluation_capacity_factor=None, exploration="argmax")
@@ -207,7 +207,7 @@ def make_step(config: ModelConfig) -> tuple[Case, SwitchTransformer]:
     """Return a training step in selective precision with Adafactor, the paper's optimizer."""
     training = TrainingConfig(precision="selective", optimizer="adafactor")
     with torch.device("meta"):
-        model = SwitchTransformer(config).train()
+        model = SwitchTransformer(config)
     model.to_empty(device="cuda")
     for parameter in model.parameters():
         nn.init.ones_(parameter) if parameter.dim() == 1 else nn.init.normal_(parameter, std=0.02)
@@ -215,7 +215,7 @@ def make_step(config: ModelConfig) -> tuple[Case, SwitchTransformer]:
         inputs_BS = torch.randint(3, config.vocabulary_size, (ROWS, INPUTS))
         targets_BT = torch.randint(3, config.vocabulary_size, (ROWS, TARGETS))
         source_B = torch.zeros(ROWS, dtype=torch.int32)
-    set_router_dtype(model, training.precision)
+    prepare_for_training(model, training.precision)
     optimizer = build_optimizer(model, training)
     batch = Batch(
         inputs_BS=inputs_BS,

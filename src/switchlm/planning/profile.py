@@ -26,7 +26,7 @@ from switchlm.parallel.tensor import split_tensors
 from switchlm.planning.recorder import Bytes, Collective, CollectiveRecorder, MemoryRecorder
 from switchlm.planning.simulate import balance, blank_batch, fake_job
 from switchlm.training.config import Precision
-from switchlm.training.step import backward, set_router_dtype
+from switchlm.training.step import backward, prepare_for_training
 
 STACKS = ("encoder", "decoder")
 
@@ -98,12 +98,10 @@ def trace(
         shard_experts(model, job)
         balance(model)
         _cast(model, *dtypes)
-        set_router_dtype(model, precision)
-        for stack in (model.encoder, model.decoder):
-            stack.activation_checkpointing = checkpointing
-        job.total(torch.zeros(1))
+        prepare_for_training(model, precision, checkpointing)
+        job.all_reduce_sum(torch.zeros(1))  # makes its group, impossible among fake tensors
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model.to_empty(device="cpu").train()
+            model.to_empty(device="cpu")
             batch = blank_batch(data, rows)
             with MemoryRecorder(model) as memory, CollectiveRecorder(job) as ledger:
                 marks = _Marks(model, memory, ledger)

@@ -42,7 +42,7 @@ from switchlm.parallel.mesh import Mesh, MeshConfig
 from switchlm.planning.recorder import Bytes, Collective, CollectiveRecorder, MemoryRecorder
 from switchlm.recipes.config import RunConfig
 from switchlm.training.optimizer import build_optimizer
-from switchlm.training.step import set_router_dtype, training_step
+from switchlm.training.step import prepare_for_training, training_step
 
 LARGEST = 2**16  # processes; a group of them lists all its members
 
@@ -168,9 +168,7 @@ def simulate(config: RunConfig, ranks: int) -> Simulation:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         apply(model, mesh, wire_dtype=wire_dtype(config))
         balance(model)
-        mesh.all_reduce_sum(
-            torch.zeros(1)
-        )  # makes its group, which cannot be made among fake tensors
+        mesh.all_reduce_sum(torch.zeros(1))  # makes its group, impossible among fake tensors
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             batches = [blank_batch(config.data, rows)] * config.training.accumulate
@@ -190,15 +188,13 @@ def measure_step(
     """Train one step, real or fake, and return what it took."""
     training = config.training
     optimizer: Optimizer = build_optimizer(model, training)
-    set_router_dtype(model, training.precision)
-    for stack in (model.encoder, model.decoder):
-        stack.activation_checkpointing = training.activation_checkpointing
+    prepare_for_training(model, training.precision, training.activation_checkpointing)
     with (
         MemoryRecorder(model, optimizer.state.values()) as memory,
         CollectiveRecorder(mesh) as ledger,
     ):
         training_step(
-            model.train(),
+            model,
             optimizer,
             batches,
             gradient_clip=training.gradient_clip,

@@ -28,7 +28,7 @@ from switchlm.parallel.mesh import ALONE, AnyMesh, Mesh, MeshConfig, layouts
 from switchlm.recipes.config import RunConfig
 from switchlm.recipes.pretrain import build_model
 from switchlm.training.optimizer import build_optimizer, set_learning_rate
-from switchlm.training.step import set_router_dtype, training_step
+from switchlm.training.step import prepare_for_training, training_step
 
 Tensors = dict[str, Tensor]
 # What rounding may do: relative differences of the loss and of each gradient, as vectors.
@@ -149,10 +149,8 @@ def _train(
 ) -> Tensors:
     """Return `losses` [steps, 3] and the gradients of the first step by name, whole, on the CPU."""
     training = config.training
-    model = build_model(config, mesh).to(device).train()
-    set_router_dtype(model, training.precision)
-    for stack in (model.encoder, model.decoder):
-        stack.activation_checkpointing = training.activation_checkpointing
+    model = build_model(config, mesh).to(device)
+    prepare_for_training(model, training.precision, training.activation_checkpointing)
     optimizer = build_optimizer(model, training)
     set_learning_rate(optimizer, training.learning_rate)
     losses, gradients = [], {}

@@ -18,7 +18,7 @@ from switchlm.checkpoint.store import CheckpointStore
 from switchlm.data.batch import Batch, BatchSource
 from switchlm.errors import CheckpointError
 from switchlm.kernels.cpu.memory import keep_freed_memory
-from switchlm.model.router import Router
+from switchlm.model.switch import switch_layers
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.mesh import ALONE, AnyMesh
 from switchlm.training.config import TrainingConfig
@@ -34,8 +34,8 @@ from switchlm.training.run_folder import RunFolder, truncate_metrics
 from switchlm.training.step import (
     Objective,
     StepRecord,
+    prepare_for_training,
     seed_step,
-    set_router_dtype,
     summarise_routing,
     target_cross_entropy,
     training_step,
@@ -125,11 +125,7 @@ class _Run:
         self.saved = (0, 0)  # step of the newest checkpoint, and of its last evaluation
         self.averages = Averages()
         self.logged = Progress()
-        self.layers = [
-            name.removesuffix(".router")
-            for name, module in model.named_modules()
-            if isinstance(module, Router)
-        ]
+        self.layers = list(switch_layers(model))
         self.store = (
             None
             if folder is None
@@ -139,9 +135,7 @@ class _Run:
         )
         if self.device.type == "cpu":
             keep_freed_memory()
-        set_router_dtype(model, config.precision)
-        model.encoder.activation_checkpointing = config.activation_checkpointing
-        model.decoder.activation_checkpointing = config.activation_checkpointing
+        prepare_for_training(model, config.precision, config.activation_checkpointing)
         if config.compile:
             model.compile()
 
@@ -167,7 +161,6 @@ class _Run:
             monitor = opened.enter_context(open_monitor(folder, config))
             stream = self.loader.iterate(self.progress.step * config.accumulate)
             opened.enter_context(closing(stream))
-            self.model.train()
             while not self._done():
                 record = self._step(stream)
                 if self._due_to_log():

@@ -36,6 +36,16 @@ def set_router_dtype(model: nn.Module, precision: Precision) -> None:
             module.dtype = dtype
 
 
+def prepare_for_training(
+    model: SwitchTransformer, precision: Precision, activation_checkpointing: bool = False
+) -> None:
+    """Make a model compute and store what its configuration of training says, in place."""
+    set_router_dtype(model, precision)
+    model.encoder.activation_checkpointing = activation_checkpointing
+    model.decoder.activation_checkpointing = activation_checkpointing
+    model.train()
+
+
 def computing(precision: Precision, device: torch.device) -> AbstractContextManager:
     """Return the context of a forward pass.
 

@@ -1,6 +1,7 @@
 """The rules of docs/design.md, read off the syntax tree of every file: imports only go down."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ DESIGN = ROOT / "docs" / "design.md"
 
 # From the bottom; packages of one layer do not know each other, single files of layer 0 may.
 LAYERS = [
-    {"errors", "config", "files"},
+    {"errors", "config", "files", "_torch"},
     {"kernels", "data"},
     {"model"},
     {"checkpoint", "parallel"},
@@ -97,7 +98,7 @@ def test_the_design_names_the_packages_that_exist_and_no_others() -> None:
         for part in line.split("|")
         if line and not line.startswith(" ") and part.strip()
     ]
-    assert set(words) | {"config", "files"} == PACKAGES
+    assert set(words) | {"config", "files", "_torch"} == PACKAGES
 
 
 def test_imports_only_go_down() -> None:
@@ -134,6 +135,20 @@ def test_the_model_knows_nothing_of_processes() -> None:
         if package_of(name) in ("model", "kernels"):
             found = [i for i in imports(TREES[name]) if i.startswith("torch.distributed")]
             assert not found, f"{name} imports {found}"
+
+
+def test_what_is_private_of_pytorch_is_used_in_one_file() -> None:
+    private = re.compile(r"torch\b[\w.]*\._[a-z]")
+    found = [
+        f"{name}:{node.lineno}"
+        for name, tree in TREES.items()
+        if name != "switchlm._torch"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute | ast.ImportFrom)
+        and private.search(ast.unparse(node))
+        and not ast.unparse(node).startswith("_torch.")
+    ]
+    assert not found
 
 
 def test_only_the_command_line_prints_or_exits() -> None:

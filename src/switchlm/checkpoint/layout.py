@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from switchlm import _torch
 from switchlm.checkpoint.collective import Ranks
 from switchlm.errors import CheckpointError
 from switchlm.model.local import local
@@ -51,10 +51,8 @@ def region_of(tensor: Tensor) -> Region:
             f"Cannot save a tensor {list(tensor.shape)} that is a pending sum over processes; "
             "redistribute it first."
         )
-    shape, offset = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
-    if tuple(shape) != tuple(part_of(tensor).shape):
+    shape, offset = _torch.local_shape_and_offset(tensor)
+    if shape != tuple(part_of(tensor).shape):
         raise CheckpointError(
             f"Cannot tell which part of a tensor {list(tensor.shape)}, placed as "
             f"{list(tensor.placements)}, a rank holds."

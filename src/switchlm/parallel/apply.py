@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from switchlm import _torch
 from switchlm.model.block import Block
 from switchlm.model.initialise import Initialiser
 from switchlm.model.router import Router
@@ -97,9 +97,7 @@ def box_of(tensor: Tensor) -> tuple[slice, ...]:
     """Return which part of a sharded tensor is here; all of it, if it is not sharded."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, size) for size in tensor.shape)
-    shape, offset = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
+    shape, offset = _torch.local_shape_and_offset(tensor)
     return tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
 
 

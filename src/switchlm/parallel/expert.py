@@ -13,10 +13,10 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from switchlm import _torch
 from switchlm.errors import ConfigError
 from switchlm.kernels.permute import ExpertOrder, combine_rows, gather_rows, sort_by_expert
 from switchlm.model.dispatch import LocalDispatcher, Rows
@@ -102,10 +102,7 @@ class AllToAllDispatcher:
     def _all_to_all(self, x_RD: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Send sent[p] rows to process p, and return those that come; gradients go back."""
         assert self.experts is not None
-        arrived: Tensor = all_to_all_single_autograd(
-            x_RD.contiguous(), received, sent, self.experts.get_group()
-        )
-        return arrived
+        return _torch.all_to_all(x_RD.contiguous(), received, sent, self.experts.get_group())
 
 
 def _receive_order(counts_PL: Tensor, num_rows: int) -> ExpertOrder:

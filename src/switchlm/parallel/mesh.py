@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from switchlm import _torch
 from switchlm.errors import ConfigError
 from switchlm.parallel.heartbeat import Heartbeat
 from switchlm.parallel.launch import launched, process_group
@@ -198,7 +199,7 @@ class Mesh:
 
         The expert axis is a data axis to them.
         """
-        shard = self.device_mesh["data", "expert"]._flatten("shard")
+        shard = _torch.flatten(self.device_mesh["data", "expert"], "shard")
         if self.size("replicas") > 1:
             return self.device_mesh["replicas", "shard"]
         return shard if shard.size() > 1 else None
@@ -212,7 +213,7 @@ class Mesh:
 
     @cached_property
     def _shares(self) -> DeviceMesh:
-        return self.device_mesh["replicas", "data", "expert"]._flatten("shares")
+        return _torch.flatten(self.device_mesh["replicas", "data", "expert"], "shares")
 
 
 class Alone:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from switchlm import _torch
 from switchlm.data.config import DataConfig
 from switchlm.model.block import Block
 from switchlm.model.config import ModelConfig
@@ -100,7 +100,7 @@ def trace(
         _cast(model, *dtypes)
         prepare_for_training(model, precision, checkpointing)
         job.all_reduce_sum(torch.zeros(1))  # makes its group, impossible among fake tensors
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with _torch.FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             batch = blank_batch(data, rows)
             with MemoryRecorder(model) as memory, CollectiveRecorder(job) as ledger:

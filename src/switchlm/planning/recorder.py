@@ -24,11 +24,16 @@ import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from switchlm import _torch
+from switchlm._torch import (
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    active_fake_mode,
+    tree_iter,
+)
 from switchlm.parallel.mesh import AXES, Mesh
 
 # The operators below autograd, by the name of what they do; others (wait, barrier) carry nothing.
@@ -136,7 +141,7 @@ class CollectiveRecorder(TorchDispatchMode):
         if name is None:
             name = dist.ProcessGroup.unbox(given["process_group"]).group_name
         if name not in self._groups:
-            group = dist.distributed_c10d._resolve_process_group(name)
+            group = _torch.group_of_name(name)
             ranks = dist.get_process_group_ranks(group)
             self._groups[name] = (self._axes(ranks), len(ranks))
         return self._groups[name]
@@ -322,13 +327,6 @@ class MemoryRecorder(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         _, size, purpose = self._known.pop(key)
         self._now[purpose] -= size
-
-
-def active_fake_mode() -> FakeTensorMode | None:
-    """Return the fake mode in which operators run here, if any."""
-    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-    assert mode is None or isinstance(mode, FakeTensorMode)
-    return mode
 
 
 def _tensors(value: Any) -> Any:

@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
+from switchlm import _torch
 from switchlm.data.batch import Batch
 from switchlm.data.config import DataConfig
 from switchlm.data.pretraining.span_corruption import Noise
@@ -53,22 +53,18 @@ def fake_job(config: MeshConfig, num_processes: int) -> Iterator[Mesh]:
 
     Raises ConfigError if the mesh does not fit them, or if a real job is running here.
     """
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     if dist.is_initialized():
         raise ConfigError("This process is part of a real job; simulate in a process of its own.")
     if not 1 <= num_processes <= LARGEST:
         raise ConfigError(f"ranks must lie in 1..{LARGEST}, got {num_processes}.")
     config.shape(num_processes)
-    dist.init_process_group("fake", rank=0, world_size=num_processes, store=FakeStore())
+    _torch.start_fake_job(num_processes)
     try:
         yield Mesh.of(config, "cpu")
     finally:
         dist.destroy_process_group()
-        # What DTensor remembers of operators holds the groups of this job; an equal mesh of the
-        # next job would be taken for it.
-        _clear_sharding_prop_cache()
+        # An equal mesh of the next job would be taken for this one's.
+        _torch.forget_sharding()
 
 
 def balanced_loads(
@@ -169,7 +165,7 @@ def simulate(config: RunConfig, ranks: int) -> Simulation:
         apply(model, mesh, wire_dtype=wire_dtype(config))
         balance(model)
         mesh.all_reduce_sum(torch.zeros(1))  # makes its group, impossible among fake tensors
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with _torch.FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             batches = [blank_batch(config.data, rows)] * config.training.accumulate
             step = measure_step(model, batches, config, mesh)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from switchlm import _torch
 from switchlm.errors import MissingExtraError
 from switchlm.model.local import local
 from switchlm.parallel.mesh import ALONE, AnyMesh
@@ -31,7 +32,7 @@ def global_norm(gradients: list[Tensor], mesh: AnyMesh = ALONE) -> Tensor:
     Where several processes hold the same part of a gradient, each counts its share of it, so that
     one sum over all processes is enough.
     """
-    norms = torch._foreach_norm([_short(local(gradient)) for gradient in gradients])
+    norms = _torch.norms([_short(local(gradient)) for gradient in gradients])
     parts = [
         norm.float() / math.sqrt(mesh.num_replicas(gradient))
         for norm, gradient in zip(norms, gradients, strict=True)

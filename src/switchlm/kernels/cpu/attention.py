@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from switchlm import _torch
 from switchlm.kernels.cpu import threads
 from switchlm.kernels.cpu.native import native, readable
 
@@ -131,7 +132,7 @@ class _BiasedAttention(torch.autograd.Function):
                     at = slice(row * heads, last * heads)
                     torch.bmm(weight_NQM[at].mT, dy_NQK[at], out=dvalue_NMK[at])
                     dscore_NQM = torch.bmm(dy_NQK[at], value_NMK[at].mT)
-                    _softmax_backward_(dscore_NQM, weight_NQM[at])
+                    _torch.softmax_backward_(dscore_NQM, weight_NQM[at])
                     torch.bmm(dscore_NQM, key_NKM[at].mT, out=dquery_NQK[at])
                     torch.bmm(query_NQK[at].mT, dscore_NQM, out=dkey_NKM[at])
                     into = dbias[group : group + 1] if shared else dbias[row:last]
@@ -146,13 +147,6 @@ class _BiasedAttention(torch.autograd.Function):
 
 def _rows(bias: Tensor, first: int, end: int) -> Tensor:
     return bias if bias.shape[0] == 1 else bias[first:end]
-
-
-def _softmax_backward_(gradient_NQM: Tensor, weight_NQM: Tensor) -> None:
-    """Turn the gradient of softmax's output into that of its input, in place, in one pass."""
-    torch.ops.aten._softmax_backward_data.out(
-        gradient_NQM, weight_NQM, -1, weight_NQM.dtype, grad_input=gradient_NQM
-    )
 
 
 _WIDTH = 16  # head widths come in multiples of it: whole vectors on every processor
@@ -175,7 +169,7 @@ def fits_decode(
         and key_BHMK.stride(3) == 1
         and type(query_BH1K) is type(key_BHMK) is type(value_BHMK) is Tensor
         and (bias is None or (type(bias) is Tensor and bias.is_cpu))
-        and not torch._C._len_torch_dispatch_stack()
+        and not _torch.is_watched()
         and native().library is not None
     )
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from switchlm import _torch
 from switchlm.kernels.cpu import grouped, memory, threads
 from switchlm.kernels.cpu.grouped import Schedule, Sums, make_schedule, matmul_into, weight_gradient
 from switchlm.kernels.cpu.memory import Workspace, compiles_shapes, keep
@@ -255,7 +256,7 @@ def fits(plan: Schedule, x_RD: Tensor, up_EDF: Tensor, down_EFD: Tensor) -> bool
             tensor.dtype == torch.float32 and tensor.is_cpu and tensor.is_contiguous()
             for tensor in (x_RD, up_EDF, down_EFD)
         )
-        and not torch._C._len_torch_dispatch_stack()
+        and not _torch.is_watched()
         and native().library is not None
     )
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from switchlm import _torch
 from switchlm.kernels.cpu import memory, small_matmul, threads
 from switchlm.kernels.cpu.memory import Workspace, compiles_shapes, keep
 from switchlm.kernels.cpu.native import native
@@ -222,7 +223,7 @@ def _fits(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> bool:
             (b_KN.stride(1) == 1 and outputs % _WIDTH == 0)
             or (b_KN.stride(0) == 1 and not transposed and inputs % _WIDTH == 0)
         )
-        and not torch._C._len_torch_dispatch_stack()
+        and not _torch.is_watched()
         and native().library is not None
     )
 

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from switchlm import _torch
 from switchlm.kernels.cpu import small_batch, small_matmul
 
 BLOCK = 64  # outputs whose codes of 4 bits stand together
@@ -77,7 +78,7 @@ class Int8Matrix:
             return small_batch.int8_matmul(x_RK, self.codes_NK, self.scale_N)
         codes_RK, scale_R1 = quantise_rows(x_RK)
         if x_RK.device.type == "cpu" and integer_product():
-            sums_RN = torch._int_mm(codes_RK, self.codes_NK.t()).float()
+            sums_RN = _torch.int8_matmul(codes_RK, self.codes_NK.t()).float()
         else:
             parts = zip(codes_RK.split(EXACT, 1), self.codes_NK.split(EXACT, 1), strict=True)
             sums_RN = reduce(torch.add, (x.float() @ codes.float().t() for x, codes in parts))
@@ -114,7 +115,7 @@ class Int4Matrix:
         rounded_RK = x_RK.to(torch.bfloat16)
         if x_RK.device.type == "cpu" and x_RK.shape[0] < MANY_ROWS and int4_product():
             blocks, inputs, half = self.codes_BKJ.shape
-            y_RN = torch._weight_int4pack_mm_for_cpu(
+            y_RN = _torch.int4_matmul(
                 rounded_RK,
                 self.codes_BKJ.view(blocks * 2 * half, inputs // 2),
                 self.group_size,
@@ -182,13 +183,13 @@ def integer_product() -> bool:
     """Whether torch._int_mm multiplies int8 exactly on this machine, and no slower than float32."""
     x, weight = _extreme(3, 64), _extreme(32, 64).abs()
     try:
-        found = torch._int_mm(x, weight.t())
+        found = _torch.int8_matmul(x, weight.t())
     except _FAILURES:
         return False
     exact = torch.equal(found.long(), x.long() @ weight.long().t())
     # Processors without instructions for it take thirty times as long.
     many, square = _extreme(64, 512), _extreme(512, 512)
-    return exact and _seconds(lambda: torch._int_mm(many, square.t())) < _seconds(
+    return exact and _seconds(lambda: _torch.int8_matmul(many, square.t())) < _seconds(
         lambda: many.float() @ square.float().t()
     )
 
@@ -210,7 +211,7 @@ def int4_product() -> bool:
     x = (torch.arange(2 * 32).view(2, 32) % 5).to(torch.bfloat16)
     scale = torch.tensor([1.0, 8.0], dtype=torch.bfloat16).expand(1, 128, 2).contiguous()
     try:
-        found = torch._weight_int4pack_mm_for_cpu(x, pack_int4(codes_NK).view(128, 16), 32, scale)
+        found = _torch.int4_matmul(x, pack_int4(codes_NK).view(128, 16), 32, scale)
     except _FAILURES:
         return False
     expected = x.float() @ codes_NK.float().t()

@@ -12,6 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from switchlm import _torch
 from switchlm.kernels.cpu.native import native
 
 # Up to where these products are the faster ones; measured at 768 x 3072.
@@ -57,7 +58,7 @@ def few(x_RK: Tensor, most: int) -> bool:
         and x_RK.is_cpu
         and 0 < x_RK.numel() <= most * x_RK.shape[-1]
         and x_RK.shape[-1] % _WIDTH == 0
-        and not torch._C._len_torch_dispatch_stack()
+        and not _torch.is_watched()
         and native().library is not None
     )
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from switchlm import _torch
 from switchlm.kernels.cpu.native import native, readable
 
 LARGEST = 2**14  # numbers of a matrix: as measured, at least twice as fast as PyTorch up to it
@@ -95,16 +96,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 @cache
 def is_slow(dtype: torch.dtype) -> bool:
     """Whether PyTorch's products in this dtype are slow in main memory, on this machine."""
-    names = {
-        torch.bfloat16: "_is_mkldnn_bf16_supported",
-        torch.float16: "_is_mkldnn_fp16_supported",
-    }
-    if dtype not in names:
-        return False
-    try:
-        return not getattr(torch.ops.mkldnn, names[dtype])()
-    except (AttributeError, RuntimeError):  # another build, for another processor
-        return False
+    return dtype in DTYPES and not _torch.multiplies_quickly(dtype)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -7,7 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from switchlm import _torch
 
 Item = TypeVar("Item")
 
@@ -18,7 +19,7 @@ def parallel_for(work: Callable[[Sequence[Item]], None], parts: Sequence[Sequenc
     Threads record no gradients. Under a dispatch mode (a FLOP counter, say), which lives in one
     thread, everything runs here.
     """
-    if len(parts) == 1 or _get_current_dispatch_mode() is not None:
+    if len(parts) == 1 or _torch.is_watched():
         for part in parts:
             work(part)
         return

@@ -20,6 +20,14 @@ def is_watched() -> bool:
     return bool(torch._C._len_torch_dispatch_stack())
 
 
+def is_transformed() -> bool:
+    """Whether functions are transformed here (vmap, forward-mode gradients), as no kernel can be."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 def active_fake_mode() -> FakeTensorMode | None:
     """Return the fake mode in which operators run here, if any."""
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+
+from switchlm import _torch
 
 COMPILERS = ("gcc", "cc", "clang")
 UNITS = (
@@ -59,9 +60,8 @@ def readable(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> bool:
             type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu and tensor.dtype == dtype
             for tensor in tensors
         )
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
+        and not _torch.is_watched()
+        and not _torch.is_transformed()
         and native().library is not None
     )
 

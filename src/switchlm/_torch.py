@@ -21,7 +21,7 @@ def is_watched() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether functions are transformed here (vmap, forward-mode gradients), as no kernel can be."""
+    """Whether functions are transformed here (vmap, forward gradients), as no kernel can be."""
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0

@@ -13,7 +13,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks_on_stage import CONFIG, FOUR, Run, differences, message_of, name_of, only_on, play
+from tests.checkpoint.ranks_on_stage import (
+    CONFIG,
+    FOUR,
+    Run,
+    differences,
+    message_of,
+    name_of,
+    only_on,
+    play,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

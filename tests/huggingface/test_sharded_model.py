@@ -27,9 +27,8 @@ MESHES = ("replicas1-data2-expert2-tensor1", "replicas1-data1-expert2-tensor2")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """What four ranks made of a model, and what they say."""
     folder = tmp_path_factory.mktemp("exported")
-    driver = Path(__file__).with_name("export_driver.py")
-    words = [sys.executable, str(driver), str(folder)]
-    done = run(words)
+    command = [sys.executable, "-m", "tests.huggingface.export_driver", str(folder)]
+    done = run(command, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, json.loads(done.stdout.splitlines()[-1])
 

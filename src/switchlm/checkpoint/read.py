@@ -33,9 +33,9 @@ def load_folder(
     """Return the state in `folder`, which may be a copy of a checkpoint under any name.
 
     into: sections of the state (such as `model`) with tensors to fill in place, DTensors on any
-    mesh among them, of which each rank reads its own part; these are the tensors of the state
-    returned, all others are new, whole, and on the CPU. A section must have exactly the tensors of
-    the checkpoint, in shape and dtype.
+        mesh among them, of which each rank reads its own part; these are the tensors of the state
+        returned, all others are new, whole, and on the CPU. A section must have exactly the tensors
+        of the checkpoint, in shape and dtype.
 
     Raises CheckpointError, on all ranks, for a damaged folder, for parts of tensors that are
     missing or stored twice, and for a section that does not fit, before anything is written into

@@ -97,10 +97,10 @@ class CheckpointStore:
         """Copy the tensors of `state` now, and write the checkpoint in the background.
 
         state: nested dicts, lists and tuples of tensors, numbers and strings, see format.py; it may
-        change as soon as this returns. Of DTensors each part is saved once; all else must be the
-        same on all ranks, and is rank 0's. A checkpoint of the same step is replaced. At most one
-        save is under way: this waits for the one before, and raises its error if it failed. The
-        memory of the copy is kept for the next save.
+            change as soon as this returns. Of DTensors each part is saved once; all else must be
+            the same on all ranks, and is rank 0's. A checkpoint of the same step is replaced. At
+            most one save is under way: this waits for the one before, and raises its error if it
+            failed. The memory of the copy is kept for the next save.
 
         Raises CheckpointError, also if a checkpoint of a later step is there, for then `newest`
         would go on from that one; see `discard_after`.
@@ -179,8 +179,8 @@ class CheckpointStore:
     ) -> dict[str, Any]:
         """Return the state of `step`, or of the newest checkpoint that is whole.
 
-        into: tensors to fill in place, see `reading.load_folder`; they are untouched if this
-        raises CheckpointError, which names the newest checkpoint that can be used instead.
+        into: tensors to fill in place, see `reading.load_folder`; they are untouched if this raises
+            CheckpointError, which names the newest checkpoint that can be used instead.
         """
         self.wait()
         if step is None:

@@ -22,7 +22,8 @@ PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal to draw o
 class Progress:
     """Shows the events of a recipe as they pass and hands them on.
 
-    steps: where the runs will end, if that is known. seconds: or when.
+    steps: where the runs will end, if that is known.
+    seconds: or when.
     """
 
     def __init__(self, console: Console, *, steps: int | None, seconds: float | None) -> None:

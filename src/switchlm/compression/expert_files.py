@@ -146,7 +146,7 @@ class ExpertFiles:
         """Read from byte `start` of the part as many bytes as the target has.
 
         target: a view of `buffer`. What it has around it up to whole pages may be overwritten where
-        the part is large.
+            the part is large.
         """
         file, offset, size = self._files[part.file], part.offset + start, target.numel()
         first = target.storage_offset() - buffer.storage_offset()

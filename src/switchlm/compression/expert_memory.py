@@ -32,10 +32,14 @@ Tensors = Mapping[str, Tensor]
 class Counters:
     """What happened so far, in experts; an expert counts once each time a layer wants it.
 
-    hits: already in memory. foreseen: of those, read because of a guess and not used before.
-    misses: had to be read, or were still being read. guesses: experts that were not in memory and
-    were guessed to be wanted, of which `wrong_guesses` then were not. bytes_read: from the files.
-    bytes_held: by experts now. waited: seconds that computing stood still for want of an expert.
+    hits: already in memory.
+    foreseen: of those, read because of a guess and not used before.
+    misses: had to be read, or were still being read.
+    guesses: experts that were not in memory and were guessed to be wanted, of which `wrong_guesses`
+        then were not.
+    bytes_read: from the files.
+    bytes_held: by experts now.
+    waited: seconds that computing stood still for want of an expert.
     """
 
     hits: int = 0
@@ -59,7 +63,8 @@ class Counters:
 class _Entry:
     """An expert that is in memory or on its way.
 
-    wanted: by how many. buffer: None until a reader begins.
+    wanted: by how many.
+    buffer: None until a reader begins.
     """
 
     key: Key
@@ -73,8 +78,10 @@ class _Entry:
 class ExpertMemory:
     """All experts of a model, of which those used last are in memory; for any number of threads.
 
-    recipes: how to read each. budget: bytes that all experts in memory may take, and what readers
-    need to convert them. Raises ConfigError for a budget that not even the largest expert fits.
+    recipes: how to read each.
+    budget: bytes that all experts in memory may take, and what readers need to convert them.
+
+    Raises ConfigError for a budget that not even the largest expert fits.
     """
 
     def __init__(

@@ -27,7 +27,8 @@ def gptq(
 ) -> tuple[Tensor, Tensor] | None:
     """Return codes and scale of a matrix as they are stored; None where the rows tell nothing.
 
-    gram_KK: x^T x of the rows, float32. group_size: of 4 bits.
+    gram_KK: x^T x of the rows, float32.
+    group_size: of 4 bits.
     """
     factor_KK = _inverse_factor(gram_KK)
     if factor_KK is None:

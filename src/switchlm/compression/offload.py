@@ -38,8 +38,9 @@ if TYPE_CHECKING:
 class Forecast:
     """What the next Switch layer will want, judged by what this one sees.
 
-    layer: its name. weight_ED: its router's, for the input of this layer. The residual stream
-    changes little from one layer to the next, so the same rows, normed otherwise, are a good guess.
+    layer: its name.
+    weight_ED: its router's, for the input of this layer. The residual stream changes little from
+        one layer to the next, so the same rows, normed otherwise, are a good guess.
     """
 
     layer: str
@@ -56,8 +57,9 @@ class Forecast:
 class OffloadedExperts(nn.Module):
     """Experts of one layer (see the `Experts` protocol) that are taken from an ExpertMemory.
 
-    Their matrices are [out, in], as they lie in the files, or codes of such. width, hidden: of the
-    outputs and of what lies between the two matrices.
+    Their matrices are [out, in], as they lie in the files, or codes of such.
+
+    width, hidden: of the outputs and of what lies between the two matrices.
     """
 
     def __init__(
@@ -138,7 +140,9 @@ def load_offloaded(
     """Load a model whose experts stay in their files, for inference on a CPU.
 
     expert_memory: bytes for experts, see ExpertMemory. The other arguments are those of
-    `switchlm.load`; experts are kept in `dtype`, so that they are converted once, as they are read.
+        `switchlm.load`; experts are kept in `dtype`, so that they are converted once, as they are
+        read.
+
     Raises CheckpointError as `load` does and for pickled weights, ConfigError for too few bytes.
     """
     model, tokenizer, experts = load_without_experts(

@@ -190,7 +190,7 @@ def prune(
     """Return a model of the `keep` experts a layer that score highest, and which they were.
 
     scores: see `importance`. Routers lose the rows of the experts that go, so that their tokens go
-    to the next best of those that stay.
+        to the next best of those that stay.
     """
     check_number(model.config, keep, model.config.num_experts, "--keep-experts")
     kept = {
@@ -210,10 +210,10 @@ def merge(
 ) -> tuple[SwitchTransformer, dict[str, list[list[int]]]]:
     """Return a model of `number` experts per layer, and which were merged into each.
 
-    scores: the loads. In every layer the experts that score highest are kept as centres; each
-    other expert joins the centre that is most like it, and a centre becomes the mean of its group,
-    weighted by load, hidden units first brought into the centre's order (Li et al. 2024). Routers'
-    rows are averaged likewise.
+    scores: the loads. In every layer the experts that score highest are kept as centres; each other
+        expert joins the centre that is most like it, and a centre becomes the mean of its group,
+        weighted by load, hidden units first brought into the centre's order (Li et al. 2024).
+        Routers' rows are averaged likewise.
     """
     check_number(model.config, number, model.config.num_experts, "--merge-experts")
     state = dict(model.state_dict())

@@ -184,8 +184,8 @@ def choose_aligned(
     """Return for each source which documents are held out, the same groups in all of them.
 
     hashes_SD, lengths_SD: one array per source. As `choose_held_out`, but a group that joins in one
-    source, because that has too little text, joins in all: else translations of a held-out text
-    would be trained on.
+        source, because that has too little text, joins in all: else translations of a held-out text
+        would be trained on.
     """
     chosen_SD = [
         choose_held_out(hashes_D, lengths_D, share, least)

@@ -34,12 +34,13 @@ MOST_SCORES = 2**22  # of attention at once: 16 MiB
 class SwitchDiagnosis:
     """What a Switch layer did with the held-out tokens; padding is left out everywhere.
 
-    name: the module, such as `encoder.blocks.1.feedforward`. gate: the mean gate of the assignments
-    that were kept. dead_experts: how many experts no token chose. router_entropy: of a token's
-    probabilities over the experts, mean over tokens; load_entropy: of the share of assignments that
-    wanted each expert; both in nats, at most ln E. expert_T: int64, on the CPU, the first choice of
-    up to 1,024 tokens, always the same for a batch; where experts choose, each token's most
-    probable expert.
+    name: the module, such as `encoder.blocks.1.feedforward`.
+    gate: the mean gate of the assignments that were kept.
+    dead_experts: how many experts no token chose.
+    router_entropy: of a token's probabilities over the experts, mean over tokens; load_entropy: of
+        the share of assignments that wanted each expert; both in nats, at most ln E.
+    expert_T: int64, on the CPU, the first choice of up to 1,024 tokens, always the same for a
+        batch; where experts choose, each token's most probable expert.
     """
 
     name: str
@@ -55,7 +56,8 @@ class Diagnosis:
     """What the layers of a model did with held-out text.
 
     attention_near: for each self-attention, by its module's name, a number a head: the sum of the
-    attention weights on keys at most 3 positions away, the query's own included, mean over tokens.
+        attention weights on keys at most 3 positions away, the query's own included, mean over
+        tokens.
     layers: the Switch layers, in layer order; none in a dense model.
     """
 

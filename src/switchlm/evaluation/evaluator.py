@@ -31,12 +31,12 @@ def held_out_loss(
     """Return the mean negative log likelihood in nats per target token, and how many counted.
 
     sources: the names that `Batch.source_B` indexes. The result is `loss`, `tokens`, and `sources`:
-    a mapping of each name met to its own `loss` and `tokens`. Capacity is enforced as configured
-    for evaluation (`router.evaluation_capacity_factor`). On many processes each gives its share of
-    the batches, the model being sharded over `mesh`; all get the result.
+        a mapping of each name met to its own `loss` and `tokens`. Capacity is enforced as
+        configured for evaluation (`router.evaluation_capacity_factor`). On many processes each
+        gives its share of the batches, the model being sharded over `mesh`; all get the result.
 
     resamples: of the bootstrap over rows; where there are any, a single process adds to every loss
-    its `interval`, the two ends of 95%.
+        its `interval`, the two ends of 95%.
 
     Raises DataError when there is no target token at all.
     """

@@ -49,7 +49,7 @@ def bootstrap(
     """Return combine(sum over examples) and its interval of the given confidence.
 
     groups_N: what belongs together and is drawn together, such as all questions about a text; every
-    example is drawn by itself where None. The same seed draws the same groups.
+        example is drawn by itself where None. The same seed draws the same groups.
     """
     sums_GK = _group_sums(np.asarray(statistics_NK, dtype=np.float64), groups_N)
     value = float(combine(sums_GK.sum(0)))
@@ -94,7 +94,9 @@ NO_NUMBER = -1.0  # what a prediction counts as that should be a number, as in T
 @dataclass(frozen=True, kw_only=True)
 class Metric:
     """statistics: of predictions, examples and labels, float64 [N, K]; combine: their sums to a
-    share. labelled: whether it takes the labels of the task, positive the second one."""
+        share.
+    labelled: whether it takes the labels of the task, positive the second one.
+    """
 
     statistics: Callable[[Sequence[str], Sequence[Example], Labels], Floats]
     combine: Combine

@@ -112,8 +112,9 @@ def _text(tokenizer: Tokenizer, token: int) -> str:
 def token_class(text: str, before: str = "", marked: bool = False) -> str:
     """Return one of CLASSES for the text of a token (or of a character in several tokens).
 
-    before: the text of the token before it. marked: whether the piece begins with a space that
-    `text` may lack, since some tokenizers drop the first one.
+    before: the text of the token before it.
+    marked: whether the piece begins with a space that `text` may lack, since some tokenizers drop
+        the first one.
     """
     bare = text.strip()
     if not bare:
@@ -146,12 +147,14 @@ PLACES = 16  # that the rows are divided into, to see where tokens are dropped
 class LayerRouting:
     """What one Switch layer did with a text; padding is left out everywhere.
 
-    name: the module, such as `encoder.blocks.1.feedforward`. load_E: assignments to each expert,
-    before dropping. class_load, source_load: the same for each class of tokens and
-    each source of the text. top_tokens: for each expert its most frequent
-    tokens as (text, count). dropped: the share of assignments that capacity dropped.
+    name: the module, such as `encoder.blocks.1.feedforward`.
+    load_E: assignments to each expert, before dropping.
+    class_load, source_load: the same for each class of tokens and each source of the text.
+    top_tokens: for each expert its most frequent tokens as (text, count).
+    dropped: the share of assignments that capacity dropped.
     dropped_by_place: the share of tokens that no expert took, in equal parts of the row from its
-    start to its end. gate: the mean gate.
+        start to its end.
+    gate: the mean gate.
     """
 
     name: str
@@ -176,10 +179,11 @@ def routing_statistics(
     """Return a record for every Switch layer, in layer order; none for a dense model.
 
     Encoder layers see the inputs, decoder layers the targets shifted right. Capacity is as
-    configured for evaluation. sources: the names that `Batch.source_B` indexes; without them
-    there is no count by source. On many processes
-    each gives its share of the batches, and all get the counts of all, but for `top_tokens`, which
-    are of the process's own share.
+    configured for evaluation.
+
+    sources: the names that `Batch.source_B` indexes; without them there is no count by source. On
+        many processes each gives its share of the batches, and all get the counts of all, but for
+        `top_tokens`, which are of the process's own share.
     """
     names = list(switch_layers(model))
     if not names:

@@ -29,7 +29,8 @@ _NO_LIMIT = 2**30  # tokens
 class TaskScore:
     """metrics: in per cent, in the order of the task, the first of which decides.
 
-    predictions: one an example, in their order. truncated_inputs: how many inputs were cut.
+    predictions: one an example, in their order.
+    truncated_inputs: how many inputs were cut.
     unfinished: how many answers the limit of new tokens cut off.
     """
 
@@ -61,11 +62,12 @@ def score_task(
 ) -> TaskScore:
     """Let the model answer every example, greedily, and measure the answers.
 
-    input_length: tokens; longer inputs are cut at the end, as in training. max_new_tokens: the end
-    token included; None takes what the longest reference needs. rank_labels: take the most probable
-    of the task's labels instead of generating freely. report: called with the examples done so far.
+    input_length: tokens; longer inputs are cut at the end, as in training.
+    max_new_tokens: the end token included; None takes what the longest reference needs.
+    rank_labels: take the most probable of the task's labels instead of generating freely.
+    report: called with the examples done so far.
     mesh: of the processes that each call this with the same whole model; they share the examples
-    out, and all return the score of all.
+        out, and all return the score of all.
 
     No token is dropped, so an answer does not depend on its neighbours in the batch. Raises
     ConfigError where labels are to be ranked and the task has none, and what `generate` and

@@ -41,7 +41,10 @@ def describe(
     programs: tuple[str, str],
     capacity_factor: float | None,
 ) -> None:
-    """Write all but the programs. opening: Python that binds `encode` and `step`."""
+    """Write all but the programs.
+
+    opening: Python that binds `encode` and `step`.
+    """
     about = {
         "layers": config.num_decoder_layers,
         "heads": config.num_heads,

@@ -36,7 +36,7 @@ class StaticSwitch(nn.Module):
     """Stands in for a SwitchFeedForward in evaluation; maps x [..., D] to y [..., D] alone.
 
     way: `gathered`, `tiled` or `padded_to(factor)`. Weights are shared with `layer`. Everything is
-    computed in float32.
+        computed in float32.
     """
 
     def __init__(self, layer: SwitchFeedForward, way: Way) -> None:
@@ -102,7 +102,9 @@ def tiled(layer: StaticSwitch, x_AD: Tensor, expert_A: Tensor) -> Tensor:
 def padded_to(factor: float) -> Way:
     """Return `padded`, where an expert has ceil(A / E * factor) slots for all rows of a batch.
 
-    Assignments take slots in order; padding takes slots like any token. factor: to two decimals.
+    Assignments take slots in order; padding takes slots like any token.
+
+    factor: to two decimals.
     """
     hundredths = round(factor * _HUNDREDTHS)
 

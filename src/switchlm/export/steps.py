@@ -83,7 +83,8 @@ class DecoderStep(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits_BV, keys_LBHMK, values_LBHMK.
 
-        token_B1: int64, the padding token at first. position: int64 scalar, how many came before.
+        token_B1: int64, the padding token at first.
+        position: int64 scalar, how many came before.
         mask_BS: the encoder's, and so are cross_*.
         """
         place_M = torch.arange(keys_LBHMK.shape[3], device=token_B1.device)
@@ -140,8 +141,10 @@ def programs(
     """Return the two programs of a model, with static shapes and the model's own weights.
 
     capacity_factor: of the encoder's experts, which then drop tokens past it; without it nothing is
-    dropped. The decoder never drops. Raises ConfigError for layers that have no such form, and
-    CheckpointError for weights that have none.
+        dropped. The decoder never drops.
+
+    Raises ConfigError for layers that have no such form, and CheckpointError for weights that have
+    none.
     """
     config = model.config
     if config.num_experts and (config.attention_experts or config.router.selection != "token"):
@@ -224,7 +227,8 @@ def greedy(
 ) -> list[int]:
     """Return the tokens that follow from a prompt, without the end token.
 
-    tokens: the prompt, which ends with the end token. about: what export.json says.
+    tokens: the prompt, which ends with the end token.
+    about: what export.json says.
     """
     mask = np.ones((1, len(tokens)), dtype=bool)
     _, cross_keys, cross_values = encode(np.array([tokens]), mask)

@@ -25,7 +25,8 @@ from switchlm.model.transformer import SwitchTransformer
 class Answer:
     """What a model says to a text.
 
-    output: the decoded output, sentinels included. spans: the number of a blank to its span.
+    output: the decoded output, sentinels included.
+    spans: the number of a blank to its span.
     finished: false where the limit of tokens cut the output off.
     """
 
@@ -72,8 +73,10 @@ def stream(
 ) -> Generator[str, None, Answer]:
     """Yield the output in pieces that are never empty, as they come; return all of it.
 
-    stops: texts that end the output and stay out of it. Raises DataError for an empty text, and for
-    tokens that the model's vocabulary lacks, ConfigError for an empty stop string.
+    stops: texts that end the output and stay out of it.
+
+    Raises DataError for an empty text, and for tokens that the model's vocabulary lacks,
+    ConfigError for an empty stop string.
     """
     writer = Writer(tokenizer, stops)
     inputs_BS, _ = pad_prompts([prompt_of(model, tokenizer, text)], model.config.pad_id)
@@ -202,7 +205,9 @@ def fill(
 ) -> str:
     """Return `text` with the model's spans in its blanks; a blank the model left out stays.
 
-    max_new_tokens: 32 a blank where left out. Raises DataError for a text without blanks.
+    max_new_tokens: 32 a blank where left out.
+
+    Raises DataError for a text without blanks.
     """
     limit = max_new_tokens or TOKENS_A_BLANK * count_blanks(text, tokenizer)
     said = answer(model, tokenizer, text, max_new_tokens=limit, sampling=sampling, seed=seed)

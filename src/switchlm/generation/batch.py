@@ -37,7 +37,10 @@ def answer_all(
     """Yield the number of each text and the answer to it, which is that of `answer`.
 
     Texts of similar length share a padded batch, so they are answered out of order, the longest
-    first: what does not fit into memory shows at once. max_new_tokens: for all, or one a text.
+    first: what does not fit into memory shows at once.
+
+    max_new_tokens: for all, or one a text.
+
     Raises as `stream` does; an empty text is told by its number, from 1.
     """
     for batch in _batches(model, tokenizer, texts, max_new_tokens, batch_size):
@@ -97,7 +100,10 @@ def best_answers(
 
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
-    """Padded prompts; places: which text each is. limits: of the tokens of each output."""
+    """Padded prompts; places: which text each is.
+
+    limits: of the tokens of each output.
+    """
 
     places: list[int]
     inputs_BS: Tensor

@@ -37,8 +37,9 @@ _IMPOSSIBLE = -1e9  # the log probability of open outputs that do not exist yet
 class Beams:
     """How to search.
 
-    width: open outputs per prompt; 1 is greedy. length_penalty: above 0 favours long outputs, below
-    0 short ones. early_stopping: a prompt is done as soon as `width` of its outputs have ended.
+    width: open outputs per prompt; 1 is greedy.
+    length_penalty: above 0 favours long outputs, below 0 short ones.
+    early_stopping: a prompt is done as soon as `width` of its outputs have ended.
     """
 
     width: int = 4
@@ -143,7 +144,10 @@ class _Prompt:
         self._end_id = end_id
 
     def take(self, scores: list[float], candidates: list[tuple[int, int]]) -> None:
-        """Go one token on. candidates: (open output, token), the most probable first."""
+        """Go one token on.
+
+        candidates: (open output, token), the most probable first.
+        """
         if self.done:
             return
         width, length = self._beams.width, len(self.open[0]) + 1

@@ -103,8 +103,9 @@ class Generated:
 class Step:
     """One more token a row.
 
-    token_B: int64, padding where the row was over before. finished_B: bool, the row has ended by
-    itself. over_B: bool, it has ended, or reached its limit.
+    token_B: int64, padding where the row was over before.
+    finished_B: bool, the row has ended by itself.
+    over_B: bool, it has ended, or reached its limit.
     """
 
     token_B: Tensor
@@ -156,12 +157,13 @@ def steps(
 ) -> Iterator[Step]:
     """Yield the next token of every prompt, until all rows are over.
 
-    inputs_BS: int64 prompts, one a row. segments_BS: int, 0 at padding and 1 elsewhere; None where
-    nothing is padded. max_new_tokens: one for all, or one a row. seeds: one a row, or one for all,
-    with which equal prompts give equal samples. encoder_capacity: enforce the encoder's capacity
-    as configured, each prompt by itself (as transformers' `generate` does); the decoder, which sees
-    one token at a time, drops none. ends: called with the row and the value of every new token;
-    true ends the row after it.
+    inputs_BS: int64 prompts, one a row.
+    segments_BS: int, 0 at padding and 1 elsewhere; None where nothing is padded.
+    max_new_tokens: one for all, or one a row.
+    seeds: one a row, or one for all, with which equal prompts give equal samples.
+    encoder_capacity: enforce the encoder's capacity as configured, each prompt by itself (as
+        transformers' `generate` does); the decoder, which sees one token at a time, drops none.
+    ends: called with the row and the value of every new token; true ends the row after it.
 
     The model is in evaluation mode until the last step, or until the iterator is closed.
 

@@ -25,10 +25,12 @@ NO_EXPERT = -1  # of a token that no expert chose, where experts choose
 class RoutedLayer:
     """What one Switch layer did with each token, in token order.
 
-    layer: the index of its block. part: what of the block it is, `feedforward` or, with experts in
-    the attention, `attention.query` and `attention.key_value`. expert, gate, kept: of each token's
-    first choice; an expert is -1 where experts choose and none chose the token. load: how many
-    tokens wanted each expert, before dropping.
+    layer: the index of its block.
+    part: what of the block it is, `feedforward` or, with experts in the attention,
+        `attention.query` and `attention.key_value`.
+    expert, gate, kept: of each token's first choice; an expert is -1 where experts choose and none
+        chose the token.
+    load: how many tokens wanted each expert, before dropping.
     """
 
     layer: int
@@ -71,8 +73,8 @@ def route(
     the expert beside a token is the one that read it, to write the next. Joined, the encoder's
     tokens are the text and `</s>`; the decoder's are `<pad>` and the output.
 
-    enforce_capacity: drop what the configured capacity for evaluation has no slot for, the
-    decoder seeing its output at once, as in training; otherwise, as in serving, nothing is dropped.
+    enforce_capacity: drop what the configured capacity for evaluation has no slot for, the decoder
+        seeing its output at once, as in training; otherwise, as in serving, nothing is dropped.
 
     Raises DataError for an empty text, and for tokens that the model's vocabulary lacks.
     """

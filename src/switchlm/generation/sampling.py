@@ -16,9 +16,10 @@ from switchlm.errors import ConfigError
 class Sampling:
     """How to choose the next token. The default takes the most probable one.
 
-    temperature: logits are divided by it; 0 is greedy. top_k: draw among the k most probable
-    tokens only. top_p: then among the fewest of those whose probability adds up to at least p
-    (Holtzman et al. 2020). They apply in this order.
+    temperature: logits are divided by it; 0 is greedy.
+    top_k: draw among the k most probable tokens only.
+    top_p: then among the fewest of those whose probability adds up to at least p (Holtzman et al.
+        2020). They apply in this order.
     """
 
     temperature: float = 0.0
@@ -53,7 +54,10 @@ def uniforms(seeds: Sequence[int], length: int) -> Tensor:
 
 
 def next_tokens(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> Tensor:
-    """Return token_B, int64. uniform_B: one draw from [0, 1) a row; greedy needs none."""
+    """Return token_B, int64.
+
+    uniform_B: one draw from [0, 1) a row; greedy needs none.
+    """
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     assert uniform_B is not None

@@ -72,7 +72,9 @@ class _Store:
 class Slots:
     """Up to `num_slots` outputs in the making, for prompts and outputs of bounded length.
 
-    Use it within `serving(model)`. names: who is in the occupied rows, in order.
+    Use it within `serving(model)`.
+
+    names: who is in the occupied rows, in order.
     """
 
     def __init__(
@@ -125,7 +127,10 @@ class Slots:
     def join(
         self, name: Any, encoded_SD: Tensor, *, sampling: Sampling, seed: int, limit: int
     ) -> None:
-        """Take a free slot. limit: how many tokens the output may have, at most max_target."""
+        """Take a free slot.
+
+        limit: how many tokens the output may have, at most max_target.
+        """
         length = encoded_SD.shape[0]
         assert self.num_free, "all slots are taken"
         assert length <= self.max_source, "the prompt is longer than a slot"

@@ -29,7 +29,7 @@ class TextStream:
     """The text of one output, token by token.
 
     stops: texts that end the output and stay out of it; the one that is complete first counts.
-    stopped: whether one has come; nothing is given out from then on.
+        stopped: whether one has come; nothing is given out from then on.
 
     Raises ConfigError for an empty stop string.
     """

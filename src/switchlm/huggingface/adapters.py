@@ -23,7 +23,9 @@ TENSORS, ABOUT = "adapters.safetensors", "adapters.json"
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """rank, alpha: see lora.apply. base: the model the adapters were made for, as it was named."""
+    """rank, alpha: see lora.apply.
+    base: the model the adapters were made for, as it was named.
+    """
 
     rank: int
     alpha: float

@@ -105,8 +105,10 @@ def read_config(
 ) -> tuple[ModelConfig, Family]:
     """Return the configuration of the model whose weights were surveyed, and its family.
 
-    head_differs: whether the head in the weights is another matrix than the embedding. report: told
-    of every repair. Raises CheckpointError for what this package cannot be.
+    head_differs: whether the head in the weights is another matrix than the embedding.
+    report: told of every repair.
+
+    Raises CheckpointError for what this package cannot be.
     """
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_TYPES:

@@ -61,8 +61,9 @@ def load(
 ) -> "tuple[SwitchTransformer, Tokenizer | None]":
     """Load a model and its tokenizer, None where the folder has none; the model is in eval mode.
 
-    name: a run, a model folder, or a name on the hub (at `revision`). dtype: None keeps that of the
-    files. report: told of repairs and oddities; without it they are warnings.
+    name: a run, a model folder, or a name on the hub (at `revision`).
+    dtype: None keeps that of the files.
+    report: told of repairs and oddities; without it they are warnings.
 
     Tensors are read one by one into their place, experts stacked, so that memory holds the model
     and one tensor. Raises CheckpointError where anything is missing, extra, misshapen or damaged.
@@ -199,8 +200,8 @@ def save(
     (without it, as a warning).
 
     group: the gloo group of all processes that hold a part of the model, each of which then calls
-    this and writes its share of the files; no more than one matrix of an expert, or one dense
-    parameter, is whole anywhere. Nothing else may use the group meanwhile.
+        this and writes its share of the files; no more than one matrix of an expert, or one dense
+        parameter, is whole anywhere. Nothing else may use the group meanwhile.
     """
     write_model(model, tokenizer, Path(directory), max_shard_bytes, report or _warn, Ranks(group))
 
@@ -217,8 +218,9 @@ def fill(
     """Copy the weights of a saved model into `model`, in its own dtype, wherever its parts are.
 
     model: built from `load_config(name)`; plain, or sharded over processes, each of which calls
-    this and reads no more than its own parts. name, revision: as in `load`. group: as in `save`; if
-    reading fails on one process, all of them raise CheckpointError.
+        this and reads no more than its own parts.
+    name, revision: as in `load`.
+    group: as in `save`; if reading fails on one process, all of them raise CheckpointError.
     """
     tell = report or _warn
     ranks = Ranks(group)

@@ -26,9 +26,11 @@ LAST_SUBLAYER = {"encoder": 1, "decoder": 2}
 class Row:
     """One line of the table.
 
-    ours, theirs: templates of the names. shape: a letter a dim of *their* tensor. needs: features
-    a model, stack or block must have for the row to apply. A row with {j} in `theirs` is one expert
-    of a stacked tensor: ours is [E, *reversed(shape)], each expert transposed.
+    ours, theirs: templates of the names.
+    shape: a letter a dim of *their* tensor.
+    needs: features a model, stack or block must have for the row to apply. A row with {j} in
+        `theirs` is one expert of a stacked tensor: ours is [E, *reversed(shape)], each expert
+        transposed.
     """
 
     ours: str

@@ -63,8 +63,9 @@ SCALE = ".scale"
 class Quantisation:
     """How weights are stored.
 
-    bits: 8, with a scale an output; or 4, with a scale and an offset a group of inputs. group_size:
-    of 4 bits, inputs per group; a matrix whose inputs it does not divide has the next smaller size.
+    bits: 8, with a scale an output; or 4, with a scale and an offset a group of inputs.
+    group_size: of 4 bits, inputs per group; a matrix whose inputs it does not divide has the next
+        smaller size.
     what: `experts`, or `all`: attention, dense feed-forward layers and the vocabulary too.
     """
 
@@ -130,8 +131,9 @@ def refuse_quantised(values: Mapping[str, Any], purpose: str) -> None:
 def parts(entry: Entry, num_experts: int, quantisation: Quantisation) -> list[Part]:
     """Return how a parameter is stored.
 
-    entry: for a stacked parameter, that of any expert. Raises ConfigError for widths that cannot be
-    cut into groups.
+    entry: for a stacked parameter, that of any expert.
+
+    Raises ConfigError for widths that cannot be cut into groups.
     """
     stack = () if entry.expert is None else (num_experts,)
     if not quantisation.holds(entry):
@@ -197,8 +199,8 @@ def load_quantised(
 ) -> SwitchTransformer:
     """Return the model of a quantised folder; no quantised parameter is ever a float one.
 
-    dtype: of what is not quantised; None keeps that of the files. experts: false leaves those on
-    the meta device, see `expert_extents`.
+    dtype: of what is not quantised; None keeps that of the files.
+    experts: false leaves those on the meta device, see `expert_extents`.
     """
     config, family, weights = read_quantised_config(folder, values, quantisation)
     return assemble(config, family, quantisation, weights.read, dtype, device, experts)
@@ -216,7 +218,8 @@ def assemble(
 ) -> SwitchTransformer:
     """Return a quantised model of its tensors, as they are stored.
 
-    read: gives (key, tensor) of the keys asked for. dtype, experts: see load_quantised.
+    read: gives (key, tensor) of the keys asked for.
+    dtype, experts: see load_quantised.
     """
     with torch.device("meta"):
         model = SwitchTransformer(config)
@@ -321,8 +324,10 @@ def save_quantised(
 ) -> None:
     """Write a folder that `load` reads as the quantised model.
 
-    source: all weights, in any order. quantise: gives codes and scales of one matrix as they are
-    stored. What is not quantised is stored in float32. A model in the folder's place is replaced.
+    source: all weights, in any order.
+    quantise: gives codes and scales of one matrix as they are stored. What is not quantised is
+        stored in float32. A model in the folder's place is replaced.
+
     Raises ConfigError for widths that cannot be cut into groups, CheckpointError for a folder that
     holds other things, OSError.
     """

@@ -34,7 +34,8 @@ class ExpertOrder:
 def sort_by_expert(expert_A: Tensor, kept_A: Tensor, num_experts: int) -> ExpertOrder:
     """Order assignments by expert, dropped ones last, in token order within an expert.
 
-    expert_A: int64. kept_A: bool.
+    expert_A: int64.
+    kept_A: bool.
     """
     if _counted(expert_A, kept_A):
         return _counting_sort(expert_A.contiguous(), kept_A.contiguous(), num_experts)

@@ -18,7 +18,10 @@ def grouped_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor
     The first counts_E[0] rows belong to expert 0, the next counts_E[1] to expert 1, and so on. Rows
     past the sum of the counts (dropped tokens) give zeros.
 
-    x_RD, weight_EDF: one floating dtype. counts_E: int64. Returns y_RF.
+    x_RD, weight_EDF: one floating dtype.
+    counts_E: int64.
+
+    Returns y_RF.
     """
     pieces = []
     start = 0

@@ -68,7 +68,10 @@ def grouped_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor
     past the sum of the counts give zeros, and have zero gradients. Under autocast, inputs are cast
     as nn.Linear casts them.
 
-    x_RD, weight_EDF: one floating dtype. counts_E: int64. Returns y_RF.
+    x_RD, weight_EDF: one floating dtype.
+    counts_E: int64.
+
+    Returns y_RF.
     """
     x_RD, weight_EDF = _autocast(x_RD, weight_EDF)
     kernel = (KERNELS | INFERENCE)[explain(x_RD, weight_EDF).name]
@@ -86,6 +89,7 @@ def expert_feedforward(
     """Apply to every row its expert: down(act(up(x))), gated: down(act(gate(x)) * up(x)).
 
     The same as products by `grouped_matmul` with the activation between, and one pass on a CPU.
+
     activation: `relu`, or `gelu` (the tanh form, as T5 v1.1). Rows past the counts give zeros.
     """
     if gate_EDF is None:
@@ -157,8 +161,9 @@ def switch_feedforward(
 ) -> Tensor:
     """Return y_ND: the sum over a token's assignments of weight times expert.
 
-    The same as gathering rows, `expert_feedforward` and combining them. weight_A: float32, zero
-    where dropped; assignments stand in token order, as many a token.
+    The same as gathering rows, `expert_feedforward` and combining them.
+
+    weight_A: float32, zero where dropped; assignments stand in token order, as many a token.
     """
     x_ND, up_EDF, down_EFD = _autocast(x_ND, up_EDF, down_EFD)
     if gate_EDF is not None:

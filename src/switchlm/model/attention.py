@@ -45,7 +45,8 @@ class RelativeBias(nn.Module):
     def forward(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """Return the bias [1 or B, H, Q, M], H of the heads here, for int64 positions.
 
-        query_positions: [Q] or [B, Q]. key_positions: [M].
+        query_positions: [Q] or [B, Q].
+        key_positions: [M].
         """
         distance = key_positions - query_positions[..., None]
         bias = nn.functional.embedding(self.bucket(distance), local(self.weight)).movedim(-1, -3)
@@ -143,8 +144,9 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Return (y_BQD, ()).
 
-        bias: [1 or B, 1 or H, Q, M], added to the scores. memory: another sequence, or its keys and
-        values (cross-attention); without it x attends to itself, and to the past in `store`.
+        bias: [1 or B, 1 or H, Q, M], added to the scores.
+        memory: another sequence, or its keys and values (cross-attention); without it x attends to
+            itself, and to the past in `store`.
         """
         query_BHQK = heads(self.query(x_BQD), self.d_kv)
         if memory is None:

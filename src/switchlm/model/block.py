@@ -56,8 +56,10 @@ class Block(nn.Module):
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Return (x_BSD, the routing of this block's Switch layers).
 
-        bias, memory_bias: added to the scores of self- and cross-attention. mask_BS: bool, false at
-        padding. memory: the encoder's output, or its keys and values. store: a decoding cache.
+        bias, memory_bias: added to the scores of self- and cross-attention.
+        mask_BS: bool, false at padding.
+        memory: the encoder's output, or its keys and values.
+        store: a decoding cache.
         """
         x_BSD, routing = self.attend(
             x_BSD, bias, mask_BS=mask_BS, memory=memory, memory_bias=memory_bias, store=store

@@ -17,8 +17,9 @@ from switchlm.model.routing import Routing
 class Rows:
     """Tokens in the order of the experts that are here; rows past the counts were dropped.
 
-    x_RD: activations. counts_E: int64, rows of every expert here. way_back: what the dispatcher
-    needs to bring them back.
+    x_RD: activations.
+    counts_E: int64, rows of every expert here.
+    way_back: what the dispatcher needs to bring them back.
     """
 
     x_RD: Tensor
@@ -30,7 +31,8 @@ class Rows:
 class Assignments:
     """Where tokens that still stand in their own order belong, and what their outputs weigh.
 
-    order: of the assignments by expert. weight_A: float32, the gate; zero where dropped.
+    order: of the assignments by expert.
+    weight_A: float32, the gate; zero where dropped.
     """
 
     order: ExpertOrder

@@ -26,8 +26,9 @@ LOCAL_SLOPE, LOCAL_REACH = 1.5, 4  # of a local bias: how much it falls per posi
 class Initialiser:
     """Draws the parameters of a model, each as a pure function of the seed and its name.
 
-    initialisation: how wide the distributions are. d_kv: the width of a head, by whose root queries
-    are smaller. seed: None takes one from torch's generator.
+    initialisation: how wide the distributions are.
+    d_kv: the width of a head, by whose root queries are smaller.
+    seed: None takes one from torch's generator.
     """
 
     def __init__(

@@ -24,7 +24,8 @@ def feed_forward(
 ) -> Tensor:
     """Return down(act(up(x))), or down(act(gate(x)) * up(x)) when gated (Shazeer 2020).
 
-    up, gate, down: the linear maps. dropout: on the intermediate activation.
+    up, gate, down: the linear maps.
+    dropout: on the intermediate activation.
     """
     activate = ACTIVATIONS[activation]
     hidden = up(x)

@@ -111,8 +111,12 @@ def _added(weight: Tensor, scale: float, left: Tensor, right: Tensor) -> Tensor:
 def apply(model: SwitchTransformer, rank: int, alpha: float, seed: int = 0) -> None:
     """Freeze the model and put adapters on its attention projections and experts, in place.
 
-    rank: K. alpha: what A B is multiplied with, times the rank. seed: of A. Raises ConfigError
-    for a rank that is larger than a width, for then a pair has more numbers than its weight needs.
+    rank: K.
+    alpha: what A B is multiplied with, times the rank.
+    seed: of A.
+
+    Raises ConfigError for a rank that is larger than a width, for then a pair has more numbers than
+    its weight needs.
     """
     model.requires_grad_(False)
     for name, part in list(_adaptable(model)):

@@ -26,8 +26,9 @@ from switchlm.model.selection import (
 class Scores:
     """What the router thinks of a batch, before any token or expert chooses.
 
-    logits_NE, probability_NE: in the router's dtype. valid_N: bool, false at padding; None where
-    all tokens are real. tokens_a_group: S, how many consecutive tokens share capacity.
+    logits_NE, probability_NE: in the router's dtype.
+    valid_N: bool, false at padding; None where all tokens are real.
+    tokens_a_group: S, how many consecutive tokens share capacity.
     """
 
     logits_NE: Tensor
@@ -85,8 +86,9 @@ class Router(nn.Module):
     ) -> Routing:
         """Route tokens.
 
-        x_ND: any floating dtype, as the exploration left it. valid_N: bool, false at padding; None
-        says all tokens are real. row_tokens: tokens per row, for semantics that group by row.
+        x_ND: any floating dtype, as the exploration left it.
+        valid_N: bool, false at padding; None says all tokens are real.
+        row_tokens: tokens per row, for semantics that group by row.
         activation_dtype: what the experts compute in, for semantics that choose in that dtype.
         """
         semantics = self.config.semantics

@@ -117,7 +117,9 @@ def reroute_overflow(
     """No-token-left-behind (appendix B): overflow asks the next best expert, round by round.
 
     first_N1: int64, the expert that each token asks first; then it goes by probability. A token
-    that found capacity keep it; those still standing queue for their next choice in token order.
+        that found capacity keep it; those still standing queue for their next choice in token
+        order.
+
     Returns expert_N1 (the one that took the token, or the last one asked) and kept_N1.
     """
     num_experts = probability_NE.shape[1]

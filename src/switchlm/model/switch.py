@@ -23,7 +23,7 @@ class SwitchLayer(nn.Module):
     """Sends every token to an expert and returns the expert's output times its gate.
 
     router, experts: see router.py and experts.py. `dispatch` is local until parallelism or another
-    owner of experts replaces it.
+        owner of experts replaces it.
     """
 
     def __init__(self, router: Router, experts: Experts) -> None:
@@ -41,7 +41,7 @@ class SwitchLayer(nn.Module):
         """Map x [..., S, D] to (y [..., S, width], routing).
 
         mask: bool [..., S], false at padding, which gives zeros where the semantics leave it out;
-        None says that every token is real.
+            None says that every token is real.
         """
         x_ND = x.reshape(-1, x.shape[-1])
         valid_N = None if mask is None else mask.reshape(-1)
@@ -67,7 +67,7 @@ class SwitchFeedForward(SwitchLayer):
     """A Switch layer of feed-forward experts: replaces the FFN of any PyTorch Transformer.
 
     router: how tokens are routed; the default is the paper's. Parameters are initialised as in
-    section 2.4 unless `initialisation` says otherwise.
+        section 2.4 unless `initialisation` says otherwise.
 
     >>> y, routing = SwitchFeedForward(d_model=64, d_ff=256, num_experts=8)(x)
     >>> loss = task_loss + 0.01 * routing.balance_loss

@@ -32,8 +32,10 @@ class DecodingCache(Protocol):
     """What decoding step by step keeps (see generation/decode.py).
 
     positions_BT: int64, where the tokens being decoded stand, [T] or [B, T]. key_positions_M:
-    int64, the positions of all cached keys. self_attention: a store a layer. cross_attention: the
-    encoder's keys and values per layer.
+    int64, the positions of all cached keys.
+
+    self_attention: a store a layer.
+    cross_attention: the encoder's keys and values per layer.
     """
 
     self_attention: list[KeyValueStore]
@@ -48,9 +50,10 @@ class DecodingCache(Protocol):
 class StackInputs:
     """What the first block of a stack reads, and what all of its blocks share.
 
-    x_BSD: the embedded tokens. bias, memory_bias: added to the scores of self- and
-    cross-attention, very low where attention is not allowed. mask_BS: bool, false at padding; None
-    where all tokens are real.
+    x_BSD: the embedded tokens.
+    bias, memory_bias: added to the scores of self- and cross-attention, very low where attention is
+        not allowed.
+    mask_BS: bool, false at padding; None where all tokens are real.
     """
 
     x_BSD: Tensor
@@ -134,7 +137,7 @@ class SwitchTransformer(nn.Module):
         """Return logits for every target position, and the routing.
 
         inputs_BS, decoder_inputs_BT: int64; the latter are the targets shifted right (shift_right).
-        Segments: int, 0 at padding; None where rows are full and hold one example.
+            Segments: int, 0 at padding; None where rows are full and hold one example.
         """
         encoded_BSD, encoder_routing = self.encode(inputs_BS, input_segments_BS)
         output = self.decode(

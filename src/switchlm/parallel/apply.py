@@ -29,8 +29,8 @@ def apply(model: SwitchTransformer, mesh: Mesh, *, wire_dtype: torch.dtype | Non
     """Shard `model` over `mesh` in place; build it on the meta device, then `materialise` it.
 
     wire_dtype: what weights are gathered in (None: their own). Routers, norms, positions and the
-    embedding are gathered in their own dtype, since they compute in it (section 2.4), and gradients
-    are summed in float32.
+        embedding are gathered in their own dtype, since they compute in it (section 2.4), and
+        gradients are summed in float32.
 
     Gradients are sums over all processes: divide the loss by what is counted globally. Raises
     ConfigError where an axis does not divide what it splits.

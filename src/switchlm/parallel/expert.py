@@ -33,9 +33,10 @@ FEEDFORWARD_DIM = {"up": 2, "gate": 2, "down": 1}
 class DispatchState:
     """How rows came here: what is needed to send them back.
 
-    order: of this process's own assignments. receive_order: from the order in which rows arrived
-    (by process, then expert) to that of the experts here; None if none was sent. sent,
-    received: rows per process.
+    order: of this process's own assignments.
+    receive_order: from the order in which rows arrived (by process, then expert) to that of the
+        experts here; None if none was sent.
+    sent, received: rows per process.
     """
 
     order: ExpertOrder
@@ -47,8 +48,9 @@ class DispatchState:
 class AllToAllDispatcher:
     """Carries rows to the processes of their experts and back.
 
-    experts: the expert axis, None if all experts are here. tensor: the axis that splits each
-    expert's d_ff, None if it is whole; then the outputs are summed over it.
+    experts: the expert axis, None if all experts are here.
+    tensor: the axis that splits each expert's d_ff, None if it is whole; then the outputs are
+        summed over it.
     """
 
     def __init__(self, experts: DeviceMesh | None, tensor: DeviceMesh | None) -> None:

@@ -33,8 +33,9 @@ class Launch:
     """Which process of a job this is.
 
     rank, world_size: of all processes; local_rank, local_world_size: of those of this node.
-    address: HOST:PORT of the store where they meet. node: the number of this node. restarts: how
-    often this process was started anew, by torchrun or by SLURM.
+    address: HOST:PORT of the store where they meet.
+    node: the number of this node.
+    restarts: how often this process was started anew, by torchrun or by SLURM.
     """
 
     rank: int
@@ -143,8 +144,8 @@ def process_group(
 ) -> Iterator[Heartbeat]:
     """Join the processes of the job for the length of the block.
 
-    timeout_seconds: the longest that a collective waits for the others. start_seconds: the longest
-    that the processes wait for one another at the start.
+    timeout_seconds: the longest that a collective waits for the others.
+    start_seconds: the longest that the processes wait for one another at the start.
 
     Gloo on CPUs; with GPUs NCCL too, each process on the GPU of its local rank. Raises LaunchError
     if they do not find one another, and, whenever a collective fails in the block, LostRankError,

@@ -35,8 +35,9 @@ T = TypeVar("T")
 class MeshConfig:
     """How many processes there are along each axis; their product is the number of processes.
 
-    data: None takes as many as there are processes left. timeout: seconds that a collective waits
-    for the others before the run ends and names who is missing.
+    data: None takes as many as there are processes left.
+    timeout: seconds that a collective waits for the others before the run ends and names who is
+        missing.
     """
 
     replicas: int = 1
@@ -79,8 +80,8 @@ def layouts(num_processes: int) -> Iterator[MeshConfig]:
 class Mesh:
     """All processes, and where this one stands among them.
 
-    heartbeat: which ranks live; None where nobody looks. storage: a group of all processes for
-    checkpoints, which are written while training goes on.
+    heartbeat: which ranks live; None where nobody looks.
+    storage: a group of all processes for checkpoints, which are written while training goes on.
     """
 
     device_mesh: DeviceMesh

@@ -19,8 +19,9 @@ POLL_SECONDS = 0.05
 def open_store(address: str, rank: int, world_size: int, seconds: float) -> dist.Store:
     """Connect to the store of the job; rank 0, or torchrun's agent, hosts it.
 
-    address: MASTER_ADDR:MASTER_PORT, which torch reads by itself. Raises LaunchError if that fails
-    for `seconds`.
+    address: MASTER_ADDR:MASTER_PORT, which torch reads by itself.
+
+    Raises LaunchError if that fails for `seconds`.
     """
     try:
         found = dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=seconds))
@@ -40,8 +41,9 @@ def rendezvous(
     """Wait for all processes; return the part of the store that is theirs alone.
 
     restarts: how often this process's agent started it anew. Also returns whether the job was
-    started before, by what any of the processes knows; all get the same answer. Raises LaunchError,
-    which names who did not come within `seconds`.
+        started before, by what any of the processes knows; all get the same answer.
+
+    Raises LaunchError, which names who did not come within `seconds`.
     """
     until = time.monotonic() + seconds
     start = _count_start(store) if rank == 0 else _ask_start(store, rank, world_size, seconds)

@@ -32,10 +32,12 @@ ADAFACTOR_COPIES = 5  # of a parameter, while it is updated out of place
 class Footprint:
     """What a step of one process takes.
 
-    rows: of the batch, in each micro-batch. peak: bytes in memory at the fullest moment, of which
-    weights and optimizer are always there. traffic: how often each collective is called. touched:
-    bytes of activations made, forward and backward. moved: bytes of weights that matrix products
-    read. updated: parameters that the optimizer updates here.
+    rows: of the batch, in each micro-batch.
+    peak: bytes in memory at the fullest moment, of which weights and optimizer are always there.
+    traffic: how often each collective is called.
+    touched: bytes of activations made, forward and backward.
+    moved: bytes of weights that matrix products read.
+    updated: parameters that the optimizer updates here.
     """
 
     rows: int
@@ -50,9 +52,10 @@ class Footprint:
 class Group:
     """Parameters that are gathered and reduced together.
 
-    gathered: bytes of all of them together as they are gathered. reduced: of their gradients, in
-    float32, on their way. held: bytes of this process's part in float32. spread: whether others
-    hold parts of them at all; otherwise nothing is gathered, and gradients stay where they arise.
+    gathered: bytes of all of them together as they are gathered.
+    reduced: of their gradients, in float32, on their way.
+    held: bytes of this process's part in float32. spread: whether others hold parts of them at all;
+        otherwise nothing is gathered, and gradients stay where they arise.
     """
 
     shares: tuple[Share, ...]

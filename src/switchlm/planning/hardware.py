@@ -22,9 +22,10 @@ GIGA = 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """memory: bytes. tensor_flops: a second, bfloat16. flops: a second, float32 without tensor
-    cores. memory_bandwidth, link: bytes per second, of its memory and to neighbours in each
-    direction.
+    """memory: bytes.
+    tensor_flops: a second, bfloat16.
+    flops: a second, float32 without tensor cores.
+    memory_bandwidth, link: bytes per second, of its memory and to neighbours in each direction.
     """
 
     memory: float
@@ -54,10 +55,11 @@ GPUS = {
 class Cluster:
     """GPUs of one kind in nodes of equal size.
 
-    network: bytes per second between nodes, a GPU and direction. latency: seconds a round of a
-    collective; message: seconds a peer of an all-to-all. utilisation: the share of a GPU's peak
-    that matrix products reach. usable: the share of its memory that tensors may fill; the rest is
-    for the driver, the libraries and what the allocator cannot use.
+    network: bytes per second between nodes, a GPU and direction.
+    latency: seconds a round of a collective; message: seconds a peer of an all-to-all.
+    utilisation: the share of a GPU's peak that matrix products reach.
+    usable: the share of its memory that tensors may fill; the rest is for the driver, the libraries
+        and what the allocator cannot use.
     """
 
     gpu: Gpu

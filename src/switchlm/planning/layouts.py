@@ -64,7 +64,11 @@ class Times:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One layout that fits. flops: a GPU and step. tokens_per_second: of the whole cluster."""
+    """One layout that fits.
+
+    flops: a GPU and step.
+    tokens_per_second: of the whole cluster.
+    """
 
     mesh: MeshConfig
     rows: int
@@ -85,9 +89,11 @@ class Misfit:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """layouts: those that fit, the fastest first. misfits: those that do not, the nearest first.
+    """layouts: those that fit, the fastest first.
+    misfits: those that do not, the nearest first.
 
-    impossible: how many meshes the model or the batch cannot be split over. reason: a sentence.
+    impossible: how many meshes the model or the batch cannot be split over.
+    reason: a sentence.
     """
 
     layouts: tuple[Layout, ...]
@@ -226,7 +232,9 @@ DOUBLINGS = tuple(2**power for power in range(3, 12))
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A number of experts. best: its fastest layout, None if nothing fits; then `reason` says why.
+    """A number of experts.
+
+    best: its fastest layout, None if nothing fits; then `reason` says why.
 
     chosen: whether it is the one to take.
     """

@@ -33,10 +33,12 @@ STACKS = ("encoder", "decoder")
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Between two marks. name: `forward encoder 3`, `backward decoder 0`, `loss`, `embedding`, ...
+    """Between two marks.
 
-    rise, change: bytes in memory above the level at its start, at most, and at its end. gradients:
-    what of the change are gradients of weights.
+    name: `forward encoder 3`, `backward decoder 0`, `loss`, `embedding`, ...
+
+    rise, change: bytes in memory above the level at its start, at most, and at its end.
+    gradients: what of the change are gradients of weights.
     """
 
     name: str
@@ -81,8 +83,9 @@ def trace(
 ) -> tuple[Segment, ...]:
     """Return the segments of a forward and backward pass of the traced layers.
 
-    rows: of the batch here. mesh: its expert and tensor sizes count. dtypes: of the dense weights
-    of blocks and of experts, as they are gathered.
+    rows: of the batch here.
+    mesh: its expert and tensor sizes count.
+    dtypes: of the dense weights of blocks and of experts, as they are gathered.
     """
     short = dataclasses.replace(
         config,

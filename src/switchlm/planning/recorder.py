@@ -73,8 +73,10 @@ KINDS = {
 class Collective:
     """One collective as this process takes part in it.
 
-    kind: all_reduce, all_gather, reduce_scatter, all_to_all or broadcast. axes: of the mesh, joined
-    by `x`. size: processes that take part. payload: bytes, see above.
+    kind: all_reduce, all_gather, reduce_scatter, all_to_all or broadcast.
+    axes: of the mesh, joined by `x`.
+    size: processes that take part.
+    payload: bytes, see above.
     """
 
     kind: str
@@ -189,9 +191,10 @@ Purpose = Literal["weights", "gradients", "optimizer", "activations", "buffers"]
 class Bytes:
     """Bytes of one process.
 
-    weights, gradients, optimizer: of this process's shards. buffers: weights gathered from other
-    processes, and what is gathered or reduced. activations: all else, gradients of activations and
-    gradients on their way to be reduced among them.
+    weights, gradients, optimizer: of this process's shards.
+    buffers: weights gathered from other processes, and what is gathered or reduced.
+    activations: all else, gradients of activations and gradients on their way to be reduced among
+        them.
     """
 
     weights: int = 0
@@ -209,8 +212,9 @@ class Bytes:
 class MemoryRecorder(TorchDispatchMode):
     """Follows memory from here to the end of the block.
 
-    model: its parameters and buffers are weights. states: the optimizer's tensors, a mapping a
-    parameter. Where the block runs in a FakeTensorMode, enter that first.
+    model: its parameters and buffers are weights.
+    states: the optimizer's tensors, a mapping a parameter. Where the block runs in a
+        FakeTensorMode, enter that first.
     """
 
     def __init__(self, model: nn.Module, states: Iterable[Mapping[str, Any]] = ()) -> None:

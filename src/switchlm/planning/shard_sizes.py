@@ -38,10 +38,12 @@ class Share:
     """A parameter as a process holds it.
 
     group: what is gathered together: `root`, `encoder.blocks.3`, `... exact` (routers and norms of
-    a block), `... experts` (of each Switch layer). shape: without the tensor and expert axes' other
-    parts, before the rest is spread. processes: over how many the rest is spread (1: it is whole
-    here). copies: how many replicas sum its gradient. held: elements here, as many as in any
-    process; the last ones hold less and are filled up when they send.
+        a block), `... experts` (of each Switch layer).
+    shape: without the tensor and expert axes' other parts, before the rest is spread.
+    processes: over how many the rest is spread (1: it is whole here).
+    copies: how many replicas sum its gradient.
+    held: elements here, as many as in any process; the last ones hold less and are filled up when
+        they send.
     """
 
     name: str
@@ -74,9 +76,11 @@ def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def shares(config: ModelConfig, mesh: MeshConfig, *, exact_apart: bool) -> Iterator[Share]:
     """Yield what the first process of a mesh holds of each parameter.
 
-    mesh: with its `data` given. exact_apart: whether routers and norms are gathered by themselves,
-    because the others are gathered in another dtype. Raises ConfigError where an axis does not
-    divide what it splits.
+    mesh: with its `data` given.
+    exact_apart: whether routers and norms are gathered by themselves, because the others are
+        gathered in another dtype.
+
+    Raises ConfigError where an axis does not divide what it splits.
     """
     assert mesh.data is not None
     _part("model.num_heads", config.num_heads, mesh.tensor, "tensor")

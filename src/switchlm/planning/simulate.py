@@ -73,7 +73,9 @@ def balanced_loads(
     """Return load_E: how many of its assignments a process sends to each expert.
 
     The remainder of the division goes to the experts in turn, from process to process, so that all
-    have the same load in the end. capacity: what an expert takes of one process at most.
+    have the same load in the end.
+
+    capacity: what an expert takes of one process at most.
     """
     base, rest = divmod(assignments, num_experts)
     load_E = numpy.full(num_experts, base, dtype=numpy.int64)
@@ -133,7 +135,8 @@ class BalancedDispatcher(AllToAllDispatcher):
 class StepFigures:
     """What a step of one process took.
 
-    peak: bytes in memory at the fullest moment. collectives: in order, all of the step.
+    peak: bytes in memory at the fullest moment.
+    collectives: in order, all of the step.
     """
 
     peak: Bytes
@@ -142,7 +145,11 @@ class StepFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
-    """A simulated step. rows: of the batch, in each micro-batch of a process. seconds: it took."""
+    """A simulated step.
+
+    rows: of the batch, in each micro-batch of a process.
+    seconds: it took.
+    """
 
     ranks: int
     rows: int

@@ -64,7 +64,9 @@ def configure(
 
     The base is the demo's (compare.yaml). Its section `dense`, or that of the file at `path`, holds
     what the dense twin does better with, such as a learning rate of its own; dense_overrides come
-    last. by_time: a budget of time will end the runs, so that no number of steps does.
+    last.
+
+    by_time: a budget of time will end the runs, so that no number of steps does.
     """
     text = files("switchlm.recipes").joinpath("compare.yaml").read_text(encoding="utf-8")
     values = yaml.safe_load(text)
@@ -97,8 +99,9 @@ def compare(
 
     Yields events: `{"phase": text}`, the metric lines of both with `run` ("dense" or "sparse"), and
     last `{"result": {...}}`, which compare.json holds too. Writes OUT/dense and OUT/sparse (run
-    folders), OUT/compare.json and OUT/report.html. report: called with a line now and then while
-    text is prepared.
+    folders), OUT/compare.json and OUT/report.html.
+
+    report: called with a line now and then while text is prepared.
     """
     started = time.monotonic()
     yield {"phase": "reading text"}
@@ -275,7 +278,7 @@ def crossing(evaluations: Sequence[Mapping[str, Any]], target: float) -> Crossin
     """Return where the held-out loss first came down to `target`, or None if it never did.
 
     evaluations: lines with `step`, `seconds` and `evaluation_loss`, in order. Between two of them
-    the loss is taken as a straight line.
+        the loss is taken as a straight line.
     """
     before: Mapping[str, Any] | None = None
     for line in evaluations:
@@ -298,9 +301,9 @@ def speed_by_source(
     """Return how the two runs compare on each source of the text (section 4.3).
 
     dense, sparse: lines as of `crossing` that also have `evaluation_loss_by_source`. For each
-    source: `dense_loss` and `sparse_loss` at the end, and `step_ratio` and `time_ratio`, the share
-    of the dense run after which the sparse one had reached the dense run's last loss; None if it
-    never did.
+        source: `dense_loss` and `sparse_loss` at the end, and `step_ratio` and `time_ratio`, the
+        share of the dense run after which the sparse one had reached the dense run's last loss;
+        None if it never did.
     """
     last = {"dense": dense[-1], "sparse": sparse[-1]}
     result: dict[str, dict[str, float | None]] = {}

@@ -32,7 +32,8 @@ from switchlm.model.transformer import SwitchTransformer
 class Plan:
     """What to do, in this order: prune to `keep_experts`, merge to `merge_experts`, quantise.
 
-    by: which experts stay, see prune.py. calibrate: fit the codes to the text (GPTQ).
+    by: which experts stay, see prune.py.
+    calibrate: fit the codes to the text (GPTQ).
     """
 
     keep_experts: int | None = None
@@ -64,7 +65,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Texts:
-    """calibration: what the model is fitted to. measured: what its loss is measured on.
+    """calibration: what the model is fitted to.
+    measured: what its loss is measured on.
 
     sources: the names that `Batch.source_B` indexes.
     """
@@ -78,8 +80,8 @@ class Texts:
 class Compressed:
     """What was done: the loss and the bytes of the weights before and after every step.
 
-    kept, merged: by Switch layer, the experts left, and those merged into each. too_few: experts
-    that saw too few rows of the text to be calibrated.
+    kept, merged: by Switch layer, the experts left, and those merged into each.
+    too_few: experts that saw too few rows of the text to be calibrated.
     """
 
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -119,7 +121,9 @@ def compress(
 ) -> Compressed:
     """Make a saved model smaller and write it to `out`; return what every step cost.
 
-    read: gives the text, for the tokenizer of the model. report: told of what was left undone.
+    read: gives the text, for the tokenizer of the model.
+    report: told of what was left undone.
+
     Raises ConfigError for a plan that does not fit the model, CheckpointError for a model that is
     quantised already, or without a tokenizer.
     """

@@ -21,9 +21,10 @@ Config = TypeVar("Config")
 class RunConfig:
     """Everything that decides a run. In YAML the router stands in a section of its own.
 
-    The size of the vocabulary is the tokenizer's; what a preset says of it is replaced. init_from:
-    the model whose weights and vocabulary the run starts with: a run, a model folder, or a name on
-    the hub.
+    The size of the vocabulary is the tokenizer's; what a preset says of it is replaced.
+
+    init_from: the model whose weights and vocabulary the run starts with: a run, a model folder, or
+        a name on the hub.
     """
 
     model: ModelConfig = field(default_factory=lambda: find_preset("tiny"))
@@ -43,8 +44,9 @@ def run_config(
 ) -> RunConfig:
     """Resolve a configuration: base, then preset, then values, then sources and overrides.
 
-    values: sections as they stand in a YAML file, which may name a `preset` of its own. Raises
-    ConfigError for whatever does not fit.
+    values: sections as they stand in a YAML file, which may name a `preset` of its own.
+
+    Raises ConfigError for whatever does not fit.
     """
     resolved = to_sections(base or RunConfig())
     stated = dict(values or {})

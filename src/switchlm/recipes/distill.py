@@ -178,8 +178,8 @@ def summarise(
     """Return all that distill.json holds.
 
     figures: of each role, `loss` (held out, nats per target), and `score` and `scores` (per cent)
-    on tasks. Quality is the score where there are tasks and the baseline has one, else the loss
-    negated, the paper's measure.
+        on tasks. Quality is the score where there are tasks and the baseline has one, else the loss
+        negated, the paper's measure.
     """
     loss = {role: figures[role]["loss"] if role in figures else None for role in ROLES}
     score = {role: figures[role]["score"] for role in ROLES if "score" in figures.get(role, {})}

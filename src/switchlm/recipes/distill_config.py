@@ -33,15 +33,17 @@ Section = TypeVar("Section")
 class DistillationConfig:
     """The section `distillation`, which stands in a file of its own.
 
-    teacher: a run, a model folder, or a name on the hub. student: `dense`, the teacher's twin of
-        equal FLOPs; a preset; or a model like the teacher, which then starts from its own weights.
+    teacher: a run, a model folder, or a name on the hub.
+    student: `dense`, the teacher's twin of equal FLOPs; a preset; or a model like the teacher,
+        which then starts from its own weights.
     baseline: a dense model that was trained without a teacher, or its held-out loss in nats.
     start: from the teacher's weights wherever they fit (all but the experts, for a dense student),
-        or `random`. feedforward: what the networks in place of the teacher's experts start from:
-        `random`, the `mean` of the experts, or the `most_used` one over load_batches of the data.
+        or `random`.
+    feedforward: what the networks in place of the teacher's experts start from: `random`, the
+        `mean` of the experts, or the `most_used` one over load_batches of the data.
     hard_weight, soft_weight, temperature: see training/distillation.py.
-    top_k: the teacher names so many words of each target; None names all. cache_logits: a folder
-        that keeps what it says; top_k is 32 then, unless stated.
+    top_k: the teacher names so many words of each target; None names all.
+    cache_logits: a folder that keeps what it says; top_k is 32 then, unless stated.
     """
 
     teacher: str
@@ -108,7 +110,7 @@ class DistillRun:
     """A distillation, and the run of its student.
 
     finetune: the tasks whose examples are read in place of `run.data`, and how; of its fields those
-    that are about training a model count for nothing here.
+        that are about training a model count for nothing here.
     """
 
     distillation: DistillationConfig
@@ -128,9 +130,10 @@ def configure(
     """Resolve a new distillation.
 
     sources: text; with tasks, the folder or file of the task. Where both are left out the student
-    reads what the teacher, if it is a run, was trained on: its text, or its tasks. overrides:
-    dotted, of any section. settings: more of the section `distillation`. The shape of the batches
-    is that of the teacher's run; the vocabulary is always the teacher's.
+        reads what the teacher, if it is a run, was trained on: its text, or its tasks.
+    overrides: dotted, of any section.
+    settings: more of the section `distillation`. The shape of the batches is that of the teacher's
+        run; the vocabulary is always the teacher's.
     """
     values = {"teacher": teacher, "student": student, **settings}
     distillation = _section(DistillationConfig, _DISTILLATION, values, overrides)

@@ -151,7 +151,9 @@ def finetune(
     task and metric), evaluation_loss (nats per target token), best_score and best_step. Writes the
     run folder OUT: `model` is the best so far at any time, and with adapters `adapters` is too.
     With `resume`, goes on from the newest valid checkpoint in it, and so it does when a job was
-    started anew after it failed. report: told of what a user should know.
+    started anew after it failed.
+
+    report: told of what a user should know.
 
     Started by torchrun, each process calls this and trains its part of the mesh. To be scored the
     model is put together in each of them, and the examples are shared out.

@@ -31,14 +31,15 @@ class FinetuneConfig:
     columns: how to read a file of one's own.
     train_split, validation_split: what is learnt, and what the score is taken on.
     input_length, target_length: tokens in a row, the end token included.
-    batch_size: examples in the batch of a step. pack: put several short examples into a row.
+    batch_size: examples in the batch of a step.
+    pack: put several short examples into a row.
     truncate_targets: cut targets that are too long instead of refusing them.
-    evaluation_examples: score on at most that many examples of each task, spread evenly over
-        its split; None takes all.
+    evaluation_examples: score on at most that many examples of each task, spread evenly over its
+        split; None takes all.
     patience: end the run after so many evaluations without a better score; None never does.
     trainable: `all`, `non-expert`, `expert` or `router` parameters.
-    lora_rank, lora_alpha: with a rank only low-rank adapters train (model/lora.py), and
-        lora_alpha / lora_rank is what they are multiplied with.
+    lora_rank, lora_alpha: with a rank only low-rank adapters train (model/lora.py), and lora_alpha
+        / lora_rank is what they are multiplied with.
     """
 
     model: str = ""
@@ -104,7 +105,7 @@ def paper_training(lora: bool = False) -> TrainingConfig:
     """Return the settings of section 4.1: T5's optimizer and rate, evaluation every 200 steps.
 
     lora: adapters start at zero, where Adafactor's steps relative to a parameter's size are too
-    small, so they take AdamW.
+        small, so they take AdamW.
     """
     return TrainingConfig(
         steps=16_000,
@@ -126,8 +127,10 @@ def finetune_run(
 ) -> FinetuneRun:
     """Resolve a configuration: the paper's settings, then a file, then what is stated.
 
-    values: sections as they stand in a YAML file. stated: of the `finetune` section; overrides:
-    dotted. Raises ConfigError for whatever does not fit, such as another shape than the model's.
+    values: sections as they stand in a YAML file.
+    stated: of the `finetune` section; overrides: dotted.
+
+    Raises ConfigError for whatever does not fit, such as another shape than the model's.
     """
     asked = put_over(values, {"finetune": stated} if stated else {})
     asked = override(asked, overrides)

@@ -150,8 +150,9 @@ def pretrain(
     """Train as configured; yield `{"phase": text}` and every line of metrics.jsonl.
 
     Writes the run folder OUT. With `resume`, goes on from the newest valid checkpoint in it, with
-    the run's own tokenizer; so it does when a job was started anew after it failed. report: called
-    with a line now and then while text is prepared.
+    the run's own tokenizer; so it does when a job was started anew after it failed.
+
+    report: called with a line now and then while text is prepared.
 
     Started by torchrun, each process calls this and trains its part of the mesh (docs/guides/
     parallel.md); OUT is on a file system that all of them see.

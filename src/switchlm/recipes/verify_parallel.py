@@ -43,9 +43,10 @@ class WorkerError(SwitchLMError):
 class LayoutResult:
     """How one layout compares with one process.
 
-    loss: the largest relative difference of any step's losses. gradient: of any parameter's
-    gradient in the first step, as vectors, and that parameter's name. does_not_fit: why the layout
-    is impossible for this model, else None. equal: whether both are within rounding.
+    loss: the largest relative difference of any step's losses.
+    gradient: of any parameter's gradient in the first step, as vectors, and that parameter's name.
+    does_not_fit: why the layout is impossible for this model, else None.
+    equal: whether both are within rounding.
     """
 
     mesh: MeshConfig

@@ -35,10 +35,13 @@ def write_report(
 ) -> None:
     """Write the report.
 
-    headline: the result in a sentence. table: one mapping of column to text a row. sources: for
-    each source of the text how two runs compare, as of `recipes.speedup`. target_loss: a held-out
-    loss drawn as a line (the dense twin's last). crossing: where the sparse model reached it,
-    `step` and `seconds`. example: label to text, shown as code. configuration: shown as is.
+    headline: the result in a sentence.
+    table: one mapping of column to text a row.
+    sources: for each source of the text how two runs compare, as of `recipes.speedup`.
+    target_loss: a held-out loss drawn as a line (the dense twin's last).
+    crossing: where the sparse model reached it, `step` and `seconds`.
+    example: label to text, shown as code.
+    configuration: shown as is.
     """
     data = {
         "title": title,

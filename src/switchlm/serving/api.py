@@ -56,8 +56,10 @@ def create_app(
 ) -> App:
     """Return the ASGI application for a started engine.
 
-    name: of the model. key: that every route asks for but the page's own files and /health; None
-    asks for none. report: the HTML of the run's report. seconds: a request may take.
+    name: of the model.
+    key: that every route asks for but the page's own files and /health; None asks for none.
+    report: the HTML of the run's report.
+    seconds: a request may take.
     """
     interface = _Interface(engine, name, report, seconds)
     app = FastAPI(

@@ -32,7 +32,8 @@ class Guard:
     """An ASGI application before another one.
 
     key: None lets everyone in. The body is read here, whole, before the application sees any of it,
-    so nothing large or slow ever reaches it. count: called with the status of every answer.
+        so nothing large or slow ever reaches it.
+    count: called with the status of every answer.
     """
 
     def __init__(
@@ -185,7 +186,7 @@ def page_headers(report: str | None = None) -> dict[str, str]:
     """Return the headers of every file of the page.
 
     report: the HTML of the run's report, if there is one. The page shows it in a frame of its own,
-    which is walled off but under the page's policy, so its scripts are allowed by their hashes.
+        which is walled off but under the page's policy, so its scripts are allowed by their hashes.
     """
     hashes = ""
     for script in _INLINE_SCRIPT.findall(report or ""):

@@ -16,7 +16,10 @@ Reason = Literal["stop", "length", "deadline", "cancelled", "error"]
 
 
 class BusyError(SwitchLMError):
-    """The queue is full. retry_after: whole seconds after which to try again."""
+    """The queue is full.
+
+    retry_after: whole seconds after which to try again.
+    """
 
     def __init__(self, waiting: int, retry_after: int) -> None:
         super().__init__(
@@ -31,7 +34,9 @@ class ClosingError(SwitchLMError):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """ids: the prompt, end token included. limit: of new tokens. stops: texts that end the output.
+    """ids: the prompt, end token included.
+    limit: of new tokens.
+    stops: texts that end the output.
 
     seconds: how long it may take, waiting included; None for ever.
     """
@@ -46,9 +51,12 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """A piece of output. reason: why it is the last, None if it is not.
+    """A piece of output.
 
-    token: the new one, None where the end brought none. message: what went wrong, for an error.
+    reason: why it is the last, None if it is not.
+
+    token: the new one, None where the end brought none.
+    message: what went wrong, for an error.
     """
 
     piece: str = ""
@@ -59,7 +67,9 @@ class Event:
 
 @dataclass(eq=False)
 class PendingRequest:
-    """A request on its way. listener: called in the engine's thread with every event.
+    """A request on its way.
+
+    listener: called in the engine's thread with every event.
 
     unheard: what the listener raised at the last one, which then nobody heard.
     """
@@ -101,7 +111,8 @@ class _Body(BaseModel):
 class Generation(_Body):
     """What both ways of generating take. Greedy unless a temperature is given.
 
-    seed: with a temperature and no seed, every request draws anew. max_tokens: of the output.
+    seed: with a temperature and no seed, every request draws anew.
+    max_tokens: of the output.
     """
 
     model: Annotated[str, Field(max_length=1024)] | None = None
@@ -146,7 +157,9 @@ class Fill(Generation):
 
 
 class Route(_Body):
-    """The body of /v1/route. output: None takes the model's own greedy one.
+    """The body of /v1/route.
+
+    output: None takes the model's own greedy one.
 
     enforce_capacity: drop tokens as in training, instead of serving all as the server does.
     """

@@ -16,7 +16,10 @@ Numbered = AsyncGenerator[tuple[int, Event], None]
 
 
 class FailedError(SwitchLMError):
-    """The engine gave a request up. status: of HTTP."""
+    """The engine gave a request up.
+
+    status: of HTTP.
+    """
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)

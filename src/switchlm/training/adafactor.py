@@ -36,10 +36,12 @@ from switchlm.training.monitor import keep_where
 class Adafactor(Optimizer):
     """Adafactor without momentum.
 
-    lr: the step's learning rate, set from outside. scale_by_parameter: multiply it by the
-    parameter's root mean square. factor_from: the size from which both dims are factored (T5: 128).
+    lr: the step's learning rate, set from outside.
+    scale_by_parameter: multiply it by the parameter's root mean square.
+    factor_from: the size from which both dims are factored (T5: 128).
     per_expert_rms: take root mean squares (of updates and parameters) expert by expert rather than
-    over the whole stack. clip: the largest root mean square of an update.
+        over the whole stack.
+    clip: the largest root mean square of an update.
 
     As in torch's fused optimizers, `found_inf` (a float32 scalar, 1 to skip the step) and
     `grad_scale` (a divisor of the gradients) may be set before `step`.

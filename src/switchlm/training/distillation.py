@@ -66,7 +66,7 @@ class Distillation:
     """The objective: hard_weight x cross-entropy + soft_weight x soft cross-entropy.
 
     temperature: softens both distributions of the soft part, which is then multiplied by its square
-    so that its gradients keep their size (Hinton et al. 2015). The batches are taught at it.
+        so that its gradients keep their size (Hinton et al. 2015). The batches are taught at it.
     """
 
     hard_weight: float = 0.75

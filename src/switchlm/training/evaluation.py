@@ -29,7 +29,7 @@ class Evaluator(Protocol):
     """Judges the model of a run every `evaluate_every` steps, and at its end.
 
     when_stopped: whether to judge once more where the user stops a run in between. Not if it
-    remembers, for the resumed run would then not be the undisturbed one.
+        remembers, for the resumed run would then not be the undisturbed one.
     """
 
     when_stopped: bool
@@ -103,9 +103,9 @@ class BestCheckpoint:
 
     A model that is spread over processes is put together in each of them first.
 
-    score: gives the figures of a model, `score` among them, higher is better. keep: told of every
-    new best model, at once; of equal scores the first counts. patience: end the run after that many
-    evaluations in a row without a new best; None never does.
+    score: gives the figures of a model, `score` among them, higher is better.
+    keep: told of every new best model, at once; of equal scores the first counts.
+    patience: end the run after that many evaluations in a row without a new best; None never does.
     """
 
     score: Callable[[SwitchTransformer], Mapping[str, Any]]

@@ -54,7 +54,7 @@ class LogitCache:
     """A finished cache.
 
     num_rows: how many the run will read. share of num_shares: which of every batch this process
-    reads.
+        reads.
     """
 
     def __init__(

@@ -48,7 +48,8 @@ Line = dict[str, Any]
 class Progress:
     """How far a run is: whole steps, seconds of training alone, real tokens read.
 
-    evaluated: the step of the last evaluation. stopped: it said that there is no point in going on.
+    evaluated: the step of the last evaluation.
+    stopped: it said that there is no point in going on.
     """
 
     step: int = 0
@@ -93,11 +94,11 @@ def train(
 
     objective: what is minimised, and `loss` in the lines; held-out losses are cross-entropy always.
 
-    run: where metrics.jsonl and checkpoints go; without it nothing is written. resume: go on from
-    the newest whole checkpoint there, or from the start if there is none yet. evaluator: judges the
-    model every `config.evaluate_every` steps; None takes the held-out loss of the loader. The run
-    ends after `config.steps`, after `config.seconds`, when the evaluator or once `should_stop` says
-    so, with a last checkpoint and a last evaluation.
+    run: where metrics.jsonl and checkpoints go; without it nothing is written.
+    resume: go on from the newest whole checkpoint there, or from the start if there is none yet.
+    evaluator: judges the model every `config.evaluate_every` steps; None takes the held-out loss of
+        the loader. The run ends after `config.steps`, after `config.seconds`, when the evaluator or
+        once `should_stop` says so, with a last checkpoint and a last evaluation.
     """
     return _Run(model, loader, config, run, should_stop, mesh, objective, evaluator).lines(resume)
 

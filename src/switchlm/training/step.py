@@ -96,8 +96,9 @@ class StepRecord:
 class RoutingSummary:
     """How the routers of a step did, by layer.
 
-    load_LE: each expert's share of the tokens, rows sum to 1. dropped_L: the share of tokens that
-    capacity dropped. gate_L: mean gate of the tokens that were not.
+    load_LE: each expert's share of the tokens, rows sum to 1.
+    dropped_L: the share of tokens that capacity dropped.
+    gate_L: mean gate of the tokens that were not.
     """
 
     load_LE: Tensor
@@ -109,8 +110,8 @@ def seed_step(seed: int, step: int, device: torch.device | None = None, share: i
     """Seed torch from (seed, step) alone, so that noise does not depend on where a run began.
 
     share: which share of the batch this process sees; each has its own noise. Seeds the CPU's
-    generator and that of `device`; torch.manual_seed would format a stack trace for every kind of
-    device that is not in use.
+        generator and that of `device`; torch.manual_seed would format a stack trace for every kind
+        of device that is not in use.
     """
     mixed = (seed * 0x9E3779B97F4A7C15 + step + 1 + (share << 40)) & MASK_64
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

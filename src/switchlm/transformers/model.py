@@ -83,8 +83,10 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
     ) -> "SwitchTransformersForConditionalGeneration":
         """Load what switchlm.load loads: a run, a model folder, or a hub name, in eval mode.
 
-        dtype: a torch.dtype or its name; `auto` and None keep that of the files. device_map: one
-        device; `auto` is the GPU if there is one. Raises ConfigError for other options.
+        dtype: a torch.dtype or its name; `auto` and None keep that of the files.
+        device_map: one device; `auto` is the GPU if there is one.
+
+        Raises ConfigError for other options.
         """
         dtype = options.pop("torch_dtype", dtype)
         _refuse(options, "from_pretrained")

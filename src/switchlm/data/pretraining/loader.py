@@ -64,8 +64,8 @@ class Loader:
     ) -> list[Batch]:
         """Return a fixed set of batches of documents never trained on, the same for every seed.
 
-        source: only rows of that source; otherwise the mixture of training. rank, world_size: as
-        in `batch`.
+        source: only rows of that source; otherwise the mixture of training.
+        rank, world_size: as in `batch`.
         """
         if self._held_out is None:
             raise DataError(

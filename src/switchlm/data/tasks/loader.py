@@ -61,8 +61,9 @@ class PairLoader:
         """Tokenise everything.
 
         examples_by_task, held_out: examples to train on, and to give as held-out batches, by the
-        name of their task. pack: put several examples into a row, separated by segments. report:
-        called with what a user should know, such as how many inputs were truncated.
+            name of their task.
+        pack: put several examples into a row, separated by segments.
+        report: called with what a user should know, such as how many inputs were truncated.
 
         Raises DataError where a task has no examples, or a target longer than the limit.
         """

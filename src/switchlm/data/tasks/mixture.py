@@ -31,8 +31,9 @@ _HELD_OUT = 10  # one in so many examples of a single file is kept for validatio
 class TaskOptions:
     """How to read a file that is no named task.
 
-    input_column, target_column: their names. template, target_template: texts with `{column}` in
-    them, instead of a bare column. metrics: the first decides.
+    input_column, target_column: their names.
+    template, target_template: texts with `{column}` in them, instead of a bare column.
+    metrics: the first decides.
     """
 
     input_column: str = "input"
@@ -93,8 +94,10 @@ def read_examples(task: Task, split: str, where: Path | str | None = None) -> li
     """Return all examples of a split: `train`, `validation` or `test`, or how a file's name begins.
 
     where: a folder or a file; None reads the task's own path, or else the hub. One file has no
-    splits: `all` is the whole of it, `validation` a tenth of its examples chosen by what they say,
-    `train` the rest. Raises DataError for what cannot be read, and for an empty split.
+        splits: `all` is the whole of it, `validation` a tenth of its examples chosen by what they
+        say, `train` the rest.
+
+    Raises DataError for what cannot be read, and for an empty split.
     """
     place = task.path if where is None else Path(where)
     if place is None:

@@ -29,7 +29,7 @@ class Example:
     """One pair of texts. `references` are all right answers, `target` the one to train on.
 
     identity: what the example belongs to, the input unless the task knows better; examples of one
-    identity, such as all questions about a paragraph, never part at a split or in a resample.
+        identity, such as all questions about a paragraph, never part at a split or in a resample.
     """
 
     input: str
@@ -46,7 +46,8 @@ class Task:
         `{answers.text}` reaches into nested ones. A list in the target is several references, of
         which the first is trained on; a list in the input is joined by spaces.
     labels: the words that column `label` may become, in the order of their numbers; None for free
-        text. label_values: what else the data call them.
+        text.
+    label_values: what else the data call them.
     metrics: names in `evaluation/metrics.py`; the first decides which checkpoint is best.
     columns: the name in a file to the name in the templates, where they differ.
     header: the columns of tab-separated files that come without a line of names.

@@ -59,7 +59,8 @@ def biased_attention(
 class _Groups:
     """Rows of the batch in groups, as many as fill the cache, whatever the number of threads.
 
-    rows: of the batch. scores_a_row: H * Q * M.
+    rows: of the batch.
+    scores_a_row: H * Q * M.
     """
 
     rows: int
@@ -257,7 +258,7 @@ def small_attention(
     """Return softmax(q k^T + bias) v, [B, Q, W], with gradients of all four, for what `fits`.
 
     bias: [1 or B, 1 or H, Q, M], or none. Queries, keys and values are read where they lie, and
-    their gradients lie in memory as [B, Q or M, H, K].
+        their gradients lie in memory as [B, Q or M, H, K].
     """
     tensors = (query_BHQK, key_BHMK, value_BHMK, *(() if bias is None else (bias,)))
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
@@ -343,7 +344,10 @@ def _call(
     kept_2BHQ: Tensor,
     dbias: Tensor | None,
 ) -> None:
-    """Run attention.c, backward where there are gradients. places: `Heads`, in the order there."""
+    """Run attention.c, backward where there are gradients.
+
+    places: `Heads`, in the order there.
+    """
     batch, heads, queries, width = query.shape
     keys = key.shape[2]
     of_bias, group = _NOTHING, _group(batch)

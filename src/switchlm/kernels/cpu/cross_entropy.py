@@ -21,7 +21,8 @@ _LEAST_LOGITS = 2**18  # below which waking a thread does not pay
 def token_losses(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """Return loss_N, float32: the negative log likelihood of each target, in nats.
 
-    logits_NV: float32. targets_N: int64; where it is -100, the loss is zero.
+    logits_NV: float32.
+    targets_N: int64; where it is -100, the loss is zero.
     """
     if fits(logits_NV, targets_N):
         loss_N: Tensor = _CrossEntropy.apply(logits_NV, targets_N)

@@ -44,8 +44,9 @@ FEW_WIDTHS = 4  # how many widths a cut expert's columns may have where shapes a
 class Piece:
     """Rows of an expert, all of them or a block, and columns, all or those between two shares.
 
-    The pieces of the same columns follow each other on one thread. few_shapes: columns are cut
-    coarsely, so that products have few shapes (see memory.py).
+    The pieces of the same columns follow each other on one thread.
+
+    few_shapes: columns are cut coarsely, so that products have few shapes (see memory.py).
     """
 
     expert: int
@@ -80,9 +81,10 @@ class Piece:
 class Schedule:
     """Which rows are whose, and which thread takes whom.
 
-    sizes: rows of every expert, and last the rows of none. pieces: of experts with rows, in order.
-    parts: for every thread its pieces; one part where sharing does not pay. idle: the experts
-    without rows.
+    sizes: rows of every expert, and last the rows of none.
+    pieces: of experts with rows, in order.
+    parts: for every thread its pieces; one part where sharing does not pay.
+    idle: the experts without rows.
     """
 
     sizes: list[int]
@@ -133,8 +135,9 @@ def make_schedule(
 ) -> Schedule:
     """Share experts out, evenly to within a few percent whatever their loads.
 
-    counts: rows of each expert. work_per_row: multiply-adds of one row in one product. few_shapes:
-    cut columns coarsely (see Piece).
+    counts: rows of each expert.
+    work_per_row: multiply-adds of one row in one product.
+    few_shapes: cut columns coarsely (see Piece).
     """
     total = sum(counts)
     assert total <= num_rows, f"experts have {total} rows in all, the input has {num_rows}"

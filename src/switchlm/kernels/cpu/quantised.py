@@ -58,7 +58,9 @@ def matrix(codes: Tensor, scale: Tensor, num_outputs: int) -> Matrix:
 
 
 class Int8Matrix:
-    """codes_NK: int8. scale_N: float32, one an output. w = code * scale."""
+    """codes_NK: int8.
+    scale_N: float32, one an output. w = code * scale.
+    """
 
     def __init__(self, codes_NK: Tensor, scale_N: Tensor) -> None:
         self.codes_NK = codes_NK
@@ -89,7 +91,8 @@ class Int8Matrix:
 
 
 class Int4Matrix:
-    """codes_BKJ: uint8 [N/64, K, 32], two codes per byte. scale_GN2: bfloat16, scale and offset.
+    """codes_BKJ: uint8 [N/64, K, 32], two codes per byte.
+    scale_GN2: bfloat16, scale and offset.
 
     w = (code - 8) * scale + offset.
     """

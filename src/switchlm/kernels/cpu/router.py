@@ -64,8 +64,9 @@ def route(
 ) -> Routed:
     """Route tokens that `fits` to one expert each.
 
-    bias_E: added to the probabilities for the choice alone. valid_N: bool, false at padding; None
-    says all tokens are real. capacity: of an expert in a group of `tokens_a_group`, if any.
+    bias_E: added to the probabilities for the choice alone.
+    valid_N: bool, false at padding; None says all tokens are real.
+    capacity: of an expert in a group of `tokens_a_group`, if any.
     """
     tensors = (x_ND.contiguous(), weight_ED.contiguous())
     bias_E = None if bias_E is None else bias_E.float().contiguous()

@@ -121,7 +121,10 @@ def _product(
     counts_E: Tensor,
     shape: tuple[int, int, int],
 ) -> Tensor:
-    """Return y_RN, in the dtype of x. shape: inputs, outputs and, of 4 bits, inputs in a group."""
+    """Return y_RN, in the dtype of x.
+
+    shape: inputs, outputs and, of 4 bits, inputs in a group.
+    """
     assert weight.is_contiguous(), "its numbers are read one after the other"
     assert x_RK.shape[1] == shape[0], f"rows of {x_RK.shape[1]} for {shape[0]} inputs"
     assert counts_E.dtype == torch.int64

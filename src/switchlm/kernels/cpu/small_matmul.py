@@ -81,7 +81,10 @@ class _Linear(torch.autograd.Function):
 def _product(
     a: Tensor, strides: tuple[int, int], b_KN: Tensor, y_MN: Tensor, shape: tuple[int, int, int]
 ) -> None:
-    """Write a [M, K], whose strides are given, times b into y. shape: M, K, N."""
+    """Write a [M, K], whose strides are given, times b into y.
+
+    shape: M, K, N.
+    """
     library = native().library
     assert library is not None
     width = shape[2]

@@ -157,8 +157,10 @@ def scatter_product(
 ) -> Tensor:
     """Return y_AW: each row times its expert's matrix and its scale, at its assignment.
 
-    Dropped assignments give zeros. weight_EVW: any strides. more: rows and weights, of the same
-    strides, of a second product to add.
+    Dropped assignments give zeros.
+
+    weight_EVW: any strides.
+    more: rows and weights, of the same strides, of a second product to add.
     """
     (num_rows, summed), (num_experts, _, width) = rows_RV.shape, weight_EVW.shape
     y_AW = rows_RV.new_empty(num_rows, width)

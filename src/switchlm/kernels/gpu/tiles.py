@@ -26,8 +26,10 @@ GROUPED_TILES = tl.constexpr(8)
 class Tiles:
     """Which rows every tile has: [first, end) of an expert; E means dropped, E + 1 none at all.
 
-    expert_T: int32. first_T, end_T: int64. end_E: int64, where each expert's rows end. rows: of a
-    full tile.
+    expert_T: int32.
+    first_T, end_T: int64.
+    end_E: int64, where each expert's rows end.
+    rows: of a full tile.
     """
 
     expert_T: Tensor

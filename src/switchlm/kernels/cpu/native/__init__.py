@@ -41,7 +41,10 @@ _SECONDS = 120  # that a compiler may take; it takes three
 
 @dataclass(frozen=True)
 class Native:
-    """The compiled library, or why there is none. threads: whether it uses more than one."""
+    """The compiled library, or why there is none.
+
+    threads: whether it uses more than one.
+    """
 
     library: ctypes.CDLL | None
     reason: str
@@ -113,7 +116,10 @@ def _loaded(compiler: str, source: dict[str, bytes], threads: bool) -> ctypes.CD
 
 
 def _compile(command: list[str], source: dict[str, bytes], place: Path) -> None:
-    """Write the library to `place`, whole or not at all. command: the compiler and its flags."""
+    """Write the library to `place`, whole or not at all.
+
+    command: the compiler and its flags.
+    """
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
         for name, content in source.items():
             (Path(folder) / name).write_bytes(content)

@@ -34,6 +34,7 @@ class DataConfig:
     mixing: how often each source is drawn. `proportional` to its tokens, by `temperature`
         (proportional to tokens ** mixing_exponent; the exponent 0.3 is mT5's), or by `weights`.
         Weights written in the sources are always obeyed.
+    mixing_exponent: of `temperature`.
     held_out_share: the share of documents kept for evaluation, never trained on.
     pack: False cuts the running text of all documents into full rows (pre-training); True masks
         every document by itself and packs several into a row, separated by segments.

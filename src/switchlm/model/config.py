@@ -19,7 +19,7 @@ class RouterConfig:
     mode: which implementation's semantics (see semantics.py).
     capacity_factor, evaluation_capacity_factor: capacity = tokens / experts * factor; None is
         dropless, every token reaches its expert.
-    expert_capacity: an absolute capacity a group, instead of the factors (`hf` checkpoints: 64).
+    expert_capacity: an absolute capacity per group, instead of the factors (`hf` checkpoints: 64).
     min_capacity: the least capacity; None leaves it to the mode.
     group_rows: so many rows of a batch share capacity and a balance loss; None leaves it to the
         mode, which splits the rows of one process (`paper`, `t5x`). With a number that divides the
@@ -31,10 +31,11 @@ class RouterConfig:
     exploration: what the router does in training only (appendix C). `jitter` multiplies its input
         by U(1 - eps, 1 + eps), eps = `exploration_rate`; `input_dropout` drops with that rate;
         `sample` draws the expert from the softmax; `argmax` does nothing.
+    exploration_rate: of `jitter` and `input_dropout`.
     reroute_overflow: No-token-left-behind (appendix B): overflow goes to the next best expert.
     balance: `loss` (equations 4 to 6), `bias` (a selection bias nudged by load, no loss) or `none`.
     balance_weight, z_weight: coefficients of the balance loss and of the router z-loss.
-    bias_rate: how far `bias` moves each expert's bias a step.
+    bias_rate: how far `bias` moves each expert's bias per step.
     """
 
     mode: Mode = "paper"
@@ -141,12 +142,23 @@ class ModelConfig:
 
     T5 v1.0 is `activation=relu, gated=false, tied_head=true`; v1.1 is `gelu, true, false`.
 
+    vocabulary_size: ids, special tokens and sentinels included; in a run the tokenizer's.
+    d_model: the width of the residual stream.
+    d_ff: the hidden width of FFNs, and of each expert.
+    d_kv, num_heads: the width of a head of attention, and how many there are.
+    num_encoder_layers, num_decoder_layers: blocks of each stack.
     num_experts: 0 is the dense model: the FLOP-matched twin of every sparse one of the same shape.
     sparse_step: every n-th layer is a Switch layer; 1 makes every layer one, 0 none.
     decoder_sparse_step: the same for the decoder; None takes sparse_step.
     attention_experts: Switch layers make queries, and keys and values, too (appendix A).
     initialisation: how parameters are drawn before training.
+    activation, gated: of FFNs and experts; a gated one is act(gate(x)) * up(x).
+    tied_head: whether the output projection is the embedding, scaled.
+    relative_buckets, relative_distance: of relative positions: how many biases per head, and the
+        distance from which all share one.
+    norm_epsilon: added to the mean square in RMSNorm.
     dropout, expert_dropout: rates; expert_dropout acts inside experts only (section 2.4).
+    pad_id, end_id: the ids of padding, which also begins outputs, and of the end token.
     """
 
     vocabulary_size: int = 32128

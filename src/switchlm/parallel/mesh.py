@@ -35,7 +35,11 @@ T = TypeVar("T")
 class MeshConfig:
     """How many processes there are along each axis; their product is the number of processes.
 
-    data: None takes as many as there are processes left.
+    replicas: copies of everything; only gradients are summed over them.
+    data: shares of the batch that shard weights, gradients and optimizer state; None takes as many
+        as there are processes left.
+    expert: shares of the batch that own a part of the experts each.
+    tensor: parts of heads, d_ff and vocabulary.
     timeout: seconds that a collective waits for the others before the run ends and names who is
         missing.
     """

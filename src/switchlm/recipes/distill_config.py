@@ -41,8 +41,10 @@ class DistillationConfig:
         or `random`.
     feedforward: what the networks in place of the teacher's experts start from: `random`, the
         `mean` of the experts, or the `most_used` one over load_batches of the data.
-    hard_weight, soft_weight, temperature: see training/distillation.py.
-    top_k: the teacher names so many words of each target; None names all.
+    load_batches: how many batches `most_used` counts.
+    hard_weight, soft_weight: of the loss against the text, and against the teacher.
+    temperature: softens both distributions; the soft loss is multiplied by its square.
+    top_k: the teacher names so many tokens for each target; None names all.
     cache_logits: a folder that keeps what it says; top_k is 32 then, unless stated.
     """
 

@@ -12,20 +12,32 @@ Precision = Literal["float32", "bfloat16", "selective"]
 class TrainingConfig:
     """What `training.loop.train` needs besides a model and a loader.
 
-    steps: optimisation steps; `seconds` of training, if set, ends the run earlier.
-    learning_rate, schedule, warmup_steps, decay_steps: see schedule.py.
-    optimizer: `adamw` or the T5 `adafactor`; `betas` are AdamW's. Decay spares norms and biases.
-    scale_by_parameter, per_expert_rms: options of Adafactor, see adafactor.py.
-    expert_learning_rate_factor, router_learning_rate_factor, position_learning_rate_factor:
-        multiply the learning rate of experts, routers and relative position biases.
+    steps: optimisation steps.
+    seconds: of training, after which the run ends earlier.
+    learning_rate: the largest of the schedule.
+    schedule: after the warm-up `constant` stays, `inverse_sqrt` falls as T5's, `linear` falls to
+        zero, and `wsd` stays and falls to zero at the end; see `learning_rate` in optimizer.py.
+    warmup_steps: in which the rate rises linearly from zero.
+    decay_steps: of `inverse_sqrt` the step from which it falls; of `wsd` the length of the fall.
+    optimizer: `adamw`, or `adafactor` as T5.
+    betas: AdamW's.
+    weight_decay: of AdamW; norms and biases are spared.
+    scale_by_parameter: of Adafactor: steps are relative to the root mean square of a weight.
+    per_expert_rms: of Adafactor: that of each expert, not of the stack.
+    expert_learning_rate_factor: multiplies the rate of experts.
+    router_learning_rate_factor: that of routers.
+    position_learning_rate_factor: that of relative position biases.
     gradient_clip: largest norm of all gradients together; None leaves them alone.
     accumulate: loader batches per step; the loss is that of one batch as large as all of them.
     precision: see step.py.
     activation_checkpointing: recompute the blocks in the backward pass to save memory.
     compile: compile the model with torch.compile first; slow to start.
+    seed: of initial weights, order of samples, masks and dropout.
     log_every, evaluate_every, checkpoint_every: in steps; None for never.
     evaluate_batches: held-out batches per evaluation.
-    tensorboard, wandb: also write there; `wandb` names the project.
+    keep_checkpoints: how many; older ones are deleted.
+    tensorboard: write its files too.
+    wandb: the project at Weights & Biases to send to.
     """
 
     steps: int = 10_000

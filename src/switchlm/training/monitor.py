@@ -1,7 +1,7 @@
 """The metrics of a run: averaged on the device, written to metrics.jsonl, TensorBoard or wandb.
 
-Steps with a bad gradient are skipped and counted, and so are spikes of the loss; neither enters the
-means over the steps since the last line.
+Steps with a bad gradient are skipped, counted, and left out of the means over the steps since the
+last line. Spikes of the loss are counted.
 """
 
 import json

@@ -38,7 +38,7 @@ COMMANDS = [line for block in blocks("") for line in block.splitlines() if line[
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_commands_parse(line):
-    _, verb, *arguments = shlex.split(line)
+    _, verb, *arguments = shlex.split(line, comments=True)
     command = load(verb)
     assert isinstance(command, typer.core.TyperCommand)
     command.make_context(verb, arguments)

@@ -31,8 +31,9 @@ SECTIONS: dict[str, Any] = {
 }
 HEAD = """# Settings
 
-`--set section.name=value` on the command line, `section:` and `name: value` in YAML; a run writes what it
-resolved to `config.yaml`. Presets give the section `model`. Written by `python docs/make_settings.py`.
+`--set section.name=value` on the command line, `section:` and `name: value` in YAML; a run writes
+what it resolved to `config.yaml`. Presets give the section `model`. Written by
+`python docs/make_settings.py`.
 """
 
 

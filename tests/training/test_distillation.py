@@ -159,11 +159,11 @@ def test_a_teacher_says_what_it_says_in_evaluation_and_is_left_alone(build, load
 def test_a_teacher_of_few_words_agrees_with_one_of_all(build, loader, k):
     model, batch = build(), loader.batch(0)
     full, some = Teacher(model)(batch), Teacher(model, top_k=k)(batch)
-    assert some.words_BTK is not None
-    assert full.words_BTK is None
+    assert some.token_ids_BTK is not None
+    assert full.token_ids_BTK is None
     words, expected = top(full.expected_BTK, k)
     torch.testing.assert_close(some.expected_BTK, expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(some.words_BTK.sort(-1)[0], words.sort(-1)[0])
+    assert torch.equal(some.token_ids_BTK.sort(-1)[0], words.sort(-1)[0])
 
 
 def test_a_taught_source_teaches_from_any_step_and_holds_out_plainly(build, loader):

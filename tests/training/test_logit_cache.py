@@ -59,7 +59,7 @@ def test_it_gives_what_the_teacher_said(made, text_loader):
     for number in (2, 0, 1):
         batch = text_loader.batch(number)
         found, wanted = cache.teach(number, batch), teacher(batch)
-        assert torch.equal(found.words_BTK, wanted.words_BTK)
+        assert torch.equal(found.token_ids_BTK, wanted.token_ids_BTK)
         assert torch.equal(found.expected_BTK, wanted.expected_BTK)
         assert torch.equal(found.inputs_BS, batch.inputs_BS)
 
@@ -73,7 +73,7 @@ def test_processes_read_their_shares_of_it(made, text_loader):
         )
         for rank in range(2)
     ]
-    assert torch.equal(torch.cat([part.words_BTK for part in parts]), whole.words_BTK)
+    assert torch.equal(torch.cat([part.token_ids_BTK for part in parts]), whole.token_ids_BTK)
 
 
 def test_it_is_made_once(made, text_loader):

@@ -41,7 +41,9 @@ def distill(
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(min=1, help="The teacher names so many words of each target; 32 in a cache."),
+        typer.Option(
+            min=1, help="The teacher names so many tokens for each target; 32 in a cache."
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,

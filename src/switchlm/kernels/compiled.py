@@ -14,13 +14,13 @@ from switchlm.kernels.cpu import grouped
 from switchlm.kernels.cpu.grouped import Schedule, make_schedule
 
 
-def _plan(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Schedule:
+def _schedule(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Schedule:
     return make_schedule(counts_E.tolist(), x_RD.shape[0], weight_EDF[0].numel())
 
 
 @torch.library.custom_op("switchlm::grouped_matmul", mutates_args=())
 def _product(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
-    return grouped.forward(x_RD, weight_EDF, _plan(x_RD, weight_EDF, counts_E))
+    return grouped.forward(x_RD, weight_EDF, _schedule(x_RD, weight_EDF, counts_E))
 
 
 @_product.register_fake
@@ -32,10 +32,10 @@ def _(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
 def _gradients(
     dy_RF: Tensor, x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor
 ) -> tuple[Tensor, Tensor]:
-    plan = _plan(x_RD, weight_EDF, counts_E)
+    schedule = _schedule(x_RD, weight_EDF, counts_E)
     dy_RF = dy_RF.contiguous()
-    dweight_EDF = grouped.backward_weight(dy_RF, x_RD, weight_EDF, plan)
-    return grouped.backward_rows(dy_RF, weight_EDF, plan), dweight_EDF
+    dweight_EDF = grouped.backward_weight(dy_RF, x_RD, weight_EDF, schedule)
+    return grouped.backward_rows(dy_RF, weight_EDF, schedule), dweight_EDF
 
 
 @_gradients.register_fake

@@ -338,7 +338,7 @@ def _distill(
 
 
 def _check_others(settings: DistillationConfig, tokenizer: Tokenizer) -> None:
-    """Refuse a student or baseline of other words before any work is done."""
+    """Refuse a student or baseline of another vocabulary before any work is done."""
     others = {}
     if settings.trained_student is not None:
         others["student"] = settings.trained_student

@@ -80,7 +80,7 @@ class DistillationConfig:
 
     @property
     def num_words(self) -> int | None:
-        """How many words the teacher names of each target; None for all."""
+        """How many tokens the teacher names for each target; None for all."""
         return TOP_K if self.top_k is None and self.cache_logits is not None else self.top_k
 
     def __post_init__(self) -> None:

@@ -1,8 +1,8 @@
-"""Distillation: learn from the words that follow, and from what a teacher expects (section 4.2).
+"""Distillation: learn from the tokens that follow, and from what a teacher expects (section 4.2).
 
 What a teacher says of a batch is part of the batch, so that the loop is the one of all training.
 
-Shapes: B batch, T target, V vocabulary, K words.
+Shapes: B batch, T target, V vocabulary, K tokens named by the teacher.
 """
 
 from collections.abc import Callable, Generator
@@ -24,14 +24,15 @@ from switchlm.training.step import computing, set_router_dtype, target_cross_ent
 class TeacherBatch(Batch):
     """A batch, and what a teacher says of each of its targets.
 
-    expected_BTK: float32 log-probabilities. Of all words (K = V) where words_BTK is None; else of
-        those words, and behind them, in place K + 1, of all other words together (-inf if none are
-        left).
-    words_BTK: int64, the words that the teacher finds likeliest.
+    expected_BTK: float32 log-probabilities. Of all tokens (K = V) where token_ids_BTK is None; else
+    of
+        those tokens, and behind them, in place K + 1, of all other tokens together (-inf if none
+        are left).
+    token_ids_BTK: int64, the tokens that the teacher finds likeliest.
     """
 
     expected_BTK: Tensor
-    words_BTK: Tensor | None = None
+    token_ids_BTK: Tensor | None = None
 
 
 def soft_cross_entropy(logits_BTV: Tensor, expected_BTV: Tensor) -> Tensor:
@@ -43,20 +44,23 @@ def soft_cross_entropy(logits_BTV: Tensor, expected_BTV: Tensor) -> Tensor:
     return -(expected_BTV.exp() * log_softmax(logits_BTV.float(), -1)).sum(-1)
 
 
-def top_soft_cross_entropy(logits_BTV: Tensor, words_BTK: Tensor, expected_BTK1: Tensor) -> Tensor:
-    """Return the same where the teacher names K words only, losses_BT in nats.
+def top_soft_cross_entropy(
+    logits_BTV: Tensor, token_ids_BTK: Tensor, expected_BTK1: Tensor
+) -> Tensor:
+    """Return the same where the teacher names K tokens only, losses_BT in nats.
 
-    All other words count as one: their joint probability is asked of the student, and how it shares
-    it out among them is left to the hard loss. Nothing is renormalised, so that a word outside the
-    K is not taught to be impossible. It is the full loss where K = V, and never more than that.
+    All other tokens count as one: their joint probability is asked of the student, and how it
+    shares it out among them is left to the hard loss. Nothing is renormalised, so that a word
+    outside the K is not taught to be impossible. It is the full loss where K = V, and never more
+    than that.
     """
     logits_BTV = logits_BTV.float()
     total_BT1 = logits_BTV.logsumexp(-1, keepdim=True)
-    found_BTK = logits_BTV.gather(-1, words_BTK) - total_BT1
+    found_BTK = logits_BTV.gather(-1, token_ids_BTK) - total_BT1
     loss_BT = -(expected_BTK1[..., :-1].exp() * found_BTK).sum(-1)
-    if words_BTK.shape[-1] == logits_BTV.shape[-1]:
+    if token_ids_BTK.shape[-1] == logits_BTV.shape[-1]:
         return loss_BT
-    others_BTV = logits_BTV.scatter(-1, words_BTK, -torch.inf)
+    others_BTV = logits_BTV.scatter(-1, token_ids_BTK, -torch.inf)
     others_BT = others_BTV.logsumexp(-1) - total_BT1.squeeze(-1)
     return loss_BT - expected_BTK1[..., -1].exp() * others_BT
 
@@ -77,10 +81,10 @@ class Distillation:
         """Return the loss summed over the targets of a TaughtBatch."""
         assert isinstance(batch, TeacherBatch), "batches come from a Taught source"
         logits_BTV = gathered(output.logits_BTV).float() / self.temperature
-        if batch.words_BTK is None:
+        if batch.token_ids_BTK is None:
             losses_BT = soft_cross_entropy(logits_BTV, batch.expected_BTK)
         else:
-            losses_BT = top_soft_cross_entropy(logits_BTV, batch.words_BTK, batch.expected_BTK)
+            losses_BT = top_soft_cross_entropy(logits_BTV, batch.token_ids_BTK, batch.expected_BTK)
         soft = torch.where(batch.target_mask_BT, losses_BT, 0.0).sum() * self.temperature**2
         return self.hard_weight * target_cross_entropy(output, batch) + self.soft_weight * soft
 
@@ -96,7 +100,7 @@ class Teacher:
         precision: Precision = "float32",
         top_k: int | None = None,
     ) -> None:
-        """top_k: so many words of each target; None says all."""
+        """top_k: so many tokens for each target; None says all."""
         self.model = model.eval()
         set_router_dtype(model, precision)
         self.temperature, self.precision, self.top_k = temperature, precision, top_k
@@ -110,10 +114,10 @@ class Teacher:
         expected_BTV = log_softmax(logits_BTV.float() / self.temperature, -1)
         if self.top_k is None:
             return TeacherBatch(**vars(batch), expected_BTK=expected_BTV)
-        found_BTK, words_BTK = expected_BTV.topk(self.top_k, dim=-1)
-        others_BT1 = expected_BTV.scatter(-1, words_BTK, -torch.inf).logsumexp(-1, keepdim=True)
+        found_BTK, token_ids_BTK = expected_BTV.topk(self.top_k, dim=-1)
+        others_BT1 = expected_BTV.scatter(-1, token_ids_BTK, -torch.inf).logsumexp(-1, keepdim=True)
         expected_BTK = torch.cat([found_BTK, others_BT1], -1)
-        return TeacherBatch(**vars(batch), expected_BTK=expected_BTK, words_BTK=words_BTK)
+        return TeacherBatch(**vars(batch), expected_BTK=expected_BTK, token_ids_BTK=token_ids_BTK)
 
 
 class TeacherLoader:

@@ -1,11 +1,11 @@
 """What a teacher says of every training batch, on disk: a second student costs no teacher.
 
-A cache is a folder, memory-mapped, of K words for each of P target positions in R rows:
-    words.bin      uint16 or uint32 [P, K], the likeliest words
+A cache is a folder, memory-mapped, of K tokens for each of P target positions in R rows:
+    words.bin      uint16 or uint32 [P, K], the likeliest tokens
     expected.bin   float32 [P, K + 1], their log-probabilities, and that of all others together
     offsets.npy    int64 [R + 1], where each row of targets begins
     rows.npy       uint64 [R], a hash of each row's inputs and targets
-    manifest.json  whose words they are, and the sizes of the files; written last
+    manifest.json  whose they are, and the sizes of the files; written last
 Rows stand in the order of training, whatever processes share them out. The folder appears whole or
 not at all. It is refused where teacher, tokenizer, seed, temperature or K is another, and at any
 row that is not the row of the run.
@@ -86,7 +86,7 @@ class LogitCache:
                 f"needs {num_rows:,}: it was made for fewer steps. {_REMEDY}"
             )
         shape = (int(self.offsets[-1]), key.top_k)
-        self.words: np.ndarray = np.memmap(
+        self.token_ids: np.ndarray = np.memmap(
             folder / "words.bin", dtype=manifest["dtype"], mode="r", shape=shape
         )
         self.expected: np.ndarray = np.memmap(
@@ -105,12 +105,12 @@ class LogitCache:
             )
         places = slice(self.offsets[rows.start], self.offsets[rows.stop])
         shape = (num_rows, length, -1)
-        words = self.words[places].astype(np.int64).reshape(shape)
+        token_ids = self.token_ids[places].astype(np.int64).reshape(shape)
         expected = np.array(self.expected[places]).reshape(shape)
         return TeacherBatch(
             **vars(batch),
             expected_BTK=torch.from_numpy(expected),
-            words_BTK=torch.from_numpy(words),
+            token_ids_BTK=torch.from_numpy(token_ids),
         )
 
 
@@ -154,14 +154,14 @@ def _write(
     lengths: list[int] = []
     rows: list[np.ndarray] = []
     with ExitStack() as opened:
-        words, expected = (
+        token_ids, expected = (
             opened.enter_context((folder / name).open("wb"))
             for name in ("words.bin", "expected.bin")
         )
         for batch in batches:
             taught = teacher(batch)
-            assert taught.words_BTK is not None, "the teacher of a cache has a top_k"
-            words.write(_numbers(taught.words_BTK).astype(dtype).tobytes())
+            assert taught.token_ids_BTK is not None, "the teacher of a cache has a top_k"
+            token_ids.write(_numbers(taught.token_ids_BTK).astype(dtype).tobytes())
             expected.write(_numbers(taught.expected_BTK).tobytes())
             lengths += [batch.targets_BT.shape[1]] * len(batch.targets_BT)
             rows.append(_hash_rows(batch))
@@ -174,7 +174,7 @@ def _write(
             with (folder / name).open("wb") as file:
                 np.save(file, values, allow_pickle=False)
                 flush(file)
-        flush(words)
+        flush(token_ids)
         flush(expected)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     manifest = {

@@ -50,19 +50,26 @@ class _Hidden:
 
 
 def _forward(
-    x_RD: Tensor, weights: _Weights, plan: Schedule, activation: Activation, hidden: _Hidden | None
+    x_RD: Tensor,
+    weights: _Weights,
+    schedule: Schedule,
+    activation: Activation,
+    hidden: _Hidden | None,
 ) -> Tensor:
     """Return y_RD. Fills `hidden`, or forgets each expert's hidden rows when there is none."""
-    if _are_small(x_RD, weights, plan, activation):
+    if _are_small(x_RD, weights, schedule, activation):
         kept_RF = None if hidden is None else hidden.inner_RF
-        return forward(x_RD, weights.inner_EDF, weights.down_EFD, plan, kept_RF)
-    y_RD = plan.empty(x_RD, weights.down_EFD.shape[2])
-    y = Sums(plan, y_RD)
-    x_P = plan.rows(x_RD)
-    inner_weight_P, down_P = _cut(plan, weights.inner_EDF, 1), _cut(plan, weights.down_EFD, 0)
-    linear_weight_P = _cut(plan, weights.linear_EDF, 1)
-    inner_P = _cut_rows(plan, None if hidden is None else hidden.inner_RF)
-    linear_P = _cut_rows(plan, None if hidden is None else hidden.linear_RF)
+        return forward(x_RD, weights.inner_EDF, weights.down_EFD, schedule, kept_RF)
+    y_RD = schedule.empty(x_RD, weights.down_EFD.shape[2])
+    y = Sums(schedule, y_RD)
+    x_P = schedule.rows(x_RD)
+    inner_weight_P, down_P = (
+        _cut(schedule, weights.inner_EDF, 1),
+        _cut(schedule, weights.down_EFD, 0),
+    )
+    linear_weight_P = _cut(schedule, weights.linear_EDF, 1)
+    inner_P = _cut_rows(schedule, None if hidden is None else hidden.inner_RF)
+    linear_P = _cut_rows(schedule, None if hidden is None else hidden.linear_RF)
 
     def compute(p: int, workspace: Workspace) -> None:
         x = workspace.filled("x", x_P[p])
@@ -92,7 +99,7 @@ def _forward(
         for p in part:
             compute(p, workspace)
 
-    threads.parallel_for(run, plan.parts)
+    threads.parallel_for(run, schedule.parts)
     y.add_up()
     return y_RD
 
@@ -102,30 +109,30 @@ def _backward(
     x_RD: Tensor,
     weights: _Weights,
     hidden: _Hidden,
-    plan: Schedule,
+    schedule: Schedule,
     activation: Activation,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, inner, linear and down, those that `needs` asks for."""
-    dx_RD = plan.empty(x_RD, x_RD.shape[1]) if needs[0] else None
+    dx_RD = schedule.empty(x_RD, x_RD.shape[1]) if needs[0] else None
     dinner_EDF, dlinear_EDF, ddown_EFD = (
-        weight_gradient(weight, plan) if weight is not None and needed else None
+        weight_gradient(weight, schedule) if weight is not None and needed else None
         for weight, needed in zip(
             (weights.inner_EDF, weights.linear_EDF, weights.down_EFD), needs[1:], strict=True
         )
     )
-    if _are_small(x_RD, weights, plan, activation):
+    if _are_small(x_RD, weights, schedule, activation):
         into = (dx_RD, dinner_EDF, ddown_EFD)
         up_EDF, down_EFD = weights.inner_EDF, weights.down_EFD
-        backward(dy_RD, x_RD, up_EDF, down_EFD, hidden.inner_RF, plan, into)
+        backward(dy_RD, x_RD, up_EDF, down_EFD, hidden.inner_RF, schedule, into)
         return dx_RD, dinner_EDF, None, ddown_EFD
-    dx = None if dx_RD is None else Sums(plan, dx_RD)
-    x_P, dy_P = plan.rows(x_RD), plan.rows(dy_RD)
-    inner_P, linear_P = _cut_rows(plan, hidden.inner_RF), _cut_rows(plan, hidden.linear_RF)
-    dinner_P, dlinear_P = _cut(plan, dinner_EDF, 1), _cut(plan, dlinear_EDF, 1)
-    ddown_P = _cut(plan, ddown_EFD, 0)
+    dx = None if dx_RD is None else Sums(schedule, dx_RD)
+    x_P, dy_P = schedule.rows(x_RD), schedule.rows(dy_RD)
+    inner_P, linear_P = _cut_rows(schedule, hidden.inner_RF), _cut_rows(schedule, hidden.linear_RF)
+    dinner_P, dlinear_P = _cut(schedule, dinner_EDF, 1), _cut(schedule, dlinear_EDF, 1)
+    ddown_P = _cut(schedule, ddown_EFD, 0)
     inner_weight_P, linear_weight_P, down_P = (
-        _cut(plan, None if weight is None else weight.mT, dim)
+        _cut(schedule, None if weight is None else weight.mT, dim)
         for weight, dim in ((weights.inner_EDF, 0), (weights.linear_EDF, 0), (weights.down_EFD, 1))
     )
 
@@ -134,7 +141,7 @@ def _backward(
         for p in part:
             x, dy = workspace.filled("x", x_P[p]).t(), workspace.filled("dy", dy_P[p])
             inner = workspace.filled("inner", inner_P[p])
-            begins = plan.pieces[p].begins
+            begins = schedule.pieces[p].begins
             gradient = matmul_into(dy, down_P[p], workspace("gradient", *inner.shape))
             middle = inner
             if activation != "relu":
@@ -158,28 +165,28 @@ def _backward(
                     matmul_into(dlinear, linear_weight_P[p], out, add=True)
                 keep(out, dx.out_P[p])
 
-    threads.parallel_for(run, plan.parts)
+    threads.parallel_for(run, schedule.parts)
     if dx is not None:
         dx.add_up()
     return dx_RD, dinner_EDF, dlinear_EDF, ddown_EFD
 
 
-def _are_small(x_RD: Tensor, weights: _Weights, plan: Schedule, activation: Activation) -> bool:
+def _are_small(x_RD: Tensor, weights: _Weights, schedule: Schedule, activation: Activation) -> bool:
     return (
         activation == "relu"
         and weights.linear_EDF is None
-        and fits(plan, x_RD, weights.inner_EDF, weights.down_EFD)
+        and fits(schedule, x_RD, weights.inner_EDF, weights.down_EFD)
     )
 
 
-def _cut(plan: Schedule, stacked: Tensor | None, dim: int) -> list[Tensor]:
+def _cut(schedule: Schedule, stacked: Tensor | None, dim: int) -> list[Tensor]:
     """Return every piece's part of its expert's matrix, by the dim of the hidden columns."""
-    return [] if stacked is None else plan.columns(stacked, dim)
+    return [] if stacked is None else schedule.columns(stacked, dim)
 
 
-def _cut_rows(plan: Schedule, hidden_RF: Tensor | None) -> list[Tensor]:
+def _cut_rows(schedule: Schedule, hidden_RF: Tensor | None) -> list[Tensor]:
     """Return every piece's rows and columns of the hidden rows."""
-    return [] if hidden_RF is None else plan.rows(hidden_RF, cut=True)
+    return [] if hidden_RF is None else schedule.rows(hidden_RF, cut=True)
 
 
 class _ExpertFeedForward(torch.autograd.Function):
@@ -190,18 +197,18 @@ class _ExpertFeedForward(torch.autograd.Function):
         inner_EDF: Tensor,
         linear_EDF: Tensor | None,
         down_EFD: Tensor,
-        plan: Schedule,
+        schedule: Schedule,
         activation: Activation,
     ) -> Tensor:
         shape = (x_RD.shape[0], inner_EDF.shape[2])
         linear_RF = None if linear_EDF is None else memory.empty_reused(shape, x_RD.dtype)
         hidden = _Hidden(memory.empty_reused(shape, x_RD.dtype), linear_RF)
         weights = _Weights(inner_EDF, linear_EDF, down_EFD)
-        y_RD = _forward(x_RD, weights, plan, activation, hidden)
+        y_RD = _forward(x_RD, weights, schedule, activation, hidden)
         ctx.save_for_backward(
             x_RD, inner_EDF, linear_EDF, down_EFD, hidden.inner_RF, hidden.linear_RF
         )
-        ctx.plan, ctx.activation = plan, activation
+        ctx.schedule, ctx.activation = schedule, activation
         return y_RD
 
     @staticmethod
@@ -212,7 +219,7 @@ class _ExpertFeedForward(torch.autograd.Function):
         hidden = _Hidden(inner_RF, linear_RF)
         dy_RD = gradients[0].contiguous()
         needs = ctx.needs_input_grad[:4]
-        wanted = _backward(dy_RD, x_RD, weights, hidden, ctx.plan, ctx.activation, needs)
+        wanted = _backward(dy_RD, x_RD, weights, hidden, ctx.schedule, ctx.activation, needs)
         return *wanted, None, None
 
 
@@ -228,7 +235,7 @@ def expert_feedforward(
     weights = _Weights(up_EDF, None, down_EFD)
     if gate_EDF is not None:
         weights = _Weights(gate_EDF, up_EDF, down_EFD)
-    plan = make_schedule(
+    schedule = make_schedule(
         counts_E.tolist(),
         x_RD.shape[0],
         weights.inner_EDF.shape[1] * weights.inner_EDF.shape[2],
@@ -236,21 +243,21 @@ def expert_feedforward(
     )
     inputs = (x_RD, weights.inner_EDF, weights.linear_EDF, weights.down_EFD)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        y_RD: Tensor = _ExpertFeedForward.apply(*inputs, plan, activation)
+        y_RD: Tensor = _ExpertFeedForward.apply(*inputs, schedule, activation)
         return y_RD
-    return _forward(x_RD, weights, plan, activation, None)
+    return _forward(x_RD, weights, schedule, activation, None)
 
 
 SMALL = 2**13  # numbers of a matrix up to which this pays whatever the rows
 _WIDTH = 16  # whole vectors on every processor
 
 
-def fits(plan: Schedule, x_RD: Tensor, up_EDF: Tensor, down_EFD: Tensor) -> bool:
+def fits(schedule: Schedule, x_RD: Tensor, up_EDF: Tensor, down_EFD: Tensor) -> bool:
     """Whether experts of ReLU go this way: float32, in main memory, small ones, one thread."""
     _, inputs, outputs = up_EDF.shape
     return (
-        len(plan.parts) == 1
-        and (inputs * outputs <= SMALL or max(plan.sizes[:-1]) <= grouped.MOST_ROWS)
+        len(schedule.parts) == 1
+        and (inputs * outputs <= SMALL or max(schedule.sizes[:-1]) <= grouped.MOST_ROWS)
         and all(width % _WIDTH == 0 for width in up_EDF.shape[1:])
         and all(
             tensor.dtype == torch.float32 and tensor.is_cpu and tensor.is_contiguous()
@@ -262,15 +269,15 @@ def fits(plan: Schedule, x_RD: Tensor, up_EDF: Tensor, down_EFD: Tensor) -> bool
 
 
 def forward(
-    x_RD: Tensor, up_EDF: Tensor, down_EFD: Tensor, plan: Schedule, hidden_RF: Tensor | None
+    x_RD: Tensor, up_EDF: Tensor, down_EFD: Tensor, schedule: Schedule, hidden_RF: Tensor | None
 ) -> Tensor:
     """Return y_RD. Fills `hidden_RF` with what the activation gave, if there is one."""
     library = native().library
     assert library is not None
-    y_RD = plan.empty(x_RD, down_EFD.shape[2])
-    counts_E = torch.tensor(plan.sizes[:-1], device="cpu")
+    y_RD = schedule.empty(x_RD, down_EFD.shape[2])
+    counts_E = torch.tensor(schedule.sizes[:-1], device="cpu")
     kept = hidden_RF is not None
-    out = hidden_RF if hidden_RF is not None else _hidden_rows(x_RD, plan, up_EDF)
+    out = hidden_RF if hidden_RF is not None else _hidden_rows(x_RD, schedule, up_EDF)
     library.relu_experts(
         x_RD.data_ptr(), counts_E.data_ptr(), *up_EDF.shape, up_EDF.data_ptr(),
         down_EFD.data_ptr(), out.data_ptr(), kept, y_RD.data_ptr(),
@@ -284,14 +291,14 @@ def backward(
     up_EDF: Tensor,
     down_EFD: Tensor,
     hidden_RF: Tensor,
-    plan: Schedule,
+    schedule: Schedule,
     into: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> None:
     """Write the gradients of x, up and down into those of `into` that are there."""
     library = native().library
     assert library is not None
-    counts_E = torch.tensor(plan.sizes[:-1], device="cpu")
-    out = _hidden_rows(x_RD, plan, up_EDF)
+    counts_E = torch.tensor(schedule.sizes[:-1], device="cpu")
+    out = _hidden_rows(x_RD, schedule, up_EDF)
     places = (None if gradient is None else gradient.data_ptr() for gradient in into)
     library.relu_experts_backward(
         dy_RD.data_ptr(), x_RD.data_ptr(), hidden_RF.data_ptr(), counts_E.data_ptr(),
@@ -299,6 +306,6 @@ def backward(
     )  # fmt: skip
 
 
-def _hidden_rows(x_RD: Tensor, plan: Schedule, up_EDF: Tensor) -> Tensor:
+def _hidden_rows(x_RD: Tensor, schedule: Schedule, up_EDF: Tensor) -> Tensor:
     """Return memory for the hidden rows of one expert."""
-    return x_RD.new_empty(max(plan.sizes[:-1]), up_EDF.shape[2])
+    return x_RD.new_empty(max(schedule.sizes[:-1]), up_EDF.shape[2])

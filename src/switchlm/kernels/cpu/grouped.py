@@ -116,10 +116,10 @@ class Schedule:
 class Sums:
     """Rows to which all pieces of an expert add: the first writes, the others wait their turn."""
 
-    def __init__(self, plan: Schedule, rows: Tensor) -> None:
-        self.out_P = plan.rows(rows)
+    def __init__(self, schedule: Schedule, rows: Tensor) -> None:
+        self.out_P = schedule.rows(rows)
         self._later: list[tuple[Tensor, Tensor]] = []
-        for number, (piece, total) in enumerate(zip(plan.pieces, self.out_P, strict=True)):
+        for number, (piece, total) in enumerate(zip(schedule.pieces, self.out_P, strict=True)):
             if piece.start > 0:
                 self.out_P[number] = torch.empty_like(total)
                 self._later.append((total, self.out_P[number]))
@@ -245,22 +245,22 @@ def _multiply(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, add: bool, large: bool
         library.product_of_columns(a, a_row, b, b_column, y, y_row, *shape, add)
 
 
-def weight_gradient(weight_EDF: Tensor, plan: Schedule) -> Tensor:
+def weight_gradient(weight_EDF: Tensor, schedule: Schedule) -> Tensor:
     """Return an uninitialised gradient for a stacked weight; experts without rows have zeros."""
     if weight_EDF.device.type == "cpu":
         gradient_EDF = memory.empty_reused(tuple(weight_EDF.shape), weight_EDF.dtype)
     else:
         gradient_EDF = torch.empty_like(weight_EDF, memory_format=torch.contiguous_format)
-    for expert in plan.idle:
+    for expert in schedule.idle:
         gradient_EDF[expert].zero_()
     return gradient_EDF
 
 
-def forward(x_RD: Tensor, weight_EDF: Tensor, plan: Schedule) -> Tensor:
+def forward(x_RD: Tensor, weight_EDF: Tensor, schedule: Schedule) -> Tensor:
     """Return y_RF: each row times its expert's matrix; zeros past the counts."""
-    y_RF = plan.empty(x_RD, weight_EDF.shape[2])
-    x_P, weight_P = plan.rows(x_RD), plan.columns(weight_EDF, 1)
-    y_P = plan.rows(y_RF, cut=True)
+    y_RF = schedule.empty(x_RD, weight_EDF.shape[2])
+    x_P, weight_P = schedule.rows(x_RD), schedule.columns(weight_EDF, 1)
+    y_P = schedule.rows(y_RF, cut=True)
 
     def multiply(part: Sequence[int]) -> None:
         workspace = Workspace(x_RD)
@@ -268,37 +268,37 @@ def forward(x_RD: Tensor, weight_EDF: Tensor, plan: Schedule) -> Tensor:
             x = workspace.filled("x", x_P[p])
             keep(matmul_into(x, weight_P[p], workspace.output_for("y", y_P[p], len(x))), y_P[p])
 
-    threads.parallel_for(multiply, plan.parts)
+    threads.parallel_for(multiply, schedule.parts)
     return y_RF
 
 
-def backward_rows(dy_RF: Tensor, weight_EDF: Tensor, plan: Schedule) -> Tensor:
+def backward_rows(dy_RF: Tensor, weight_EDF: Tensor, schedule: Schedule) -> Tensor:
     """Return dx_RD, the gradient of the rows; zeros past the counts."""
-    return forward(dy_RF, weight_EDF.mT, plan)
+    return forward(dy_RF, weight_EDF.mT, schedule)
 
 
-def backward_weight(dy_RF: Tensor, x_RD: Tensor, weight_EDF: Tensor, plan: Schedule) -> Tensor:
+def backward_weight(dy_RF: Tensor, x_RD: Tensor, weight_EDF: Tensor, schedule: Schedule) -> Tensor:
     """Return dweight_EDF; zeros for experts without rows."""
-    dweight_EDF = weight_gradient(weight_EDF, plan)
-    x_P, dy_P = plan.rows(x_RD), plan.rows(dy_RF, cut=True)
-    dweight_P = plan.columns(dweight_EDF, 1)
+    dweight_EDF = weight_gradient(weight_EDF, schedule)
+    x_P, dy_P = schedule.rows(x_RD), schedule.rows(dy_RF, cut=True)
+    dweight_P = schedule.columns(dweight_EDF, 1)
 
     def multiply(part: Sequence[int]) -> None:
         workspace = Workspace(x_RD)
         for p in part:
             x, dy = workspace.filled("x", x_P[p]), workspace.filled("dy", dy_P[p])
-            matmul_into(x.t(), dy, dweight_P[p], add=not plan.pieces[p].begins, large=True)
+            matmul_into(x.t(), dy, dweight_P[p], add=not schedule.pieces[p].begins, large=True)
 
-    threads.parallel_for(multiply, plan.parts)
+    threads.parallel_for(multiply, schedule.parts)
     return dweight_EDF
 
 
 class _GroupedMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, weight_EDF: Tensor, plan: Schedule) -> Tensor:
+    def forward(ctx: Any, x_RD: Tensor, weight_EDF: Tensor, schedule: Schedule) -> Tensor:
         ctx.save_for_backward(x_RD, weight_EDF)
-        ctx.plan = plan
-        return forward(x_RD, weight_EDF, plan)
+        ctx.schedule = schedule
+        return forward(x_RD, weight_EDF, schedule)
 
     @staticmethod
     @once_differentiable
@@ -307,17 +307,17 @@ class _GroupedMatmul(torch.autograd.Function):
         dy_RF = gradients[0].contiguous()
         dx_RD = dweight_EDF = None
         if ctx.needs_input_grad[0]:
-            dx_RD = backward_rows(dy_RF, weight_EDF, ctx.plan)
+            dx_RD = backward_rows(dy_RF, weight_EDF, ctx.schedule)
         if ctx.needs_input_grad[1]:
-            dweight_EDF = backward_weight(dy_RF, x_RD, weight_EDF, ctx.plan)
+            dweight_EDF = backward_weight(dy_RF, x_RD, weight_EDF, ctx.schedule)
         return dx_RD, dweight_EDF, None
 
 
 def grouped_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
     """Multiply consecutive runs of rows with their expert's matrix: see reference.py."""
     work_per_row = weight_EDF.shape[1] * weight_EDF.shape[2]
-    plan = make_schedule(
+    schedule = make_schedule(
         counts_E.tolist(), x_RD.shape[0], work_per_row, few_shapes=compiles_shapes(x_RD.dtype)
     )
-    y_RF: Tensor = _GroupedMatmul.apply(x_RD, weight_EDF, plan)
+    y_RF: Tensor = _GroupedMatmul.apply(x_RD, weight_EDF, schedule)
     return y_RF

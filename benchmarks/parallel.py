@@ -29,7 +29,7 @@ from switchlm.model.switch import SwitchFeedForward
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply, materialise
 from switchlm.parallel.expert import AllToAllDispatcher
-from switchlm.parallel.mesh import ALONE, AnyMesh, Mesh, MeshConfig
+from switchlm.parallel.mesh import ALONE, Mesh, MeshConfig
 from switchlm.training.config import TrainingConfig
 from switchlm.training.optimizer import build_optimizer, set_learning_rate
 from switchlm.training.step import training_step
@@ -77,11 +77,11 @@ def layer_cases() -> dict[str, Callable[[], None]]:
     }
 
 
-def training(mesh: AnyMesh) -> Callable[[], None]:
+def training(mesh: Mesh) -> Callable[[], None]:
     """Return a training step of this process's share."""
     with torch.device("meta"):
         model = SwitchTransformer(MODEL)
-    if isinstance(mesh, Mesh):
+    if mesh.is_distributed:
         apply(model, mesh)
     materialise(model, torch.device("cpu"), seed=0)
     model.train()

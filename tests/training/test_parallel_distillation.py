@@ -10,7 +10,7 @@ from switchlm.huggingface.init_from import transplant
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply, materialise
-from switchlm.parallel.mesh import ALONE, AnyMesh, Mesh, MeshConfig
+from switchlm.parallel.mesh import ALONE, Mesh, MeshConfig
 from switchlm.training.config import TrainingConfig
 from switchlm.training.distillation import Distillation, Teacher
 from switchlm.training.optimizer import build_optimizer, set_learning_rate
@@ -32,16 +32,16 @@ def compare(rank: int) -> None:
             torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def built(config: object, mesh: AnyMesh, seed: int) -> SwitchTransformer:
+def built(config: object, mesh: Mesh, seed: int) -> SwitchTransformer:
     with torch.device("meta"):
         model = SwitchTransformer(config)
-    if isinstance(mesh, Mesh):
+    if mesh.is_distributed:
         apply(model, mesh)
     materialise(model, torch.device("cpu"), seed=seed)
     return model
 
 
-def distil(mesh: AnyMesh) -> dict[str, Tensor]:
+def distil(mesh: Mesh) -> dict[str, Tensor]:
     """Upcycle a dense model over the mesh, and teach a dense student for a step; all that came."""
     teacher, student = built(SPARSE, ALONE, 0), built(DENSE, mesh, 1)
     transplant(teacher, student, feedforward="mean")
@@ -61,7 +61,7 @@ def distil(mesh: AnyMesh) -> dict[str, Tensor]:
             for name, part in tensors.items()}  # fmt: skip
 
 
-def rows(mesh: AnyMesh) -> Batch:
+def rows(mesh: Mesh) -> Batch:
     noise = torch.Generator().manual_seed(7)
     inputs_BS = torch.randint(2, 384, (4, 16), generator=noise)
     targets_BT = torch.randint(2, 384, (4, 8), generator=noise)

@@ -32,7 +32,7 @@ class Ranks:
         """Whether this one decides where one must."""
         return self.rank == 0
 
-    def each(self, work: Callable[[], T]) -> list[T]:
+    def on_all_ranks(self, work: Callable[[], T]) -> list[T]:
         """Do `work` on every rank; return all results (JSON values), by rank, to all of them.
 
         An error of any is raised on all: OSError for one of a disk, else CheckpointError.
@@ -50,7 +50,7 @@ class Ranks:
             raise problem
         return [answer["value"] for answer in answers]
 
-    def first(self, work: Callable[[], T]) -> T:
+    def on_rank_zero(self, work: Callable[[], T]) -> T:
         """Do `work` on rank 0, and return its result (a JSON value), or raise its error, on all."""
         if self.size == 1:
             return work()

@@ -51,11 +51,11 @@ def verify(folder: Path, ranks: Ranks = ALONE) -> int:
     Ranks share the reading. Raises CheckpointError on all of them that names the first file which
     is missing, not listed, or differs.
     """
-    content = ranks.first(lambda: _listed(folder))
+    content = ranks.on_rank_zero(lambda: _listed(folder))
     files = content["files"]
     by_size = sorted(files, key=lambda name: (-files[name]["size"], name))
     share = by_size[ranks.rank :: ranks.size]
-    ranks.each(lambda: _compare_content(folder, {name: files[name] for name in share}))
+    ranks.on_all_ranks(lambda: _compare_content(folder, {name: files[name] for name in share}))
     step: int = content["step"]
     return step
 

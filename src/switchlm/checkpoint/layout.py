@@ -105,16 +105,16 @@ class Planner:
             else None
             for name, tensor in tensors.items()
         }
-        digests = self.ranks.each(lambda: _digest([list(boxes), _kinds(tensors), boxes]))
+        digests = self.ranks.on_all_ranks(lambda: _digest([list(boxes), _kinds(tensors), boxes]))
         if digests != self._digests:
-            kinds = self.ranks.each(lambda: _digest(_kinds(tensors)))
+            kinds = self.ranks.on_all_ranks(lambda: _digest(_kinds(tensors)))
             for rank, kind in enumerate(kinds):
                 if kind != kinds[0]:
                     raise CheckpointError(
                         f"Rank {rank} saves other tensors than rank 0; all must have the same "
                         "names, shapes and dtypes."
                     )
-            everywhere = self.ranks.each(lambda: list(boxes.values()))
+            everywhere = self.ranks.on_all_ranks(lambda: list(boxes.values()))
             self._layout = _assign(tensors, everywhere)
             self._digests = digests
         return self._layout

@@ -50,7 +50,7 @@ def read_verified(
 ) -> dict[str, Any]:
     """Return the state in a folder that `manifest.verify` has passed; see `load_folder`."""
     paths = sorted(folder.glob("*.safetensors"))[ranks.rank :: ranks.size]
-    headers = ranks.each(lambda: _headers(folder, paths))
+    headers = ranks.on_all_ranks(lambda: _headers(folder, paths))
     state: dict[str, Any] = {}
 
     def prepare() -> None:
@@ -61,8 +61,8 @@ def read_verified(
         with _explain(folder):
             tensors.load(folder, state["values"], state["stored"])
 
-    ranks.each(prepare)
-    ranks.each(fill)
+    ranks.on_all_ranks(prepare)
+    ranks.on_all_ranks(fill)
     joined: dict[str, Any] = state["joined"]
     return joined
 

@@ -106,7 +106,7 @@ class CheckpointStore:
         would go on from that one; see `discard_after`.
         """
         self.wait()
-        self._ranks.first(lambda: self._refuse_later(step))
+        self._ranks.on_rank_zero(lambda: self._refuse_later(step))
         named, structure = split(state)
         places, parts = self._share(named)
         land = self._staging.copy(parts)
@@ -149,7 +149,7 @@ class CheckpointStore:
         """The steps with a finished checkpoint, ascending; not verified."""
         if self._ranks.size > 1 and self._pending is not None:
             wait_for([self._pending])  # the ranks talk about one thing at a time
-        return self._ranks.first(self._steps)
+        return self._ranks.on_rank_zero(self._steps)
 
     def newest(self) -> Found | None:
         """Return the newest checkpoint whose files all match its manifest; None if there is none.
@@ -163,7 +163,7 @@ class CheckpointStore:
             try:
                 self._verify(step, folder)
             except CheckpointError as error:
-                if self._ranks.first(folder.exists):  # else the writer has just retired it
+                if self._ranks.on_rank_zero(folder.exists):  # else the writer has just retired it
                     damaged.append(str(error))
                 continue
             return Found(step=step, folder=folder, damaged=tuple(damaged))
@@ -211,7 +211,7 @@ class CheckpointStore:
         """
         self.wait()
         with _explain(f"Cannot delete the checkpoints after step {step}"):
-            self._ranks.first(
+            self._ranks.on_rank_zero(
                 lambda: self._shelf.discard([known for known in self._steps() if known > step])
             )
 
@@ -239,16 +239,16 @@ class CheckpointStore:
             if self.keep is not None:
                 keep = self.keep
                 with _explain(f"The checkpoint of step {step} is saved, but older ones must go"):
-                    self._ranks.first(lambda: self._shelf.discard(self._steps()[:-keep]))
+                    self._ranks.on_rank_zero(lambda: self._shelf.discard(self._steps()[:-keep]))
         except CheckpointError as error:
             self._tell(str(error))
             raise
 
     def _write_and_commit(self, step: int, pieces: Callable[[], Pieces], structure: Any) -> None:
-        partial = self.folder / self._ranks.first(lambda: self._shelf.begin(step).name)
+        partial = self.folder / self._ranks.on_rank_zero(lambda: self._shelf.begin(step).name)
         try:
-            written = self._ranks.each(lambda: self._write_part(partial, pieces()))
-            self._ranks.first(lambda: self._commit(partial, step, written, structure))
+            written = self._ranks.on_all_ranks(lambda: self._write_part(partial, pieces()))
+            self._ranks.on_rank_zero(lambda: self._commit(partial, step, written, structure))
         finally:
             if self._ranks.is_first:
                 files.remove_folder(partial)
@@ -308,7 +308,7 @@ class CheckpointStore:
 
     def _finished(self) -> dict[int, Path]:
         """Return the checkpoints by step, as rank 0 sees them."""
-        found = self._ranks.first(
+        found = self._ranks.on_rank_zero(
             lambda: {str(step): path.name for step, path in self._shelf.finished().items()}
         )
         return {int(step): self.folder / name for step, name in found.items()}

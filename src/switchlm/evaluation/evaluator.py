@@ -16,7 +16,7 @@ from switchlm.evaluation.metrics import Floats, bootstrap, ratio
 from switchlm.generation.inference import evaluation_mode
 from switchlm.model.losses import token_losses
 from switchlm.model.transformer import SwitchTransformer, forward_batch
-from switchlm.parallel.mesh import ALONE, AnyMesh
+from switchlm.parallel.mesh import ALONE, Mesh
 from switchlm.parallel.tensor import losses_of
 
 
@@ -24,7 +24,7 @@ def held_out_loss(
     model: SwitchTransformer,
     batches: Iterable[Batch],
     sources: Sequence[str],
-    mesh: AnyMesh = ALONE,
+    mesh: Mesh = ALONE,
     *,
     resamples: int = 0,
 ) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from switchlm.generation.inference import evaluation_mode
 from switchlm.model.routing import Routing
 from switchlm.model.switch import switch_layers
 from switchlm.model.transformer import SwitchTransformer, forward_batch, shift_right
-from switchlm.parallel.mesh import ALONE, AnyMesh
+from switchlm.parallel.mesh import ALONE, Mesh
 
 CLASSES = (
     "word start",
@@ -174,7 +174,7 @@ def routing_statistics(
     sources: Sequence[str] = (),
     *,
     top: int = 8,
-    mesh: AnyMesh = ALONE,
+    mesh: Mesh = ALONE,
 ) -> list[LayerRouting]:
     """Return a record for every Switch layer, in layer order; none for a dense model.
 
@@ -276,7 +276,7 @@ class _Tally:
         self.kept_and_gate += torch.stack([kept, routing.gate_A.cpu()[wanted_A].double().sum()])
 
     def summary(
-        self, name: str, tokenizer: Tokenizer, sources: Sequence[str], top: int, mesh: AnyMesh
+        self, name: str, tokenizer: Tokenizer, sources: Sequence[str], top: int, mesh: Mesh
     ) -> LayerRouting:
         class_CE, source_ME = (
             mesh.all_reduce_sum(self.class_CE),

@@ -20,7 +20,7 @@ from switchlm.generation.decode import check_vocabulary, encode_prompts, generat
 from switchlm.generation.inference import dropless, evaluation_mode
 from switchlm.model.losses import token_losses
 from switchlm.model.transformer import SwitchTransformer, shift_right
-from switchlm.parallel.mesh import ALONE, AnyMesh
+from switchlm.parallel.mesh import ALONE, Mesh
 
 _NO_LIMIT = 2**30  # tokens
 
@@ -58,7 +58,7 @@ def score_task(
     rank_labels: bool = False,
     resamples: int = RESAMPLES,
     report: Callable[[int], None] = lambda done: None,
-    mesh: AnyMesh = ALONE,
+    mesh: Mesh = ALONE,
 ) -> TaskScore:
     """Let the model answer every example, greedily, and measure the answers.
 

@@ -239,7 +239,7 @@ def fill(
             )
         _copy(places, matched, weights)
 
-    ranks.each(work)
+    ranks.on_all_ranks(work)
 
 
 def _warn(message: str) -> None:

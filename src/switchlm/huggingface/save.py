@@ -89,7 +89,7 @@ def write_shards(
         if problem is not None:
             raise problem
 
-    ranks.each(report)
+    ranks.on_all_ranks(report)
     return [
         Shard(file, [entry.theirs for entry in shard], sum(_size(e, tensors) for e in shard))
         for file, shard in zip(names, shards, strict=True)
@@ -199,11 +199,11 @@ def write_model(
     folder = folder.absolute()
     tensors = model.state_dict()
     _check_names(model, tensors)
-    partial = folder.parent / ranks.first(lambda: _begin(model.config, folder, report))
+    partial = folder.parent / ranks.on_rank_zero(lambda: _begin(model.config, folder, report))
     try:
         shards = _shards(model.config, tensors, _shard_bytes(tensors, max_shard_bytes, ranks))
         written = write_shards(partial, tensors, shards, ranks)
-        ranks.first(lambda: _finish(model, tokenizer, partial, folder, written))
+        ranks.on_rank_zero(lambda: _finish(model, tokenizer, partial, folder, written))
     finally:
         if ranks.is_first:
             files.remove_folder(partial)

@@ -82,13 +82,14 @@ def layouts(num_processes: int) -> Iterator[MeshConfig]:
 
 @dataclass(frozen=True)
 class Mesh:
-    """All processes, and where this one stands among them.
+    """The processes of a job, and where this one stands among them; `ALONE` where there is no job.
 
+    device_mesh: the grid; None for a single process, for which every collective returns its input.
     heartbeat: which ranks live; None where nobody looks.
     storage: a group of all processes for checkpoints, which are written while training goes on.
     """
 
-    device_mesh: DeviceMesh
+    device_mesh: DeviceMesh | None = None
     heartbeat: Heartbeat | None = None
     storage: dist.ProcessGroup | None = None
 
@@ -102,13 +103,38 @@ class Mesh:
         storage = None if fake else dist.new_group(backend="gloo", timeout=patience)
         return cls(grid, heartbeat, storage)
 
+    @property
+    def is_distributed(self) -> bool:
+        """Whether this process is one of a job, be it of one process."""
+        return self.device_mesh is not None
+
+    @property
+    def global_rank(self) -> int:
+        """The number of this process among all."""
+        return dist.get_rank() if self.is_distributed else 0
+
+    @property
+    def world_size(self) -> int:
+        """How many processes there are."""
+        return dist.get_world_size() if self.is_distributed else 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for all: it writes and prints."""
+        return self.global_rank == 0
+
+    @property
+    def restarted(self) -> bool:
+        """Whether the job failed before and was started anew."""
+        return self.heartbeat is not None and self.heartbeat.restarted
+
     def size(self, axis: str) -> int:
         """Return how many processes there are along an axis."""
-        return self.device_mesh.size(AXES.index(axis))
+        return 1 if self.device_mesh is None else self.device_mesh.size(AXES.index(axis))
 
     def rank(self, axis: str) -> int:
         """Return the place of this process along an axis."""
-        return self.device_mesh.get_local_rank(axis)
+        return 0 if self.device_mesh is None else self.device_mesh.get_local_rank(axis)
 
     @property
     def data_size(self) -> int:
@@ -121,30 +147,11 @@ class Mesh:
         row = self.rank("replicas") * self.size("data") + self.rank("data")
         return row * self.size("expert") + self.rank("expert")
 
-    @property
-    def is_main(self) -> bool:
-        """Whether this process speaks for all: it writes and prints."""
-        return dist.get_rank() == 0
-
-    @property
-    def global_rank(self) -> int:
-        """Return the number of this process among all."""
-        return dist.get_rank()
-
-    @property
-    def world_size(self) -> int:
-        """Return how many processes there are."""
-        return dist.get_world_size()
-
-    @property
-    def restarted(self) -> bool:
-        """Whether the job failed before and was started anew."""
-        return self.heartbeat is not None and self.heartbeat.restarted
-
     def gather(self, value: T) -> list[T]:
         """Return what every process gives, by its number; plain Python values."""
         found: list[T] = [value] * self.world_size
-        dist.all_gather_object(found, value)
+        if self.is_distributed:
+            dist.all_gather_object(found, value)
         return found
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
@@ -160,6 +167,8 @@ class Mesh:
 
         The same bits everywhere; a part that is not finite makes the whole so.
         """
+        if not self.is_distributed:
+            return part
         square = part.square()
         dist.all_reduce(square)
         return square.sqrt()
@@ -170,33 +179,36 @@ class Mesh:
         if isinstance(tensor, DTensor):
             for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
                 shards *= 1 if placement.is_replicate() else size
-        return self.device_mesh.size() // shards
+        return self.world_size // shards
 
     def any_rank(self, flag: bool) -> bool:
         """Whether any process says so; all agree on the answer."""
+        if not self.is_distributed:
+            return flag
         flags = torch.tensor([float(flag)])
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags)
 
     def barrier(self) -> None:
         """Return when all processes have come here."""
-        dist.barrier()
+        if self.is_distributed:
+            dist.barrier()
 
     def beat(self, step: int) -> None:
-        """Leave word that this process has come to `step`."""
+        """Tell the others that this process has come to `step`."""
         if self.heartbeat is not None:
             self.heartbeat.beat(step)
 
     def local_rank_zero_first(self, what: str) -> AbstractContextManager[None]:
         """Run the block in one process of each host first, then in the others."""
-        return (
-            nullcontext() if self.heartbeat is None else self.heartbeat.local_rank_zero_first(what)
-        )
+        if self.heartbeat is None:
+            return nullcontext()
+        return self.heartbeat.local_rank_zero_first(what)
 
     def sub(self, *axes: str) -> DeviceMesh | None:
         """Return the mesh of the axes longer than 1, in order; None if there are none."""
         names = tuple(axis for axis in axes if self.size(axis) > 1)
-        return self.device_mesh[names] if names else None
+        return self._grid[names] if names else None
 
     @cached_property
     def weights(self) -> DeviceMesh | None:
@@ -204,73 +216,33 @@ class Mesh:
 
         The expert axis is a data axis to them.
         """
-        shard = _torch.flatten(self.device_mesh["data", "expert"], "shard")
+        shard = _torch.flatten(self._grid["data", "expert"], "shard")
         if self.size("replicas") > 1:
-            return self.device_mesh["replicas", "shard"]
+            return self._grid["replicas", "shard"]
         return shard if shard.size() > 1 else None
 
     @cached_property
     def experts(self) -> DeviceMesh | None:
         """The mesh that FSDP shards experts over: `data`, or (`replicas`, `data`)."""
         if self.size("replicas") > 1:
-            return self.device_mesh["replicas", "data"]
+            return self._grid["replicas", "data"]
         return self.sub("data")
 
     @cached_property
     def _shares(self) -> DeviceMesh:
-        return _torch.flatten(self.device_mesh["replicas", "data", "expert"], "shares")
+        return _torch.flatten(self._grid["replicas", "data", "expert"], "shares")
+
+    @property
+    def _grid(self) -> DeviceMesh:
+        assert self.device_mesh is not None, "a single process has no grid"
+        return self.device_mesh
 
 
-class Alone:
-    """The mesh of a single process that was started by nobody."""
-
-    data_size = world_size = 1
-    data_rank = global_rank = 0
-    is_main = True
-    storage = None
-    restarted = False
-
-    def size(self, axis: str) -> int:
-        """Return 1."""
-        return 1
-
-    def gather(self, value: T) -> list[T]:
-        """Return the value alone."""
-        return [value]
-
-    def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Return the values."""
-        return values
-
-    def global_norm(self, part: Tensor) -> Tensor:
-        """Return the length: the part is the whole."""
-        return part
-
-    def num_replicas(self, tensor: Tensor) -> int:
-        """Return 1."""
-        return 1
-
-    def any_rank(self, flag: bool) -> bool:
-        """Return the flag."""
-        return flag
-
-    def barrier(self) -> None:
-        """Return at once."""
-
-    def beat(self, step: int) -> None:
-        """Do nothing: nobody waits for word."""
-
-    def local_rank_zero_first(self, what: str) -> AbstractContextManager[None]:
-        """Run the block."""
-        return nullcontext()
-
-
-ALONE = Alone()
-AnyMesh = Mesh | Alone
+ALONE = Mesh()
 
 
 @contextmanager
-def joined(config: MeshConfig) -> Iterator[AnyMesh]:
+def joined(config: MeshConfig) -> Iterator[Mesh]:
     """Join the job that this process was started for, for the length of the block.
 
     Raises ConfigError if the mesh does not fit the number of processes, LaunchError if they do not

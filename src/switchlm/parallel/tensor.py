@@ -24,7 +24,7 @@ from switchlm.model.config import ModelConfig
 from switchlm.model.layers import FeedForward
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.expert import shard
-from switchlm.parallel.mesh import AnyMesh, Mesh
+from switchlm.parallel.mesh import Mesh
 
 
 def split_tensors(model: SwitchTransformer, mesh: Mesh) -> None:
@@ -53,7 +53,7 @@ def split_tensors(model: SwitchTransformer, mesh: Mesh) -> None:
     model.project = project
 
 
-def losses_of(mesh: AnyMesh) -> AbstractContextManager:
+def losses_of(mesh: Mesh) -> AbstractContextManager:
     """Return the context in which the loss of logits split over the vocabulary is computed."""
     return loss_parallel() if mesh.size("tensor") > 1 else nullcontext()
 

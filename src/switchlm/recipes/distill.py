@@ -28,7 +28,7 @@ from switchlm.model import count
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import gather_model
-from switchlm.parallel.mesh import AnyMesh, joined
+from switchlm.parallel.mesh import Mesh, joined
 from switchlm.recipes.config import to_sections
 from switchlm.recipes.distill_config import SETTINGS, DistillationConfig, DistillRun, stored
 from switchlm.recipes.finetune import Examples, check_spelling, read_tasks, scorer
@@ -86,7 +86,7 @@ class Reading:
             report=report,
         )
 
-    def score(self, model: SwitchTransformer, mesh: AnyMesh) -> Figures:
+    def score(self, model: SwitchTransformer, mesh: Mesh) -> Figures:
         """Return score and scores of a model on the tasks, in per cent; nothing for text."""
         if self.config.finetune is None or self.examples is None:
             return {}
@@ -105,7 +105,7 @@ class Reading:
 def taught(
     reading: Reading,
     model: SwitchTransformer,
-    mesh: AnyMesh,
+    mesh: Mesh,
     should_stop: Callable[[], bool],
     report: Report,
 ) -> BatchSource | None:
@@ -288,7 +288,7 @@ def distill(
 def _distill(
     config: DistillRun,
     out: Path,
-    mesh: AnyMesh,
+    mesh: Mesh,
     resume: bool,
     should_stop: Callable[[], bool],
     report: Report,
@@ -396,7 +396,7 @@ def _measured(
         yield "baseline", load(settings.baseline_model, device=default_device(), report=report)[0]
 
 
-def _measure(reading: Reading, model: SwitchTransformer, mesh: AnyMesh) -> dict[str, Any]:
+def _measure(reading: Reading, model: SwitchTransformer, mesh: Mesh) -> dict[str, Any]:
     """Return the held-out loss of a model in nats per target, and its scores on tasks."""
     share = reading.loader.share(mesh.data_rank, mesh.data_size)
     batches = share.held_out(reading.config.run.training.evaluate_batches)

@@ -29,7 +29,7 @@ from switchlm.huggingface.weights import read_json
 from switchlm.model import lora
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
-from switchlm.parallel.mesh import ALONE, AnyMesh, Mesh, joined
+from switchlm.parallel.mesh import ALONE, Mesh, joined
 from switchlm.recipes.config import RunConfig, to_sections
 from switchlm.recipes.finetune_config import FinetuneConfig, FinetuneRun
 from switchlm.recipes.pretrain import build_model, default_device, open_tokenizer, record_routing
@@ -43,9 +43,7 @@ from switchlm.training.run_folder import RunFolder
 Say = Callable[[str], None]
 
 
-def open_model(
-    config: FinetuneRun, mesh: AnyMesh, report: Say
-) -> tuple[SwitchTransformer, Tokenizer]:
+def open_model(config: FinetuneRun, mesh: Mesh, report: Say) -> tuple[SwitchTransformer, Tokenizer]:
     """Load the model as configured, on the default device, with only what shall train unfrozen.
 
     On many processes it is sharded over the mesh, and all of it trains.
@@ -53,7 +51,7 @@ def open_model(
     settings = config.finetune
     with mesh.local_rank_zero_first("model"):  # which may come from the hub
         tokenizer = open_tokenizer(settings.model, "model to fine-tune")
-    if isinstance(mesh, Mesh):
+    if mesh.is_distributed:
         model = build_model(RunConfig(model=config.model, training=config.training), mesh)
         fill(model, settings.model, report=report, group=mesh.storage)
         return model, tokenizer
@@ -165,7 +163,7 @@ def finetune(
 def _finetune(
     config: FinetuneRun,
     out: Path,
-    mesh: AnyMesh,
+    mesh: Mesh,
     resume: bool,
     should_stop: Callable[[], bool],
     report: Say,
@@ -249,7 +247,7 @@ def read_tasks(settings: FinetuneConfig) -> Examples:
 
 
 def scorer(
-    config: FinetuneRun, examples: Examples, loader: PairLoader, mesh: AnyMesh = ALONE
+    config: FinetuneRun, examples: Examples, loader: PairLoader, mesh: Mesh = ALONE
 ) -> Callable[[SwitchTransformer], dict[str, Any]]:
     """Return what gives the figures, all but the best so far, of a model whole in each process."""
     settings = config.finetune
@@ -282,9 +280,9 @@ def scorer(
     return score
 
 
-def _check(config: FinetuneRun, folder: RunFolder, mesh: AnyMesh, resume: bool) -> None:
+def _check(config: FinetuneRun, folder: RunFolder, mesh: Mesh, resume: bool) -> None:
     settings = config.finetune
-    if isinstance(mesh, Mesh) and (settings.trainable != "all" or settings.lora_rank is not None):
+    if mesh.is_distributed and (settings.trainable != "all" or settings.lora_rank is not None):
         raise ConfigError(
             "A part of a model, or adapters, are fine-tuned in one process: run it without "
             "torchrun, or train all parameters."

@@ -22,7 +22,7 @@ from switchlm.huggingface.init_from import check_fit, transplant
 from switchlm.huggingface.load import load, load_tokenizer, save
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply, materialise
-from switchlm.parallel.mesh import ALONE, AnyMesh, Mesh, joined
+from switchlm.parallel.mesh import ALONE, Mesh, joined
 from switchlm.recipes.config import RunConfig, to_sections, with_vocabulary
 from switchlm.report.write import ReportRun, write_report
 from switchlm.training.loop import train
@@ -38,7 +38,7 @@ def record_routing(
     loader: BatchSource,
     tokenizer: Tokenizer,
     folder: RunFolder,
-    mesh: AnyMesh = ALONE,
+    mesh: Mesh = ALONE,
 ) -> list[dict[str, Any]]:
     """Write RUN/routing.json, a record for every Switch layer, and return them as plain values.
 
@@ -125,14 +125,14 @@ def default_device() -> torch.device:
     return torch.device(kind.type, torch.accelerator.current_device_index())
 
 
-def build_model(config: RunConfig, mesh: AnyMesh = ALONE) -> SwitchTransformer:
+def build_model(config: RunConfig, mesh: Mesh = ALONE) -> SwitchTransformer:
     """Return a new model on the default device, sharded over the mesh.
 
     Its parameters are a pure function of the configuration and the seed, whatever the mesh.
     """
     with torch.device("meta"):
         model = SwitchTransformer(config.model)
-    if isinstance(mesh, Mesh):
+    if mesh.is_distributed:
         exact = config.training.precision == "float32"
         apply(model, mesh, wire_dtype=None if exact else torch.bfloat16)
     materialise(model, default_device(), config.training.seed)
@@ -164,7 +164,7 @@ def pretrain(
 def _pretrain(
     config: RunConfig,
     out: Path,
-    mesh: AnyMesh,
+    mesh: Mesh,
     resume: bool,
     should_stop: Callable[[], bool],
     report: Callable[[str], None],
@@ -229,7 +229,7 @@ def open_folder(out: Path, resume: bool) -> RunFolder:
     return folder
 
 
-def begin(folder: RunFolder, config: RunConfig, tokenizer: Tokenizer, mesh: AnyMesh) -> None:
+def begin(folder: RunFolder, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> None:
     """Let the main process make the folder and write what a run is resumed with."""
     mesh.barrier()
     if mesh.is_main:

@@ -24,7 +24,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from switchlm.data.batch import Batch
 from switchlm.errors import ConfigError, SwitchLMError
 from switchlm.model.transformer import SwitchTransformer
-from switchlm.parallel.mesh import ALONE, AnyMesh, Mesh, MeshConfig, layouts
+from switchlm.parallel.mesh import ALONE, Mesh, MeshConfig, layouts
 from switchlm.recipes.config import RunConfig
 from switchlm.recipes.pretrain import build_model
 from switchlm.training.optimizer import build_optimizer, set_learning_rate
@@ -146,7 +146,7 @@ def _work(
 
 
 def _train(
-    config: RunConfig, mesh: AnyMesh, steps: int, rows: int, tokens: int, device: torch.device
+    config: RunConfig, mesh: Mesh, steps: int, rows: int, tokens: int, device: torch.device
 ) -> Tensors:
     """Return `losses` [steps, 3] and the gradients of the first step by name, whole, on the CPU."""
     training = config.training
@@ -195,7 +195,7 @@ def _batch(config: RunConfig, number: int, rows: int, tokens: int) -> Batch:
     )
 
 
-def _share(batch: Batch, mesh: AnyMesh) -> Batch:
+def _share(batch: Batch, mesh: Mesh) -> Batch:
     """Return the rows of a batch that fall to this process."""
     parts = {
         name: None if value is None else value.chunk(mesh.data_size)[mesh.data_rank]

@@ -14,7 +14,7 @@ from switchlm.evaluation.diagnostics import diagnose
 from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import gather_model
-from switchlm.parallel.mesh import ALONE, AnyMesh
+from switchlm.parallel.mesh import ALONE, Mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class HeldOutLoss:
     when_stopped = True
 
     def __init__(
-        self, batches: Sequence[Batch], sources: Sequence[str], mesh: AnyMesh = ALONE
+        self, batches: Sequence[Batch], sources: Sequence[str], mesh: Mesh = ALONE
     ) -> None:
         self.batches, self.sources, self.mesh = batches, sources, mesh
         self.experts: dict[str, list[int]] = {}

@@ -20,7 +20,7 @@ from switchlm.errors import CheckpointError
 from switchlm.kernels.cpu.memory import keep_freed_memory
 from switchlm.model.switch import switch_layers
 from switchlm.model.transformer import SwitchTransformer
-from switchlm.parallel.mesh import ALONE, AnyMesh
+from switchlm.parallel.mesh import ALONE, Mesh
 from switchlm.training.config import TrainingConfig
 from switchlm.training.evaluation import Evaluator, HeldOutLoss
 from switchlm.training.monitor import Averages, open_monitor
@@ -67,7 +67,7 @@ def train(
     run: RunFolder | None = None,
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
-    mesh: AnyMesh = ALONE,
+    mesh: Mesh = ALONE,
     objective: Objective = target_cross_entropy,
     evaluator: Evaluator | None = None,
 ) -> Iterator[Line]:
@@ -113,7 +113,7 @@ class _Run:
         config: TrainingConfig,
         folder: RunFolder | None,
         should_stop: Callable[[], bool],
-        mesh: AnyMesh,
+        mesh: Mesh,
         objective: Objective,
         evaluator: Evaluator | None,
     ) -> None:

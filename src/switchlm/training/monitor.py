@@ -19,14 +19,14 @@ from torch import Tensor
 from switchlm import _torch
 from switchlm.errors import MissingExtraError
 from switchlm.model.local import local
-from switchlm.parallel.mesh import ALONE, AnyMesh
+from switchlm.parallel.mesh import ALONE, Mesh
 from switchlm.training.config import TrainingConfig
 from switchlm.training.run_folder import RunFolder
 
 LARGE = 2**20  # elements; PyTorch takes the norm of a tensor in main memory on one thread
 
 
-def global_norm(gradients: list[Tensor], mesh: AnyMesh = ALONE) -> Tensor:
+def global_norm(gradients: list[Tensor], mesh: Mesh = ALONE) -> Tensor:
     """Return the Euclidean norm of all gradients together, a float32 scalar, without a sync.
 
     Where several processes hold the same part of a gradient, each counts its share of it, so that

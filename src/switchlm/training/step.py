@@ -22,7 +22,7 @@ from switchlm.model.router import Router
 from switchlm.model.routing import ModelOutput, Routing
 from switchlm.model.transformer import SwitchTransformer, forward_batch
 from switchlm.parallel.apply import send_gradients
-from switchlm.parallel.mesh import ALONE, AnyMesh
+from switchlm.parallel.mesh import ALONE, Mesh
 from switchlm.parallel.tensor import losses_of
 from switchlm.training.config import Precision
 from switchlm.training.monitor import global_norm
@@ -129,7 +129,7 @@ def training_step(
     *,
     gradient_clip: float | None = None,
     precision: Precision = "float32",
-    mesh: AnyMesh = ALONE,
+    mesh: Mesh = ALONE,
     objective: Objective = target_cross_entropy,
 ) -> StepRecord:
     """Update the model on micro-batches as if they were one batch; learning rates are set already.
@@ -166,7 +166,7 @@ def backward(
     model: SwitchTransformer,
     batches: Sequence[Batch],
     precision: Precision,
-    mesh: AnyMesh = ALONE,
+    mesh: Mesh = ALONE,
     objective: Objective = target_cross_entropy,
 ) -> tuple[Tensor, tuple[Routings, ...]]:
     """Add the gradients of the loss of all batches together.
@@ -194,7 +194,7 @@ def backward(
 
 
 def nudge_biases(
-    model: SwitchTransformer, routing: Sequence[Routings], finite: Tensor, mesh: AnyMesh = ALONE
+    model: SwitchTransformer, routing: Sequence[Routings], finite: Tensor, mesh: Mesh = ALONE
 ) -> None:
     """Move the selection biases of routers balanced by `bias`; not at all after a bad batch.
 
@@ -210,7 +210,7 @@ def nudge_biases(
 
 
 @torch.no_grad()
-def summarise_routing(routing: Sequence[Routings], mesh: AnyMesh = ALONE) -> RoutingSummary | None:
+def summarise_routing(routing: Sequence[Routings], mesh: Mesh = ALONE) -> RoutingSummary | None:
     """Summarise the routing of a step's batches on all processes; None for dense models."""
     if not routing[0]:
         return None
@@ -227,7 +227,7 @@ def summarise_routing(routing: Sequence[Routings], mesh: AnyMesh = ALONE) -> Rou
     )
 
 
-def _loads(routing: Sequence[Routings], mesh: AnyMesh) -> Tensor:
+def _loads(routing: Sequence[Routings], mesh: Mesh) -> Tensor:
     """Return load_LE, int64: how many tokens of a step asked for each expert, everywhere."""
     layers = zip(*routing, strict=True)
     return mesh.all_reduce_sum(

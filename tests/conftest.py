@@ -1,8 +1,14 @@
 import os
 import signal
 
+import hypothesis
 import pytest
 import torch
+
+# Few examples in `make test`, many in `make test-slow` (--hypothesis-profile thorough).
+hypothesis.settings.register_profile("quick", max_examples=15, deadline=None)
+hypothesis.settings.register_profile("thorough", max_examples=200, deadline=None)
+hypothesis.settings.load_profile("quick")
 
 # Before anything imports Triton: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():

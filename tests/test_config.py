@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from switchlm.config import from_mapping, override, read_yaml, to_mapping, write_yaml
@@ -63,7 +63,6 @@ outers = st.builds(
 )
 
 
-@settings(max_examples=50, deadline=None)
 @given(outers)
 def test_round_trip_through_mappings_and_yaml(
     tmp_path_factory: pytest.TempPathFactory, config: Outer

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from switchlm.checkpoint.format import DTYPES, describe, join, split
@@ -44,7 +44,6 @@ def same(one: Any, other: Any) -> bool:
 
 
 @given(st.dictionaries(KEYS, TREES, max_size=3))
-@settings(max_examples=150, deadline=None)
 def test_join_undoes_split_through_json(state: dict[Any, Any]) -> None:
     tensors, structure = split(state)
     structure = json.loads(json.dumps(structure))

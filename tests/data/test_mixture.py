@@ -1,13 +1,12 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from switchlm.data.order import BLOCK, Mixture, probabilities
 from switchlm.errors import DataError
 
 
-@settings(max_examples=20, deadline=None)
 @given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=6), st.integers(0, 99))
 def test_every_sample_of_a_source_comes_once_and_in_order(weights, seed):
     shares = np.array(weights) / sum(weights)

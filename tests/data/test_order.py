@@ -1,11 +1,10 @@
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from switchlm.data.order import derive_key, hash_grid, hash_numbers, permute
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
 def test_a_permutation_reaches_every_index_once(size, key):
     keys = np.full(size, key, dtype=np.uint64)

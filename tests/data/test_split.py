@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from switchlm.data.order import choose_aligned, choose_held_out
@@ -13,7 +13,6 @@ def choose(hashes, share=0.1, least=0, length=100):
     return choose_held_out(hashes, np.full(len(hashes), length), share, least)
 
 
-@settings(max_examples=60, deadline=None)
 @given(HASHES, HASHES, st.floats(0.0, 0.5))
 def test_more_documents_move_none(hashes, others, share):
     alone = choose(hashes, share)
@@ -27,7 +26,6 @@ def test_the_share_is_about_what_was_asked_for():
     assert not choose(hashes, 0.0).any()
 
 
-@settings(max_examples=60, deadline=None)
 @given(HASHES, st.integers(0, 3000))
 def test_equal_documents_stay_together_and_training_keeps_half(hashes, least):
     hashes = hashes + hashes[:3]
@@ -47,7 +45,6 @@ def test_a_single_document_is_for_training():
     assert not choose([2**63], 0.01, least=50).any()
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(HASHES, min_size=1, max_size=4), st.floats(0.0, 0.5), st.integers(0, 500))
 def test_a_group_is_held_out_in_all_sources_or_in_none(sources, share, least):
     hashes_SD = [np.array(hashes, dtype=np.uint64) for hashes in sources]

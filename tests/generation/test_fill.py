@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from switchlm.data.text.tokenizer import Tokenizer
@@ -30,7 +30,6 @@ def test_the_first_span_of_a_blank_counts():
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="<"), min_size=1)))
-@settings(max_examples=50, deadline=None)
 def test_filling_undoes_the_masking(pieces):
     text = "".join(
         f"<extra_id_{place // 2}>" if place % 2 else piece for place, piece in enumerate(pieces)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from switchlm.errors import ConfigError
@@ -30,7 +30,6 @@ def test_frequencies_follow_the_softmax(temperature):
 
 
 @given(logits=LOGITS, k=st.integers(1, 14))
-@settings(max_examples=50, deadline=None)
 def test_top_k_leaves_the_k_most_probable(logits, k):
     probability_BV, token_BV = candidates(
         torch.tensor([logits]), Sampling(temperature=1.0, top_k=k)
@@ -43,7 +42,6 @@ def test_top_k_leaves_the_k_most_probable(logits, k):
 
 
 @given(logits=LOGITS, p=st.floats(0.01, 0.99))
-@settings(max_examples=50, deadline=None)
 def test_top_p_leaves_the_fewest_that_reach_p(logits, p):
     full = torch.tensor(logits).softmax(0)
     probability_BV, token_BV = candidates(
@@ -63,7 +61,6 @@ def test_top_p_leaves_the_fewest_that_reach_p(logits, p):
     temperature=st.floats(1e-3, 50),
     uniform=st.floats(0, 1, exclude_max=True, width=32),
 )
-@settings(max_examples=100, deadline=None)
 def test_what_is_drawn_was_a_candidate(logits, k, p, temperature, uniform):
     sampling = Sampling(temperature=temperature, top_k=k, top_p=p)
     probability_BV, token_BV = candidates(torch.tensor([logits]), sampling)

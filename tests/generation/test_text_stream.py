@@ -1,6 +1,6 @@
 import pytest
 import tokenizers
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from switchlm.data.text.tokenizer import Tokenizer
@@ -40,7 +40,6 @@ ANY = st.text(st.characters(codec="utf-8"), max_size=90)
 
 
 @given(ANY)
-@settings(max_examples=60, deadline=None)
 @example("größe 1 € 😀 " * 12)
 @example("中文字符" * 30)
 def test_the_pieces_of_any_text_add_up_and_hold_no_half_character(unigram, text):
@@ -53,7 +52,6 @@ def test_the_pieces_of_any_text_add_up_and_hold_no_half_character(unigram, text)
 
 
 @given(st.lists(st.integers(0, 383), max_size=150))
-@settings(max_examples=60, deadline=None)
 def test_any_bytes_at_all_give_what_decoding_at_once_gives(tokens):
     assert "".join(pieces(BYTES, tokens)[0]) == BYTES.decode(tokens)
 
@@ -94,7 +92,6 @@ def test_broken_runs_of_byte_pieces_take_nothing_back(unigram):
         st.sampled_from(["turn x", "ret", "e", "xr", "öß", "n r", "return", "\n\n"]), max_size=3
     ),
 )
-@settings(max_examples=100, deadline=None)
 @example(["return", "return"], ["nre", "eturnret"])
 def test_stop_strings_cut_alike_whatever_the_borders(unigram, words, stops):
     text = "".join(words)

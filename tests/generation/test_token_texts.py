@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -36,7 +36,6 @@ TEXT = st.text(
 
 @BOTH
 @given(text=TEXT)
-@settings(max_examples=100, deadline=None)
 def test_the_texts_of_a_text_are_the_text_a_text_for_each_token(tokenizer, text):
     ids, texts = tokens_of_text(text, tokenizer)
     assert ids == tokenizer.encode(text)
@@ -61,7 +60,6 @@ def by_prefixes(ids, tokenizer):
 
 @BOTH
 @given(text=st.text("self retun.size= x", min_size=1))
-@settings(max_examples=100, deadline=None)
 def test_decoded_tokens_are_what_each_adds_to_those_before(tokenizer, text):
     ids = tokenizer.encode(text)
     assert texts_of_tokens(ids, tokenizer) == by_prefixes(ids, tokenizer)
@@ -69,7 +67,6 @@ def test_decoded_tokens_are_what_each_adds_to_those_before(tokenizer, text):
 
 @BOTH
 @given(text=TEXT)
-@settings(max_examples=100, deadline=None)
 def test_decoded_tokens_joined_are_the_decoded_text(tokenizer, text):
     ids = [number for number in tokenizer.encode(text) if number > 1]  # those are named
     texts = texts_of_tokens(ids, tokenizer)
@@ -78,7 +75,6 @@ def test_decoded_tokens_joined_are_the_decoded_text(tokenizer, text):
 
 
 @given(st.lists(st.integers(3, 258), max_size=12))
-@settings(max_examples=200, deadline=None)
 def test_bytes_that_are_no_characters_are_still_one_text_each(ids):
     texts = texts_of_tokens(ids, BYTES)
     assert len(texts) == len(ids)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from switchlm.kernels import permute
@@ -17,7 +17,6 @@ def order_of(expert: list[int], kept: list[bool], num_experts: int) -> permute.E
     assignments=st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=40),
     num_experts=st.sampled_from([6, 300, 70000]),
 )
-@settings(max_examples=60, deadline=None)
 def test_rows_stand_by_expert_then_by_token(
     assignments: list[tuple[int, bool]], num_experts: int
 ) -> None:

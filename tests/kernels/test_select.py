@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -32,7 +32,6 @@ def results(kernel: select.Kernel, x_RD: Tensor, weight_EDF: Tensor, counts_E: T
 @pytest.mark.parametrize("name", select.KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @given(shape=COUNTS)
-@settings(max_examples=25, deadline=None)
 def test_equals_the_reference(name: str, dtype: torch.dtype, shape: tuple[list[int], int]) -> None:
     x_RD, weight_EDF, counts_E = make(*shape, dtype)
     if name == "torch_grouped" and not torch_grouped.fits(x_RD, weight_EDF):

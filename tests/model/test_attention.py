@@ -1,9 +1,8 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from switchlm.model.attention import (
@@ -15,9 +14,9 @@ from switchlm.model.attention import (
     segment_mask,
 )
 from switchlm.model.config import ModelConfig, RouterConfig
+from transformers import T5Config
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     st.integers(4, 64),
     st.integers(2, 300),

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from switchlm.model.selection import (
@@ -85,7 +85,6 @@ assignments = st.integers(1, 6).flatmap(
 )
 
 
-@settings(deadline=None)
 @given(assignments)
 def test_positions_are_a_running_count_of_first_choices_before_second(
     drawn: tuple[int, int, list[list[int]]],
@@ -102,7 +101,6 @@ def test_positions_are_a_running_count_of_first_choices_before_second(
             queues[queue] = queues.get(queue, 0) + 1
 
 
-@settings(deadline=None)
 @given(assignments, st.randoms(use_true_random=False))
 def test_counts_leave_padding_out(drawn: tuple[int, int, list[list[int]]], random) -> None:
     experts, size, choices = drawn

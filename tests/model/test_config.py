@@ -1,7 +1,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from switchlm.config import from_mapping, to_mapping
@@ -39,7 +39,6 @@ model_options = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=50, deadline=None)
 @given(model_options)
 def test_round_trip_through_a_mapping(options: dict[str, Any]) -> None:
     config = from_mapping(ModelConfig, options)

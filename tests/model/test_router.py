@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -72,7 +72,6 @@ def by_choice(routing: Routing, choices: int) -> tuple[Tensor, Tensor, Tensor]:
     return expert_NK, gate_NK, kept_NK
 
 
-@settings(max_examples=100, deadline=None)
 @given(scenes())
 def test_no_expert_takes_more_than_its_capacity_and_none_drops_early(scene: Scene) -> None:
     config = scene.router.config
@@ -89,7 +88,6 @@ def test_no_expert_takes_more_than_its_capacity_and_none_drops_early(scene: Scen
     assert not kept_NK[~scene.routed_N].any()
 
 
-@settings(max_examples=100, deadline=None)
 @given(scenes())
 def test_tokens_are_dropped_from_the_end_of_the_queue(scene: Scene) -> None:
     """First choices in token order, then second choices: nobody is kept behind one dropped."""
@@ -107,7 +105,6 @@ def test_tokens_are_dropped_from_the_end_of_the_queue(scene: Scene) -> None:
             assert queue == sorted(queue, reverse=True)
 
 
-@settings(max_examples=100, deadline=None)
 @given(scenes())
 def test_gates_are_softmax_values_or_their_shares(scene: Scene) -> None:
     choices = scene.router.config.experts_per_token
@@ -122,7 +119,6 @@ def test_gates_are_softmax_values_or_their_shares(scene: Scene) -> None:
     torch.testing.assert_close(gate_NK, chosen_NK)
 
 
-@settings(max_examples=100, deadline=None)
 @given(scenes())
 def test_loads_count_wanted_assignments_before_dropping(scene: Scene) -> None:
     routing = scene.route()
@@ -135,7 +131,6 @@ def test_loads_count_wanted_assignments_before_dropping(scene: Scene) -> None:
     assert routing.dropped.item() == pytest.approx(dropped, abs=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
 @given(scenes())
 def test_losses_are_the_formulas_of_the_paper(scene: Scene) -> None:
     routing = scene.route()
@@ -157,7 +152,6 @@ def test_losses_are_the_formulas_of_the_paper(scene: Scene) -> None:
 
 
 @given(scenes(capacity_factor=None, evaluation_capacity_factor=None, expert_capacity=None))
-@settings(max_examples=60, deadline=None)
 def test_without_measuring_the_decision_is_the_same(scene: Scene) -> None:
     measured = scene.route()
     scene.router.measures = False
@@ -255,7 +249,6 @@ def test_sampling_happens_in_training_only() -> None:
     assert torch.equal(router.eval()(x_ND, None, 64).expert_A, best_N)
 
 
-@settings(max_examples=50, deadline=None)
 @given(scenes(experts_per_token=1, reroute_overflow=True, capacity_factor=1.0))
 def test_rerouting_fills_every_seat_and_gates_by_the_expert_taken(scene: Scene) -> None:
     routing = scene.route()
@@ -275,7 +268,6 @@ def test_rerouting_fills_every_seat_and_gates_by_the_expert_taken(scene: Scene) 
     assert routing.load_E.tolist() == expected.tolist()
 
 
-@settings(max_examples=50, deadline=None)
 @given(
     scenes(
         experts_per_token=1,

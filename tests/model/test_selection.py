@@ -1,5 +1,5 @@
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from switchlm.model.selection import choose, expert_choice, reroute_overflow, sample
@@ -32,7 +32,6 @@ def test_sampling_follows_the_softmax() -> None:
     assert torch.allclose(share_E, probability_NE[0], atol=0.02)
 
 
-@settings(max_examples=60, deadline=None)
 @given(scenes, st.integers(1, 8))
 def test_rerouting_leaves_no_token_behind_where_seats_suffice(
     scene: tuple[int, int, int, int], capacity: int
@@ -74,7 +73,6 @@ def test_rerouting_goes_by_probability_after_the_first_choice() -> None:
     assert expert_N1.tolist() == sampled_N1.tolist()
 
 
-@settings(max_examples=60, deadline=None)
 @given(scenes, st.integers(1, 8))
 def test_experts_choose_their_most_probable_real_tokens(
     scene: tuple[int, int, int, int], capacity: int

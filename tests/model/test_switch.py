@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -54,7 +54,6 @@ def capacity_of(
     return max(min(tokens, rounded), default if least is None else least)
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     st.sampled_from(["paper", "t5x", "hf"]),
     st.sampled_from([None, 0.5, 1.0, 1.25]),

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -47,7 +47,6 @@ def segments_of(lengths: list[int], total: int) -> list[int]:
     return (row + [0] * total)[:total]
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.integers(1, 5), min_size=2, max_size=3),
     st.lists(st.integers(1, 4), min_size=3, max_size=3),

@@ -157,9 +157,7 @@ def test_no_body_whatever_breaks_the_server(serve):
     served = serve(max_target=4)
     with httpx.Client(base_url=served.address) as client:
 
-        @settings(
-            max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None
-        )
+        @settings(suppress_health_check=list(HealthCheck), database=None)
         @given(st.sampled_from(["completions", "fill", "route"]), bodies | shaped | filled)
         def fuzz(route, body):
             content = json.dumps(body)

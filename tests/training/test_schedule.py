@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from switchlm.training.config import TrainingConfig
@@ -62,7 +62,6 @@ def test_wsd_is_stable_until_the_last_part(decay_steps):
     decay=st.none() | st.integers(1, 50),
     step=st.integers(0, 99),
 )
-@settings(max_examples=60, deadline=None)
 def test_every_rate_is_positive_and_at_most_the_peak(schedule, warmup, decay, step):
     config = TrainingConfig(
         steps=100, learning_rate=2.0, schedule=schedule, warmup_steps=warmup, decay_steps=decay

@@ -3,14 +3,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from switchlm.data.pretraining.rows import Pieces, pack, target_length_for
 from switchlm.data.pretraining.span_corruption import Noise
 
 
-@settings(max_examples=80, deadline=None)
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(40, 60))
 def test_every_piece_is_in_one_bin_and_no_bin_overflows(sizes, size):
     sizes = np.array(sizes, dtype=np.int64)

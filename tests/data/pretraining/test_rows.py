@@ -1,5 +1,5 @@
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from switchlm.data.pretraining.rows import RunningText
@@ -17,7 +17,6 @@ def cache_of(lengths):
     )
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(2, 30), st.booleans()), min_size=1, max_size=20),
     st.integers(2, 25),

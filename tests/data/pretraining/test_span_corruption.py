@@ -3,7 +3,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from switchlm.data.order import hash_numbers
@@ -56,7 +56,6 @@ def examples(lengths, noise, key=0):
     return tokens, lengths, mask, corrupt(tokens, lengths, mask, SENTINELS, END)
 
 
-@settings(max_examples=80, deadline=None)
 @given(st.lists(st.integers(2, 90), min_size=1, max_size=6), NOISES, st.integers(0, 999))
 def test_the_fast_path_equals_the_slow_one_and_the_inverse_restores_the_text(lengths, noise, key):
     tokens, lengths, mask, fast = examples(lengths, noise, key)
@@ -71,7 +70,6 @@ def test_the_fast_path_equals_the_slow_one_and_the_inverse_restores_the_text(len
     assert fast.target_length_N.tolist() == expected[1].tolist()
 
 
-@settings(max_examples=80, deadline=None)
 @given(st.integers(2, 300), NOISES, st.integers(0, 999))
 def test_a_mask_keeps_the_counts_and_begins_kept_and_ends_masked(length, noise, key):
     mask = noise_mask(np.array([length]), noise, hash_numbers(key, np.arange(1)))[0]
@@ -89,7 +87,6 @@ def test_the_lengths_are_those_of_t5():
     assert [int(part[0]) for part in noise.corrupted_lengths(np.array([568]))] == [512, 114]
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(12, 700), ROOMY)
 def test_raw_length_fills_the_row_exactly_and_is_the_longest_that_does(input_length, noise):
     raw = noise.raw_length(input_length)

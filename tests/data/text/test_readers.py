@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from switchlm.data.config import Columns
@@ -62,7 +62,6 @@ def test_a_large_file_is_cut_at_line_ends_and_nothing_is_lost(tmp_path, alone, m
     assert {document.group for document in documents} == {"" if alone else "a.txt"}
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.text(st.characters(exclude_characters="\0\ufeff", codec="utf-8"), max_size=80))
 def test_no_cut_falls_inside_a_character(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("cut") / "a.txt"

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
@@ -32,14 +32,12 @@ def test_bytes_are_three_special_tokens_then_bytes_then_sentinels_counted_down()
     assert BYTES.vocabulary_size == 384
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(TEXTS | SPECIALS, max_size=6).map("".join))
 def test_the_fast_encoding_of_bytes_is_that_of_the_saved_file(text):
     fast = BYTES.encode(text)
     assert fast == BYTES.backend.encode(text, add_special_tokens=False).ids
 
 
-@settings(max_examples=60, deadline=None)
 @given(TEXTS)
 def test_bytes_are_lossless(text):
     assert BYTES.decode(BYTES.encode_plain([text])[0]) == text
@@ -137,7 +135,6 @@ def test_an_absurd_token_id_is_refused():
         Tokenizer.from_json(json.dumps(damaged))
 
 
-@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_damaged_files_raise_nothing_but_data_errors(data):
     raw = bytearray(Tokenizer(t5_like()).to_json().encode())

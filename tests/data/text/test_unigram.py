@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from switchlm.data.text.tokenizer import Tokenizer
@@ -32,7 +32,6 @@ def test_pieces_are_longer_than_bytes(trained):
     assert len(trained.encode(TEXTS[0])) < len(TEXTS[0]) / 2
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     st.lists(
         st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=20)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -65,7 +65,6 @@ def both(
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @given(shape=COUNTS)
-@settings(max_examples=20, deadline=None)
 def test_equals_the_reference(
     activation: Activation, gated: bool, shape: tuple[list[int], int]
 ) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from switchlm.kernels.cpu.grouped import FIXED_ROWS, Sums, make_schedule
@@ -11,7 +11,6 @@ COUNTS = st.lists(st.integers(0, 500), min_size=1, max_size=80)
 
 
 @given(counts=COUNTS, threads=st.integers(1, 8), width=st.sampled_from([1, 40, 1024]))
-@settings(max_examples=60, deadline=None)
 def test_every_number_is_someones_once(counts: list[int], threads: int, width: int) -> None:
     torch.set_num_threads(threads)
     counts = [count * 4 for count in counts]  # some of several blocks
@@ -28,7 +27,6 @@ def test_every_number_is_someones_once(counts: list[int], threads: int, width: i
 
 
 @given(counts=COUNTS, threads=st.integers(1, 8))
-@settings(max_examples=60, deadline=None)
 def test_every_column_of_a_weight_begins_once_and_on_one_thread(
     counts: list[int], threads: int
 ) -> None:

@@ -18,6 +18,7 @@ def sooner(least: float, name: str) -> Claim:
         lambda runs: runs[NAMES[-1]].speed_up(runs["dense"], "step"),
         least=least,
         form=".2f",
+        ratio=True,
     )
 
 

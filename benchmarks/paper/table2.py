@@ -39,6 +39,7 @@ TABLE = Table(
             ),
             least=1.0,
             form=".2f",
+            ratio=True,
         ),
     ],
 )

@@ -18,7 +18,6 @@ def sooner(least: float, name: str) -> Claim:
         lambda runs: runs[NAMES[-1]].speed_up(runs["dense"], "step"),
         least=least,
         form=".2f",
-        ratio=True,
     )
 
 

@@ -13,7 +13,6 @@ def sooner(rival: str, unit: str, least: float, name: str, paper: str) -> Claim:
         lambda runs: runs["Switch"].speed_up(runs[rival], unit),
         least=least,
         form=".2f",
-        ratio=True,
     )
 
 

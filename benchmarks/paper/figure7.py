@@ -76,20 +76,8 @@ def better(runs: Runs) -> float:
 
 
 def claim(name: str, paper: str, measure: Callable[[Runs], float], least: float) -> Claim:
-    """Return a claim about the share of languages of a seed, in per cent."""
+    """Return a claim about all languages of a seed."""
     return Claim(name, paper, measure, least=least, form=".2f")
-
-
-def sooner(name: str, least: float) -> Claim:
-    """In the mean of the languages, Switch takes so many times fewer steps."""
-    return Claim(
-        name,
-        "5",
-        lambda runs: statistics.mean(speeds(runs)),
-        least=least,
-        form=".2f",
-        ratio=True,
-    )
 
 
 TABLE = Table(
@@ -108,8 +96,8 @@ TABLE = Table(
     ],
     claims=[
         claim("Switch is better in every language, %", "100", better, least=99.6),
-        sooner("it takes fewer steps, mean", 1.0),
-        sooner("a fifth of the steps", 5.0),
+        claim("it takes fewer steps, mean", "5", lambda runs: statistics.mean(speeds(runs)), 1),
+        claim("a fifth of the steps", "5", lambda runs: statistics.mean(speeds(runs)), 5),
         claim(
             "at least 4 times as fast in 91% of them",
             "91",

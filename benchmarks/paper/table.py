@@ -2,8 +2,7 @@
 
 A word is earned: `reproduced` if the 95% interval of the mean over at least three seeds (Student's
 t) lies wholly on the paper's side; `not reproduced` if it lies wholly on the other side; `too small
-to tell` otherwise. For tasks the error of the examples is joined to that of the seeds. How many
-times as fast one is as the other is compared by its logarithm: twice and half are as far from 1.
+to tell` otherwise. For tasks the error of the examples is joined to that of the seeds.
 """
 
 import math
@@ -121,7 +120,6 @@ class Claim:
 
     paper: the figure there. error: the standard error of `measure` by the examples of a task.
     across: gives what is to be above `least` from all seeds at once, instead of `measure`.
-    ratio: it says how many times as much, and is compared by its logarithm.
     void: says why the claim has no meaning here, if it has none.
     """
 
@@ -132,7 +130,6 @@ class Claim:
     form: str = "+.3f"
     error: Callable[[Runs], float] | None = None
     across: Callable[[Sequence[Runs]], Sequence[float]] | None = None
-    ratio: bool = False
     void: Callable[[Sequence[Runs]], str] = lambda seeds: ""
 
     def values(self, seeds: Sequence[Runs]) -> list[float]:
@@ -154,12 +151,6 @@ class Claim:
             found.append(runs)
         return found
 
-    def beyond(self, value: float) -> float:
-        """Return how far a value is above `least`; a ratio of 0, for never, is infinitely below."""
-        if not self.ratio:
-            return value - self.least
-        return math.log(value / self.least) if value > 0 else -math.inf
-
     def verdict(self, seeds: Sequence[Runs]) -> str:
         """Return the word it has earned."""
         values = self.values(seeds)
@@ -168,7 +159,7 @@ class Claim:
         error = 0.0
         if self.error is not None:
             error = statistics.mean(self.error(runs) for runs in self.able(seeds))
-        found = word([self.beyond(value) for value in values], error)
+        found = word([value - self.least for value in values], error)
         reason = self.void(seeds)
         return f"{TOO_SMALL}: {reason}" if reason else found
 

@@ -25,7 +25,6 @@ def faster(first: str, second: str, paper: str) -> Claim:
         lambda runs: runs[first].examples_per_second / runs[second].examples_per_second,
         least=1.0,
         form=".2f",
-        ratio=True,
     )
 
 

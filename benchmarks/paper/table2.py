@@ -39,7 +39,6 @@ TABLE = Table(
             ),
             least=1.0,
             form=".2f",
-            ratio=True,
         ),
     ],
 )

@@ -160,18 +160,6 @@ def test_a_task_that_is_not_learnt_has_no_winner():
     assert claim.verdict(seeds([40, 41, 40], [49, 50, 49.5])) == "too small to tell: not learnt"
 
 
-def test_ratios_are_compared_by_their_logarithm():
-    def verdict(ratios, least=1.0):
-        claim = Claim("faster", "2", lambda runs: runs["a"], least=least, ratio=True)
-        return claim.verdict([{"a": ratio} for ratio in ratios])
-
-    assert verdict([2.75, 1.76, 1.80]) == "reproduced"  # their differences to 1 are not
-    assert verdict([1 / 2.75, 1 / 1.76, 1 / 1.80]) == "not reproduced"
-    assert verdict([2.75, 1.76, 1.80], least=7.0) == "not reproduced"
-    assert verdict([2.75, 1.76, 0.0]) == "too small to tell"  # one never got there
-    assert verdict([0.0, 0.0, 0.0]) == "not reproduced"
-
-
 def test_a_claim_counts_only_seeds_that_have_its_runs():
     claim = Claim("better", "+1", lambda runs: runs["a"].quality - runs["b"].quality)
     one = Result({"figures": {"evaluations": [{"evaluation_loss": 1.0}]}})

@@ -36,7 +36,7 @@ demo: .venv/installed
 	$(PIP) install -q $(CONSTRAINT) -e '.[paper]'
 	@touch $@
 
-# The paper's tables and figures, some 2.3 hours on 2 cores by its own estimate; goes on where it was stopped.
+# The paper's tables and figures, some 3 hours on 2 cores, estimated; goes on where it was stopped.
 paper: .venv/installed-paper
 	$(BIN)/python -m benchmarks.paper
 

@@ -35,7 +35,7 @@ from switchlm.training.step import training_step
 
 def build(options: argparse.Namespace) -> tuple[Callable[[], None], Callable[[], dict[str, Any]]]:
     """Return a training step, and what gives the state to save."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     config = dataclasses.replace(preset("small"), num_experts=options.experts)
     model = SwitchTransformer(config).to(device).train()
     training = TrainingConfig(optimizer=options.optimizer)

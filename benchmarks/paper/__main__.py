@@ -1,4 +1,4 @@
-"""The paper's tables and figures, measured at laptop scale, three seeds: `make paper`.
+"""The paper's tables and figures, measured at laptop scale, three seeds or more: `make paper`.
 
     python -m benchmarks.paper [table1 figure1 ...] [--seeds 0 1 2] [--data FOLDER] [--out FOLDER]
     python -m benchmarks.paper --steps 20 --seeds 0
@@ -15,6 +15,7 @@ import argparse
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,8 +30,8 @@ from benchmarks import harness
 ROOT = Path(__file__).parents[2]
 RECORD, DOCS = harness.RESULTS / "paper", ROOT / "docs"
 TABLES = (
-    "figure1", "figure5", "table1", "table2", "table3", "table6", "table7", "table10", "table11",
-    "appendix", "figure7", "table4", "table5",
+    "figure1", "figure1_long", "figure5", "table1", "table2", "table3", "table6", "table7",
+    "table10", "table11", "appendix", "figure7", "table4", "table5",
 )  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def main() -> None:
     """Run what is asked for and not finished, and write what is known."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", help="each table's own unless told")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--out", type=Path, help="runs/paper unless told")
     parser.add_argument("--steps", type=int, help="of a draft: at most so many per run")
@@ -52,24 +53,24 @@ def main() -> None:
         parser.error(f"There is no {unknown[0]}; there are {', '.join(TABLES)}.")
     out = asked.out or (RECORD if asked.recorded else default_folder(asked.steps))
     place = Place(asked.data.resolve(), out.resolve(), asked.steps)
-    tables = [load(name) for name in TABLES]
+    tables = [load(name, asked.seeds) for name in TABLES]
     wanted = [table for table in tables if table.name in (asked.tables or TABLES)]
     if not (asked.only_write or asked.recorded):
         try:
-            perform(wanted, place, asked.seeds, asked.workers)
+            perform(wanted, place, asked.workers)
         except KeyboardInterrupt:
             raise SystemExit("Stopped; the next start goes on with what is not finished.") from None
     if asked.tables:
-        print(page(wanted, place, asked.seeds))
+        print(page(wanted, place))
     has_pictures = find_spec("matplotlib") is not None
     if not has_pictures:
         print("matplotlib is not installed: no pictures are drawn, and docs/ stays as it is.")
     if not asked.recorded:
-        write(tables, place, asked.seeds, place.out, has_pictures)
-    finished = asked.write or whole(tables, place, asked.seeds)
+        write(tables, place, place.out, has_pictures)
+    finished = asked.write or whole(tables, place)
     if asked.steps is None and has_pictures and finished:
-        write(tables, place, asked.seeds, DOCS, has_pictures)
-        keep(tables, place, asked.seeds)
+        write(tables, place, DOCS, has_pictures)
+        keep(tables, place)
 
 
 def default_folder(steps: int | None) -> Path:
@@ -79,14 +80,14 @@ def default_folder(steps: int | None) -> Path:
     return Path(tempfile.gettempdir()) / "switchlm-paper-draft"
 
 
-def load(name: str) -> Table:
-    """Return a table by the name of its file."""
+def load(name: str, seeds: Sequence[int] | None = None) -> Table:
+    """Return a table by the name of its file; seeds: in place of its own."""
     table = import_module(f"benchmarks.paper.{name}").TABLE
     assert isinstance(table, Table)
-    return table
+    return replace(table, seeds=tuple(seeds)) if seeds else table
 
 
-def perform(tables: Sequence[Table], place: Place, seeds: Sequence[int], workers: int) -> None:
+def perform(tables: Sequence[Table], place: Place, workers: int) -> None:
     """Do the runs of all tables that can be measured here."""
     place.out.mkdir(parents=True, exist_ok=True)
     runs: list[Run] = []
@@ -96,7 +97,7 @@ def perform(tables: Sequence[Table], place: Place, seeds: Sequence[int], workers
             print(f"{table.title}: not measured, {reason}.")
             continue
         table.prepare(place)
-        for name, run in table.runs(place, seeds):
+        for name, run in table.runs(place):
             runs.append(run)
             for one in with_needs([run]):
                 label = name if one is run else f"{name}, what it starts from"
@@ -104,33 +105,32 @@ def perform(tables: Sequence[Table], place: Place, seeds: Sequence[int], workers
     run_all(list(with_needs(runs)), names, workers, lambda line: print(line, flush=True))
 
 
-def write(
-    tables: Sequence[Table], place: Place, seeds: Sequence[int], folder: Path, pictures: bool
-) -> None:
+def write(tables: Sequence[Table], place: Place, folder: Path, pictures: bool) -> None:
     """Write the page, and the pictures of the tables that are finished."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.md").write_text(page(tables, place, seeds), encoding="utf-8")
+    (folder / "results.md").write_text(page(tables, place), encoding="utf-8")
     for table in tables if pictures else ():
-        found = table.results(place, seeds)
+        found = table.results(place)
         if table.picture is not None and complete(table, found):
             table.picture(found, folder / f"{table.name}.png")
     print(f"Written: {folder / 'results.md'}")
 
 
-def whole(tables: Sequence[Table], place: Place, seeds: Sequence[int]) -> bool:
+def whole(tables: Sequence[Table], place: Place) -> bool:
     """Whether all tables are finished, with enough seeds."""
-    return len(seeds) >= LEAST_SEEDS and all(
-        complete(table, table.results(place, seeds)) for table in tables
+    return all(
+        len(table.seeds) >= LEAST_SEEDS and complete(table, table.results(place))
+        for table in tables
     )
 
 
-def keep(tables: Sequence[Table], place: Place, seeds: Sequence[int]) -> None:
+def keep(tables: Sequence[Table], place: Place) -> None:
     """Copy the results that docs/results.md comes from, and those alone, to where they are kept."""
     if place.out == RECORD:
         return
     shutil.rmtree(RECORD, ignore_errors=True)
     RECORD.mkdir(parents=True)
-    for run in with_needs([run for table in tables for _, run in table.runs(place, seeds)]):
+    for run in with_needs([run for table in tables for _, run in table.runs(place)]):
         if run.finished:
             shutil.copy(run.file, RECORD / run.file.name)
 

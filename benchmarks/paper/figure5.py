@@ -22,7 +22,8 @@ TABLE = Table(
     text="Two runs share the machine at any time, each on one thread; evaluations are not counted. "
     "Times as early: how soon the Switch model of the same seed reaches that row's last quality. "
     "A run that never gets there counts as 0. The wider model takes half as many steps as the "
-    "others, in about as much time.",
+    "others, in about as much time. When both train longer Switch gains on it: with 12,000 steps "
+    "for both (seed 0, once) it reaches the wider model's 1.361 after 10,200, 1.2 times as early.",
     columns=(
         QUALITY,
         Column("seconds", lambda one, runs: one.seconds, ".0f"),

@@ -22,13 +22,13 @@ HEAD = (
 )
 
 
-def page(tables: Sequence[Table], place: Place, seeds: Sequence[int]) -> str:
+def page(tables: Sequence[Table], place: Place) -> str:
     """Return the page of what is finished, and of what is missing."""
     parts = [*HEAD, *(words.__doc__ or "").strip().split("\n\n")[1:]]
-    found = {table.name: table.results(place, seeds) for table in tables}
+    found = {table.name: table.results(place) for table in tables}
     parts.append(origin([one for name in found for runs in found[name] for one in runs.values()]))
     for table in tables:
-        parts += section(table, found[table.name], place, seeds)
+        parts += section(table, found[table.name], place)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -50,9 +50,7 @@ def origin(results: Sequence[Result]) -> str:
     )
 
 
-def section(
-    table: Table, found: Sequence[Runs], place: Place, seeds: Sequence[int]
-) -> Iterator[str]:
+def section(table: Table, found: Sequence[Runs], place: Place) -> Iterator[str]:
     """Yield the parts of a table: rows, claims, picture, and what is missing."""
     yield f"## {table.title}"
     yield table.text
@@ -61,11 +59,11 @@ def section(
         return
     yield harness.table(heads(table), [cells(row, table, found) for row in table.rows])
     claims = [claim_cells(claim, found) for claim in table.claims]
-    seeds_here = ", ".join(map(str, seeds))
-    yield harness.table(["claim", "paper", f"here (seeds {seeds_here})", ""], claims)
+    seeds = ", ".join(map(str, table.seeds))
+    yield harness.table(["claim", "paper", f"here (seeds {seeds})", ""], claims)
     if table.picture is not None and complete(table, found):
         yield f"![{table.title}]({table.name}.png)"
-    yield missing(table, place, seeds)
+    yield missing(table, place)
 
 
 def complete(table: Table, found: Sequence[Runs]) -> bool:
@@ -73,10 +71,10 @@ def complete(table: Table, found: Sequence[Runs]) -> bool:
     return all(row.name in runs for runs in found for row in table.rows)
 
 
-def missing(table: Table, place: Place, seeds: Sequence[int]) -> str:
+def missing(table: Table, place: Place) -> str:
     """Return which runs have no result, and why, if that is known."""
     by_row: dict[str, list[str]] = {}
-    for name, run in table.runs(place, seeds):
+    for name, run in table.runs(place):
         if not run.finished:
             reason = (run.record() or {}).get("failed")
             by_row.setdefault(name, []).append(

@@ -198,6 +198,7 @@ def scores_better(
 class Table:
     """A table or figure of the paper. text: what a reader must know.
 
+    seeds: more than three where the differences are small beside their spread.
     data: the folders below shared data that it needs. prepare: what is done once before its runs.
     picture: draws NAME.png from the runs of each seed.
     """
@@ -208,6 +209,7 @@ class Table:
     rows: Sequence[Row]
     claims: Sequence[Claim]
     columns: Sequence[Column] = (QUALITY,)
+    seeds: tuple[int, ...] = (0, 1, 2)
     data: tuple[str, ...] = ()
     prepare: Callable[[Place], None] = lambda place: None
     picture: Callable[[Sequence[Runs], Path], None] | None = None
@@ -217,20 +219,17 @@ class Table:
         absent = [one for one in self.data if not (place.data / one).is_dir()]
         return f"no {' and no '.join(absent)} in {place.data}" if absent else ""
 
-    def runs(self, place: Place, seeds: Sequence[int]) -> list[tuple[str, Run]]:
+    def runs(self, place: Place) -> list[tuple[str, Run]]:
         """Return the name and the run of every row and seed, all seeds of a row together."""
-        return [(row.name, Run(row.plan, seed, place)) for row in self.rows for seed in seeds]
+        return [(row.name, Run(row.plan, seed, place)) for row in self.rows for seed in self.seeds]
 
-    def results(self, place: Place, seeds: Sequence[int]) -> list[Runs]:
+    def results(self, place: Place) -> list[Runs]:
         """Return what is finished, by seed and row."""
-        return [
-            {
-                name: Result(run.record() or {})
-                for name, run in self.runs(place, [seed])
-                if run.finished
-            }
-            for seed in seeds
-        ]
+        found: dict[int, dict[str, Result]] = {seed: {} for seed in self.seeds}
+        for name, run in self.runs(place):
+            if run.finished:
+                found[run.seed][name] = Result(run.record() or {})
+        return list(found.values())
 
 
 def word(differences: Sequence[float], error_of_examples: float = 0.0) -> str:

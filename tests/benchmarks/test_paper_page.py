@@ -12,8 +12,12 @@ from benchmarks.paper.page import page
 from benchmarks.paper.runs import Place, Run, with_needs
 from benchmarks.paper.table import Claim, Result, word
 
-TABLES = [command.load(name) for name in command.TABLES]
-SEEDS = (0, 1, 2)
+
+def load_all(seeds=None):
+    return [command.load(name, seeds) for name in command.TABLES]
+
+
+TABLES = load_all()
 
 
 @pytest.fixture
@@ -47,9 +51,9 @@ def made_up(run, *, name=""):
     return {"seed": run.seed, "figures": figures, "environment": environment}
 
 
-def record_all(place, seeds=SEEDS):
+def record_all(place, seeds=None):
     place.out.mkdir(parents=True, exist_ok=True)
-    every = [run for table in TABLES for _, run in table.runs(place, seeds)]
+    every = [run for table in load_all(seeds) for _, run in table.runs(place)]
     for run in with_needs(every):
         run.file.write_text(json.dumps(made_up(run)))
 
@@ -77,22 +81,22 @@ def test_a_word_is_earned(differences, error, expected):
 def test_without_the_data_it_says_so(place):
     table = command.load("figure7")
     assert "no ntrex128 in" in table.missing_data(place)
-    assert "no ntrex128 in" in page([table], place, SEEDS)
+    assert "no ntrex128 in" in page([table], place)
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
 def test_every_claim_and_column_of_a_table_is_measured(table, place):
     record_all(place)
-    seeds = table.results(place, SEEDS)
+    seeds = table.results(place)
     for claim in table.claims:
-        assert len(claim.values(seeds)) == len(SEEDS), claim.name
+        assert len(claim.values(seeds)) == len(table.seeds), claim.name
         assert "not measured" not in claim.verdict(seeds)
     for runs in seeds:
         for row in table.rows:
             assert len(row.paper) <= len(table.columns)
             for column in table.columns:
                 column.measure(runs[row.name], runs)
-    text = page([table], place, SEEDS)
+    text = page([table], place)
     assert "not measured" not in text.lower()
     heads, line, *lines = (line for line in text.splitlines() if line.startswith("|"))
     for other in (line, *lines[: len(table.rows)]):
@@ -101,17 +105,17 @@ def test_every_claim_and_column_of_a_table_is_measured(table, place):
 
 def test_what_is_missing_is_said_and_not_guessed(place):
     record_all(place, seeds=[0])
-    text = page(TABLES, place, SEEDS)
-    assert "Not measured: dense: seed 1, 2; 2 experts: seed 1, 2;" in text
+    text = page(TABLES, place)
+    assert "Not measured: dense: seed 1, 2, 3, 4; 2 experts: seed 1, 2, 3, 4;" in text
     assert "| reproduced |" not in text
     assert "| not reproduced |" not in text
-    assert not command.whole(TABLES, place, SEEDS)
+    assert not command.whole(TABLES, place)
     record_all(place)
-    assert command.whole(TABLES, place, SEEDS)
-    assert not command.whole(TABLES, place, SEEDS[:2])
+    assert command.whole(TABLES, place)
+    assert not command.whole(load_all([0, 1]), place)
     Run(DENSE, 1, place).file.write_text(json.dumps({"failed": "OSError: full disk", "seed": 1}))
-    assert not command.whole(TABLES, place, SEEDS)
-    assert "seed 1 (failed: OSError: full disk)" in page(TABLES, place, SEEDS)
+    assert not command.whole(TABLES, place)
+    assert "seed 1 (failed: OSError: full disk)" in page(TABLES, place)
 
 
 def test_docs_are_written_from_finished_runs_alone_and_results_are_kept(

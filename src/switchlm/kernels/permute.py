@@ -126,7 +126,9 @@ class _Combine(torch.autograd.Function):
 
 
 def _combined(y_RD: Tensor, weight_A: Tensor, order: ExpertOrder, per_token: int) -> Tensor:
-    y_AD = y_RD.index_select(0, order.row_A).mul_(weight_A[:, None].to(y_RD.dtype))
+    y_AD, weight_A1 = y_RD.index_select(0, order.row_A), weight_A[:, None].to(y_RD.dtype)
+    # Not in place where it is traced: PyTorch 2.11 gives wrong gradients then.
+    y_AD = y_AD * weight_A1 if torch.compiler.is_compiling() else y_AD.mul_(weight_A1)
     return y_AD if per_token == 1 else y_AD.unflatten(0, (-1, per_token)).sum(1)
 
 

@@ -119,7 +119,8 @@ def check_stated(stated: str, own: Tokenizer, own_name: str) -> None:
 
 def default_device() -> torch.device:
     """Return the accelerator of this process if there is one, else the CPU."""
-    kind = torch.accelerator.current_accelerator()
+    # PyTorch built for CUDA names CUDA where there is no GPU, unless it is asked to look.
+    kind = torch.accelerator.current_accelerator(check_available=True)
     if kind is None:
         return torch.device("cpu")
     return torch.device(kind.type, torch.accelerator.current_device_index())

@@ -21,6 +21,7 @@ from switchlm.kernels.gpu.tiles import (
     activate,
     activate_backward,
     add_product,
+    autotune,
     load,
     precision,
     rows_of_tile,
@@ -103,7 +104,7 @@ def hidden_gradients(
     return gradients, dweight_CA.sum(0)
 
 
-@triton.autotune(configs=_hidden_configs(), key=["V", "W", "ROWS", "GATED", "KEPT", "PRECISION"])
+@autotune(_hidden_configs(), key=["V", "W", "ROWS", "GATED", "KEPT", "PRECISION"])
 @triton.heuristics({"EVEN": lambda a: a["V"] % a["BLOCK_V"] == 0 and a["W"] % a["BLOCK_W"] == 0})
 @triton.jit
 def _hidden_gradients(
@@ -192,7 +193,7 @@ def weight_gradient(
     return dweight_EVW
 
 
-@triton.autotune(configs=_weight_configs(), key=["V", "W", "SCALED", "PRECISION"])
+@autotune(_weight_configs(), key=["V", "W", "SCALED", "PRECISION"])
 @triton.jit
 def _weight_gradient(
     dweight_EVW, left, right, scale_A, assignment_R, end_E, V, W, K,

@@ -19,6 +19,7 @@ from switchlm.kernels.gpu.tiles import (
     Tiles,
     activate,
     add_product,
+    autotune,
     load,
     precision,
     rows_of_tile,
@@ -96,7 +97,7 @@ def hidden_rows(
     return hidden
 
 
-@triton.autotune(configs=configs(), key=["V", "W", "ROWS", "GATED", "KEEP", "PRECISION"])
+@autotune(configs(), key=["V", "W", "ROWS", "GATED", "KEEP", "PRECISION"])
 @triton.heuristics({"EVEN": lambda a: a["V"] % a["BLOCK_V"] == 0 and a["W"] % a["BLOCK_W"] == 0})
 @triton.jit
 def _hidden(
@@ -190,9 +191,7 @@ def scatter_product(
     return y_AW
 
 
-@triton.autotune(
-    configs=configs(), key=["V", "W", "stride_V", "ROWS", "SCALED", "TWO", "PRECISION"]
-)
+@autotune(configs(), key=["V", "W", "stride_V", "ROWS", "SCALED", "TWO", "PRECISION"])
 @triton.heuristics({"EVEN": lambda a: a["V"] % a["BLOCK_V"] == 0 and a["W"] % a["BLOCK_W"] == 0})
 @triton.jit
 def _scatter(

@@ -8,11 +8,14 @@ past all rows belong to nobody.
 Shapes: R rows in the order of their experts, E experts, T tiles.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+import triton.testing
 from torch import Tensor
 
 # Without a GPU, Triton's interpreter runs the kernels program by program: small tiles, no tuning.
@@ -20,6 +23,45 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 _WIDEN = tl.constexpr(INTERPRETED)
 LARGEST_TILE, SMALLEST_TILE = 128, 16  # rows; a tensor core multiplies no fewer
 GROUPED_TILES = tl.constexpr(8)
+
+
+def autotune(configs: list[triton.Config], key: list[str]) -> Callable[[Any], Any]:
+    """Return the decorator that compiles and times the configurations once for each key.
+
+    Timings stay on disk beside Triton's compiled kernels, for the next process.
+    """
+    return triton.autotune(
+        configs=configs,
+        key=key,
+        prune_configs_by={"early_config_prune": worth_compiling},
+        do_bench=_bench,
+        cache_results=True,
+    )
+
+
+def worth_compiling(
+    configs: Sequence[triton.Config], arguments: dict[str, Any], **known: Any
+) -> list[triton.Config]:
+    """Return the configurations that can be the best: no block wider than the matrix needs.
+
+    Compiling takes most of the tuning. Without tensor cores, float32 products unroll into so much
+    code that only the last configuration, that of the smallest tiles, is compiled at all.
+    """
+    values = {**arguments, **known}
+    tensors = [value for value in values.values() if isinstance(value, Tensor)]
+    if values["PRECISION"] == "ieee" and all(t.dtype != torch.bfloat16 for t in tensors):
+        return [configs[-1]]
+    found = list(configs)
+    for block, size in (("BLOCK_V", "V"), ("BLOCK_W", "W")):
+        widths = [config.kwargs[block] for config in found if block in config.kwargs]
+        if widths:
+            widest = max(triton.next_power_of_2(values[size]), min(widths))
+            found = [config for config in found if config.kwargs[block] <= widest]
+    return found
+
+
+def _bench(call: Callable[[], None], quantiles: Sequence[float]) -> Any:
+    return triton.testing.do_bench(call, warmup=10, rep=40, quantiles=quantiles)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,10 @@ class _GroupedMatmul(torch.autograd.Function):
     def forward(ctx: Any, x_RD: Tensor, weight_EDF: Tensor, offset_E: Tensor) -> Tensor:
         past_R1 = torch.arange(x_RD.shape[0], device=x_RD.device)[:, None] >= offset_E[-1]
         ctx.save_for_backward(x_RD, weight_EDF, offset_E, past_R1)
-        return grouped_mm(x_RD.contiguous(), weight_EDF, offs=offset_E).masked_fill_(past_R1, 0)
+        y_RF = grouped_mm(x_RD.contiguous(), weight_EDF, offs=offset_E)
+        # Not in place where it is traced: PyTorch 2.11 gives wrong gradients then.
+        traced = torch.compiler.is_compiling()
+        return y_RF.masked_fill(past_R1, 0) if traced else y_RF.masked_fill_(past_R1, 0)
 
     @staticmethod
     @once_differentiable

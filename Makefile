@@ -53,6 +53,7 @@ check: .venv/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/vulture
 
 format: .venv/installed-lint
 	$(BIN)/ruff check --fix .

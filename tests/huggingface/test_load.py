@@ -86,11 +86,6 @@ def nano(tmp_path: Path) -> Path:
     return folder
 
 
-def edit_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def edit_weights(folder: Path, change) -> None:
     path = folder / "model.safetensors"
     tensors = load_file(path)

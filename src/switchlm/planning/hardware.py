@@ -17,8 +17,6 @@ from switchlm.errors import ConfigError, nearest
 from switchlm.parallel.mesh import AXES, MeshConfig
 from switchlm.planning.recorder import Collective
 
-GIGA = 1e9
-
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -329,10 +330,9 @@ class Engine:
             reason, time.monotonic() - ticket.arrived, len(ticket.request.ids), ticket.num_tokens
         )
         self._streams.pop(ticket, None)
-        try:
+        # The client is gone, its event loop closed: nobody is left to be told.
+        with suppress(Exception):
             ticket.listener(Event(piece=piece, token=token, reason=reason, message=message))
-        except Exception as error:  # such as that of an event loop that is closed
-            ticket.unheard = error
 
 
 def _given_up(ticket: PendingRequest, now: float) -> Reason | None:

@@ -70,8 +70,6 @@ class PendingRequest:
     """A request on its way.
 
     listener: called in the engine's thread with every event.
-
-    unheard: what the listener raised at the last one, which then nobody heard.
     """
 
     request: Request
@@ -80,7 +78,6 @@ class PendingRequest:
     cancelled: bool = False
     num_tokens: int = 0
     first_token: float | None = None
-    unheard: Exception | None = None
 
     def cancel(self) -> None:
         """Nobody wants it any more: its slot is free after the step that is running."""

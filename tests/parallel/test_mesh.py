@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from switchlm.errors import ConfigError
 from switchlm.parallel.mesh import ALONE, Mesh, MeshConfig, joined, layouts
+from switchlm.training.monitor import global_norm
 
 
 def test_data_takes_the_processes_that_are_left():
@@ -63,9 +64,13 @@ def agree(rank):
         2,
         4,
     ]
-    length = mesh.global_norm(part.to_local().norm())
+    length, sums = global_norm([part], mesh, [rank, 0.5])
     torch.testing.assert_close(length, torch.arange(8.0).norm())
-    assert mesh.global_norm(torch.tensor(float("nan") if rank == 1 else 0.0)).isnan()
+    assert sums.tolist() == [6, 2]
+    bad = torch.tensor([float("nan") if rank == 1 else 0.0])
+    norm, sums = global_norm([bad], mesh, [1])
+    assert norm.isnan()
+    assert sums == 4
     bits = [torch.empty(()) for _ in range(4)]
     dist.all_gather(bits, length)
     assert len({float(value) for value in bits}) == 1

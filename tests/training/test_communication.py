@@ -99,7 +99,7 @@ def count(mesh: Mesh, precision: str) -> None:
             if kind == "all_reduce" and axes == "tensor"
         )
         # The loss needs, of each target, the largest logit, the sum, and the target's own.
-        norm = mesh.size("tensor") == 4  # bookkeeping, see below
+        norm = 3 * (mesh.size("tensor") == 4)  # bookkeeping, see below
         assert found_numbers == numbers + 3 * B * T + norm, (mesh, found)
         for key in [key for key in found if key[:2] == ("all_reduce", "tensor")]:
             del found[key]
@@ -141,9 +141,9 @@ def count(mesh: Mesh, precision: str) -> None:
             if key[0] not in ("all_gather", "reduce_scatter")
         }
 
-    # What is left is the step's bookkeeping: targets, losses and the gradient's norm.
+    # What is left is the step's bookkeeping: targets, losses, the gradient's norm, tokens, stops.
     assert all(kind == "all_reduce" for kind, _, _ in found), found
-    assert sum(payload for _, payload in found.values()) <= 8 + 3 * 4 + 4
+    assert sum(payload for _, payload in found.values()) <= 8 + 3 * 4 + 3 * 8
 
 
 def received_rows(record, mesh: Mesh) -> int:

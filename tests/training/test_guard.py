@@ -10,23 +10,29 @@ from switchlm.training.monitor import SpikeDetector, global_norm, keep_where
 def test_global_norm_is_that_of_all_gradients_as_one_vector():
     gradients = [torch.randn(3, 4), torch.randn(5), torch.randn(2, 2, 2)]
     whole = torch.cat([gradient.flatten() for gradient in gradients])
-    torch.testing.assert_close(global_norm(gradients), whole.norm())
+    torch.testing.assert_close(global_norm(gradients)[0], whole.norm())
+
+
+def test_counts_are_summed_beside_the_norm():
+    norm, sums = global_norm([torch.tensor([3.0, 4.0])], counts=[2**24 + 1, 0.5])
+    assert norm == 5
+    assert sums.tolist() == [2**24 + 1, 0.5]
 
 
 def test_global_norm_of_large_gradients_is_the_same(monkeypatch):
     monkeypatch.setattr(monitor, "LARGE", 10)
     gradients = [torch.randn(4, 5, 6), torch.randn(3), torch.randn(7, 8).t()]
     whole = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    torch.testing.assert_close(global_norm(gradients), whole.norm())
+    torch.testing.assert_close(global_norm(gradients)[0], whole.norm())
     gradients[0][1, 2, 3] = torch.inf
-    assert not torch.isfinite(global_norm(gradients))
+    assert not torch.isfinite(global_norm(gradients)[0])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_global_norm_shows_one_bad_number_among_many(bad):
     gradients = [torch.randn(30), torch.randn(40)]
     gradients[1][17] = bad
-    assert not torch.isfinite(global_norm(gradients))
+    assert not torch.isfinite(global_norm(gradients)[0])
 
 
 def test_keep_where_lets_no_bad_number_through():

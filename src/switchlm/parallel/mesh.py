@@ -162,16 +162,12 @@ class Mesh:
         dist.all_reduce(values, group=self._shares.get_group())
         return values
 
-    def global_norm(self, part: Tensor) -> Tensor:
-        """Return the Euclidean length of a vector from the lengths of its parts on all processes.
-
-        The same bits everywhere; a part that is not finite makes the whole so.
-        """
-        if not self.is_distributed:
-            return part
-        square = part.square()
-        dist.all_reduce(square)
-        return square.sqrt()
+    def all_ranks_sum(self, values: Tensor) -> Tensor:
+        """Return the sum of `values` over all processes, the same bits everywhere."""
+        if self.is_distributed:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
 
     def num_replicas(self, tensor: Tensor) -> int:
         """Return how many processes hold what this one holds of a tensor."""

@@ -11,7 +11,6 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
 from switchlm.checkpoint.store import CheckpointStore
@@ -23,7 +22,7 @@ from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.mesh import ALONE, Mesh
 from switchlm.training.config import TrainingConfig
 from switchlm.training.evaluation import Evaluator, HeldOutLoss
-from switchlm.training.monitor import Averages, open_monitor
+from switchlm.training.monitor import Averages, HostCopy, open_monitor
 from switchlm.training.optimizer import (
     build_optimizer,
     learning_rate,
@@ -126,6 +125,8 @@ class _Run:
         self.saved = (0, 0)  # step of the newest checkpoint, and of its last evaluation
         self.averages = Averages()
         self.logged = Progress()
+        self.wishes_to_stop = self.agreed_to_stop = False
+        self.heard: HostCopy | None = None
         self.layers = list(switch_layers(model))
         self.store = (
             None
@@ -184,7 +185,6 @@ class _Run:
         started = time.perf_counter()
         parts = [next(batches)[1] for _ in range(config.accumulate)]
         num_tokens = sum(batch.num_tokens for batch in parts)
-        progress.tokens += int(self.mesh.all_reduce_sum(torch.tensor(num_tokens)))
         seed_step(config.seed, progress.step, self.device, self.mesh.data_rank)
         set_learning_rate(self.optimizer, learning_rate(progress.step, config))
         record = training_step(
@@ -195,14 +195,30 @@ class _Run:
             precision=config.precision,
             mesh=self.mesh,
             objective=self.objective,
+            num_tokens=num_tokens,
+            stop=self.wishes_to_stop,
         )
+        self._hear(record)
         progress.step += 1
         self.mesh.beat(progress.step)
         self.averages.add(record.figures)
         if self._due_to_log():
-            self.averages.fold()  # waits for the device, so that the time is the step's
+            self._count_tokens()  # waits for the device, so that the time is the step's
         progress.seconds += time.perf_counter() - started
         return record
+
+    def _hear(self, record: StepRecord) -> None:
+        """Read what the processes wished at the step before, which waits for nothing.
+
+        All read the same wishes after the same step, and so stop after the same one.
+        """
+        if self.heard is not None:
+            self.agreed_to_stop = self.heard.item() > 0
+        if self.mesh.is_distributed:
+            self.heard = HostCopy(record.stops)
+
+    def _count_tokens(self) -> None:
+        self.progress.tokens += self.averages.take_tokens()
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.progress.step % every == 0
@@ -223,7 +239,8 @@ class _Run:
         out_of_time = config.seconds is not None and progress.seconds >= config.seconds
         if progress.step >= config.steps or progress.stopped:
             return True
-        return self.mesh.any_rank(out_of_time or self.should_stop())
+        self.wishes_to_stop = out_of_time or self.should_stop()
+        return self.agreed_to_stop if self.mesh.is_distributed else self.wishes_to_stop
 
     def _training_line(self, record: StepRecord) -> Line:
         progress, logged = self.progress, self.logged
@@ -270,6 +287,7 @@ class _Run:
         point = (self.progress.step, self.progress.evaluated)
         if self.store is None or self.saved == point:
             return
+        self._count_tokens()
         progress = {
             "done": vars(self.progress),
             "logged": vars(self.logged),

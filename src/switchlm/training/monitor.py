@@ -7,7 +7,7 @@ last line. Spikes of the loss are counted.
 import json
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -26,18 +26,28 @@ from switchlm.training.run_folder import RunFolder
 LARGE = 2**20  # elements; PyTorch takes the norm of a tensor in main memory on one thread
 
 
-def global_norm(gradients: list[Tensor], mesh: Mesh = ALONE) -> Tensor:
-    """Return the Euclidean norm of all gradients together, a float32 scalar, without a sync.
+def global_norm(
+    gradients: list[Tensor], mesh: Mesh = ALONE, counts: Sequence[float] = ()
+) -> tuple[Tensor, Tensor]:
+    """Return the Euclidean norm of all gradients together, and sums, by one all-reduce at most.
 
     Where several processes hold the same part of a gradient, each counts its share of it, so that
-    one sum over all processes is enough.
+    one sum over all processes is enough. The host does not wait for the device.
+
+    counts: what is summed over all processes.
+
+    Returns the norm, a float32 scalar, and the sums, float64 [len(counts)], on the same device.
     """
     norms = _torch.norms([_short(local(gradient)) for gradient in gradients])
     parts = [
         norm.float() / math.sqrt(mesh.num_replicas(gradient))
         for norm, gradient in zip(norms, gradients, strict=True)
     ]
-    return mesh.global_norm(torch.linalg.vector_norm(torch.stack(parts)))
+    norm = torch.linalg.vector_norm(torch.stack(parts))
+    # Filled in, not copied from main memory, for which a GPU would make the host wait.
+    sums = [torch.full((), count, dtype=torch.float64, device=norm.device) for count in counts]
+    totals = mesh.all_ranks_sum(torch.stack([norm.double().square(), *sums]))
+    return norm if not mesh.is_distributed else totals[0].sqrt().float(), totals[1:]
 
 
 def _short(gradient: Tensor) -> Tensor:
@@ -107,17 +117,19 @@ class Averages:
         self.counted = 0
         self.skipped = 0
         self.spikes = 0
+        self.tokens = 0
         self.detector = SpikeDetector()
 
     def add(self, figures: Tensor) -> None:
-        """Take the figures of one step, float32 [5]."""
+        """Take the figures of one step, float64 [6]."""
         self.pending.append(figures)
 
     def fold(self) -> None:
         """Turn what is pending into numbers."""
         if not self.pending:
             return
-        for *values, skipped in torch.stack(self.pending).tolist():
+        for *values, skipped, tokens in torch.stack(self.pending).tolist():
+            self.tokens += round(tokens)
             if skipped:
                 self.skipped += 1
                 continue
@@ -136,8 +148,14 @@ class Averages:
         self.counted = self.skipped = self.spikes = 0
         return result
 
+    def take_tokens(self) -> int:
+        """Return the tokens of the steps since this was asked last."""
+        self.fold()
+        tokens, self.tokens = self.tokens, 0
+        return tokens
+
     def state(self) -> dict[str, Any]:
-        """Return everything as numbers, for a checkpoint."""
+        """Return everything but tokens as numbers, for a checkpoint."""
         self.fold()
         return {
             "sums": self.sums,
@@ -153,6 +171,25 @@ class Averages:
         self.sums, self.counted = list(state["sums"]), state["counted"]
         self.skipped, self.spikes = state["skipped"], state["spikes"]
         self.detector.restore(state["detector"])
+
+
+class HostCopy:
+    """A tensor on its way to main memory: reading it waits for the work before it, not after."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._tensor = tensor
+        if tensor.is_cuda:
+            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def item(self) -> float:
+        """Return the number in it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._tensor)
 
 
 Line = Mapping[str, Any]

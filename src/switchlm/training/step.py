@@ -82,13 +82,15 @@ Routings = tuple[Routing, ...]
 class StepRecord:
     """What a step leaves behind: detached tensors on the model's device, nothing synchronised.
 
-    figures: float32 [5]: the objective in nats per target, weighted balance loss, weighted z-loss,
-        gradient norm before clipping, and 1 if the step was skipped for a number that is not
-        finite, else 0.
+    figures: float64 [6]: the objective in nats per target, weighted balance loss, weighted z-loss,
+        gradient norm before clipping, 1 if the step was skipped for a number that is not finite,
+        else 0, and real tokens, of all processes.
+    stops: a float64 scalar: how many processes wish to stop.
     routing: of the last step, a tuple of layers for each micro-batch.
     """
 
     figures: Tensor
+    stops: Tensor
     routing: tuple[Routings, ...]
 
 
@@ -131,10 +133,14 @@ def training_step(
     precision: Precision = "float32",
     mesh: Mesh = ALONE,
     objective: Objective = target_cross_entropy,
+    num_tokens: int = 0,
+    stop: bool = False,
 ) -> StepRecord:
     """Update the model on micro-batches as if they were one batch; learning rates are set already.
 
     batches: this process's share of them; the model is sharded over `mesh`.
+    num_tokens: real tokens in that share, to be summed; counting them on a GPU would wait for it.
+    stop: whether this process wishes to stop.
 
     The loss is the summed objective of all micro-batches over their targets, plus the mean of their
     routing losses. If loss or gradients are not finite, weights, optimizer state and
@@ -149,7 +155,8 @@ def training_step(
             for parameter in group["params"]
             if parameter.grad is not None
         ]
-        norm = global_norm(gradients, mesh)
+        copies = mesh.world_size // mesh.data_size  # of a share of the batch
+        norm, counts = global_norm(gradients, mesh, [num_tokens / copies, float(stop)])
         finite = torch.isfinite(norm) & torch.isfinite(losses).all()
         skipped = 1.0 - finite.float()
         optimizer.found_inf = skipped  # type: ignore[attr-defined]
@@ -158,8 +165,8 @@ def training_step(
         )
         optimizer.step()
         nudge_biases(model, routing, finite, mesh)
-        figures = torch.cat([losses, torch.stack([norm, skipped])])
-    return StepRecord(figures=figures, routing=routing)
+        figures = torch.cat([losses, torch.stack([norm, skipped]), counts[:1]])
+    return StepRecord(figures=figures, stops=counts[1], routing=routing)
 
 
 def backward(

@@ -1,22 +1,25 @@
 """What a Switch layer and a Switch model cost on a GPU, against their dense twins and peers.
 
-    python benchmarks/gpu.py parity | layer | step | decode      (all, and more: benchmarks/gpu.sh)
+    python benchmarks/gpu.py parity | layer | step | profile | decode  (all, and more: gpu.sh)
 
 parity: the fused kernels against separate products, output and gradients. layer: forward and
 backward in bfloat16, D 1024, F 4096, N 65,536, against the dense FFN, peers, and what the GPU
 multiplies and copies at best. step: a whole training step of switch-base-64 against its dense twin.
-decode: greedy decoding of both, batch 1, 16 and 64. Each writes results/gpu_NAME.json and .md.
+profile: where the time of such a step goes, on the GPU and before it. decode: greedy decoding of
+both, batch 1, 16 and 64. Each writes results/gpu_NAME.json and .md.
 Without a GPU every figure is named, none is written.
 """
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 
 import harness
 from gpu_peers import PEERS
@@ -46,6 +49,7 @@ FIGURES = (
     "largest rate of products and copies; the layer's part of it",
     "training step of switch-base-64 against dense-base: time, part of the rate, memory",
     "host synchronisation in a training step",
+    "where a training step's time goes: kernels, launches, and the host",
     "greedy decoding of switch-base-64 against dense-base, batch 1, 16 and 64",
     "switchlm compare: 64 experts against the dense twin on python:site-packages",
     "tests marked gpu",
@@ -271,6 +275,48 @@ def step(options: argparse.Namespace) -> tuple[dict, list[str]]:
     return record, [said, harness.table(headers, rows)]
 
 
+def profile(options: argparse.Namespace) -> tuple[dict, list[str]]:
+    """Name the kernels that a training step spends its time in, and how busy the GPU is."""
+    record: dict[str, Any] = {}
+    tables = []
+    for name in ("dense-base", "switch-base-64"):
+        run, model = make_step(preset(name))
+        for _ in range(3):
+            run()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        issued = time.perf_counter() - started
+        torch.cuda.synchronize()
+        wall = time.perf_counter() - started
+        with torch.profiler.profile() as seen:
+            run()
+            torch.cuda.synchronize()
+        kernels = [e for e in seen.key_averages() if e.device_type == DeviceType.CUDA]
+        busy = sum(kernel.self_device_time_total for kernel in kernels) / 1e6
+        launches = sum(kernel.count for kernel in kernels)
+        kernels.sort(key=lambda kernel: -kernel.self_device_time_total)
+        found = {
+            kernel.key[:80]: (kernel.self_device_time_total / 1e6, kernel.count)
+            for kernel in kernels[:25]
+        }
+        record[name] = {
+            "wall": wall, "issued": issued, "busy": busy, "launches": launches, "kernels": found,
+        }  # fmt: skip
+        said = (
+            f"{name}: {wall * 1e3:.0f} ms, of which the host took {issued * 1e3:.0f} ms to issue "
+            f"{launches:,} launches, and kernels ran for {busy * 1e3:.0f} ms (under the profiler)."
+        )
+        rows = [
+            [f"`{key}`", f"{seconds * 1e3:.1f}", f"{count:,}"]
+            for key, (seconds, count) in found.items()
+        ]
+        tables += [said, harness.table(["kernel", "ms", "launches"], rows)]
+        del run, model
+        torch.cuda.empty_cache()
+    return record, tables
+
+
 def decode(options: argparse.Namespace) -> tuple[dict, list[str]]:
     """Measure greedy decoding in bfloat16, one model after the other."""
     record: dict[str, Any] = {"limits": limits(options.repeats)}
@@ -298,7 +344,9 @@ def decode(options: argparse.Namespace) -> tuple[dict, list[str]]:
     return record, [said, harness.table(headers, rows)]
 
 
-SECTIONS = {"parity": parity, "layer": layer, "step": step, "decode": decode}
+SECTIONS = {
+    "parity": parity, "layer": layer, "step": step, "profile": profile, "decode": decode,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -34,13 +34,14 @@ else
 fi
 # The headline: equal steps and one clock, the models take turns on the GPU. Reading the text,
 # compiling, the last evaluation and saving take a minute more than the budget.
-part 200 "$PYTHON" benchmarks/gpu_compare.py --runs "$runs/compare" --budget 140s
+part 180 "$PYTHON" benchmarks/gpu_compare.py --runs "$runs/compare" --budget 120s
 rm -rf "$runs"/compare/*/model "$runs"/compare/*/checkpoints
 
-part 60 "$PYTHON" benchmarks/gpu.py parity
+part 40 "$PYTHON" benchmarks/gpu.py parity
 # What the autotuner takes is printed, so that what never wins can be left out.
 part 110 env TRITON_PRINT_AUTOTUNING=1 "$PYTHON" benchmarks/gpu.py layer --repeats 5
 part 45 "$PYTHON" benchmarks/gpu.py step --repeats 5
+part 40 "$PYTHON" benchmarks/gpu.py profile
 part 45 "$PYTHON" benchmarks/gpu.py decode --repeats 3
 
 if "$PYTHON" -c 'import pytest' 2>/dev/null; then

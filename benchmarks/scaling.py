@@ -114,7 +114,8 @@ def page(points: list[dict[str, Any]]) -> str:
         "![Tokens a second per GPU, by model and number of GPUs](scaling.png)",
         "",
         f"Assumptions: {GPU} with {gpu.memory / 1e9:.0f} GB of which 92% may be filled,",
-        f"{gpu.tensor_flops / 1e12:.0f} TFLOP/s in bfloat16 at 50% utilisation,",
+        f"{gpu.tensor_flops / 1e12:.0f} TFLOP/s in bfloat16 at 50% utilisation "
+        "(a hope: one H100 reached 9% and 6% so far),",
         f"{gpu.memory_bandwidth / 1e12} TB/s of memory, {gpu.link / 1e9:.0f} GB/s within a node",
         "of 8, 50 GB/s a GPU between nodes, 10 us a round of a collective and 0.2 us a peer of an",
         "all-to-all; no congestion, no stragglers, balanced experts. Gathering of weights and",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchlm.kernels.cpu.native import native, readable
+from switchlm.kernels.cpu.native import misfit, native
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def sort_by_expert(expert_A: Tensor, kept_A: Tensor, num_experts: int) -> Expert
 def _counted(expert_A: Tensor, kept_A: Tensor) -> bool:
     """Whether native/switch.c may sort them: in main memory, and nobody traces it."""
     return (
-        readable(expert_A, dtype=torch.int64)
-        and readable(kept_A, dtype=torch.bool)
+        misfit(expert_A, dtype=torch.int64) is None
+        and misfit(kept_A, dtype=torch.bool) is None
         and kept_A.shape == expert_A.shape
     )
 

@@ -10,55 +10,73 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from switchlm.kernels import autotune, compiled, reference
+from switchlm.kernels import autotune
 from switchlm.kernels.autotune import Choice
 from switchlm.kernels.cpu import feedforward as cpu_feedforward
-from switchlm.kernels.cpu import grouped, small_batch, small_matmul, switch
-from switchlm.kernels.gpu import torch_grouped
+from switchlm.kernels.cpu import small_batch, switch
 from switchlm.kernels.permute import ExpertOrder, combine_rows, gather_rows
 from switchlm.kernels.reference import Activation
+from switchlm.kernels.registry import (
+    ATTENTION,
+    CROSS_ENTROPY,
+    GROUPED_MATMUL,
+    LINEAR,
+    RMS_NORM,
+    fitting,
+    run,
+)
 
-Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-KERNELS: dict[str, Kernel] = {  # those with gradients
-    "reference": reference.grouped_matmul,
-    "cpu": grouped.grouped_matmul,
-    "torch_grouped": torch_grouped.grouped_matmul,
-    "compiled": compiled.grouped_matmul,
-}
-INFERENCE: dict[str, Kernel] = {"few_rows": small_batch.grouped_matmul}
+KERNELS = {kernel.name: kernel.run for kernel in GROUPED_MATMUL if kernel.name != "few_rows"}
 
 LEAST_ROWS = 1024  # below which launching dominates, as in decoding; not worth a trial
 
 
 def explain(x_RD: Tensor, weight_EDF: Tensor) -> Choice:
     """Return the kernel that `grouped_matmul` takes for such tensors, now."""
-    device = x_RD.device.type
-    fits = torch_grouped.fits(x_RD, weight_EDF)
-    if device == "cuda" and fits and x_RD.dtype == torch.bfloat16:
-        return Choice("torch_grouped", "bfloat16 on a GPU: one launch on Hopper and newer")
-    plain = type(x_RD) in (Tensor, nn.Parameter) and device != "meta"
-    if torch.compiler.is_compiling() or not plain:
-        return Choice("compiled", "traced: the counts have no values yet, so one opaque operator")
-    if device == "cuda" and fits:
-        return Choice("torch_grouped", f"{x_RD.dtype} on a GPU: PyTorch loops over the experts")
-    if device == "cpu" and small_batch.fits(x_RD, weight_EDF):
-        return Choice("few_rows", "few rows: as fast as their experts' weights can be read")
-    if device == "cpu":
-        return Choice("cpu", "main memory: one product per expert, results written once")
-    return Choice("reference", f"no faster kernel for {x_RD.dtype} of these widths on {device}")
+    kernel = fitting(GROUPED_MATMUL, x_RD, weight_EDF)
+    assert kernel is not None
+    return Choice(kernel.name, kernel.good_for)
 
 
 def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
     """Return x w^T over the last dim, as nn.functional.linear, by the fastest kernel."""
-    if small_batch.fits(x, weight_NK):
-        y_RN = small_batch.linear(x.reshape(-1, x.shape[-1]), weight_NK)
-        return y_RN.view(*x.shape[:-1], -1)
-    if small_matmul.upcasts(x):
-        return small_matmul.upcast_linear(x, weight_NK)
-    if small_matmul.fits(x, weight_NK):
-        return small_matmul.linear(x, weight_NK)
-    return nn.functional.linear(x, weight_NK)
+    y: Tensor = run(LINEAR, x, weight_NK)
+    return y
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + epsilon) * weight, the mean over the last dim; all float32."""
+    y: Tensor = run(RMS_NORM, x, weight_D, epsilon=epsilon)
+    return y
+
+
+def attention(
+    query_BHQK: Tensor,
+    key_BHMK: Tensor,
+    value_BHMK: Tensor,
+    bias: Tensor | None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Return softmax(q k^T + bias) v, [B, Q, H * K], by the fastest kernel.
+
+    bias: [1 or B, 1 or H, Q, M]; none is a bias of zero.
+    dropout: of attention weights; PyTorch's own kernels alone have it.
+    """
+    if dropout:
+        dropped: Tensor = ATTENTION[-1].run(query_BHQK, key_BHMK, value_BHMK, bias, dropout)
+        return dropped
+    y_BQW: Tensor = run(ATTENTION, query_BHQK, key_BHMK, value_BHMK, bias)
+    return y_BQW
+
+
+def token_losses(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Return loss_N, float32: the negative log likelihood of each target, in nats.
+
+    logits_NV: float32.
+    targets_N: int64; where it is -100, the loss is zero.
+    """
+    loss_N: Tensor = run(CROSS_ENTROPY, logits_NV, targets_N)
+    return loss_N
 
 
 def grouped_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
@@ -74,8 +92,10 @@ def grouped_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor
     Returns y_RF.
     """
     x_RD, weight_EDF = _autocast(x_RD, weight_EDF)
-    kernel = (KERNELS | INFERENCE)[explain(x_RD, weight_EDF).name]
-    return kernel(x_RD, weight_EDF, counts_E)
+    kernel = fitting(GROUPED_MATMUL, x_RD, weight_EDF)
+    assert kernel is not None
+    y_RF: Tensor = kernel.run(x_RD, weight_EDF, counts_E)
+    return y_RF
 
 
 def expert_feedforward(
@@ -211,8 +231,8 @@ def _native(
     activation: Activation,
     gate_EDF: Tensor | None,
 ) -> Tensor:
-    fits = switch.fits(x_ND, weight_A, order, up_EDF, down_EFD)
-    way = switch.switch_feedforward if fits else _separate
+    agrees = switch.agrees(x_ND, weight_A, order, up_EDF, down_EFD)
+    way = switch.switch_feedforward if agrees else _separate
     return way(x_ND, weight_A, order, up_EDF, down_EFD, activation, gate_EDF)
 
 

@@ -9,8 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from switchlm.kernels.cpu import attention
-from switchlm.kernels.cpu.attention import biased_attention, fits
+from switchlm.kernels.select import attention
 from switchlm.model.config import ModelConfig
 from switchlm.model.layers import Linear
 from switchlm.model.local import local
@@ -89,28 +88,6 @@ def masked(bias: Tensor, allowed: Tensor | None) -> Tensor:
     return torch.where(allowed, bias, torch.finfo(torch.bfloat16).min)
 
 
-def attend(
-    query_BHQK: Tensor, key_BHMK: Tensor, value_BHMK: Tensor, bias: Tensor | None, dropout: float
-) -> Tensor:
-    """Return softmax(q k^T + bias) v, [B, Q, H * K]; no bias is a bias of zero."""
-    if not dropout and attention.fits_decode(query_BHQK, key_BHMK, value_BHMK, bias):
-        return attention.decode_attention(query_BHQK, key_BHMK, value_BHMK, bias)
-    if not dropout and attention.fits_small(query_BHQK, key_BHMK, value_BHMK, bias):
-        return attention.small_attention(query_BHQK, key_BHMK, value_BHMK, bias)
-    if bias is not None and bias.requires_grad and not dropout and fits(query_BHQK, bias):
-        y_BHQK = biased_attention(query_BHQK, key_BHMK, value_BHMK, bias)
-    else:
-        y_BHQK = nn.functional.scaled_dot_product_attention(
-            query_BHQK,
-            key_BHMK,
-            value_BHMK,
-            attn_mask=None if bias is None else bias.to(query_BHQK.dtype),
-            dropout_p=dropout,
-            scale=1.0,
-        )
-    return y_BHQK.transpose(1, 2).flatten(2)
-
-
 def heads(x_BQW: Tensor, d_kv: int) -> Tensor:
     """Return x_BHQK: as many heads as are here."""
     return x_BQW.unflatten(2, (-1, d_kv)).transpose(1, 2)
@@ -156,7 +133,7 @@ class Attention(nn.Module):
         elif isinstance(memory, Tensor):
             memory = self.keys_values(memory)
         dropout = self.dropout if self.training else 0.0
-        return self.output(attend(query_BHQK, *memory, bias, dropout)), ()
+        return self.output(attention(query_BHQK, *memory, bias, dropout)), ()
 
 
 class SwitchAttention(nn.Module):
@@ -202,5 +179,5 @@ class SwitchAttention(nn.Module):
         if store is not None:
             memory = store.update(*memory)
         dropout = self.dropout if self.training else 0.0
-        y_BQD = self.output(attend(query_BHQK, *memory, bias, dropout))
+        y_BQD = self.output(attention(query_BHQK, *memory, bias, dropout))
         return y_BQD, (query_routing, shared_routing)

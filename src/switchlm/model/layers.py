@@ -6,8 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from switchlm.kernels.cpu.norm import rms_norm
-from switchlm.kernels.select import linear
+from switchlm.kernels.select import linear, rms_norm
 from switchlm.model.config import Activation
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {

@@ -6,7 +6,7 @@ Shapes: B batch, T target, V vocabulary, L layers, G groups, E experts.
 import torch
 from torch import Tensor
 
-from switchlm.kernels.cpu import cross_entropy as cross_entropy_kernel
+from switchlm.kernels import select
 from switchlm.model.config import ModelConfig
 from switchlm.model.local import local
 from switchlm.model.routing import ModelOutput, Routing
@@ -27,9 +27,7 @@ def cross_entropy(
 
 def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Return losses_BT, float32: the negative log likelihood of each target in nats."""
-    losses_N = cross_entropy_kernel.token_losses(
-        logits_BTV.float().flatten(0, 1), targets_BT.flatten()
-    )
+    losses_N = select.token_losses(logits_BTV.float().flatten(0, 1), targets_BT.flatten())
     return local(losses_N).view(targets_BT.shape)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from switchlm.errors import ConfigError
-from switchlm.kernels.cpu import router
+from switchlm.kernels.registry import ROUTE, Kernel, fitting
 from switchlm.model import selection
 from switchlm.model.config import RouterConfig
 from switchlm.model.routing import Routing
@@ -96,10 +96,10 @@ class Router(nn.Module):
             valid_N = None
         tokens_a_group = group_size(x_ND.shape[0], row_tokens, semantics, self.config.group_rows)
         x_ND = x_ND.to(self.dtype)
-        if self._may_fuse(activation_dtype) and router.fits(
-            x_ND, self.weight, self.bias_E, valid_N
-        ):
-            return self._fused(x_ND, valid_N, tokens_a_group)
+        if self._may_fuse(activation_dtype):
+            kernel = fitting(ROUTE, x_ND, self.weight, self.bias_E, valid_N)
+            if kernel is not None:
+                return self._fused(kernel, x_ND, valid_N, tokens_a_group)
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE = nn.functional.linear(x_ND, self.weight.to(self.dtype))
             scores = Scores(logits_NE, logits_NE.softmax(-1), valid_N, tokens_a_group)
@@ -139,10 +139,12 @@ class Router(nn.Module):
             and not (config.semantics.gate_in_activation_dtype and activation_dtype != self.dtype)
         )
 
-    def _fused(self, x_ND: Tensor, valid_N: Tensor | None, tokens_a_group: int) -> Routing:
+    def _fused(
+        self, kernel: Kernel, x_ND: Tensor, valid_N: Tensor | None, tokens_a_group: int
+    ) -> Routing:
         """The same as `_tokens_choose`, in one kernel."""
         capacity = self.capacity(tokens_a_group)
-        found = router.route(x_ND, self.weight, self.bias_E, valid_N, tokens_a_group, capacity)
+        found = kernel.run(x_ND, self.weight, self.bias_E, valid_N, tokens_a_group, capacity)
         if not self.measures and capacity is None:
             return self._unmeasured(found.expert_N, found.gate_N, found.kept_N)
         return Routing(

@@ -11,7 +11,7 @@ import switchlm
 
 FAULTS = """
 import resource, sys, torch
-from switchlm.kernels.allocator import keep_freed_memory
+from switchlm.kernels.cpu.memory import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     print("not understood")
     sys.exit()

@@ -94,9 +94,14 @@ def test_an_empty_batch() -> None:
 
 
 def test_fits_plain_float32_tensors_in_main_memory() -> None:
-    x = torch.randn(1, 1, 2, 2)
-    assert attention.fits(x, x)
-    assert not attention.fits(x.bfloat16(), x)
-    assert not attention.fits(x, x.double())
-    assert not attention.fits(x.to("meta"), x)
-    assert not attention.fits(torch.nn.Parameter(x), x), "a parameter, or any other subclass"
+    x, bias = torch.randn(1, 1, 2, 2), torch.zeros(1, 1, 2, 2, requires_grad=True)
+
+    def misfit(query: torch.Tensor, bias: torch.Tensor) -> str | None:
+        return attention.biased_misfit(query, query, query, bias)
+
+    assert misfit(x, bias) is None
+    assert misfit(x, x) == "no bias learns"
+    assert misfit(x.bfloat16(), bias)
+    assert misfit(x, bias.double())
+    assert misfit(x.to("meta"), bias)
+    assert misfit(torch.nn.Parameter(x), bias), "a parameter, or any other subclass"

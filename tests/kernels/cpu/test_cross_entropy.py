@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from switchlm.kernels import select
 from switchlm.kernels.cpu import cross_entropy, native
-from switchlm.kernels.cpu.cross_entropy import fits, token_losses
+from switchlm.kernels.cpu.cross_entropy import misfit, token_losses
 
 pytestmark = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
 
@@ -27,7 +28,7 @@ def test_equals_float64(shape, scale):
     logits_NV, weight_N = torch.randn(shape) * scale, torch.randn(shape[0])
     targets_N = torch.randint(shape[1], shape[:1])
     targets_N[0] = -100
-    assert fits(logits_NV, targets_N)
+    assert misfit(logits_NV, targets_N) is None
     found = outcome(logits_NV, targets_N, weight_N, token_losses)
     expected = outcome(logits_NV.double(), targets_N, weight_N, plain)
     for mine, other in zip(found, expected, strict=True):
@@ -85,7 +86,7 @@ def test_a_target_that_is_no_logit_is_named(target):
 
 def test_what_does_not_fit_goes_the_plain_way():
     logits_NV, targets_N = torch.randn(5, 40), torch.randint(40, (5,))
-    assert not fits(logits_NV, targets_N)
-    assert torch.equal(token_losses(logits_NV, targets_N), plain(logits_NV, targets_N))
-    assert not fits(torch.randn(5, 32).to(torch.bfloat16), targets_N)
-    assert not fits(torch.randn(32, 5).t(), targets_N)
+    assert misfit(logits_NV, targets_N)
+    assert torch.equal(select.token_losses(logits_NV, targets_N), plain(logits_NV, targets_N))
+    assert misfit(torch.randn(5, 32).to(torch.bfloat16), targets_N)
+    assert misfit(torch.randn(32, 5).t(), targets_N)

@@ -100,7 +100,7 @@ def test_all_works_without_it(monkeypatch):
     monkeypatch.setattr(small_batch, "native", lambda: native.Native(None, "none"))
     x_RK, weight_NK = torch.randn(3, 64), torch.randn(64, 64)
     with torch.no_grad():
-        assert not small_batch.fits(x_RK, weight_NK)
+        assert small_batch.misfit(x_RK, weight_NK)
         assert torch.equal(
             select.linear(x_RK, weight_NK), torch.nn.functional.linear(x_RK, weight_NK)
         )

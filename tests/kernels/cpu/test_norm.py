@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from switchlm.kernels.cpu import native, norm
-from switchlm.kernels.cpu.norm import rms_norm
+from switchlm.kernels.select import rms_norm
 
 
 def both(x: Tensor, weight: Tensor, gradient: Tensor) -> list[list[Tensor]]:
@@ -81,7 +81,7 @@ def test_one_pass_on_every_kind_of_vector(build) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(3, 300, 48, requires_grad=True), torch.rand(48, requires_grad=True)
     gradient = torch.randn(x.shape)
-    assert norm.fits(x, weight)
+    assert norm.misfit(x, weight) is None
     with torch.no_grad():
         assert torch.equal(rms_norm(x, weight, 1e-6), norm._OnePass.apply(x, weight, 1e-6))
     found = both(x, weight, gradient)[0]
@@ -110,9 +110,9 @@ def test_threads_change_no_bit(build) -> None:
 
 def test_what_one_pass_does_not_take(monkeypatch) -> None:
     x, weight = torch.randn(3, 32), torch.ones(32)
-    assert not norm.fits(x[:, :20].contiguous(), weight[:20])
-    assert not norm.fits(torch.randn(32, 32).t(), weight)
-    assert not norm.fits(x.double(), weight)
-    assert not norm.fits(x[:0], weight)
+    assert norm.misfit(x[:, :20].contiguous(), weight[:20])
+    assert norm.misfit(torch.randn(32, 32).t(), weight)
+    assert norm.misfit(x.double(), weight)
+    assert norm.misfit(x[:0], weight)
     monkeypatch.setattr(native, "native", lambda: native.Native(None, "none"))
-    assert not norm.fits(x, weight)
+    assert norm.misfit(x, weight)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from switchlm.kernels.cpu import attention, native
-from switchlm.model.attention import attend
+from switchlm.kernels.select import attention as attend
 
 pytestmark = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
 SHAPES = [(1, 12, 64, 64), (3, 4, 17, 16), (2, 2, 600, 32), (5, 1, 1, 48)]
@@ -41,7 +41,7 @@ def test_it_is_attention(shape, dtype, kind):
         "transposed": torch.randn(1, 1, places, heads).movedim(-1, -3),
     }[kind]
     query, key, value = tensors(*shape, dtype=dtype)
-    assert attention.fits_decode(query, key, value, bias)
+    assert attention.decode_misfit(query, key, value, bias) is None
     found = attention.decode_attention(query, key, value, bias)
     assert found.dtype == dtype
     tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-5
@@ -85,18 +85,18 @@ def test_rows_and_threads_change_no_bit(monkeypatch):
 
 def test_what_it_fits():
     query, key, value = tensors(2, 3, 8, 16)
-    assert attention.fits_decode(query, key, value, None)
-    assert not attention.fits_decode(torch.randn(2, 3, 2, 16), key, value, None), "two queries"
-    assert not attention.fits_decode(query, key.transpose(2, 3).contiguous().mT, value, None)
-    assert not attention.fits_decode(query.double(), key.double(), value.double(), None)
-    assert not attention.fits_decode(*tensors(2, 3, 8, 12), None), "an odd width"
+    assert attention.decode_misfit(query, key, value, None) is None
+    assert attention.decode_misfit(torch.randn(2, 3, 2, 16), key, value, None), "two queries"
+    assert attention.decode_misfit(query, key.transpose(2, 3).contiguous().mT, value, None)
+    assert attention.decode_misfit(query.double(), key.double(), value.double(), None)
+    assert attention.decode_misfit(*tensors(2, 3, 8, 12), None), "an odd width"
     with torch.enable_grad():
-        assert not attention.fits_decode(query, key, value, None)
+        assert attention.decode_misfit(query, key, value, None)
 
 
 def test_the_model_takes_it(monkeypatch):
     query, key, value = tensors(2, 3, 8, 16)
     bias = torch.randn(1, 3, 1, 8)
     ours = attend(query, key, value, bias, 0.0)
-    monkeypatch.setattr(attention, "fits_decode", lambda *_: False)
+    monkeypatch.setattr(attention, "decode_misfit", lambda *_: False)
     torch.testing.assert_close(ours, attend(query, key, value, bias, 0.0))

@@ -25,14 +25,14 @@ def test_large_ones_begin_at_a_page():
 LARGE = """
 import re
 import torch
-from switchlm.kernels import pages
+from switchlm.kernels.cpu import memory
 
-tensor = pages.empty((16 << 20,), torch.uint8).fill_(1)
+tensor = memory.empty_on_large_pages((16 << 20,), torch.uint8).fill_(1)
 text = open("/proc/self/smaps").read()
 for first, last, kilobytes in re.findall(
     r"^([0-9a-f]+)-([0-9a-f]+) .*?AnonHugePages: +([0-9]+) kB", text, re.M | re.S
 ):
-    if int(first, 16) <= tensor.data_ptr() + pages.PAGE < int(last, 16):
+    if int(first, 16) <= tensor.data_ptr() + memory.PAGE < int(last, 16):
         print(kilobytes)
 """
 

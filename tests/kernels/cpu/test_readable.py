@@ -5,11 +5,10 @@ import torch
 from torch import nn
 
 from switchlm.kernels.cpu import attention, native
-from switchlm.kernels.cpu.cross_entropy import token_losses
-from switchlm.kernels.cpu.native import readable
+from switchlm.kernels.cpu.native import misfit
 from switchlm.kernels.permute import sort_by_expert
-from switchlm.kernels.select import linear
-from switchlm.model.attention import attend
+from switchlm.kernels.select import attention as attend
+from switchlm.kernels.select import linear, token_losses
 from switchlm.model.config import RouterConfig
 from switchlm.model.layers import RMSNorm
 from switchlm.model.switch import SwitchFeedForward
@@ -85,7 +84,7 @@ def test_one_sequence_of_keys_for_several_rows_is_pytorchs():
     torch.manual_seed(0)
     query_BHQK = torch.randn(4, 2, 5, 16)
     key_BHMK, value_BHMK = torch.randn(2, 1, 2, 7, 16)
-    assert not attention.fits_small(query_BHQK, key_BHMK, value_BHMK, None)
+    assert attention.small_misfit(query_BHQK, key_BHMK, value_BHMK, None)
     found = attend(query_BHQK, key_BHMK, value_BHMK, None, 0.0)
     whole = [x.expand(4, -1, -1, -1).contiguous() for x in (key_BHMK, value_BHMK)]
     torch.testing.assert_close(found, attend(query_BHQK, *whole, None, 0.0))
@@ -94,15 +93,15 @@ def test_one_sequence_of_keys_for_several_rows_is_pytorchs():
 @pytest.mark.parametrize("shape", [(1, 2, 5, 6), (3, 2, 5, 7), (1, 3, 5, 7), (2, 5, 7)], ids=str)
 def test_biases_of_other_shapes_are_not_taken(shape):
     query, key = torch.randn(2, 2, 5, 16), torch.randn(2, 2, 7, 16)
-    assert attention.fits_small(query, key, key, torch.zeros(1, 2, 5, 7))
-    assert not attention.fits_small(query, key, key, torch.zeros(shape))
+    assert attention.small_misfit(query, key, key, torch.zeros(1, 2, 5, 7)) is None
+    assert attention.small_misfit(query, key, key, torch.zeros(shape))
 
 
 def test_a_bias_for_all_queries_that_learns_is_not_taken():
     query, key = torch.randn(2, 2, 5, 16), torch.randn(2, 2, 7, 16)
     bias = torch.zeros(1, 2, 1, 7)
-    assert attention.fits_small(query, key, key, bias)
-    assert not attention.fits_small(query, key, key, bias.requires_grad_())
+    assert attention.small_misfit(query, key, key, bias) is None
+    assert attention.small_misfit(query, key, key, bias.requires_grad_())
 
 
 def test_what_was_kept_must_be_as_long_as_the_experts():
@@ -112,13 +111,13 @@ def test_what_was_kept_must_be_as_long_as_the_experts():
 
 def test_nothing_is_read_while_somebody_traces_or_transforms():
     x = torch.randn(4, 32)
-    assert readable(x)
-    assert not readable(x, dtype=torch.float64)
-    assert not readable(x.to("meta"))
+    assert misfit(x) is None
+    assert misfit(x, dtype=torch.float64)
+    assert misfit(x.to("meta"))
     seen = []
 
     def look(y):
-        seen.append(readable(y))
+        seen.append(misfit(y) is None)
         return y * 2
 
     torch.jit.trace(look, x, check_trace=False)

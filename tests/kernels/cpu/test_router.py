@@ -1,5 +1,7 @@
 """The router in one call against the router operator by operator: decisions, losses, gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from switchlm.kernels.cpu import native
 from switchlm.kernels.cpu import router as fused_router
+from switchlm.kernels.registry import ROUTE
 from switchlm.model.config import RouterConfig
 from switchlm.model.router import Router
 from switchlm.model.routing import Routing
@@ -44,8 +47,8 @@ def _built(flag: str) -> native.Native:
 def taken(monkeypatch):
     """List the calls of the kernel."""
     calls = []
-    plain = fused_router.route
-    monkeypatch.setattr(fused_router, "route", lambda *a: calls.append(1) or plain(*a))
+    noted = replace(ROUTE[0], run=lambda *a: calls.append(1) or fused_router.route(*a))
+    monkeypatch.setattr("switchlm.model.router.ROUTE", (noted,))
     return calls
 
 
@@ -59,7 +62,7 @@ def make(config: RouterConfig, experts: int, *, width: int = D, std: float = 1.0
 
 
 def step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_router, "fits", lambda *_: False)
+    monkeypatch.setattr("switchlm.model.router.ROUTE", ())
 
 
 def gradients(routing: Routing, x_ND: Tensor, router: Router, which: tuple[str, ...]) -> list:
@@ -275,7 +278,7 @@ def test_everything_else_goes_step_by_step(case, taken, monkeypatch) -> None:
     if case == "hf in bfloat16":
         dtype = torch.bfloat16
     if case == "much work":
-        monkeypatch.setattr(router, "MOST_WORK", 50 * 4 * D - 1)
+        monkeypatch.setattr(fused_router, "MOST_WORK", 50 * 4 * D - 1)
     if case == "without a library":
         monkeypatch.setattr(native, "native", lambda: native.Native(None, "none"))
     if case == "watched":

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from switchlm.kernels.cpu import attention, native
-from switchlm.kernels.cpu.attention import fits_small
 from switchlm.kernels.cpu.attention import small_attention as attend
+from switchlm.kernels.cpu.attention import small_misfit
 
 BUILDS = {"this processor": None, "AVX2": "-march=x86-64-v3", "SSE2": "-march=x86-64"}
 LOW = torch.finfo(torch.bfloat16).min  # of a place that is masked
@@ -73,7 +73,7 @@ def gradients(function, tensors: list[Tensor | None]) -> list[Tensor]:
 
 
 def agree(tensors: list[Tensor | None]) -> None:
-    assert fits_small(*tensors)
+    assert small_misfit(*tensors) is None
     wide = [x if x is None else x.detach().double().requires_grad_() for x in tensors]
     for x, other in zip(tensors, wide, strict=True):
         if x is not None and other is not None:
@@ -204,7 +204,7 @@ def test_threads_change_no_bit(build, bias):
 )
 def test_what_does_not_fit(case, monkeypatch):
     query, key, value, bias = (x.detach() for x in scene((1, 2, 4, 6, 8), (1, 2)))
-    assert fits_small(query, key, value, bias)
+    assert small_misfit(query, key, value, bias) is None
     if case == "wide heads":
         query = query.repeat(1, 1, 1, 100)
     elif case == "long":
@@ -219,18 +219,18 @@ def test_what_does_not_fit(case, monkeypatch):
         monkeypatch.setattr(native, "native", lambda: native.Native(None, "none"))
     else:
         bias = bias.double()
-    assert not fits_small(query, key, value, bias)
+    assert small_misfit(query, key, value, bias)
 
 
 def test_autocast_and_modes_that_watch_operators_get_pytorchs():
     tensors = [x.detach() for x in scene((1, 2, 4, 6, 8), (1, 2))]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not fits_small(*tensors)
+        assert small_misfit(*tensors)
     with FlopCounterMode(display=False):
-        assert not fits_small(*tensors)
+        assert small_misfit(*tensors)
 
     def answer(query, key, value, bias):
-        return query + fits_small(query, key, value, bias)
+        return query if small_misfit(query, key, value, bias) else query + 1
 
     compiled = torch.compile(answer, backend="eager", fullgraph=True)
     assert torch.equal(compiled(*tensors), tensors[0])

@@ -137,23 +137,25 @@ def test_a_row_gives_the_same_bits_beside_any_others_and_on_any_threads(build, n
 
 def test_what_it_fits():
     x_RK, weight_NK = torch.randn(4, 64), torch.randn(96, 64)
-    assert small_batch.fits(x_RK, weight_NK)
-    assert small_batch.fits(x_RK[None], torch.nn.Parameter(weight_NK))
+    assert small_batch.misfit(x_RK, weight_NK) is None
+    assert small_batch.misfit(x_RK[None], torch.nn.Parameter(weight_NK)) is None
     with torch.enable_grad():
-        assert not small_batch.fits(x_RK, weight_NK)
+        assert small_batch.misfit(x_RK, weight_NK)
     with torch.autocast("cpu"):
-        assert not small_batch.fits(x_RK, weight_NK)
-    assert not small_batch.fits(torch.randn(65, 64), weight_NK), "many rows"
+        assert small_batch.misfit(x_RK, weight_NK)
+    assert small_batch.misfit(torch.randn(65, 64), weight_NK), "many rows"
     many, halves = torch.randn(17, 64).to(torch.bfloat16), weight_NK.to(torch.bfloat16)
-    assert not small_batch.fits(many, halves), "many rows in bfloat16"
-    assert small_batch.fits(many, halves[:64].view(4, 64, 16).repeat(1, 1, 4)), "but of experts"
-    assert not small_batch.fits(torch.randn(0, 64), weight_NK), "no rows"
-    assert not small_batch.fits(x_RK, torch.randn(96, 128)[:, ::2]), "not contiguous"
-    assert not small_batch.fits(torch.randn(4, 48), torch.randn(96, 48)), "an odd width"
-    assert not small_batch.fits(x_RK, torch.randn(2, 64, 96)), "an odd width of experts"
-    assert not small_batch.fits(x_RK.double(), weight_NK.double())
-    assert not small_batch.fits(x_RK, weight_NK.to(torch.bfloat16))
-    assert not small_batch.fits(x_RK.to("meta"), weight_NK.to("meta"))
+    assert small_batch.misfit(many, halves), "many rows in bfloat16"
+    assert small_batch.misfit(many, halves[:64].view(4, 64, 16).repeat(1, 1, 4)) is None, (
+        "but of experts"
+    )
+    assert small_batch.misfit(torch.randn(0, 64), weight_NK), "no rows"
+    assert small_batch.misfit(x_RK, torch.randn(96, 128)[:, ::2]), "not contiguous"
+    assert small_batch.misfit(torch.randn(4, 48), torch.randn(96, 48)), "an odd width"
+    assert small_batch.misfit(x_RK, torch.randn(2, 64, 96)), "an odd width of experts"
+    assert small_batch.misfit(x_RK.double(), weight_NK.double())
+    assert small_batch.misfit(x_RK, weight_NK.to(torch.bfloat16))
+    assert small_batch.misfit(x_RK.to("meta"), weight_NK.to("meta"))
 
 
 def test_experts_with_more_rows_than_there_are_read_no_others():
@@ -177,7 +179,7 @@ def test_a_whole_expert(activation, gated, monkeypatch):
     arguments = (x_RD, counts_E, up_EDF, down_EFD, activation, gate_EDF)
     assert select.explain(x_RD, up_EDF).name == "few_rows"
     found = select.expert_feedforward(*arguments)
-    monkeypatch.setattr(small_batch, "fits", lambda *_: False)
+    monkeypatch.setattr(small_batch, "few", lambda *_: False)
     assert select.explain(x_RD, up_EDF).name == "cpu"
     close(found, select.expert_feedforward(*arguments).double(), torch.bfloat16)
 

@@ -24,7 +24,7 @@ def make(shape, outputs):
 )
 def test_equals_float64_with_gradients(shape, outputs):
     x, weight_NK, dy = make(shape, outputs)
-    assert small_matmul.fits(x, weight_NK)
+    assert small_matmul.misfit(x, weight_NK) is None
     y = linear(x, weight_NK)
     found = (y, *torch.autograd.grad(y, [x, weight_NK], dy))
     wide = nn.functional.linear(x.double(), weight_NK.double())
@@ -54,15 +54,15 @@ def test_gradients_need_not_be_contiguous():
 
 def test_large_maps_and_other_numbers_are_pytorchs():
     x, weight_NK, _ = make((4, 512), 512)
-    assert not small_matmul.fits(x, weight_NK)
+    assert small_matmul.misfit(x, weight_NK)
     x, weight_NK, _ = make((4, 32), 16)
-    assert small_matmul.fits(x, weight_NK)
-    assert not small_matmul.fits(x.bfloat16(), weight_NK.bfloat16())
-    assert not small_matmul.fits(x[:, :16], weight_NK[:, :16])
+    assert small_matmul.misfit(x, weight_NK) is None
+    assert small_matmul.misfit(x.bfloat16(), weight_NK.bfloat16())
+    assert small_matmul.misfit(x[:, :16], weight_NK[:, :16])
     with torch.no_grad():
-        assert not small_matmul.fits(x, weight_NK)
+        assert small_matmul.misfit(x, weight_NK)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not small_matmul.fits(x, weight_NK)
+        assert small_matmul.misfit(x, weight_NK)
 
 
 def test_the_number_of_threads_decides_nothing():
@@ -72,7 +72,7 @@ def test_the_number_of_threads_decides_nothing():
     try:
         for number in (1, 2):
             torch.set_num_threads(number)
-            assert small_matmul.fits(x, weight_NK)
+            assert small_matmul.misfit(x, weight_NK) is None
             results.append(linear(x, weight_NK))
     finally:
         torch.set_num_threads(threads)

@@ -162,7 +162,7 @@ def test_it_is_said_which_way_a_layer_goes(monkeypatch) -> None:
         assert reason in choice.reason
     with torch.autocast("cpu", torch.bfloat16):
         assert explain_switch(x_ND, 100, 4, 32).name == "separate"
-    monkeypatch.setattr(switch, "native", lambda: native.Native(None, "no compiler"))
+    monkeypatch.setattr(native, "native", lambda: native.Native(None, "no compiler"))
     assert "no compiler" in explain_switch(x_ND, 100, 4, 32).reason
 
 

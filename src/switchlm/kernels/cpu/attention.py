@@ -31,17 +31,29 @@ from torch.autograd.function import once_differentiable
 
 from switchlm import _torch
 from switchlm.kernels.cpu import threads
-from switchlm.kernels.cpu.native import native, readable
+from switchlm.kernels.cpu.native import misfit as native_misfit
+from switchlm.kernels.cpu.native import native
 
 MOST_GROUPS = 16  # each sums its own gradient of the bias; no more threads than groups
 CACHED_SCORES = 2**18  # of one block of rows: 1 MiB
 
 
-def fits(query_BHQK: Tensor, bias: Tensor) -> bool:
-    """Whether `biased_attention` takes such tensors: plain ones, float32, in main memory."""
-    plain = type(query_BHQK) is Tensor and not torch.compiler.is_compiling()
-    in_memory = query_BHQK.device.type == bias.device.type == "cpu"
-    return plain and in_memory and query_BHQK.dtype == bias.dtype == torch.float32
+def biased_misfit(
+    query_BHQK: Tensor, key_BHMK: Tensor, value_BHMK: Tensor, bias: Tensor | None
+) -> str | None:
+    """Return why `biased_attention` does not take these, None if it does.
+
+    Plain tensors, float32, in main memory, and a bias that learns.
+    """
+    if bias is None or not bias.requires_grad:
+        return "no bias learns"
+    if type(query_BHQK) is not Tensor or torch.compiler.is_compiling():
+        return "traced, or not plain tensors"
+    if not query_BHQK.is_cpu or not bias.is_cpu:
+        return "not in main memory"
+    if not query_BHQK.dtype == bias.dtype == torch.float32:
+        return f"it takes float32, not {query_BHQK.dtype} and {bias.dtype}"
+    return None
 
 
 def biased_attention(
@@ -154,25 +166,32 @@ _WIDTH = 16  # head widths come in multiples of it: whole vectors on every proce
 _LEAST_NUMBERS = 2**16  # of keys below which waking a thread does not pay
 
 
-def fits_decode(
+def decode_misfit(
     query_BH1K: Tensor, key_BHMK: Tensor, value_BHMK: Tensor, bias: Tensor | None
-) -> bool:
-    """Whether `one_query` takes these: one query, in main memory, and nobody wants gradients."""
-    return (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and query_BH1K.shape[2] == 1
-        and query_BH1K.is_cpu
-        and query_BH1K.dtype == key_BHMK.dtype == value_BHMK.dtype
-        and query_BH1K.dtype in (torch.float32, torch.bfloat16)
-        and query_BH1K.shape[3] % _WIDTH == 0
-        and key_BHMK.stride() == value_BHMK.stride()
-        and key_BHMK.stride(3) == 1
-        and type(query_BH1K) is type(key_BHMK) is type(value_BHMK) is Tensor
-        and (bias is None or (type(bias) is Tensor and bias.is_cpu))
-        and not _torch.is_watched()
-        and native().library is not None
-    )
+) -> str | None:
+    """Return why `decode_attention` does not take these, None if it does.
+
+    One query, in main memory, and nobody wants gradients.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return "gradients are wanted, or somebody traces"
+    if query_BH1K.shape[2] != 1 or not query_BH1K.is_cpu:
+        return "more than one query, or not in main memory"
+    if not query_BH1K.dtype == key_BHMK.dtype == value_BHMK.dtype:
+        return "several dtypes"
+    if query_BH1K.dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 and bfloat16, not {query_BH1K.dtype}"
+    if query_BH1K.shape[3] % _WIDTH:
+        return "heads of no whole vectors"
+    if key_BHMK.stride() != value_BHMK.stride() or key_BHMK.stride(3) != 1:
+        return "keys and values that do not lie alike, or not in rows"
+    if not type(query_BH1K) is type(key_BHMK) is type(value_BHMK) is Tensor:
+        return "not plain tensors"
+    if bias is not None and not (type(bias) is Tensor and bias.is_cpu):
+        return "a bias that is not plain, in main memory"
+    if _torch.is_watched():
+        return "somebody watches operators"
+    return None if native().library is not None else native().reason
 
 
 def decode_attention(
@@ -219,25 +238,32 @@ _LEAST_SCORES = 2**16  # below which waking a thread does not pay
 _NOTHING = (0, 0, 0, 0)
 
 
-def fits_small(
+def small_misfit(
     query_BHQK: Tensor, key_BHMK: Tensor, value_BHMK: Tensor, bias: Tensor | None
-) -> bool:
-    """Whether `small_attention` takes these: plain tensors, float32, in main memory, and small.
+) -> str | None:
+    """Return why `small_attention` does not take these, None if it does.
 
-    Under autocast, a tracer or a mode that watches operators, PyTorch's own are the right ones.
+    Plain tensors, float32, in main memory, and small. Under autocast, a tracer or a mode that
+    watches operators, PyTorch's own are the right ones.
     """
     tensors = (query_BHQK, key_BHMK, value_BHMK, *(() if bias is None else (bias,)))
-    return (
-        readable(*tensors)
-        and query_BHQK.shape[3] <= LARGEST_WIDTH
-        and query_BHQK.shape[2] * key_BHMK.shape[2] <= MOST_SCORES
-        and all(x.numel() > 0 for x in tensors)
-        and key_BHMK.shape == value_BHMK.shape
-        and query_BHQK.shape[:2] == key_BHMK.shape[:2]
-        and query_BHQK.shape[3] == key_BHMK.shape[3]
-        and (bias is None or _agrees(bias, query_BHQK, key_BHMK))
-        and not torch.is_autocast_enabled("cpu")
-    )
+    reason = native_misfit(*tensors)
+    if reason is not None:
+        return reason
+    if query_BHQK.shape[3] > LARGEST_WIDTH:
+        return "wide heads"
+    if query_BHQK.shape[2] * key_BHMK.shape[2] > MOST_SCORES or not all(
+        x.numel() > 0 for x in tensors
+    ):
+        return "many scores, or none"
+    if (
+        key_BHMK.shape != value_BHMK.shape
+        or query_BHQK.shape[:2] != key_BHMK.shape[:2]
+        or query_BHQK.shape[3] != key_BHMK.shape[3]
+        or not (bias is None or _agrees(bias, query_BHQK, key_BHMK))
+    ):
+        return "shapes that do not agree"
+    return "autocast is on" if torch.is_autocast_enabled("cpu") else None
 
 
 def _agrees(bias: Tensor, query_BHQK: Tensor, key_BHMK: Tensor) -> bool:

@@ -9,37 +9,39 @@ Shapes: N tokens, V vocabulary.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchlm.kernels.cpu.native import native, readable
+from switchlm.kernels.cpu.native import misfit as native_misfit
+from switchlm.kernels.cpu.native import native
 
 _WIDTH = 16  # whole vectors on every processor
 _LEAST_LOGITS = 2**18  # below which waking a thread does not pay
 
 
 def token_losses(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Return loss_N, float32: the negative log likelihood of each target, in nats.
+    """Return loss_N, float32, for what has no `misfit`: the negative log likelihoods, in nats.
 
     logits_NV: float32.
     targets_N: int64; where it is -100, the loss is zero.
     """
-    if fits(logits_NV, targets_N):
-        loss_N: Tensor = _CrossEntropy.apply(logits_NV, targets_N)
-        return loss_N
-    return nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+    loss_N: Tensor = _CrossEntropy.apply(logits_NV, targets_N)
+    return loss_N
 
 
-def fits(logits_NV: Tensor, targets_N: Tensor) -> bool:
-    """Whether the native kernel takes these: plain, in main memory, rows of whole vectors."""
-    return (
-        readable(logits_NV)
-        and readable(targets_N, dtype=torch.int64)
-        and targets_N.shape == logits_NV.shape[:1]
-        and logits_NV.numel() > 0
-        and logits_NV.shape[1] % _WIDTH == 0
-        and logits_NV.is_contiguous()
-    )
+def misfit(logits_NV: Tensor, targets_N: Tensor) -> str | None:
+    """Return why the native kernel does not take these, None if it does.
+
+    Plain, in main memory, rows of whole vectors.
+    """
+    reason = native_misfit(logits_NV) or native_misfit(targets_N, dtype=torch.int64)
+    if reason is not None:
+        return reason
+    if targets_N.shape != logits_NV.shape[:1] or not logits_NV.numel():
+        return "other shapes, or no logits"
+    if logits_NV.shape[1] % _WIDTH or not logits_NV.is_contiguous():
+        return "no whole vectors, or not contiguous"
+    return None
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -14,40 +14,61 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from switchlm.kernels.cpu import small_batch
-from switchlm.kernels.cpu.native import native, readable
+from switchlm.kernels.cpu.native import misfit as native_misfit
+from switchlm.kernels.cpu.native import native
 
 _WIDTH = 16  # rows come in multiples of it: whole vectors on every processor
 _GROUP = 256  # rows that norm.c sums together
 _LEAST_NUMBERS = 2**16  # below which waking a thread does not pay
 
 
-def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-    """Return x / sqrt(mean(x^2) + epsilon) * weight, the mean over the last dim; all float32."""
-    plain = type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
-    if not plain or x.device.type != "cpu":
-        return nn.functional.rms_norm(x, weight_D.shape, weight_D, epsilon)
-    if not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
-        # In decoding, where rows are few, autograd's wrapping takes longer than the sums.
-        if small_batch.few(x, small_batch.MOST_ROWS[torch.float32]):
-            return small_batch.rms_norm(x, weight_D, epsilon)
-        if fits(x, weight_D):
-            return _forward(x, weight_D, epsilon)[0]
-        return _normalised(x, weight_D, epsilon)[0]
-    function = _OnePass if fits(x, weight_D) else _RMSNorm
-    y: Tensor = function.apply(x, weight_D, epsilon)
+def few_rows_misfit(x: Tensor, weight_D: Tensor) -> str | None:
+    """Return why x is not normed as in decoding, where autograd's wrapping takes the longest."""
+    if _wants_autograd():
+        return "gradients are wanted, or autocast is on"
+    few = small_batch.few(x, small_batch.MOST_ROWS[torch.float32])
+    return None if few else "many rows, or not plain ones in main memory of whole vectors"
+
+
+def misfit(x: Tensor, weight_D: Tensor) -> str | None:
+    """Return why norm.c does not take these, None if it does.
+
+    Float32 rows of whole vectors, one after the other.
+    """
+    reason = native_misfit(x, weight_D)
+    if reason is not None:
+        return reason
+    if x.shape[-1:] != weight_D.shape or x.shape[-1] % _WIDTH or not x.numel():
+        return "other widths, no whole vectors, or no rows"
+    contiguous = x.is_contiguous() and weight_D.is_contiguous()
+    return None if contiguous else "not contiguous"
+
+
+def plain_misfit(x: Tensor, weight_D: Tensor) -> str | None:
+    """Return why a few operators are not the fastest here, None if they are."""
+    if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
+        return "traced, or no plain tensor"
+    return None if x.is_cpu else "not in main memory"
+
+
+def native_rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + epsilon) * weight by norm.c, for what has no `misfit`."""
+    if not _wants_autograd():
+        return _forward(x, weight_D, epsilon)[0]
+    y: Tensor = _OnePass.apply(x, weight_D, epsilon)
     return y
 
 
-def fits(x: Tensor, weight_D: Tensor) -> bool:
-    """Whether norm.c takes these: float32 rows of whole vectors, one after the other."""
-    return (
-        readable(x, weight_D)
-        and x.shape[-1:] == weight_D.shape
-        and x.shape[-1] % _WIDTH == 0
-        and x.numel() > 0
-        and x.is_contiguous()
-        and weight_D.is_contiguous()
-    )
+def plain_rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+    """Return the same by a few operators, for what has no `plain_misfit`."""
+    if not _wants_autograd():
+        return _normalised(x, weight_D, epsilon)[0]
+    y: Tensor = _RMSNorm.apply(x, weight_D, epsilon)
+    return y
+
+
+def _wants_autograd() -> bool:
+    return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
 
 
 def _forward(x: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

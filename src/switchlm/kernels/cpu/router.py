@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchlm.kernels.cpu.native import native, readable
+from switchlm.kernels.cpu.native import misfit as native_misfit
+from switchlm.kernels.cpu.native import native
 
 MOST_WORK = 2**25  # multiply-adds of the logits above which PyTorch's threads are worth waking
 _WIDTH = 16  # whole vectors on every processor
@@ -33,25 +34,31 @@ class Routed(NamedTuple):
     fraction_GE: Tensor
 
 
-def fits(
+def misfit(
     x_ND: Tensor,
     weight_ED: Tensor,
     bias_E: Tensor | None = None,
     valid_N: Tensor | None = None,
-) -> bool:
-    """Whether tokens go this way: float32, in main memory, little work, and nobody traces it.
+) -> str | None:
+    """Return why tokens do not go this way, None if they do.
 
-    The number of threads does not matter, so that it changes no result.
+    Float32, in main memory, little work, and nobody traces it. The number of threads does not
+    matter, so that it changes no result.
     """
-    return (
-        readable(x_ND, weight_ED)
-        and x_ND.shape[0] * weight_ED.numel() <= MOST_WORK
-        and x_ND.shape[1:] == weight_ED.shape[1:]
-        and weight_ED.shape[1] % _WIDTH == 0
-        and (bias_E is None or (bias_E.is_cpu and bias_E.shape == weight_ED.shape[:1]))
-        and (valid_N is None or readable(valid_N, dtype=torch.bool))
-        and (valid_N is None or valid_N.shape == x_ND.shape[:1])
-    )
+    reason = native_misfit(x_ND, weight_ED)
+    if reason is None and valid_N is not None:
+        reason = native_misfit(valid_N, dtype=torch.bool)
+    if reason is not None:
+        return reason
+    if x_ND.shape[0] * weight_ED.numel() > MOST_WORK:
+        return "enough work to share among threads"
+    if x_ND.shape[1:] != weight_ED.shape[1:] or weight_ED.shape[1] % _WIDTH:
+        return "other widths, or no whole vectors"
+    if bias_E is not None and not (bias_E.is_cpu and bias_E.shape == weight_ED.shape[:1]):
+        return "a bias elsewhere, or of another shape"
+    if valid_N is not None and valid_N.shape != x_ND.shape[:1]:
+        return "a mask of another shape"
+    return None
 
 
 def route(

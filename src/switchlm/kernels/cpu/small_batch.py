@@ -28,26 +28,27 @@ _NK = {torch.float32: _FLOAT32_NK, torch.bfloat16: _BFLOAT16_NK}
 _KN = {torch.float32: _FLOAT32_KN, torch.bfloat16: _BFLOAT16_KN}
 
 
-def fits(x_RK: Tensor, *weights: Tensor) -> bool:
-    """Whether these may be multiplied here: few rows in main memory, and nobody wants gradients.
+def misfit(x_RK: Tensor, *weights: Tensor) -> str | None:
+    """Return why these may not be multiplied here, None if they may.
 
-    Under autocast, a tracer or a mode that watches operators, PyTorch's own are the right ones.
+    Few rows in main memory, and nobody wants gradients. Under autocast, a tracer or a mode that
+    watches operators, PyTorch's own are the right ones.
     """
-    return (
-        not torch.is_grad_enabled()
-        and x_RK.dtype in MOST_ROWS
-        and few(x_RK, MOST_ROWS[x_RK.dtype] if weights[0].dim() == 2 else MOST_ROWS_OF_EXPERTS)
-        and all(
-            weight.dtype == x_RK.dtype
-            and type(weight) in (Tensor, nn.Parameter)
-            and weight.is_cpu
-            and weight.is_contiguous()
-            # Of two dims, only the last are inputs.
-            and all(width % _WIDTH == 0 for width in weight.shape[1:])
-            for weight in weights
-        )
-        and not torch.is_autocast_enabled("cpu")
-    )
+    if torch.is_grad_enabled():
+        return "gradients are wanted"
+    if x_RK.dtype not in MOST_ROWS:
+        return f"it takes float32 and bfloat16, not {x_RK.dtype}"
+    if not few(x_RK, MOST_ROWS[x_RK.dtype] if weights[0].dim() == 2 else MOST_ROWS_OF_EXPERTS):
+        return "many rows, or rows that are not plain, in main memory and of whole vectors"
+    for weight in weights:
+        if weight.dtype != x_RK.dtype or type(weight) not in (Tensor, nn.Parameter):
+            return "weights of another dtype, or not plain"
+        if not weight.is_cpu or not weight.is_contiguous():
+            return "weights that are not contiguous in main memory"
+        # Of two dims, only the last are inputs.
+        if any(width % _WIDTH for width in weight.shape[1:]):
+            return "weights of no whole vectors"
+    return "autocast is on" if torch.is_autocast_enabled("cpu") else None
 
 
 def few(x_RK: Tensor, most: int) -> bool:

@@ -20,30 +20,33 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from switchlm import _torch
-from switchlm.kernels.cpu.native import native, readable
+from switchlm.kernels.cpu.native import misfit as native_misfit
+from switchlm.kernels.cpu.native import native
 
 LARGEST = 2**14  # numbers of a matrix: as measured, at least twice as fast as PyTorch up to it
 MOST_WORK = 2**25  # multiply-adds above which PyTorch's threads are worth waking
 _WIDTH = 16  # whole vectors on every processor
 
 
-def fits(x: Tensor, weight_NK: Tensor) -> bool:
-    """Whether `linear` takes these: float32, in main memory, small, and a gradient is wanted.
+def misfit(x: Tensor, weight_NK: Tensor) -> str | None:
+    """Return why `linear` does not take these, None if it does.
 
-    The number of threads does not matter, so that it changes no result. Under autocast, a tracer
-    or a mode that watches operators, PyTorch's own are the right ones.
+    Float32, in main memory, small, and a gradient is wanted. The number of threads does not matter,
+    so that it changes no result. Under autocast, a tracer or a mode that watches operators,
+    PyTorch's own are the right ones.
     """
-    return (
-        torch.is_grad_enabled()
-        and readable(x, weight_NK)
-        and weight_NK.numel() <= LARGEST
-        and 0 < x.numel() * weight_NK.shape[0] <= MOST_WORK
-        and x.shape[-1] == weight_NK.shape[1]
-        and all(width % _WIDTH == 0 for width in weight_NK.shape)
-        and x.is_contiguous()
-        and weight_NK.is_contiguous()
-        and not torch.is_autocast_enabled("cpu")
-    )
+    if not torch.is_grad_enabled():
+        return "no gradients are wanted"
+    reason = native_misfit(x, weight_NK)
+    if reason is not None:
+        return reason
+    if weight_NK.numel() > LARGEST or not 0 < x.numel() * weight_NK.shape[0] <= MOST_WORK:
+        return "no small product"
+    if x.shape[-1] != weight_NK.shape[1] or any(width % _WIDTH for width in weight_NK.shape):
+        return "other widths, or no whole vectors"
+    if not (x.is_contiguous() and weight_NK.is_contiguous()):
+        return "not contiguous"
+    return "autocast is on" if torch.is_autocast_enabled("cpu") else None
 
 
 def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
@@ -107,9 +110,12 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def upcasts(x: Tensor) -> bool:
-    """Whether `linear` is the faster one for x."""
-    return x.is_cpu and is_slow(product_dtype(x)) and not torch.compiler.is_compiling()
+def upcast_misfit(x: Tensor, weight_NK: Tensor) -> str | None:
+    """Return why `upcast_linear` is not the faster one for x, None if it is."""
+    if not x.is_cpu or torch.compiler.is_compiling():
+        return "not in main memory, or traced"
+    dtype = product_dtype(x)
+    return None if is_slow(dtype) else f"products in {dtype} are fast here"
 
 
 def upcast_linear(x: Tensor, weight_NK: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from switchlm.kernels.cpu import memory
-from switchlm.kernels.cpu.native import native, readable
+from switchlm.kernels.cpu.native import misfit as native_misfit
+from switchlm.kernels.cpu.native import native
 from switchlm.kernels.permute import ExpertOrder
 
 SMALL = 2**13  # numbers of a matrix up to which starting operators takes longer than its products
@@ -43,20 +44,17 @@ def misfit(
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_ND.dtype
     if dtype != torch.float32 or x_ND.dtype != torch.float32:
         return f"it takes float32, not {dtype}"
-    library = native()
-    if library.library is None:
-        return library.reason
-    return None if readable(x_ND) else "somebody watches operators"
+    return native_misfit(x_ND)
 
 
-def fits(
+def agrees(
     x_ND: Tensor, weight_N: Tensor, order: ExpertOrder, up_EDF: Tensor, down_EFD: Tensor
 ) -> bool:
     """Whether the experts' weights, too, can be read as they are, and all shapes agree."""
     experts, d_model, d_ff = up_EDF.shape
     return (
-        readable(x_ND, weight_N, up_EDF, down_EFD)
-        and readable(order.assignment_R, order.counts_E, dtype=torch.int64)
+        native_misfit(x_ND, weight_N, up_EDF, down_EFD) is None
+        and native_misfit(order.assignment_R, order.counts_E, dtype=torch.int64) is None
         and x_ND.shape[1] == d_model
         and down_EFD.shape == (experts, d_ff, d_model)
         and weight_N.shape == order.assignment_R.shape == x_ND.shape[:1]

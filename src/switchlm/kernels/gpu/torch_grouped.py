@@ -16,12 +16,16 @@ from torch.nn.functional import grouped_mm
 ALIGNMENT = 16  # bytes
 
 
-def fits(x_RD: Tensor, weight_EDF: Tensor) -> bool:
-    """Whether grouped_mm takes these dtypes and shapes."""
-    if x_RD.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x_RD.shape[0] == 0:
-        return False
-    widths = weight_EDF.shape[1:]
-    return all(width * x_RD.element_size() % ALIGNMENT == 0 for width in widths)
+def misfit(x_RD: Tensor, weight_EDF: Tensor) -> str | None:
+    """Return why grouped_mm does not take these dtypes and shapes, None if it does."""
+    if x_RD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it does not take {x_RD.dtype}"
+    if x_RD.shape[0] == 0:
+        return "no rows"
+    for width in weight_EDF.shape[1:]:
+        if width * x_RD.element_size() % ALIGNMENT:
+            return f"rows of weights that are no multiple of {ALIGNMENT} bytes"
+    return None
 
 
 class _GroupedMatmul(torch.autograd.Function):

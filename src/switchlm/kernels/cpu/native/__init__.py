@@ -51,22 +51,22 @@ class Native:
     threads: bool = False
 
 
-def readable(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether there is a library, and it may read these tensors: plain, in main memory, of `dtype`.
+def misfit(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> str | None:
+    """Return why the library may not read these tensors, None if it may.
 
-    Not while somebody traces, watches or transforms operators, who would not see a call into C.
+    They are plain, in main memory, of `dtype`, and nobody traces, watches or transforms operators,
+    who would not see a call into C.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and all(
-            type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu and tensor.dtype == dtype
-            for tensor in tensors
-        )
-        and not _torch.is_watched()
-        and not _torch.is_transformed()
-        and native().library is not None
-    )
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "somebody traces"
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_cpu:
+            return "not plain tensors in main memory"
+        if tensor.dtype != dtype:
+            return f"it takes {dtype}, not {tensor.dtype}"
+    if _torch.is_watched() or _torch.is_transformed():
+        return "somebody watches operators"
+    return None if native().library is not None else native().reason
 
 
 @cache

@@ -19,7 +19,7 @@ def main(out: Path) -> None:
     mesh = Mesh.of(MeshConfig(data=2, expert=2), "cpu")
     expert = mesh.sub("expert")
     assert expert is not None
-    with CollectiveRecorder(mesh) as ledger:
+    with CollectiveRecorder(mesh) as recorder:
         dist.all_reduce(torch.ones(3))
         dist.all_to_all_single(torch.ones(4), torch.ones(4), group=expert.get_group())
         x = torch.ones(6, 2, requires_grad=True)
@@ -31,7 +31,7 @@ def main(out: Path) -> None:
         layer(torch.ones(1, 8)).sum().backward()
     dist.barrier()
     if mesh.is_main:
-        lines = [f"{c.kind} {c.axes} {c.size} {c.payload} {c.sent}" for c in ledger.collectives]
+        lines = [f"{c.kind} {c.axes} {c.size} {c.payload} {c.sent}" for c in recorder.collectives]
         out.write_text("\n".join(lines))
     dist.destroy_process_group()
 

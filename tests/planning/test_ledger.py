@@ -1,4 +1,4 @@
-"""The ledger against collectives whose sizes are known, on four real processes."""
+"""The recorder against collectives whose sizes are known, on four real processes."""
 
 import os
 import sys

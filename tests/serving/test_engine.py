@@ -74,15 +74,15 @@ def test_a_cancelled_request_leaves_its_slot_within_one_step(engine, collector, 
     running.submit(Request(ids=IDS, limit=512), listener := collector()).cancel()
     assert listener.end()[1] == "cancelled"
     for _ in range(5):
-        listener, tickets, cancelled_at = collector(), queue.Queue(), []
+        listener, submitted, cancelled_at = collector(), queue.Queue(), []
 
-        def hear(event, listener=listener, tickets=tickets, cancelled_at=cancelled_at):
+        def hear(event, listener=listener, submitted=submitted, cancelled_at=cancelled_at):
             listener(event)
             if len(listener.events) == 3:
-                tickets.get().cancel()
+                submitted.get().cancel()
                 cancelled_at.append(running.statistics.steps)
 
-        tickets.put(running.submit(Request(ids=IDS, limit=512), hear))
+        submitted.put(running.submit(Request(ids=IDS, limit=512), hear))
         assert listener.end()[1] == "cancelled"
         assert running.statistics.steps - cancelled_at[0] <= 1
         soon(lambda: running.num_active == 0)
@@ -123,13 +123,13 @@ def failing(original, bad):
 ODD = 57
 STAGES = {
     "encode": (Slots, "encode", lambda _, prompts: any(ODD in ids for ids in prompts)),
-    "join": (Slots, "join", lambda _, ticket, *__, **___: ODD in ticket.request.ids),
+    "join": (Slots, "join", lambda _, pending, *__, **___: ODD in pending.request.ids),
     "step": (
         Slots,
         "step",
         lambda slots, first=0, last=None: any(
-            ODD in ticket.request.ids and ticket.num_tokens == 3
-            for ticket in slots.names[first:last]
+            ODD in pending.request.ids and pending.num_tokens == 3
+            for pending in slots.names[first:last]
         ),
     ),
 }

@@ -67,9 +67,9 @@ def count(mesh: Mesh, precision: str) -> None:
     )
     step = {"gradient_clip": 1.0, "precision": precision, "mesh": mesh}
     training_step(model, optimizer, [batch], **step)
-    with CollectiveRecorder(mesh) as ledger:
+    with CollectiveRecorder(mesh) as recorder:
         record = training_step(model, optimizer, [batch], **step)
-    found = ledger.by_kind()
+    found = recorder.by_kind()
     kept = sum(int(layer.kept_A.sum()) for layer in record.routing[0])
     everywhere = int(mesh.all_reduce_sum(torch.tensor(kept)))
     assert everywhere < mesh.data_size * SWITCH_LAYERS // 2 * B * (S + T), "capacity must bind"

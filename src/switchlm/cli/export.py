@@ -36,8 +36,8 @@ def export(
     capacity_factor: Annotated[
         float | None,
         typer.Option(
-            help="Seats an expert of the encoder has, times its even share; what is past them is "
-            "dropped. Nothing is by default. For torch and onnx."
+            help="Capacity of an expert of the encoder, in times its even share; what is past it "
+            "is dropped. Nothing is by default. For torch and onnx."
         ),
     ] = None,
     as_json: Json = False,

@@ -82,7 +82,7 @@ def generate(
     """Fill the blanks of a text, or show what the model answers to it."""
     many = input_file is not None
     if many and (text is not None or stream):
-        raise ConfigError("--input leaves no room for a text of its own, nor for --stream.")
+        raise ConfigError("--input goes neither with a text of its own nor with --stream.")
     if output_file is not None and not many:
         raise ConfigError("--output is where the results of --input go: give --input too.")
     if stream and (fill or as_json):
@@ -94,8 +94,8 @@ def generate(
     search = _beams(beams, length_penalty, early_stopping)
     if search is not None and (stream or greedy or sampling.temperature):
         raise ConfigError(
-            "--beams leaves no room for --greedy and sampling, and its output is known only at the "
-            "end, which leaves none for --stream."
+            "--beams goes neither with --greedy nor with sampling; nor with --stream, since its "
+            "output is known only at the end."
         )
     loaded, tokenizer = open_model(model, device, expert_memory)
     stops = tuple(stop or ())
@@ -149,7 +149,7 @@ def _sampling(
     if (temperature, top_k, top_p) == (None, None, None):
         return GREEDY
     if greedy:
-        raise ConfigError("--greedy leaves no room for --temperature, --top-k and --top-p.")
+        raise ConfigError("--greedy goes with none of --temperature, --top-k and --top-p.")
     return Sampling(
         temperature=1.0 if temperature is None else temperature,
         top_k=top_k,

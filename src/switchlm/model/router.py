@@ -118,7 +118,7 @@ class Router(nn.Module):
         self.bias_E += self.config.bias_rate * (load_E.mean() - load_E).sign()
 
     def capacity(self, tokens_a_group: int) -> int | None:
-        """Seats an expert has in a group, or None when dropless."""
+        """Return how many tokens an expert takes from a group, None when dropless."""
         config = self.config
         if config.expert_capacity is not None:
             return config.expert_capacity

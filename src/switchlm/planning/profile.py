@@ -106,8 +106,8 @@ def trace(
         with _torch.FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             batch = blank_batch(data, rows)
-            with MemoryRecorder(model) as memory, CollectiveRecorder(job) as ledger:
-                marks = _Marks(model, memory, ledger)
+            with MemoryRecorder(model) as memory, CollectiveRecorder(job) as recorder:
+                marks = _Marks(model, memory, recorder)
                 backward(model, [batch], precision, job)
                 marks.mark("end")
             return tuple(marks.segments())
@@ -117,9 +117,9 @@ class _Marks:
     """Marks memory where blocks begin and end, forward and backward."""
 
     def __init__(
-        self, model: SwitchTransformer, memory: MemoryRecorder, ledger: CollectiveRecorder
+        self, model: SwitchTransformer, memory: MemoryRecorder, recorder: CollectiveRecorder
     ) -> None:
-        self.memory, self.ledger = memory, ledger
+        self.memory, self.recorder = memory, recorder
         self.found: list[tuple[str, Bytes, int, int]] = []
         self._seen: set[str] = set()
         for name in STACKS:
@@ -132,7 +132,7 @@ class _Marks:
     def mark(self, name: str) -> None:
         """Say what begins here."""
         highest = self.memory.mark()
-        self.found.append((name, self.memory.now, highest, len(self.ledger.collectives)))
+        self.found.append((name, self.memory.now, highest, len(self.recorder.collectives)))
 
     def segments(self) -> Iterator[Segment]:
         """Yield what lies between the marks."""
@@ -144,7 +144,7 @@ class _Marks:
                 rise=highest - start.total,
                 change=end.total - start.total,
                 gradients=end.gradients - start.gradients,
-                collectives=tuple(self.ledger.collectives[first:last]),
+                collectives=tuple(self.recorder.collectives[first:last]),
             )
 
     def _once(self, name: str) -> None:

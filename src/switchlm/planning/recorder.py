@@ -1,8 +1,8 @@
 """What a block of code sends, and what is in memory at its peak.
 
-    with Ledger(mesh) as ledger, Memory(model, optimizer.state.values()) as memory:
+    with CollectiveRecorder(mesh) as sent, MemoryRecorder(model, optimizer.state.values()) as memory:
         training_step(...)
-    ledger.collectives, ledger.by_kind(), memory.peak
+    sent.collectives, sent.by_kind(), memory.peak
 
 Collectives are read off the calls themselves, so a real job and one of fake processes count alike.
 The payload of a collective is the size of its whole tensor: the input of all-reduce, reduce-scatter

@@ -194,7 +194,7 @@ def measure_step(
     prepare_for_training(model, training.precision, training.activation_checkpointing)
     with (
         MemoryRecorder(model, optimizer.state.values()) as memory,
-        CollectiveRecorder(mesh) as ledger,
+        CollectiveRecorder(mesh) as recorder,
     ):
         training_step(
             model,
@@ -204,7 +204,7 @@ def measure_step(
             precision=training.precision,
             mesh=mesh,
         )
-    return StepFigures(peak=memory.peak, collectives=tuple(ledger.collectives))
+    return StepFigures(peak=memory.peak, collectives=tuple(recorder.collectives))
 
 
 def wire_dtype(config: RunConfig) -> torch.dtype | None:

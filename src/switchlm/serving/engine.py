@@ -83,22 +83,22 @@ class Engine:
     ) -> list[PendingRequest]:
         """Queue all of these, or none; raises as `submit` does."""
         now = time.monotonic()
-        tickets = []
+        submitted = []
         for request, listener in zip(requests, listeners, strict=True):
             assert 0 < len(request.ids) <= self.max_source, "prompts are bounded before they come"
             assert 0 < request.limit <= self.max_target, "limits are bounded before they come"
-            tickets.append(PendingRequest(request, listener, now))
+            submitted.append(PendingRequest(request, listener, now))
         with self._changed:
             if self._closing:
                 raise ClosingError("The server is shutting down; nothing new is taken.")
             waiting = len(self._waiting)
-            if waiting + len(tickets) > self.queue:
-                for _ in tickets:
+            if waiting + len(submitted) > self.queue:
+                for _ in submitted:
                     self.statistics.finished("refused")
                 raise BusyError(waiting, self.statistics.seconds_for(waiting, self.num_slots))
-            self._waiting.extend(tickets)
+            self._waiting.extend(submitted)
             self._changed.notify()
-        return tickets
+        return submitted
 
     def call(self, function: Callable[[], Result]) -> "Future[Result]":
         """Run something with the model between two steps, in the engine's thread."""
@@ -175,8 +175,8 @@ class Engine:
             self._waiting.clear()
         while self._calls:
             self._calls.popleft()()
-        for ticket in left:
-            self._fail(ticket, RuntimeError("the engine has ended"))
+        for pending in left:
+            self._fail(pending, RuntimeError("the engine has ended"))
 
     def _wait_for_work(self, slots: Slots) -> bool:
         """Return False when all is done and nothing more will come."""
@@ -201,12 +201,12 @@ class Engine:
             if reason:
                 self._leave(slots, row, reason)
         with self._changed:
-            gone = [ticket for ticket in self._waiting if _given_up(ticket, now)]
-        for ticket in gone:  # counted first: whoever sees an empty queue sees all counts
-            self._finish(ticket, _given_up(ticket, now) or "cancelled")
+            gone = [pending for pending in self._waiting if _given_up(pending, now)]
+        for pending in gone:  # counted first: whoever sees an empty queue sees all counts
+            self._finish(pending, _given_up(pending, now) or "cancelled")
         with self._changed:
-            for ticket in gone:
-                self._waiting.remove(ticket)
+            for pending in gone:
+                self._waiting.remove(pending)
 
     def _admit(self, slots: Slots) -> None:
         """Encode the next requests and give them free slots."""
@@ -221,36 +221,38 @@ class Engine:
                 new.append(self._waiting.popleft())
         if not new:
             return
-        for ticket, encoded_SD in zip(new, self._encoded(slots, new), strict=True):
+        for pending, encoded_SD in zip(new, self._encoded(slots, new), strict=True):
             if isinstance(encoded_SD, Exception):
-                self._fail(ticket, encoded_SD)
+                self._fail(pending, encoded_SD)
             else:
-                self._join(slots, ticket, encoded_SD)
+                self._join(slots, pending, encoded_SD)
             self._joining -= 1
 
-    def _join(self, slots: Slots, ticket: PendingRequest, encoded_SD: Tensor) -> None:
-        request = ticket.request
+    def _join(self, slots: Slots, pending: PendingRequest, encoded_SD: Tensor) -> None:
+        request = pending.request
         try:
             stream = TextStream(self.tokenizer, request.stops)
             slots.join(
-                ticket,
+                pending,
                 encoded_SD,
                 sampling=request.sampling,
                 seed=request.seed,
                 limit=request.limit,
             )
         except Exception as error:
-            self._fail(ticket, error)
+            self._fail(pending, error)
             return
-        self._streams[ticket] = stream
+        self._streams[pending] = stream
 
-    def _encoded(self, slots: Slots, tickets: Sequence[PendingRequest]) -> list[Tensor | Exception]:
+    def _encoded(
+        self, slots: Slots, submitted: Sequence[PendingRequest]
+    ) -> list[Tensor | Exception]:
         try:
-            return [*slots.encode([ticket.request.ids for ticket in tickets])]
+            return [*slots.encode([pending.request.ids for pending in submitted])]
         except Exception as error:
-            if len(tickets) == 1:
+            if len(submitted) == 1:
                 return [error]
-        return [one for ticket in tickets for one in self._encoded(slots, [ticket])]
+        return [one for pending in submitted for one in self._encoded(slots, [pending])]
 
     def _step(self, slots: Slots) -> None:
         """Add a token to every row, and tell of it."""
@@ -260,20 +262,20 @@ class Engine:
         self.statistics.stepped(len(tokens), now - begin)
         # From the last row on, since a row that leaves is replaced by the last.
         for row in reversed(range(len(tokens))):
-            ticket, token = slots.names[row], tokens[row]
+            pending, token = slots.names[row], tokens[row]
             if isinstance(token, Exception):
                 slots.leave(row)
-                self._fail(ticket, token)
+                self._fail(pending, token)
                 continue
-            if ticket.first_token is None:
-                ticket.first_token = now
-                self.statistics.began(now - ticket.arrived)
-            ticket.num_tokens += 1
+            if pending.first_token is None:
+                pending.first_token = now
+                self.statistics.began(now - pending.arrived)
+            pending.num_tokens += 1
             try:
-                self._tell(slots, row, ticket, token)
+                self._tell(slots, row, pending, token)
             except Exception as error:
                 slots.leave(row)
-                self._fail(ticket, error)
+                self._fail(pending, error)
 
     def _tokens(self, slots: Slots) -> list[int | Exception]:
         """Return each row's next token, or what went wrong with it alone."""
@@ -292,55 +294,55 @@ class Engine:
         except Exception as error:
             return error
 
-    def _tell(self, slots: Slots, row: int, ticket: PendingRequest, token: int) -> None:
-        stream = self._streams[ticket]
+    def _tell(self, slots: Slots, row: int, pending: PendingRequest, token: int) -> None:
+        stream = self._streams[pending]
         piece = stream.push(token)
         if token == self.model.config.end_id or stream.stopped:
             self._leave(slots, row, "stop", piece, token)
-        elif ticket.num_tokens == ticket.request.limit:
+        elif pending.num_tokens == pending.request.limit:
             self._leave(slots, row, "length", piece, token)
         else:
-            ticket.listener(Event(piece=piece, token=token))
+            pending.listener(Event(piece=piece, token=token))
 
     def _leave(
         self, slots: Slots, row: int, reason: Reason, piece: str = "", token: int | None = None
     ) -> None:
-        ticket = slots.names[row]
+        pending = slots.names[row]
         slots.leave(row)
         try:
-            rest = self._streams[ticket].finish()
+            rest = self._streams[pending].finish()
         except Exception as error:
-            self._fail(ticket, error)
+            self._fail(pending, error)
         else:
-            self._finish(ticket, reason, piece + rest, token)
+            self._finish(pending, reason, piece + rest, token)
 
-    def _fail(self, ticket: PendingRequest, error: Exception) -> None:
+    def _fail(self, pending: PendingRequest, error: Exception) -> None:
         message = " ".join(f"{type(error).__name__}: {error}".split())
-        self._finish(ticket, "error", message=message)
+        self._finish(pending, "error", message=message)
 
     def _finish(
         self,
-        ticket: PendingRequest,
+        pending: PendingRequest,
         reason: Reason,
         piece: str = "",
         token: int | None = None,
         message: str = "",
     ) -> None:
         self.statistics.finished(
-            reason, time.monotonic() - ticket.arrived, len(ticket.request.ids), ticket.num_tokens
+            reason, time.monotonic() - pending.arrived, len(pending.request.ids), pending.num_tokens
         )
-        self._streams.pop(ticket, None)
+        self._streams.pop(pending, None)
         # The client is gone, its event loop closed: nobody is left to be told.
         with suppress(Exception):
-            ticket.listener(Event(piece=piece, token=token, reason=reason, message=message))
+            pending.listener(Event(piece=piece, token=token, reason=reason, message=message))
 
 
-def _given_up(ticket: PendingRequest, now: float) -> Reason | None:
+def _given_up(pending: PendingRequest, now: float) -> Reason | None:
     """Return why a request is not wanted any more, None if it is."""
-    if ticket.cancelled:
+    if pending.cancelled:
         return "cancelled"
-    seconds = ticket.request.seconds
-    if seconds is not None and now - ticket.arrived > seconds:
+    seconds = pending.request.seconds
+    if seconds is not None and now - pending.arrived > seconds:
         return "deadline"
     return None
 
@@ -380,7 +382,7 @@ async def events(
     def listener(number: int) -> Callable[[Event], None]:
         return lambda event: mailbox.post(queue, number, event)
 
-    tickets = engine.submit_all(requests, [listener(place) for place in range(len(requests))])
+    submitted = engine.submit_all(requests, [listener(place) for place in range(len(requests))])
     left = len(requests)
     try:
         while left:
@@ -388,5 +390,5 @@ async def events(
             left -= event.reason is not None
             yield number, event
     finally:
-        for ticket in tickets:
-            ticket.cancel()
+        for pending in submitted:
+            pending.cancel()

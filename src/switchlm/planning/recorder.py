@@ -1,6 +1,6 @@
 """What a block of code sends, and what is in memory at its peak.
 
-    with CollectiveRecorder(mesh) as sent, MemoryRecorder(model, optimizer.state.values()) as memory:
+    with CollectiveRecorder(mesh) as sent, MemoryRecorder(model, states) as memory:
         training_step(...)
     sent.collectives, sent.by_kind(), memory.peak
 

@@ -10,22 +10,28 @@ Shapes: N examples, K statistics, L labels, G groups, R resamples.
 """
 
 import math
+import re
+import string
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from switchlm.data.tasks.task import Example
-from switchlm.errors import ConfigError, DataError, nearest
-from switchlm.evaluation import overlap
+from switchlm.errors import ConfigError, DataError, MissingExtraError, nearest
 
 Floats = NDArray[np.float64]
 Combine = Callable[[Floats], Floats]  # sums [..., K] to figures [...]
 
 RESAMPLES = 1000
 _CHUNK = 2**22  # numbers drawn at once
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,28 +259,48 @@ def _correlation(sums: Floats) -> Floats:
     return divide(n * xy - x * y, np.sqrt(spread))
 
 
+def normalise_answer(text: str) -> str:
+    """Return lower-case words without punctuation and articles (Rajpurkar et al. 2016)."""
+    bare = text.lower().translate(_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", bare).split())
+
+
+def _exact_match(prediction: str, references: Sequence[str]) -> float:
+    return float(normalise_answer(prediction) in map(normalise_answer, references))
+
+
+def _answer_f1(prediction: str, references: Sequence[str]) -> float:
+    """Return the best harmonic mean of precision and recall of words, after normalising."""
+    said = normalise_answer(prediction).split()
+    return max(_f1_of_words(said, normalise_answer(text).split()) for text in references)
+
+
+def _f1_of_words(said: list[str], wanted: list[str]) -> float:
+    if not said or not wanted:
+        return float(said == wanted)
+    common = (Counter(said) & Counter(wanted)).total()
+    return 2 * common / (len(said) + len(wanted))
+
+
 def _rouge(
-    kind: int | str,
+    kind: str,
     stemmed: bool,
     predictions: Sequence[str],
     examples: Sequence[Example],
     labels: Labels,
 ) -> Floats:
-    stem = overlap.porter_stem() if stemmed else overlap.NO_STEMMING
+    """Of each example the F1 with its best reference (Lin 2004), as rouge-score computes it."""
+    scorer = _from_extra("rouge_score.rouge_scorer", "ROUGE").RougeScorer([kind], stemmed)
 
     def best(prediction: str, references: Sequence[str]) -> float:
-        said = overlap.rouge_words(prediction, stem)
-        wanted = [overlap.rouge_words(reference, stem) for reference in references]
-        if isinstance(kind, int):
-            return max(overlap.rouge_n(said, words, kind) for words in wanted)
-        return max(overlap.rouge_l(said, words) for words in wanted)
+        return float(scorer.score_multi(list(references), prediction)[kind].fmeasure)
 
     return _each(best, predictions, examples, labels)
 
 
 def _bleu_counts(predictions: Sequence[str], examples: Sequence[Example], labels: Labels) -> Floats:
     """Of sacrebleu: matches and totals of 1 to 4 words, and the lengths of both sides."""
-    bleu = overlap.open_bleu()(effective_order=True)
+    bleu = _from_extra("sacrebleu.metrics", "BLEU").BLEU(effective_order=True)
     rows = []
     for prediction, example in zip(predictions, examples, strict=True):
         score = bleu.sentence_score(prediction, list(example.references))
@@ -283,10 +309,18 @@ def _bleu_counts(predictions: Sequence[str], examples: Sequence[Example], labels
 
 
 def _bleu(sums: Floats) -> Floats:
-    compute = overlap.open_bleu().compute_bleu
+    compute = _from_extra("sacrebleu.metrics", "BLEU").BLEU.compute_bleu
     rows = sums.reshape(-1, sums.shape[-1]).astype(int).tolist()
     scores = [compute(row[:4], row[4:8], row[8], row[9]).score / 100 for row in rows]
     return np.array(scores).reshape(sums.shape[:-1])
+
+
+def _from_extra(module: str, what: str) -> Any:
+    """Import what a metric needs beyond the core (extra `evaluation`)."""
+    try:
+        return import_module(module)
+    except ImportError:
+        raise MissingExtraError(module.split(".")[0], "evaluation", what) from None
 
 
 METRICS: Mapping[str, Metric] = {
@@ -297,14 +331,14 @@ METRICS: Mapping[str, Metric] = {
     "matthews": Metric(statistics=_counts, combine=_matthews),
     "pearson": Metric(statistics=_moments, combine=_correlation),
     "spearman": Metric(statistics=partial(_moments, ranked=True), combine=_correlation),
-    "exact_match": Metric(statistics=partial(_each, overlap.exact_match), combine=ratio),
-    "f1": Metric(statistics=partial(_each, overlap.answer_f1), combine=ratio),
+    "exact_match": Metric(statistics=partial(_each, _exact_match), combine=ratio),
+    "f1": Metric(statistics=partial(_each, _answer_f1), combine=ratio),
     "bleu": Metric(statistics=_bleu_counts, combine=_bleu),
     **{
-        f"rouge{kind}{'_stemmed' * stemmed}": Metric(
+        f"{kind}{'_stemmed' * stemmed}": Metric(
             statistics=partial(_rouge, kind, stemmed), combine=ratio
         )
-        for kind in (1, 2, "L")
+        for kind in ("rouge1", "rouge2", "rougeL")
         for stemmed in (False, True)
     },
 }

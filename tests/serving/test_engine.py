@@ -32,8 +32,10 @@ def test_tokens_are_those_of_the_request_alone(engine, collector, alone):
     for request, listener in zip(asked, heard, strict=True):
         expected = alone(request.ids, request.limit, request.sampling, request.seed)
         assert listener.end() == (expected, "length")
-    assert running.statistics.requests["length"] == 16
-    assert running.statistics.new_tokens == sum(request.limit for request in asked)
+    assert running.statistics.value("switchlm_requests_total", outcome="length") == 16
+    assert running.statistics.value("switchlm_new_tokens_total") == sum(
+        request.limit for request in asked
+    )
 
 
 def test_first_come_first_served(engine, collector):
@@ -66,7 +68,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(engine, collect
         running.submit(Request(ids=IDS, limit=1), collector())
     assert caught.value.retry_after >= 1
     assert [listener.end()[1] for listener in (first, *waiting)] == ["length"] * 3
-    assert running.statistics.requests["refused"] == 1
+    assert running.statistics.value("switchlm_requests_total", outcome="refused") == 1
 
 
 def test_a_cancelled_request_leaves_its_slot_within_one_step(engine, collector, soon):
@@ -80,11 +82,11 @@ def test_a_cancelled_request_leaves_its_slot_within_one_step(engine, collector, 
             listener(event)
             if len(listener.events) == 3:
                 submitted.get().cancel()
-                cancelled_at.append(running.statistics.steps)
+                cancelled_at.append(running.statistics.value("switchlm_steps_total"))
 
         submitted.put(running.submit(Request(ids=IDS, limit=512), hear))
         assert listener.end()[1] == "cancelled"
-        assert running.statistics.steps - cancelled_at[0] <= 1
+        assert running.statistics.value("switchlm_steps_total") - cancelled_at[0] <= 1
         soon(lambda: running.num_active == 0)
 
 

@@ -168,4 +168,4 @@ def test_no_body_whatever_breaks_the_server(serve):
 
         fuzz()
         assert client.get("/health").status_code == 200
-    assert served.engine.statistics.requests["error"] == 0
+    assert served.engine.statistics.value("switchlm_requests_total", outcome="error") == 0

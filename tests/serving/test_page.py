@@ -193,12 +193,15 @@ def test_light_and_dark_are_readable(visit, url, scheme, light):
     assert min(contrasts)[0] >= 4.5, min(contrasts)
 
 
-def test_the_key_is_asked_for_and_kept_in_memory_alone(visit, report):
+@pytest.fixture(scope="module")
+def url_with_key(report):
+    """Outlives the page, which may ask for more until `visit` closes it."""
     with serving(report, KEY) as address:
-        ask_for_key(visit(address, expected=("401",)))
+        yield address
 
 
-def ask_for_key(page):
+def test_the_key_is_asked_for_and_kept_in_memory_alone(visit, url_with_key):
+    page = visit(url_with_key, expected=("401",))
     page.wait_for_selector("#key-form:not([hidden])")
     assert "API key" in page.inner_text("#error")
     page.keyboard.type("wrong")  # the field has the focus

@@ -1,4 +1,8 @@
-"""Only configurations that can be the best are compiled and timed."""
+"""What the Triton kernels share: what is compiled and timed, and how products are taken."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -6,7 +10,7 @@ import torch
 pytest.importorskip("triton", reason="needs the extra `triton`")
 import triton
 
-from switchlm.kernels.gpu.tiles import worth_compiling
+from switchlm.kernels.gpu.tiles import precision, worth_compiling
 
 CONFIGS = [
     triton.Config({"BLOCK_W": w, "BLOCK_V": v})
@@ -37,3 +41,22 @@ def test_something_is_left_for_matrices_smaller_than_every_block() -> None:
 
 def test_without_tensor_cores_the_smallest_is_taken_untried() -> None:
     assert kept(1024, 4096, torch.float32, "ieee") == [(64, 32)]
+
+
+@pytest.fixture
+def matmul() -> Iterator[Any]:
+    """PyTorch's settings of products on a GPU; monkeypatch cannot put these back."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    yield settings
+    settings.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    ("setting", "taken"), [("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")]
+)
+def test_products_are_taken_as_pytorch_is_set(setting: str, taken: str, matmul: Any) -> None:
+    # The flag of before, allow_tf32, cannot be read once the present one is set.
+    matmul.fp32_precision = setting
+    assert precision(SimpleNamespace(is_cuda=True)) == taken
+    assert precision(torch.zeros(1)) == "ieee"

@@ -209,5 +209,5 @@ def _gate(x):
 
 def precision(like: Tensor) -> str:
     """Return how float32 products are taken: as PyTorch is set to take its own."""
-    tf32 = like.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    tf32 = like.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"

@@ -76,7 +76,7 @@ def all_to_all(x_RD: Tensor, received: list[int], sent: list[int], group: Any) -
 
 def group_of_name(name: str) -> Any:
     """Return the process group that functional collectives know by this name."""
-    return torch.distributed.distributed_c10d._resolve_process_group(name)
+    return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def norms(tensors: list[Tensor]) -> list[Tensor]:

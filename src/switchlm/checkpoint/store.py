@@ -44,6 +44,7 @@ from switchlm.checkpoint.layout import Planner, part_of
 from switchlm.checkpoint.read import STATE, check_parts, read_verified
 from switchlm.checkpoint.staging import Staging
 from switchlm.errors import CheckpointError
+from switchlm.files import Report
 
 Pieces = Mapping[str, tensors.Piece]
 
@@ -78,7 +79,7 @@ class CheckpointStore:
         folder: Path,
         *,
         keep: int | None = None,
-        report: Callable[[str], None] | None = None,
+        report: Report | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
         if keep is not None and keep < 1:

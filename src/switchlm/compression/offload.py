@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from switchlm.compression.expert_files import ExpertFiles, Recipe
 from switchlm.compression.expert_memory import READERS, ExpertMemory, Tensors
-from switchlm.huggingface.config import Report
+from switchlm.files import Report
 from switchlm.huggingface.load import load_without_experts
 from switchlm.huggingface.quantised import SCALE
 from switchlm.huggingface.weights import Extent

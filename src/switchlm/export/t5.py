@@ -7,8 +7,8 @@ from typing import Any
 
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, MissingExtraError
+from switchlm.files import Report
 from switchlm.huggingface import load
-from switchlm.huggingface.config import Report
 from switchlm.model.transformer import SwitchTransformer
 
 
@@ -37,6 +37,7 @@ def t5_tokens(folder: Path, text: str, max_new_tokens: int) -> list[int]:
     if find_spec("transformers") is None:
         raise MissingExtraError("transformers", "transformers", "Checking a T5 with transformers")
     import torch
+
     import transformers
 
     theirs: Any = transformers

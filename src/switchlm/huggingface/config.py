@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from switchlm.config import from_mapping, to_mapping
 from switchlm.errors import CheckpointError, ConfigError
+from switchlm.files import Report
 from switchlm.huggingface.infer_config import Architecture, StackArchitecture
 from switchlm.huggingface.names import Family
 from switchlm.model.config import (
@@ -21,8 +22,6 @@ from switchlm.model.config import (
     upgrade_model_section,
 )
 from switchlm.model.semantics import SEMANTICS, Semantics
-
-Report = Callable[[str], None]
 
 EXTRA_KEY = "switchlm"
 ARCHITECTURES: dict[Family, str] = {

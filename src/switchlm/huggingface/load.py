@@ -15,7 +15,8 @@ from torch.distributed import ProcessGroup
 from switchlm.checkpoint.collective import Ranks
 from switchlm.checkpoint.layout import full_region, part_of, region_of, slices, volume
 from switchlm.errors import CheckpointError
-from switchlm.huggingface.config import Report, read_config
+from switchlm.files import Report
+from switchlm.huggingface.config import read_config
 from switchlm.huggingface.hub import CONFIG, find_model
 from switchlm.huggingface.infer_config import infer_architecture
 from switchlm.huggingface.match import Match, match

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from switchlm.errors import CheckpointError
-from switchlm.huggingface.config import Report
+from switchlm.files import Report
 from switchlm.huggingface.names import ALIASES, IGNORED, Entry, Family, entries
 from switchlm.huggingface.weights import Weights
 from switchlm.model.config import ModelConfig

@@ -32,7 +32,8 @@ from switchlm.checkpoint.layout import (
 )
 from switchlm.checkpoint.tensors import header, raw
 from switchlm.errors import CheckpointError
-from switchlm.huggingface.config import Report, family_of, write_config
+from switchlm.files import Report
+from switchlm.huggingface.config import family_of, write_config
 from switchlm.huggingface.model_card import limits, model_card
 from switchlm.huggingface.names import ALIASES, Entry, entries
 from switchlm.huggingface.weights import SAFETENSORS

@@ -23,6 +23,7 @@ import yaml
 from switchlm.config import read_yaml
 from switchlm.data.pretraining.loader import Loader, open_data
 from switchlm.errors import ConfigError
+from switchlm.files import Report
 from switchlm.generation.answer import fill, put_into_blanks, read_spans
 from switchlm.huggingface.load import load
 from switchlm.model import count
@@ -93,7 +94,7 @@ def compare(
     *,
     seconds: float | None = None,
     should_stop: Callable[[], bool] = lambda: False,
-    report: Callable[[str], None] = lambda line: None,
+    report: Report = lambda line: None,
 ) -> Iterator[Event]:
     """Train both models for `training.steps` steps, or until `seconds` of wall time are spent.
 

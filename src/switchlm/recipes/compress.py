@@ -15,7 +15,7 @@ from switchlm.data.batch import Batch
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, ConfigError
 from switchlm.evaluation.evaluator import held_out_loss
-from switchlm.huggingface.config import Report
+from switchlm.files import Report
 from switchlm.huggingface.load import load, load_config, load_tokenizer, open_floats, save
 from switchlm.huggingface.names import Entry
 from switchlm.huggingface.quantised import (

@@ -21,7 +21,7 @@ from switchlm.data.tasks.loader import PairLoader
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.evaluation.routing import routing_statistics
-from switchlm.files import replace_file
+from switchlm.files import Report, replace_file
 from switchlm.huggingface.init_from import transplant
 from switchlm.huggingface.load import load, save
 from switchlm.model import count
@@ -51,7 +51,6 @@ from switchlm.training.monitor import read_metrics
 from switchlm.training.run_folder import RunFolder
 from switchlm.training.step import Objective, target_cross_entropy
 
-Report = Callable[[str], None]
 Figures = dict[str, Any]
 
 
@@ -262,7 +261,6 @@ def write_page(
 
 
 Event = dict[str, Any]
-Report = Callable[[str], None]
 RESULT = "distill.json"
 
 

@@ -22,7 +22,7 @@ from switchlm.errors import CheckpointError, ConfigError, DataError
 from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.evaluation.metrics import measure
 from switchlm.evaluation.tasks import score_task
-from switchlm.files import replace_file
+from switchlm.files import Report, replace_file
 from switchlm.huggingface.adapters import AdapterConfig, save_adapters
 from switchlm.huggingface.load import fill, load, save
 from switchlm.huggingface.weights import read_json
@@ -40,10 +40,10 @@ from switchlm.training.monitor import read_metrics
 from switchlm.training.optimizer import train_only
 from switchlm.training.run_folder import RunFolder
 
-Say = Callable[[str], None]
 
-
-def open_model(config: FinetuneRun, mesh: Mesh, report: Say) -> tuple[SwitchTransformer, Tokenizer]:
+def open_model(
+    config: FinetuneRun, mesh: Mesh, report: Report
+) -> tuple[SwitchTransformer, Tokenizer]:
     """Load the model as configured, on the default device, with only what shall train unfrozen.
 
     On many processes it is sharded over the mesh, and all of it trains.
@@ -114,7 +114,7 @@ def keep(
     tokenizer: Tokenizer,
     settings: FinetuneConfig,
     folder: RunFolder,
-    report: Say,
+    report: Report,
 ) -> None:
     """Write the model as the best of the run, adapters both alone and merged into it."""
     if settings.lora_rank is not None:
@@ -141,7 +141,7 @@ def finetune(
     *,
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
-    report: Say = lambda line: None,
+    report: Report = lambda line: None,
 ) -> Iterator[dict[str, Any]]:
     """Train as configured; yield `{"phase": text}` and every line of metrics.jsonl.
 
@@ -166,7 +166,7 @@ def _finetune(
     mesh: Mesh,
     resume: bool,
     should_stop: Callable[[], bool],
-    report: Say,
+    report: Report,
 ) -> Iterator[dict[str, Any]]:
     folder = RunFolder(out)
     _check(config, folder, mesh, resume)

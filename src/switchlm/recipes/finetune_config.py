@@ -9,7 +9,7 @@ from switchlm.config import from_mapping, override
 from switchlm.data.config import LONGEST
 from switchlm.data.tasks.mixture import TaskOptions
 from switchlm.errors import ConfigError
-from switchlm.huggingface.config import Report
+from switchlm.files import Report
 from switchlm.huggingface.load import load_config
 from switchlm.model.config import ModelConfig
 from switchlm.parallel.mesh import MeshConfig

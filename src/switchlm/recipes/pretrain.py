@@ -17,7 +17,7 @@ from switchlm.data.pretraining.loader import open_data
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, ConfigError, DataError
 from switchlm.evaluation.routing import routing_statistics
-from switchlm.files import replace_file
+from switchlm.files import Report, replace_file
 from switchlm.huggingface.init_from import check_fit, transplant
 from switchlm.huggingface.load import load, load_tokenizer, save
 from switchlm.model.transformer import SwitchTransformer
@@ -66,9 +66,6 @@ def read_routing(folder: RunFolder) -> list[dict[str, Any]]:
         return []
     records: list[dict[str, Any]] = json.loads(folder.routing.read_text(encoding="utf-8"))
     return records
-
-
-Report = Callable[[str], None]
 
 
 def open_whole(
@@ -146,7 +143,7 @@ def pretrain(
     *,
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
-    report: Callable[[str], None] = lambda line: None,
+    report: Report = lambda line: None,
 ) -> Iterator[dict[str, Any]]:
     """Train as configured; yield `{"phase": text}` and every line of metrics.jsonl.
 
@@ -168,7 +165,7 @@ def _pretrain(
     mesh: Mesh,
     resume: bool,
     should_stop: Callable[[], bool],
-    report: Callable[[str], None],
+    report: Report,
 ) -> Iterator[dict[str, Any]]:
     folder = open_folder(out, resume)
     tokenizer = Tokenizer.load(folder.tokenizer) if folder.tokenizer.exists() else None

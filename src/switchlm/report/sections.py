@@ -50,7 +50,6 @@ DEAD = 0.05  # of an even share of the tokens: an expert with less serves next t
 PARTS = 10_000  # shares are whole numbers of so many parts
 
 Record = Mapping[str, Any]  # one layer, as `evaluation.routing.LayerRouting`
-Floats = NDArray[np.float64]
 
 
 def routing_data(layers: Sequence[Record]) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ The batch of a step is a pure function of (seed, step), as in pre-training. Suff
 rows, B rows of the batch, S inputs, T targets.
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +19,7 @@ from switchlm.data.pretraining.rows import shuffle
 from switchlm.data.tasks.task import Example
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import DataError, nearest
+from switchlm.files import Report
 
 _CHUNK = 4096  # texts encoded at once
 LongTargets = Literal["refuse", "truncate"]
@@ -56,7 +57,7 @@ class PairLoader:
         held_out: Mapping[str, Sequence[Example]] | None = None,
         pack: bool = False,
         long_targets: LongTargets = "refuse",
-        report: Callable[[str], None] = lambda line: None,
+        report: Report = lambda line: None,
     ) -> None:
         """Tokenise everything.
 

@@ -195,18 +195,16 @@ def test_light_and_dark_are_readable(visit, url, scheme, light):
 
 @pytest.fixture(scope="module")
 def url_with_key(report):
-    """Outlives the page, which may ask for more until `visit` closes it."""
-    with serving(report, KEY) as address:
+    with serving(report, KEY) as address:  # until after the page, which may ask for more
         yield address
 
 
 def test_the_key_is_asked_for_and_kept_in_memory_alone(visit, url_with_key):
     page = visit(url_with_key, expected=("401",))
-    page.wait_for_selector("#key-form:not([hidden])")
+    page.wait_for_selector("#key:focus")
     assert "API key" in page.inner_text("#error")
     page.keyboard.type("wrong")  # the field has the focus
     page.keyboard.press("Enter")
-    page.wait_for_selector("#key-form:not([hidden])")
     page.wait_for_selector("#key:focus")
     page.keyboard.type(KEY)
     page.keyboard.press("Enter")
@@ -215,8 +213,8 @@ def test_the_key_is_asked_for_and_kept_in_memory_alone(visit, url_with_key):
     fill(page)
     page.click("text=Report of the run")
     assert page.frame_locator("#report").locator("h1").inner_text() == "a run"
-    kept = page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]")
-    assert kept == [0, 0, ""]
+    kept = "[localStorage.length, sessionStorage.length, document.cookie]"
+    assert page.evaluate(kept) == [0, 0, ""]
     assert KEY not in page.content()
     page.reload()
     page.wait_for_selector("#key-form:not([hidden])")

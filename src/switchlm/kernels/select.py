@@ -160,7 +160,7 @@ def explain_switch(
     if dtype not in (torch.bfloat16, torch.float32):
         return Choice("separate", f"fused kernels take bfloat16 and float32, not {dtype}")
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
-        return Choice("separate", "float32 without TF32: what fused kernels gain is tensor cores'")
+        return Choice("separate", "float32 without TF32 has no use of tensor cores")
     if num_assignments < LEAST_ROWS:
         return Choice("separate", f"{num_assignments} rows are too few for fused kernels to pay")
     if find_spec("triton") is None:

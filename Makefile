@@ -54,6 +54,7 @@ check: .venv/installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/vulture
+	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 format: .venv/installed-lint
 	$(BIN)/ruff check --fix .

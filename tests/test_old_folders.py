@@ -1,5 +1,8 @@
-"""Folders that a version before the packages were rearranged wrote: a run that had stopped after 3 of its 6 steps, the
-model it ended with, and that model with codes of 8 and of 4 bits. expected.json has what that version found."""
+"""Folders that an older version wrote resume, load and give the figures they gave.
+
+A run that had stopped after 3 of its 6 steps, the model it ended with, and that model with codes of
+8 and of 4 bits; expected.json has what that version found.
+"""
 
 import json
 import shutil

@@ -1,5 +1,7 @@
 import os
 import signal
+import traceback
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -22,3 +24,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_configure(config: pytest.Config) -> None:
     """One thread a test process: the inputs are tiny, and the processes share the cores."""
     torch.set_num_threads(1)
+
+
+_forks: list[str] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=lambda: _forks.append("".join(traceback.format_stack(limit=12))))
+
+
+@pytest.fixture(autouse=True)
+def no_fork() -> Iterator[None]:
+    """A test forks in a program of its own: a forked copy of pytest shares the file of its captured
+    output, and of its threads only one goes on. (What subprocess starts is no such copy.)
+    """
+    _forks.clear()
+    yield
+    assert not _forks, f"A copy of the test process was made here:\n{_forks[0]}"

@@ -159,7 +159,7 @@ def test_the_first_of_a_node_goes_first():
     nodes = [Heartbeat(store, rank, 3, local_rank=rank) for rank, store in enumerate(stores)]
 
     def run(rank):
-        with nodes[rank].first_on_node("text"):
+        with nodes[rank].local_rank_zero_first("text"):
             time.sleep(0.3 if rank == 0 else 0)
             order.append(rank)
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from tests.parallel.jobs import Job, free_port, torchrun, toy
+from tests.parallel.jobs import Job, alive, free_port, torchrun, toy
 
 STEPS, SAVED = 25, r"saved 10\b"
 
@@ -102,6 +102,20 @@ def test_a_stopped_rank_is_named_and_leaves_no_orphans(tmp_path):
 def test_a_stopped_rank_of_four_is_named_by_those_who_are_left(tmp_path, stopped):
     job, pid, seconds = stop_one(tmp_path, stopped, 4)
     check_named(job, stopped, pid, seconds)
+
+
+@pytest.mark.slow
+def test_processes_whose_torchrun_was_killed_at_once_end_within_a_minute(tmp_path):
+    with Job(tmp_path / "log", torchrun(*toy(tmp_path))) as job:
+        until = time.monotonic() + 30
+        while len(workers := job.workers()) < 2:
+            assert time.monotonic() < until, job.text
+        job.process.kill()
+        until = time.monotonic() + 60
+        while any(alive(pid) for pid in workers.values()):
+            assert time.monotonic() < until, job.text
+            time.sleep(0.1)
+    assert "did not reach the store of the job" in job.text
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from tests.parallel.jobs import free_port
 
 from switchlm.errors import LaunchError
+from switchlm.parallel import launch
 from switchlm.parallel.launch import Launch, launched
 from switchlm.parallel.rendezvous import open_store, ranks, rendezvous
 
@@ -44,6 +45,26 @@ def test_torchrun_says_all():
         node=1,
         restarts=2,
     )
+
+
+def test_torchrun_hosts_the_store_before_its_processes_start():
+    found = launched(TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+    assert found is not None
+    assert found.store_is_up
+
+
+def test_processes_of_a_torchrun_that_was_killed_do_not_wait_for_it(monkeypatch):
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in address.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch, "AGENT_SECONDS", 1)
+    found = launched(TORCHRUN | address | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+    assert found is not None
+    with (
+        pytest.raises(LaunchError, match=r"in 1 s\. Look whether torchrun, or rank 0, still runs"),
+        launch.process_group(found, 600),
+    ):
+        raise AssertionError("there is no store")
 
 
 def test_srun_says_all_without_torchrun():

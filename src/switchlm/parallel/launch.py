@@ -26,6 +26,8 @@ from switchlm.parallel.rendezvous import open_store, rendezvous
 
 # Processes of one job may start minutes apart: Python and torch come from a shared file system.
 START_SECONDS = 600.0
+# torchrun's agent hosts the store before it starts a process: where it is gone, waiting is in vain.
+AGENT_SECONDS = 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,7 @@ class Launch:
     address: HOST:PORT of the store where they meet.
     node: the number of this node.
     restarts: how often this process was started anew, by torchrun or by SLURM.
+    store_is_up: whether the store was there before this process.
     """
 
     rank: int
@@ -45,6 +48,7 @@ class Launch:
     address: str
     node: int
     restarts: int
+    store_is_up: bool = False
 
     def __post_init__(self) -> None:
         for kind, rank, size in (
@@ -73,6 +77,7 @@ def launched(environment: Mapping[str, str] | None = None) -> Launch | None:
             address=_address(found, "torchrun sets both; start the processes by it."),
             node=_number(found, "GROUP_RANK", 0),
             restarts=_number(found, "TORCHELASTIC_RESTART_COUNT", 0) + _requeues(found),
+            store_is_up=found.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
     if _number(found, "SLURM_STEP_NUM_TASKS", 1) > 1:
         node = _number(found, "SLURM_NODEID")
@@ -153,7 +158,8 @@ def process_group(
     """
     backend = _choose_backend(launch)
     rank, world_size = launch.rank, launch.world_size
-    store = open_store(launch.address, rank, world_size, start_seconds)
+    connect_seconds = min(start_seconds, AGENT_SECONDS) if launch.store_is_up else start_seconds
+    store = open_store(launch.address, rank, world_size, connect_seconds)
     store, restarted = rendezvous(store, rank, world_size, launch.restarts, start_seconds)
     heartbeat = Heartbeat(
         store, rank, world_size, local_rank=launch.local_rank, node=launch.node, restarted=restarted

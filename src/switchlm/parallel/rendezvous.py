@@ -29,8 +29,8 @@ def open_store(address: str, rank: int, world_size: int, seconds: float) -> dist
     except dist.DistError as error:
         raise LaunchError(
             f"Rank {rank} of {world_size} did not reach the store of the job at {address} in "
-            f"{seconds:g} s. Look whether rank 0 was started on that host, the port is free there, "
-            f"and firewalls let it through. ({_first_line(error)})"
+            f"{seconds:g} s. Look whether torchrun, or rank 0, still runs on that host, the port "
+            f"is its own, and firewalls let it through. ({_first_line(error)})"
         ) from error
     return store
 

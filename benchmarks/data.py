@@ -61,7 +61,7 @@ def train(name: str, loader: Loader) -> Callable[[], object]:
 
 
 def tokenizing(repeats: int) -> dict[str, float]:
-    """Return characters a second of the byte tokenizer, median over the standard library."""
+    """Return characters per second of the byte tokenizer, median over the standard library."""
     source = sources.parse("python:stdlib")
     documents = sources.read(source, columns=Columns(), max_documents=None, skipped=Counter[str]())
     texts = [document.text for document in documents]
@@ -71,7 +71,7 @@ def tokenizing(repeats: int) -> dict[str, float]:
 
 
 def figures(tokens: int, seconds: list[float], batches: int) -> dict[str, float]:
-    """Return tokens a second of a case that makes so many batches of so many tokens."""
+    """Return tokens per second of a case that makes so many batches of so many tokens."""
     times = harness.summary(seconds)
     return {
         "tokens_a_second_median": batches * tokens / times["median"],

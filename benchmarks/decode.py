@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [--batch 1 16] [--new-tokens 32] [--variant int8=FOLDER ...]
 
-The shape is switch-base-8's, the weights are made up (drawn so that outputs are varied), unless
+The shape is switch-base-8's, the Weights are random (drawn so that outputs are varied), unless
 --model names a folder. A step's time is that of `new tokens` more tokens than one, over their
 number, so that the encoder is left out; whole requests are given beside it. The limit of a step is
 the bytes that it must read (the decoder's weights, of the experts those that are routed to, the
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 import harness
 import switchlm
-import transformers
 from few_tokens import read_bandwidth
 from switchlm.generation.decode import generate
 from switchlm.model.presets import preset
@@ -34,7 +34,7 @@ from switchlm.model.transformer import SwitchTransformer
 THEIRS = "transformers"
 
 
-def made_up(seed: int) -> SwitchTransformer:
+def random_model(seed: int) -> SwitchTransformer:
     """Return a model whose greedy output is varied: layers speak louder than the last token."""
     config = preset("switch-base-8")
     router = dataclasses.replace(config.router, mode="hf", expert_capacity=4096)
@@ -132,7 +132,7 @@ def cases_of(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a folder that both load; made-up weights if left out")
+    parser.add_argument("--model", help="a folder that both load; random weights if left out")
     parser.add_argument("--variant", action="append", default=[], help="name=FOLDER, ours alone")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--input-tokens", type=int, default=64)
@@ -148,7 +148,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = options.model or str(Path(folder) / "model")
         if options.model is None:
-            switchlm.save(made_up(options.seed), None, place)
+            switchlm.save(random_model(options.seed), None, place)
         kind = transformers.SwitchTransformersForConditionalGeneration
         theirs = kind.from_pretrained(place, dtype="auto").eval()
         ours = {"switchlm": switchlm.load(place)[0]}

@@ -26,7 +26,7 @@ INPUTS = 32  # different ones, taken in turn
 
 
 def read_bandwidth(megabytes: int = 512, repeats: int = 5) -> float:
-    """Return bytes a second that a sum reads from main memory, the best of `repeats`."""
+    """Return bytes per second that a sum reads from main memory, the best of `repeats`."""
     source = torch.ones(megabytes << 18)
     best = min(harness.measure({"read": source.sum}, repeats)["read"])
     return source.numel() * source.element_size() / best

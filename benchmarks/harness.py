@@ -59,7 +59,7 @@ def ratio(seconds: list[float], baseline: list[float]) -> dict[str, float]:
 
 
 def copy_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
-    """Return bytes a second that a copy in main memory reads and writes, the best of `repeats`."""
+    """Return the bytes per second that a copy reads and writes, the best of `repeats`."""
     source = torch.ones(megabytes << 18)
     target = torch.empty_like(source)
     best = min(measure({"copy": lambda: target.copy_(source)}, repeats)["copy"])
@@ -67,7 +67,7 @@ def copy_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
 
 
 def matrix_peak(dtype: torch.dtype = torch.float32, size: int = 2048, repeats: int = 9) -> float:
-    """Return the FLOPs a second of a large product, the best of `repeats`."""
+    """Return the FLOPs per second of a large product, the best of `repeats`."""
     a, b = torch.randn(2, size, size).to(dtype)
     best = min(measure({"product": lambda: torch.mm(a, b)}, repeats)["product"])
     return 2 * size**3 / best

@@ -4,8 +4,8 @@
     python benchmarks/offload.py cold  --folder FOLDER     # switch-base-256, 29 GB in bfloat16
     python benchmarks/offload.py scale --folder FOLDER     # switch-c of 64 experts per layer, int4
 
-Weights are made up (made_up.py) and written into FOLDER where they are not there yet; only what is
-measured afterwards is timed. Each part replaces its own section of results/offload.json. Before
+Weights are random (random_weights.py) and written into FOLDER where they are not there yet; only
+what is measured afterwards is timed. Each part replaces its own section of results/offload.json. Before
 everything cold the files are dropped from the page cache (posix_fadvise). `hot`: decoding and
 encoding by `switchlm.load` and by `load_offloaded`, taking turns. `cold`: what one process sees,
 from loading to the last token, tokens sampled so that they differ.
@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 import harness
-import made_up
 import offload_plan
+import random_weights
 from switchlm.compression.offload import load_offloaded
 from switchlm.generation.decode import StaticCache
 from switchlm.generation.inference import dropless
@@ -50,7 +50,7 @@ def drop_cache(folder: Path) -> None:
 
 
 def disk_rates(path: Path, size: int) -> dict[str, float]:
-    """Return bytes a second of reading the file from its start, by how it is read."""
+    """Return bytes per second of reading the file from its start, by how it is read."""
     found = {}
     for name, flags, readers in (
         ("direct, 1 thread", os.O_DIRECT, 1),
@@ -120,7 +120,7 @@ def hot(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     name = "switch-base-8"
     home = folder / name
     if not home.exists():
-        made_up.write_floats(preset(name), home, options.seed)
+        random_weights.write_floats(preset(name), home, options.seed)
     cases = []
     for dtype_name, dtype in DTYPES.items():
         inside, _ = load(home, dtype=dtype, report=lambda _: None)
@@ -160,7 +160,7 @@ def cold(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     name = "switch-base-256"
     home = folder / name
     if not home.exists():
-        made_up.write_floats(preset(name), home, options.seed)
+        random_weights.write_floats(preset(name), home, options.seed)
     shard = sorted(home.glob("*.safetensors"))[-1]
     disk = disk_rates(shard, 3 * 10**9)
     cases = [

@@ -5,7 +5,7 @@ E (1 - (1 - 1/E)^n) of E experts. What is wanted is in memory as often as the pa
 that is held, as with any policy where all are equally likely.
 
 Reading and the products of experts overlap; the rest of the model (attention, dense layers, the
-vocabulary) does not, nor, in the decoder, does an expert that was not guessed.
+vocabulary) does not, nor, in the decoder, does an expert that was not predicted.
 """
 
 import math

@@ -1,7 +1,7 @@
 """The plan of `plan_offload` against a run at 1/32 scale, and what it says of switch-c-2048.
 
 The run is of switch-c with 64 experts per layer instead of 2,048 and five layers in each stack
-instead of 15, all else as it is, experts of 4 bits. Weights are made up (made_up.py).
+instead of 15, all else as it is, experts of 4 bits. Weights are random (random_weights.py).
 """
 
 import argparse
@@ -13,7 +13,7 @@ from benchmarks.offload_estimate import Machine, OffloadPlan, plan_offload
 
 import few_tokens
 import harness
-import made_up
+import random_weights
 from switchlm.huggingface.quantised import Quantisation
 from switchlm.model.config import ModelConfig
 from switchlm.model.presets import preset
@@ -22,7 +22,7 @@ INT4 = Quantisation(bits=4)
 SCALE = 32
 LAYERS = 5
 WHOLE = "switch-c-2048"
-NVME = (3.5e9, 7e9)  # bytes a second that disks of the third and fourth PCIe generation promise
+NVME = (3.5e9, 7e9)  # bytes per second that disks of the third and fourth PCIe generation promise
 BUDGET = 16 * 10**9
 
 
@@ -37,7 +37,7 @@ def small() -> ModelConfig:
 
 
 def write(home: Path, seed: int) -> None:
-    made_up.write_int4(small(), home, seed)
+    random_weights.write_int4(small(), home, seed)
 
 
 def predictions(
@@ -128,7 +128,7 @@ def tables(part: dict[str, Any]) -> list[str]:
         "GB resident",
         "GB read for 64 tokens per row in",
         "seconds",
-        "GB read a step",
+        "GB read per step",
         "tokens/s",
     ]
     return [

@@ -111,7 +111,7 @@ def page(points: list[dict[str, Any]]) -> str:
         "with the real code (`switchlm simulate`). **No step of these ran on a GPU**: memory and",
         "bytes are those of the code, times are estimates. Written by `benchmarks/scaling.py`.",
         "",
-        "![Tokens a second per GPU, by model and number of GPUs](scaling.png)",
+        "![Tokens per second per GPU, by model and number of GPUs](scaling.png)",
         "",
         f"Assumptions: {GPU} with {gpu.memory / 1e9:.0f} GB of which 92% may be filled,",
         f"{gpu.tensor_flops / 1e12:.0f} TFLOP/s in bfloat16 at 50% utilisation "

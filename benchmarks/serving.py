@@ -2,7 +2,7 @@
 
     python benchmarks/serving.py [--preset switch-base-8] [--clients 1 8 32] [--repeats 4]
 
-The model has the shape of the preset and weights made up, so that it never ends an output by
+The model has the shape of the preset and random weights, so that it never ends an output by
 itself. Every client streams one request after another: 64 tokens in, 32 new ones, greedy. The
 numbers of clients take turns within every repeat. Then 200 clients come at once, to 32 slots and a
 queue of 32. /health is asked some 50 times per second all along.
@@ -38,7 +38,7 @@ from switchlm.model.transformer import SwitchTransformer
 
 SLOTS = QUEUE = 32
 CROWD = 200
-TARGET = 6.0  # times the tokens a second of one client, with 32
+TARGET = 6.0  # times the tokens per second of one client, with 32
 HEALTH = 0.1  # seconds, at most
 ASCII = range(35, 129)  # the tokens of the printable characters
 SECONDS = ("first", "whole", "health")
@@ -287,7 +287,7 @@ def report(record: dict[str, Any], options: Any) -> None:
         if name.startswith("switchlm_requests_total") and metrics[name]
     )
     text = (
-        f"The shape of {options.preset}, float32, weights made up; {options.tokens} tokens in, "
+        f"The shape of {options.preset}, float32, random weights; {options.tokens} tokens in, "
         f"{options.new} new, {SLOTS} slots; clients and server share the processor. "
         f"Target at 32 clients: {TARGET:g} times one. Target of /health: {HEALTH * 1e3:.0f} ms.\n\n"
         f"{CROWD} clients at once against a queue of {QUEUE}: {statuses}; refused after "

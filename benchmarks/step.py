@@ -20,6 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import (
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import harness
 from switchlm.data.batch import Batch
@@ -31,12 +37,6 @@ from switchlm.model.transformer import SwitchTransformer
 from switchlm.training.config import TrainingConfig
 from switchlm.training.optimizer import build_optimizer
 from switchlm.training.step import training_step
-from transformers import (
-    SwitchTransformersConfig,
-    SwitchTransformersForConditionalGeneration,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 DENSE, THEIRS = "switchlm, dense twin", "transformers Switch"
 # rows, inputs, targets of a step of each preset

@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 import torch
-
 import transformers
+
 from switchlm.huggingface import load
 from switchlm.huggingface.adapters import AdapterConfig, save_adapters
 from switchlm.model import lora

@@ -15,9 +15,9 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
-import transformers
 from switchlm.cli.main import app, load
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.huggingface.config import family_of
@@ -52,7 +52,7 @@ def test_links_lead_somewhere():
 
 
 def test_five_commands_take_a_checkpoint_of_the_hub_s_layout_to_a_server(tmp_path, monkeypatch):
-    """On a made-up checkpoint that transformers wrote."""
+    """On a checkpoint of random weights that transformers wrote."""
     config = transformers.SwitchTransformersConfig(
         vocab_size=384, d_model=32, d_kv=16, d_ff=64, num_heads=2, num_experts=4,
         num_layers=2, num_decoder_layers=2, num_sparse_encoder_layers=1,

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from switchlm.model.attention import (
@@ -14,7 +15,6 @@ from switchlm.model.attention import (
     segment_mask,
 )
 from switchlm.model.config import ModelConfig, RouterConfig
-from transformers import T5Config
 
 
 @given(

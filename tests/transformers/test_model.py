@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 import transformers
+from safetensors.torch import load_file
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, ConfigError, MissingExtraError
 from switchlm.generation.decode import generate
@@ -17,7 +18,6 @@ from switchlm.model.config import Initialisation, RouterConfig
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.transformers import SwitchTransformersForConditionalGeneration
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 HF = RouterConfig(
     mode="hf",

@@ -37,7 +37,6 @@ def t5_tokens(folder: Path, text: str, max_new_tokens: int) -> list[int]:
     if find_spec("transformers") is None:
         raise MissingExtraError("transformers", "transformers", "Checking a T5 with transformers")
     import torch
-
     import transformers
 
     theirs: Any = transformers

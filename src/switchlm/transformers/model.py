@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-import transformers
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, ConfigError
 from switchlm.generation.inference import dropless
@@ -28,7 +29,6 @@ from switchlm.model.attention import KeysValues, KeyValueStore
 from switchlm.model.losses import cross_entropy, routing_losses
 from switchlm.model.routing import Routing
 from switchlm.model.transformer import Stack, SwitchTransformer, shift_right
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 IGNORED = -100  # a label that does not count
 GENERATION_CONFIG = "generation_config.json"

@@ -1,4 +1,4 @@
-"""Folders of models with made-up weights, in the layout and shards that a trained one would have.
+"""Folders of models with random weights, in the layout and shards that a trained one would have.
 
 They are written tensor by tensor from one block of random numbers, so that a model much larger than
 memory takes no longer than the disk does. Every tensor is another piece of the block, scaled so
@@ -67,7 +67,7 @@ def write_floats(config: ModelConfig, folder: Path, seed: int = 0) -> int:
 
 
 def write_int4(config: ModelConfig, folder: Path, seed: int = 0) -> int:
-    """Write a model whose experts have 4 bits, codes made up as well; return the bytes."""
+    """Write a model whose experts have 4 bits, random codes as well; return the bytes."""
     numbers = Numbers(seed, _largest(config))
     quantisation = Quantisation(bits=4)
     generator = torch.Generator().manual_seed(seed)

@@ -24,7 +24,6 @@ from switchlm.huggingface.quantised import SCALE
 from switchlm.huggingface.weights import Extent
 from switchlm.kernels.cpu.quantised import matrix
 from switchlm.kernels.select import linear
-from switchlm.model.block import Block
 from switchlm.model.config import Activation
 from switchlm.model.layers import Map, feed_forward
 from switchlm.model.switch import SwitchFeedForward
@@ -181,8 +180,7 @@ def memory_of(model: nn.Module) -> ExpertMemory | None:
 def _foresee(model: SwitchTransformer) -> None:
     """Tell each Switch feed-forward layer of the next one in its stack."""
     for stack in (model.encoder, model.decoder):
-        blocks = [cast(Block, block) for block in stack.blocks]
-        sparse = [block for block in blocks if isinstance(block.feedforward, SwitchFeedForward)]
+        sparse = [one for one in stack.layers if isinstance(one.feedforward, SwitchFeedForward)]
         for here, following in pairwise(sparse):
             layer, after = (cast(SwitchFeedForward, b.feedforward) for b in (here, following))
             norm_D = here.feedforward_norm.weight.float()

@@ -21,7 +21,6 @@ from switchlm.export.static_switch import StaticSwitch, Way, gathered, padded_to
 from switchlm.huggingface.config import family_of
 from switchlm.huggingface.names import entries
 from switchlm.model.attention import Attention, KeysValues, KeyValueStore
-from switchlm.model.block import Block
 from switchlm.model.config import ModelConfig
 from switchlm.model.switch import SwitchFeedForward
 from switchlm.model.transformer import Stack, SwitchTransformer
@@ -165,7 +164,7 @@ def programs(
         raise ConfigError(f"A capacity factor is at least 0.01, got {capacity_factor}.")
     encoder_way = tiled if capacity_factor is None else padded_to(capacity_factor)
     first, second = _copy(model), _copy(model)
-    attentions = [_block(block).cross_attention for block in first.decoder.blocks]
+    attentions = [block.cross_attention for block in first.decoder.layers]
     # Each program keeps no more than it needs.
     del first.decoder, first.head, second.encoder
     _replace(first.encoder, encoder_way)
@@ -185,14 +184,9 @@ def _copy(model: SwitchTransformer) -> SwitchTransformer:
 
 
 def _replace(stack: Stack, way: Way) -> None:
-    for block in map(_block, stack.blocks):
+    for block in stack.layers:
         if isinstance(block.feedforward, SwitchFeedForward):
             block.feedforward = StaticSwitch(block.feedforward, way)  # type: ignore[assignment]
-
-
-def _block(module: nn.Module) -> Block:
-    assert isinstance(module, Block)
-    return module
 
 
 def examples(config: ModelConfig) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

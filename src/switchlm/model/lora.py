@@ -20,8 +20,7 @@ from switchlm.model.attention import Attention, SwitchAttention
 from switchlm.model.config import Initialisation
 from switchlm.model.experts import FeedForwardExperts, ProjectionExperts
 from switchlm.model.initialise import Initialiser
-from switchlm.model.layers import Map, feed_forward
-from switchlm.model.local import local
+from switchlm.model.layers import Map, feed_forward, local
 from switchlm.model.transformer import SwitchTransformer
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from switchlm.kernels import select
 from switchlm.model.config import ModelConfig
-from switchlm.model.local import local
+from switchlm.model.layers import local
 from switchlm.model.routing import ModelOutput, Routing
 
 

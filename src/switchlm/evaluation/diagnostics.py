@@ -199,9 +199,8 @@ def _switch(
 ) -> SwitchDiagnosis:
     """Measure a Switch layer whose router reads x_BSD."""
     real_N, num_tokens = real_BS.reshape(-1), real_BS.numel()
-    x_ND = x_BSD.reshape(num_tokens, -1).to(router.dtype)
-    logits_NE = torch.nn.functional.linear(x_ND, router.weight.to(router.dtype)).float()
-    probability_NE = logits_NE[real_N].softmax(-1)
+    logits_NE, _ = router.scores(x_BSD.reshape(num_tokens, -1))
+    probability_NE = logits_NE[real_N].float().softmax(-1)
     if routing.token_A is None:
         choices = routing.expert_A.numel() // num_tokens
         first_N = routing.expert_A.view(num_tokens, choices)[:, 0][real_N]

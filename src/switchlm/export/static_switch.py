@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from switchlm.model.experts import FeedForwardExperts
 from switchlm.model.layers import feed_forward
-from switchlm.model.selection import choose
 from switchlm.model.switch import SwitchFeedForward
 
 TILE = 16
@@ -50,12 +49,9 @@ class StaticSwitch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x_ND = x.reshape(-1, x.shape[-1])
         choices = self.router.config.experts_per_token
-        logits_NE = nn.functional.linear(x_ND.float(), self.router.weight.float())
-        probability_NE = logits_NE.softmax(-1)
-        expert_NK = choose(probability_NE, choices, self.router.bias_E)
-        gate_NK = probability_NE.gather(1, expert_NK)
-        if choices > 1:
-            gate_NK = gate_NK / gate_NK.sum(-1, keepdim=True)
+        _, probability_NE = self.router.scores(x_ND)
+        expert_NK = self.router.choose(probability_NE)
+        gate_NK = self.router.gates(probability_NE, expert_NK)
         x_AD = x_ND.repeat_interleave(choices, 0) if choices > 1 else x_ND
         y_AD = self.way(self, x_AD, expert_NK.reshape(-1))
         y_NKD = y_AD.view(-1, choices, x.shape[-1]) * gate_NK[..., None]

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from switchlm.compression.calibrate import calibrate, recording, run_text
+from switchlm.compression import calibrate as calibrate_module
+from switchlm.compression.calibrate import calibrate
 from switchlm.compression.quantise import quantise_all, round_to_nearest
 from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.huggingface.quantised import Quantisation
 from switchlm.model.config import Initialisation
-from switchlm.model.experts import FeedForwardExperts
 from switchlm.model.quantised import QuantisedExperts
 from switchlm.model.transformer import shift_right
 
@@ -60,10 +60,33 @@ def test_experts_that_saw_few_rows_are_rounded_and_named(made, batches):
         assert not torch.equal(mine[0], theirs[0])
 
 
-def test_stand_ins_see_each_row_once_and_leave_no_trace(made, batches):
-    model = made()
-    place = "encoder.blocks.1.feedforward.experts"
-    with recording(model, [place]) as stand_ins:
-        run_text(model, batches)
-        assert sum(len(stand_ins[place].rows(expert)) for expert in range(4)) == 2 * 8 * 32
-    assert isinstance(model.get_submodule(place), FeedForwardExperts)
+def test_each_row_is_seen_once_and_no_more_than_a_batch_s_at_a_time(made, batches, monkeypatch):
+    grams = []
+
+    class Noted(calibrate_module.Gram):
+        def __init__(self, width):
+            super().__init__(width)
+            grams.append(self)
+
+        def add(self, x):
+            assert x.numel() // x.shape[-1] <= 8 * 32
+            super().add(x)
+
+    monkeypatch.setattr(calibrate_module, "Gram", Noted)
+    calibrate(made(), batches, Quantisation(bits=8))
+    # Of the rows of each expert, and of its hidden ones: first the encoder's, then the decoder's.
+    rows = [gram.num_rows for gram in grams]
+    assert [sum(rows[start : start + 8]) for start in (0, 8)] == [2 * 2 * 8 * 32, 2 * 2 * 8 * 16]
+
+
+def test_a_block_runs_as_often_however_deep_the_model(made, batches):
+    runs = []
+    for layers in (2, 6):
+        model = made(num_encoder_layers=layers, num_decoder_layers=layers)
+        last = model.encoder.blocks[-1].attention
+        counted = []
+        last.register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        calibrate(model, batches, Quantisation(bits=8, what="all"))
+        assert not any(part._forward_pre_hooks for part in model.modules())
+        runs.append(len(counted))
+    assert runs == [2 * len(batches)] * 2

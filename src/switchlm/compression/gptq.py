@@ -11,7 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from switchlm.compression.quantise import LARGEST_INT8, LEVELS, int4_grid, int8_scale, pad_grid
+from switchlm.compression.quantise import (
+    LARGEST_INT8,
+    LEVELS,
+    group_size,
+    int4_grid,
+    int8_scale,
+    pad_grid,
+)
 from switchlm.huggingface.quantised import Quantisation
 from switchlm.kernels.cpu.quantised import pack_int4
 
@@ -23,12 +30,11 @@ Grid = tuple[Tensor, Tensor]  # scale and offset of each output
 
 
 def gptq(
-    weight_NK: Tensor, gram_KK: Tensor, quantisation: Quantisation, group_size: int
+    weight_NK: Tensor, gram_KK: Tensor, quantisation: Quantisation
 ) -> tuple[Tensor, Tensor] | None:
     """Return codes and scale of a matrix as they are stored; None where the rows tell nothing.
 
     gram_KK: x^T x of the rows, float32.
-    group_size: of 4 bits.
     """
     factor_KK = _inverse_factor(gram_KK)
     if factor_KK is None:
@@ -37,18 +43,20 @@ def gptq(
     if quantisation.bits == 8:
         scale_N = int8_scale(weight_NK)
         grid = scale_N, torch.zeros_like(scale_N)
-        codes_NK = _round(weight_NK, factor_KK, lambda _: grid, 127, COLUMNS)
+        limits = -LARGEST_INT8, LARGEST_INT8
+        codes_NK = _round(weight_NK, factor_KK, lambda _: grid, limits, COLUMNS)
         return codes_NK.to(torch.int8), scale_N
+    size = group_size(weight_NK, quantisation)
     grids: list[Tensor] = []
 
     def next_grid(column: int) -> Grid:
-        if column % group_size == 0:
-            grids.append(int4_grid(weight_NK[:, column : column + group_size], group_size)[0])
+        if column % size == 0:
+            grids.append(int4_grid(weight_NK[:, column : column + size], size)[0])
         scale_N, offset_N = grids[-1].float().unbind(1)
         return scale_N, offset_N
 
-    columns = max(COLUMNS, group_size)
-    codes_NK = _round(weight_NK, factor_KK, next_grid, LEVELS // 2, columns) + 8
+    columns = max(COLUMNS, size)
+    codes_NK = _round(weight_NK, factor_KK, next_grid, (-8, LEVELS - 8), columns) + 8
     return pack_int4(codes_NK), pad_grid(torch.stack(grids))
 
 
@@ -56,14 +64,13 @@ def _round(
     weight_NK: Tensor,
     factor_KK: Tensor,
     grid_of: Callable[[int], Grid],
-    largest: int,
+    limits: tuple[int, int],
     columns: int,
 ) -> Tensor:
     """Return integers, [N, K]; the weight is corrected on the way.
 
     grid_of: called with each column in turn, when all corrections of its group are made.
     """
-    lowest = -LARGEST_INT8 if largest == LARGEST_INT8 else -largest - 1
     codes_NK = torch.empty_like(weight_NK)
     inputs = weight_NK.shape[1]
     for start in range(0, inputs, columns):
@@ -72,7 +79,7 @@ def _round(
         for column in range(start, stop):
             scale_N, offset_N = grid_of(column)
             value_N = weight_NK[:, column]
-            code_N = ((value_N - offset_N) / scale_N).round_().clamp_(lowest, largest)
+            code_N = ((value_N - offset_N) / scale_N).round_().clamp_(*limits)
             codes_NK[:, column] = code_N
             error_N = (value_N - (code_N * scale_N + offset_N)) / factor_KK[column, column]
             errors_NC[:, column - start] = error_N

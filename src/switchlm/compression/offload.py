@@ -89,7 +89,8 @@ class OffloadedExperts(nn.Module):
         y_RW = x_RD.new_empty(x_RD.shape[0], self.width)
         y_RW[total:].zero_()
         with self.memory.want([(self.layer, expert) for expert in starts]) as ready:
-            self._guess(x_RD[:total])
+            if self.forecast is not None and total:  # while this layer computes
+                self.memory.guess(self.forecast.layer, self.forecast(x_RD[:total]))
             for (_, expert), tensors in ready:
                 rows = slice(starts[expert], starts[expert] + counts[expert])
                 y_RW[rows] = self._run(x_RD[rows], tensors)
@@ -109,12 +110,6 @@ class OffloadedExperts(nn.Module):
             outputs = self.hidden if name in ("up", "gate") else self.width
             return matrix(weight, tensors[f"{name}{SCALE}"], outputs)
         return lambda x: linear(x, weight)
-
-    def _guess(self, x_RD: Tensor) -> None:
-        """Have the next layer's experts read while this one computes."""
-        if self.forecast is not None and len(x_RD):
-            layer = self.forecast.layer
-            self.memory.guess(layer, self.forecast(x_RD))
 
 
 @dataclass(frozen=True)

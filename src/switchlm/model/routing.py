@@ -40,11 +40,6 @@ class Routing:
     z_loss: Tensor
 
     @property
-    def probability_E(self) -> Tensor:
-        """Mean router probability of every expert over the whole batch."""
-        return self.probability_GE.mean(0)
-
-    @property
     def dropped(self) -> Tensor:
         """The share of wanted assignments that capacity dropped, a float32 scalar."""
         wanted = self.load_E.sum()

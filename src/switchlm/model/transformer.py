@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from switchlm.data.batch import Batch
 from switchlm.kernels.select import linear
 from switchlm.model.attention import (
     Attention,
@@ -246,9 +247,8 @@ class SwitchTransformer(nn.Module):
         self, inputs_BS: Tensor, segments_BS: Tensor | None = None
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Return encoded_BSD and the encoder's routing."""
-        encoded: tuple[Tensor, tuple[Routing, ...]]
-        encoded = self.encoder(self.encoder_inputs(inputs_BS, segments_BS))
-        return encoded
+        encoded_BSD, routing = self.encoder(self.encoder_inputs(inputs_BS, segments_BS))
+        return encoded_BSD, routing
 
     def encoder_inputs(self, inputs_BS: Tensor, segments_BS: Tensor | None = None) -> StackInputs:
         """Return what the blocks of the encoder read."""
@@ -320,23 +320,7 @@ class SwitchTransformer(nn.Module):
         return self.project(x_BTD * self.config.d_model**-0.5, self.embedding.weight)
 
 
-class TargetBatch(Protocol):
-    """Inputs with their targets, as `data.batch.Batch`; segments are None where rows are full."""
-
-    @property
-    def inputs_BS(self) -> Tensor: ...
-
-    @property
-    def targets_BT(self) -> Tensor: ...
-
-    @property
-    def input_segments_BS(self) -> Tensor | None: ...
-
-    @property
-    def target_segments_BT(self) -> Tensor | None: ...
-
-
-def forward_batch(model: nn.Module, batch: TargetBatch) -> ModelOutput:
+def forward_batch(model: nn.Module, batch: Batch) -> ModelOutput:
     """Return the output of a SwitchTransformer for a batch; the decoder reads earlier targets."""
     pad_id = cast(SwitchTransformer, model).config.pad_id
     output: ModelOutput = model(

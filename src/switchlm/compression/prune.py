@@ -48,10 +48,9 @@ class MaskedExperts(nn.Module):
 
     def by_expert(self, value_R: Tensor) -> Tensor:
         """Return the sum over each expert's rows, float64 [E]."""
-        counts_E = self.counts_E.cpu()
-        expert_R = torch.repeat_interleave(torch.arange(self.num_experts), counts_E)
-        sum_E = torch.zeros(self.num_experts, dtype=torch.float64)
-        return sum_E.index_add_(0, expert_R, value_R[: expert_R.numel()].double().cpu())
+        counts = self.counts_E.tolist()
+        rows = value_R[: sum(counts)].double().cpu().split(counts)
+        return torch.stack([value.sum() for value in rows])
 
 
 def importance(

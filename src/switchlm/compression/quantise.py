@@ -38,7 +38,8 @@ def round_to_nearest(quantisation: Quantisation) -> Quantiser:
             )
         if quantisation.bits == 8:
             scale_N = int8_scale(weight_NK)
-            return int8_codes(weight_NK, scale_N), scale_N
+            codes_NK = (weight_NK / scale_N[:, None]).round_()
+            return codes_NK.clamp_(-LARGEST_INT8, LARGEST_INT8).to(torch.int8), scale_N
         grid_GN2 = int4_grid(weight_NK, group_size(weight_NK, quantisation))
         return pack_int4(int4_codes(weight_NK, grid_GN2)), pad_grid(grid_GN2)
 
@@ -56,12 +57,6 @@ def int8_scale(weight_NK: Tensor) -> Tensor:
     """Return the scale of each output, float32: its largest weight becomes 127."""
     scale_N = weight_NK.abs().amax(1) / LARGEST_INT8
     return torch.where(scale_N > 0, scale_N, 1.0)
-
-
-def int8_codes(weight_NK: Tensor, scale_N: Tensor) -> Tensor:
-    """Return the nearest codes, int8."""
-    codes_NK = (weight_NK / scale_N[:, None]).round_()
-    return codes_NK.clamp_(-LARGEST_INT8, LARGEST_INT8).to(torch.int8)
 
 
 def int4_grid(weight_NK: Tensor, size: int) -> Tensor:

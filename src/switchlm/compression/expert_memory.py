@@ -133,10 +133,9 @@ class ExpertMemory:
         """
         order = sorted(set(keys), key=lambda key: self._recipes[key].place())
         with self._changed:
-            mine = [self._reserve(key) for key in order]
+            left = [self._reserve(key) for key in order]
             self._judge(set(order))
             self._wake()
-        left = list(mine)
         try:
             yield self._take(left)
         finally:

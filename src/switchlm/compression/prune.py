@@ -56,7 +56,7 @@ class MaskedExperts(nn.Module):
 def importance(
     model: SwitchTransformer, batches: Sequence[Batch], by: Measure
 ) -> dict[str, Tensor]:
-    """Return a score an expert for each Switch layer by name, float64 [E]; more is more important.
+    """Return a score per expert for each Switch layer by name, float64 [E]; more matters more.
 
     load: the assignments that the expert took. gradient: by how much the summed loss would change,
     to first order, if the expert's output were zero for one token, in absolute value, summed over
@@ -165,7 +165,7 @@ def align(experts: FeedForwardExperts, centre: int, other: int) -> Tensor:
 
 
 def check_number(config: ModelConfig, number: int, most: int, option: str) -> None:
-    """Raise ConfigError unless of `most` experts a layer that many can be left.
+    """Raise ConfigError unless that many of `most` experts per layer can be left.
 
     option: what asked for it, for the message.
     """
@@ -183,7 +183,7 @@ def check_number(config: ModelConfig, number: int, most: int, option: str) -> No
 def prune(
     model: SwitchTransformer, scores: Mapping[str, Tensor], keep: int
 ) -> tuple[SwitchTransformer, dict[str, list[int]]]:
-    """Return a model of the `keep` experts a layer that score highest, and which they were.
+    """Return a model of the `keep` experts per layer that score highest, and which they were.
 
     scores: see `importance`. Routers lose the rows of the experts that go, so that their tokens go
         to the next best of those that stay.

@@ -224,7 +224,7 @@ def _describe(
 
 Dims named `batch`, `source` (the input) and `places` (of the cache) are free. Token ids and
 `position` are int64, `mask` is bool and false at padding, all else is float32. The step takes one
-token a row, padding ({config.pad_id}) first, and gives the logits of the next and the cache with
+token per row, padding ({config.pad_id}) first, and gives the logits of the next and the cache with
 this one in it; `places` is the longest output that the cache has room for.
 {routing}
 ```python

@@ -28,7 +28,7 @@ class KeyValueStore(Protocol):
 
 
 class RelativeBias(nn.Module):
-    """A bias a head for each bucket of relative distance (Raffel et al. 2020).
+    """A bias per head for each bucket of relative distance (Raffel et al. 2020).
 
     Half the buckets hold exact small distances; the others grow with the logarithm of the distance
     up to `max_distance`. In a decoder all buckets are for the past.

@@ -22,7 +22,7 @@ ExpertMap = Callable[[int, Tensor], Tensor]  # an expert and its rows to what it
 
 
 class QuantisedExperts(nn.Module):
-    """Feed-forward experts (see the `Experts` protocol); a matrix an expert in each list."""
+    """Feed-forward experts (see the `Experts` protocol); each list has a matrix per expert."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class QuantisedExperts(nn.Module):
 
 
 class QuantisedProjectionExperts(nn.Module):
-    """One matrix an expert, for Switch layers inside attention."""
+    """One matrix per expert, for Switch layers inside attention."""
 
     def __init__(self, projection: Sequence[Matrix]) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def each_expert(run: ExpertMap, x_RD: Tensor, counts_E: Tensor, width: int) -> T
 def put_in(model: SwitchTransformer, matrices: Matrices) -> None:
     """Replace what is quantised, in place: experts, and linear maps and vocabulary if they are.
 
-    matrices: by the name of the parameter that they stand for, one an expert where it is stacked.
+    matrices: by the name of the parameter that they stand for; one per expert where it is stacked.
     """
     for name, module in list(model.named_modules()):
         made = _made(name, module, matrices)

@@ -13,8 +13,8 @@ class Routing:
     """Where the tokens of one Switch layer went.
 
     An assignment sends one token to one expert. With one expert per token there are N assignments
-    in token order, so `expert_A` is each token's expert; with K experts per token they stand K a
-    token.
+    in token order, so `expert_A` is each token's expert; with K experts per token, K of them stand
+    together for each token.
 
     expert_A: int64, the expert of each assignment.
     gate_A: float32, the weight of the expert's output: the softmax value, where the router learns.

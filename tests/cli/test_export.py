@@ -91,7 +91,7 @@ def test_a_sparse_model_is_no_t5(refuse, nano, tmp_path):
 
 def test_tokens_that_differ_are_said(run, tmp_path, monkeypatch):
     dense = lively("dense-nano", tmp_path / "dense")
-    monkeypatch.setattr("switchlm.export.t5.t5_tokens", lambda *_: [104])
+    monkeypatch.setattr("switchlm.export.formats.t5_tokens", lambda *_: [104])
     command = ("export", "--model", dense, "--to", "t5", "--out", tmp_path / "t5")
     assert run(*command).exit_code == 0
     result = run(*command, "--check", TEXT)

@@ -35,6 +35,14 @@ def test_int4_is_within_half_a_step_of_each_group(group_size):
     assert not quantised(weight_NK, bits=4, group_size=group_size)[3].any()
 
 
+@pytest.mark.parametrize("constant", [0.01, -0.3, 1.0, 1000.0])
+def test_a_group_of_equal_weights_keeps_them(constant):
+    weight_NK = torch.randn(70, 128)
+    weight_NK[3, 64:] = constant
+    found_K = quantised(weight_NK, bits=4, group_size=64)[3, 64:]
+    assert found_K.tolist() == pytest.approx([constant] * 64, rel=2**-8)
+
+
 def test_smaller_groups_are_nearer():
     weight_NK = torch.randn(64, 256)
     errors = [

@@ -50,6 +50,17 @@ def test_nothing_is_dropped_however_uneven_the_loads():
     torch.testing.assert_close(StaticSwitch(layer, tiled)(x), y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("choices", [1, 2])
+def test_where_capacity_binds_the_layer_s_own_assignments_are_dropped(choices):
+    router = RouterConfig(experts_per_token=choices, expert_capacity=10 * choices)
+    layer, x = layer_of(router=router), torch.randn(1, 40, 8)
+    with torch.no_grad():
+        y, routing = layer(x)
+    assert not routing.kept_A.all()
+    static = StaticSwitch(layer, padded_to(1.0))(x)
+    torch.testing.assert_close(static, y, rtol=1e-5, atol=1e-5)
+
+
 def test_where_capacity_binds_the_last_in_order_get_zeros():
     layer, x = layer_of(), torch.randn(1, 40, 8)
     y, routing = expected_of(layer, x)

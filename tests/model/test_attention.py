@@ -6,11 +6,11 @@ from torch import Tensor, nn
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from switchlm.kernels.select import attention as attend
 from switchlm.model.attention import (
     Attention,
     RelativeBias,
     SwitchAttention,
-    attend,
     masked,
     segment_mask,
 )

@@ -1,6 +1,7 @@
 """In one pass or step by step, a Switch layer computes the same, and says which it takes."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from switchlm.kernels import autotune, select
 from switchlm.kernels.cpu import native, router, switch
+from switchlm.kernels.registry import ROUTE
 from switchlm.kernels.select import Choice, explain_switch
 from switchlm.model.config import RouterConfig
 from switchlm.model.switch import SwitchFeedForward
@@ -133,7 +135,7 @@ def test_explain_says_why_not() -> None:
 @pytest.fixture
 def step_by_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def refuse() -> None:
-        monkeypatch.setattr(router, "fits", lambda *_: False)
+        monkeypatch.setattr("switchlm.model.router.ROUTE", ())
         monkeypatch.setattr(switch, "misfit", lambda *_: "a test")
 
     return refuse
@@ -188,8 +190,8 @@ def test_experts_in_bfloat16_go_step_by_step_after_a_router_in_one(
     step_by_step, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     routed = []
-    plain = router.route
-    monkeypatch.setattr(router, "route", lambda *a: routed.append(1) or plain(*a))
+    noted = replace(ROUTE[0], run=lambda *a: routed.append(1) or router.route(*a))
+    monkeypatch.setattr("switchlm.model.router.ROUTE", (noted,))
     layer = SwitchFeedForward(32, 48, 5, router=RouterConfig(exploration="argmax"))
     x_BSD = torch.randn(2, 30, 32)
     with torch.autocast("cpu", torch.bfloat16):

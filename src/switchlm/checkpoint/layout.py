@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from switchlm import _torch
 from switchlm.checkpoint.collective import Ranks
 from switchlm.errors import CheckpointError
-from switchlm.model.local import local
+from switchlm.model.layers import local
 
 Region = tuple[tuple[int, int], ...]
 

@@ -43,7 +43,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a model for another runtime: PyTorch's programs, ONNX, or a plain T5."""
-    from switchlm.export import onnx_programs, t5, torch_programs
+    from switchlm.export import formats
 
     if to is Target.t5 and capacity_factor is not None:
         raise ConfigError("A plain T5 is dense: --capacity-factor is for --to torch and --to onnx.")
@@ -51,11 +51,9 @@ def export(
         raise DataError("The text to --check with is empty.")
     loaded, tokenizer = open_model(model, "cpu")
     if to is Target.t5:
-        t5.write_t5(loaded, tokenizer, out, report=note)
-    elif to is Target.torch:
-        torch_programs.write_torch(loaded, tokenizer, out, capacity_factor=capacity_factor)
+        formats.write_t5(loaded, tokenizer, out, report=note)
     else:
-        onnx_programs.write_onnx(loaded, tokenizer, out, capacity_factor=capacity_factor)
+        formats.write_programs(loaded, tokenizer, out, to.value, capacity_factor=capacity_factor)
     result: dict[str, Any] = {"out": str(out), "to": to.value}
     if check is not None:
         theirs = answer(to, out, [*tokenizer.encode(check), loaded.config.end_id], check)
@@ -71,15 +69,14 @@ def export(
 
 def answer(to: Target, folder: Path, prompt: list[int], text: str) -> list[int]:
     """Return the tokens that the other runtime generates from what was written."""
-    from switchlm.export import onnx_programs, t5, torch_programs
-    from switchlm.export.folder import ABOUT
+    from switchlm.export import formats
     from switchlm.export.steps import greedy
 
     if to is Target.t5:
-        return t5.t5_tokens(folder, text, CHECKED_TOKENS)
-    opened = onnx_programs.open_onnx if to is Target.onnx else torch_programs.open_torch
-    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    return greedy(*opened(folder), prompt, about, CHECKED_TOKENS)
+        return formats.t5_tokens(folder, text, CHECKED_TOKENS)
+    opened = formats.open_programs(folder, to.value)
+    about = json.loads((folder / formats.ABOUT).read_text(encoding="utf-8"))
+    return greedy(*opened, prompt, about, CHECKED_TOKENS)
 
 
 def compare(model: Any, tokenizer: Any, text: str, theirs: list[int]) -> str:

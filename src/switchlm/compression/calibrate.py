@@ -1,208 +1,306 @@
-"""Quantise a model so that it changes least on a text: GPTQ, block after block.
+"""Quantise a model so that it changes least on a text: GPTQ (Frantar et al. 2023), block by block.
 
-Each block sees what the quantised blocks before it make of the text. An expert learns from the rows
-that are routed to it alone: while a text runs through the model, stand-ins for the matrices capture
-the rows that reach them.
+Each block sees what the quantised blocks before it make of the text. For that the activations of
+all batches are kept between two blocks, and nothing else: of the rows that reach a matrix only
+their Gram matrix is summed. An expert learns from the rows that are routed to it alone.
 
-Shapes: N outputs, K inputs, R rows in the order of their experts, D width, E experts.
+Shapes: B batch, S positions, D d_model, N outputs, K inputs, R rows of one expert.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from switchlm.compression.gptq import gptq
-from switchlm.compression.quantise import Codes, group_size, quantise_all, round_to_nearest
+from switchlm.compression.quantise import (
+    LARGEST_INT8,
+    LEVELS,
+    group_size,
+    int4_grid,
+    int8_scale,
+    pad_grid,
+    quantise_all,
+    round_to_nearest,
+)
 from switchlm.data.batch import Batch
 from switchlm.generation.inference import evaluation_mode
 from switchlm.huggingface.config import family_of
-from switchlm.huggingface.names import Entry, entries
+from switchlm.huggingface.names import entries
 from switchlm.huggingface.quantised import Quantisation
-from switchlm.kernels.cpu.quantised import matrix
-from switchlm.model.block import Block
+from switchlm.kernels.cpu.quantised import matrix, pack_int4
+from switchlm.kernels.permute import sort_by_expert
+from switchlm.model.dispatch import per_token
 from switchlm.model.experts import FeedForwardExperts, ProjectionExperts
-from switchlm.model.layers import ACTIVATIONS
-from switchlm.model.transformer import SwitchTransformer, forward_batch
-
-
-class RecordedExperts(nn.Module):
-    """Experts (see the `Experts` protocol) that keep the rows of each."""
-
-    def __init__(self, base: FeedForwardExperts | ProjectionExperts) -> None:
-        super().__init__()
-        self.base = base
-        self.num_experts = base.num_experts
-        self._rows: list[list[Tensor]] = [[] for _ in range(base.num_experts)]
-
-    def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
-        start = 0
-        for kept, count in zip(self._rows, counts_E.tolist(), strict=True):
-            if count:
-                kept.append(x_RD[start : start + count].detach().float().cpu())
-            start += count
-        y_RD: Tensor = self.base(x_RD, counts_E)
-        return y_RD
-
-    def rows(self, expert: int) -> Tensor:
-        """Return what reached that expert, [R, D] float32."""
-        found = self._rows[expert]
-        return torch.cat(found) if found else torch.empty(0, next(self.base.parameters()).shape[1])
-
-
-class RecordedLinear(nn.Module):
-    """A projection that keeps the Gram matrix of its rows, and how many they were."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base
-        self.gram_DD = torch.zeros(base.in_features, base.in_features)
-        self.num_rows = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows_RD = x.detach().reshape(-1, x.shape[-1]).float().cpu()
-        self.gram_DD.addmm_(rows_RD.t(), rows_RD)
-        self.num_rows += rows_RD.shape[0]
-        y: Tensor = self.base(x)
-        return y
-
-
-Recorded = RecordedExperts | RecordedLinear
-
-
-@contextmanager
-def recording(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Recorded]]:
-    """Put stand-ins in the place of the modules of those names, and give them by name."""
-    stand_ins: dict[str, Recorded] = {}
-    for name in names:
-        module = model.get_submodule(name)
-        if isinstance(module, nn.Linear):
-            stand_ins[name] = RecordedLinear(module)
-        elif isinstance(module, FeedForwardExperts | ProjectionExperts):
-            stand_ins[name] = RecordedExperts(module)
-    try:
-        for name, stand_in in stand_ins.items():
-            model.set_submodule(name, stand_in)
-        yield stand_ins
-    finally:
-        for name, stand_in in stand_ins.items():
-            model.set_submodule(name, stand_in.base)
-
-
-def run_text(model: SwitchTransformer, batches: Iterable[Batch]) -> None:
-    """Run text through the model as in evaluation, for what it leaves in stand-ins."""
-    device = next(model.parameters()).device
-    with evaluation_mode(model):
-        for batch in batches:
-            forward_batch(model, batch.to(device))
-
+from switchlm.model.layers import feed_forward
+from switchlm.model.switch import SwitchLayer
+from switchlm.model.transformer import Block, Stack, StackInputs, SwitchTransformer, shift_right
 
 LEAST_ROWS = 64  # an expert that saw fewer is rounded to nearest
+COLUMNS = 128  # rounded before the columns after them are corrected, all at once
+DAMPING = (0.01, 0.1, 1.0)  # of the mean diagonal, added to it; the first that is enough
+
+Grid = tuple[Tensor, Tensor]  # scale and offset of each output
+
+
+class Gram:
+    """x^T x of the rows x that were added, float32 on the CPU, and how many they were."""
+
+    def __init__(self, width: int) -> None:
+        self.sum_KK = torch.zeros(width, width)
+        self.num_rows = 0
+
+    def add(self, x: Tensor) -> None:
+        rows_RK = x.reshape(-1, x.shape[-1]).float().cpu()
+        self.sum_KK.addmm_(rows_RK.t(), rows_RK)
+        self.num_rows += rows_RK.shape[0]
+
+    def hook(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Add what reaches a module."""
+        self.add(inputs[0])
 
 
 @dataclass
-class Calibrated:
-    """The codes; how many matrices were calibrated; and the experts that saw too few rows."""
+class Text:
+    """A batch on its way through a stack.
 
-    codes: Codes
-    num_matrices: int = 0
-    too_few: list[str] = field(default_factory=list)
+    x_BSD: what the next sublayer reads.
+    inputs: makes what the blocks share, each time anew: its biases are larger than x.
+    memory_BSD: the encoder's output, in the decoder.
+    """
+
+    x_BSD: Tensor
+    inputs: Callable[[], StackInputs]
+    memory_BSD: Tensor | None = None
 
 
-@torch.no_grad()
+def _attend(block: Block, text: Text) -> Tensor:
+    return block.attend(text.x_BSD, text.inputs(), memory=text.memory_BSD)[0]
+
+
+def _transform(block: Block, text: Text) -> Tensor:
+    return block.transform(text.x_BSD, text.inputs().mask_BS)[0]
+
+
 def calibrate(
     model: SwitchTransformer, batches: Sequence[Batch], quantisation: Quantisation
-) -> Calibrated:
+) -> "Calibrated":
     """Return the codes of the model; its weights become what the codes stand for.
 
     The vocabulary is rounded to nearest: its rows are looked up, not only multiplied with. Raises
     CheckpointError for weights that are not finite.
     """
-    found = Calibrated(quantise_all(model, quantisation, round_to_nearest(quantisation)))
-    work = _Work(model, quantisation, found)
-    for name, block in model.named_modules():
-        if not isinstance(block, Block):
-            continue
-        places = work.places(name, block)
-        if not places:
-            continue
-        with recording(model, places) as stand_ins:
-            run_text(model, batches)
-        for place, stand_in in stand_ins.items():
-            if isinstance(stand_in, RecordedLinear):
-                work.linear(place, stand_in)
-            else:
-                work.experts(place, stand_in)
+    found = Calibrated(model, quantisation)
+    sources, targets = [], []
+    with evaluation_mode(model):
+        for batch in (one.to(model.embedding.weight.device) for one in batches):
+            source = partial(model.encoder_inputs, batch.inputs_BS, batch.input_segments_BS)
+            target = partial(
+                model.decoder_inputs,
+                shift_right(batch.targets_BT, batch.target_segments_BT, model.config.pad_id),
+                input_segments_BS=batch.input_segments_BS,
+                target_segments_BT=batch.target_segments_BT,
+            )
+            sources.append(Text(source().x_BSD, source))
+            targets.append(Text(target().x_BSD, target))
+        found.run(model.encoder, sources)
+        for text, encoded in zip(targets, sources, strict=True):
+            text.memory_BSD = model.encoder.final_norm(encoded.x_BSD)
+        found.run(model.decoder, targets)
     return found
 
 
-class _Work:
-    def __init__(
-        self, model: SwitchTransformer, quantisation: Quantisation, found: Calibrated
-    ) -> None:
-        self._quantisation = quantisation
-        self._found = found
+class Calibrated:
+    """The codes; how many matrices were calibrated; and the experts that saw too few rows."""
+
+    def __init__(self, model: SwitchTransformer, quantisation: Quantisation) -> None:
+        self.codes = quantise_all(model, quantisation, round_to_nearest(quantisation))
+        self.num_matrices = 0
+        self.too_few: list[str] = []
+        self._names = {module: name for name, module in model.named_modules()}
         self._entries = {
             (entry.ours, entry.expert): entry
             for entry in entries(model.config, family_of(model.config))
             if quantisation.holds(entry)
         }
 
-    def places(self, name: str, block: Block) -> list[str]:
-        """Return the modules of a block that are quantised."""
-        found = []
-        for inner, module in block.named_modules():
-            place = f"{name}.{inner}"
-            experts = isinstance(module, FeedForwardExperts | ProjectionExperts)
-            linear = isinstance(module, nn.Linear) and (f"{place}.weight", None) in self._entries
-            if experts or linear:
-                found.append(place)
-        return found
+    def run(self, stack: Stack, texts: Sequence[Text]) -> None:
+        """Run texts through a stack, and quantise its weights on the way."""
+        for block in stack.layers:
+            attentions = [block.attention]
+            if block.cross_attention is not None:
+                attentions.append(block.cross_attention)
+            self._sublayer(attentions, block.attention_norm, partial(_attend, block), texts)
+            feedforward = [block.feedforward]
+            self._sublayer(feedforward, block.feedforward_norm, partial(_transform, block), texts)
 
-    def linear(self, place: str, stand_in: RecordedLinear) -> None:
-        weight = stand_in.base.weight
-        entry = self._entries[f"{place}.weight", None]
-        weight.copy_(self._matrix(entry, weight, stand_in.gram_DD, stand_in.num_rows))
-
-    def experts(self, place: str, stand_in: RecordedExperts) -> None:
-        base = stand_in.base
-        for expert in range(base.num_experts):
-            rows_RD = stand_in.rows(expert)
-            if rows_RD.shape[0] < LEAST_ROWS:
-                self._found.too_few.append(f"{place}.{expert}")
-            gram_DD = rows_RD.t() @ rows_RD
-            if isinstance(base, ProjectionExperts):
-                self._expert(f"{place}.projection", base.projection, expert, gram_DD, rows_RD)
-                continue
-            self._expert(f"{place}.up", base.up, expert, gram_DD, rows_RD)
-            activate = ACTIVATIONS[base.activation]
-            hidden_RF = rows_RD @ base.up[expert].float().cpu()
-            if base.gate is None:
-                hidden_RF = activate(hidden_RF)
-            else:
-                self._expert(f"{place}.gate", base.gate, expert, gram_DD, rows_RD)
-                hidden_RF = activate(rows_RD @ base.gate[expert].float().cpu()) * hidden_RF
-            gram_FF = hidden_RF.t() @ hidden_RF
-            self._expert(f"{place}.down", base.down, expert, gram_FF, hidden_RF)
-
-    def _expert(
-        self, name: str, stacked: Tensor, expert: int, gram_KK: Tensor, rows_RK: Tensor
+    def _sublayer(
+        self,
+        parts: Sequence[nn.Module],
+        norm: nn.Module,
+        apply: Callable[[Text], Tensor],
+        texts: Sequence[Text],
     ) -> None:
-        entry = self._entries[name, expert]
-        weight_NK = stacked[expert].t()
-        stacked[expert].copy_(self._matrix(entry, weight_NK, gram_KK, rows_RK.shape[0]).t())
+        """Quantise parts of a block, which `apply` runs, and make what the next ones read."""
+        modules = [module for part in parts for module in part.modules()]
+        grams = {
+            module: Gram(module.in_features)
+            for module in modules
+            if isinstance(module, nn.Linear)
+            and (f"{self._names[module]}.weight", None) in self._entries
+        }
+        if grams:
+            hooks = [linear.register_forward_pre_hook(gram.hook) for linear, gram in grams.items()]
+            for text in texts:
+                apply(text)
+            for hook in hooks:
+                hook.remove()
+        for linear, gram in grams.items():
+            self._put(f"{self._names[linear]}.weight", None, linear.weight, gram)
+        for module in modules:
+            if isinstance(module, SwitchLayer):
+                self._experts(module, norm, texts)
+        for text in texts:
+            text.x_BSD = apply(text)
 
-    def _matrix(self, entry: Entry, weight_NK: Tensor, gram_KK: Tensor, num_rows: int) -> Tensor:
-        """Quantise one matrix; return the weight that its codes stand for, [N, K]."""
-        codes = self._found.codes
-        if num_rows >= LEAST_ROWS:
-            size = 0
-            if self._quantisation.bits == 4:
-                size = group_size(entry, self._quantisation)
-            better = gptq(weight_NK.detach().cpu(), gram_KK, self._quantisation, size)
+    def _experts(self, layer: SwitchLayer, norm: nn.Module, texts: Sequence[Text]) -> None:
+        experts, name = layer.experts, f"{self._names[layer]}.experts"
+        assert isinstance(experts, FeedForwardExperts | ProjectionExperts)
+        tokens = [_tokens_of_experts(layer, norm(t.x_BSD), t.inputs().mask_BS) for t in texts]
+
+        def rows(expert: int) -> Iterator[Tensor]:
+            for text, chosen in zip(texts, tokens, strict=True):
+                yield norm(text.x_BSD.flatten(0, 1)[chosen[expert]])
+
+        for expert in range(experts.num_experts):
+            gram = Gram(layer.router.weight.shape[1])
+            for rows_RD in rows(expert):
+                gram.add(rows_RD)
+            if gram.num_rows < LEAST_ROWS:
+                self.too_few.append(f"{name}.{expert}")
+            for part, weight_EDF in experts.named_parameters():
+                if part == "down":  # the last one; those before are quantised by now
+                    gram = Gram(weight_EDF.shape[1])
+                    for rows_RD in rows(expert):
+                        gram.add(_hidden(experts, expert, rows_RD))
+                self._put(f"{name}.{part}", expert, weight_EDF[expert].t(), gram)
+
+    def _put(self, name: str, expert: int | None, weight_NK: Tensor, gram: Gram) -> None:
+        """Quantise one matrix; it becomes what its codes stand for."""
+        codes, entry = self.codes, self._entries[name, expert]
+        if gram.num_rows >= LEAST_ROWS:
+            better = gptq(weight_NK.detach().cpu(), gram.sum_KK, codes.quantisation)
             if better is not None:
                 codes.put(entry, *better)
-                self._found.num_matrices += 1
-        return matrix(*codes.get(entry), entry.shape[0]).dequantise()
+                self.num_matrices += 1
+        weight_NK.copy_(matrix(*codes.get(entry), entry.shape[0]).dequantise())
+
+
+def _tokens_of_experts(
+    layer: SwitchLayer, x_BSD: Tensor, mask_BS: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Return for each expert which of the B * S tokens it takes, int64."""
+    _, routing = layer(x_BSD, mask_BS)
+    order = sort_by_expert(routing.expert_A, routing.kept_A, layer.experts.num_experts)
+    if routing.token_A is None:
+        token_R = order.assignment_R // per_token(routing, x_BSD.shape[:2].numel())
+    else:
+        token_R = routing.token_A[order.assignment_R]
+    counts = order.counts_E.tolist()
+    return token_R[: sum(counts)].split(counts)
+
+
+def _hidden(experts: nn.Module, expert: int, rows_RD: Tensor) -> Tensor:
+    """Return what enters the expert's last matrix, [R, F]."""
+    assert isinstance(experts, FeedForwardExperts)
+    up, gate = experts.up[expert], None if experts.gate is None else experts.gate[expert]
+    return feed_forward(
+        rows_RD,
+        lambda x: x @ up,
+        None if gate is None else lambda x: x @ gate,
+        lambda hidden: hidden,
+        experts.activation,
+        0.0,
+    )
+
+
+def gptq(
+    weight_NK: Tensor, gram_KK: Tensor, quantisation: Quantisation
+) -> tuple[Tensor, Tensor] | None:
+    """Return codes and scale of a matrix as they are stored; None where the rows tell nothing.
+
+    Rounds an input at a time, and lets the inputs left make up for the error: of all codes those
+    are sought whose outputs are nearest to the weight's, on the rows that the matrix really meets.
+
+    gram_KK: x^T x of the rows, float32.
+    """
+    factor_KK = _inverse_factor(gram_KK)
+    if factor_KK is None:
+        return None
+    weight_NK = weight_NK.float().clone()
+    if quantisation.bits == 8:
+        scale_N = int8_scale(weight_NK)
+        grid = scale_N, torch.zeros_like(scale_N)
+        limits = -LARGEST_INT8, LARGEST_INT8
+        codes_NK = _round(weight_NK, factor_KK, lambda _: grid, limits, COLUMNS)
+        return codes_NK.to(torch.int8), scale_N
+    size = group_size(weight_NK, quantisation)
+    grids: list[Tensor] = []
+
+    def next_grid(column: int) -> Grid:
+        if column % size == 0:
+            grids.append(int4_grid(weight_NK[:, column : column + size], size)[0])
+        scale_N, offset_N = grids[-1].float().unbind(1)
+        return scale_N, offset_N
+
+    columns = max(COLUMNS, size)
+    codes_NK = _round(weight_NK, factor_KK, next_grid, (-8, LEVELS - 8), columns) + 8
+    return pack_int4(codes_NK), pad_grid(torch.stack(grids))
+
+
+def _round(
+    weight_NK: Tensor,
+    factor_KK: Tensor,
+    grid_of: Callable[[int], Grid],
+    limits: tuple[int, int],
+    columns: int,
+) -> Tensor:
+    """Return integers, [N, K]; the weight is corrected on the way.
+
+    grid_of: called with each column in turn, when all corrections of its group are made.
+    """
+    codes_NK = torch.empty_like(weight_NK)
+    inputs = weight_NK.shape[1]
+    for start in range(0, inputs, columns):
+        stop = min(start + columns, inputs)
+        errors_NC = torch.zeros_like(weight_NK[:, start:stop])
+        for column in range(start, stop):
+            scale_N, offset_N = grid_of(column)
+            value_N = weight_NK[:, column]
+            code_N = ((value_N - offset_N) / scale_N).round_().clamp_(*limits)
+            codes_NK[:, column] = code_N
+            error_N = (value_N - (code_N * scale_N + offset_N)) / factor_KK[column, column]
+            errors_NC[:, column - start] = error_N
+            weight_NK[:, column + 1 : stop].addr_(
+                error_N, factor_KK[column, column + 1 : stop], alpha=-1
+            )
+        weight_NK[:, stop:].addmm_(errors_NC, factor_KK[start:stop, stop:], alpha=-1)
+    return codes_NK
+
+
+def _inverse_factor(gram_KK: Tensor) -> Tensor | None:
+    """Return the upper Cholesky factor of the inverse of the damped Gram matrix."""
+    mean = gram_KK.diagonal().mean()
+    if not mean.isfinite() or mean <= 0:
+        return None
+    for damping in DAMPING:
+        damped_KK = gram_KK.clone()
+        damped_KK.diagonal().add_(damping * mean)
+        lower_KK, failed = torch.linalg.cholesky_ex(damped_KK)
+        if not failed:
+            inverse_KK = torch.cholesky_inverse(lower_KK)
+            upper_KK, failed = torch.linalg.cholesky_ex(inverse_KK, upper=True)
+            if not failed and upper_KK.isfinite().all():
+                return upper_KK
+    return None

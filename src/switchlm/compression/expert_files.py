@@ -40,8 +40,10 @@ class Recipe:
     dtype: torch.dtype | None = None
 
     def dtype_of(self, part: Extent) -> torch.dtype:
-        keeps = self.dtype is None or not part.dtype.is_floating_point
-        return part.dtype if keeps or self.dtype is None else self.dtype
+        """Return its dtype in memory."""
+        if self.dtype is None or not part.dtype.is_floating_point:
+            return part.dtype
+        return self.dtype
 
     def num_bytes(self) -> int:
         """Return the bytes it takes in memory."""

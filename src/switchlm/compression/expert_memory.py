@@ -74,6 +74,10 @@ class _Entry:
     tensors: Tensors | None = None
     error: BaseException | None = None
 
+    @property
+    def is_done(self) -> bool:
+        return self.tensors is not None or self.error is not None
+
 
 class ExpertMemory:
     """All experts of a model, of which those used last are in memory; for any number of threads.
@@ -129,10 +133,9 @@ class ExpertMemory:
         """
         order = sorted(set(keys), key=lambda key: self._recipes[key].place())
         with self._changed:
-            mine = [self._reserve(key) for key in order]
+            left = [self._reserve(key) for key in order]
             self._judge(set(order))
             self._wake()
-        left = list(mine)
         try:
             yield self._take(left)
         finally:
@@ -147,8 +150,7 @@ class ExpertMemory:
         the memory, and do not evict other guesses that their layer has not come to.
         """
         with self._changed:
-            while self._guessed:
-                self._forget(self._guessed.popleft())
+            self._forget_guesses()
             expected = set()
             left = self._bytes_for_experts // 2
             for key in ((layer, expert) for expert in experts):
@@ -166,8 +168,7 @@ class ExpertMemory:
     def close(self) -> None:
         """Wait for what is being read, and close the files."""
         with self._changed:
-            while self._guessed:
-                self._forget(self._guessed.popleft())
+            self._forget_guesses()
             self._readers = 0
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._running)
@@ -177,12 +178,10 @@ class ExpertMemory:
         """Yield the ready ones of `left`, taking them out, until there are none."""
         while left:
             with self._changed:
-                entry = next((one for one in left if _is_done(one)), None)
-                if entry is None:
-                    start = time.perf_counter()
-                    self._changed.wait_for(lambda: any(_is_done(one) for one in left))
-                    self.counters.waited += time.perf_counter() - start
-                    entry = next(one for one in left if _is_done(one))
+                start = time.perf_counter()
+                self._changed.wait_for(lambda: any(one.is_done for one in left))
+                self.counters.waited += time.perf_counter() - start
+                entry = next(one for one in left if one.is_done)
                 if entry.error is not None:
                     raise entry.error
                 assert entry.tensors is not None
@@ -237,6 +236,10 @@ class ExpertMemory:
         if self._entries.get(entry.key) is entry:
             del self._entries[entry.key]
 
+    def _forget_guesses(self) -> None:
+        while self._guessed:
+            self._forget(self._guessed.popleft())
+
     def _wake(self) -> None:
         """See to it that there are readers for what is to be read."""
         while self._running < min(self._readers, len(self._needed) + len(self._guessed)):
@@ -246,10 +249,7 @@ class ExpertMemory:
 
     def _run(self) -> None:
         """Read what is needed, then what is guessed, until there is nothing for a while."""
-        while True:
-            entry = self._await()
-            if entry is None:
-                return
+        for entry in iter(self._await, None):
             self._read(entry)
 
     def _await(self) -> _Entry | None:
@@ -280,23 +280,18 @@ class ExpertMemory:
             queue.popleft()
             return entry
         if entry.guessed:
-            while self._guessed:
-                self._forget(self._guessed.popleft())
+            self._forget_guesses()
         return None
 
     def _make_buffer(self, size: int, for_guess: bool) -> Tensor | None:
         """Return memory of that size, that of what was used longest ago if need be."""
         counters = self.counters
         while counters.bytes_held + size > self._bytes_for_experts:
-            idle = (
-                entry
-                for entry in self._entries.values()
-                if not entry.wanted
-                and entry.tensors is not None
-                and not (for_guess and entry.guessed)
-            )
-            victim = next(idle, None)
-            if victim is None:
+            for victim in self._entries.values():
+                idle = not victim.wanted and victim.tensors is not None
+                if idle and not (for_guess and victim.guessed):
+                    break
+            else:
                 return None
             self._forget(victim)
             assert victim.buffer is not None
@@ -316,12 +311,11 @@ class ExpertMemory:
         assert entry.buffer is not None
         try:
             self._files.read(recipe, entry.buffer)
-        except CheckpointError as error:
-            self._fail(entry, error)
-            return
         except BaseException as error:
-            self._fail(entry, error)
             with self._changed:
+                self._fail(entry, error)
+                if isinstance(error, CheckpointError):
+                    return
                 self._running -= 1
             raise
         with self._changed:
@@ -332,13 +326,8 @@ class ExpertMemory:
 
     def _fail(self, entry: _Entry, error: BaseException) -> None:
         """Let those who want an expert know that it cannot be read; the next may try again."""
-        with self._changed:
-            assert entry.buffer is not None
-            self.counters.bytes_held -= entry.buffer.numel()
-            entry.buffer, entry.error = None, error
-            self._forget(entry)
-            self._changed.notify_all()
-
-
-def _is_done(entry: _Entry) -> bool:
-    return entry.tensors is not None or entry.error is not None
+        assert entry.buffer is not None
+        self.counters.bytes_held -= entry.buffer.numel()
+        entry.buffer, entry.error = None, error
+        self._forget(entry)
+        self._changed.notify_all()

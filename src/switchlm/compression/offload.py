@@ -24,7 +24,6 @@ from switchlm.huggingface.quantised import SCALE
 from switchlm.huggingface.weights import Extent
 from switchlm.kernels.cpu.quantised import matrix
 from switchlm.kernels.select import linear
-from switchlm.model.block import Block
 from switchlm.model.config import Activation
 from switchlm.model.layers import Map, feed_forward
 from switchlm.model.switch import SwitchFeedForward
@@ -90,7 +89,8 @@ class OffloadedExperts(nn.Module):
         y_RW = x_RD.new_empty(x_RD.shape[0], self.width)
         y_RW[total:].zero_()
         with self.memory.want([(self.layer, expert) for expert in starts]) as ready:
-            self._guess(x_RD[:total])
+            if self.forecast is not None and total:  # while this layer computes
+                self.memory.guess(self.forecast.layer, self.forecast(x_RD[:total]))
             for (_, expert), tensors in ready:
                 rows = slice(starts[expert], starts[expert] + counts[expert])
                 y_RW[rows] = self._run(x_RD[rows], tensors)
@@ -110,12 +110,6 @@ class OffloadedExperts(nn.Module):
             outputs = self.hidden if name in ("up", "gate") else self.width
             return matrix(weight, tensors[f"{name}{SCALE}"], outputs)
         return lambda x: linear(x, weight)
-
-    def _guess(self, x_RD: Tensor) -> None:
-        """Have the next layer's experts read while this one computes."""
-        if self.forecast is not None and len(x_RD):
-            layer = self.forecast.layer
-            self.memory.guess(layer, self.forecast(x_RD))
 
 
 @dataclass(frozen=True)
@@ -181,8 +175,7 @@ def memory_of(model: nn.Module) -> ExpertMemory | None:
 def _foresee(model: SwitchTransformer) -> None:
     """Tell each Switch feed-forward layer of the next one in its stack."""
     for stack in (model.encoder, model.decoder):
-        blocks = [cast(Block, block) for block in stack.blocks]
-        sparse = [block for block in blocks if isinstance(block.feedforward, SwitchFeedForward)]
+        sparse = [one for one in stack.layers if isinstance(one.feedforward, SwitchFeedForward)]
         for here, following in pairwise(sparse):
             layer, after = (cast(SwitchFeedForward, b.feedforward) for b in (here, following))
             norm_D = here.feedforward_norm.weight.float()

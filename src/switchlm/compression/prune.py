@@ -7,7 +7,7 @@ Shapes: E experts, N experts that stay, D d_model, F d_ff, R rows in the order o
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from switchlm.data.batch import Batch
 from switchlm.errors import ConfigError
+from switchlm.generation.inference import evaluation_mode
 from switchlm.model.config import ModelConfig
 from switchlm.model.experts import Experts, FeedForwardExperts
 from switchlm.model.losses import token_losses
@@ -47,16 +48,15 @@ class MaskedExperts(nn.Module):
 
     def by_expert(self, value_R: Tensor) -> Tensor:
         """Return the sum over each expert's rows, float64 [E]."""
-        counts_E = self.counts_E.cpu()
-        expert_R = torch.repeat_interleave(torch.arange(self.num_experts), counts_E)
-        sum_E = torch.zeros(self.num_experts, dtype=torch.float64)
-        return sum_E.index_add_(0, expert_R, value_R[: expert_R.numel()].double().cpu())
+        counts = self.counts_E.tolist()
+        rows = value_R[: sum(counts)].double().cpu().split(counts)
+        return torch.stack([value.sum() for value in rows])
 
 
 def importance(
     model: SwitchTransformer, batches: Sequence[Batch], by: Measure
 ) -> dict[str, Tensor]:
-    """Return a score an expert for each Switch layer by name, float64 [E]; more is more important.
+    """Return a score per expert for each Switch layer by name, float64 [E]; more matters more.
 
     load: the assignments that the expert took. gradient: by how much the summed loss would change,
     to first order, if the expert's output were zero for one token, in absolute value, summed over
@@ -64,58 +64,54 @@ def importance(
 
     The model is run as in evaluation, its capacity included, and is left as it was.
     """
-    layers = switch_layers(model)
-    training = model.training
+    layers = list(switch_layers(model).values())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)
+    measure = _loads if by == "load" else _gradients
+    totals = [torch.zeros(layer.experts.num_experts, dtype=torch.float64) for layer in layers]
     try:
-        if by == "load":
-            scores = _loads(model, layers, batches)
-        else:
-            scores = _gradients(model, layers, batches)
+        with evaluation_mode(model):
+            for scores in measure(model, layers, batches):
+                for total_E, score_E in zip(totals, scores, strict=True):
+                    total_E += score_E
     finally:
-        model.train(training)
         for parameter in trained:
             parameter.requires_grad_(True)
-    return {name: score / score.sum().clamp(min=1e-30) for name, score in scores.items()}
+    shares = (total_E / total_E.sum().clamp(min=1e-30) for total_E in totals)
+    return dict(zip(switch_layers(model), shares, strict=True))
 
 
-@torch.no_grad()
 def _loads(
-    model: SwitchTransformer, layers: dict[str, SwitchLayer], batches: Sequence[Batch]
-) -> dict[str, Tensor]:
-    scores = {
-        name: torch.zeros(layer.experts.num_experts, dtype=torch.float64)
-        for name, layer in layers.items()
-    }
+    model: SwitchTransformer, layers: Sequence[SwitchLayer], batches: Sequence[Batch]
+) -> Iterator[list[Tensor]]:
+    """Yield for each batch the loads of the experts of each layer."""
     for batch in batches:
         _, routing = _run(model, batch)
-        for name, record in zip(layers, routing, strict=True):
-            expert_A = record.expert_A[record.kept_A].cpu()
-            scores[name] += torch.bincount(expert_A, minlength=scores[name].numel())
-    return scores
+        yield [
+            torch.bincount(one.expert_A[one.kept_A], minlength=layer.experts.num_experts).cpu()
+            for layer, one in zip(layers, routing, strict=True)
+        ]
 
 
 def _gradients(
-    model: SwitchTransformer, layers: dict[str, SwitchLayer], batches: Sequence[Batch]
-) -> dict[str, Tensor]:
-    masked = {name: MaskedExperts(layer.experts) for name, layer in layers.items()}
-    scores = {
-        name: torch.zeros(one.num_experts, dtype=torch.float64) for name, one in masked.items()
-    }
+    model: SwitchTransformer, layers: Sequence[SwitchLayer], batches: Sequence[Batch]
+) -> Iterator[list[Tensor]]:
+    """Yield for each batch the gradient scores of the experts of each layer."""
+    masked = [MaskedExperts(layer.experts) for layer in layers]
     try:
-        for name, layer in layers.items():
-            layer.experts = masked[name]
+        for layer, one in zip(layers, masked, strict=True):
+            layer.experts = one
         for batch in batches:
-            loss, _ = _run(model, batch)
-            masks = [one.mask_R for one in masked.values()]
-            gradients = torch.autograd.grad(loss, masks)
-            for (name, one), gradient_R in zip(masked.items(), gradients, strict=True):
-                scores[name] += one.by_expert(gradient_R.abs())
+            with torch.enable_grad():
+                loss, _ = _run(model, batch)
+            gradients = torch.autograd.grad(loss, [one.mask_R for one in masked])
+            yield [
+                one.by_expert(gradient_R.abs())
+                for one, gradient_R in zip(masked, gradients, strict=True)
+            ]
     finally:
-        for name, layer in layers.items():
-            layer.experts = masked[name].base
-    return scores
+        for layer, one in zip(layers, masked, strict=True):
+            layer.experts = one.base
 
 
 def _run(model: SwitchTransformer, batch: Batch) -> tuple[Tensor, tuple[Routing, ...]]:
@@ -169,7 +165,7 @@ def align(experts: FeedForwardExperts, centre: int, other: int) -> Tensor:
 
 
 def check_number(config: ModelConfig, number: int, most: int, option: str) -> None:
-    """Raise ConfigError unless of `most` experts a layer that many can be left.
+    """Raise ConfigError unless that many of `most` experts per layer can be left.
 
     option: what asked for it, for the message.
     """
@@ -187,7 +183,7 @@ def check_number(config: ModelConfig, number: int, most: int, option: str) -> No
 def prune(
     model: SwitchTransformer, scores: Mapping[str, Tensor], keep: int
 ) -> tuple[SwitchTransformer, dict[str, list[int]]]:
-    """Return a model of the `keep` experts a layer that score highest, and which they were.
+    """Return a model of the `keep` experts per layer that score highest, and which they were.
 
     scores: see `importance`. Routers lose the rows of the experts that go, so that their tokens go
         to the next best of those that stay.
@@ -197,10 +193,10 @@ def prune(
         name: sorted(score_E.argsort(descending=True, stable=True)[:keep].tolist())
         for name, score_E in scores.items()
     }
-    state = dict(model.state_dict())
+    state = model.state_dict()
     for name, layer in switch_layers(model).items():
-        for key, tensor in _stacked(name, layer):
-            state[key] = tensor[kept[name]].clone()
+        for key, tensor in layer.state_dict().items():
+            state[f"{name}.{key}"] = tensor[kept[name]]
     return _smaller(model, state, keep), kept
 
 
@@ -216,17 +212,13 @@ def merge(
         Routers' rows are averaged likewise.
     """
     check_number(model.config, number, model.config.num_experts, "--merge-experts")
-    state = dict(model.state_dict())
+    state = model.state_dict()
     groups = {}
     for name, layer in switch_layers(model).items():
-        score_E = scores[name]
-        groups[name] = cluster(layer, score_E, number)
-        aligned = {
-            f"{name}.experts.{key}": tensor for key, tensor in _aligned(layer, groups[name]).items()
-        }
-        for key, tensor in _stacked(name, layer):
-            tensor = aligned.get(key, tensor)
-            state[key] = torch.stack([_mean(tensor, group, score_E) for group in groups[name]])
+        groups[name] = cluster(layer, scores[name], number)
+        for key, tensor in (layer.state_dict() | _aligned(layer, groups[name])).items():
+            means = [_mean(tensor, group, scores[name]) for group in groups[name]]
+            state[f"{name}.{key}"] = torch.stack(means)
     return _smaller(model, state, number), groups
 
 
@@ -244,24 +236,13 @@ def _aligned(layer: SwitchLayer, groups: list[list[int]]) -> dict[str, Tensor]:
     experts = layer.experts
     if not isinstance(experts, FeedForwardExperts):
         return {}
-    found = {key: tensor.detach().clone() for key, tensor in experts.named_parameters()}
+    found = {f"experts.{key}": one.clone() for key, one in experts.state_dict().items()}
     for centre, *others in groups:
         for other in others:
             order_F = align(experts, centre, other)
             for key, tensor in found.items():
                 place = tensor[other]
-                place.copy_(place[order_F] if key == "down" else place[:, order_F])
-    return found
-
-
-def _stacked(name: str, layer: SwitchLayer) -> list[tuple[str, Tensor]]:
-    """Return what has a row an expert: the router's weight and bias, and the experts."""
-    found = [(f"{name}.router.weight", layer.router.weight.detach())]
-    if layer.router.bias_E is not None:
-        found.append((f"{name}.router.bias_E", layer.router.bias_E))
-    experts = layer.experts
-    assert isinstance(experts, torch.nn.Module)
-    found += [(f"{name}.experts.{key}", one.detach()) for key, one in experts.named_parameters()]
+                place.copy_(place[order_F] if key.endswith("down") else place[:, order_F])
     return found
 
 

@@ -31,29 +31,25 @@ def round_to_nearest(quantisation: Quantisation) -> Quantiser:
     """Return what quantises one matrix at a time, knowing nothing but its weights."""
 
     def quantise(entry: Entry, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-        weight_NK = check_finite(entry, weight_NK.float())
+        weight_NK = weight_NK.float()
+        if not weight_NK.isfinite().all():
+            raise CheckpointError(
+                f"{entry.theirs} holds numbers that are not finite; the model is damaged."
+            )
         if quantisation.bits == 8:
             scale_N = int8_scale(weight_NK)
-            return int8_codes(weight_NK, scale_N), scale_N
-        grid_GN2 = int4_grid(weight_NK, group_size(entry, quantisation))
+            codes_NK = (weight_NK / scale_N[:, None]).round_()
+            return codes_NK.clamp_(-LARGEST_INT8, LARGEST_INT8).to(torch.int8), scale_N
+        grid_GN2 = int4_grid(weight_NK, group_size(weight_NK, quantisation))
         return pack_int4(int4_codes(weight_NK, grid_GN2)), pad_grid(grid_GN2)
 
     return quantise
 
 
-def check_finite(entry: Entry, weight_NK: Tensor) -> Tensor:
-    """Return the weight; raises CheckpointError if a number in it is infinite or none at all."""
-    if not weight_NK.isfinite().all():
-        raise CheckpointError(
-            f"{entry.theirs} holds numbers that are not finite; the model is damaged."
-        )
-    return weight_NK
-
-
-def group_size(entry: Entry, quantisation: Quantisation) -> int:
-    """Return how many inputs of that parameter share a scale."""
-    size = group_size_of(entry.shape[1], quantisation.group_size)
-    assert size is not None, "saving refuses such widths"
+def group_size(weight_NK: Tensor, quantisation: Quantisation) -> int:
+    """Return how many inputs share a scale in 4 bits."""
+    size = group_size_of(weight_NK.shape[1], quantisation.group_size)
+    assert size is not None, "room for codes is refused for such widths"
     return size
 
 
@@ -63,25 +59,19 @@ def int8_scale(weight_NK: Tensor) -> Tensor:
     return torch.where(scale_N > 0, scale_N, 1.0)
 
 
-def int8_codes(weight_NK: Tensor, scale_N: Tensor) -> Tensor:
-    """Return the nearest codes, int8."""
-    codes_NK = (weight_NK / scale_N[:, None]).round_()
-    return codes_NK.clamp_(-LARGEST_INT8, LARGEST_INT8).to(torch.int8)
-
-
 def int4_grid(weight_NK: Tensor, size: int) -> Tensor:
     """Return scale and offset of each group, [G, N, 2] bfloat16.
 
     Codes 0 to 15 stand for (code - 8) * scale + offset, from the least weight of a group to its
-    largest.
+    largest. A group of equal weights has them as its offset, and the scale 1.
     """
     weight_NGH = weight_NK.unflatten(1, (-1, size))
     low_NG, high_NG = weight_NGH.aminmax(dim=2)
     scale_NG = (high_NG - low_NG) / LEVELS
     # bfloat16 may round down; the next number up covers the largest weight again.
     scale_NG = (scale_NG * (1 + 2**-8)).to(torch.bfloat16)
-    scale_NG = torch.where(scale_NG > 0, scale_NG, 1.0)
     offset_NG = (low_NG + 8 * scale_NG.float()).to(torch.bfloat16)
+    scale_NG = torch.where(scale_NG > 0, scale_NG, 1.0)
     return torch.stack([scale_NG, offset_NG], 2).transpose(0, 1).contiguous()
 
 
@@ -104,13 +94,12 @@ class Codes:
     """
 
     def __init__(self, model: SwitchTransformer, quantisation: Quantisation) -> None:
-        self.config, self.family = model.config, family_of(model.config)
         self.quantisation = quantisation
         self._tensors = {
             part.key: torch.zeros(part.shape, dtype=part.dtype)
-            for entry in first_entries(self.config, self.family)
+            for entry in first_entries(model.config, family_of(model.config))
             if quantisation.holds(entry)
-            for part in parts(entry, self.config.num_experts, quantisation)
+            for part in parts(entry, model.config.num_experts, quantisation)
         }
 
     def put(self, entry: Entry, codes: Tensor, scale: Tensor) -> None:
@@ -121,9 +110,9 @@ class Codes:
     def get(self, entry: Entry) -> tuple[Tensor, Tensor]:
         """Return codes and scale of one matrix."""
         codes, scale = self._tensors[entry.ours], self._tensors[entry.ours + SCALE]
-        return (
-            (codes, scale) if entry.expert is None else (codes[entry.expert], scale[entry.expert])
-        )
+        if entry.expert is None:
+            return codes, scale
+        return codes[entry.expert], scale[entry.expert]
 
     def num_bytes(self, of: SwitchTransformer) -> int:
         """Return the bytes of the quantised model's weights as they are stored."""
@@ -132,14 +121,12 @@ class Codes:
 
     def model(self, of: SwitchTransformer) -> SwitchTransformer:
         """Return the quantised model; what is not quantised is that of `of`."""
-        state = {name: tensor.detach() for name, tensor in of.state_dict().items()}
+        state = {name: tensor.detach() for name, tensor in of.state_dict().items()} | self._tensors
 
         def read(keys: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-            return (
-                (key, self._tensors[key] if key in self._tensors else state[key]) for key in keys
-            )
+            return ((key, state[key]) for key in keys)
 
-        return assemble(self.config, self.family, self.quantisation, read, torch.float32)
+        return assemble(of.config, family_of(of.config), self.quantisation, read, torch.float32)
 
 
 @torch.no_grad()

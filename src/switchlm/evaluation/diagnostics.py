@@ -18,7 +18,6 @@ from torch import Tensor
 from switchlm.data.batch import Batch
 from switchlm.generation.inference import evaluation_mode
 from switchlm.model.attention import Attention, SwitchAttention, heads
-from switchlm.model.block import Block
 from switchlm.model.router import Router
 from switchlm.model.routing import Routing
 from switchlm.model.switch import SwitchFeedForward
@@ -148,18 +147,11 @@ def _layers(
     x_BSD, mask_BS = inputs.x_BSD, inputs.mask_BS
     real_BS = torch.ones(x_BSD.shape[:2], dtype=torch.bool, device=x_BSD.device)
     real_BS = real_BS if mask_BS is None else mask_BS
-    for index, block in enumerate(stack.blocks):
-        assert isinstance(block, Block)
+    for index, block in enumerate(stack.layers):
         place = f"{name}.blocks.{index}"
         seen_BSD = block.attention_norm(x_BSD)
         near_H = _near(block.attention, seen_BSD, inputs.bias, mask_BS, real_BS)
-        x_BSD, routing = block.attend(
-            x_BSD,
-            inputs.bias,
-            mask_BS=mask_BS,
-            memory=memory_BSD,
-            memory_bias=inputs.memory_bias,
-        )
+        x_BSD, routing = block.attend(x_BSD, inputs, memory=memory_BSD)
         switches = []
         if isinstance(block.attention, SwitchAttention):
             for part, one in zip(("query", "key_value"), routing, strict=True):
@@ -207,9 +199,8 @@ def _switch(
 ) -> SwitchDiagnosis:
     """Measure a Switch layer whose router reads x_BSD."""
     real_N, num_tokens = real_BS.reshape(-1), real_BS.numel()
-    x_ND = x_BSD.reshape(num_tokens, -1).to(router.dtype)
-    logits_NE = torch.nn.functional.linear(x_ND, router.weight.to(router.dtype)).float()
-    probability_NE = logits_NE[real_N].softmax(-1)
+    logits_NE, _ = router.scores(x_BSD.reshape(num_tokens, -1))
+    probability_NE = logits_NE[real_N].float().softmax(-1)
     if routing.token_A is None:
         choices = routing.expert_A.numel() // num_tokens
         first_N = routing.expert_A.view(num_tokens, choices)[:, 0][real_N]

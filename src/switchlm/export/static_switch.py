@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from switchlm.model.experts import FeedForwardExperts
 from switchlm.model.layers import feed_forward
-from switchlm.model.selection import choose
 from switchlm.model.switch import SwitchFeedForward
 
 TILE = 16
@@ -50,16 +49,14 @@ class StaticSwitch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x_ND = x.reshape(-1, x.shape[-1])
         choices = self.router.config.experts_per_token
-        logits_NE = nn.functional.linear(x_ND.float(), self.router.weight.float())
-        probability_NE = logits_NE.softmax(-1)
-        expert_NK = choose(probability_NE, choices, self.router.bias_E)
-        gate_NK = probability_NE.gather(1, expert_NK)
-        if choices > 1:
-            gate_NK = gate_NK / gate_NK.sum(-1, keepdim=True)
-        x_AD = x_ND.repeat_interleave(choices, 0) if choices > 1 else x_ND
-        y_AD = self.way(self, x_AD, expert_NK.reshape(-1))
-        y_NKD = y_AD.view(-1, choices, x.shape[-1]) * gate_NK[..., None]
-        return y_NKD.sum(1).view(x.shape)
+        _, probability_NE = self.router.scores(x_ND)
+        expert_NK = self.router.choose(probability_NE)
+        gate_NK = self.router.gates(probability_NE, expert_NK)
+        # All first choices before any second choice, as they queue for capacity.
+        x_AD = x_ND.repeat(choices, 1) if choices > 1 else x_ND
+        y_AD = self.way(self, x_AD, expert_NK.t().reshape(-1))
+        y_KND = y_AD.view(choices, -1, x.shape[-1]) * gate_NK.t()[..., None]
+        return y_KND.sum(0).view(x.shape)
 
     def feed(self, x_XRD: Tensor, expert_X: Tensor | None) -> Tensor:
         """Apply to each group of rows x_XRD its expert; None says that group e is expert e's."""
@@ -102,7 +99,8 @@ def tiled(layer: StaticSwitch, x_AD: Tensor, expert_A: Tensor) -> Tensor:
 def padded_to(factor: float) -> Way:
     """Return `padded`, where an expert has ceil(A / E * factor) slots for all rows of a batch.
 
-    Assignments take slots in order; padding takes slots like any token.
+    Assignments take slots in order; padding takes slots like any token. This is not the capacity
+    of `Router`: it is computed in whole numbers, since a graph does not know A.
 
     factor: to two decimals.
     """

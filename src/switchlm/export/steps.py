@@ -10,6 +10,7 @@ D d_model, V vocabulary.
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +22,6 @@ from switchlm.export.static_switch import StaticSwitch, Way, gathered, padded_to
 from switchlm.huggingface.config import family_of
 from switchlm.huggingface.names import entries
 from switchlm.model.attention import Attention, KeysValues, KeyValueStore
-from switchlm.model.block import Block
 from switchlm.model.config import ModelConfig
 from switchlm.model.switch import SwitchFeedForward
 from switchlm.model.transformer import Stack, SwitchTransformer
@@ -32,9 +32,10 @@ _ROW, _MEMORY, _CACHE = (
     {1: "batch", 3: "source"},
     {1: "batch", 3: "places"},
 )
-ENCODER_INPUTS: dict[str, dict[int, str]] = {"tokens": _ROW, "mask": _ROW}
+Names = dict[str, dict[int, str]]
+ENCODER_INPUTS: Names = {"tokens": _ROW, "mask": _ROW}
 ENCODER_OUTPUTS = ("encoded", "cross_keys", "cross_values")
-STEP_INPUTS: dict[str, dict[int, str]] = {
+STEP_INPUTS: Names = {
     "token": {0: "batch"},
     "position": {},
     "mask": _ROW,
@@ -44,6 +45,7 @@ STEP_INPUTS: dict[str, dict[int, str]] = {
     "values": _CACHE,
 }
 STEP_OUTPUTS = ("logits", "new_keys", "new_values")
+SIGNATURES = ((ENCODER_INPUTS, ENCODER_OUTPUTS), (STEP_INPUTS, STEP_OUTPUTS))
 
 
 class Encoder(nn.Module):
@@ -98,20 +100,20 @@ class DecoderStep(nn.Module):
             token_B1,
             cross_keys_LBHSK,  # of which the decoder, given its keys and values, asks the device
             input_segments_BS=mask_BS.long(),
-            cache=_Cache(stores, memories, position.view(1), place_M),
+            cache=_Cache([*stores], memories, position.view(1), place_M),
         )
         keys = torch.stack([store.keys_BHMK for store in stores])
         values = torch.stack([store.values_BHMK for store in stores])
         return output.logits_BTV[:, -1], keys, values
 
 
+@dataclass
 class _Store:
     """A layer's keys and values, replaced instead of written to."""
 
-    def __init__(self, keys_BHMK: Tensor, values_BHMK: Tensor, here_M1: Tensor) -> None:
-        self.keys_BHMK = keys_BHMK
-        self.values_BHMK = values_BHMK
-        self.here_M1 = here_M1
+    keys_BHMK: Tensor
+    values_BHMK: Tensor
+    here_M1: Tensor
 
     def update(self, key_BH1K: Tensor, value_BH1K: Tensor) -> KeysValues:
         self.keys_BHMK = torch.where(self.here_M1, key_BH1K, self.keys_BHMK)
@@ -119,16 +121,14 @@ class _Store:
         return self.keys_BHMK, self.values_BHMK
 
 
+@dataclass
 class _Cache:
     """A DecodingCache of one step."""
 
-    def __init__(
-        self, stores: list[_Store], memories: list[KeysValues], here_1: Tensor, place_M: Tensor
-    ) -> None:
-        self.self_attention: list[KeyValueStore] = list(stores)
-        self.cross_attention = memories
-        self.here_1 = here_1
-        self.place_M = place_M
+    self_attention: list[KeyValueStore]
+    cross_attention: list[KeysValues]
+    here_1: Tensor
+    place_M: Tensor
 
     def positions(self, num_new: int) -> tuple[Tensor, Tensor]:
         assert num_new == 1
@@ -165,7 +165,7 @@ def programs(
         raise ConfigError(f"A capacity factor is at least 0.01, got {capacity_factor}.")
     encoder_way = tiled if capacity_factor is None else padded_to(capacity_factor)
     first, second = _copy(model), _copy(model)
-    attentions = [_block(block).cross_attention for block in first.decoder.blocks]
+    attentions = [block.cross_attention for block in first.decoder.layers]
     # Each program keeps no more than it needs.
     del first.decoder, first.head, second.encoder
     _replace(first.encoder, encoder_way)
@@ -185,14 +185,9 @@ def _copy(model: SwitchTransformer) -> SwitchTransformer:
 
 
 def _replace(stack: Stack, way: Way) -> None:
-    for block in map(_block, stack.blocks):
+    for block in stack.layers:
         if isinstance(block.feedforward, SwitchFeedForward):
             block.feedforward = StaticSwitch(block.feedforward, way)  # type: ignore[assignment]
-
-
-def _block(module: nn.Module) -> Block:
-    assert isinstance(module, Block)
-    return module
 
 
 def examples(config: ModelConfig) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

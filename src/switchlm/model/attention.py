@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from switchlm.kernels.select import attention
 from switchlm.model.config import ModelConfig
-from switchlm.model.layers import Linear
-from switchlm.model.local import local
+from switchlm.model.layers import Linear, local
 from switchlm.model.routing import Routing
 from switchlm.model.switch import SwitchProjection
 
@@ -29,7 +28,7 @@ class KeyValueStore(Protocol):
 
 
 class RelativeBias(nn.Module):
-    """A bias a head for each bucket of relative distance (Raffel et al. 2020).
+    """A bias per head for each bucket of relative distance (Raffel et al. 2020).
 
     Half the buckets hold exact small distances; the others grow with the logarithm of the distance
     up to `max_distance`. In a decoder all buckets are for the past.
@@ -125,15 +124,14 @@ class Attention(nn.Module):
         memory: another sequence, or its keys and values (cross-attention); without it x attends to
             itself, and to the past in `store`.
         """
-        query_BHQK = heads(self.query(x_BQD), self.d_kv)
+        query_BQW = self.query(x_BQD)
         if memory is None:
             memory = self.keys_values(x_BQD)
             if store is not None:
                 memory = store.update(*memory)
         elif isinstance(memory, Tensor):
             memory = self.keys_values(memory)
-        dropout = self.dropout if self.training else 0.0
-        return self.output(attention(query_BHQK, *memory, bias, dropout)), ()
+        return _attend(self, query_BQW, memory, bias), ()
 
 
 class SwitchAttention(nn.Module):
@@ -165,19 +163,24 @@ class SwitchAttention(nn.Module):
         x_BQD: Tensor,
         bias: Tensor | None,
         *,
-        memory: Memory | None = None,
         store: KeyValueStore | None = None,
         mask_BQ: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Return (y_BQD, the routing of queries and of keys); see Attention.forward."""
-        assert memory is None, "cross-attention keeps dense projections"
         query_BQW, query_routing = self.query(x_BQD, mask_BQ)
         shared_BQW, shared_routing = self.key_value(x_BQD, mask_BQ)
-        query_BHQK = heads(query_BQW, self.d_kv)
         shared_BHQK = heads(shared_BQW, self.d_kv)
         memory = (shared_BHQK, shared_BHQK)
         if store is not None:
             memory = store.update(*memory)
-        dropout = self.dropout if self.training else 0.0
-        y_BQD = self.output(attention(query_BHQK, *memory, bias, dropout))
-        return y_BQD, (query_routing, shared_routing)
+        return _attend(self, query_BQW, memory, bias), (query_routing, shared_routing)
+
+
+def _attend(
+    layer: Attention | SwitchAttention, query_BQW: Tensor, memory: KeysValues, bias: Tensor | None
+) -> Tensor:
+    """Return y_BQD: what the queries find in memory, through the output projection."""
+    dropout = layer.dropout if layer.training else 0.0
+    query_BHQK = heads(query_BQW, layer.d_kv)
+    y_BQD: Tensor = layer.output(attention(query_BHQK, *memory, bias, dropout))
+    return y_BQD

@@ -1,8 +1,10 @@
 """The configuration of a model: its shape, and how its routers decide."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import inf
 from typing import Any, Literal
 
 from switchlm.errors import ConfigError
@@ -10,6 +12,16 @@ from switchlm.model.semantics import SEMANTICS, Mode, Semantics
 
 Activation = Literal["relu", "gelu"]
 LARGEST = 2**31  # no dimension of a real model comes near; stops absurd allocations early
+
+
+def _require(
+    section: object, where: str, names: Sequence[str], fits: Callable[[float], bool], what: str
+) -> None:
+    """Raise ConfigError for the first of the fields `names` whose value is set and does not fit."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not fits(value):
+            raise ConfigError(f"{where}.{name} must {what}, got {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,24 +67,12 @@ class RouterConfig:
     bias_rate: float = 0.001
 
     def __post_init__(self) -> None:
-        for name in ("capacity_factor", "evaluation_capacity_factor", "expert_capacity"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(
-                    f"router.{name} must be positive or null (dropless), got {value}."
-                )
-        for name in ("min_capacity", "group_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"router.{name} must be at least 1 or null, got {value}.")
-        if not 0 <= self.exploration_rate < 1:
-            raise ConfigError(
-                f"router.exploration_rate must lie in [0, 1), got {self.exploration_rate}."
-            )
-        if self.experts_per_token < 1:
-            raise ConfigError(
-                f"router.experts_per_token must be at least 1, got {self.experts_per_token}."
-            )
+        require = partial(_require, self, "router")
+        capacities = ("capacity_factor", "evaluation_capacity_factor", "expert_capacity")
+        require(capacities, lambda value: value > 0, "be positive or null (dropless)")
+        require(("min_capacity", "group_rows"), lambda value: value >= 1, "be at least 1 or null")
+        require(("exploration_rate",), lambda value: 0 <= value < 1, "lie in [0, 1)")
+        require(("experts_per_token",), lambda value: value >= 1, "be at least 1")
         if self.experts_per_token > 1 and (self.reroute_overflow or self.exploration == "sample"):
             raise ConfigError(
                 "router.reroute_overflow and router.exploration=sample are defined for one expert "
@@ -121,10 +121,8 @@ class Initialisation:
     positions: Literal["uniform", "local"] = "uniform"
 
     def __post_init__(self) -> None:
-        for name in ("scale", "embedding_std", "router_std"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise ConfigError(f"model.initialisation.{name} must be positive, got {value}.")
+        names = ("scale", "embedding_std", "router_std")
+        _require(self, "model.initialisation", names, lambda value: 0 < value < inf, "be positive")
 
 
 def upgrade_model_section(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,32 +184,22 @@ class ModelConfig:
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
 
     def __post_init__(self) -> None:
-        positive = ("vocabulary_size", "d_model", "d_ff", "d_kv", "num_heads")
-        for name in (*positive, "num_encoder_layers", "num_decoder_layers"):
-            value = getattr(self, name)
-            if not 1 <= value < LARGEST:
-                raise ConfigError(f"model.{name} must be at least 1 and below 2^31, got {value}.")
-        for name in ("pad_id", "end_id"):
-            value = getattr(self, name)
-            if not 0 <= value < self.vocabulary_size:
-                raise ConfigError(
-                    f"model.{name} must be one of the {self.vocabulary_size} ids of the "
-                    f"vocabulary, got {value}."
-                )
-        for name in ("sparse_step", "decoder_sparse_step"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < LARGEST:
-                raise ConfigError(f"model.{name} must lie in 0..2^31 - 1, got {value}.")
+        require = partial(_require, self, "model")
+        size = self.vocabulary_size
+        widths = ("vocabulary_size", "d_model", "d_ff", "d_kv", "num_heads")
+        sizes = (*widths, "num_encoder_layers", "num_decoder_layers")
+        require(sizes, lambda value: 1 <= value < LARGEST, "be at least 1 and below 2^31")
+        ids = f"be one of the {size} ids of the vocabulary"
+        require(("pad_id", "end_id"), lambda value: 0 <= value < size, ids)
+        steps = ("sparse_step", "decoder_sparse_step")
+        require(steps, lambda value: 0 <= value < LARGEST, "lie in 0..2^31 - 1")
+        require(("num_experts",), lambda value: 0 <= value <= 65536, "lie in 0..65536")
+        require(("dropout", "expert_dropout"), lambda value: 0 <= value < 1, "lie in [0, 1)")
         if not 4 <= self.relative_buckets < 2 * self.relative_distance < LARGEST:
             raise ConfigError(
                 "model.relative_buckets must be at least 4 and below twice the relative_distance, "
                 f"got {self.relative_buckets} and {self.relative_distance}."
             )
-        if not 0 <= self.num_experts <= 65536:
-            raise ConfigError(f"model.num_experts must lie in 0..65536, got {self.num_experts}.")
-        for name in ("dropout", "expert_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} must lie in [0, 1), got {getattr(self, name)}.")
         if self.num_experts and self.router.experts_per_token > self.num_experts:
             raise ConfigError(
                 f"router.experts_per_token is {self.router.experts_per_token}, but there are only "

@@ -11,12 +11,12 @@ def parameters(config: ModelConfig) -> int:
 
 
 def active_parameters(config: ModelConfig) -> int:
-    """Return the parameters that one token uses: one expert a Switch layer (or top-k)."""
+    """Return the parameters that one token uses: one expert per Switch layer (or top-k)."""
     return _parameters(config, experts_a_layer=config.router.experts_per_token)
 
 
 def flops_per_token(config: ModelConfig, input_length: int, target_length: int) -> float:
-    """Return forward FLOPs (2 a multiply-add) a token, over one row of inputs and targets.
+    """Return forward FLOPs (2 per multiply-add) per token, over one row of inputs and targets.
 
     Counts matrix products: projections, attention scores and sums, FFNs, routers and the head.
     Multiply by 3 for forward and backward.

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from switchlm.kernels.select import expert_feedforward, grouped_matmul, switch_feedforward
 from switchlm.model.config import Activation
 from switchlm.model.dispatch import Assignments
-from switchlm.model.layers import Map, feed_forward
-from switchlm.model.local import local
+from switchlm.model.layers import Map, feed_forward, local
 
 
 class Experts(Protocol):

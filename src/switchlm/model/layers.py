@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -78,3 +79,13 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a sharded tensor that this process holds; any other tensor as it is.
+
+    The one trace that sharding leaves in the model: a module computes with the part that is here.
+    Sharded tensors (DTensor) know how; gradients go back to where they belong.
+    """
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else cast(Tensor, to_local())

@@ -20,8 +20,7 @@ from switchlm.model.attention import Attention, SwitchAttention
 from switchlm.model.config import Initialisation
 from switchlm.model.experts import FeedForwardExperts, ProjectionExperts
 from switchlm.model.initialise import Initialiser
-from switchlm.model.layers import Map, feed_forward
-from switchlm.model.local import local
+from switchlm.model.layers import Map, feed_forward, local
 from switchlm.model.transformer import SwitchTransformer
 
 
@@ -93,11 +92,11 @@ class AdaptedExperts(nn.Module):
 
     def merged(self) -> dict[str, Tensor]:
         """Return the weights of the plain module that does the same."""
-        return {
-            name: _added(weight, self.scale, pair.a, pair.b)
-            for name, weight in self.base.named_parameters()
-            for pair in [cast(Pair, self.pairs[name])]
-        }
+        found = {}
+        for name, weight in self.base.named_parameters():
+            pair = cast(Pair, self.pairs[name])
+            found[name] = _added(weight, self.scale, pair.a, pair.b)
+        return found
 
 
 Adapted = AdaptedLinear | AdaptedExperts
@@ -111,32 +110,24 @@ def _added(weight: Tensor, scale: float, left: Tensor, right: Tensor) -> Tensor:
 def apply(model: SwitchTransformer, rank: int, alpha: float, seed: int = 0) -> None:
     """Freeze the model and put adapters on its attention projections and experts, in place.
 
-    rank: K.
+    rank: K; ConfigError where it is larger than a width, for then a pair has more numbers than its
+        weight needs.
     alpha: what A B is multiplied with, times the rank.
     seed: of A.
-
-    Raises ConfigError for a rank that is larger than a width, for then a pair has more numbers than
-    its weight needs.
     """
     model.requires_grad_(False)
     for name, part in list(_adaptable(model)):
-        widths = (
-            [(part.in_features, part.out_features)]
-            if isinstance(part, nn.Linear)
-            else [tuple(weight.shape[1:]) for weight in part.parameters()]
-        )
-        narrowest = min(min(pair) for pair in widths)
+        narrowest = min(width for weight in part.parameters() for width in weight.shape[-2:])
         if rank > narrowest:
             raise ConfigError(
                 f"The rank {rank} of the adapters is larger than {narrowest}, a width of "
                 f"{name}: choose a rank of at most {narrowest}; 4 to 64 are usual."
             )
-        scale = alpha / rank
-        adapted = (
-            AdaptedLinear(part, rank, scale)
-            if isinstance(part, nn.Linear)
-            else AdaptedExperts(part, rank, scale)
-        )
+        adapted: Adapted
+        if isinstance(part, nn.Linear):
+            adapted = AdaptedLinear(part, rank, alpha / rank)
+        else:
+            adapted = AdaptedExperts(part, rank, alpha / rank)
         model.set_submodule(name, adapted.train(part.training))
     initialiser = Initialiser(Initialisation(scale=1.0), seed=seed)
     with torch.no_grad():
@@ -149,12 +140,12 @@ def apply(model: SwitchTransformer, rank: int, alpha: float, seed: int = 0) -> N
 
 def adapters(model: SwitchTransformer) -> dict[str, Tensor]:
     """Return the pairs by name, all that an adapted model has learnt: live tensors."""
-    pairs: dict[str, Tensor] = {}
-    for name, part in _adapted(model):
-        for inner, parameter in part.named_parameters():
-            if not inner.startswith("base."):
-                pairs[f"{name}.{inner}"] = parameter
-    return pairs
+    return {
+        f"{name}.{inner}": parameter
+        for name, part in _adapted(model)
+        for inner, parameter in part.named_parameters()
+        if not inner.startswith("base.")
+    }
 
 
 @torch.no_grad()

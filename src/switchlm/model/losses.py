@@ -8,7 +8,7 @@ from torch import Tensor
 
 from switchlm.kernels import select
 from switchlm.model.config import ModelConfig
-from switchlm.model.local import local
+from switchlm.model.layers import local
 from switchlm.model.routing import ModelOutput, Routing
 
 
@@ -38,11 +38,6 @@ def joined_balance_loss(routing: tuple[Routing, ...]) -> Tensor:
     return (fraction_GE * probability_GE).sum(-1).mean() * fraction_GE.shape[-1]
 
 
-def weighted(weight: float, loss: Tensor) -> Tensor:
-    """Return weight * loss; without a weight, spare the backward pass."""
-    return weight * loss if weight else torch.zeros_like(loss)
-
-
 def routing_losses(output: ModelOutput, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Return the weighted balance loss and the weighted router z-loss of all Switch layers.
 
@@ -57,8 +52,8 @@ def routing_losses(output: ModelOutput, config: ModelConfig) -> tuple[Tensor, Te
         if layers
         and (semantics.losses_where_all_sparse or config.sparse_step_of(decoder=decoder) > 1)
     ]
+    zero = torch.zeros((), device=output.logits_BTV.device)
     if not stacks:
-        zero = torch.zeros((), device=output.logits_BTV.device)
         return zero, zero
     if semantics.balance_over_layers == "joined":
         balance_X = torch.stack([joined_balance_loss(layers) for layers in stacks])
@@ -70,6 +65,7 @@ def routing_losses(output: ModelOutput, config: ModelConfig) -> tuple[Tensor, Te
         z_loss_X = torch.stack([layer.z_loss for layers in stacks for layer in layers])
     over_layers = torch.mean if semantics.balance_over_layers == "mean" else torch.sum
     weight = router.balance_weight if router.balance == "loss" else 0.0
-    return weighted(weight, over_layers(balance_X)), weighted(
-        router.z_weight, over_layers(z_loss_X)
-    )
+    # Without a weight, the backward pass is spared.
+    balance_loss = weight * over_layers(balance_X) if weight else zero
+    z_loss = router.z_weight * over_layers(z_loss_X) if router.z_weight else zero
+    return balance_loss, z_loss

@@ -22,7 +22,7 @@ ExpertMap = Callable[[int, Tensor], Tensor]  # an expert and its rows to what it
 
 
 class QuantisedExperts(nn.Module):
-    """Feed-forward experts (see the `Experts` protocol); a matrix an expert in each list."""
+    """Feed-forward experts (see the `Experts` protocol); each list has a matrix per expert."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class QuantisedExperts(nn.Module):
 
 
 class QuantisedProjectionExperts(nn.Module):
-    """One matrix an expert, for Switch layers inside attention."""
+    """One matrix per expert, for Switch layers inside attention."""
 
     def __init__(self, projection: Sequence[Matrix]) -> None:
         super().__init__()
@@ -54,14 +54,12 @@ class QuantisedProjectionExperts(nn.Module):
         self.num_experts = len(projection)
 
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
-        def run(expert: int, rows: Tensor) -> Tensor:
-            return self.projection[expert](rows)
-
-        return each_expert(run, x_RD, counts_E, self.projection[0].num_outputs)
+        width = self.projection[0].num_outputs
+        return each_expert(lambda e, rows: self.projection[e](rows), x_RD, counts_E, width)
 
 
-class QuantisedLinear(nn.Module):
-    """A projection without bias."""
+class _Quantised(nn.Module):
+    """What has one matrix, whose codes are its weight: where they are is where the model is."""
 
     def __init__(self, matrix: Matrix) -> None:
         super().__init__()
@@ -69,28 +67,22 @@ class QuantisedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The codes."""
         return self.matrix.codes
+
+
+class QuantisedLinear(_Quantised):
+    """A projection without bias."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.matrix(x.reshape(-1, x.shape[-1]))
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-class QuantisedEmbedding(nn.Module):
+class QuantisedEmbedding(_Quantised):
     """The vocabulary as codes: looked up a row at a time. float32 comes out."""
 
-    def __init__(self, matrix: Int8Matrix | Int4Matrix) -> None:
-        super().__init__()
-        self.matrix = matrix
-
-    @property
-    def weight(self) -> Tensor:
-        """The codes; where they are is where the model is."""
-        return self.matrix.codes
-
     def forward(self, tokens: Tensor) -> Tensor:
-        matrix, index_I = self.matrix, tokens.reshape(-1)
+        matrix, index_I = cast(Int8Matrix | Int4Matrix, self.matrix), tokens.reshape(-1)
         if isinstance(matrix, Int8Matrix):
             rows_ID = matrix.codes_NK[index_I].float() * matrix.scale_N[index_I, None]
         else:
@@ -114,7 +106,7 @@ def each_expert(run: ExpertMap, x_RD: Tensor, counts_E: Tensor, width: int) -> T
 def put_in(model: SwitchTransformer, matrices: Matrices) -> None:
     """Replace what is quantised, in place: experts, and linear maps and vocabulary if they are.
 
-    matrices: by the name of the parameter that they stand for, one an expert where it is stacked.
+    matrices: by the name of the parameter that they stand for; one per expert where it is stacked.
     """
     for name, module in list(model.named_modules()):
         made = _made(name, module, matrices)
@@ -145,5 +137,5 @@ def _made(name: str, module: nn.Module, matrices: Matrices) -> nn.Module | None:
         return None
     matrix = matrices[f"{name}.weight"][0]
     if isinstance(module, nn.Embedding):
-        return QuantisedEmbedding(cast(Int8Matrix | Int4Matrix, matrix))
+        return QuantisedEmbedding(matrix)
     return QuantisedLinear(matrix) if isinstance(module, nn.Linear) else None

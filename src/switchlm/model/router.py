@@ -3,8 +3,6 @@
 Shapes: N tokens, D d_model, E experts, K experts per token, A assignments, G groups of S tokens.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -20,31 +18,6 @@ from switchlm.model.selection import (
     grouped,
     position_in_expert,
 )
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What the router thinks of a batch, before any token or expert chooses.
-
-    logits_NE, probability_NE: in the router's dtype.
-    valid_N: bool, false at padding; None where all tokens are real.
-    tokens_a_group: S, how many consecutive tokens share capacity.
-    """
-
-    logits_NE: Tensor
-    probability_NE: Tensor
-    valid_N: Tensor | None
-    tokens_a_group: int
-
-    @property
-    def group_N(self) -> Tensor:
-        """The group of each token, int64."""
-        num_tokens = self.logits_NE.shape[0]
-        return torch.arange(num_tokens, device=self.logits_NE.device) // self.tokens_a_group
-
-    def by_group(self, values_NX: Tensor) -> Tensor:
-        """Return values_GSX, a short last group filled up with zeros."""
-        return grouped(values_NX, self.tokens_a_group)
 
 
 class Router(nn.Module):
@@ -101,14 +74,29 @@ class Router(nn.Module):
             if kernel is not None:
                 return self._fused(kernel, x_ND, valid_N, tokens_a_group)
         with torch.autocast(x_ND.device.type, enabled=False):
-            logits_NE = nn.functional.linear(x_ND, self.weight.to(self.dtype))
-            scores = Scores(logits_NE, logits_NE.softmax(-1), valid_N, tokens_a_group)
+            logits_NE, probability_NE = self.scores(x_ND)
             if self.experts_choose:
-                return self._experts_choose(scores)
-            probability_NE = scores.probability_NE
-            if semantics.gate_in_activation_dtype:
-                probability_NE = probability_NE.to(activation_dtype)
-            return self._tokens_choose(scores, probability_NE)
+                return self._experts_choose(logits_NE, probability_NE, valid_N, tokens_a_group)
+            dtype = activation_dtype if semantics.gate_in_activation_dtype else self.dtype
+            return self._tokens_choose(logits_NE, probability_NE, valid_N, tokens_a_group, dtype)
+
+    def scores(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits_NE and probability_NE, in the router's dtype."""
+        logits_NE = nn.functional.linear(x_ND.to(self.dtype), self.weight.to(self.dtype))
+        return logits_NE, logits_NE.softmax(-1)
+
+    def choose(self, probability_NE: Tensor) -> Tensor:
+        """Return expert_NK, the experts that each token asks for, int64."""
+        if self.training and self.config.exploration == "sample":
+            return selection.sample(probability_NE)
+        return selection.choose(probability_NE, self.config.experts_per_token, self.bias_E)
+
+    def gates(self, probability_NE: Tensor, expert_NK: Tensor) -> Tensor:
+        """Return gate_NK, float32: the experts' probabilities; those of several add up to one."""
+        gate_NK = probability_NE.gather(1, expert_NK).float()
+        if self.config.experts_per_token > 1:
+            gate_NK = gate_NK / gate_NK.sum(-1, keepdim=True)
+        return gate_NK
 
     @torch.no_grad()
     def nudge_bias(self, load_E: Tensor) -> None:
@@ -146,53 +134,43 @@ class Router(nn.Module):
         capacity = self.capacity(tokens_a_group)
         found = kernel.run(x_ND, self.weight, self.bias_E, valid_N, tokens_a_group, capacity)
         if not self.measures and capacity is None:
-            return self._unmeasured(found.expert_N, found.gate_N, found.kept_N)
-        return Routing(
-            expert_A=found.expert_N,
-            gate_A=found.gate_N,
-            kept_A=found.kept_N,
-            token_A=None,
-            load_E=found.load_E,
-            fraction_GE=found.fraction_GE,
-            probability_GE=found.probability_GE,
-            balance_loss=found.balance_loss,
-            z_loss=found.z_loss,
-        )
+            return self._unmeasured(found.expert_A, found.gate_A, found.kept_A)
+        return Routing(token_A=None, **found._asdict())
 
-    def _tokens_choose(self, scores: Scores, probability_NE: Tensor) -> Routing:
-        """Every token asks for its experts; those with capacity left take it."""
-        choices = self.config.experts_per_token
-        capacity = self.capacity(scores.tokens_a_group)
-        if self.training and self.config.exploration == "sample":
-            expert_NK = selection.sample(probability_NE)
-        else:
-            expert_NK = selection.choose(probability_NE, choices, self.bias_E)
+    def _tokens_choose(
+        self,
+        logits_NE: Tensor,
+        probability_NE: Tensor,
+        valid_N: Tensor | None,
+        tokens_a_group: int,
+        dtype: torch.dtype,
+    ) -> Routing:
+        """Every token asks for its experts, in that dtype; those with capacity left take it."""
+        capacity = self.capacity(tokens_a_group)
+        asked_NE = probability_NE.to(dtype)
+        expert_NK = self.choose(asked_NE)
         # Before overflow asks elsewhere: loads and losses are of what was wanted.
         wanted_GE = None
         if self.measures or capacity is not None:
-            wanted_GE = count_by_group(
-                expert_NK, scores.valid_N, scores.tokens_a_group, self.num_experts
-            )
+            wanted_GE = count_by_group(expert_NK, valid_N, tokens_a_group, self.num_experts)
         kept_NK = torch.ones_like(expert_NK, dtype=torch.bool)
-        if scores.valid_N is not None:
-            kept_NK = kept_NK & scores.valid_N[:, None]
-        if capacity is not None and self.config.reroute_overflow:
-            expert_NK, kept_NK = selection.reroute_overflow(
-                probability_NE, expert_NK, kept_NK, scores.group_N, capacity
-            )
-        elif capacity is not None:
-            queued_NK = torch.where(kept_NK, expert_NK, self.num_experts)
-            place_NK = position_in_expert(queued_NK, scores.group_N, self.num_experts)
-            kept_NK = kept_NK & (place_NK < capacity)
-        gate_NK = probability_NE.gather(1, expert_NK).float()
-        if choices > 1:
-            gate_NK = gate_NK / gate_NK.sum(-1, keepdim=True)
-        expert_A, gate_A, kept_A = expert_NK.flatten(), gate_NK.flatten(), kept_NK.flatten()
+        if valid_N is not None:
+            kept_NK = kept_NK & valid_N[:, None]
+        if capacity is not None:
+            group_N = torch.arange(len(logits_NE), device=logits_NE.device) // tokens_a_group
+            if self.config.reroute_overflow:
+                expert_NK, kept_NK = selection.reroute_overflow(
+                    asked_NE, expert_NK, kept_NK, group_N, capacity
+                )
+            else:
+                queued_NK = torch.where(kept_NK, expert_NK, self.num_experts)
+                place_NK = position_in_expert(queued_NK, group_N, self.num_experts)
+                kept_NK = kept_NK & (place_NK < capacity)
+        gate_NK = self.gates(asked_NE, expert_NK)
+        choice = expert_NK.flatten(), gate_NK.flatten(), kept_NK.flatten()
         if wanted_GE is None:
-            return self._unmeasured(expert_A, gate_A, kept_A)
-        return self._record(
-            scores, wanted_GE, expert_A=expert_A, gate_A=gate_A, kept_A=kept_A, token_A=None
-        )
+            return self._unmeasured(*choice)
+        return self._record(logits_NE, probability_NE, valid_N, tokens_a_group, wanted_GE, *choice)
 
     def _unmeasured(self, expert_A: Tensor, gate_A: Tensor, kept_A: Tensor) -> Routing:
         """Return a decision that drops nothing; losses and means are zeros."""
@@ -210,56 +188,67 @@ class Router(nn.Module):
             z_loss=zeros_GE[0, 0],
         )
 
-    def _experts_choose(self, scores: Scores) -> Routing:
+    def _experts_choose(
+        self,
+        logits_NE: Tensor,
+        probability_NE: Tensor,
+        valid_N: Tensor | None,
+        tokens_a_group: int,
+    ) -> Routing:
         """Every expert takes as many of its most probable tokens as it has capacity for."""
-        capacity = self.capacity(scores.tokens_a_group)
+        capacity = self.capacity(tokens_a_group)
         assert capacity is not None, "experts that choose have a capacity"
-        num_tokens = scores.probability_NE.shape[0]
-        real_N = scores.valid_N
+        num_tokens = probability_NE.shape[0]
+        real_N = valid_N
         if real_N is None:
-            real_N = torch.ones(num_tokens, dtype=torch.bool, device=scores.logits_NE.device)
+            real_N = torch.ones(num_tokens, dtype=torch.bool, device=logits_NE.device)
         place_GEC, kept_GEC = selection.expert_choice(
-            scores.by_group(scores.probability_NE),
-            scores.by_group(real_N[:, None])[..., 0],
+            grouped(probability_NE, tokens_a_group),
+            grouped(real_N[:, None], tokens_a_group)[..., 0],
             capacity,
         )
         num_groups, num_experts, capacity = place_GEC.shape
-        first_G = torch.arange(num_groups, device=place_GEC.device) * scores.tokens_a_group
+        first_G = torch.arange(num_groups, device=place_GEC.device) * tokens_a_group
         token_A = (place_GEC + first_G[:, None, None]).clamp(max=num_tokens - 1).reshape(-1)
         expert_A = torch.arange(num_experts, device=place_GEC.device)
         expert_A = expert_A[None, :, None].expand(num_groups, -1, capacity).reshape(-1)
         return self._record(
-            scores,
+            logits_NE,
+            probability_NE,
+            valid_N,
+            tokens_a_group,
             kept_GEC.sum(-1).float(),
-            expert_A=expert_A,
-            gate_A=scores.probability_NE[token_A, expert_A].float(),
-            kept_A=kept_GEC.reshape(-1),
-            token_A=token_A,
+            expert_A,
+            probability_NE[token_A, expert_A].float(),
+            kept_GEC.reshape(-1),
+            token_A,
         )
 
     def _record(
         self,
-        scores: Scores,
+        logits_NE: Tensor,
+        probability_NE: Tensor,
+        valid_N: Tensor | None,
+        tokens_a_group: int,
         wanted_GE: Tensor,
-        *,
         expert_A: Tensor,
         gate_A: Tensor,
         kept_A: Tensor,
-        token_A: Tensor | None,
+        token_A: Tensor | None = None,
     ) -> Routing:
         """Add loads and losses to a decision; padding stays out of every mean."""
-        logits_NE, probability_NE = scores.logits_NE.float(), scores.probability_NE.float()
+        logits_NE, probability_NE = logits_NE.float(), probability_NE.float()
         real_N = torch.ones_like(logits_NE[:, 0])
-        if scores.valid_N is not None:
-            real_N = scores.valid_N.float()
+        if valid_N is not None:
+            real_N = valid_N.float()
             probability_NE = probability_NE * real_N[:, None]
-        tokens_G1 = scores.by_group(real_N[:, None]).sum(1)
-        probability_GE = scores.by_group(probability_NE).sum(1) / tokens_G1.clamp(min=1)
+        tokens_G1 = grouped(real_N[:, None], tokens_a_group).sum(1)
+        probability_GE = grouped(probability_NE, tokens_a_group).sum(1) / tokens_G1.clamp(min=1)
         fraction_GE = wanted_GE / wanted_GE.sum(-1, keepdim=True).clamp(min=1)
         balance_G = (fraction_GE * probability_GE).sum(-1) * self.num_experts
         groups = (tokens_G1 > 0).sum().clamp(min=1)
         z_N1 = (logits_NE.logsumexp(-1).square() * real_N)[:, None]
-        z_G1 = scores.by_group(z_N1).sum(1) / tokens_G1.clamp(min=1)
+        z_G1 = grouped(z_N1, tokens_a_group).sum(1) / tokens_G1.clamp(min=1)
         return Routing(
             expert_A=expert_A,
             gate_A=gate_A,

@@ -13,8 +13,8 @@ class Routing:
     """Where the tokens of one Switch layer went.
 
     An assignment sends one token to one expert. With one expert per token there are N assignments
-    in token order, so `expert_A` is each token's expert; with K experts per token they stand K a
-    token.
+    in token order, so `expert_A` is each token's expert; with K experts per token, K of them stand
+    together for each token.
 
     expert_A: int64, the expert of each assignment.
     gate_A: float32, the weight of the expert's output: the softmax value, where the router learns.
@@ -38,11 +38,6 @@ class Routing:
     probability_GE: Tensor
     balance_loss: Tensor
     z_loss: Tensor
-
-    @property
-    def probability_E(self) -> Tensor:
-        """Mean router probability of every expert over the whole batch."""
-        return self.probability_GE.mean(0)
 
     @property
     def dropped(self) -> Tensor:

@@ -21,12 +21,11 @@ def group_size(
 ) -> int:
     """Return S, how many consecutive tokens share capacity; the last group may be shorter.
 
-    A row is a group in `hf`; elsewhere tokens are split over the fewest groups that keep each at
-    most `semantics.group_tokens` long, evenly, so that only the last may be shorter. Mesh
-    TensorFlow and Flaxformer start from num_tokens // group_tokens groups, so that theirs may be up
-    to twice as long, and look for a number of groups that divides the tokens; Flaxformer also asks
-    for a multiple of the number of experts times their replicas, which keeps groups from spanning
-    devices. Here the tokens of one process are split, and never span anything.
+    A row is a group in `hf`; elsewhere the tokens of a process are split evenly over the fewest
+    groups of at most `semantics.group_tokens`. Mesh TensorFlow and Flaxformer start from
+    num_tokens // group_tokens groups, so that theirs may be up to twice as long, and look for a
+    number of groups that divides the tokens; in Flaxformer it is a multiple of the experts times
+    their replicas, so that no group spans devices.
 
     group_rows: that many rows are a group instead, however many rows a process has.
     """
@@ -116,9 +115,8 @@ def reroute_overflow(
 ) -> tuple[Tensor, Tensor]:
     """No-token-left-behind (appendix B): overflow asks the next best expert, round by round.
 
-    first_N1: int64, the expert that each token asks first; then it goes by probability. A token
-        that found capacity keep it; those still standing queue for their next choice in token
-        order.
+    first_N1: int64, the expert that each token asks first; then it goes by probability. Tokens that
+        found capacity keep it; the others queue for their next choice in token order.
 
     Returns expert_N1 (the one that took the token, or the last one asked) and kept_N1.
     """

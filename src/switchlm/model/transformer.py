@@ -3,6 +3,7 @@
 Shapes: B batch, S source, T target, M memory (cached positions), D d_model, V vocabulary.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,29 +13,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from switchlm.data.batch import Batch
 from switchlm.kernels.select import linear
 from switchlm.model.attention import (
+    Attention,
     KeysValues,
     KeyValueStore,
     Memory,
     RelativeBias,
+    SwitchAttention,
     masked,
     segment_mask,
 )
-from switchlm.model.block import Block
 from switchlm.model.config import ModelConfig
 from switchlm.model.initialise import Initialiser
-from switchlm.model.layers import Linear, RMSNorm
+from switchlm.model.layers import FeedForward, Linear, RMSNorm
 from switchlm.model.routing import ModelOutput, Routing
+from switchlm.model.switch import SwitchFeedForward
 
 
 class DecodingCache(Protocol):
     """What decoding step by step keeps (see generation/decode.py).
 
-    positions_BT: int64, where the tokens being decoded stand, [T] or [B, T]. key_positions_M:
-    int64, the positions of all cached keys.
-
-    self_attention: a store a layer.
+    self_attention: a store per layer.
     cross_attention: the encoder's keys and values per layer.
     """
 
@@ -42,7 +43,7 @@ class DecodingCache(Protocol):
     cross_attention: list[KeysValues]
 
     def positions(self, num_new: int) -> tuple[Tensor, Tensor]:
-        """Return the positions of the new tokens, [T] or [B, T], and of all cached keys, [M]."""
+        """Return the int64 positions of new tokens, [T] or [B, T], and of all cached keys, [M]."""
         ...
 
 
@@ -62,6 +63,91 @@ class StackInputs:
     memory_bias: Tensor | None = None
 
 
+class Block(nn.Module):
+    """Pre-norm residual sublayers; the feed-forward one is a Switch layer in sparse blocks."""
+
+    def __init__(self, config: ModelConfig, *, sparse: bool, decoder: bool) -> None:
+        super().__init__()
+        norm = (config.d_model, config.norm_epsilon)
+        attention = (config.d_model, config.num_heads, config.d_kv, config.dropout)
+        self.attention_norm = RMSNorm(*norm)
+        self.attention: Attention | SwitchAttention = (
+            SwitchAttention(config, causal=decoder)
+            if sparse and config.attention_experts
+            else Attention(*attention)
+        )
+        self.cross_attention_norm: RMSNorm | None = RMSNorm(*norm) if decoder else None
+        self.cross_attention: Attention | None = Attention(*attention) if decoder else None
+        self.feedforward_norm = RMSNorm(*norm)
+        self.feedforward: FeedForward | SwitchFeedForward
+        if sparse:
+            self.feedforward = SwitchFeedForward(
+                config.d_model,
+                config.d_ff,
+                config.num_experts,
+                router=config.router,
+                activation=config.activation,
+                gated=config.gated,
+                expert_dropout=config.expert_dropout,
+                initialisation=config.initialisation,
+                causal=decoder,
+            )
+        else:
+            self.feedforward = FeedForward(
+                config.d_model, config.d_ff, config.activation, config.gated, config.dropout
+            )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        inputs: StackInputs,
+        *,
+        memory: Memory | None = None,
+        store: KeyValueStore | None = None,
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Return (y_BSD, the routing of this block's Switch layers).
+
+        x_BSD: of the block before.
+        inputs: what all blocks of the stack share; its x_BSD is not read.
+        memory: the encoder's output, or its keys and values.
+        store: a decoding cache.
+        """
+        x_BSD, routing = self.attend(x_BSD, inputs, memory=memory, store=store)
+        x_BSD, switch_routing = self.transform(x_BSD, inputs.mask_BS)
+        return x_BSD, routing + switch_routing
+
+    def attend(
+        self,
+        x_BSD: Tensor,
+        inputs: StackInputs,
+        *,
+        memory: Memory | None = None,
+        store: KeyValueStore | None = None,
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Run the sublayers of attention; see forward."""
+        y_BSD, routing = self.attention(
+            self.attention_norm(x_BSD), inputs.bias, store=store, mask_BQ=inputs.mask_BS
+        )
+        x_BSD = x_BSD + self.dropout(y_BSD)
+        if self.cross_attention is not None and self.cross_attention_norm is not None:
+            y_BSD, _ = self.cross_attention(
+                self.cross_attention_norm(x_BSD), inputs.memory_bias, memory=memory
+            )
+            x_BSD = x_BSD + self.dropout(y_BSD)
+        return x_BSD, routing
+
+    def transform(
+        self, x_BSD: Tensor, mask_BS: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Run the feed-forward sublayer; see forward."""
+        y_BSD = self.feedforward_norm(x_BSD)
+        if isinstance(self.feedforward, SwitchFeedForward):
+            y_BSD, routing = self.feedforward(y_BSD, mask_BS)
+            return x_BSD + self.dropout(y_BSD), (routing,)
+        return x_BSD + self.dropout(self.feedforward(y_BSD)), ()
+
+
 class Stack(nn.Module):
     """The blocks of an encoder or decoder with their shared relative bias and final norm."""
 
@@ -79,33 +165,42 @@ class Stack(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.activation_checkpointing = False
 
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, as what they are."""
+        return [cast(Block, block) for block in self.blocks]
+
     def memories(self, encoded_BSD: Tensor) -> list[KeysValues]:
         """Return the keys and values of the encoder's output for each block of a decoder."""
-        attentions = [cast(Block, block).cross_attention for block in self.blocks]
+        attentions = [block.cross_attention for block in self.layers]
         return [a.keys_values(encoded_BSD) for a in attentions if a is not None]
 
-    def run(
+    def forward(
         self,
-        layer: int,
-        x_BSD: Tensor,
-        bias: Tensor,
-        *,
-        mask_BS: Tensor | None = None,
-        memory: Memory | None = None,
-        memory_bias: Tensor | None = None,
-        store: KeyValueStore | None = None,
+        inputs: StackInputs,
+        memory_BSD: Tensor | None = None,
+        cache: DecodingCache | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
-        """Run one block, recomputing its activations in the backward pass if so configured."""
-        block = partial(
-            self.blocks[layer],
-            mask_BS=mask_BS,
-            memory=memory,
-            memory_bias=memory_bias,
-            store=store,
-        )
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x_BSD, bias, use_reentrant=False)
-        return block(x_BSD, bias)
+        """Return (y_BSD, the routing of all Switch layers).
+
+        memory_BSD: the encoder's output, for a decoder.
+        cache: of decoding step by step; memory_BSD is not read then.
+
+        Recomputes the activations of each block in the backward pass if so configured.
+        """
+        x_BSD = inputs.x_BSD
+        routing: tuple[Routing, ...] = ()
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        for layer, block in enumerate(self.blocks):
+            run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+            x_BSD, block_routing = run(
+                x_BSD,
+                inputs,
+                memory=memory_BSD if cache is None else cache.cross_attention[layer],
+                store=None if cache is None else cache.self_attention[layer],
+            )
+            routing += block_routing
+        return self.dropout(self.final_norm(x_BSD)), routing
 
 
 class SwitchTransformer(nn.Module):
@@ -146,23 +241,14 @@ class SwitchTransformer(nn.Module):
             input_segments_BS=input_segments_BS,
             target_segments_BT=target_segments_BT,
         )
-        return ModelOutput(
-            logits_BTV=output.logits_BTV,
-            encoder_routing=encoder_routing,
-            decoder_routing=output.decoder_routing,
-        )
+        return dataclasses.replace(output, encoder_routing=encoder_routing)
 
     def encode(
         self, inputs_BS: Tensor, segments_BS: Tensor | None = None
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Return encoded_BSD and the encoder's routing."""
-        stack, inputs = self.encoder, self.encoder_inputs(inputs_BS, segments_BS)
-        x_BSD = inputs.x_BSD
-        routing: tuple[Routing, ...] = ()
-        for layer in range(len(stack.blocks)):
-            x_BSD, layer_routing = stack.run(layer, x_BSD, inputs.bias, mask_BS=inputs.mask_BS)
-            routing += layer_routing
-        return stack.dropout(stack.final_norm(x_BSD)), routing
+        encoded_BSD, routing = self.encoder(self.encoder_inputs(inputs_BS, segments_BS))
+        return encoded_BSD, routing
 
     def encoder_inputs(self, inputs_BS: Tensor, segments_BS: Tensor | None = None) -> StackInputs:
         """Return what the blocks of the encoder read."""
@@ -189,27 +275,13 @@ class SwitchTransformer(nn.Module):
 
         With a cache the tokens follow those already in it, and keys and values are taken from it.
         """
-        stack = self.decoder
         inputs = self.decoder_inputs(
             decoder_inputs_BT,
             input_segments_BS=input_segments_BS,
             target_segments_BT=target_segments_BT,
             cache=cache,
         )
-        x_BTD = inputs.x_BSD
-        routing: tuple[Routing, ...] = ()
-        for layer in range(len(stack.blocks)):
-            x_BTD, layer_routing = stack.run(
-                layer,
-                x_BTD,
-                inputs.bias,
-                mask_BS=inputs.mask_BS,
-                memory=encoded_BSD if cache is None else cache.cross_attention[layer],
-                memory_bias=inputs.memory_bias,
-                store=None if cache is None else cache.self_attention[layer],
-            )
-            routing += layer_routing
-        x_BTD = stack.dropout(stack.final_norm(x_BTD))
+        x_BTD, routing = self.decoder(inputs, encoded_BSD, cache)
         return ModelOutput(
             logits_BTV=self._logits(x_BTD), encoder_routing=(), decoder_routing=routing
         )
@@ -248,23 +320,7 @@ class SwitchTransformer(nn.Module):
         return self.project(x_BTD * self.config.d_model**-0.5, self.embedding.weight)
 
 
-class TargetBatch(Protocol):
-    """Inputs with their targets, as `data.batch.Batch`; segments are None where rows are full."""
-
-    @property
-    def inputs_BS(self) -> Tensor: ...
-
-    @property
-    def targets_BT(self) -> Tensor: ...
-
-    @property
-    def input_segments_BS(self) -> Tensor | None: ...
-
-    @property
-    def target_segments_BT(self) -> Tensor | None: ...
-
-
-def forward_batch(model: nn.Module, batch: TargetBatch) -> ModelOutput:
+def forward_batch(model: nn.Module, batch: Batch) -> ModelOutput:
     """Return the output of a SwitchTransformer for a batch; the decoder reads earlier targets."""
     pad_id = cast(SwitchTransformer, model).config.pad_id
     output: ModelOutput = model(

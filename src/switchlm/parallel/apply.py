@@ -15,11 +15,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from switchlm import _torch
-from switchlm.model.block import Block
 from switchlm.model.initialise import Initialiser
 from switchlm.model.router import Router
 from switchlm.model.switch import switch_layers
-from switchlm.model.transformer import SwitchTransformer
+from switchlm.model.transformer import Block, SwitchTransformer
 from switchlm.parallel.expert import shard_experts
 from switchlm.parallel.mesh import Mesh
 from switchlm.parallel.tensor import split_tensors

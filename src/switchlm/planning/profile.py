@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from switchlm import _torch
 from switchlm.data.config import DataConfig
-from switchlm.model.block import Block
 from switchlm.model.config import ModelConfig
-from switchlm.model.transformer import SwitchTransformer
+from switchlm.model.transformer import Block, SwitchTransformer
 from switchlm.parallel.apply import exact_modules
 from switchlm.parallel.expert import shard_experts
 from switchlm.parallel.mesh import MeshConfig

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from switchlm import _torch
 from switchlm.errors import MissingExtraError
-from switchlm.model.local import local
+from switchlm.model.layers import local
 from switchlm.parallel.mesh import ALONE, Mesh
 from switchlm.training.config import TrainingConfig
 from switchlm.training.run_folder import RunFolder

@@ -21,15 +21,15 @@ _BLOCK = 64  # as in router.c
 
 
 class Routed(NamedTuple):
-    """What `Routing` in model/routing.py says of these; gradients reach gate_N, probability_GE and
+    """What `Routing` in model/routing.py says of these; gradients reach gate_A, probability_GE and
     the two losses."""
 
-    gate_N: Tensor
+    gate_A: Tensor
     probability_GE: Tensor
     balance_loss: Tensor
     z_loss: Tensor
-    expert_N: Tensor
-    kept_N: Tensor
+    expert_A: Tensor
+    kept_A: Tensor
     load_E: Tensor
     fraction_GE: Tensor
 

@@ -1,15 +1,15 @@
 """Exported programs against the model, in any number of rows, inputs and places."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, MissingExtraError
-from switchlm.export import onnx_programs
-from switchlm.export.folder import new_folder
-from switchlm.export.onnx_programs import open_onnx, write_onnx
-from switchlm.export.torch_programs import open_torch, take_out, write_torch
+from switchlm.export import formats
+from switchlm.export.formats import new_folder, open_programs, take_out, write_programs
 from switchlm.generation.inference import dropless
 
 
@@ -43,10 +43,9 @@ def assert_dims_are_free(encode, step, model):
 )
 def test_exported_programs_are_the_model(build, tmp_path, changes, factor):
     model, tokenizer = build(**changes), Tokenizer.bytes()
-    write_onnx(model, tokenizer, tmp_path / "x", capacity_factor=factor)
-    assert_dims_are_free(*open_onnx(tmp_path / "x"), model)
-    write_torch(model, tokenizer, tmp_path / "x", capacity_factor=factor)
-    assert_dims_are_free(*open_torch(tmp_path / "x"), model)
+    for to in ("onnx", "torch"):
+        write_programs(model, tokenizer, tmp_path / "x", to, capacity_factor=factor)
+        assert_dims_are_free(*open_programs(tmp_path / "x", to), model)
 
 
 def test_a_part_of_a_larger_piece_of_memory_is_saved_alone():
@@ -78,9 +77,24 @@ def test_an_export_that_fails_leaves_the_earlier_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+def test_the_earlier_export_is_deleted_when_the_new_one_is_in_its_place(tmp_path, monkeypatch):
+    folder, seen, rmtree = tmp_path / "x", [], shutil.rmtree
+
+    def noted(path):
+        seen.append((folder / "export.json").read_text())
+        rmtree(path)
+
+    for text in ("1", "2"):
+        monkeypatch.setattr(shutil, "rmtree", noted if text == "2" else rmtree)
+        with new_folder(folder) as partial:
+            (partial / "export.json").write_text(text)
+    assert seen == ["2"]
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
 def test_a_missing_package_names_its_extra(build, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_programs, "find_spec", lambda name: None)
+    monkeypatch.setattr(formats, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"'onnx', which is not.*switchlm\[onnx\]"):
-        write_onnx(build(), Tokenizer.bytes(), tmp_path / "x")
+        write_programs(build(), Tokenizer.bytes(), tmp_path / "x", "onnx")
     with pytest.raises(MissingExtraError, match=r"'onnxruntime', .*switchlm\[onnx\]"):
-        open_onnx(tmp_path / "x")
+        open_programs(tmp_path / "x", "onnx")

@@ -5,10 +5,10 @@
     python benchmarks/offload.py scale --folder FOLDER     # switch-c of 64 experts per layer, int4
 
 Weights are random (random_weights.py) and written into FOLDER where they are not there yet; only
-what is measured afterwards is timed. Each part replaces its own section of results/offload.json. Before
-everything cold the files are dropped from the page cache (posix_fadvise). `hot`: decoding and
-encoding by `switchlm.load` and by `load_offloaded`, taking turns. `cold`: what one process sees,
-from loading to the last token, tokens sampled so that they differ.
+what is measured afterwards is timed. Each part replaces its own section of results/offload.json.
+Before everything cold the files are dropped from the page cache (posix_fadvise). `hot`: decoding
+and encoding by `switchlm.load` and by `load_offloaded`, taking turns. `cold`: what one process
+sees, from loading to the last token, tokens sampled so that they differ.
 """
 
 import argparse

@@ -35,7 +35,7 @@ class By(StrEnum):
 
 def compress(
     model: options.Model,
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    out: options.OutFolder,
     bits: Annotated[int | None, typer.Option(help="Bits a weight: 8 or 4.")] = None,
     group_size: Annotated[
         int, typer.Option(help="Of 4 bits: so many inputs share a scale (32, 64, 128 or 256).")

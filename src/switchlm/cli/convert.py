@@ -18,7 +18,6 @@ from switchlm.cli import options
 from switchlm.errors import CheckpointError, ConfigError, DataError, SwitchLMError
 
 CHECKED_TOKENS = 64
-Out = Annotated[Path, typer.Option(help="The folder to write.")]
 
 
 class Layout(StrEnum):
@@ -40,7 +39,7 @@ class Target(StrEnum):
 
 def convert(
     model: options.Model,
-    out: Out,
+    out: options.OutFolder,
     to: Annotated[
         Layout,
         typer.Option(help="huggingface refuses what transformers cannot represent; native not."),
@@ -90,7 +89,7 @@ def export(
             "transformers' own T5."
         ),
     ],
-    out: Out,
+    out: options.OutFolder,
     check: Annotated[
         str | None,
         typer.Option(help="Let the other runtime answer this text, and compare the tokens."),

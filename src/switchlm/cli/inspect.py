@@ -20,9 +20,7 @@ MOST_EXPERTS = 16  # shown of a layer, the busiest first
 
 
 def inspect(
-    model: Annotated[
-        str | None, typer.Option(help="A run, a model folder, or a name on the hub.")
-    ] = None,
+    model: options.OptionalModel = None,
     preset: Annotated[str | None, typer.Option(help="Or a model by name, without weights.")] = None,
     data: options.Data = None,
     batches: options.Batches = 4,

@@ -29,6 +29,10 @@ Set = Annotated[
 Run = Annotated[Path, typer.Option("--out", help="The run's folder.")]
 Resume = Annotated[bool, typer.Option(help="Go on from the newest checkpoint in OUT.")]
 Model = Annotated[str, typer.Option(help="A run, a model folder, or a name on the hub.")]
+OptionalModel = Annotated[
+    str | None, typer.Option(help="A run, a model folder, or a name on the hub.")
+]
+OutFolder = Annotated[Path, typer.Option("--out", help="The folder to write.")]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, ...")]
 ExpertMemory = Annotated[
     str | None,
@@ -70,6 +74,13 @@ Metrics = Annotated[
     list[str] | None,
     typer.Option("--metric", help="Of a file of yours: exact_match, f1, rouge2, ...; repeatable."),
 ]
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{ending}": base**power
+    for power, letter in enumerate("kmgt", 1)
+    for ending, base in (("", 1000), ("b", 1000), ("ib", 1024))
+}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
 def note(message: str) -> None:
@@ -240,14 +251,6 @@ def places(tasks: "Sequence[Task]", data: Sequence[str] | None) -> dict[str, Pat
         else:
             raise ConfigError(f"--data {text!r} is for no task here.{nearest(name, found)}")
     return found
-
-
-_UNITS = {"": 1, "b": 1} | {
-    f"{letter}{ending}": base**power
-    for power, letter in enumerate("kmgt", 1)
-    for ending, base in (("", 1000), ("b", 1000), ("ib", 1024))
-}
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
 def parse_size(text: str) -> int:

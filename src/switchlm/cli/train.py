@@ -53,9 +53,7 @@ def pretrain(
 
 def finetune(
     out: options.Run,
-    model: Annotated[
-        str | None, typer.Option(help="A run, a model folder, or a name on the hub.")
-    ] = None,
+    model: options.OptionalModel = None,
     task: options.Tasks = None,
     data: Annotated[
         str | None, typer.Option(help="The folder or file of a named task; else the hub.")
@@ -116,9 +114,7 @@ def finetune(
 
 def distill(
     out: options.Run,
-    teacher: Annotated[
-        str | None, typer.Option(help="A run, a model folder, or a name on the hub.")
-    ] = None,
+    teacher: options.OptionalModel = None,
     student: Annotated[
         str | None,
         typer.Option(

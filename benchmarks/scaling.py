@@ -18,8 +18,7 @@ from typing import Any
 
 import harness
 from switchlm.parallel.mesh import MeshConfig
-from switchlm.planning.hardware import GPUS, Cluster
-from switchlm.planning.layouts import Layout, candidates, plan, words
+from switchlm.planning.layouts import GPUS, Cluster, Layout, candidates, plan, words
 from switchlm.planning.simulate import simulate
 from switchlm.recipes.config import RunConfig, run_config
 
@@ -82,8 +81,8 @@ def figures(best: Layout) -> dict[str, Any]:
     """Return what is told of a layout."""
     return {
         "layout": words(best.mesh),
-        "memory": best.peak.total,
-        "sent": sum(calls * one.sent for one, calls in best.traffic.items()),
+        "memory": best.took.peak.total,
+        "sent": sum(calls * one.sent for one, calls in best.took.traffic.items()),
         "flops": best.flops,
         "seconds": best.times.step,
         "parts": best.times.parts,
@@ -93,10 +92,10 @@ def figures(best: Layout) -> dict[str, Any]:
 
 def simulated(config: RunConfig, best: Layout, size: int) -> dict[str, Any]:
     """Return how a simulated step of the layout compares with the plan."""
-    step = simulate(dataclasses.replace(config, mesh=best.mesh), size).step
+    step = simulate(dataclasses.replace(config, mesh=best.mesh), size)
     return {
         "simulated_memory": step.peak.total,
-        "same_traffic": Counter(step.collectives) == best.traffic,
+        "same_traffic": Counter(step.collectives) == best.took.traffic,
     }
 
 

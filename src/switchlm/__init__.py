@@ -7,20 +7,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from switchlm.data.config import DataConfig
-    from switchlm.data.pretraining.loader import open_data
-    from switchlm.generation.answer import fill
-    from switchlm.huggingface.adapters import load_adapters
-    from switchlm.huggingface.load import load, save
-    from switchlm.model.config import ModelConfig, RouterConfig
-    from switchlm.model.losses import cross_entropy, routing_losses
-    from switchlm.model.presets import preset
-    from switchlm.model.switch import SwitchFeedForward
-    from switchlm.model.transformer import SwitchTransformer, shift_right
-    from switchlm.recipes.config import RunConfig, run_config
-    from switchlm.recipes.finetune import finetune
-    from switchlm.recipes.finetune_config import finetune_run
-    from switchlm.recipes.pretrain import pretrain
+    from switchlm.data.config import DataConfig as DataConfig
+    from switchlm.data.pretraining.loader import open_data as open_data
+    from switchlm.generation.answer import fill as fill
+    from switchlm.huggingface.adapters import load_adapters as load_adapters
+    from switchlm.huggingface.load import load as load
+    from switchlm.huggingface.load import save as save
+    from switchlm.model.config import ModelConfig as ModelConfig
+    from switchlm.model.config import RouterConfig as RouterConfig
+    from switchlm.model.losses import cross_entropy as cross_entropy
+    from switchlm.model.losses import routing_losses as routing_losses
+    from switchlm.model.presets import preset as preset
+    from switchlm.model.switch import SwitchFeedForward as SwitchFeedForward
+    from switchlm.model.transformer import SwitchTransformer as SwitchTransformer
+    from switchlm.model.transformer import shift_right as shift_right
+    from switchlm.recipes.config import RunConfig as RunConfig
+    from switchlm.recipes.config import run_config as run_config
+    from switchlm.recipes.finetune import finetune as finetune
+    from switchlm.recipes.finetune_config import finetune_run as finetune_run
+    from switchlm.recipes.pretrain import pretrain as pretrain
 
 __version__ = "0.1.0"
 
@@ -46,27 +51,7 @@ _HOMES = {
     "shift_right": "switchlm.model.transformer",
 }
 
-__all__ = [
-    "DataConfig",
-    "ModelConfig",
-    "RouterConfig",
-    "RunConfig",
-    "SwitchFeedForward",
-    "SwitchTransformer",
-    "cross_entropy",
-    "fill",
-    "finetune",
-    "finetune_run",
-    "load",
-    "load_adapters",
-    "open_data",
-    "preset",
-    "pretrain",
-    "routing_losses",
-    "run_config",
-    "save",
-    "shift_right",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

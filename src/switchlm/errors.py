@@ -36,6 +36,10 @@ class LostRankError(SwitchLMError):
     """Another process of the job died or hangs; the message names it."""
 
 
+class WorkerError(SwitchLMError):
+    """A process that this one started ended before its time."""
+
+
 class MissingExtraError(UserError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

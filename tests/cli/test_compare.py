@@ -6,8 +6,8 @@ import random
 import pytest
 from typer.testing import CliRunner
 
-from switchlm.cli.compare import parse_duration
 from switchlm.cli.main import app
+from switchlm.cli.train import parse_duration
 from switchlm.errors import ConfigError
 
 SMALL = [

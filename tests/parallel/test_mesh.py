@@ -6,8 +6,9 @@ import torch.distributed as dist
 from tests.parallel.processes import run_in_processes
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from switchlm.cli.options import find_device
 from switchlm.errors import ConfigError
-from switchlm.parallel.mesh import ALONE, Mesh, MeshConfig, joined, layouts
+from switchlm.parallel.mesh import ALONE, Mesh, MeshConfig, default_device, joined, layouts
 from switchlm.training.monitor import global_norm
 
 
@@ -34,6 +35,27 @@ def test_a_mesh_of_several_needs_several_processes():
         pass
     with joined(MeshConfig()) as mesh:
         assert mesh is ALONE
+
+
+def built_for_cuda(check_available=False):
+    """What PyTorch built for CUDA says on a machine without a GPU."""
+    return None if check_available else torch.device("cuda")
+
+
+def test_pytorch_built_for_cuda_computes_on_the_cpu_of_a_machine_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for_cuda)
+    assert default_device() == torch.device("cpu")
+
+
+def test_one_process_computes_on_apple_s_gpu_and_a_job_of_several_on_cpus(monkeypatch):
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps")
+    )
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    assert default_device() == torch.device("mps", 0)
+    assert find_device("auto") == torch.device("mps", 0)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    assert default_device() == torch.device("cpu")
 
 
 def test_layouts_are_all_products_once():

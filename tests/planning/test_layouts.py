@@ -14,10 +14,9 @@ from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply
 from switchlm.parallel.mesh import MeshConfig, layouts
 from switchlm.planning.estimate import footprint
-from switchlm.planning.hardware import GPUS, Cluster, find_gpu
-from switchlm.planning.layouts import design, plan
+from switchlm.planning.layouts import GPUS, Cluster, design, find_gpu, plan
+from switchlm.planning.profile import shares
 from switchlm.planning.recorder import Collective
-from switchlm.planning.shard_sizes import shares
 from switchlm.planning.simulate import fake_job, simulate
 from switchlm.recipes.config import RunConfig, run_config
 
@@ -55,7 +54,7 @@ def agrees(config: RunConfig, ranks: int, within: float) -> None:
     """Assert that plan and simulation agree on every collective, and on memory."""
     data = config.mesh.shape(ranks)[1]
     planned = footprint(config, dataclasses.replace(config.mesh, data=data))
-    step = simulate(config, ranks).step
+    step = simulate(config, ranks)
     assert planned.traffic == Counter(step.collectives)
     assert planned.peak.weights == step.peak.weights
     assert planned.peak.optimizer == step.peak.optimizer
@@ -101,7 +100,7 @@ def test_a_plan_agrees_where_weights_outweigh_activations(overrides: tuple[str, 
 @pytest.mark.slow
 def test_adafactor_takes_the_memory_that_is_planned() -> None:
     config = config_of("small", "mesh.expert=4", "training.optimizer=adafactor")
-    step = simulate(config, 4).step
+    step = simulate(config, 4)
     planned = footprint(config, dataclasses.replace(config.mesh, data=1))
     assert planned.peak.optimizer == step.peak.optimizer
     assert planned.peak.total == pytest.approx(step.peak.total, rel=0.05)

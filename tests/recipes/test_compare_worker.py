@@ -5,7 +5,8 @@ import random
 import pytest
 
 from switchlm.data.text.tokenizer import Tokenizer
-from switchlm.recipes.compare_worker import CompareWorker, WorkerError
+from switchlm.errors import WorkerError
+from switchlm.recipes.compare_worker import CompareWorker
 from switchlm.recipes.config import run_config, with_vocabulary
 from switchlm.training.run_folder import RunFolder
 

@@ -5,8 +5,13 @@ import shutil
 
 import pytest
 
-from switchlm.report.sections import MAX_POINTS, MOST_NUMBERS, layers_data
-from switchlm.report.write import ReportRun, write_report
+from switchlm.report.write import (
+    MAX_POINTS,
+    MOST_NUMBERS,
+    ReportRun,
+    layers_data,
+    write_report,
+)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 SWITCHES = ["encoder.blocks.1.feedforward", "decoder.blocks.1.feedforward"]

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from switchlm.report.sections import (
+from switchlm.report.write import (
     MOST_CELLS,
     MOST_EXPERTS,
     MOST_SOURCES,

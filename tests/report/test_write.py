@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from switchlm.report.sections import MAX_POINTS
-from switchlm.report.write import ReportRun, write_report
+from switchlm.report.write import MAX_POINTS, ReportRun, write_report
 
 
 @pytest.fixture
@@ -56,6 +55,18 @@ def test_the_page_holds_what_it_was_given(tmp_path, metrics):
     assert data["runs"][0]["evaluation"] == [{"step": 100, "seconds": 10.0, "evaluation_loss": 2.9}]
     assert data["example"]["text"] == "</script><script>alert(1)</script>"
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("text", ["<!--<script", "</script>", "<!-- <SCRIPT -->", "a < b"])
+def test_no_text_ends_or_stretches_the_element_that_holds_the_data(tmp_path, metrics, text):
+    path = tmp_path / "report.html"
+    runs = [ReportRun(name=text, metrics=metrics)]
+    write_report(path, title=text, headline=text, runs=runs, example={text: text})
+    data = embedded(path)
+    assert (data["title"], data["runs"][0]["name"], data["example"]) == (text, text, {text: text})
+    page = path.read_text(encoding="utf-8")
+    start = page.index(">", page.index('<script id="data"')) + 1
+    assert "<" not in page[start : page.index("</script>", start)]
 
 
 def test_the_page_opens_offline(tmp_path, metrics):

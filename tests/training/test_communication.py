@@ -1,5 +1,7 @@
 """What travels in a training step is what section 5 of the paper counts, to the byte."""
 
+from collections import defaultdict
+
 import pytest
 import torch
 from tests.parallel.processes import run_in_processes
@@ -9,7 +11,7 @@ from switchlm.model.config import ModelConfig, RouterConfig
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply, materialise
 from switchlm.parallel.mesh import Mesh, MeshConfig
-from switchlm.planning.recorder import CollectiveRecorder
+from switchlm.planning.recorder import Collective, CollectiveRecorder
 from switchlm.training.config import TrainingConfig
 from switchlm.training.optimizer import build_optimizer, set_learning_rate
 from switchlm.training.step import training_step
@@ -47,6 +49,15 @@ def count_all(rank: int, precision: str) -> None:
         count(Mesh.of(layout, "cpu"), precision)
 
 
+def by_kind(collectives: list[Collective]) -> dict[tuple[str, str, torch.dtype], tuple[int, int]]:
+    """Return (how many, payload in bytes) of each (kind, axes, dtype)."""
+    totals = defaultdict(lambda: (0, 0))
+    for one in collectives:
+        number, payload = totals[one.kind, one.axes, one.dtype]
+        totals[one.kind, one.axes, one.dtype] = (number + 1, payload + one.payload)
+    return dict(totals)
+
+
 def count(mesh: Mesh, precision: str) -> None:
     wire = torch.float32 if precision == "float32" else torch.bfloat16
     with torch.device("meta"):
@@ -69,7 +80,7 @@ def count(mesh: Mesh, precision: str) -> None:
     training_step(model, optimizer, [batch], **step)
     with CollectiveRecorder(mesh) as recorder:
         record = training_step(model, optimizer, [batch], **step)
-    found = recorder.by_kind()
+    found = by_kind(recorder.collectives)
     kept = sum(int(layer.kept_A.sum()) for layer in record.routing[0])
     everywhere = int(mesh.all_reduce_sum(torch.tensor(kept)))
     assert everywhere < mesh.data_size * SWITCH_LAYERS // 2 * B * (S + T), "capacity must bind"

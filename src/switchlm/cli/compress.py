@@ -11,19 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from switchlm.cli import options
-from switchlm.cli.options import (
-    Batches,
-    BatchSize,
-    Data,
-    InputLength,
-    Json,
-    Model,
-    note,
-    open_text,
-)
 from switchlm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from switchlm.data.pretraining.loader import Loader
+    from switchlm.data.tasks.loader import PairLoader
     from switchlm.data.text.tokenizer import Tokenizer
     from switchlm.recipes.compress import Compressed, Plan, Texts
 
@@ -42,8 +34,8 @@ class By(StrEnum):
 
 
 def compress(
-    model: Model,
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    model: options.Model,
+    out: options.OutFolder,
     bits: Annotated[int | None, typer.Option(help="Bits a weight: 8 or 4.")] = None,
     group_size: Annotated[
         int, typer.Option(help="Of 4 bits: so many inputs share a scale (32, 64, 128 or 256).")
@@ -64,12 +56,12 @@ def compress(
     merge_experts: Annotated[
         int | None, typer.Option(help="Merge experts that are alike, to so many a layer.")
     ] = None,
-    data: Data = None,
+    data: options.Data = None,
     task: options.Tasks = None,
-    batches: Batches = 16,
-    batch_size: BatchSize = None,
-    input_length: InputLength = None,
-    as_json: Json = False,
+    batches: options.Batches = 16,
+    batch_size: options.BatchSize = None,
+    input_length: options.InputLength = None,
+    as_json: options.Json = False,
 ) -> None:
     """Make a model smaller: fewer bits per weight, fewer experts.
 
@@ -78,7 +70,7 @@ def compress(
     is measured where text is named.
     """
     from switchlm.huggingface.quantised import Quantisation
-    from switchlm.recipes.compress import Plan, quantise_folder
+    from switchlm.recipes.compress import Plan, Texts, quantise_folder
     from switchlm.recipes.compress import compress as recipe
 
     if bits not in (None, 8, 4):
@@ -95,62 +87,48 @@ def compress(
         quantisation=quantisation,
         calibrate=calibrate,
     )
+
+    def read(tokenizer: "Tokenizer") -> "Texts":
+        loader: Loader | PairLoader
+        if task:
+            loader = _open_tasks(task, data, tokenizer, batch_size or 32, input_length or 512)
+        else:
+            loader = options.open_text(
+                model,
+                tokenizer,
+                data,
+                held_out_share=HELD_OUT,
+                batch_size=batch_size,
+                input_length=input_length,
+            )
+        seen = [loader.batch(step) for step in range(batches)]
+        try:
+            measured = loader.held_out(batches)
+        except DataError:
+            options.note(
+                "The text is a single document, or a short one: the loss is measured on what the "
+                "model is fitted to. Give more text for a figure to rely on."
+            )
+            measured = seen
+        return Texts(seen, measured, loader.sources)
+
     if quantisation is not None and not (plan.needs_text or data or task):
-        done = quantise_folder(model, out, quantisation, report=note)
+        done = quantise_folder(model, out, quantisation, report=options.note)
     else:
-
-        def read(tokenizer: "Tokenizer") -> "Texts":
-            if task:
-                return _tasks(task, data, tokenizer, batches, batch_size, input_length)
-            return _text(model, data, tokenizer, batches, batch_size, input_length)
-
-        done = recipe(model, out, plan, read, report=note)
+        done = recipe(model, out, plan, read, report=options.note)
     _present(done, plan, out, as_json)
 
 
-def _text(
-    model: str,
-    data: list[str] | None,
-    tokenizer: "Tokenizer",
-    batches: int,
-    batch_size: int | None,
-    input_length: int | None,
-) -> "Texts":
-    """Return batches of text to fit to, and others to measure on."""
-    from switchlm.recipes.compress import Texts
-
-    loader = open_text(
-        model,
-        tokenizer,
-        data,
-        held_out_share=HELD_OUT,
-        batch_size=batch_size,
-        input_length=input_length,
-    )
-    seen = [loader.batch(step) for step in range(batches)]
-    try:
-        measured = loader.held_out(batches)
-    except DataError:
-        note(
-            "The text is a single document, or a short one: the loss is measured on what the model "
-            "is fitted to. Give more text for a figure to rely on."
-        )
-        measured = seen
-    return Texts(seen, measured, loader.sources)
-
-
-def _tasks(
+def _open_tasks(
     names: list[str],
     data: list[str] | None,
     tokenizer: "Tokenizer",
-    batches: int,
-    batch_size: int | None,
-    input_length: int | None,
-) -> "Texts":
-    """Return examples for training to fit to, and those for validation to measure on."""
+    batch_size: int,
+    input_length: int,
+) -> "PairLoader":
+    """Return examples for training to fit to, held out those for validation to measure on."""
     from switchlm.data.tasks.loader import PairLoader
     from switchlm.data.tasks.mixture import find_tasks, read_examples
-    from switchlm.recipes.compress import Texts
 
     tasks = find_tasks(names)
     places = options.places(tasks, data)
@@ -158,19 +136,17 @@ def _tasks(
     def read(split: str) -> dict[str, list]:  # type: ignore[type-arg]
         return {one.name: list(read_examples(one, split, places[one.name])) for one in tasks}
 
-    loader = PairLoader(
+    return PairLoader(
         read("train"),
         tokenizer,
-        input_length=input_length or 512,
+        input_length=input_length,
         target_length=TARGET_LENGTH,
-        batch_size=batch_size or 32,
+        batch_size=batch_size,
         seed=0,
         held_out=read("validation"),
         long_targets="truncate",
-        report=note,
+        report=options.note,
     )
-    seen = [loader.batch(step) for step in range(batches)]
-    return Texts(seen, loader.held_out(batches), loader.sources)
 
 
 def _present(done: "Compressed", plan: "Plan", out: Path, as_json: bool) -> None:

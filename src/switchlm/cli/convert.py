@@ -1,21 +1,23 @@
-"""switchlm convert: write a model in another layout or number format.
+"""switchlm convert and export: write a model for others, as transformers reads it or to run alone.
 
-One layout serves both ends: safetensors with the names of transformers, and a config.json whose
-key of our own says what transformers has no field for. Stacked experts would be read 2 to 5 times
-as fast (0.4 instead of 0.8 seconds for half a gigabyte on one core), which does not earn a second
-format. So `native` writes any model, and `huggingface` the same files once it is certain that
-transformers loads them and computes the same.
+For `convert` one layout serves both ends: safetensors with the names of transformers, and a
+config.json whose key of our own says what transformers has no field for. Stacked experts would be
+read 2 to 5 times as fast (0.4 instead of 0.8 seconds for half a gigabyte on one core), which does
+not earn a second format. So `native` writes any model, and `huggingface` the same files once it is
+certain that transformers loads them and computes the same.
 """
 
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from switchlm.cli.options import Json, Model, note
-from switchlm.errors import CheckpointError
+from switchlm.cli import options
+from switchlm.errors import CheckpointError, ConfigError, DataError, SwitchLMError
+
+CHECKED_TOKENS = 64
 
 
 class Layout(StrEnum):
@@ -29,20 +31,26 @@ class Precision(StrEnum):
     float16 = "float16"
 
 
+class Target(StrEnum):
+    torch = "torch"
+    onnx = "onnx"
+    t5 = "t5"
+
+
 def convert(
-    model: Model,
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    model: options.Model,
+    out: options.OutFolder,
     to: Annotated[
         Layout,
         typer.Option(help="huggingface refuses what transformers cannot represent; native not."),
     ] = Layout.huggingface,
     adapters: Annotated[
-        Path | None, typer.Option(help="Melt these adapters in: RUN/adapters of a fine-tuning.")
+        Path | None, typer.Option(help="Merge these adapters in: RUN/adapters of a fine-tuning.")
     ] = None,
     dtype: Annotated[
         Precision | None, typer.Option(help="Number format of the weights; as they are by default.")
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Write a model in another layout."""
     import torch
@@ -53,9 +61,9 @@ def convert(
     from switchlm.model import lora
 
     kind = None if dtype is None else getattr(torch, dtype.value)
-    # What is melted in is added in float32 and rounded once.
-    melting = adapters is not None and kind is not None
-    loaded, tokenizer = load(model, dtype=torch.float32 if melting else kind, report=note)
+    # What is merged in is added in float32 and rounded once.
+    merging = adapters is not None and kind is not None
+    loaded, tokenizer = load(model, dtype=torch.float32 if merging else kind, report=options.note)
     if adapters is not None:
         load_adapters(loaded, adapters)
         loaded = lora.merged(loaded).to(kind)
@@ -65,9 +73,89 @@ def convert(
             f"{model!r} has no faithful form in transformers. {' '.join(obstacles)} "
             "Use --to native, which keeps everything."
         )
-    save(loaded, tokenizer, out, report=note)
+    save(loaded, tokenizer, out, report=options.note)
     if as_json:
-        files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
-        typer.echo(json.dumps({"out": str(out), "layout": to.value, "files": files}))
+        _print_json(out, {"layout": to.value})
     else:
         typer.echo(f"Model: {out}")
+
+
+def export(
+    model: options.Model,
+    to: Annotated[
+        Target,
+        typer.Option(
+            help="torch: programs of torch.export. onnx: for onnxruntime. t5: a dense model as "
+            "transformers' own T5."
+        ),
+    ],
+    out: options.OutFolder,
+    check: Annotated[
+        str | None,
+        typer.Option(help="Let the other runtime answer this text, and compare the tokens."),
+    ] = None,
+    capacity_factor: Annotated[
+        float | None,
+        typer.Option(
+            help="Capacity of an expert of the encoder, in times its even share; what is past it "
+            "is dropped. Nothing is by default. For torch and onnx."
+        ),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Write a model for another runtime: PyTorch's programs, ONNX, or a plain T5."""
+    from switchlm.export import formats
+
+    if to is Target.t5 and capacity_factor is not None:
+        raise ConfigError("A plain T5 is dense: --capacity-factor is for --to torch and --to onnx.")
+    if check is not None and not check.strip():
+        raise DataError("The text to --check with is empty.")
+    loaded, tokenizer = options.open_model(model, "cpu")
+    if to is Target.t5:
+        formats.write_t5(loaded, tokenizer, out, report=options.note)
+    else:
+        formats.write_programs(loaded, tokenizer, out, to.value, capacity_factor=capacity_factor)
+    result: dict[str, Any] = {"to": to.value}
+    if check is not None:
+        theirs = answer(to, out, [*tokenizer.encode(check), loaded.config.end_id], check)
+        result |= {"tokens": len(theirs), "output": compare(loaded, tokenizer, check, theirs)}
+    if as_json:
+        _print_json(out, result)
+        return
+    typer.echo(f"Exported: {out}")
+    if check is not None:
+        typer.echo(f"The same {result['tokens']} tokens there and here: {result['output']}")
+
+
+def _print_json(out: Path, result: dict[str, Any]) -> None:
+    """Print the result, with the folder and the bytes of each of its files."""
+    files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    typer.echo(json.dumps({"out": str(out), **result, "files": files}))
+
+
+def answer(to: Target, folder: Path, prompt: list[int], text: str) -> list[int]:
+    """Return the tokens that the other runtime generates from what was written."""
+    from switchlm.export import formats
+    from switchlm.export.steps import greedy
+
+    if to is Target.t5:
+        return formats.t5_tokens(folder, text, CHECKED_TOKENS)
+    about = json.loads((folder / formats.ABOUT).read_text(encoding="utf-8"))
+    return greedy(*formats.open_programs(folder, to.value), prompt, about, CHECKED_TOKENS)
+
+
+def compare(model: Any, tokenizer: Any, text: str, theirs: list[int]) -> str:
+    """Return the text of the tokens; SwitchLMError where ours, greedy too, are others."""
+    import torch
+
+    from switchlm.generation.decode import generate
+
+    prompt = [*tokenizer.encode(text), model.config.end_id]
+    generated = generate(model, torch.tensor([prompt]), max_new_tokens=CHECKED_TOKENS)
+    ours = generated.rows(model.config.end_id)[0]
+    if ours != theirs:
+        raise SwitchLMError(
+            f"The exported model says something else: {tokenizer.decode(theirs)!r} there, "
+            f"{tokenizer.decode(ours)!r} here."
+        )
+    return tokenizer.decode(theirs)

@@ -2,28 +2,32 @@
 
 import json
 import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
-from switchlm.cli import options, score_tasks
-from switchlm.cli.expert_memory import ExpertMemorySize, Usage
-from switchlm.cli.options import (
-    Batches,
-    BatchSize,
-    Device,
-    InputLength,
-    Json,
-    open_model,
-    read_batches,
-)
-from switchlm.cli.score_tasks import Figures, show_one, show_several, summarise
+from switchlm.cli import options
+from switchlm.cli.progress import counting
 from switchlm.errors import CheckpointError, ConfigError, DataError
 
-Result = dict[str, Any]
-Notes = dict[str, str]
+if TYPE_CHECKING:
+    from switchlm.data.tasks.task import Example, Task
+    from switchlm.evaluation.tasks import TaskScore
 
+    Work = Sequence[tuple[Task, Sequence[Example]]]
+
+Result = dict[str, Any]
+Figure = dict[str, Any]  # `value`, and `interval`: the two ends of 95%
+Figures = dict[tuple[str, str], Figure]  # by what was measured on, and the metric
+Notes = Mapping[str, str]  # a last column, by what was measured on
+
+AVERAGE = "average"
 _OF_TEXT = ("batches",)
 _OF_TASKS = (
     *("split", "limit", "predictions", "rank_labels", "max_new_tokens"),
@@ -57,17 +61,17 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of an answer; the longest reference's if left out.")
     ] = None,
-    input_column: options.InputColumn = "input",
-    target_column: options.TargetColumn = "target",
+    input_column: options.InputColumn = None,
+    target_column: options.TargetColumn = None,
     template: options.Template = None,
     target_template: options.TargetTemplate = None,
     metric: options.Metrics = None,
-    batches: Batches = 20,
-    batch_size: BatchSize = None,
-    input_length: InputLength = None,
-    device: Device = "auto",
-    expert_memory: ExpertMemorySize = None,
-    as_json: Json = False,
+    batches: options.Batches = 20,
+    batch_size: options.BatchSize = None,
+    input_length: options.InputLength = None,
+    device: options.Device = "auto",
+    expert_memory: options.ExpertMemory = None,
+    as_json: options.Json = False,
 ) -> None:
     """Measure the loss of models on text by source, or how well they do tasks.
 
@@ -79,14 +83,14 @@ def evaluate(
     if task:
         tasks = options.find(
             task,
+            metric,
             input_column=input_column,
             target_column=target_column,
             template=template,
             target_template=target_template,
-            metrics=metric,
         )
-        work = score_tasks.read(tasks, options.places(tasks, data), split, limit)
-        results = score_tasks.score(
+        work = _read_tasks(tasks, options.places(tasks, data), split, limit)
+        results = _score(
             model,
             work,
             predictions,
@@ -98,12 +102,10 @@ def evaluate(
             rank_labels=rank_labels,
         )
         notes = {task.name: f"{len(examples):,} examples" for task, examples in work}
-        _present(results, [score_tasks.figures(result) for result in results], notes, as_json)
+        _present(results, [_task_figures(result) for result in results], notes, as_json)
         return
-    results = [
-        _measure(one, data, batches, batch_size, input_length, device, expert_memory)
-        for one in model
-    ]
+    rows = {"batches": batches, "batch_size": batch_size, "input_length": input_length}
+    results = [_measure(one, data, device, expert_memory, **rows) for one in model]
     _check_same_texts(results)
     notes = {
         name: f"perplexity {part['perplexity']:.2f}, {part['tokens']:,} tokens"
@@ -138,23 +140,15 @@ def _check_same_texts(results: list[Result]) -> None:
 
 
 def _measure(
-    model: str,
-    data: list[str] | None,
-    batches: int,
-    batch_size: int | None,
-    input_length: int | None,
-    device: str,
-    expert_memory: str | None,
+    model: str, data: list[str] | None, device: str, expert_memory: str | None, **rows: Any
 ) -> Result:
-    """Return the loss of a model on text, in total and by source."""
+    """Return the loss of a model on text, in total and by source; rows: of `read_batches`."""
     from switchlm.evaluation.evaluator import held_out_loss
     from switchlm.evaluation.metrics import RESAMPLES
 
-    loaded, tokenizer = open_model(model, device, expert_memory)
-    usage = Usage(loaded)
-    read, names = read_batches(
-        model, tokenizer, data, batches=batches, batch_size=batch_size, input_length=input_length
-    )
+    loaded, tokenizer = options.open_model(model, device, expert_memory)
+    usage = options.Usage(loaded)
+    read, names = options.read_batches(model, tokenizer, data, **rows)
     with usage.timed():
         result = held_out_loss(loaded, read, names, resamples=RESAMPLES)
     usage.tell()
@@ -178,14 +172,202 @@ def _text_figures(result: Result) -> Figures:
     }
 
 
+def _read_tasks(
+    tasks: "Sequence[Task]",
+    places: dict[str, Path | None],
+    split: str | None,
+    limit: int | None,
+) -> "Work":
+    """Return the examples of each task, spread evenly over the split where they are limited."""
+    from switchlm.data.tasks.mixture import EVERYTHING, read_examples, spread_evenly
+
+    found = []
+    for task in tasks:
+        place = places[task.name]
+        whole = place is not None and place.is_file()
+        examples = read_examples(task, split or (EVERYTHING if whole else "validation"), place)
+        found.append((task, spread_evenly(examples, limit)))
+    return found
+
+
+def _score(
+    models: Sequence[str],
+    work: "Work",
+    predictions: Path | None,
+    *,
+    device: str,
+    expert_memory: str | None,
+    input_length: int | None,
+    **settings: Any,
+) -> list[Result]:
+    """Return what every model scores on every task; settings: of `score_task`.
+
+    input_length: None takes what the model was fine-tuned with, or 512.
+    """
+    from switchlm.evaluation.tasks import score_task
+
+    results = []
+    with _opened(predictions) as file:
+        for model in models:
+            loaded, tokenizer = options.open_model(model, device, expert_memory)
+            usage = options.Usage(loaded)
+            result: Result = {"model": model, "tasks": {}}
+            settings["input_length"] = input_length or _trained_length(model)
+            for task, examples in work:
+                with counting(task.name, len(examples)) as report, usage.timed():
+                    found = score_task(loaded, tokenizer, task, examples, report=report, **settings)
+                _tell(found, settings["input_length"])
+                result["tasks"][task.name] = _as_json(found, len(examples))
+                if file is not None:
+                    for example, prediction in zip(examples, found.predictions, strict=True):
+                        line = {
+                            "model": model,
+                            "task": task.name,
+                            "input": example.input,
+                            "target": example.target,
+                            "prediction": prediction,
+                            "references": example.references,
+                        }
+                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            if len(work) > 1:
+                result[AVERAGE] = _average(result["tasks"])
+            usage.tell()
+            if expert_memory is not None:
+                result["experts"] = usage.figures()
+            results.append(result)
+    return results
+
+
+def _task_figures(result: Result) -> Figures:
+    """Return the figures of a result by (task, metric)."""
+    found = {
+        (task, metric): figure
+        for task, part in result["tasks"].items()
+        for metric, figure in part["metrics"].items()
+    }
+    return found | ({("all", AVERAGE): {"value": result[AVERAGE]}} if AVERAGE in result else {})
+
+
+def _trained_length(model: str) -> int:
+    """Return the tokens of the inputs that a run on tasks learnt from; else 512."""
+    from switchlm.config import from_mapping
+    from switchlm.recipes.config import sections_of_run
+    from switchlm.recipes.finetune_config import FinetuneConfig
+
+    section = sections_of_run(Path(model)).get("finetune")
+    return from_mapping(FinetuneConfig, section, "finetune").input_length if section else 512
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[TextIO | None]:
+    if path is None:
+        yield None
+        return
+    try:
+        file = path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"Cannot write predictions to {str(path)!r}: {error}.") from None
+    with file:
+        yield file
+
+
+def _as_json(found: "TaskScore", num_examples: int) -> Result:
+    return {
+        "examples": num_examples,
+        "truncated_inputs": found.truncated_inputs,
+        "unfinished": found.unfinished,
+        "metrics": {
+            name: {"value": interval.value, "interval": [interval.low, interval.high]}
+            for name, interval in found.metrics.items()
+        },
+    }
+
+
+def _tell(found: "TaskScore", input_length: int) -> None:
+    if found.truncated_inputs:
+        options.note(
+            f"{found.task}: {found.truncated_inputs:,} inputs were cut to {input_length:,} tokens; "
+            "raise --input-length to read them whole."
+        )
+    if found.unfinished:
+        options.note(
+            f"{found.task}: {found.unfinished:,} answers had not ended where --max-new-tokens, or "
+            "the longest reference, ended them."
+        )
+
+
+def _average(tasks: Result) -> float:
+    """Return the mean over tasks of the mean of their metrics, as GLUE and SuperGLUE report it."""
+    means = [
+        statistics.fmean(figure["value"] for figure in part["metrics"].values())
+        for part in tasks.values()
+    ]
+    return statistics.fmean(means)
+
+
 def _present(results: list[Result], figures: list[Figures], notes: Notes, as_json: bool) -> None:
     """Show one result as it is; several beside their mean and standard deviation."""
     if len(results) == 1:
         if as_json:
             typer.echo(json.dumps(results[0]))
         else:
-            show_one(figures[0], notes)
+            _show_one(figures[0], notes)
     elif as_json:
         typer.echo(json.dumps({"models": results, "summary": summarise(figures)}))
     else:
-        show_several([result["model"] for result in results], figures)
+        _show_several([result["model"] for result in results], figures)
+
+
+def summarise(models: Sequence[Figures]) -> dict[str, dict[str, Figure]]:
+    """Return mean and standard deviation (of a sample) over models of every figure."""
+    found: dict[str, dict[str, Figure]] = {}
+    for on, metric in models[0]:
+        values = [figures[on, metric]["value"] for figures in models]
+        found.setdefault(on, {})[metric] = {
+            "mean": statistics.fmean(values),
+            "std": statistics.stdev(values),
+            "values": values,
+        }
+    return found
+
+
+def _show_one(figures: Figures, notes: Notes) -> None:
+    """Print the figures of one model."""
+    table = Table()
+    for column in ("", "metric"):
+        table.add_column(column, no_wrap=True)
+    for column in ("value", "95% interval"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("of")
+    for (on, metric), figure in figures.items():
+        value = _number(metric, figure["value"])
+        table.add_row(on, metric, value, _interval(metric, figure), notes.get(on, ""))
+    Console().print(table)
+
+
+def _show_several(names: Sequence[str], models: Sequence[Figures]) -> None:
+    """Print one row per model, and under them the mean and the standard deviation."""
+    table = Table()
+    table.add_column("model")
+    for on, metric in models[0]:
+        table.add_column(f"{on}\n{metric}", justify="right")
+    for place, (name, figures) in enumerate(zip(names, models, strict=True), start=1):
+        cells = [
+            f"{_number(metric, figure['value'])}\n{_interval(metric, figure)}"
+            for (_, metric), figure in figures.items()
+        ]
+        table.add_row(name, *cells, end_section=place == len(names))
+    summary = summarise(models)
+    for title, key in (("mean", "mean"), ("standard deviation", "std")):
+        cells = [_number(metric, summary[on][metric][key]) for on, metric in models[0]]
+        table.add_row(title, *cells)
+    Console().print(table)
+
+
+def _number(metric: str, value: float) -> str:
+    """Losses differ in the third place, per cent in the first."""
+    return f"{value:.4f}" if metric.startswith("loss") else f"{value:.2f}"
+
+
+def _interval(metric: str, figure: Figure) -> str:
+    return " to ".join(_number(metric, end) for end in figure.get("interval", ()))

@@ -2,24 +2,15 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from switchlm.cli.expert_memory import ExpertMemorySize, Usage
-from switchlm.cli.options import (
-    LONGEST_INPUT,
-    Device,
-    Json,
-    Model,
-    note,
-    open_model,
-    read_text,
-)
+from switchlm.cli import options
+from switchlm.cli.progress import counting
 from switchlm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -29,9 +20,12 @@ if TYPE_CHECKING:
     from switchlm.generation.sampling import Sampling
     from switchlm.model.transformer import SwitchTransformer
 
+Record = dict[str, Any]
+LONGEST_INPUT = 4096  # tokens; attention takes memory with the square of it
+
 
 def generate(
-    model: Model,
+    model: options.Model,
     text: Annotated[
         str | None, typer.Argument(help="Text with <extra_id_0> ...; standard input if left out.")
     ] = None,
@@ -75,9 +69,9 @@ def generate(
     max_input_tokens: Annotated[
         int, typer.Option(min=1, help="Refuse longer texts.")
     ] = LONGEST_INPUT,
-    device: Device = "auto",
-    expert_memory: ExpertMemorySize = None,
-    as_json: Json = False,
+    device: options.Device = "auto",
+    expert_memory: options.ExpertMemory = None,
+    as_json: options.Json = False,
 ) -> None:
     """Fill the blanks of a text, or show what the model answers to it."""
     many = input_file is not None
@@ -89,7 +83,13 @@ def generate(
         raise ConfigError(
             "--stream prints the output as it comes; --fill and --json need all of it first."
         )
-    records = _records(text, input_file, output_file)
+    if input_file is None:
+        records = [{"text": options.read_text(text)}]
+        if not records[0]["text"].strip():
+            raise DataError("The text is empty: there is nothing to generate from.")
+    else:
+        check_writable(output_file)
+        records = read_texts(input_file)
     sampling = _sampling(greedy, temperature, top_k, top_p)
     search = _beams(beams, length_penalty, early_stopping)
     if search is not None and (stream or greedy or sampling.temperature):
@@ -97,48 +97,36 @@ def generate(
             "--beams goes neither with --greedy nor with sampling; nor with --stream, since its "
             "output is known only at the end."
         )
-    loaded, tokenizer = open_model(model, device, expert_memory)
+    loaded, tokenizer = options.open_model(model, device, expert_memory)
     stops = tuple(stop or ())
     job = _Job(
         loaded, tokenizer, sampling, search, seed, stops, max_new_tokens, max_input_tokens, fill
     )
-    usage = Usage(loaded)
+    usage = options.Usage(loaded)
+    with usage.timed():
+        results = [job.stream(records[0])] if stream else job.answer(records, batch_size)
+    num_tokens = sum(map(job.num_tokens, results))
+    unfinished = sum(not result["finished"] for result in results)
     if many:
-        with usage.timed():
-            results = job.answer_all(records, batch_size)
+        typer.echo(f"{len(results):,} texts done.", err=True)
         write_results(results, output_file)
-        unfinished = sum(not result["finished"] for result in results)
         if unfinished:
-            note(
+            options.note(
                 f"{unfinished:,} of {len(results):,} outputs were cut off; raise --max-new-tokens."
             )
-        usage.tell(sum(job.num_tokens(result) for result in results))
+        usage.tell(num_tokens)
         return
-    with usage.timed():
-        result = job.stream(records[0]) if stream else job.answer(records[0])
+    (result,) = results
     if as_json:
         if expert_memory is not None:
-            result["experts"] = usage.figures(job.num_tokens(result))
+            result["experts"] = usage.figures(num_tokens)
         typer.echo(json.dumps(result))
         return
     if not stream:
         typer.echo(result["filled"] if fill else result["output"])
-    usage.tell(job.num_tokens(result))
-    if not result["finished"]:
-        note("The model had more to say; raise --max-new-tokens.")
-
-
-def _records(
-    text: str | None, input_file: str | None, output_file: str | None
-) -> list[dict[str, Any]]:
-    """Return a record a text, from the arguments or from a file."""
-    if input_file is not None:
-        check_writable(output_file)
-        return read_texts(input_file)
-    prompt = read_text(text)
-    if not prompt.strip():
-        raise DataError("The text is empty: there is nothing to generate from.")
-    return [{"text": prompt}]
+    usage.tell(num_tokens)
+    if unfinished:
+        options.note("The model had more to say; raise --max-new-tokens.")
 
 
 def _sampling(
@@ -182,29 +170,28 @@ class _Job:
     max_input_tokens: int
     fill: bool
 
-    def limit(self, text: str) -> int:
+    def limit(self, text: str, where: str = "") -> int:
         """Return how many tokens the output may have. Raises DataError for a text that will not do.
 
-        The limit follows the number of blanks where they are to be filled.
+        The limit follows the number of blanks where they are to be filled. where: what the error
+        begins with.
         """
         from switchlm.generation import answer as filling
 
-        num_blanks = filling.count_blanks(text, self.tokenizer) if self.fill else 1
+        try:
+            num_blanks = filling.count_blanks(text, self.tokenizer) if self.fill else 1
+        except DataError as error:
+            raise DataError(f"{where}{error}") from None
         length = len(self.tokenizer.encode(text))
         if length > self.max_input_tokens:
             raise DataError(
-                f"The text has {length:,} tokens, more than {self.max_input_tokens:,}. Attention "
-                "takes memory with the square of the length: shorten the text, or raise "
+                f"{where}The text has {length:,} tokens, more than {self.max_input_tokens:,}. "
+                "Attention takes memory with the square of the length: shorten the text, or raise "
                 "--max-input-tokens."
             )
         return self.max_new_tokens or filling.TOKENS_A_BLANK * num_blanks
 
-    def answer(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Return the result of one record."""
-        ((_, result),) = self._results([record], 1)
-        return result
-
-    def stream(self, record: dict[str, Any]) -> dict[str, Any]:
+    def stream(self, record: Record) -> Record:
         """Print the output as it comes."""
         from switchlm.generation.answer import stream
 
@@ -225,61 +212,40 @@ class _Job:
                 typer.echo()
                 return self._result(record, end.value)
 
-    def answer_all(self, records: list[dict[str, Any]], batch_size: int) -> list[dict[str, Any]]:
+    def answer(self, records: list[Record], batch_size: int) -> list[Record]:
         """Return the results in the order of the records, and show how far it is."""
-        results: list[dict[str, Any]] = [{} for _ in records]
-        with counting("texts", len(records)) as show:
-            for done, (place, result) in enumerate(self._results(records, batch_size), 1):
-                results[place] = result
-                show(done)
-        return results
-
-    def _results(
-        self, records: list[dict[str, Any]], batch_size: int
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the number of each record and its result, in the order of the work."""
         from switchlm.generation.batch import answer_all, best_answers
 
         texts = [record["text"] for record in records]
-        limits = self._limits(texts)
-        options: dict[str, Any] = {
-            "max_new_tokens": limits,
+        wheres = [
+            f"Line {number}: " if len(texts) > 1 else "" for number in range(1, 1 + len(texts))
+        ]
+        settings: dict[str, Any] = {
+            "max_new_tokens": list(map(self.limit, texts, wheres)),
             "batch_size": batch_size,
             "stops": self.stops,
         }
+        found: Iterator[tuple[int, Sequence[Answer]]]
         if self.beams is None:
-            for place, said in answer_all(
-                self.model,
-                self.tokenizer,
-                texts,
-                sampling=self.sampling,
-                seed=self.seed,
-                **options,
-            ):
-                yield place, self._result(records[place], said)
-            return
-        for place, found in best_answers(
-            self.model, self.tokenizer, texts, beams=self.beams, **options
-        ):
-            result = self._result(records[place], found[0])
-            yield place, {**result, "beams": [dataclasses.asdict(each) for each in found]}
+            settings |= {"sampling": self.sampling, "seed": self.seed}
+            answered = answer_all(self.model, self.tokenizer, texts, **settings)
+            found = ((place, [said]) for place, said in answered)
+        else:
+            found = best_answers(self.model, self.tokenizer, texts, beams=self.beams, **settings)
+        results: list[Record] = [{} for _ in records]
+        with counting("texts", len(records)) as show:
+            for done, (place, answers) in enumerate(found, 1):
+                results[place] = self._result(records[place], answers[0])
+                if self.beams is not None:
+                    results[place]["beams"] = [dataclasses.asdict(each) for each in answers]
+                show(done)
+        return results
 
-    def _limits(self, texts: list[str]) -> list[int]:
-        limits = []
-        for number, text in enumerate(texts, 1):
-            try:
-                limits.append(self.limit(text))
-            except DataError as error:
-                if len(texts) == 1:
-                    raise
-                raise DataError(f"Line {number}: {error}") from None
-        return limits
-
-    def num_tokens(self, result: dict[str, Any]) -> int:
+    def num_tokens(self, result: Record) -> int:
         """Return how many tokens were generated, the end token included."""
         return len(self.tokenizer.encode(result["output"])) + result["finished"]
 
-    def _result(self, record: dict[str, Any], said: "Answer") -> dict[str, Any]:
+    def _result(self, record: Record, said: "Answer") -> Record:
         from switchlm.generation.answer import put_into_blanks
 
         result = {**record, "output": said.output, "spans": said.spans, "finished": said.finished}
@@ -288,7 +254,7 @@ class _Job:
         return result
 
 
-def read_texts(file: str) -> list[dict[str, Any]]:
+def read_texts(file: str) -> list[Record]:
     """Return one record a text, each with its "text": a line of a .txt, or a JSON line of others.
 
     A line of JSON is a text, or an object with a "text", whose other fields stay as they are.
@@ -315,7 +281,7 @@ def read_texts(file: str) -> list[dict[str, Any]]:
     return records
 
 
-def _parse(line: str, file: str, number: int) -> dict[str, Any]:
+def _parse(line: str, file: str, number: int) -> Record:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -335,7 +301,7 @@ def _parse(line: str, file: str, number: int) -> dict[str, Any]:
     return record
 
 
-def write_results(records: Iterable[dict[str, Any]], file: str | None) -> None:
+def write_results(records: Iterable[Record], file: str | None) -> None:
     """Write one JSON line a record: to the file, whole or not at all, or to standard output."""
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     if file is None:
@@ -358,16 +324,3 @@ def check_writable(file: str | None) -> None:
             f"Cannot write {file!r}: it is a folder, or its folder does not exist. Make the folder "
             "first, or name another file."
         )
-
-
-@contextmanager
-def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show on a terminal how many are done, and how long the rest will take; elsewhere the sum."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        number = bar.add_task(what, total=total)
-        yield lambda done: bar.update(number, completed=done)
-    typer.echo(f"{total:,} {what} done.", err=True)

@@ -9,17 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from switchlm.cli.options import (
-    Batches,
-    BatchSize,
-    Data,
-    Device,
-    InputLength,
-    Json,
-    note,
-    open_model,
-    read_batches,
-)
+from switchlm.cli import options
 from switchlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,19 +20,17 @@ MOST_EXPERTS = 16  # shown of a layer, the busiest first
 
 
 def inspect(
-    model: Annotated[
-        str | None, typer.Option(help="A run, a model folder, or a name on the hub.")
-    ] = None,
+    model: options.OptionalModel = None,
     preset: Annotated[str | None, typer.Option(help="Or a model by name, without weights.")] = None,
-    data: Data = None,
-    batches: Batches = 4,
-    batch_size: BatchSize = None,
-    input_length: InputLength = None,
+    data: options.Data = None,
+    batches: options.Batches = 4,
+    batch_size: options.BatchSize = None,
+    input_length: options.InputLength = None,
     target_length: Annotated[
         int, typer.Option(min=1, help="Tokens in a row of targets, for FLOPs.")
     ] = 114,
-    device: Device = "auto",
-    as_json: Json = False,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Show the size of a model, and who goes to which expert."""
     if (model is None) == (preset is None):
@@ -57,9 +45,9 @@ def inspect(
     elif data:
         from switchlm.evaluation.routing import routing_statistics
 
-        loaded, tokenizer = open_model(model, device)
+        loaded, tokenizer = options.open_model(model, device)
         config = loaded.config
-        read, sources = read_batches(
+        read, sources = options.read_batches(
             model,
             tokenizer,
             data,
@@ -71,11 +59,16 @@ def inspect(
     else:
         from switchlm.huggingface.load import load_config
 
-        config = load_config(model, report=note)
+        config = load_config(model, report=options.note)
 
     sizes = describe(config, input_length or 512, target_length)
     if model is not None:
-        sizes["quantisation"] = _quantisation(model)
+        from switchlm.huggingface.load import load_quantisation
+
+        held = load_quantisation(model)
+        sizes["quantisation"] = held and {
+            key: getattr(held, key) for key in ("bits", "group_size", "what")
+        }
     if as_json:
         routing = {"routing": [dataclasses.asdict(layer) for layer in layers]} if layers else {}
         typer.echo(json.dumps({"model": model or preset, **sizes, **routing}))
@@ -85,7 +78,7 @@ def inspect(
     for layer in layers:
         console.print(_layer_table(dataclasses.asdict(layer)))
     if data and not layers:
-        note("This model is dense: it has no experts.")
+        options.note("This model is dense: it has no experts.")
 
 
 def describe(config: "ModelConfig", input_length: int, target_length: int) -> dict[str, Any]:
@@ -96,7 +89,7 @@ def describe(config: "ModelConfig", input_length: int, target_length: int) -> di
     shape = to_mapping(config)
     router = shape.pop("router")
 
-    def layers(num_layers: int, decoder: bool) -> list[str]:
+    def kinds(num_layers: int, decoder: bool) -> list[str]:
         sparse = [config.is_sparse(layer, decoder=decoder) for layer in range(num_layers)]
         return ["switch" if is_sparse else "dense" for is_sparse in sparse]
 
@@ -106,21 +99,11 @@ def describe(config: "ModelConfig", input_length: int, target_length: int) -> di
         "flops_per_token": count.flops_per_token(config, input_length, target_length),
         "input_length": input_length,
         "target_length": target_length,
-        "encoder_layers": layers(config.num_encoder_layers, decoder=False),
-        "decoder_layers": layers(config.num_decoder_layers, decoder=True),
+        "encoder_layers": kinds(config.num_encoder_layers, decoder=False),
+        "decoder_layers": kinds(config.num_decoder_layers, decoder=True),
         "shape": shape,
         "router": router if config.num_experts else None,
     }
-
-
-def _quantisation(model: str) -> dict[str, Any] | None:
-    """Return how the weights of a saved model are quantised, None if they are not."""
-    from switchlm.huggingface.load import load_quantisation
-
-    found = load_quantisation(model)
-    if found is None:
-        return None
-    return {"bits": found.bits, "group_size": found.group_size, "what": found.what}
 
 
 def _size_table(sizes: dict[str, Any]) -> Table:
@@ -159,7 +142,7 @@ def _layer_line(layers: list[str]) -> str:
 
 def _layer_table(layer: "dict[str, Any]") -> Table:
     """Say what the heat maps of the report show: what each expert serves, where tokens drop."""
-    from switchlm.report.sections import dead_experts, describe_expert
+    from switchlm.report.write import dead_experts, describe_expert
 
     total, loads = sum(layer["load_E"]), layer["load_E"]
     dead = dead_experts(loads)

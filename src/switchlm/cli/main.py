@@ -1,12 +1,11 @@
 """The command `switchlm`: finds the verb, and turns every failure into an exit status.
 
-0 done; 1 failed; 2 the user's mistake; 130 and 143 stopped by SIGINT and SIGTERM.
+0 done; 1 failed; 2 the user's mistake; 130 and 143 stopped by SIGINT and SIGTERM. An error that
+nobody raised on purpose shows its traceback.
 """
 
-import sys
 import traceback
 from importlib import import_module
-from types import TracebackType
 from typing import Annotated, Any
 
 import typer
@@ -15,8 +14,8 @@ from typer.core import TyperCommand, TyperGroup
 from switchlm import __version__
 from switchlm.errors import SwitchLMError, UserError
 
-# What `switchlm --help` says of each verb. The function `VERB` of `switchlm.cli.VERB` is it, with _
-# for -; that file is imported only when the verb is asked for.
+# What `switchlm --help` says of each verb, which is the function of that name, with _ for -. Its
+# file, of that name too or as in FILES, is imported only when the verb is asked for.
 VERBS = {
     "pretrain": "Pre-train a Switch Transformer, or a dense model, on text.",
     "compare": "Race a Switch Transformer against its FLOP-matched dense twin on the same text.",
@@ -32,6 +31,11 @@ VERBS = {
     "compress": "Make a model smaller: fewer bits per weight, fewer experts.",
     "convert": "Write a model in another layout.",
     "export": "Write a model for another runtime: PyTorch's programs, ONNX, or a plain T5.",
+}
+FILES = {
+    **dict.fromkeys(("pretrain", "compare", "finetune", "distill"), "train"),
+    **dict.fromkeys(("simulate", "verify_parallel"), "plan"),
+    "export": "convert",
 }
 
 
@@ -84,7 +88,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a mistake's traceback.")] = False,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
@@ -97,20 +101,10 @@ def load(verb: str) -> Any:
     """Import a verb's file and return its command."""
     one = typer.Typer(add_completion=False)
     name = verb.replace("-", "_")
-    one.command(verb)(getattr(import_module(f"switchlm.cli.{name}"), name))
+    one.command(verb)(getattr(import_module(f"switchlm.cli.{FILES.get(name, name)}"), name))
     return typer.main.get_command(one)
 
 
 def main() -> None:
     """Run the command line and exit."""
-    if "--debug" not in sys.argv:
-        sys.excepthook = _say_in_a_line
     typer.main.get_command(app)(prog_name="switchlm")
-
-
-def _say_in_a_line(
-    kind: type[BaseException], error: BaseException, _traceback: TracebackType | None
-) -> None:
-    """What Python does with an error that nobody caught, less the traceback; the status is 1."""
-    message = " ".join(f"{kind.__name__}: {error}".split())
-    sys.stderr.write(f"Failed: {message}\nRun it again with --debug to see where.\n")

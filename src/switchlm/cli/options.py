@@ -2,15 +2,17 @@
 
 import dataclasses
 import os
+import re
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from switchlm.cli.expert_memory import parse_size
-from switchlm.errors import CheckpointError, ConfigError, DataError, nearest
+from switchlm.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     from switchlm.data.batch import Batch
@@ -19,11 +21,27 @@ if TYPE_CHECKING:
     from switchlm.data.text.tokenizer import Tokenizer
     from switchlm.model.transformer import SwitchTransformer
 
-LONGEST_INPUT = 4096  # tokens; attention takes memory with the square of it
-
+Config = Annotated[Path | None, typer.Argument(help="YAML configuration.")]
+Preset = Annotated[str | None, typer.Option(help="A model by name.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a setting: training.steps=500.")
+]
+Run = Annotated[Path, typer.Option("--out", help="The run's folder.")]
+Resume = Annotated[bool, typer.Option(help="Go on from the newest checkpoint in OUT.")]
 Model = Annotated[str, typer.Option(help="A run, a model folder, or a name on the hub.")]
+OptionalModel = Annotated[
+    str | None, typer.Option(help="A run, a model folder, or a name on the hub.")
+]
+OutFolder = Annotated[Path, typer.Option("--out", help="The folder to write.")]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, ...")]
+ExpertMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Leave experts in their files and keep the last used in so much memory: 4GB, 512MiB.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="Print metrics as JSON lines.")]
 Data = Annotated[
     list[str] | None,
     typer.Option(help="Text: [name=]path[:weight], python:stdlib, ...; may be repeated."),
@@ -33,6 +51,36 @@ BatchSize = Annotated[int | None, typer.Option(min=1, help="Rows in a batch.")]
 InputLength = Annotated[
     int | None, typer.Option(min=1, help="Tokens in a row of inputs; the run's, or 512.")
 ]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task", help="A task or mixture by name, or a file or folder of yours; may be repeated."
+    ),
+]
+InputColumn = Annotated[
+    str | None, typer.Option(help="Of a file of yours: the column to read; input if left out.")
+]
+TargetColumn = Annotated[
+    str | None, typer.Option(help="Of a file of yours: the column to write; target if left out.")
+]
+Template = Annotated[
+    str | None,
+    typer.Option(help="Of a file of yours: the input, as in 'question: {question} text: {text}'."),
+]
+TargetTemplate = Annotated[
+    str | None, typer.Option(help="Of a file of yours: the target, as in '{answers.text}'.")
+]
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option("--metric", help="Of a file of yours: exact_match, f1, rouge2, ...; repeatable."),
+]
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{ending}": base**power
+    for power, letter in enumerate("kmgt", 1)
+    for ending, base in (("", 1000), ("b", 1000), ("ib", 1024))
+}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
 def note(message: str) -> None:
@@ -40,12 +88,27 @@ def note(message: str) -> None:
     typer.echo(f"Note: {message}", err=True)
 
 
+def read_sections(config: Path | None, resumed: Path | None = None) -> dict[str, Any]:
+    """Return the sections of a configuration file, none without one.
+
+    resumed: the folder of a run to go on with, whose own file is taken where none is given.
+    """
+    from switchlm.config import read_yaml
+    from switchlm.recipes.config import sections_of_run
+
+    if config is not None:
+        return read_yaml(config)
+    return {} if resumed is None else sections_of_run(resumed)
+
+
 def find_device(name: str) -> Any:
-    """Return the torch.device of that name; `auto` is the GPU if there is one."""
+    """Return the torch.device of that name; `auto` is the accelerator if there is one."""
     import torch
 
+    from switchlm.parallel.mesh import default_device
+
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return default_device()
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -61,24 +124,11 @@ def open_model(
 
     expert_memory: a size such as 4GB, with which experts stay on the disk; None loads all.
     """
-    if expert_memory is not None:
-        model, tokenizer = _open_offloaded(name, device, parse_size(expert_memory))
-    else:
-        place = find_device(device)
-        from switchlm.huggingface.load import load
+    from switchlm.recipes.config import open_whole, required
 
-        model, tokenizer = load(name, device=place, report=note)
-    if tokenizer is None:
-        raise CheckpointError(
-            f"The model {name!r} has no tokenizer.json, so there is no telling its tokens from "
-            "text. Copy the one it was trained with into its folder."
-        )
-    return model, tokenizer
-
-
-def _open_offloaded(
-    name: str, device: str, expert_memory: int
-) -> "tuple[SwitchTransformer, Tokenizer | None]":
+    if expert_memory is None:
+        return open_whole(name, "model", note, find_device(device))
+    size = parse_size(expert_memory)
     if device not in ("auto", "cpu"):
         raise ConfigError(
             f"--expert-memory reads experts into main memory, and {device!r} is no CPU. Leave "
@@ -86,8 +136,8 @@ def _open_offloaded(
         )
     from switchlm.compression.offload import load_offloaded
 
-    loaded = load_offloaded(name, expert_memory, report=note)
-    return loaded.model, loaded.tokenizer
+    loaded = load_offloaded(name, size, report=note)
+    return loaded.model, required(loaded.tokenizer, name, "model")
 
 
 def read_text(argument: str | None) -> str:
@@ -142,15 +192,13 @@ def open_text(
     input_length: int | None,
 ) -> "Loader":
     """Return masked text: `data`, so much of it held out, or the run's own, as it held it out."""
-    from switchlm.config import from_mapping, read_yaml
+    from switchlm.config import from_mapping
     from switchlm.data.config import DataConfig
     from switchlm.data.pretraining.loader import open_data
-    from switchlm.training.run_folder import RunFolder
+    from switchlm.recipes.config import sections_of_run
 
-    run = RunFolder(Path(name)).config
     # A run on tasks has no such section, and others that are of no concern here.
-    values = read_yaml(run).get("data", {}) if run.is_file() else {}
-    config = from_mapping(DataConfig, values, "data")
+    config = from_mapping(DataConfig, sections_of_run(Path(name)).get("data", {}), "data")
     stated = {"batch_size": batch_size, "input_length": input_length}
     changes: dict[str, Any] = {key: value for key, value in stated.items() if value is not None}
     if data:
@@ -167,50 +215,22 @@ def open_text(
     )
 
 
-Tasks = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--task", help="A task or mixture by name, or a file or folder of yours; may be repeated."
-    ),
-]
-InputColumn = Annotated[str, typer.Option(help="Of a file of yours: the column to read.")]
-TargetColumn = Annotated[str, typer.Option(help="Of a file of yours: the column to write.")]
-Template = Annotated[
-    str | None,
-    typer.Option(help="Of a file of yours: the input, as in 'question: {question} text: {text}'."),
-]
-TargetTemplate = Annotated[
-    str | None, typer.Option(help="Of a file of yours: the target, as in '{answers.text}'.")
-]
-Metrics = Annotated[
-    list[str] | None,
-    typer.Option("--metric", help="Of a file of yours: exact_match, f1, rouge2, ...; repeatable."),
-]
-
-
 def find(
-    names: Sequence[str],
-    *,
-    input_column: str,
-    target_column: str,
-    template: str | None,
-    target_template: str | None,
-    metrics: Sequence[str] | None,
+    names: Sequence[str], metrics: Sequence[str] | None, **columns: str | None
 ) -> "tuple[Task, ...]":
-    """Return the tasks of those names; raises ConfigError where the options do not fit them."""
+    """Return the tasks of those names; raises ConfigError where the options do not fit them.
+
+    columns: the columns and templates of a file, as of `TaskOptions`; None leaves its default.
+    """
     from switchlm.data.tasks.mixture import TaskOptions, find_tasks
     from switchlm.evaluation.metrics import find_metric
 
     for metric in metrics or ():
         find_metric(metric)
-    options = TaskOptions(
-        input_column=input_column,
-        target_column=target_column,
-        template=template,
-        target_template=target_template,
-        **({"metrics": tuple(metrics)} if metrics else {}),
-    )
-    return find_tasks(names, options)
+    stated: dict[str, Any] = {name: value for name, value in columns.items() if value is not None}
+    if metrics:
+        stated["metrics"] = tuple(metrics)
+    return find_tasks(names, TaskOptions(**stated))
 
 
 def places(tasks: "Sequence[Task]", data: Sequence[str] | None) -> dict[str, Path | None]:
@@ -231,3 +251,87 @@ def places(tasks: "Sequence[Task]", data: Sequence[str] | None) -> dict[str, Pat
         else:
             raise ConfigError(f"--data {text!r} is for no task here.{nearest(name, found)}")
     return found
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that a size like 4GB, 1.5 GiB or 300M means; ConfigError teaches."""
+    found = _SIZE.fullmatch(text)
+    if found is None or found[2].lower() not in _UNITS:
+        raise ConfigError(
+            f"--expert-memory {text!r} is no size. Write a number and a unit: 4GB, 512MB, 1.5GiB "
+            "(KB, MB, GB and TB are powers of 1000; KiB, MiB, GiB and TiB of 1024)."
+        )
+    size = int(float(found[1]) * _UNITS[found[2].lower()])
+    if size < 1:
+        raise ConfigError(f"--expert-memory {text!r} leaves no memory at all for experts.")
+    return size
+
+
+class Usage:
+    """What a piece of work with a model took; nothing where its experts are not on the disk."""
+
+    def __init__(self, model: "SwitchTransformer") -> None:
+        from switchlm.compression.offload import memory_of
+
+        self._memory = memory_of(model)
+        self._seconds = 0.0
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Count the time that passes inside."""
+        start = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - start
+
+    def figures(self, num_tokens: int | None = None) -> dict[str, Any]:
+        """Return resident memory, bytes read, rates; empty where all is in memory.
+
+        num_tokens: generated, None where the work was another.
+        """
+        if self._memory is None:
+            return {}
+        counters = self._memory.counters
+        resident, peak = resident_bytes()
+        found: dict[str, Any] = {
+            "resident_bytes": resident,
+            "peak_resident_bytes": peak,
+            "expert_bytes_held": counters.bytes_held,
+            "bytes_read": counters.bytes_read,
+            "hits": counters.hits,
+            "misses": counters.misses,
+            "hit_rate": counters.hit_rate,
+            "guesses": counters.guesses,
+            "wrong_guesses": counters.wrong_guesses,
+            "seconds": self._seconds,
+        }
+        if num_tokens is not None:
+            found["tokens_a_second"] = num_tokens / max(self._seconds, 1e-9)
+        return found
+
+    def tell(self, num_tokens: int | None = None) -> None:
+        """Say the figures beside the result, in one line."""
+        found = self.figures(num_tokens)
+        if not found:
+            return
+        rate = "" if num_tokens is None else f", {found['tokens_a_second']:.1f} tokens per second"
+        wanted = found["hits"] + found["misses"]
+        typer.echo(
+            f"Experts on disk: {found['bytes_read'] / 1e9:.2f} GB read, "
+            f"{found['hit_rate']:.0%} of {wanted:,} wanted were in memory; "
+            f"resident {found['resident_bytes'] / 1e9:.2f} GB "
+            f"(at most {found['peak_resident_bytes'] / 1e9:.2f}){rate}.",
+            err=True,
+        )
+
+
+def resident_bytes() -> tuple[int, int]:
+    """Return the memory that this process has now, and the most it ever had."""
+    import resource  # not on every system
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    try:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return peak, peak
+    return pages * resource.getpagesize(), peak

@@ -1,7 +1,14 @@
-"""switchlm plan: every layout of a model on a cluster that fits, the fastest first, and why."""
+"""switchlm plan, simulate and verify-parallel: models laid out over many processes.
+
+A plan names every layout that fits a cluster; simulate runs the real step of one process of a
+layout; verify-parallel runs all of every layout. The first two take a batch of the paper's size
+where none is set, and show what travels in the same table.
+"""
 
 import dataclasses
 import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,18 +16,28 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from switchlm.cli.options import Json
-from switchlm.cli.shapes import BatchTokens, Set, batch_config, traffic_mapping
+from switchlm.cli import options
+from switchlm.cli.progress import plain_table
 
 if TYPE_CHECKING:
-    from switchlm.planning.hardware import Cluster
-    from switchlm.planning.layouts import Layout, Plan
+    from switchlm.parallel.mesh import MeshConfig
+    from switchlm.planning.layouts import Cluster, Layout, Plan
+    from switchlm.planning.recorder import Bytes, Collective
     from switchlm.recipes.config import RunConfig
+
+Traffic = list[dict[str, Any]]
+PAPER_BATCH = 2**20  # tokens, of inputs
+AXES = ["replicas", "data", "expert", "tensor"]
+
+BatchTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Input tokens a micro-batch of all processes; else 2^20, or as set."),
+]
 
 
 def plan(
-    config: Annotated[Path | None, typer.Argument(help="YAML configuration.")] = None,
-    preset: Annotated[str | None, typer.Option(help="A model by name.")] = None,
+    config: options.Config = None,
+    preset: options.Preset = None,
     nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs in each.")] = 8,
     gpu: Annotated[str, typer.Option(help="a100-80gb, h100, h200 or b200.")] = "h200",
@@ -39,11 +56,12 @@ def plan(
         bool, typer.Option("--design", help="Choose the number of experts, too.")
     ] = False,
     show: Annotated[int, typer.Option(min=1, help="Layouts to print.")] = 10,
-    set_: Set = None,
-    as_json: Json = False,
+    set_: options.Set = None,
+    as_json: options.Json = False,
 ) -> None:
     """Find the fastest layout of a model on a cluster, and what it takes."""
-    from switchlm.planning.hardware import Cluster, find_gpu
+    from switchlm.planning.layouts import Cluster, find_gpu
+    from switchlm.planning.layouts import plan as recipe
 
     kind = find_gpu(gpu)
     if memory is not None:
@@ -62,19 +80,171 @@ def plan(
     if design:
         _design(run, cluster, console, as_json)
         return
-    from switchlm.planning.layouts import plan as recipe
-
     with console.status(f"Judging the layouts of {cluster.num_gpus} GPUs"):
         found = recipe(run, cluster)
     if as_json:
         typer.echo(json.dumps(_mapping(found)))
         return
     if found.layouts:
-        console.print(_table(found.layouts[:show]))
-        console.print(_memory(found.layouts[0]), highlight=False)
-        console.print(_traffic_table(found.layouts[0]))
+        best = found.layouts[0]
+        console.print(_layout_table(found.layouts[:show]))
+        sizes = dataclasses.asdict(best.took.peak).items()
+        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes)
+        console.print(f"The first, GB per GPU: {parts}", highlight=False)
+        title = f"The first, a GPU and step: {best.flops / 1e12:.4g} TFLOPs, and"
+        console.print(_traffic_table(_traffic_mapping(best.took.traffic), title))
     console.print(found.reason, highlight=False)
     console.print(_counts(found), style="dim", highlight=False)
+
+
+def simulate(
+    config: options.Config = None,
+    preset: options.Preset = None,
+    ranks: Annotated[int, typer.Option(help="Processes of the job.")] = 8,
+    batch_tokens: BatchTokens = None,
+    set_: options.Set = None,
+    as_json: options.Json = False,
+) -> None:
+    """Run the step of one process of thousands without them, and measure it."""
+    from switchlm.planning.estimate import footprint
+    from switchlm.planning.simulate import simulate as recipe
+
+    run = batch_config(config, preset, set_, batch_tokens)
+    console = Console(stderr=as_json)
+    with console.status(f"Simulating {ranks} processes"):
+        found = recipe(run, ranks)
+        sizes = run.mesh.shape(ranks)
+        planned = footprint(run, dataclasses.replace(run.mesh, data=sizes[1]))
+    traffic = Counter(found.collectives)
+    if as_json:
+        figures = {
+            "ranks": ranks,
+            "parameters": found.parameters,
+            "rows": found.rows,
+            "memory": _memory_mapping(found.peak),
+            "traffic": _traffic_mapping(traffic),
+            "planned_memory": _memory_mapping(planned.peak),
+            "planned_traffic": _traffic_mapping(planned.traffic),
+            "seconds": found.seconds,
+        }
+        typer.echo(json.dumps(figures))
+        return
+    mesh = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+    console.print(
+        f"{found.parameters:,} parameters on {ranks} processes ({mesh}), {found.rows} rows each, "
+        f"simulated in {found.seconds:.1f} s.",
+        highlight=False,
+    )
+    memory = plain_table(["GB at the fullest moment"], list(_memory_mapping(found.peak)))
+    for label, one in (("the step", found.peak), ("the plan", planned.peak)):
+        memory.add_row(label, *(f"{size / 1e9:.3f}" for size in _memory_mapping(one).values()))
+    console.print(memory)
+    console.print(_traffic_table(_traffic_mapping(traffic)))
+    if traffic == planned.traffic:
+        console.print("The plan gives the same collectives, each of the same size.")
+
+
+def verify_parallel(
+    config: options.Config = None,
+    preset: options.Preset = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps a layout.")] = 3,
+    tokens: Annotated[int, typer.Option(min=4, help="Inputs in a row.")] = 48,
+    set_: options.Set = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+) -> None:
+    """Compare every layout over many processes with one process."""
+    from switchlm.recipes.config import run_config
+    from switchlm.recipes.verify_parallel import verify_parallel as recipe
+
+    values = options.read_sections(config)
+    run = run_config(preset=preset, values=values, overrides=set_ or ())
+    console = Console(stderr=as_json)
+    results = []
+    with console.status("Training in one process") as status:
+        for result in recipe(run, nproc, steps=steps, tokens=tokens):
+            results.append(result)
+            status.update(f"{len(results)} layouts done")
+            if as_json:
+                typer.echo(json.dumps(dataclasses.asdict(result)))
+    fitting = [result for result in results if result.does_not_fit is None]
+    table = plain_table([], [*AXES, "loss", "gradient", "seconds"])
+    table.add_column("")
+    for result in fitting:
+        table.add_row(
+            *_mesh_cells(result.mesh),
+            f"{result.loss:.1e}",
+            f"{result.gradient:.1e}",
+            f"{result.seconds:.1f}",
+            "equal" if result.equal else f"[red]differs at {result.parameter}",
+        )
+    console.print(table)
+    for reason in sorted({result.does_not_fit for result in results if result.does_not_fit}):
+        console.print(f"Left out: {reason}", style="dim", highlight=False)
+    different = [result for result in fitting if not result.equal]
+    console.print(
+        f"{len(fitting) - len(different)} of {len(fitting)} layouts equal one process "
+        "(relative differences of losses and gradients)."
+    )
+    if different:
+        raise typer.Exit(1)
+
+
+def batch_config(
+    config: Path | None, preset: str | None, overrides: list[str] | None, batch_tokens: int | None
+) -> "RunConfig":
+    """Resolve a configuration; data.batch_size is that of the tokens, unless it is set.
+
+    Without either, a batch has 2^20 input tokens, as in the paper.
+    """
+    from switchlm.recipes.config import run_config
+
+    values = options.read_sections(config)
+    stated = list(overrides or ())
+    run = run_config(preset=preset, values=values, overrides=stated)
+    is_set = "batch_size" in (values.get("data") or {}) or any(
+        one.startswith("data.batch_size=") for one in stated
+    )
+    if batch_tokens is None and is_set:
+        return run
+    rows = max((batch_tokens or PAPER_BATCH) // run.data.input_length, 1)
+    return run_config(preset=preset, values=values, overrides=[*stated, f"data.batch_size={rows}"])
+
+
+def _memory_mapping(peak: "Bytes") -> dict[str, int]:
+    return {**dataclasses.asdict(peak), "total": peak.total}
+
+
+def _traffic_mapping(traffic: "Mapping[Collective, int]") -> Traffic:
+    """Return a row for each kind, axes and dtype: calls, and bytes of payload and sent in all."""
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for one, calls in traffic.items():
+        key = (one.kind, one.axes, str(one.dtype).removeprefix("torch."))
+        row = rows.setdefault(
+            key,
+            dict(zip(("kind", "axes", "dtype"), key, strict=True))
+            | {"size": one.size, "calls": 0, "payload": 0, "sent": 0.0},
+        )
+        row["calls"] += calls
+        row["payload"] += calls * one.payload
+        row["sent"] += calls * one.sent
+    return sorted(rows.values(), key=lambda row: -row["sent"])
+
+
+def _traffic_table(traffic: Traffic, title: str | None = None) -> Table:
+    words = ["collective", "axes", "dtype"]
+    table = plain_table(words, ["processes", "calls", "payload GB", "sent GB"], title)
+    for row in traffic:
+        table.add_row(
+            row["kind"],
+            row["axes"],
+            row["dtype"],
+            f"{row['size']}",
+            f"{row['calls']}",
+            f"{row['payload'] / 1e9:.6f}",
+            f"{row['sent'] / 1e9:.6f}",
+        )
+    return table
 
 
 def _counts(found: "Plan") -> str:
@@ -87,41 +257,19 @@ def _counts(found: "Plan") -> str:
     return f"{text}, {found.impossible} do not divide the model or the batch."
 
 
-def _table(layouts: "tuple[Layout, ...]") -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("replicas", "data", "expert", "tensor", "GB per GPU", "ms per step", "tokens/s"):
-        table.add_column(column, justify="right")
+def _mesh_cells(mesh: "MeshConfig") -> list[str]:
+    """Return the size of every axis, for the columns `AXES` of a table."""
+    return [str(getattr(mesh, axis)) for axis in AXES]
+
+
+def _layout_table(layouts: "Sequence[Layout]") -> Table:
+    table = plain_table([], [*AXES, "GB per GPU", "ms per step", "tokens/s"])
     for layout in layouts:
-        mesh = layout.mesh
         table.add_row(
-            *(str(size) for size in (mesh.replicas, mesh.data, mesh.expert, mesh.tensor)),
-            f"{layout.peak.total / 1e9:.2f}",
+            *_mesh_cells(layout.mesh),
+            f"{layout.took.peak.total / 1e9:.2f}",
             f"{1e3 * layout.times.step:.1f}",
             f"{layout.tokens_per_second:,.0f}",
-        )
-    return table
-
-
-def _memory(layout: "Layout") -> str:
-    parts = dataclasses.asdict(layout.peak).items()
-    return "The first, GB per GPU: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts)
-
-
-def _traffic_table(layout: "Layout") -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left")
-    table.title = f"The first, a GPU and step: {layout.flops / 1e12:.4g} TFLOPs, and"
-    for column in ("collective", "axes", "dtype"):
-        table.add_column(column)
-    for column in ("calls", "payload GB", "sent GB"):
-        table.add_column(column, justify="right")
-    for row in traffic_mapping(layout.traffic):
-        table.add_row(
-            row["kind"],
-            row["axes"],
-            row["dtype"],
-            f"{row['calls']}",
-            f"{row['payload'] / 1e9:.4f}",
-            f"{row['sent'] / 1e9:.4f}",
         )
     return table
 
@@ -141,10 +289,10 @@ def _mapping(found: "Plan") -> dict[str, Any]:
 def _layout_mapping(layout: "Layout") -> dict[str, Any]:
     return {
         "mesh": dataclasses.asdict(layout.mesh),
-        "rows": layout.rows,
-        "memory": {**dataclasses.asdict(layout.peak), "total": layout.peak.total},
+        "rows": layout.took.rows,
+        "memory": _memory_mapping(layout.took.peak),
         "flops": layout.flops,
-        "traffic": traffic_mapping(layout.traffic),
+        "traffic": _traffic_mapping(layout.took.traffic),
         "seconds": {**dataclasses.asdict(layout.times), "step": layout.times.step},
         "tokens_per_second": layout.tokens_per_second,
     }
@@ -168,30 +316,25 @@ def _design(run: "RunConfig", cluster: "Cluster", console: Console, as_json: boo
         ]
         typer.echo(json.dumps({"choices": found}))
         return
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("experts", "parameters", "GB per GPU", "ms", "tokens/s"):
-        table.add_column(column, justify="right")
+    table = plain_table([], ["experts", "parameters", "GB per GPU", "ms", "tokens/s"])
     table.add_column("best layout")
+    advice = choices[0].reason
     for choice in choices:
         best = choice.best
-        if best is None:
-            cells = ["", "", "", "nothing fits"]
-        else:
+        cells = ["", "", "", "nothing fits"]
+        if best is not None:
             cells = [
-                f"{best.peak.total / 1e9:.1f}",
+                f"{best.took.peak.total / 1e9:.1f}",
                 f"{1e3 * best.times.step:.1f}",
                 f"{best.tokens_per_second:,.0f}",
                 words(best.mesh),
             ]
         style = "bold" if choice.chosen else None
         table.add_row(f"{choice.num_experts}", f"{choice.parameters:,}", *cells, style=style)
-    console.print(table)
-    for choice in choices:
         if choice.chosen:
-            console.print(
+            advice = (
                 f"Take {choice.num_experts} experts: the most whose step takes at most a tenth "
-                f"longer than the shortest. {choice.reason}",
-                highlight=False,
+                f"longer than the shortest. {choice.reason}"
             )
-    if not any(choice.chosen for choice in choices):
-        console.print(choices[0].reason, highlight=False)
+    console.print(table)
+    console.print(advice, highlight=False)

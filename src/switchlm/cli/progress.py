@@ -1,22 +1,60 @@
-"""A live display of one or several runs: steps, losses, speed, and the time that is left.
+"""What commands show: runs while they train, how far a long piece of work is, and tables.
 
-SIGINT and SIGTERM finish the step and save; the command then exits with the documented status.
+Of runs it is steps, losses, speed, and the time that is left. SIGINT and SIGTERM finish the step
+and save; the command then exits with the documented status.
 """
 
+import json
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import typer
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+Event = dict[str, Any]
 SPARK = "▁▂▃▄▅▆▇█"
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal to draw on
+
+
+def follow(
+    start: Callable[..., Iterable[Event]],
+    *,
+    steps: int | None,
+    seconds: float | None,
+    as_json: bool,
+    lines: bool = True,
+) -> tuple[Console, Event]:
+    """Run a recipe under the live display, until its end or a signal.
+
+    start: the recipe, with all arguments but `should_stop` and `report`.
+    steps, seconds: where it will end, or when; None where that is not known.
+    as_json: whether the display goes to standard error.
+    lines: with as_json, print every line of metrics too.
+
+    Returns the console, and the last value of every key that the events had. Of the processes of a
+    job only the main one shows anything.
+    """
+    from switchlm.parallel.launch import launched
+
+    launch = launched()
+    is_main = launch is None or launch.rank == 0
+    console = Console(stderr=as_json, quiet=not is_main)
+    progress = Progress(console, steps=steps, seconds=seconds)
+    last: Event = {}
+    with stop_on_signal() as should_stop:
+        for event in progress.watch(start(should_stop=should_stop, report=progress.say)):
+            last |= event
+            if lines and as_json and is_main and "step" in event:
+                typer.echo(json.dumps(event))
+    return console, last
 
 
 class Progress:
@@ -32,11 +70,11 @@ class Progress:
         self.seconds = seconds
         self.started = time.monotonic()
         self.phase = "starting"
-        self.runs: dict[str, dict[str, Any]] = {}
+        self.runs: dict[str, Event] = {}
         self.curves: dict[str, list[float]] = {}
         self.printed = 0.0
 
-    def watch(self, events: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def watch(self, events: Iterable[Event]) -> Iterator[Event]:
         """Yield every event after showing it."""
         if not self.console.is_terminal:
             for event in events:
@@ -55,7 +93,7 @@ class Progress:
         if not self.console.is_terminal:
             self.console.print(line, markup=False, highlight=False)
 
-    def _take(self, event: dict[str, Any]) -> None:
+    def _take(self, event: Event) -> None:
         if "phase" in event:
             self.phase = event["phase"]
         elif "step" in event:
@@ -65,9 +103,7 @@ class Progress:
                 self.curves.setdefault(name, []).append(event["evaluation_loss"])
 
     def _draw(self) -> Group:
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for column in ("model", "step", "loss", "held-out", "tokens/s", "training"):
-            table.add_column(column, justify="left" if column == "model" else "right")
+        table = plain_table(["model"], ["step", "loss", "held-out", "tokens/s", "training"])
         table.add_column("held-out loss so far")
         for name, state in self.runs.items():
             table.add_row(
@@ -94,7 +130,7 @@ class Progress:
             estimates.append(elapsed / done * (self.steps - done))
         return min(estimates, default=None)
 
-    def _print_line(self, event: dict[str, Any]) -> None:
+    def _print_line(self, event: Event) -> None:
         now = time.monotonic()
         if "phase" in event:
             self.console.print(f"{self.phase} ...")
@@ -127,6 +163,26 @@ def _sparkline(values: list[float], width: int = 24) -> str:
     low, high = min(values), max(values)
     scale = (len(SPARK) - 1) / (high - low) if high > low else 0.0
     return "".join(SPARK[round((value - low) * scale)] for value in values)
+
+
+def plain_table(words: Sequence[str], numbers: Sequence[str], title: str | None = None) -> Table:
+    """Return an empty table without lines: columns of words, then columns of numbers."""
+    table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
+    for column in words:
+        table.add_column(column)
+    for column in numbers:
+        table.add_column(column, justify="right")
+    return table
+
+
+@contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show on a terminal how many are done, and how long the rest will take."""
+    console = Console(stderr=True)
+    hidden = total == 1 or not console.is_terminal
+    with Bar(console=console, transient=True, disable=hidden) as bar:
+        number = bar.add_task(what, total=total)
+        yield lambda done: bar.update(number, completed=done)
 
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from switchlm.cli.expert_memory import ExpertMemorySize
-from switchlm.cli.options import Device, Model, note, open_model
+from switchlm.cli import options
 from switchlm.cli.progress import stop_on_signal
 from switchlm.errors import ConfigError, MissingExtraError
 
@@ -22,7 +21,7 @@ LEAST_KEY = 8  # characters; shorter ones are guessed
 
 
 def serve(
-    model: Model,
+    model: options.Model,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     api_key_file: Annotated[
@@ -46,8 +45,8 @@ def serve(
     request_seconds: Annotated[
         float, typer.Option(min=0.1, help="Give a request up after that long.")
     ] = 300.0,
-    device: Device = "auto",
-    expert_memory: ExpertMemorySize = None,
+    device: options.Device = "auto",
+    expert_memory: options.ExpertMemory = None,
 ) -> None:
     """Serve a model over HTTP, and a page that shows its experts at work."""
     try:
@@ -58,11 +57,11 @@ def serve(
         raise MissingExtraError(error.name or "fastapi", "serve", "Serving") from None
     from switchlm.kernels.cpu.native import native
     from switchlm.serving.engine import Engine
+    from switchlm.training.run_folder import RunFolder
 
     key = None if api_key_file is None else _read_key(api_key_file)
-    listener = _listen(host, port)
-    with listener:
-        loaded, tokenizer = open_model(model, device, expert_memory)
+    with _listen(host, port) as listener:
+        loaded, tokenizer = options.open_model(model, device, expert_memory)
         engine = Engine(
             loaded,
             tokenizer,
@@ -73,9 +72,9 @@ def serve(
         )
         _start(engine)
         served = name or (Path(model).resolve().name if Path(model).exists() else model)
-        app = create_app(
-            engine, name=served, key=key, report=_report_of(model), seconds=request_seconds
-        )
+        page = RunFolder(Path(model)).report
+        report = page.read_text(encoding="utf-8") if page.is_file() else None
+        app = create_app(engine, name=served, key=key, report=report, seconds=request_seconds)
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -90,7 +89,7 @@ def serve(
         _open(listener)
         address = _address(listener)
         if loaded.embedding.weight.device.type == "cpu" and native().library is None:
-            note(
+            options.note(
                 f"Decoding is about half as fast as it could be: {native().reason}. See "
                 "docs/guides/kernels.md."
             )
@@ -101,7 +100,7 @@ def serve(
             f"  curl {address}/v1/fill{bearer} -H 'Content-Type: application/json' -d '{body}'"
         )
         if key is None and host not in ("127.0.0.1", "::1", "localhost"):
-            note(f"Whoever reaches {host} may use this model: there is no --api-key-file.")
+            options.note(f"Whoever reaches {host} may use this model: there is no --api-key-file.")
         with _no_search_for_garbage(), stop_on_signal():
             server.run(sockets=[listener])
             typer.echo("Stopped: everything accepted has been answered.", err=True)
@@ -159,9 +158,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise ConfigError(
-            f"Cannot listen on {host} port {port}: {error.strerror}. Choose another --port."
-        ) from None
+        raise _taken(host, port, error) from None
     return listener
 
 
@@ -170,19 +167,16 @@ def _open(listener: socket.socket) -> None:
     try:
         listener.listen(2048)
     except OSError as error:  # another server took the same port at the same time
-        _, port = listener.getsockname()[:2]
-        raise ConfigError(
-            f"Cannot listen on port {port}: {error.strerror}. Choose another --port."
-        ) from None
+        host, port = listener.getsockname()[:2]
+        raise _taken(host, port, error) from None
+
+
+def _taken(host: str, port: int, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"Cannot listen on {host} port {port}: {error.strerror}. Choose another --port."
+    )
 
 
 def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _report_of(model: str) -> str | None:
-    from switchlm.training.run_folder import RunFolder
-
-    report = RunFolder(Path(model)).report
-    return report.read_text(encoding="utf-8") if report.is_file() else None

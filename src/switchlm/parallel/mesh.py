@@ -237,6 +237,18 @@ class Mesh:
 ALONE = Mesh()
 
 
+def default_device() -> torch.device:
+    """Return the accelerator of this process if there is one, else the CPU.
+
+    The processes of a job are on NVIDIA's or AMD's GPUs, or all on CPUs.
+    """
+    # PyTorch built for CUDA names CUDA where there is no GPU, unless it is asked to look.
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is None or (kind.type != "cuda" and dist.is_initialized()):
+        return torch.device("cpu")
+    return torch.device(kind.type, torch.accelerator.current_device_index())
+
+
 @contextmanager
 def joined(config: MeshConfig) -> Iterator[Mesh]:
     """Join the job that this process was started for, for the length of the block.
@@ -250,5 +262,4 @@ def joined(config: MeshConfig) -> Iterator[Mesh]:
         yield ALONE
         return
     with process_group(launch, config.timeout) as heartbeat:
-        device_type = "cuda" if torch.cuda.is_available() else "cpu"
-        yield Mesh.of(config, device_type, heartbeat)
+        yield Mesh.of(config, default_device().type, heartbeat)

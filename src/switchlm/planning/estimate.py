@@ -1,8 +1,7 @@
 """What a step takes in a layout, worked out instead of run: peak memory, and all that is sent.
 
-The parts that processes hold come from planning/shard_sizes.py, what blocks take from
-planning/profile.py; here FSDP's gathering and reducing is laid over them, layer by layer, as it
-goes through a step:
+The parts that processes hold, and what blocks take, come from planning/profile.py; here FSDP's
+gathering and reducing is laid over them, layer by layer, as it goes through a step:
 
     forward   gather a block's weights, twice for a moment: as they arrive, and in place; free them
     backward  gather again, the next block's ahead; its gradients in float32 on their way; free both
@@ -10,18 +9,25 @@ goes through a step:
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
 import torch
 
 from switchlm.parallel.mesh import AXES, MeshConfig
-from switchlm.planning.profile import STACKS, Segment, layer_like, trace
+from switchlm.planning.profile import (
+    STACKS,
+    Segment,
+    Share,
+    layer_like,
+    num_layers,
+    shapes_of,
+    shares,
+    trace,
+)
 from switchlm.planning.recorder import Bytes, Collective
-from switchlm.planning.shard_sizes import Share, shapes_of, shares
-from switchlm.planning.simulate import rows_of_a_share, wire_dtype
-from switchlm.recipes.config import RunConfig
+from switchlm.planning.simulate import rows_of_a_share
+from switchlm.recipes.config import RunConfig, wire_dtype
 from switchlm.training.config import TrainingConfig
 
 FLOAT32 = 4
@@ -50,19 +56,14 @@ class Footprint:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Parameters that are gathered and reduced together.
-
-    gathered: bytes of all of them together as they are gathered.
-    reduced: of their gradients, in float32, on their way.
-    held: bytes of this process's part in float32. spread: whether others hold parts of them at all;
-        otherwise nothing is gathered, and gradients stay where they arise.
-    """
+    """Parameters that are gathered and reduced together; wire: in which dtype."""
 
     shares: tuple[Share, ...]
     wire: torch.dtype
 
     @property
     def processes(self) -> int:
+        """Over how many processes they are spread."""
         return self.shares[0].processes
 
     @property
@@ -72,6 +73,7 @@ class Group:
 
     @property
     def held(self) -> int:
+        """Bytes of this process's part, in float32."""
         return FLOAT32 * sum(share.held for share in self.shares)
 
     @property
@@ -81,6 +83,7 @@ class Group:
 
     @property
     def gathered(self) -> int:
+        """Bytes of all of them together as they are gathered."""
         if not self.managed:
             return 0
         return self.wire.itemsize * self.processes * sum(share.held for share in self.shares)
@@ -92,6 +95,7 @@ class Group:
 
     @property
     def reduced(self) -> int:
+        """Bytes of their gradients, in float32, on their way."""
         return FLOAT32 * self.processes * sum(share.held for share in self.shares) * self.managed
 
 
@@ -122,7 +126,7 @@ def footprint(config: RunConfig, mesh: MeshConfig) -> Footprint:
         rows=rows,
         peak=peak,
         traffic=_traffic(config, mesh, groups, named),
-        touched=parts * sum(named[name].rise * times for name, times in _times(config)),
+        touched=parts * sum(named[name].rise * times for name, times in _times(config).items()),
         moved=parts * sum(group.gathered or group.held for group in groups.values()),
         updated=sum(group.held for group in groups.values()) // FLOAT32,
     )
@@ -210,12 +214,12 @@ class _Walk:
         self.step("start", root.gathered + root.flat)
         flat = root.flat
         for stack in STACKS:
-            for layer in range(self.layers(stack)):
+            for layer in range(num_layers(self.config.model, stack)):
                 blocks = self.of(stack, layer)
                 self.note(0, root.gathered + flat + blocks[0].flat)
                 flat = blocks[-1].flat
                 inside = sum(group.gathered for group in blocks)
-                like = self.like(stack, layer)
+                like = layer_like(self.config.model, stack, layer)
                 self.step(f"forward {stack} {like}", root.gathered + inside + flat)
             self.step(f"after {stack}", root.gathered)
 
@@ -223,11 +227,12 @@ class _Walk:
         root = self.groups["root"]
         sending = 0
         for stack in reversed(STACKS):
-            for layer in reversed(range(self.layers(stack))):
+            for layer in reversed(range(num_layers(self.config.model, stack))):
                 blocks = self.of(stack, layer)
                 ahead = self.ahead(stack, layer)
                 inside = sum(group.gathered for group in blocks)
-                segment = self.segments[f"backward {stack} {self.like(stack, layer)}"]
+                like = layer_like(self.config.model, stack, layer)
+                segment = self.segments[f"backward {stack} {like}"]
                 self.note(segment.rise, root.gathered + inside + ahead + sending)
                 self.activations += segment.change
                 largest = max(blocks, key=lambda group: group.reduced)
@@ -249,7 +254,7 @@ class _Walk:
         """Return the bytes of the weights that are gathered while that block runs backwards."""
         if layer > 0:
             return self.of(stack, layer - 1)[0].flat
-        last = self.layers("encoder") - 1
+        last = self.config.model.num_encoder_layers - 1
         return self.of("encoder", last)[0].flat if stack == "decoder" else 0
 
     def settle(self, groups: list[Group], sends: bool) -> None:
@@ -277,13 +282,6 @@ class _Walk:
         if here.total > self.best.total:
             self.best = here
 
-    def layers(self, stack: str) -> int:
-        model = self.config.model
-        return model.num_encoder_layers if stack == "encoder" else model.num_decoder_layers
-
-    def like(self, stack: str, layer: int) -> int:
-        return layer_like(self.config.model, stack, layer)
-
     def of(self, stack: str, layer: int) -> list[Group]:
         """Return the groups of a block, the block's own first."""
         start = f"{stack}.blocks.{layer}"
@@ -309,13 +307,13 @@ def _traffic(
             traffic[_collective("reduce_scatter", mesh, axes, torch.float32, group.reduced)] += 1
         if mesh.replicas > 1:
             traffic[_collective("all_reduce", mesh, ("replicas",), torch.float32, group.held)] += 1
-    for name, times in _times(config):
+    for name, times in _times(config).items():
         for one in segments[name].collectives:
             if one.axes == "tensor" or one.kind == "all_to_all":
                 traffic[one] += times * parts
-    # What the step itself sums: targets, losses, the gradients' norm, loads for selection biases.
+    # What the step itself sums: targets, losses, the gradients' norm and two counts, and loads.
     everyone = ("replicas", "data", "expert")
-    sums = [(everyone, torch.int64, 8), (everyone, torch.float32, 12), (AXES, torch.float32, 4)]
+    sums = [(everyone, torch.int64, 8), (everyone, torch.float32, 12), (AXES, torch.float64, 24)]
     if config.model.router.balance == "bias":
         loads = config.model.num_experts * num_routers(config)
         sums.append((everyone, torch.int64, 8 * loads))
@@ -330,22 +328,18 @@ def _collective(
     kind: str, mesh: MeshConfig, axes: tuple[str, ...], dtype: torch.dtype, payload: int
 ) -> Collective:
     sizes = {axis: getattr(mesh, axis) for axis in axes if getattr(mesh, axis) > 1}
-    size = 1
-    for one in sizes.values():
-        size *= one
+    size = prod(sizes.values())
     return Collective(kind=kind, axes="x".join(sizes), size=size, dtype=dtype, payload=payload)
 
 
-def _times(config: RunConfig) -> Iterator[tuple[str, int]]:
-    """Yield the names of the traced segments, and how often each comes in a step."""
-    times: Counter[str] = Counter(["start"])
+def _times(config: RunConfig) -> Counter[str]:
+    """Return how often each of the traced segments comes in a step, by name."""
+    times = Counter(["start"])
     for stack in STACKS:
-        model = config.model
-        layers = model.num_encoder_layers if stack == "encoder" else model.num_decoder_layers
-        for layer in range(layers):
-            like = layer_like(model, stack, layer)
+        for layer in range(num_layers(config.model, stack)):
+            like = layer_like(config.model, stack, layer)
             times[f"forward {stack} {like}"] += 1
             times[f"backward {stack} {like}"] += 1
         times[f"after {stack}"] += 1
         times[f"end of {stack}"] += 1
-    yield from times.items()
+    return times

@@ -11,26 +11,144 @@ memory and traffic are those of the real code (estimate.py), times are estimates
 Memory traffic counts weights three times (forward, and both products backward), activations three
 times (written, read, and read again), and 28 bytes per parameter for AdamW, 40 for Adafactor.
 
+Figures of GPUs are those of the makers' data sheets: dense products without sparsity, the SXM
+modules; everything may be overridden. The model of a collective is simple on purpose:
+
+    ring of n (all-reduce, all-gather, reduce-scatter)   sent / bandwidth + latency * log2(n)
+    all-to-all                                           as above, and a message to every peer
+
+A ring that spans nodes goes through as many network ports of a node as it has members there; of an
+all-to-all only what leaves the node goes through the port of each GPU.
+
 Quality rises with every doubling of the experts at equal FLOPs per token (section 3.1), so the best
 model for a cluster is the one with the most experts whose step is hardly longer than the shortest.
 """
 
 import dataclasses
-from collections import Counter, defaultdict
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from switchlm.errors import ConfigError
+from switchlm.errors import ConfigError, nearest
 from switchlm.model import count
-from switchlm.parallel.mesh import MeshConfig, layouts
+from switchlm.parallel.mesh import AXES, MeshConfig, layouts
 from switchlm.planning.estimate import Footprint, footprint, standing_bytes
-from switchlm.planning.hardware import Cluster
-from switchlm.planning.recorder import Bytes, Collective
+from switchlm.planning.recorder import Collective
 from switchlm.planning.simulate import row_lengths, rows_of_a_share
 from switchlm.recipes.config import RunConfig
 
 PASSES = 3
 BYTES_A_PARAMETER = {"adamw": 28, "adafactor": 40}
+TOLERANCE = 0.1
+DOUBLINGS = tuple(2**power for power in range(3, 12))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """memory: bytes.
+    tensor_flops: a second, bfloat16.
+    flops: a second, float32 without tensor cores.
+    memory_bandwidth, link: bytes per second, of its memory and to neighbours in each direction.
+    """
+
+    memory: float
+    tensor_flops: float
+    flops: float
+    memory_bandwidth: float
+    link: float
+
+
+GPUS = {
+    "a100-80gb": Gpu(
+        memory=80e9, tensor_flops=312e12, flops=19.5e12, memory_bandwidth=2.04e12, link=300e9
+    ),
+    "h100": Gpu(
+        memory=80e9, tensor_flops=989e12, flops=67e12, memory_bandwidth=3.35e12, link=450e9
+    ),
+    "h200": Gpu(
+        memory=141e9, tensor_flops=989e12, flops=67e12, memory_bandwidth=4.8e12, link=450e9
+    ),
+    "b200": Gpu(
+        memory=180e9, tensor_flops=2250e12, flops=75e12, memory_bandwidth=7.7e12, link=900e9
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """GPUs of one kind in nodes of equal size.
+
+    network: bytes per second between nodes, a GPU and direction.
+    latency: seconds a round of a collective; message: seconds a peer of an all-to-all.
+    utilisation: the share of a GPU's peak that matrix products reach.
+    usable: the share of its memory that tensors may fill; the rest is for the driver, the libraries
+        and what the allocator cannot use.
+    """
+
+    gpu: Gpu
+    nodes: int = 1
+    gpus_per_node: int = 8
+    network: float = 50e9
+    latency: float = 10e-6
+    message: float = 0.2e-6
+    utilisation: float = 0.5
+    usable: float = 0.92
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "gpus_per_node"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("network", "latency", "message"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.")
+        for name in ("utilisation", "usable"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must lie in (0, 1], got {getattr(self, name)}.")
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs in all."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def memory(self) -> float:
+        """Bytes that the tensors of a GPU may fill."""
+        return self.gpu.memory * self.usable
+
+    def seconds(self, collective: Collective, mesh: MeshConfig) -> float:
+        """Return how long a collective takes on this cluster."""
+        size = collective.size
+        if size == 1:
+            return 0.0
+        here = self._members_of_a_node(collective, mesh)
+        start = self.latency * math.ceil(math.log2(size))
+        if collective.kind == "all_to_all":
+            outside = collective.sent * (size - here) / max(size - 1, 1)
+            inside = collective.sent - outside
+            transfer = max(outside / self.network, inside / self.gpu.link)
+            return start + self.message * size + transfer
+        bandwidth = self.gpu.link if here == size else min(self.gpu.link, self.network * here)
+        return start + collective.sent / bandwidth
+
+    def _members_of_a_node(self, collective: Collective, mesh: MeshConfig) -> int:
+        """Return how many processes of the group of the first one share its node."""
+        sizes = {axis: getattr(mesh, axis) or 1 for axis in AXES}
+        members = 1
+        stride = 1
+        for axis in reversed(AXES):
+            if axis in collective.axes:
+                fit = max(self.gpus_per_node // stride, 1)
+                members *= math.gcd(sizes[axis], fit) if fit < sizes[axis] else sizes[axis]
+            stride *= sizes[axis]
+        return min(members, collective.size)
+
+
+def find_gpu(name: str) -> Gpu:
+    """Return the GPU of that name; ConfigError names the near miss."""
+    if name not in GPUS:
+        raise ConfigError(f"There is no GPU {name!r} in the table.{nearest(name, GPUS)}")
+    return GPUS[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +184,13 @@ class Times:
 class Layout:
     """One layout that fits.
 
-    flops: a GPU and step.
+    took: what a step of one process takes.
+    flops: per GPU and step.
     tokens_per_second: of the whole cluster.
     """
 
     mesh: MeshConfig
-    rows: int
-    peak: Bytes
-    traffic: Counter[Collective]
+    took: Footprint
     flops: float
     times: Times
     tokens_per_second: float
@@ -125,7 +242,7 @@ def plan(config: RunConfig, cluster: Cluster, meshes: Iterable[MeshConfig] | Non
             misfits.append(Misfit(mesh=mesh, missing=took.peak.total - cluster.memory))
         else:
             found.append(judge(config, cluster, mesh, took))
-    found.sort(key=lambda layout: (layout.times.step, layout.peak.total))
+    found.sort(key=lambda layout: (layout.times.step, layout.took.peak.total))
     misfits.sort(key=lambda misfit: misfit.missing)
     return Plan(
         layouts=tuple(found),
@@ -136,10 +253,9 @@ def plan(config: RunConfig, cluster: Cluster, meshes: Iterable[MeshConfig] | Non
 
 
 def candidates(cluster: Cluster) -> Iterator[MeshConfig]:
-    """Yield every mesh of all GPUs whose tensor axis stays within a node."""
-    for mesh in layouts(cluster.num_gpus):
-        if cluster.gpus_per_node % mesh.tensor == 0:
-            yield mesh
+    """Return every mesh of all GPUs whose tensor axis stays within a node."""
+    meshes = layouts(cluster.num_gpus)
+    return (mesh for mesh in meshes if cluster.gpus_per_node % mesh.tensor == 0)
 
 
 def judge(config: RunConfig, cluster: Cluster, mesh: MeshConfig, took: Footprint) -> Layout:
@@ -167,9 +283,7 @@ def judge(config: RunConfig, cluster: Cluster, mesh: MeshConfig, took: Footprint
     shares = mesh.replicas * (mesh.data or 1) * mesh.expert
     return Layout(
         mesh=mesh,
-        rows=took.rows,
-        peak=took.peak,
-        traffic=took.traffic,
+        took=took,
         flops=flops,
         times=times,
         tokens_per_second=tokens * shares / times.step,
@@ -178,7 +292,7 @@ def judge(config: RunConfig, cluster: Cluster, mesh: MeshConfig, took: Footprint
 
 def words(mesh: MeshConfig) -> str:
     """Return a mesh in words, axes of length 1 left out."""
-    sizes = {name: getattr(mesh, name) for name in ("replicas", "data", "expert", "tensor")}
+    sizes = {axis: getattr(mesh, axis) for axis in AXES}
     return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one GPU"
 
 
@@ -212,10 +326,10 @@ def _shortage(config: RunConfig, cluster: Cluster, misfits: list[Misfit]) -> str
             f"{config.data.batch_size}: experts, heads and rows must be shared out evenly. Choose "
             "a batch that is a multiple of the number of GPUs."
         )
-    nearest = misfits[0]
+    closest = misfits[0]
     text = (
-        f"Nothing fits: {words(nearest.mesh)} comes nearest, and lacks "
-        f"{nearest.missing / 1e9:.3g} GB of {cluster.memory / 1e9:.3g} GB per GPU."
+        f"Nothing fits: {words(closest.mesh)} comes nearest, and lacks "
+        f"{closest.missing / 1e9:.3g} GB of {cluster.memory / 1e9:.3g} GB per GPU."
     )
     advice = ["more GPUs"]
     if not config.training.activation_checkpointing:
@@ -225,9 +339,6 @@ def _shortage(config: RunConfig, cluster: Cluster, misfits: list[Misfit]) -> str
     if config.training.precision == "float32":
         advice.append("training.precision=selective")
     return f"{text} Less memory takes: {', '.join(advice)}, or a smaller data.batch_size."
-
-
-DOUBLINGS = tuple(2**power for power in range(3, 12))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,36 +358,30 @@ class Choice:
 
 
 def design(
-    config: RunConfig,
-    cluster: Cluster,
-    *,
-    experts: Sequence[int] = DOUBLINGS,
-    tolerance: float = 0.1,
+    config: RunConfig, cluster: Cluster, *, experts: Sequence[int] = DOUBLINGS
 ) -> list[Choice]:
     """Plan the shape of `config.model` with each number of experts, and choose one.
 
-    tolerance: how much longer than the shortest step of all the chosen one's may be.
+    It is the largest number whose step takes at most `TOLERANCE` longer than the shortest of all.
     """
-    choices = list(_choices(config, cluster, experts))
+    choices = []
+    for number in experts:
+        model = dataclasses.replace(config.model, num_experts=number)
+        found = plan(dataclasses.replace(config, model=model), cluster)
+        choice = Choice(
+            num_experts=number,
+            parameters=count.parameters(model),
+            best=found.layouts[0] if found.layouts else None,
+            reason=found.reason,
+        )
+        choices.append(choice)
     steps = [choice.best.times.step for choice in choices if choice.best is not None]
     if not steps:
         return choices
     fast = [
         choice
         for choice in choices
-        if choice.best is not None and choice.best.times.step <= min(steps) * (1 + tolerance)
+        if choice.best is not None and choice.best.times.step <= min(steps) * (1 + TOLERANCE)
     ]
     most = max(fast, key=lambda choice: choice.num_experts)
     return [dataclasses.replace(choice, chosen=choice is most) for choice in choices]
-
-
-def _choices(config: RunConfig, cluster: Cluster, experts: Sequence[int]) -> Iterator[Choice]:
-    for number in experts:
-        model = dataclasses.replace(config.model, num_experts=number)
-        found = plan(dataclasses.replace(config, model=model), cluster)
-        yield Choice(
-            num_experts=number,
-            parameters=count.parameters(model),
-            best=found.layouts[0] if found.layouts else None,
-            reason=found.reason,
-        )

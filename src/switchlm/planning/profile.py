@@ -1,33 +1,147 @@
-"""What the blocks of a model take in one process, traced once with the real code on fake tensors.
+"""What one process holds of every parameter, and what the blocks of a model take in it.
 
-A trace runs the forward and backward pass of a few layers, split over `tensor` and `expert`
-processes but gathered over all others, and marks memory wherever a block begins or ends. From it a
-plan knows any number of layers. Weights, and what gathers and reduces them, are not in it.
+Which part of a parameter it holds are the rules of `apply`, as numbers; a test holds them against
+`apply` itself. Sizes are those of the fullest process, the first.
+
+What blocks take is traced once with the real code on fake tensors: the forward and backward pass of
+a few layers, split over `tensor` and `expert` processes but gathered over all others. Memory is
+marked wherever a block begins or ends. From that a plan knows any number of layers. Weights, and
+what gathers and reduces them, are not in it.
 """
 
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from switchlm import _torch
 from switchlm.data.config import DataConfig
+from switchlm.errors import ConfigError
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import Block, SwitchTransformer
 from switchlm.parallel.apply import exact_modules
 from switchlm.parallel.expert import shard_experts
-from switchlm.parallel.mesh import MeshConfig
+from switchlm.parallel.mesh import Mesh, MeshConfig
 from switchlm.parallel.tensor import split_tensors
 from switchlm.planning.recorder import Bytes, Collective, CollectiveRecorder, MemoryRecorder
-from switchlm.planning.simulate import balance, blank_batch, fake_job
+from switchlm.planning.simulate import blank_batch, fake_model
 from switchlm.training.config import Precision
 from switchlm.training.step import backward, prepare_for_training
 
 STACKS = ("encoder", "decoder")
+# The dim of a parameter that the tensor axis splits, by the end of its name; others are whole.
+TENSOR_DIMS = {
+    "query.weight": 0,
+    "key.weight": 0,
+    "value.weight": 0,
+    "output.weight": 1,
+    "feedforward.up.weight": 0,
+    "feedforward.gate.weight": 0,
+    "feedforward.down.weight": 1,
+    "relative_bias.weight": 1,
+    "embedding.weight": 0,
+    "head.weight": 0,
+    "experts.up": 2,
+    "experts.gate": 2,
+    "experts.down": 1,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A parameter as a process holds it.
+
+    group: what is gathered together: `root`, `encoder.blocks.3`, `... exact` (routers and norms of
+        a block), `... experts` (of each Switch layer).
+    shape: without the tensor and expert axes' other parts, before the rest is spread.
+    processes: over how many the rest is spread (1: it is whole here).
+    copies: how many replicas sum its gradient.
+    held: elements here, as many as in any process; the last ones hold less and are filled up when
+        they send.
+    """
+
+    name: str
+    group: str
+    whole: tuple[int, ...]
+    shape: tuple[int, ...]
+    processes: int
+    copies: int
+    held: int
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it belongs to experts."""
+        return self.group.endswith("experts")
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is gathered in float32 whatever the others are."""
+        return self.group == "root" or self.group.endswith("exact")
+
+
+@cache
+def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all parameters by name."""
+    with torch.device("meta"):
+        model = SwitchTransformer(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def shares(config: ModelConfig, mesh: MeshConfig, *, exact_apart: bool) -> Iterator[Share]:
+    """Yield what the first process of a mesh holds of each parameter.
+
+    mesh: with its `data` given.
+    exact_apart: whether routers and norms are gathered by themselves, because the others are
+        gathered in another dtype.
+
+    Raises ConfigError where an axis does not divide what it splits.
+    """
+    assert mesh.data is not None
+    _part("model.num_heads", config.num_heads, mesh.tensor, "tensor")
+    for name, whole in shapes_of(config).items():
+        group = _group(name, exact_apart)
+        expert = group.endswith("experts")
+        shape = list(whole)
+        if expert:
+            shape[0] = _part(name, whole[0], mesh.expert, "expert")
+        for end, dim in TENSOR_DIMS.items():
+            if name.endswith(end):
+                shape[dim] = _part(name, whole[dim], mesh.tensor, "tensor")
+        processes = mesh.data if expert else mesh.data * mesh.expert
+        dim = 0
+        if expert and shape[0] % processes and shape[1] % processes == 0:
+            dim = 1
+        rows = -(-shape[dim] // processes)
+        yield Share(
+            name=name,
+            group=group,
+            whole=whole,
+            shape=tuple(shape),
+            processes=processes,
+            copies=mesh.replicas,
+            held=rows * (prod(shape) // shape[dim]),
+        )
+
+
+def _part(name: str, size: int, parts: int, axis: str) -> int:
+    if size % parts:
+        raise ConfigError(f"{name}: {size} cannot be split evenly over mesh.{axis} {parts}.")
+    return size // parts
+
+
+def _group(name: str, exact_apart: bool) -> str:
+    if ".blocks." not in name:
+        return "root"
+    parts = name.split(".")
+    block = ".".join(parts[:3])
+    if ".experts." in name:
+        return f"{block} {parts[3]} {parts[-3]} experts"
+    is_exact = ".router." in name or parts[-2].endswith("norm")
+    return f"{block} exact" if is_exact and exact_apart else block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +161,20 @@ class Segment:
     collectives: tuple[Collective, ...]
 
 
+def num_layers(config: ModelConfig, stack: str) -> int:
+    """Return how many layers a stack has."""
+    return config.num_decoder_layers if stack == "decoder" else config.num_encoder_layers
+
+
 def traced_layers(config: ModelConfig, stack: str) -> tuple[int, int]:
     """Return how many layers of a stack are traced, and after how many their kinds repeat."""
-    decoder = stack == "decoder"
-    layers = config.num_decoder_layers if decoder else config.num_encoder_layers
-    period = max(config.sparse_step_of(decoder=decoder), 1)
-    return min(layers, 2 * period), period
+    period = max(config.sparse_step_of(decoder=stack == "decoder"), 1)
+    return min(num_layers(config, stack), 2 * period), period
 
 
 def layer_like(config: ModelConfig, stack: str, layer: int) -> int:
     """Return the traced layer that stands for a layer: the last ones for the last ones."""
-    layers = config.num_decoder_layers if stack == "decoder" else config.num_encoder_layers
+    layers = num_layers(config, stack)
     traced, period = traced_layers(config, stack)
     if layers == traced:
         return layer
@@ -91,25 +208,21 @@ def trace(
         num_encoder_layers=traced_layers(config, "encoder")[0],
         num_decoder_layers=traced_layers(config, "decoder")[0],
     )
-    ranks = mesh.expert * mesh.tensor
     alone = MeshConfig(expert=mesh.expert, tensor=mesh.tensor)
-    with fake_job(alone, ranks) as job:
-        with torch.device("meta"):
-            model = SwitchTransformer(short)
+
+    def shard(model: SwitchTransformer, job: Mesh) -> None:
         split_tensors(model, job)
         shard_experts(model, job)
-        balance(model)
         _cast(model, *dtypes)
         prepare_for_training(model, precision, checkpointing)
-        job.all_reduce_sum(torch.zeros(1))  # makes its group, impossible among fake tensors
-        with _torch.FakeTensorMode(allow_non_fake_inputs=True):
-            model.to_empty(device="cpu")
-            batch = blank_batch(data, rows)
-            with MemoryRecorder(model) as memory, CollectiveRecorder(job) as recorder:
-                marks = _Marks(model, memory, recorder)
-                backward(model, [batch], precision, job)
-                marks.mark("end")
-            return tuple(marks.segments())
+
+    with fake_model(short, alone, mesh.expert * mesh.tensor, shard) as (model, job):
+        batch = blank_batch(data, rows)
+        with MemoryRecorder(model) as memory, CollectiveRecorder(job) as recorder:
+            marks = _Marks(model, memory, recorder)
+            backward(model, [batch], precision, job)
+            marks.mark("end")
+        return tuple(marks.segments())
 
 
 class _Marks:

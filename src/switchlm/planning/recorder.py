@@ -2,7 +2,7 @@
 
     with CollectiveRecorder(mesh) as sent, MemoryRecorder(model, states) as memory:
         training_step(...)
-    sent.collectives, sent.by_kind(), memory.peak
+    sent.collectives, memory.peak
 
 Collectives are read off the calls themselves, so a real job and one of fake processes count alike.
 The payload of a collective is the size of its whole tensor: the input of all-reduce, reduce-scatter
@@ -16,7 +16,7 @@ adds by rounding and fragmentation, and what the process holds besides tensors, 
 import dataclasses
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,37 +36,8 @@ from switchlm._torch import (
 )
 from switchlm.parallel.mesh import AXES, Mesh
 
-# The operators below autograd, by the name of what they do; others (wait, barrier) carry nothing.
-KINDS = {
-    "c10d": {
-        "_allgather_base_": "all_gather",
-        "allgather_": "all_gather",
-        "allgather_into_tensor_coalesced_": "all_gather",
-        "allreduce_": "all_reduce",
-        "allreduce_coalesced_": "all_reduce",
-        "_reduce_scatter_base_": "reduce_scatter",
-        "reduce_scatter_": "reduce_scatter",
-        "reduce_scatter_tensor_coalesced_": "reduce_scatter",
-        "alltoall_base_": "all_to_all",
-        "alltoall_": "all_to_all",
-        "broadcast_": "broadcast",
-    },
-    "_c10d_functional": {
-        "all_gather_into_tensor": "all_gather",
-        "all_gather_into_tensor_out": "all_gather",
-        "all_gather_into_tensor_coalesced": "all_gather",
-        "all_reduce": "all_reduce",
-        "all_reduce_": "all_reduce",
-        "all_reduce_coalesced": "all_reduce",
-        "all_reduce_coalesced_": "all_reduce",
-        "reduce_scatter_tensor": "reduce_scatter",
-        "reduce_scatter_tensor_out": "reduce_scatter",
-        "reduce_scatter_tensor_coalesced": "reduce_scatter",
-        "all_to_all_single": "all_to_all",
-        "broadcast": "broadcast",
-        "broadcast_": "broadcast",
-    },
-}
+NAMESPACES = ("c10d", "_c10d_functional")  # of the operators below autograd
+KINDS = ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", "broadcast")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,16 +84,12 @@ class CollectiveRecorder(TorchDispatchMode):
             self._note(kind, {**dict(zip(names, args, strict=False)), **(kwargs or {})})
         return func(*args, **(kwargs or {}))
 
-    def by_kind(self) -> dict[tuple[str, str, torch.dtype], tuple[int, int]]:
-        """Return (how many, payload in bytes) of each (kind, axes, dtype)."""
-        return by_kind(self.collectives)
-
     def _note(self, kind: str, given: dict[str, Any]) -> None:
         tensors = [
             tensor
             for name, value in given.items()
             if name.startswith(("input", "tensor"))
-            for tensor in _tensors_of(value)
+            for tensor in _tensors(value)
         ]
         axes, size = self._group(given)
         if size == 1:
@@ -160,28 +127,15 @@ class CollectiveRecorder(TorchDispatchMode):
 
 
 def kind_of(func: Any) -> str | None:
-    """Return the kind of collective that an operator is, None if it is none."""
-    return KINDS.get(func.namespace, {}).get(func._schema.name.partition("::")[2])
+    """Return the kind of collective that an operator is, None if it is none.
 
-
-def by_kind(
-    collectives: Iterable[Collective],
-) -> dict[tuple[str, str, torch.dtype], tuple[int, int]]:
-    """Return (how many, payload in bytes) of each (kind, axes, dtype)."""
-    totals: dict[tuple[str, str, torch.dtype], tuple[int, int]] = {}
-    for one in collectives:
-        key = (one.kind, one.axes, one.dtype)
-        number, payload = totals.get(key, (0, 0))
-        totals[key] = (number + 1, payload + one.payload)
-    return totals
-
-
-def _tensors_of(value: Any) -> Iterable[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors_of(item)
+    Names are as different as `_allgather_base_` and `all_gather_into_tensor`; operators that carry
+    nothing (wait, barrier) are no collectives.
+    """
+    if func.namespace not in NAMESPACES:
+        return None
+    name = func._schema.name.partition("::")[2].replace("_", "")
+    return next((kind for kind in KINDS if kind.replace("_", "") in name), None)
 
 
 Purpose = Literal["weights", "gradients", "optimizer", "activations", "buffers"]
@@ -333,5 +287,5 @@ class MemoryRecorder(TorchDispatchMode):
         self._now[purpose] -= size
 
 
-def _tensors(value: Any) -> Any:
+def _tensors(value: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_iter(value) if isinstance(leaf, Tensor))

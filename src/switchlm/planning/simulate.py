@@ -14,11 +14,10 @@ Shapes: P processes of the expert axis, E experts in all, L experts of this proc
 import functools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -31,6 +30,8 @@ from switchlm.data.batch import Batch
 from switchlm.data.config import DataConfig
 from switchlm.data.pretraining.span_corruption import Noise
 from switchlm.errors import ConfigError
+from switchlm.model import count
+from switchlm.model.config import ModelConfig
 from switchlm.model.dispatch import Rows
 from switchlm.model.router import Router
 from switchlm.model.routing import Routing
@@ -40,7 +41,7 @@ from switchlm.parallel.apply import apply
 from switchlm.parallel.expert import AllToAllDispatcher
 from switchlm.parallel.mesh import Mesh, MeshConfig
 from switchlm.planning.recorder import Bytes, Collective, CollectiveRecorder, MemoryRecorder
-from switchlm.recipes.config import RunConfig
+from switchlm.recipes.config import RunConfig, wire_dtype
 from switchlm.training.optimizer import build_optimizer
 from switchlm.training.step import prepare_for_training, training_step
 
@@ -69,7 +70,7 @@ def fake_job(config: MeshConfig, num_processes: int) -> Iterator[Mesh]:
 
 def balanced_loads(
     assignments: int, num_experts: int, process: int, capacity: int
-) -> NDArray[numpy.int64]:
+) -> NDArray[np.int64]:
     """Return load_E: how many of its assignments a process sends to each expert.
 
     The remainder of the division goes to the experts in turn, from process to process, so that all
@@ -78,9 +79,9 @@ def balanced_loads(
     capacity: what an expert takes of one process at most.
     """
     base, rest = divmod(assignments, num_experts)
-    load_E = numpy.full(num_experts, base, dtype=numpy.int64)
-    load_E[(process * rest + numpy.arange(rest)) % num_experts] += 1
-    return numpy.minimum(load_E, capacity)
+    load_E = np.full(num_experts, base, dtype=np.int64)
+    load_E[(process * rest + np.arange(rest)) % num_experts] += 1
+    return np.minimum(load_E, capacity)
 
 
 @functools.cache
@@ -88,7 +89,7 @@ def exchanged(
     assignments: int, num_experts: int, processes: int, here: int, capacity: int
 ) -> tuple[list[int], list[int]]:
     """Return the rows that process `here` sends to each process, and those that it receives."""
-    loads_PE = numpy.stack(
+    loads_PE = np.stack(
         [balanced_loads(assignments, num_experts, p, capacity) for p in range(processes)]
     )
     loads_PPL = loads_PE.reshape(processes, processes, -1).sum(-1)
@@ -131,16 +132,28 @@ class BalancedDispatcher(AllToAllDispatcher):
         return counts_PL, *rows
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepFigures:
-    """What a step of one process took.
+@contextmanager
+def fake_model(
+    config: ModelConfig,
+    mesh_config: MeshConfig,
+    num_processes: int,
+    shard: Callable[[SwitchTransformer, Mesh], None],
+) -> Iterator[tuple[SwitchTransformer, Mesh]]:
+    """Be process 0 of a job, as in `fake_job`; yield its part of a model, and its mesh.
 
-    peak: bytes in memory at the fullest moment.
-    collectives: in order, all of the step.
+    Tensors are fake in the body of the block, and every expert has the same load.
+
+    shard: leaves of the model, which has no memory yet, what this process holds.
     """
-
-    peak: Bytes
-    collectives: tuple[Collective, ...]
+    with fake_job(mesh_config, num_processes) as mesh:
+        with torch.device("meta"):
+            model = SwitchTransformer(config)
+        shard(model, mesh)
+        balance(model)
+        mesh.all_reduce_sum(torch.zeros(1))  # makes its group, impossible among fake tensors
+        with _torch.FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")
+            yield model, mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,13 +161,15 @@ class Simulation:
     """A simulated step.
 
     rows: of the batch, in each micro-batch of a process.
-    seconds: it took.
+    peak: bytes in memory at the fullest moment.
+    collectives: in order, all of the step.
+    seconds: it took to simulate.
     """
 
-    ranks: int
-    rows: int
     parameters: int
-    step: StepFigures
+    rows: int
+    peak: Bytes
+    collectives: tuple[Collective, ...]
     seconds: float
 
 
@@ -164,31 +179,24 @@ def simulate(config: RunConfig, ranks: int) -> Simulation:
     Raises ConfigError where the mesh does not fit the number of ranks, the batch or the model.
     """
     started = time.perf_counter()
-    with fake_job(config.mesh, ranks) as mesh:
+    shard = functools.partial(apply, wire_dtype=wire_dtype(config))
+    with fake_model(config.model, config.mesh, ranks, shard) as (model, mesh):
         rows = rows_of_a_share(config.data.batch_size, mesh.data_size)
-        with torch.device("meta"):
-            model = SwitchTransformer(config.model)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        apply(model, mesh, wire_dtype=wire_dtype(config))
-        balance(model)
-        mesh.all_reduce_sum(torch.zeros(1))  # makes its group, impossible among fake tensors
-        with _torch.FakeTensorMode(allow_non_fake_inputs=True):
-            model.to_empty(device="cpu")
-            batches = [blank_batch(config.data, rows)] * config.training.accumulate
-            step = measure_step(model, batches, config, mesh)
+        batches = [blank_batch(config.data, rows)] * config.training.accumulate
+        peak, collectives = measure_step(model, batches, config, mesh)
     return Simulation(
-        ranks=ranks,
+        parameters=count.parameters(config.model),
         rows=rows,
-        parameters=parameters,
-        step=step,
+        peak=peak,
+        collectives=collectives,
         seconds=time.perf_counter() - started,
     )
 
 
 def measure_step(
     model: SwitchTransformer, batches: Sequence[Batch], config: RunConfig, mesh: Mesh
-) -> StepFigures:
-    """Train one step, real or fake, and return what it took."""
+) -> tuple[Bytes, tuple[Collective, ...]]:
+    """Train one step, real or fake; return its peak of memory and its collectives, in order."""
     training = config.training
     optimizer: Optimizer = build_optimizer(model, training)
     prepare_for_training(model, training.precision, training.activation_checkpointing)
@@ -204,12 +212,7 @@ def measure_step(
             precision=training.precision,
             mesh=mesh,
         )
-    return StepFigures(peak=memory.peak, collectives=tuple(recorder.collectives))
-
-
-def wire_dtype(config: RunConfig) -> torch.dtype | None:
-    """Return the dtype in which weights are gathered; None is their own."""
-    return None if config.training.precision == "float32" else torch.bfloat16
+    return memory.peak, tuple(recorder.collectives)
 
 
 def rows_of_a_share(batch_size: int, num_shares: int) -> int:

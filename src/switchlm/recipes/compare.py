@@ -27,19 +27,15 @@ from switchlm.files import Report
 from switchlm.generation.answer import fill, put_into_blanks, read_spans
 from switchlm.huggingface.load import load
 from switchlm.model import count
+from switchlm.parallel.mesh import default_device
 from switchlm.recipes.compare_worker import CompareWorker
-from switchlm.recipes.config import (
-    RunConfig,
-    from_sections,
-    run_config,
-    to_sections,
-    with_vocabulary,
-)
-from switchlm.recipes.pretrain import default_device, read_routing
+from switchlm.recipes.config import RunConfig, run_config, to_sections, with_vocabulary
 from switchlm.report.write import ReportRun, write_report
 from switchlm.training.run_folder import RunFolder
 
 Event = dict[str, Any]
+Line = Mapping[str, Any]
+Speed = dict[str, float | None]
 ENDLESS = 10**9  # steps: more than any budget of time allows
 LAST_WORK = 0.04  # share of the budget kept for the last evaluation, the models and the report
 
@@ -72,7 +68,7 @@ def configure(
     text = files("switchlm.recipes").joinpath("compare.yaml").read_text(encoding="utf-8")
     values = yaml.safe_load(text)
     dense = values.pop("dense", {})
-    base = run_config(from_sections({}), values=values)
+    base = run_config(values=values)
     stated = {} if path is None else read_yaml(path)
     dense = stated.pop("dense", dense)
     sparse = run_config(base, preset=preset, values=stated, sources=sources, overrides=overrides)
@@ -132,11 +128,28 @@ def compare(
         yield {"phase": "evaluating and saving"}
         yield from _ask(workers, "finish", together)
     result = _result(config, workers, loader)
-    out.joinpath("compare.json").write_text(
-        json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    out.joinpath("compare.json").write_text(text, encoding="utf-8")
+    write_report(
+        out / "report.html",
+        title="Switch Transformer against its dense twin",
+        headline=headline(result),
+        runs=[_run_of(name, workers[name]) for name in ("sparse", "dense")],
+        sources=result["sources"],
+        table=result_table(result),
+        target_loss=result["dense_loss"],
+        crossing=result["crossing"],
+        example=result["example"],
+        configuration=result["configuration"],
     )
-    _report(out / "report.html", workers, result)
     yield {"result": result}
+
+
+def _run_of(name: str, worker: CompareWorker) -> ReportRun:
+    """Return a run of the report; a dense one recorded no routing."""
+    file = worker.folder.routing
+    routing = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    return ReportRun(name=name, metrics=worker.metrics, routing=routing)
 
 
 def _ask(workers: Mapping[str, CompareWorker], command: str, together: bool) -> Iterator[Event]:
@@ -159,10 +172,7 @@ def _result(config: Comparison, workers: Mapping[str, CompareWorker], loader: Lo
     lengths = (batch.inputs_BS.shape[1], batch.targets_BT.shape[1])
     models = {"dense": config.dense.model, "sparse": config.sparse.model}
     return {
-        "dense_loss": last["dense"]["evaluation_loss"],
-        "sparse_loss": last["sparse"]["evaluation_loss"],
-        "step_ratio": None if reached is None else reached.step / last["dense"]["step"],
-        "time_ratio": None if reached is None else reached.seconds / last["dense"]["seconds"],
+        **_speed(dense, sparse),
         "crossing": None if reached is None else dataclasses.asdict(reached),
         "sources": speed_by_source(dense, sparse),
         "steps": last["dense"]["step"],
@@ -183,13 +193,13 @@ def _result(config: Comparison, workers: Mapping[str, CompareWorker], loader: Lo
 def _example(workers: Mapping[str, CompareWorker], loader: Loader) -> dict[str, str]:
     """Fill the blanks of a held-out text with both models."""
     text, targets = loader.example()
-    truth = read_spans(loader.tokenizer.encode(targets), loader.tokenizer)
     filled = {
         f"filled by the {name} model": fill(
             load(str(worker.folder.model))[0], loader.tokenizer, text
         )
         for name, worker in workers.items()
     }
+    truth = read_spans(loader.tokenizer.encode(targets), loader.tokenizer)
     return {
         "held-out text with blanks": text,
         **filled,
@@ -246,27 +256,6 @@ def result_table(result: Event) -> list[dict[str, str]]:
     return rows
 
 
-def _report(path: Path, workers: Mapping[str, CompareWorker], result: Event) -> None:
-    reached = result["crossing"]
-    write_report(
-        path,
-        title="Switch Transformer against its dense twin",
-        headline=headline(result),
-        runs=[
-            ReportRun(
-                name=name, metrics=workers[name].metrics, routing=read_routing(workers[name].folder)
-            )
-            for name in ("sparse", "dense")
-        ],
-        sources=result["sources"],
-        table=result_table(result),
-        target_loss=result["dense_loss"],
-        crossing=reached,
-        example=result["example"],
-        configuration=result["configuration"],
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Crossing:
     """Where a run first reached a loss: the step and the seconds of training until then."""
@@ -275,13 +264,13 @@ class Crossing:
     seconds: float
 
 
-def crossing(evaluations: Sequence[Mapping[str, Any]], target: float) -> Crossing | None:
+def crossing(evaluations: Sequence[Line], target: float) -> Crossing | None:
     """Return where the held-out loss first came down to `target`, or None if it never did.
 
     evaluations: lines with `step`, `seconds` and `evaluation_loss`, in order. Between two of them
         the loss is taken as a straight line.
     """
-    before: Mapping[str, Any] | None = None
+    before: Line | None = None
     for line in evaluations:
         if line["evaluation_loss"] <= target:
             if before is None:
@@ -296,9 +285,7 @@ def crossing(evaluations: Sequence[Mapping[str, Any]], target: float) -> Crossin
     return None
 
 
-def speed_by_source(
-    dense: Sequence[Mapping[str, Any]], sparse: Sequence[Mapping[str, Any]]
-) -> dict[str, dict[str, float | None]]:
+def speed_by_source(dense: Sequence[Line], sparse: Sequence[Line]) -> dict[str, Speed]:
     """Return how the two runs compare on each source of the text (section 4.3).
 
     dense, sparse: lines as of `crossing` that also have `evaluation_loss_by_source`. For each
@@ -306,17 +293,23 @@ def speed_by_source(
         share of the dense run after which the sparse one had reached the dense run's last loss;
         None if it never did.
     """
-    last = {"dense": dense[-1], "sparse": sparse[-1]}
-    result: dict[str, dict[str, float | None]] = {}
-    for name, target in last["dense"]["evaluation_loss_by_source"].items():
-        lines = [
-            {**line, "evaluation_loss": line["evaluation_loss_by_source"][name]} for line in sparse
-        ]
-        reached = crossing(lines, target)
-        result[name] = {
-            "dense_loss": target,
-            "sparse_loss": last["sparse"]["evaluation_loss_by_source"][name],
-            "step_ratio": None if reached is None else reached.step / last["dense"]["step"],
-            "time_ratio": None if reached is None else reached.seconds / last["dense"]["seconds"],
-        }
-    return result
+    return {
+        name: _speed(_of_source(dense, name), _of_source(sparse, name))
+        for name in dense[-1]["evaluation_loss_by_source"]
+    }
+
+
+def _of_source(lines: Sequence[Line], name: str) -> list[Line]:
+    return [{**line, "evaluation_loss": line["evaluation_loss_by_source"][name]} for line in lines]
+
+
+def _speed(dense: Sequence[Line], sparse: Sequence[Line]) -> Speed:
+    """Return both last losses, and after which share of the dense run sparse had reached it."""
+    last = dense[-1]
+    reached = crossing(sparse, last["evaluation_loss"])
+    return {
+        "dense_loss": last["evaluation_loss"],
+        "sparse_loss": sparse[-1]["evaluation_loss"],
+        "step_ratio": None if reached is None else reached.step / last["step"],
+        "time_ratio": None if reached is None else reached.seconds / last["seconds"],
+    }

@@ -11,26 +11,24 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from switchlm.config import read_yaml, write_yaml
-from switchlm.data.pretraining.loader import Loader, open_data
+from switchlm.config import read_yaml
+from switchlm.data.pretraining.loader import open_data
 from switchlm.data.text.tokenizer import Tokenizer
-from switchlm.errors import SwitchLMError
+from switchlm.errors import WorkerError
 from switchlm.huggingface.load import save
-from switchlm.recipes.config import RunConfig, from_sections, to_sections
-from switchlm.recipes.pretrain import build_model, record_routing
+from switchlm.parallel.mesh import ALONE
+from switchlm.recipes.config import RunConfig, from_sections
+from switchlm.recipes.pretrain import begin, build_model, record_routing
 from switchlm.training.loop import train
 from switchlm.training.run_folder import RunFolder
 
 Event = dict[str, Any]
-
-
-class WorkerError(SwitchLMError):
-    """The child process of a run ended before its time."""
 
 
 class CompareWorker:
@@ -41,9 +39,7 @@ class CompareWorker:
     ) -> None:
         self.folder = folder
         self.metrics: list[Event] = []
-        folder.create()
-        write_yaml(folder.config, to_sections(config))
-        tokenizer.save(folder.tokenizer)
+        begin(folder, config, tokenizer, ALONE)
         self._child = subprocess.Popen(
             [
                 sys.executable,
@@ -61,11 +57,9 @@ class CompareWorker:
     def ask(self, command: str) -> None:
         """Send a command; `answers` gives what comes back."""
         assert self._child.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # `answers` says what happened
             self._child.stdin.write(command + "\n")
             self._child.stdin.flush()
-        except BrokenPipeError:
-            pass  # `answers` says what happened
 
     def answers(self) -> Iterator[Event]:
         """Yield the metrics lines of the last command, as they come."""
@@ -97,51 +91,37 @@ class CompareWorker:
         return [line for line in self.metrics if "evaluation_loss" in line]
 
 
-class _Run:
-    """The child's end."""
+def _serve(folder: RunFolder, commands: TextIO, answers: TextIO) -> None:
+    """Be the child's end: obey until told to finish, or until the commands end."""
+    config = from_sections(read_yaml(folder.config))
+    tokenizer = Tokenizer.load(folder.tokenizer)
+    loader = open_data(config.data, seed=config.training.seed, tokenizer=tokenizer)
+    model = build_model(config)
+    stopping = False
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
-        config = from_sections(read_yaml(folder.config))
-        self.loader: Loader = open_data(
-            config.data, seed=config.training.seed, tokenizer=Tokenizer.load(folder.tokenizer)
-        )
-        self.model = build_model(config)
-        self.stopping = False
-        self.lines = train(
-            self.model,
-            self.loader,
-            config.training,
-            run=folder,
-            should_stop=lambda: self.stopping,
-        )
+    def send(line: Event) -> None:
+        answers.write(json.dumps(line) + "\n")
+        answers.flush()
 
-    def serve(self, commands: TextIO, answers: TextIO) -> None:
-        """Obey until told to finish, or until the commands end."""
-        for command in commands:
-            word, *step = command.split()
-            if word == "finish":
-                self.stopping = True
-            for line in self.lines:
-                _send(answers, line)
-                if word == "advance" and "loss" in line and line["step"] >= int(step[0]):
-                    break
-            if word == "finish":
-                save(self.model, self.loader.tokenizer, self.folder.model)
-                record_routing(self.model, self.loader, self.loader.tokenizer, self.folder)
-            _send(answers, {"done": True})
-
-
-def _send(answers: TextIO, line: Event) -> None:
-    answers.write(json.dumps(line) + "\n")
-    answers.flush()
+    lines = train(model, loader, config.training, run=folder, should_stop=lambda: stopping)
+    for command in commands:
+        word, *step = command.split()
+        stopping = word == "finish"
+        for line in lines:
+            send(line)
+            if not stopping and "loss" in line and line["step"] >= int(step[0]):
+                break
+        if stopping:
+            save(model, loader.tokenizer, folder.model)
+            record_routing(model, loader, loader.tokenizer, folder)
+        send({"done": True})
 
 
 def _main(root: str, threads: str) -> None:
     # Ctrl-C reaches the whole group of processes; the parent alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(int(threads))
-    _Run(RunFolder(Path(root))).serve(sys.stdin, sys.stdout)
+    _serve(RunFolder(Path(root)), sys.stdin, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from switchlm.compression.calibrate import LEAST_ROWS, Calibrated, calibrate
+from switchlm.compression.calibrate import LEAST_ROWS, calibrate
 from switchlm.compression.prune import Measure, check_number, importance, merge, prune
-from switchlm.compression.quantise import Codes, quantise_all, round_to_nearest
+from switchlm.compression.quantise import quantise_all, round_to_nearest
 from switchlm.data.batch import Batch
 from switchlm.data.text.tokenizer import Tokenizer
-from switchlm.errors import CheckpointError, ConfigError
+from switchlm.errors import ConfigError
 from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.files import Report
-from switchlm.huggingface.load import load, load_config, load_tokenizer, open_floats, save
-from switchlm.huggingface.names import Entry
+from switchlm.huggingface.load import load_config, load_tokenizer, open_floats, save
 from switchlm.huggingface.quantised import (
     Quantisation,
     save_quantised,
@@ -26,6 +24,7 @@ from switchlm.huggingface.quantised import (
 )
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
+from switchlm.recipes.config import open_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +102,11 @@ def quantise_folder(
     save_quantised(source, config, tokenizer, out, quantisation, round_to_nearest(quantisation))
     files = {description.file for description in weights.tensors.values()}
     before = sum(path.stat().st_size for path in files)
+    after = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     return Compressed(
         [
             {"step": "as it was", "bytes": before},
-            {"step": _rounded(quantisation), "bytes": _saved_bytes(out)},
+            {"step": _rounded(quantisation), "bytes": after},
         ]
     )
 
@@ -128,11 +128,7 @@ def compress(
     quantised already, or without a tokenizer.
     """
     plan.check(load_config(name, report=report, to_train=True))
-    model, tokenizer = load(name, dtype=torch.float32, report=report)
-    if tokenizer is None:
-        raise CheckpointError(
-            f"The model {name!r} has no tokenizer.json, so that no text can be given to it."
-        )
+    model, tokenizer = open_whole(name, "model", report, dtype=torch.float32)
     texts = read(tokenizer)
     done = Compressed()
 
@@ -161,27 +157,20 @@ def compress(
     if plan.calibrate:
         found = calibrate(model, texts.calibration, plan.quantisation)
         codes, done.too_few = found.codes, found.too_few
-        _tell(found, report)
+        if found.too_few:
+            report(
+                f"{len(found.too_few)} experts saw fewer than {LEAST_ROWS} rows of the text and "
+                f"were rounded to nearest, such as {found.too_few[0]}. More --batches may reach "
+                "them."
+            )
         step = f"{plan.quantisation.bits} bits, calibrated"
         measure(step, codes.model(model), codes.num_bytes(model))
-    _save_codes(codes, model, tokenizer, out)
-    return done
-
-
-def _save_codes(codes: Codes, model: SwitchTransformer, tokenizer: Tokenizer, out: Path) -> None:
-    def stored(entry: Entry, _weight: Tensor) -> tuple[Tensor, Tensor]:
-        return codes.get(entry)
-
     source = weights_of_model(model)
-    save_quantised(source, model.config, tokenizer, out, codes.quantisation, stored)
-
-
-def _tell(found: Calibrated, report: Report) -> None:
-    if found.too_few:
-        report(
-            f"{len(found.too_few)} experts saw fewer than {LEAST_ROWS} rows of the text and were "
-            f"rounded to nearest, such as {found.too_few[0]}. More --batches may reach them."
-        )
+    quantisation = codes.quantisation
+    save_quantised(
+        source, model.config, tokenizer, out, quantisation, lambda entry, _weight: codes.get(entry)
+    )
+    return done
 
 
 def _rounded(quantisation: Quantisation) -> str:
@@ -190,7 +179,3 @@ def _rounded(quantisation: Quantisation) -> str:
 
 def _float_bytes(model: SwitchTransformer) -> int:
     return sum(tensor.nbytes for tensor in model.state_dict().values())
-
-
-def _saved_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

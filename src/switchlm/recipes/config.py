@@ -1,18 +1,28 @@
-"""The configuration of a run: all sections, from a preset, a YAML file and dotted overrides."""
+"""The configuration of a run: all sections, from a preset, a YAML file and dotted overrides.
+
+Below it, the models that a run begins with: they must bring their tokenizer, and theirs must agree.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
-from switchlm.config import from_mapping, override, to_mapping
+import torch
+
+from switchlm.config import from_mapping, override, read_yaml, to_mapping
 from switchlm.data.config import DataConfig
 from switchlm.data.text.tokenizer import Tokenizer
-from switchlm.errors import ConfigError
+from switchlm.errors import CheckpointError, ConfigError
+from switchlm.files import Report
+from switchlm.huggingface.load import load, load_tokenizer
 from switchlm.model.config import ModelConfig, upgrade_model_section
 from switchlm.model.presets import preset as find_preset
+from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.mesh import MeshConfig
 from switchlm.training.config import TrainingConfig
+from switchlm.training.run_folder import RunFolder
 
 Config = TypeVar("Config")
 
@@ -97,15 +107,77 @@ def build_config(cls: type[Config], values: Mapping[str, Any]) -> Config:
     return from_mapping(cls, {"model": model, **values})
 
 
-def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """Return the configuration with the tokenizer's vocabulary and special tokens."""
+def with_vocabulary(config: RunConfig, other: Tokenizer | ModelConfig) -> RunConfig:
+    """Return the configuration with the vocabulary and special tokens of a tokenizer or model."""
     model = dataclasses.replace(
         config.model,
-        vocabulary_size=tokenizer.vocabulary_size,
-        pad_id=tokenizer.pad_id,
-        end_id=tokenizer.end_id,
+        vocabulary_size=other.vocabulary_size,
+        pad_id=other.pad_id,
+        end_id=other.end_id,
     )
     return dataclasses.replace(config, model=model)
+
+
+def wire_dtype(config: RunConfig) -> torch.dtype | None:
+    """Return the dtype in which sharded weights are gathered; None is their own."""
+    return None if config.training.precision == "float32" else torch.bfloat16
+
+
+def sections_of_run(folder: Path) -> dict[str, Any]:
+    """Return the sections of a run's config.yaml; none where the folder is no run."""
+    path = RunFolder(folder).config
+    return read_yaml(path) if path.is_file() else {}
+
+
+def open_whole(
+    name: str,
+    role: str,
+    report: Report,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[SwitchTransformer, Tokenizer]:
+    """Load a model that must bring its tokenizer; role: what it is to the run, for the error."""
+    model, tokenizer = load(name, device=device, dtype=dtype, report=report)
+    return model, required(tokenizer, name, role)
+
+
+def open_tokenizer(name: str, role: str) -> Tokenizer:
+    """Load the tokenizer of a model that must have one."""
+    return required(load_tokenizer(name, report=lambda line: None), name, role)
+
+
+def required(tokenizer: Tokenizer | None, name: str, role: str) -> Tokenizer:
+    """Return the tokenizer; raises CheckpointError where the model has none."""
+    if tokenizer is None:
+        raise CheckpointError(
+            f"The {role} {name!r} has no tokenizer.json, so there is no telling its tokens from "
+            "text. Copy the one it was trained with into its folder."
+        )
+    return tokenizer
+
+
+def check_vocabulary(own: Tokenizer, other: Tokenizer, own_name: str, other_name: str) -> None:
+    """Raise CheckpointError unless the same ids mean the same in both."""
+    mine, theirs = (one.backend.get_vocab(with_added_tokens=True) for one in (own, other))
+    if mine == theirs:
+        return
+    example = sorted(mine.items() ^ theirs.items())[0][0]
+    raise CheckpointError(
+        f"{other_name} and {own_name} have different vocabularies ({len(theirs):,} and "
+        f"{len(mine):,} tokens; {example!r} is not the same in both), so what one says of a token "
+        "means nothing to the other. Take models that were trained with one tokenizer."
+    )
+
+
+def check_stated(stated: str, own: Tokenizer, own_name: str) -> None:
+    """Raise ConfigError unless `data.tokenizer`, as stated, is the vocabulary of the weights."""
+    if stated == "unigram":
+        raise ConfigError(
+            "data.tokenizer is 'unigram', a vocabulary to be trained, but the vocabulary is that "
+            f"of {own_name}. Leave data.tokenizer out."
+        )
+    other = Tokenizer.bytes() if stated == "bytes" else Tokenizer.load(Path(stated))
+    check_vocabulary(own, other, own_name, f"data.tokenizer {stated!r}")
 
 
 def _split_router(model: dict[str, Any]) -> dict[str, Any]:

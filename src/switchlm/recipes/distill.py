@@ -6,8 +6,7 @@ how much smaller than the teacher it is.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +27,11 @@ from switchlm.model import count
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import gather_model
-from switchlm.parallel.mesh import Mesh, joined
-from switchlm.recipes.config import to_sections
+from switchlm.parallel.mesh import Mesh, default_device, joined
+from switchlm.recipes.config import check_vocabulary, open_tokenizer, open_whole, to_sections
 from switchlm.recipes.distill_config import SETTINGS, DistillationConfig, DistillRun, stored
-from switchlm.recipes.finetune import Examples, check_spelling, read_tasks, scorer
-from switchlm.recipes.finetune_config import FinetuneRun
-from switchlm.recipes.pretrain import (
-    begin,
-    build_model,
-    check_vocabulary,
-    default_device,
-    open_folder,
-    open_tokenizer,
-    open_whole,
-    record_routing,
-)
+from switchlm.recipes.finetune import Examples, read_tasks, scorer
+from switchlm.recipes.pretrain import begin, build_model, open_folder, record_routing
 from switchlm.report.write import ReportRun, write_report
 from switchlm.training.distillation import Distillation, Teacher, TeacherLoader
 from switchlm.training.logit_cache import CacheKey, LogitCache, build, digest
@@ -51,7 +40,9 @@ from switchlm.training.monitor import read_metrics
 from switchlm.training.run_folder import RunFolder
 from switchlm.training.step import Objective, target_cross_entropy
 
-Figures = dict[str, Any]
+Result = dict[str, Any]
+RESULT = "distill.json"
+ROLES = ("teacher", "student", "baseline")
 
 
 class Reading:
@@ -64,41 +55,31 @@ class Reading:
         self.config = config
         self.examples: Examples | None = None
         self.loader: Loader | PairLoader
-        settings = config.finetune
-        if settings is None:
-            self.loader = open_data(
-                config.run.data, seed=config.run.training.seed, tokenizer=tokenizer, report=report
-            )
-            return
-        self.examples = read_tasks(settings)
-        check_spelling(self.examples.tasks, tokenizer, settings.model)
-        self.loader = PairLoader(
-            self.examples.train,
-            tokenizer,
-            input_length=settings.input_length,
-            target_length=settings.target_length,
-            batch_size=settings.batch_size,
-            seed=config.run.training.seed,
-            held_out=self.examples.validation,
-            pack=settings.pack,
-            long_targets="truncate" if settings.truncate_targets else "refuse",
-            report=report,
-        )
+        seed = config.run.training.seed
+        if config.finetune is None:
+            self.loader = open_data(config.run.data, seed=seed, tokenizer=tokenizer, report=report)
+        else:
+            self.examples = read_tasks(config.finetune)
+            self.loader = self.examples.loader(config.finetune, tokenizer, seed, report)
 
-    def score(self, model: SwitchTransformer, mesh: Mesh) -> Figures:
-        """Return score and scores of a model on the tasks, in per cent; nothing for text."""
-        if self.config.finetune is None or self.examples is None:
-            return {}
-        training = self.config.run.training
-        every = training.evaluate_every or training.steps
-        run = FinetuneRun(
-            finetune=self.config.finetune,
-            model=model.config,
-            training=replace(training, evaluate_every=every),
-        )
+    def measure(self, model: SwitchTransformer, mesh: Mesh) -> Result:
+        """Return the held-out loss of a model in nats per target token.
+
+        On tasks also score and scores, in per cent.
+        """
+        settings, num_batches = self.config.finetune, self.config.run.training.evaluate_batches
+        if settings is None or self.examples is None:
+            share = self.loader.share(mesh.data_rank, mesh.data_size)
+            figures = held_out_loss(model, share.held_out(num_batches), share.sources, mesh)
+            return {"loss": figures["loss"]}
         assert isinstance(self.loader, PairLoader)
-        figures = scorer(run, self.examples, self.loader, mesh)(gather_model(model))
-        return {name: figures[name] for name in ("score", "scores")}
+        score = scorer(settings, self.examples, self.loader, mesh, num_batches)
+        figures = score(gather_model(model))
+        return {
+            "loss": figures["evaluation_loss"],
+            "score": figures["score"],
+            "scores": figures["scores"],
+        }
 
 
 def taught(
@@ -152,10 +133,6 @@ def taught(
     next(batches)  # other text is refused now, before there is a run
     batches.close()
     return source
-
-
-Result = dict[str, Any]
-ROLES = ("teacher", "student", "baseline")
 
 
 def share_kept(student: float, teacher: float, baseline: float) -> float | None:
@@ -245,25 +222,6 @@ def result_table(result: Result) -> list[dict[str, str]]:
     return rows
 
 
-def write_page(
-    folder: RunFolder, result: Result, routing: Sequence[Mapping[str, Any]] = ()
-) -> None:
-    """Write report.html; routing: that of the student's Switch layers, if it has any."""
-    run = ReportRun(name=folder.root.name, metrics=read_metrics(folder.metrics), routing=routing)
-    write_report(
-        folder.report,
-        title=f"Distillation: {folder.root.name}",
-        headline=headline(result),
-        runs=[run],
-        table=result_table(result),
-        configuration=result["configuration"],
-    )
-
-
-Event = dict[str, Any]
-RESULT = "distill.json"
-
-
 def distill(
     config: DistillRun,
     out: Path,
@@ -271,7 +229,7 @@ def distill(
     resume: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     report: Report = lambda line: None,
-) -> Iterator[Event]:
+) -> Iterator[Result]:
     """Train a student; yield `{"phase": text}`, metrics lines, and last `{"result": {...}}`.
 
     Text is read, or the examples of tasks. Writes the run folder OUT, with distillation.yaml beside
@@ -279,83 +237,80 @@ def distill(
     With `resume` it goes on from the newest checkpoint there. Started by torchrun, the student is
     spread over the mesh; the teacher is whole in each process.
     """
-    with joined(config.run.mesh) as mesh:
-        yield from _distill(config, out, mesh, resume or mesh.restarted, should_stop, report)
-
-
-def _distill(
-    config: DistillRun,
-    out: Path,
-    mesh: Mesh,
-    resume: bool,
-    should_stop: Callable[[], bool],
-    report: Report,
-) -> Iterator[Event]:
     settings, run = config.distillation, config.run
-    folder = open_folder(out, resume)
-    yield {"phase": "loading the teacher"}
-    teacher, tokenizer = open_whole(settings.teacher, "teacher", report, default_device())
-    _check_others(settings, tokenizer)
-    yield {"phase": "reading text"}
-    with mesh.local_rank_zero_first("text"):
-        reading = Reading(config, tokenizer, report)
-    source = taught(reading, teacher, mesh, should_stop, report)
-    if source is None:
-        return
-    begin(folder, run, tokenizer, mesh)
-    if mesh.is_main:
-        write_yaml(out / SETTINGS, stored(config))
-    student = build_model(run, mesh)
-    if not folder.has_checkpoint():
-        _start(settings, teacher, student, reading.loader, report)
-    yield {"phase": "training"}
-    yield from train(
-        student,
-        source,
-        run.training,
-        run=folder,
-        resume=resume,
-        should_stop=should_stop,
-        mesh=mesh,
-        objective=_objective(settings),
-    )
-    yield {"phase": "saving and measuring"}
-    save(student, tokenizer, folder.model, group=mesh.storage)
-    routing = record_routing(student, source, tokenizer, folder, mesh)
-    models = _measured(settings, teacher, student, report)
-    figures = {role: _measure(reading, model, mesh) for role, model in models}
-    if settings.baseline_loss is not None:
-        figures["baseline"] = {"loss": settings.baseline_loss}
-    if not mesh.is_main:
-        return
-    result = summarise(config, teacher.config, figures, folder)
-    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-    replace_file(out / RESULT, text.encode("utf-8"))
-    write_page(folder, result, routing)
-    yield {"result": result}
+    with joined(run.mesh) as mesh:
+        resume = resume or mesh.restarted
+        folder = open_folder(out, resume)
+        yield {"phase": "loading the teacher"}
+        teacher, tokenizer = open_whole(settings.teacher, "teacher", report, default_device())
+        _check_others(settings, tokenizer)
+        yield {"phase": "reading text"}
+        with mesh.local_rank_zero_first("text"):
+            reading = Reading(config, tokenizer, report)
+        source = taught(reading, teacher, mesh, should_stop, report)
+        if source is None:
+            return
+        begin(folder, run, tokenizer, mesh)
+        if mesh.is_main:
+            write_yaml(out / SETTINGS, stored(config))
+        student = build_model(run, mesh)
+        if not folder.has_checkpoint():
+            _start(settings, teacher, student, reading.loader, report)
+        objective: Objective = target_cross_entropy
+        if settings.soft_weight:
+            objective = Distillation(
+                hard_weight=settings.hard_weight,
+                soft_weight=settings.soft_weight,
+                temperature=settings.temperature,
+            )
+        yield {"phase": "training"}
+        yield from train(
+            student,
+            source,
+            run.training,
+            run=folder,
+            resume=resume,
+            should_stop=should_stop,
+            mesh=mesh,
+            objective=objective,
+        )
+        yield {"phase": "saving and measuring"}
+        save(student, tokenizer, folder.model, group=mesh.storage)
+        routing = record_routing(student, source, tokenizer, folder, mesh)
+        figures = {
+            "student": reading.measure(student, mesh),
+            "teacher": reading.measure(teacher, mesh),
+        }
+        if settings.baseline_loss is not None:
+            figures["baseline"] = {"loss": settings.baseline_loss}
+        elif settings.baseline_model is not None:
+            baseline, _ = load(settings.baseline_model, device=default_device(), report=report)
+            figures["baseline"] = reading.measure(baseline, mesh)
+        if not mesh.is_main:
+            return
+        result = summarise(config, teacher.config, figures, folder)
+        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+        replace_file(out / RESULT, text.encode("utf-8"))
+        metrics = read_metrics(folder.metrics)
+        write_report(
+            folder.report,
+            title=f"Distillation: {out.name}",
+            headline=headline(result),
+            runs=[ReportRun(name=out.name, metrics=metrics, routing=routing)],
+            table=result_table(result),
+            configuration=result["configuration"],
+        )
+        yield {"result": result}
 
 
 def _check_others(settings: DistillationConfig, tokenizer: Tokenizer) -> None:
     """Refuse a student or baseline of another vocabulary before any work is done."""
-    others = {}
-    if settings.trained_student is not None:
-        others["student"] = settings.trained_student
-    if settings.baseline_model is not None:
-        others["baseline"] = settings.baseline_model
+    others = {"student": settings.trained_student, "baseline": settings.baseline_model}
     for role, name in others.items():
-        other = open_tokenizer(name, role)
-        teacher = f"the teacher {settings.teacher!r}"
-        check_vocabulary(tokenizer, other, teacher, f"The {role} {name!r}")
-
-
-def _objective(settings: DistillationConfig) -> Objective:
-    if not settings.soft_weight:
-        return target_cross_entropy
-    return Distillation(
-        hard_weight=settings.hard_weight,
-        soft_weight=settings.soft_weight,
-        temperature=settings.temperature,
-    )
+        if name is not None:
+            other = open_tokenizer(name, role)
+            teacher = f"the teacher {settings.teacher!r}"
+            check_vocabulary(tokenizer, other, teacher, f"The {role} {name!r}")
 
 
 def _start(
@@ -379,24 +334,3 @@ def _start(
             f"Of the student's tensors {len(account.taken)} are the teacher's, "
             f"{len(account.derived)} derived from its experts, {len(account.drawn)} random."
         )
-
-
-def _measured(
-    settings: DistillationConfig,
-    teacher: SwitchTransformer,
-    student: SwitchTransformer,
-    report: Report,
-) -> Iterator[tuple[str, SwitchTransformer]]:
-    """Yield every model to be measured, and its role; the baseline is loaded for that alone."""
-    yield "student", student
-    yield "teacher", teacher
-    if settings.baseline_model is not None:
-        yield "baseline", load(settings.baseline_model, device=default_device(), report=report)[0]
-
-
-def _measure(reading: Reading, model: SwitchTransformer, mesh: Mesh) -> dict[str, Any]:
-    """Return the held-out loss of a model in nats per target, and its scores on tasks."""
-    share = reading.loader.share(mesh.data_rank, mesh.data_size)
-    batches = share.held_out(reading.config.run.training.evaluate_batches)
-    loss = held_out_loss(model, batches, share.sources, mesh)["loss"]
-    return {"loss": loss, **reading.score(model, mesh)}

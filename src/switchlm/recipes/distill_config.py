@@ -1,6 +1,5 @@
 """The configuration of a distillation: who teaches whom, from what start, by which loss."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,15 @@ from switchlm.huggingface.init_from import FeedForwardSource, check_fit
 from switchlm.huggingface.load import load_config
 from switchlm.model.config import ModelConfig
 from switchlm.model.presets import PRESETS, preset
-from switchlm.recipes.config import RunConfig, run_config
+from switchlm.recipes.config import (
+    RunConfig,
+    check_stated,
+    open_tokenizer,
+    run_config,
+    sections_of_run,
+    with_vocabulary,
+)
 from switchlm.recipes.finetune_config import FinetuneConfig, paper_training
-from switchlm.recipes.pretrain import check_stated, open_tokenizer
 from switchlm.training.config import TrainingConfig
 from switchlm.training.run_folder import RunFolder
 
@@ -140,8 +145,7 @@ def configure(
     values = {"teacher": teacher, "student": student, **settings}
     distillation = _section(DistillationConfig, _DISTILLATION, values, overrides)
     taught_as = load_config(teacher, report=lambda line: None)
-    trained = RunFolder(Path(teacher)).config
-    before = read_yaml(trained) if trained.is_file() else {}
+    before = sections_of_run(Path(teacher))
     finetune = _finetune(teacher, before.get(_FINETUNE), sources, tasks, overrides)
     base = RunConfig(
         model=_student(distillation.student, taught_as),
@@ -167,7 +171,6 @@ def stored(config: DistillRun) -> dict[str, Any]:
 
 def resumed(out: Path, overrides: Sequence[str] = (), **settings: Any) -> DistillRun:
     """Return the distillation that was begun in a folder, some settings changed."""
-    folder = RunFolder(out)
     before = read_yaml(out / SETTINGS)
     values = {**before[_DISTILLATION], **settings}
     finetune = before.get(_FINETUNE)
@@ -175,7 +178,7 @@ def resumed(out: Path, overrides: Sequence[str] = (), **settings: Any) -> Distil
         finetune = _section(FinetuneConfig, _FINETUNE, finetune, overrides)
     return DistillRun(
         distillation=_section(DistillationConfig, _DISTILLATION, values, overrides),
-        run=run_config(values=read_yaml(folder.config), overrides=_others(overrides)),
+        run=run_config(values=read_yaml(RunFolder(out).config), overrides=_others(overrides)),
         finetune=finetune,
     )
 
@@ -209,9 +212,8 @@ def _finetune(
                 "or file, or none for the hub."
             )
         own = {"tasks": list(tasks), "data": sources[0] if sources else None}
-        values = {name: values[name] for name in _LIMITS if name in values} | {
-            "model": teacher, **own
-        }  # fmt: skip
+        limits = {name: values[name] for name in _LIMITS if name in values}
+        values = {**limits, "model": teacher, **own}
     return _section(FinetuneConfig, _FINETUNE, values, overrides)
 
 
@@ -219,12 +221,7 @@ def _student(name: str, teacher: ModelConfig) -> ModelConfig:
     if name == "dense":
         return teacher.dense_twin()
     if name in PRESETS:
-        return dataclasses.replace(
-            preset(name),
-            vocabulary_size=teacher.vocabulary_size,
-            pad_id=teacher.pad_id,
-            end_id=teacher.end_id,
-        )
+        return with_vocabulary(RunConfig(model=preset(name)), teacher).model
     if not Path(name).exists() and "/" not in name:
         raise ConfigError(
             f"The student {name!r} is no preset and no folder.{nearest(name, ['dense', *PRESETS])}"

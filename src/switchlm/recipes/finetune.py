@@ -29,10 +29,10 @@ from switchlm.huggingface.weights import read_json
 from switchlm.model import lora
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
-from switchlm.parallel.mesh import ALONE, Mesh, joined
-from switchlm.recipes.config import RunConfig, to_sections
+from switchlm.parallel.mesh import Mesh, default_device, joined
+from switchlm.recipes.config import RunConfig, open_tokenizer, to_sections
 from switchlm.recipes.finetune_config import FinetuneConfig, FinetuneRun
-from switchlm.recipes.pretrain import build_model, default_device, open_tokenizer, record_routing
+from switchlm.recipes.pretrain import build_model, open_folder, record_routing
 from switchlm.report.write import ReportRun, write_report
 from switchlm.training.evaluation import BestCheckpoint
 from switchlm.training.loop import train
@@ -109,23 +109,6 @@ def check_spelling(tasks: Sequence[Task], tokenizer: Tokenizer, model: str) -> N
                 )
 
 
-def keep(
-    model: SwitchTransformer,
-    tokenizer: Tokenizer,
-    settings: FinetuneConfig,
-    folder: RunFolder,
-    report: Report,
-) -> None:
-    """Write the model as the best of the run, adapters both alone and merged into it."""
-    if settings.lora_rank is not None:
-        about = AdapterConfig(
-            rank=settings.lora_rank, alpha=settings.lora_alpha, base=settings.model
-        )
-        save_adapters(model, about, folder.adapters)
-        model = lora.merged(model)
-    save(model, tokenizer, folder.model, report=report)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Examples:
     """What a run learns from and is scored on, by task."""
@@ -133,6 +116,24 @@ class Examples:
     tasks: tuple[Task, ...]
     train: Mapping[str, Sequence[Example]]
     validation: Mapping[str, Sequence[Example]]
+
+    def loader(
+        self, settings: FinetuneConfig, tokenizer: Tokenizer, seed: int, report: Report
+    ) -> PairLoader:
+        """Return the batches; raises DataError for tasks that the tokenizer cannot write."""
+        check_spelling(self.tasks, tokenizer, settings.model)
+        return PairLoader(
+            self.train,
+            tokenizer,
+            input_length=settings.input_length,
+            target_length=settings.target_length,
+            batch_size=settings.batch_size,
+            seed=seed,
+            held_out=self.validation,
+            pack=settings.pack,
+            long_targets="truncate" if settings.truncate_targets else "refuse",
+            report=report,
+        )
 
 
 def finetune(
@@ -157,66 +158,54 @@ def finetune(
     model is put together in each of them, and the examples are shared out.
     """
     with joined(config.mesh) as mesh:
-        yield from _finetune(config, out, mesh, resume or mesh.restarted, should_stop, report)
-
-
-def _finetune(
-    config: FinetuneRun,
-    out: Path,
-    mesh: Mesh,
-    resume: bool,
-    should_stop: Callable[[], bool],
-    report: Report,
-) -> Iterator[dict[str, Any]]:
-    folder = RunFolder(out)
-    _check(config, folder, mesh, resume)
-    settings = config.finetune
-    yield {"phase": "reading the tasks"}
-    with mesh.local_rank_zero_first("tasks"):
-        examples = read_tasks(settings)
-    yield {"phase": "loading the model"}
-    model, tokenizer = open_model(config, mesh, report)
-    check_spelling(examples.tasks, tokenizer, settings.model)
-    loader = PairLoader(
-        examples.train,
-        tokenizer,
-        input_length=settings.input_length,
-        target_length=settings.target_length,
-        batch_size=settings.batch_size,
-        seed=config.training.seed,
-        held_out=examples.validation,
-        pack=settings.pack,
-        long_targets="truncate" if settings.truncate_targets else "refuse",
-        report=report,
-    )
-    share = loader.share(mesh.data_rank, mesh.data_size)
-    mesh.barrier()  # until all have found the folder as it was
-    if mesh.is_main:
-        folder.create()
-        check_base(model, folder, settings.model)
-        write_yaml(folder.config, to_sections(config))
-    mesh.barrier()
-
-    def keep_best(best: SwitchTransformer) -> None:
+        resume = resume or mesh.restarted
+        folder = open_folder(out, resume)
+        _check(config, folder, mesh)
+        settings = config.finetune
+        yield {"phase": "reading the tasks"}
+        with mesh.local_rank_zero_first("tasks"):
+            examples = read_tasks(settings)
+        yield {"phase": "loading the model"}
+        model, tokenizer = open_model(config, mesh, report)
+        loader = examples.loader(settings, tokenizer, config.training.seed, report)
+        share = loader.share(mesh.data_rank, mesh.data_size)
+        mesh.barrier()  # until all have found the folder as it was
         if mesh.is_main:
-            keep(best, tokenizer, settings, folder, report)
+            folder.create()
+            check_base(model, folder, settings.model)
+            write_yaml(folder.config, to_sections(config))
+        mesh.barrier()
 
-    evaluator = BestCheckpoint(
-        score=scorer(config, examples, loader, mesh), keep=keep_best, patience=settings.patience
-    )
-    yield {"phase": "training"}
-    yield from train(
-        model,
-        share,
-        config.training,
-        run=folder,
-        resume=resume,
-        should_stop=should_stop,
-        mesh=mesh,
-        evaluator=evaluator,
-    )
-    if mesh.is_main:
-        routing = _routing_of_the_best(loader, folder) if folder.model.exists() else []
+        def keep(best: SwitchTransformer) -> None:
+            """Write the best model, adapters both alone and merged into it."""
+            if not mesh.is_main:
+                return
+            if settings.lora_rank is not None:
+                about = AdapterConfig(
+                    rank=settings.lora_rank, alpha=settings.lora_alpha, base=settings.model
+                )
+                save_adapters(best, about, folder.adapters)
+                best = lora.merged(best)
+            save(best, tokenizer, folder.model, report=report)
+
+        score = scorer(settings, examples, loader, mesh, config.training.evaluate_batches)
+        yield {"phase": "training"}
+        yield from train(
+            model,
+            share,
+            config.training,
+            run=folder,
+            resume=resume,
+            should_stop=should_stop,
+            mesh=mesh,
+            evaluator=BestCheckpoint(score=score, keep=keep, patience=settings.patience),
+        )
+        if not mesh.is_main:
+            return
+        routing = []
+        if folder.model.exists():
+            best, _ = load(folder.model, device=default_device(), report=lambda line: None)
+            routing = record_routing(best, loader, tokenizer, folder)
         _write_report(config, examples, folder, routing)
 
 
@@ -247,13 +236,17 @@ def read_tasks(settings: FinetuneConfig) -> Examples:
 
 
 def scorer(
-    config: FinetuneRun, examples: Examples, loader: PairLoader, mesh: Mesh = ALONE
+    settings: FinetuneConfig,
+    examples: Examples,
+    loader: PairLoader,
+    mesh: Mesh,
+    evaluate_batches: int,
 ) -> Callable[[SwitchTransformer], dict[str, Any]]:
-    """Return what gives the figures, all but the best so far, of a model whole in each process."""
-    settings = config.finetune
-    batches = loader.share(mesh.data_rank, mesh.data_size).held_out(
-        config.training.evaluate_batches
-    )
+    """Return what gives the figures, all but the best so far, of a model whole in each process.
+
+    evaluate_batches: on how many held-out batches its loss is taken.
+    """
+    batches = loader.share(mesh.data_rank, mesh.data_size).held_out(evaluate_batches)
 
     def score(model: SwitchTransformer) -> dict[str, Any]:
         scores = {}
@@ -280,17 +273,13 @@ def scorer(
     return score
 
 
-def _check(config: FinetuneRun, folder: RunFolder, mesh: Mesh, resume: bool) -> None:
+def _check(config: FinetuneRun, folder: RunFolder, mesh: Mesh) -> None:
+    """Refuse what one process alone can do, and to go on with other settings than the run's."""
     settings = config.finetune
     if mesh.is_distributed and (settings.trainable != "all" or settings.lora_rank is not None):
         raise ConfigError(
             "A part of a model, or adapters, are fine-tuned in one process: run it without "
             "torchrun, or train all parameters."
-        )
-    if folder.exists() and not resume:
-        raise ConfigError(
-            f"There is a run in {str(folder.root)!r} already. Go on with it by --resume, or choose "
-            "another --out."
         )
     if not folder.config.exists():
         return
@@ -307,11 +296,6 @@ def _check(config: FinetuneRun, folder: RunFolder, mesh: Mesh, resume: bool) -> 
                 f"it cannot be resumed with {now[name]!r}. Leave that out to go on, or choose "
                 "another --out for a new run."
             )
-
-
-def _routing_of_the_best(loader: PairLoader, folder: RunFolder) -> list[dict[str, Any]]:
-    best, _ = load(folder.model, device=default_device(), report=lambda line: None)
-    return record_routing(best, loader, loader.tokenizer, folder)
 
 
 def _write_report(

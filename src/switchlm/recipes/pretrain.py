@@ -15,15 +15,22 @@ from switchlm.config import write_yaml
 from switchlm.data.batch import BatchSource
 from switchlm.data.pretraining.loader import open_data
 from switchlm.data.text.tokenizer import Tokenizer
-from switchlm.errors import CheckpointError, ConfigError, DataError
+from switchlm.errors import ConfigError, DataError
 from switchlm.evaluation.routing import routing_statistics
 from switchlm.files import Report, replace_file
 from switchlm.huggingface.init_from import check_fit, transplant
-from switchlm.huggingface.load import load, load_tokenizer, save
+from switchlm.huggingface.load import save
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply, materialise
-from switchlm.parallel.mesh import ALONE, Mesh, joined
-from switchlm.recipes.config import RunConfig, to_sections, with_vocabulary
+from switchlm.parallel.mesh import ALONE, Mesh, default_device, joined
+from switchlm.recipes.config import (
+    RunConfig,
+    check_stated,
+    open_whole,
+    to_sections,
+    wire_dtype,
+    with_vocabulary,
+)
 from switchlm.report.write import ReportRun, write_report
 from switchlm.training.loop import train
 from switchlm.training.monitor import read_metrics
@@ -60,69 +67,6 @@ def record_routing(
     return records
 
 
-def read_routing(folder: RunFolder) -> list[dict[str, Any]]:
-    """Return what `record_routing` wrote; nothing for a dense model."""
-    if not folder.routing.exists():
-        return []
-    records: list[dict[str, Any]] = json.loads(folder.routing.read_text(encoding="utf-8"))
-    return records
-
-
-def open_whole(
-    name: str, role: str, report: Report, device: torch.device | str = "cpu"
-) -> tuple[SwitchTransformer, Tokenizer]:
-    """Load a model that must bring its tokenizer; role: what it is to the run, for the error."""
-    model, tokenizer = load(name, device=device, report=report)
-    return model, _required(tokenizer, name, role)
-
-
-def open_tokenizer(name: str, role: str) -> Tokenizer:
-    """Load the tokenizer of a model that must have one."""
-    return _required(load_tokenizer(name, report=lambda line: None), name, role)
-
-
-def _required(tokenizer: Tokenizer | None, name: str, role: str) -> Tokenizer:
-    if tokenizer is None:
-        raise CheckpointError(
-            f"The {role} {name!r} has no tokenizer.json, so there is no telling its tokens from "
-            "text. Copy the one it was trained with into its folder."
-        )
-    return tokenizer
-
-
-def check_vocabulary(own: Tokenizer, other: Tokenizer, own_name: str, other_name: str) -> None:
-    """Raise CheckpointError unless the same ids mean the same in both."""
-    mine, theirs = (one.backend.get_vocab(with_added_tokens=True) for one in (own, other))
-    if mine == theirs:
-        return
-    example = sorted(mine.items() ^ theirs.items())[0][0]
-    raise CheckpointError(
-        f"{other_name} and {own_name} have different vocabularies ({len(theirs):,} and "
-        f"{len(mine):,} tokens; {example!r} is not the same in both), so what one says of a token "
-        "means nothing to the other. Take models that were trained with one tokenizer."
-    )
-
-
-def check_stated(stated: str, own: Tokenizer, own_name: str) -> None:
-    """Raise ConfigError unless `data.tokenizer`, as stated, is the vocabulary of the weights."""
-    if stated == "unigram":
-        raise ConfigError(
-            "data.tokenizer is 'unigram', a vocabulary to be trained, but the vocabulary is that "
-            f"of {own_name}. Leave data.tokenizer out."
-        )
-    other = Tokenizer.bytes() if stated == "bytes" else Tokenizer.load(Path(stated))
-    check_vocabulary(own, other, own_name, f"data.tokenizer {stated!r}")
-
-
-def default_device() -> torch.device:
-    """Return the accelerator of this process if there is one, else the CPU."""
-    # PyTorch built for CUDA names CUDA where there is no GPU, unless it is asked to look.
-    kind = torch.accelerator.current_accelerator(check_available=True)
-    if kind is None:
-        return torch.device("cpu")
-    return torch.device(kind.type, torch.accelerator.current_device_index())
-
-
 def build_model(config: RunConfig, mesh: Mesh = ALONE) -> SwitchTransformer:
     """Return a new model on the default device, sharded over the mesh.
 
@@ -131,8 +75,7 @@ def build_model(config: RunConfig, mesh: Mesh = ALONE) -> SwitchTransformer:
     with torch.device("meta"):
         model = SwitchTransformer(config.model)
     if mesh.is_distributed:
-        exact = config.training.precision == "float32"
-        apply(model, mesh, wire_dtype=None if exact else torch.bfloat16)
+        apply(model, mesh, wire_dtype=wire_dtype(config))
     materialise(model, default_device(), config.training.seed)
     return model
 
@@ -156,64 +99,54 @@ def pretrain(
     parallel.md); OUT is on a file system that all of them see.
     """
     with joined(config.mesh) as mesh:
-        yield from _pretrain(config, out, mesh, resume or mesh.restarted, should_stop, report)
-
-
-def _pretrain(
-    config: RunConfig,
-    out: Path,
-    mesh: Mesh,
-    resume: bool,
-    should_stop: Callable[[], bool],
-    report: Report,
-) -> Iterator[dict[str, Any]]:
-    folder = open_folder(out, resume)
-    tokenizer = Tokenizer.load(folder.tokenizer) if folder.tokenizer.exists() else None
-    start: SwitchTransformer | None = None
-    if config.init_from is not None and not folder.has_checkpoint():
-        yield {"phase": f"loading {config.init_from}"}
-        start, theirs = open_whole(config.init_from, "model to start from", report)
-        if tokenizer is None and config.data.tokenizer != "bytes":
-            check_stated(config.data.tokenizer, theirs, config.init_from)
-        tokenizer = tokenizer or theirs
-    yield {"phase": "reading text"}
-    with mesh.local_rank_zero_first("text"):
-        loader = open_data(
-            config.data, seed=config.training.seed, tokenizer=tokenizer, report=report
+        resume = resume or mesh.restarted
+        folder = open_folder(out, resume)
+        tokenizer = Tokenizer.load(folder.tokenizer) if folder.tokenizer.exists() else None
+        start: SwitchTransformer | None = None
+        if config.init_from is not None and not folder.has_checkpoint():
+            yield {"phase": f"loading {config.init_from}"}
+            start, theirs = open_whole(config.init_from, "model to start from", report)
+            if tokenizer is None and config.data.tokenizer != "bytes":
+                check_stated(config.data.tokenizer, theirs, config.init_from)
+            tokenizer = tokenizer or theirs
+        yield {"phase": "reading text"}
+        with mesh.local_rank_zero_first("text"):
+            loader = open_data(
+                config.data, seed=config.training.seed, tokenizer=tokenizer, report=report
+            )
+        share = loader.share(mesh.data_rank, mesh.data_size)
+        config = with_vocabulary(config, loader.tokenizer)
+        if start is not None:
+            check_fit(start.config, config.model)
+        begin(folder, config, loader.tokenizer, mesh)
+        model = build_model(config, mesh)
+        if start is not None:
+            transplant(start, model)
+        yield {"phase": "training"}
+        yield from train(
+            model,
+            share,
+            config.training,
+            run=folder,
+            resume=resume,
+            should_stop=should_stop,
+            mesh=mesh,
         )
-    share = loader.share(mesh.data_rank, mesh.data_size)
-    config = with_vocabulary(config, loader.tokenizer)
-    if start is not None:
-        check_fit(start.config, config.model)
-    begin(folder, config, loader.tokenizer, mesh)
-    model = build_model(config, mesh)
-    if start is not None:
-        transplant(start, model)
-    yield {"phase": "training"}
-    yield from train(
-        model,
-        share,
-        config.training,
-        run=folder,
-        resume=resume,
-        should_stop=should_stop,
-        mesh=mesh,
-    )
-    yield {"phase": "saving the model"}
-    save(model, loader.tokenizer, folder.model, group=mesh.storage)
-    routing = record_routing(model, share, loader.tokenizer, folder, mesh)
-    if not mesh.is_main:
-        return
-    metrics = read_metrics(folder.metrics)
-    evaluations = [line for line in metrics if "evaluation_loss" in line]
-    last = evaluations[-1]["evaluation_loss"] if evaluations else None
-    write_report(
-        folder.report,
-        title=f"Pre-training: {out.name}",
-        headline="" if last is None else f"Held-out loss {last:.3f} nats per target token.",
-        runs=[ReportRun(name=out.name, metrics=metrics, routing=routing)],
-        configuration=to_sections(config),
-    )
+        yield {"phase": "saving the model"}
+        save(model, loader.tokenizer, folder.model, group=mesh.storage)
+        routing = record_routing(model, share, loader.tokenizer, folder, mesh)
+        if not mesh.is_main:
+            return
+        metrics = read_metrics(folder.metrics)
+        evaluations = [line for line in metrics if "evaluation_loss" in line]
+        last = evaluations[-1]["evaluation_loss"] if evaluations else None
+        write_report(
+            folder.report,
+            title=f"Pre-training: {out.name}",
+            headline="" if last is None else f"Held-out loss {last:.3f} nats per target token.",
+            runs=[ReportRun(name=out.name, metrics=metrics, routing=routing)],
+            configuration=to_sections(config),
+        )
 
 
 def open_folder(out: Path, resume: bool) -> RunFolder:

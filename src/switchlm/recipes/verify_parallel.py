@@ -9,8 +9,9 @@ import dataclasses
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.queues import SimpleQueue
 from typing import cast
 
@@ -22,21 +23,18 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from switchlm.data.batch import Batch
-from switchlm.errors import ConfigError, SwitchLMError
+from switchlm.errors import ConfigError, WorkerError
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.mesh import ALONE, Mesh, MeshConfig, layouts
 from switchlm.recipes.config import RunConfig
 from switchlm.recipes.pretrain import build_model
+from switchlm.training.config import Precision
 from switchlm.training.optimizer import build_optimizer, set_learning_rate
 from switchlm.training.step import prepare_for_training, training_step
 
 Tensors = dict[str, Tensor]
 # What rounding may do: relative differences of the loss and of each gradient, as vectors.
 TOLERANCES = {"float32": (1e-5, 1e-4), "selective": (1e-3, 0.05), "bfloat16": (1e-3, 0.05)}
-
-
-class WorkerError(SwitchLMError):
-    """A process of the check ended before its time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +69,15 @@ def verify_parallel(
     rows = max(config.model.router.group_rows or 1, 2) * num_processes
     with tempfile.TemporaryDirectory(prefix="switchlm-verify-") as folder:
         device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
-        whole = _train(config, ALONE, steps, rows, tokens, device)
+        train = partial(_train, config, steps, rows, tokens)
+        whole = train(ALONE, device)
         save_file(whole, f"{folder}/whole.safetensors")
         del whole
         context = multiprocessing.get_context("spawn")
         results: SimpleQueue[LayoutResult] = context.SimpleQueue()
         workers = torch.multiprocessing.spawn(
             _work,
-            (num_processes, device_type, folder, config, steps, rows, tokens, results),
+            (num_processes, device_type, folder, train, config.training.precision, results),
             nprocs=num_processes,
             join=False,
         )
@@ -111,10 +110,8 @@ def _work(
     num_processes: int,
     device_type: str,
     folder: str,
-    config: RunConfig,
-    steps: int,
-    rows: int,
-    tokens: int,
+    train: Callable[[Mesh, torch.device], Tensors],
+    precision: Precision,
     results: "SimpleQueue[LayoutResult]",
 ) -> None:
     """Be one of the processes: train in every layout; the first one tells."""
@@ -133,11 +130,11 @@ def _work(
     for layout in layouts(num_processes):
         started = time.perf_counter()
         try:
-            found = _train(config, Mesh.of(layout, device_type), steps, rows, tokens, device)
+            found = train(Mesh.of(layout, device_type), device)
         except ConfigError as error:
             result = LayoutResult(mesh=layout, does_not_fit=str(error))
         else:
-            result = compare(layout, found, whole, config.training.precision)
+            result = compare(layout, found, whole, precision)
             result = dataclasses.replace(result, seconds=time.perf_counter() - started)
         if rank == 0:
             results.put(result)
@@ -146,7 +143,7 @@ def _work(
 
 
 def _train(
-    config: RunConfig, mesh: Mesh, steps: int, rows: int, tokens: int, device: torch.device
+    config: RunConfig, steps: int, rows: int, tokens: int, mesh: Mesh, device: torch.device
 ) -> Tensors:
     """Return `losses` [steps, 3] and the gradients of the first step by name, whole, on the CPU."""
     training = config.training

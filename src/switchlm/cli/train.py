@@ -1,0 +1,268 @@
+"""switchlm pretrain, finetune, distill and compare: what trains models, under the live display."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from switchlm.cli import options
+from switchlm.cli.progress import follow
+from switchlm.errors import ConfigError
+
+
+def pretrain(
+    out: options.Run,
+    config: options.Config = None,
+    data: options.Data = None,
+    preset: options.Preset = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(
+            help="Start from this model's weights and vocabulary: of equal shape, or dense, whose "
+            "networks become all experts. Its shape is the default."
+        ),
+    ] = None,
+    set_: options.Set = None,
+    resume: options.Resume = False,
+    as_json: options.JsonLines = False,
+) -> None:
+    """Pre-train a Switch Transformer, or a dense model, on text."""
+    from switchlm.huggingface.load import load_config
+    from switchlm.recipes.config import RunConfig, run_config
+    from switchlm.recipes.pretrain import pretrain as recipe
+
+    values = options.read_sections(config, out if resume else None)
+    overrides = list(set_ or ())
+    base = None
+    if init_from is not None:
+        overrides.append(f"init_from={json.dumps(init_from)}")
+        base = RunConfig(model=load_config(init_from, report=options.note, to_train=True))
+    run = run_config(base, preset=preset, values=values, sources=data or (), overrides=overrides)
+    console, _ = follow(
+        partial(recipe, run, out, resume=resume),
+        steps=run.training.steps,
+        seconds=run.training.seconds,
+        as_json=as_json,
+    )
+    console.print(f"Model: {out / 'model'}   Report: {out / 'report.html'}")
+
+
+def finetune(
+    out: options.Run,
+    model: options.OptionalModel = None,
+    task: options.Tasks = None,
+    data: Annotated[
+        str | None, typer.Option(help="The folder or file of a named task; else the hub.")
+    ] = None,
+    input_column: options.InputColumn = None,
+    target_column: options.TargetColumn = None,
+    template: options.Template = None,
+    target_template: options.TargetTemplate = None,
+    metric: options.Metrics = None,
+    trainable: Annotated[
+        str | None, typer.Option(help="all, non-expert, expert or router parameters.")
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Train low-rank adapters of that rank only.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML configuration.")] = None,
+    set_: options.Set = None,
+    resume: options.Resume = False,
+    as_json: options.JsonLines = False,
+) -> None:
+    """Fine-tune a model on tasks, and keep the checkpoint that does best at them."""
+    from switchlm.recipes.finetune import finetune as recipe
+    from switchlm.recipes.finetune_config import finetune_run
+
+    values = options.read_sections(config, out if resume else None)
+    if resume and values and "finetune" not in values and config in (None, out / "config.yaml"):
+        raise ConfigError(f"The run in {str(out)!r} is no fine-tuning: choose another --out.")
+    columns = {
+        "input_column": input_column,
+        "target_column": target_column,
+        "template": template,
+        "target_template": target_template,
+        "metrics": metric,
+    }
+    stated: dict[str, Any] = {
+        "model": model,
+        "tasks": task,
+        "data": data,
+        "columns": {name: value for name, value in columns.items() if value} or None,
+        "trainable": trainable,
+        "lora_rank": lora_rank,
+    }
+    run = finetune_run(
+        values,
+        stated={name: value for name, value in stated.items() if value is not None},
+        overrides=set_ or (),
+    )
+    console, last = follow(
+        partial(recipe, run, out, resume=resume),
+        steps=run.training.steps,
+        seconds=run.training.seconds,
+        as_json=as_json,
+    )
+    if "best_score" in last:
+        console.print(f"Best score: {last['best_score']:.2f}% at step {last['best_step']:,}.")
+    console.print(f"Model: {out / 'model'}   Report: {out / 'report.html'}")
+
+
+def distill(
+    out: options.Run,
+    teacher: options.OptionalModel = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            help="dense (the teacher's twin of equal FLOPs, the default), a preset, or a model, "
+            "which then starts from its own weights."
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text, as for pretrain, or the folder or file of a task; what the teacher was "
+            "trained on where left out."
+        ),
+    ] = None,
+    task: options.Tasks = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="A dense model trained without a teacher, or its held-out loss."),
+    ] = None,
+    cache_logits: Annotated[
+        Path | None, typer.Option(help="Keep what the teacher says here, for other students.")
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="The teacher names so many tokens for each target; 32 in a cache."
+        ),
+    ] = None,
+    set_: options.Set = None,
+    resume: options.Resume = False,
+    as_json: options.Json = False,
+) -> None:
+    """Teach a small model what a large one knows."""
+    from switchlm.recipes import distill_config
+    from switchlm.recipes.distill import distill as recipe
+    from switchlm.recipes.distill import headline
+
+    stated: dict[str, Any] = {
+        "baseline": baseline,
+        "cache_logits": None if cache_logits is None else str(cache_logits),
+        "top_k": top_k,
+    }
+    stated = {name: value for name, value in stated.items() if value is not None}
+    if resume and (out / distill_config.SETTINGS).exists():
+        fixed = {"--teacher": teacher, "--student": student, "--data": data, "--task": task}
+        for option, value in fixed.items():
+            if value:
+                raise ConfigError(
+                    f"{option} is given with --resume, but the run in {str(out)!r} has its own. "
+                    f"Leave {option} out, or start another run."
+                )
+        config = distill_config.resumed(out, set_ or (), **stated)
+    elif teacher is None:
+        raise ConfigError("There is no teacher: give one with --teacher.")
+    else:
+        config = distill_config.configure(
+            teacher=teacher,
+            student=student or "dense",
+            sources=data or (),
+            tasks=task or (),
+            overrides=set_ or (),
+            **stated,
+        )
+    console, last = follow(
+        partial(recipe, config, out, resume=resume),
+        steps=config.run.training.steps,
+        seconds=config.run.training.seconds,
+        as_json=as_json,
+        lines=False,
+    )
+    if "result" not in last:
+        return
+    if as_json:
+        typer.echo(json.dumps(last["result"]))
+        return
+    console.print(headline(last["result"]), style="bold", highlight=False)
+    console.print(f"Model: {out / 'model'}   Report: {out / 'report.html'}")
+
+
+def parse_duration(text: str) -> float:
+    """Return seconds of `90s`, `6m`, `1.5h` or a plain number of seconds."""
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
+    try:
+        seconds = float(number) * units[unit]
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ConfigError(f"Cannot read the duration {text!r}; write for example 90s, 6m or 1.5h.")
+    return seconds
+
+
+def compare(
+    out: Annotated[Path, typer.Option(help="Folder for both runs, compare.json and report.html.")],
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML configuration; the demo's where left out.")
+    ] = None,
+    data: options.Data = None,
+    preset: options.Preset = None,
+    set_: options.Set = None,
+    set_dense: Annotated[
+        list[str] | None, typer.Option(help="Override a setting of the dense twin alone.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Wall time for everything, such as 6m or 30m.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier comparison in OUT.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Race a Switch Transformer against its FLOP-matched dense twin on the same text."""
+    from switchlm.recipes import compare as recipe
+
+    seconds = None if budget is None else parse_duration(budget)
+    pair = recipe.configure(
+        path=config,
+        preset=preset,
+        sources=data or (),
+        overrides=set_ or (),
+        dense_overrides=set_dense or (),
+        by_time=seconds is not None,
+    )
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            raise ConfigError(f"{str(out)!r} is not empty. Choose another --out, or --overwrite.")
+        if not ((out / "compare.json").exists() or (out / "dense").exists()):
+            raise ConfigError(f"{str(out)!r} holds no comparison; it is not overwritten.")
+        shutil.rmtree(out)
+
+    console, last = follow(
+        partial(recipe.compare, pair, out, seconds=seconds),
+        steps=None if seconds is not None else pair.sparse.training.steps,
+        seconds=seconds,
+        as_json=as_json,
+        lines=False,
+    )
+    result = last["result"]
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    table = Table()
+    rows = recipe.result_table(result)
+    for column in rows[0]:
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
+    for label, text in result["example"].items():
+        console.print(f"\n[dim]{label}[/dim]")
+        console.print(text, markup=False, highlight=False)
+    console.print(f"\n{recipe.headline(result)}", style="bold", highlight=False)
+    console.print(f"Report: {out / 'report.html'}   Models: {out}/sparse/model, {out}/dense/model")

@@ -11,7 +11,7 @@ sublayer (1 in the encoder, 2 in the decoder), {ffn} `mlp` (Switch) or `DenseRel
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from switchlm.model.config import ModelConfig
@@ -209,10 +209,11 @@ class Place:
     expert: int | None
 
 
-_NUMBERS = re.compile(r"(?<=\.block\.)[0-9]{1,9}(?=\.)|(?<=\.expert_)[0-9]{1,9}(?=\.)")
+_NUMBERS = re.compile(r"(?:(?<=\.block\.)|(?<=\.blocks\.)|(?<=\.expert_))[0-9]{1,9}(?=\.)")
 
 
 def _templates() -> dict[str, tuple[Row, Family | None, str | None]]:
+    """Return the row, family and stack of every name, theirs and ours, numbers as `#`."""
     table: dict[str, tuple[Row, Family | None, str | None]] = {
         row.theirs: (row, None, None) for row in MODEL_ROWS
     }
@@ -223,6 +224,10 @@ def _templates() -> dict[str, tuple[Row, Family | None, str | None]]:
                 key = key.replace("{i}", "#").replace("{j}", "#").replace("block.0.", "block.#.")
                 known = family if "{ffn}" in row.theirs else None
                 table.setdefault(f"{stack}.{key}", (row, known, stack))
+            ours = f"{stack}.{row.ours.replace('{i}', '#')}"
+            same = table.get(ours)  # the rows of wi and wi_1 are one parameter
+            needs = row.needs if same is None else row.needs & same[0].needs
+            table[ours] = (replace(row, needs=needs), None, stack)
     return table
 
 
@@ -230,14 +235,15 @@ _TEMPLATES = _templates()
 
 
 def locate(key: str) -> Place | None:
-    """Read a key of the format back; None where the table has no such key."""
+    """Read a key of the format, or of quantised folders, back; None where there is no such key.
+
+    The expert is None where the row has one and the key is ours: it stands for all of them.
+    """
     found = _TEMPLATES.get(_NUMBERS.sub("#", key))
     if found is None:
         return None
     row, family, stack = found
-    numbers = [int(number) for number in _NUMBERS.findall(key)]
-    expert = numbers.pop() if row.is_expert else None
-    layer = numbers.pop() if numbers else None
+    layer, expert = [*map(int, _NUMBERS.findall(key)), None, None][:2]
     if row.theirs == _RELATIVE_BIAS and layer != 0:
         return None
     return Place(row, family, stack, layer, expert)

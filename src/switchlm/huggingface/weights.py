@@ -1,4 +1,4 @@
-"""Weight files of a model folder: which there are, what is in them, and their tensors one by one.
+"""Find a model folder, or one on the hub; what its weight files hold, tensor by tensor.
 
 Names in an index are not to be trusted: a file is only opened if it lies in the folder. Shapes are
 known before any tensor is read. safetensors files are mapped into memory, never read whole; `.bin`
@@ -10,8 +10,9 @@ comes back short is an error with a message.
 """
 
 import json
+import math
 import os
-import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
@@ -24,34 +25,74 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from switchlm.checkpoint.format import CODES
-from switchlm.errors import CheckpointError
+from switchlm.errors import CheckpointError, MissingExtraError
 
+CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
-QUANTISED = (
-    "quantised.safetensors"  # a name of its own, so that no other reader takes it for weights
-)
+# A name of its own, so that no other reader takes it for weights.
+QUANTISED = "quantised.safetensors"
 PICKLED = "pytorch_model.bin"
 LARGEST_CONFIG = 2**24  # bytes
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
+_SMALL_FILES = ("*.json", "tokenizer*", "*.txt", "README.md")
 _DTYPES = {
     CODES[dtype]: dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 }
 _CODES = {CODES[dtype]: dtype for dtype in (torch.int8, torch.uint8)}  # of quantised weights
 
-# What torch.load raises for damaged pickles: they program its unpickler, wrong arguments and all.
-DAMAGE = (
-    pickle.UnpicklingError,
-    struct.error,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+
+def find_model(name: str | Path, *, revision: str | None, local_files_only: bool) -> Path:
+    """Return the folder of a model: DIR/model of a run, DIR itself, or the cached files of the hub.
+
+    Cache, offline mode and token are huggingface_hub's own (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN).
+    """
+    folder = Path(name)
+    if (folder / CONFIG).is_file():
+        return folder
+    if (folder / "model" / CONFIG).is_file():
+        return folder / "model"
+    if folder.exists():
+        raise CheckpointError(
+            f"{str(name)!r} is neither a model folder ({CONFIG} is missing) nor a run with a saved "
+            "model in it."
+        )
+    if isinstance(name, Path) or not _HUB_NAME.fullmatch(name):
+        raise CheckpointError(f"There is no folder {str(name)!r}, and it is no name on the hub.")
+    return _download(name, revision, local_files_only)
+
+
+def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+    except ImportError:
+        raise MissingExtraError(
+            "huggingface_hub", "hub", f"Loading {name!r} from the hub"
+        ) from None
+
+    def fetch(*patterns: str) -> Path:
+        try:
+            return Path(
+                snapshot_download(
+                    name,
+                    revision=revision,
+                    local_files_only=local_files_only,
+                    allow_patterns=[*_SMALL_FILES, *patterns],
+                )
+            )
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise CheckpointError(
+                f"There is no folder {name!r}, and the hub could not give it: {str(error)[:300]}"
+            ) from None
+
+    folder = fetch("*.safetensors")
+    if not any(folder.glob("*.safetensors")):
+        folder = fetch("*.bin")
+    return folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +257,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except DAMAGE as error:
+    except Exception as error:  # damaged pickles program the unpickler, wrong arguments and all
         raise CheckpointError(
             f"{path.name} is damaged, or holds more than tensors, which could run code and is not "
             f"read: {str(error)[:200]}"
@@ -256,10 +297,7 @@ class Extent:
 
     @property
     def num_bytes(self) -> int:
-        size = self.dtype.itemsize
-        for length in self.shape:
-            size *= length
-        return size
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def slice(self, index: int) -> "Extent":
         """Return the index-th part along the first dim."""

@@ -22,8 +22,8 @@ from switchlm.errors import CheckpointError, ConfigError
 from switchlm.generation.inference import dropless
 from switchlm.huggingface import load
 from switchlm.huggingface.config import family_of, write_config
-from switchlm.huggingface.hub import find_model
 from switchlm.huggingface.names import ALIASES, entries
+from switchlm.huggingface.weights import find_model
 from switchlm.model.attention import KeysValues, KeyValueStore
 from switchlm.model.losses import cross_entropy, routing_losses
 from switchlm.model.routing import Routing

@@ -37,7 +37,7 @@ from switchlm.huggingface.config import (
     transformers_step,
     write_config,
 )
-from switchlm.huggingface.names import ALIASES, Entry, entries
+from switchlm.huggingface.names import ALIASES, STACKS, Entry, entries
 from switchlm.huggingface.weights import SAFETENSORS
 from switchlm.model import count
 from switchlm.model.config import ModelConfig
@@ -236,26 +236,33 @@ def write_model(
 ) -> None:
     """Write into a hidden folder beside `folder`, then rename; see huggingface.save."""
     folder = folder.absolute()
-    tensors = model.state_dict()
+    config, tensors = model.config, model.state_dict()
     _check_names(model, tensors)
-    partial = folder.parent / ranks.on_rank_zero(lambda: _begin(model.config, folder, report))
+
+    def begin() -> str:
+        _check_replaceable(folder)
+        for limit in limits(config):
+            report(limit)
+        return files.hidden_folder(folder).name
+
+    def finish() -> None:
+        write_index(partial, written, SAFETENSORS)
+        dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+        card = model_card(config, dtype)
+        write_texts(partial, config, write_config(config, dtype), card, tokenizer)
+        files.replace_folder(partial, folder)
+
+    most = max_shard_bytes
+    if ranks.size > 1:  # each has one to write
+        most = min(most, math.ceil(sum(tensor.nbytes for tensor in tensors.values()) / ranks.size))
+    partial = folder.parent / ranks.on_rank_zero(begin)
     try:
-        most = _shard_bytes(tensors, max_shard_bytes, ranks)
-        saved = _saved(model.config)
-        shards = share_out(saved, lambda entry: _contents([entry], tensors), most)
+        shards = share_out(_saved(config), lambda entry: _contents([entry], tensors), most)
         written = write_shards(partial, tensors, shards, ranks)
-        ranks.on_rank_zero(lambda: _finish(model, tokenizer, partial, folder, written))
+        ranks.on_rank_zero(finish)
     finally:
         if ranks.is_first:
             files.remove_folder(partial)
-
-
-def _begin(config: ModelConfig, folder: Path, report: Report) -> str:
-    """Make the hidden folder, and return its name."""
-    _check_replaceable(folder)
-    for limit in limits(config):
-        report(limit)
-    return files.hidden_folder(folder).name
 
 
 @contextmanager
@@ -264,21 +271,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
     _check_replaceable(folder)
     with files.new_folder(folder) as partial:
         yield partial
-
-
-def _finish(
-    model: SwitchTransformer,
-    tokenizer: "Tokenizer | None",
-    partial: Path,
-    folder: Path,
-    written: list[Contents],
-) -> None:
-    """Add what is no weight, and put the folder in its place."""
-    write_index(partial, written, SAFETENSORS)
-    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
-    card = model_card(model.config, dtype)
-    write_texts(partial, model.config, write_config(model.config, dtype), card, tokenizer)
-    files.replace_folder(partial, folder)
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -337,12 +329,6 @@ def _check_names(model: SwitchTransformer, tensors: dict[str, Tensor]) -> None:
             f"This model cannot be saved in the Hugging Face format: its tensors and its "
             f"configuration differ at {name!r}. Were its layers replaced?"
         )
-
-
-def _shard_bytes(tensors: dict[str, Tensor], largest: int, ranks: Ranks) -> int:
-    """Return how large shards are: no larger than asked for, and one a rank at least."""
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    return largest if ranks.size == 1 else min(largest, math.ceil(total / ranks.size))
 
 
 def _saved(config: ModelConfig) -> Iterator[Entry]:
@@ -416,7 +402,7 @@ def limits(config: ModelConfig) -> list[str]:
         )
     if config.attention_experts:
         found.append("transformers has no Switch layers in attention and cannot load this model.")
-    for stack in ("encoder", "decoder"):
+    for stack in STACKS:
         if transformers_step(config, stack) is None:
             found.append(
                 f"transformers has no schedule for the sparse layers of the {stack} and "

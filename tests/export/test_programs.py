@@ -10,7 +10,7 @@ from switchlm.export import onnx_programs
 from switchlm.export.folder import new_folder
 from switchlm.export.onnx_programs import open_onnx, write_onnx
 from switchlm.export.torch_programs import open_torch, take_out, write_torch
-from switchlm.generation.inference import dropless
+from switchlm.generation.decode import dropless
 
 
 def assert_dims_are_free(encode, step, model):

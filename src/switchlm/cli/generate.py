@@ -238,7 +238,7 @@ class _Job:
         self, records: list[dict[str, Any]], batch_size: int
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield the number of each record and its result, in the order of the work."""
-        from switchlm.generation.batch import answer_all, best_answers
+        from switchlm.generation.answer import answer_all, best_answers
 
         texts = [record["text"] for record in records]
         limits = self._limits(texts)

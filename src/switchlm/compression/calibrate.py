@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from switchlm.compression.gptq import gptq
 from switchlm.compression.quantise import Codes, group_size, quantise_all, round_to_nearest
 from switchlm.data.batch import Batch
-from switchlm.generation.inference import evaluation_mode
+from switchlm.generation.decode import evaluation_mode
 from switchlm.huggingface.config import family_of
 from switchlm.huggingface.names import Entry, entries
 from switchlm.huggingface.quantised import Quantisation

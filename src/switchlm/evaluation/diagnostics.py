@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from switchlm.data.batch import Batch
-from switchlm.generation.inference import evaluation_mode
+from switchlm.generation.decode import evaluation_mode
 from switchlm.model.attention import Attention, SwitchAttention, heads
 from switchlm.model.block import Block
 from switchlm.model.router import Router

@@ -13,7 +13,7 @@ from torch import Tensor
 from switchlm.data.batch import Batch
 from switchlm.errors import DataError
 from switchlm.evaluation.metrics import Floats, bootstrap, ratio
-from switchlm.generation.inference import evaluation_mode
+from switchlm.generation.decode import evaluation_mode
 from switchlm.model.losses import token_losses
 from switchlm.model.transformer import SwitchTransformer, forward_batch
 from switchlm.parallel.mesh import ALONE, Mesh

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from switchlm.data.batch import Batch
 from switchlm.data.text.tokenizer import Tokenizer
-from switchlm.generation.inference import evaluation_mode
+from switchlm.generation.decode import evaluation_mode
 from switchlm.model.routing import Routing
 from switchlm.model.switch import switch_layers
 from switchlm.model.transformer import SwitchTransformer, forward_batch, shift_right

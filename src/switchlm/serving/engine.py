@@ -19,7 +19,8 @@ from typing import TypeVar
 from torch import Tensor
 
 from switchlm.data.text.tokenizer import Tokenizer
-from switchlm.generation.slots import Slots, serving
+from switchlm.generation.decode import evaluation_mode
+from switchlm.generation.slots import Slots
 from switchlm.generation.text_stream import TextStream
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.serving.requests import (
@@ -146,7 +147,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            with serving(self.model):
+            with evaluation_mode(self.model, drop=False):
                 slots = Slots(
                     self.model,
                     num_slots=self.num_slots,
@@ -161,7 +162,7 @@ class Engine:
             while self._wait_for_work(slots):
                 if self._calls:  # one at a time, so that decoding goes on between many
                     self._calls.popleft()()
-                with serving(self.model):
+                with evaluation_mode(self.model, drop=False):
                     self._advance(slots)
                     while not self._calls and (slots.names or self._waiting):
                         self._advance(slots)

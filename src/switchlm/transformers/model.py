@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 import transformers
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, ConfigError
-from switchlm.generation.inference import dropless
+from switchlm.generation.decode import dropless
 from switchlm.huggingface import load
 from switchlm.huggingface.config import family_of, write_config
 from switchlm.huggingface.names import ALIASES, entries

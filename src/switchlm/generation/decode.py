@@ -11,10 +11,9 @@ computed once.
 Shapes: B batch, S source, T new tokens, M places of the cache, H heads, K head width, D d_model.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,7 @@ def dropless(module: nn.Module) -> Iterator[None]:
     routers = [router for router in routers if not router.experts_choose]
     configured = [(router.config, router.measures) for router in routers]
     for router in routers:
-        router.config = dataclasses.replace(
+        router.config = replace(
             router.config,
             capacity_factor=None,
             evaluation_capacity_factor=None,

@@ -195,10 +195,7 @@ def best_answers(
         for token in output.tokens:
             if writer.push(token):
                 break
-        said = writer.close(output.finished)
-        return ScoredAnswer(
-            output=said.output, spans=said.spans, finished=said.finished, score=output.score
-        )
+        return ScoredAnswer(**vars(writer.close(output.finished)), score=output.score)
 
     Writer(tokenizer, stops)  # a bad stop string shows before the work
     prompts, limits = _prompts(model, tokenizer, texts), limits_of(max_new_tokens, len(texts))

@@ -204,14 +204,10 @@ class Slots:
         position = self.position_N[first : first + len(logits_BV)].tolist()
         for sampling in kinds:
             rows = [row for row, one in enumerate(occupants) if one.sampling == sampling]
-            drawn = [
-                one.drawn_M[position[row]]
-                for row, one in enumerate(occupants)
-                if one.sampling == sampling and one.drawn_M is not None
-            ]
-            token_B[rows] = next_tokens(
-                logits_BV[rows], sampling, torch.stack(drawn) if drawn else None
-            )
+            draws = [(row, occupants[row].drawn_M) for row in rows]
+            drawn = [one_M[position[row]] for row, one_M in draws if one_M is not None]
+            uniform_B = torch.stack(drawn) if drawn else None
+            token_B[rows] = next_tokens(logits_BV[rows], sampling, uniform_B)
         return token_B
 
 

@@ -6,8 +6,8 @@ reported. Nothing in the file is imported or run: `auto_map` and the like are no
 written, transformers reads as far as it has the words.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -72,7 +72,7 @@ class Fields:
 
 @dataclass(frozen=True, kw_only=True)
 class Extra:
-    """What transformers has no field for, kept in config.json under the key `switchlm`."""
+    """Fields of ModelConfig that transformers has no word for, under the key `switchlm`."""
 
     sparse_step: int = 2
     decoder_sparse_step: int | None = None
@@ -130,16 +130,12 @@ def read_config(
             if isinstance(section, Mapping):
                 section = upgrade_model_section(section)
             extra = from_mapping(Extra, section, f"config.json.{EXTRA_KEY}")
-            second = (
-                extra.sparse_step
-                if extra.decoder_sparse_step is None
-                else extra.decoder_sparse_step
-            )
-            claimed: Sequence[int | None] = (extra.sparse_step, second)
+            first, second = extra.sparse_step, extra.decoder_sparse_step
+            second = first if second is None else second
+            claim = replace(claim, encoder_sparse_step=first, decoder_sparse_step=second)
         else:
             extra = Extra(router=_router(claim), expert_dropout=claim.dropout_rate)
-            claimed = (claim.encoder_sparse_step, claim.decoder_sparse_step)
-        config = _translate(claim, extra, claimed, found, family, head_differs, report)
+        config = _translate(claim, extra, found, family, head_differs, report)
     except ConfigError as error:
         raise CheckpointError(f"Cannot use this config.json: {error}") from None
     return config, found.family or family
@@ -148,7 +144,6 @@ def read_config(
 def _translate(
     claim: Fields,
     extra: Extra,
-    claimed_steps: Sequence[int | None],
     found: Architecture,
     family: Family,
     head_differs: Callable[[], bool],
@@ -158,9 +153,9 @@ def _translate(
         raise CheckpointError("config.json sets router_bias; routers here have no bias.")
     num_experts = _num_experts(claim, found, report)
     gated, activation = _feedforward(claim, found, family, report)
-    steps = extra.sparse_step, extra.decoder_sparse_step
     if num_experts:
-        steps = _sparse_steps(claim, extra, claimed_steps, found, report)
+        step, second = _sparse_steps(claim, extra, found, report)
+        extra = replace(extra, sparse_step=step, decoder_sparse_step=second)
     return ModelConfig(
         vocabulary_size=claim.vocab_size,
         d_model=claim.d_model,
@@ -170,21 +165,16 @@ def _translate(
         num_encoder_layers=_layers("encoder", claim.num_layers, found, report),
         num_decoder_layers=_layers("decoder", claim.decoder_layers, found, report),
         num_experts=num_experts,
-        attention_experts=extra.attention_experts,
         activation=activation,
         gated=gated,
         tied_head=_tied_head(claim, found, head_differs, report),
         relative_buckets=claim.relative_attention_num_buckets,
         relative_distance=claim.relative_attention_max_distance,
         norm_epsilon=claim.layer_norm_epsilon,
-        initialisation=extra.initialisation,
         dropout=claim.dropout_rate,
-        expert_dropout=extra.expert_dropout,
         pad_id=_token(claim.pad_token_id, 0),
         end_id=_token(claim.eos_token_id, 1),
-        router=extra.router,
-        sparse_step=steps[0],
-        decoder_sparse_step=steps[1],
+        **vars(extra),
     )
 
 
@@ -268,19 +258,19 @@ def _tied_head(
 
 
 def _sparse_steps(
-    claim: Fields,
-    extra: Extra,
-    claimed: Sequence[int | None],
-    found: Architecture,
-    report: Report,
+    claim: Fields, extra: Extra, found: Architecture, report: Report
 ) -> tuple[int, int | None]:
     """Return the sparse steps of encoder and decoder, None where the decoder's is the same."""
-    counts = (
-        ("encoder", claim.num_layers, claim.num_sparse_encoder_layers),
-        ("decoder", claim.decoder_layers, claim.num_sparse_decoder_layers),
-    )
+    claims = {
+        "encoder": (claim.encoder_sparse_step, claim.num_layers, claim.num_sparse_encoder_layers),
+        "decoder": (
+            claim.decoder_sparse_step,
+            claim.decoder_layers,
+            claim.num_sparse_decoder_layers,
+        ),
+    }
     steps = []
-    for (stack, num_layers, num_sparse), step in zip(counts, claimed, strict=True):
+    for stack, (step, num_layers, num_sparse) in claims.items():
         if step is None:
             step = num_layers // num_sparse if num_sparse > 0 else num_layers
         there = found.stacks[stack]
@@ -377,14 +367,7 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
             values[f"num_sparse_{stack}_layers"] = len(stack_layers(config, stack))
             # transformers computes a step from the number above unless the step itself is given.
             values[f"{stack}_sparse_step"] = transformers_step(config, stack)
-    extra = Extra(
-        sparse_step=config.sparse_step,
-        decoder_sparse_step=config.decoder_sparse_step,
-        attention_experts=config.attention_experts,
-        initialisation=config.initialisation,
-        expert_dropout=config.expert_dropout,
-        router=config.router,
-    )
+    extra = Extra(**{item.name: getattr(config, item.name) for item in fields(Extra)})
     return {**values, EXTRA_KEY: to_mapping(extra)}
 
 

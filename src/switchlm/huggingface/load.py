@@ -70,18 +70,16 @@ def load(
     """
     tell = report or _warn
     saved = _open(name, tell, revision, local_files_only)
+    config, family, weights = saved.config, saved.family, saved.weights
     if saved.quantisation is not None:
-        place = torch.device(device)
-        read = saved.weights.read
-        model = assemble(saved.config, saved.family, saved.quantisation, read, dtype, place)
+        model = assemble(config, family, saved.quantisation, weights.read, dtype, device)
         return model, _tokenizer(saved.folder, tell)
-    if saved.weights.pickled:
+    if weights.pickled:
         tell(
             f"The weights of {str(name)!r} are pickles (.bin). Only tensors are read from them and "
             "nothing in them is run, but safetensors are the better format."
         )
-    matched = match(saved.config, saved.family, saved.weights, tell)
-    model = _build(saved, matched, dtype, torch.device(device))
+    model = _build(config, match(config, family, weights, tell), weights, dtype, device)
     return model, _tokenizer(saved.folder, tell)
 
 
@@ -115,7 +113,7 @@ def load_without_experts(
         )
     matched = match(config, family, weights, tell)
     dense = [entry for entry in matched.entries if entry.expert is None]
-    model = _build(saved, Match(dense, matched.sources), dtype, torch.device("cpu"))
+    model = _build(config, Match(dense, matched.sources), weights, dtype)
     extents = find_extents(weights.tensors)
     experts: dict[str, list[Extent]] = {}
     for entry in matched.entries:  # those of a parameter come in the order of the experts
@@ -276,12 +274,15 @@ def _open(
 
 @torch.no_grad()
 def _build(
-    saved: _Saved, matched: Match, dtype: torch.dtype | None, device: torch.device
+    config: ModelConfig,
+    matched: Match,
+    weights: Weights,
+    dtype: torch.dtype | None,
+    device: torch.device | str = "cpu",
 ) -> SwitchTransformer:
     """Return the model with what matched; all else of it stays on the meta device."""
     with torch.device("meta"):
-        model = SwitchTransformer(saved.config)
-    weights = saved.weights
+        model = SwitchTransformer(config)
     dtypes: dict[str, torch.dtype] = {}
     for entry in matched.entries:
         own = dtype or weights.tensors[matched.sources[entry.theirs]].dtype
@@ -290,7 +291,7 @@ def _build(
     for name, meta in model.state_dict(keep_vars=True).items():
         if name not in dtypes:
             continue
-        if device.type == "cpu":
+        if torch.device(device).type == "cpu":
             places[name] = memory.empty_on_large_pages(meta.shape, dtypes[name])
         else:
             places[name] = torch.empty(meta.shape, dtype=dtypes[name], device=device)

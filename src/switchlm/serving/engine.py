@@ -203,9 +203,10 @@ class Engine:
             if reason:
                 self._leave(slots, row, reason)
         with self._changed:
-            gone = [pending for pending in self._waiting if _given_up(pending, now)]
-        for pending in gone:  # counted first: whoever sees an empty queue sees all counts
-            self._finish(pending, _given_up(pending, now) or "cancelled")
+            reasons = {pending: _given_up(pending, now) for pending in self._waiting}
+        gone = {pending: reason for pending, reason in reasons.items() if reason}
+        for pending, reason in gone.items():  # counted first: an empty queue has all counts
+            self._finish(pending, reason)
         with self._changed:
             for pending in gone:
                 self._waiting.remove(pending)

@@ -42,28 +42,21 @@ class Guard:
         *,
         key: str | None,
         seconds: float = BODY_SECONDS,
-        count: Callable[[int], None] | None = None,
+        count: Callable[[int], None] = lambda status: None,
     ) -> None:
         self._app, self._seconds, self._count = app, seconds, count
         self._key = None if key is None else key.encode()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-        else:
-            await self._answer(scope, receive, self._counted(send))
-
-    def _counted(self, send: Send) -> Send:
-        count = self._count
-        if count is None:
-            return send
-
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                count(message["status"])
+                self._count(message["status"])
             await send(message)
 
-        return counted
+        if scope["type"] == "http":
+            await self._answer(scope, receive, counted)
+        else:
+            await self._app(scope, receive, send)
 
     async def _answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         async def refuse(

@@ -192,7 +192,7 @@ def _router(claim: Fields) -> RouterConfig:
 
 def _layers(stack: str, claimed: int, found: Architecture, report: Report) -> int:
     """Weights beyond the claim are the truth; fewer will be named as missing."""
-    there = found.stacks[stack].num_layers
+    there = len(found.stacks[stack].layers)
     if there > claimed:
         report(f"config.json says {claimed} {stack} layers; the weights have {there}.")
         return there
@@ -206,7 +206,7 @@ def _num_experts(claim: Fields, found: Architecture, report: Report) -> int:
             f"{found.num_experts - 1}."
         )
         return found.num_experts
-    all_dense = all(len(stack.dense) == stack.num_layers for stack in found.stacks.values())
+    all_dense = all(stack.dense == stack.layers for stack in found.stacks.values())
     return 0 if all_dense and not found.num_experts else claim.num_experts
 
 
@@ -274,7 +274,7 @@ def _sparse_steps(
         if step is None:
             step = num_layers // num_sparse if num_sparse > 0 else num_layers
         there = found.stacks[stack]
-        fitting = find_step(step, there.num_layers, extra.router.semantics, partial(_fits, there))
+        fitting = find_step(step, len(there.layers), extra.router.semantics, partial(_fits, there))
         if fitting is None:
             raise CheckpointError(
                 f"The sparse layers of the {stack}, {sorted(there.sparse)}, are not every n-th "

@@ -5,7 +5,7 @@ cannot. Reading them costs time and memory in proportion to the index, whatever 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -20,14 +20,14 @@ from switchlm.model.config import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class StackArchitecture:
-    """One stack: how many layers there are, which are sparse, and which are dense, for certain.
+    """The layers of one stack, and which are sparse, and which are dense, for certain.
 
     A layer in neither set has no feed-forward tensor at all: one is missing.
     """
 
-    num_layers: int
-    sparse: frozenset[int]
-    dense: frozenset[int]
+    layers: set[int] = field(default_factory=set)
+    sparse: set[int] = field(default_factory=set)
+    dense: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +48,7 @@ def infer_architecture(tensors: Mapping[str, Any]) -> Architecture:
 
     Raises CheckpointError where whole layers or experts are missing in between.
     """
-    layers: dict[str, set[int]] = {stack: set() for stack in STACKS}
-    sparse: dict[str, set[int]] = {stack: set() for stack in STACKS}
-    dense: dict[str, set[int]] = {stack: set() for stack in STACKS}
+    stacks = {stack: StackArchitecture() for stack in STACKS}
     experts: set[int] = set()
     num_stacked = 0
     families: set[Family] = set()
@@ -59,7 +57,12 @@ def infer_architecture(tensors: Mapping[str, Any]) -> Architecture:
         place = locate(key)
         if place is None or place.stack is None or place.layer is None:
             continue
-        layers[place.stack].add(place.layer)
+        stack = stacks[place.stack]
+        stack.layers.add(place.layer)
+        if "sparse" in place.row.needs:
+            stack.sparse.add(place.layer)
+        if "dense" in place.row.needs:
+            stack.dense.add(place.layer)
         if place.family is not None:
             families.add(place.family)
         if place.expert is not None:
@@ -67,12 +70,8 @@ def infer_architecture(tensors: Mapping[str, Any]) -> Architecture:
         elif place.row.is_expert and tensor.shape:
             num_stacked = max(num_stacked, tensor.shape[0])
         needs |= place.row.needs
-        if "sparse" in place.row.needs:
-            sparse[place.stack].add(place.layer)
-        if "dense" in place.row.needs:
-            dense[place.stack].add(place.layer)
-    for stack, found in layers.items():
-        _check_complete("layers", f"{stack}.block.", found)
+    for name, stack in stacks.items():
+        _check_complete("layers", f"{name}.block.", stack.layers)
     _check_complete("experts", "expert_", experts)
     if len(families) > 1:
         raise CheckpointError(
@@ -86,14 +85,7 @@ def infer_architecture(tensors: Mapping[str, Any]) -> Architecture:
         )
     heads = ("lm_head.weight", *ALIASES["lm_head.weight"], "head.weight")
     return Architecture(
-        stacks={
-            stack: StackArchitecture(
-                num_layers=len(layers[stack]),
-                sparse=frozenset(sparse[stack]),
-                dense=frozenset(dense[stack]),
-            )
-            for stack in STACKS
-        },
+        stacks=stacks,
         num_experts=max(len(experts), num_stacked),
         gated=("gated" in needs) if {"plain", "gated"} & needs else None,
         family=families.pop() if families else None,
@@ -151,15 +143,13 @@ def match(config: ModelConfig, family: Family, weights: Weights, report: Report)
 
     absent = list(islice(filter(missing, entries(config, family)), _SHOWN + 1))
     if absent:
-        raise CheckpointError(
-            f"The weights do not fit config.json: missing {_names([e.theirs for e in absent])}."
-        )
+        raise misfit(f"missing {_names([entry.theirs for entry in absent])}.")
     for entry in found:
         shape = keys[sources[entry.theirs]].shape
         if shape != entry.shape:
-            raise CheckpointError(
-                f"The weights do not fit config.json: {sources[entry.theirs]!r} has the shape "
-                f"{list(shape)}, but the configuration asks for {list(entry.shape)}."
+            raise misfit(
+                f"{sources[entry.theirs]!r} has the shape {list(shape)}, but the configuration "
+                f"asks for {list(entry.shape)}."
             )
     extra = keys.keys() - set(sources.values())
     for key in sorted(extra.intersection(IGNORED)):
@@ -173,11 +163,13 @@ def match(config: ModelConfig, family: Family, weights: Weights, report: Report)
                 )
             extra.discard(key)
     if extra:
-        raise CheckpointError(
-            f"The weights do not fit config.json: nothing there asks for "
-            f"{_names(sorted(extra)[: _SHOWN + 1])}."
-        )
+        raise misfit(f"nothing there asks for {_names(sorted(extra)[: _SHOWN + 1])}.")
     return Match(found, sources)
+
+
+def misfit(message: str) -> CheckpointError:
+    """Return the error of weights that are not those of the configuration."""
+    return CheckpointError(f"The weights do not fit config.json: {message}")
 
 
 def _source(entry: Entry, config: ModelConfig, family: Family, weights: Weights) -> str | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from switchlm.config import from_mapping, to_mapping
 from switchlm.errors import CheckpointError, ConfigError
 from switchlm.huggingface.config import family_of, read_config, write_config
-from switchlm.huggingface.match import infer_architecture, match
+from switchlm.huggingface.match import infer_architecture, match, misfit
 from switchlm.huggingface.names import Entry, Family, entries
 from switchlm.huggingface.save import (
     Contents,
@@ -170,9 +170,7 @@ def read_quantised_config(
             expected.add(part.key)
     extra = weights.tensors.keys() - expected
     if extra:
-        raise CheckpointError(
-            f"The weights do not fit config.json: nothing there asks for {min(extra)[:200]!r}."
-        )
+        raise misfit(f"nothing there asks for {min(extra)[:200]!r}.")
     return config, family, weights
 
 
@@ -243,18 +241,18 @@ def _copy(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def _refuse(message: str) -> None:
-    raise CheckpointError(f"The weights do not fit config.json: {message}")
+    raise misfit(message)
 
 
 def _check(part: Part, found: Description | None) -> None:
     if found is None:
-        raise CheckpointError(f"The weights do not fit config.json: missing {part.key[:200]!r}.")
+        raise misfit(f"missing {part.key[:200]!r}.")
     right_kind = found.dtype == part.dtype or (part.dtype is None and found.dtype.is_floating_point)
     if found.shape != part.shape or not right_kind:
         asked = "numbers" if part.dtype is None else str(part.dtype).removeprefix("torch.")
-        raise CheckpointError(
-            f"The weights do not fit config.json: {part.key!r} has the shape {list(found.shape)} "
-            f"of {str(found.dtype).removeprefix('torch.')}, but the configuration asks for "
+        raise misfit(
+            f"{part.key!r} has the shape {list(found.shape)} of "
+            f"{str(found.dtype).removeprefix('torch.')}, but the configuration asks for "
             f"{list(part.shape)} of {asked}."
         )
 

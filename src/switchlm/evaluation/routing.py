@@ -240,7 +240,7 @@ class _Tally:
     def __init__(self, num_experts: int, num_sources: int) -> None:
         self.class_CE = torch.zeros(len(CLASSES), num_experts, dtype=torch.int64)
         self.source_ME = torch.zeros(num_sources, num_experts, dtype=torch.int64)
-        self.place_P2 = torch.zeros(PLACES, 2, dtype=torch.int64)  # taken by no expert; in all
+        self.place_P2 = torch.zeros(PLACES, 2, dtype=torch.int64)  # by no expert; by some
         self.tokens: Counter[tuple[int, int]] = Counter()  # (expert, token)
         self.kept_and_gate = torch.zeros(2, dtype=torch.float64)
 
@@ -272,10 +272,8 @@ class _Tally:
     def summary(
         self, name: str, tokenizer: Tokenizer, sources: Sequence[str], top: int, mesh: Mesh
     ) -> LayerRouting:
-        class_CE, source_ME = (
-            mesh.all_reduce_sum(self.class_CE),
-            mesh.all_reduce_sum(self.source_ME),
-        )
+        class_CE = mesh.all_reduce_sum(self.class_CE)
+        source_ME = mesh.all_reduce_sum(self.source_ME)
         untaken_P, taken_P = mesh.all_reduce_sum(self.place_P2).unbind(1)
         kept, gate = mesh.all_reduce_sum(self.kept_and_gate).tolist()
         load_E = class_CE.sum(0)

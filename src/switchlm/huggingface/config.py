@@ -345,9 +345,8 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
     }
     plain = "relu" if config.activation == "relu" else "gelu_new"
-    gated = f"gated-{config.activation}"
     if family == "t5" or config.gated:
-        values["feed_forward_proj"] = gated if config.gated else plain
+        values["feed_forward_proj"] = f"gated-{config.activation}" if config.gated else plain
     if family == "switch":
         router = config.router
         jitter = router.exploration == "jitter"

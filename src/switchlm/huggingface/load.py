@@ -29,7 +29,6 @@ from switchlm.huggingface.quantised import (
 from switchlm.huggingface.save import write_model
 from switchlm.huggingface.weights import (
     CONFIG,
-    LARGEST_CONFIG,
     Extent,
     Weights,
     find_extents,
@@ -140,8 +139,8 @@ def load_config(
 
 def load_quantisation(name: str | Path) -> Quantisation | None:
     """Return how the weights of a saved model are quantised; None if they are not."""
-    folder = find_model(name, revision=None, local_files_only=False)
-    return read_quantisation(read_json(folder, CONFIG, LARGEST_CONFIG))
+    folder = find_model(name)
+    return read_quantisation(read_json(folder, CONFIG))
 
 
 def open_floats(
@@ -157,7 +156,7 @@ def open_floats(
 
 def load_tokenizer(name: str | Path, *, report: Report | None = None) -> "Tokenizer | None":
     """Return the tokenizer of a saved model, None where its folder has none."""
-    folder = find_model(name, revision=None, local_files_only=False)
+    folder = find_model(name)
     return _tokenizer(folder, report or _warn)
 
 
@@ -251,8 +250,8 @@ def _open(
 
     purpose: what floating-point weights are needed for; a quantised model is refused then.
     """
-    folder = find_model(name, revision=revision, local_files_only=local_files_only)
-    values = read_json(folder, CONFIG, LARGEST_CONFIG)
+    folder = find_model(name, revision, local_files_only)
+    values = read_json(folder, CONFIG)
     quantisation = read_quantisation(values)
     if quantisation is not None:
         if purpose is not None:

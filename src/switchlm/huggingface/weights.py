@@ -41,7 +41,9 @@ _DTYPES = {
 _CODES = {CODES[dtype]: dtype for dtype in (torch.int8, torch.uint8)}  # of quantised weights
 
 
-def find_model(name: str | Path, *, revision: str | None, local_files_only: bool) -> Path:
+def find_model(
+    name: str | Path, revision: str | None = None, local_files_only: bool = False
+) -> Path:
     """Return the folder of a model: DIR/model of a run, DIR itself, or the cached files of the hub.
 
     Cache, offline mode and token are huggingface_hub's own (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN).
@@ -200,8 +202,8 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def read_json(folder: Path, name: str, largest: int | None = None) -> dict[str, Any]:
-    """Read a JSON object of the folder; every damage is a CheckpointError."""
+def read_json(folder: Path, name: str, largest: int | None = LARGEST_CONFIG) -> dict[str, Any]:
+    """Read a JSON object of at most so many bytes; every damage is a CheckpointError."""
     path = inside(folder, name)
     if largest is not None and path.stat().st_size > largest:
         raise CheckpointError(f"{name} has {path.stat().st_size} bytes; that is no configuration.")
@@ -215,7 +217,7 @@ def read_json(folder: Path, name: str, largest: int | None = None) -> dict[str, 
 
 
 def _read_index(folder: Path, name: str) -> dict[str, frozenset[str]]:
-    places = read_json(folder, name).get("weight_map")
+    places = read_json(folder, name, largest=None).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise CheckpointError(f"{name} has no weight_map from tensors to files.")
     suffix = ".bin" if name.startswith(PICKLED) else ".safetensors"

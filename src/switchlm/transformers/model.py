@@ -94,9 +94,7 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
             dtype = named
         if device_map == "auto":
             device_map = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = find_model(
-            pretrained_model_name_or_path, revision=revision, local_files_only=local_files_only
-        )
+        folder = find_model(pretrained_model_name_or_path, revision, local_files_only)
         model, tokenizer = load.load(
             folder, dtype=cast("torch.dtype | None", dtype), device=device_map or "cpu"
         )

@@ -34,7 +34,6 @@ def held_out_loss(
         a mapping of each name met to its own `loss` and `tokens`. Capacity is enforced as
         configured for evaluation (`router.evaluation_capacity_factor`). On many processes each
         gives its share of the batches, the model being sharded over `mesh`; all get the result.
-
     resamples: of the bootstrap over rows; where there are any, a single process adds to every loss
         its `interval`, the two ends of 95%.
 

@@ -34,7 +34,6 @@ _NO_LIMIT = 2**30  # tokens
 @dataclass(frozen=True, kw_only=True)
 class TaskScore:
     """metrics: in per cent, in the order of the task, the first of which decides.
-
     predictions: one an example, in their order.
     truncated_inputs: how many inputs were cut.
     unfinished: how many answers the limit of new tokens cut off.

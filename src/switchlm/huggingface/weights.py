@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import struct
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -116,7 +115,6 @@ class Weights:
         self, folder: Path, files: Mapping[str, frozenset[str] | None], codes: bool = False
     ) -> None:
         """files: names of files, and the keys the index promises of each, None without one.
-
         codes: whether the weights may be quantised: codes of 8 bits among the numbers.
         """
         self.tensors: dict[str, Description] = {}
@@ -172,8 +170,8 @@ def open_weights(folder: Path, codes: bool = False) -> Weights:
         if index.is_file():
             return Weights(folder, _read_index(folder, index.name), codes)
     raise CheckpointError(
-        f"There are no weights in {str(folder)!r}: neither {' nor '.join(singles)}, whole or with "
-        "an index."
+        f"There are no weights in {str(folder)!r}: no {' and no '.join(singles)}, whole or with an "
+        "index."
     )
 
 
@@ -285,9 +283,6 @@ def _describe_pickled(path: Path) -> dict[str, Description]:
     return described
 
 
-HEADER = struct.Struct("<Q")  # the length of the JSON that follows
-
-
 @dataclass(frozen=True, slots=True)
 class Extent:
     """Consecutive bytes of a file that are a tensor of that shape and dtype."""
@@ -324,13 +319,13 @@ def _starts(path: Path) -> dict[str, tuple[int, int]]:
     """Return the first byte of every tensor in the file, and the one after its last."""
     try:
         with path.open("rb") as file:
-            (length,) = HEADER.unpack(file.read(HEADER.size))
+            length = int.from_bytes(file.read(8), "little")
             if length > os.fstat(file.fileno()).st_size:
                 raise _changed(path)
             header = json.loads(file.read(length))
-    except (OSError, ValueError, struct.error):
+    except (OSError, ValueError):
         raise _changed(path) from None
-    data = HEADER.size + length
+    data = 8 + length
     return {
         key: (data + value["data_offsets"][0], data + value["data_offsets"][1])
         for key, value in header.items()

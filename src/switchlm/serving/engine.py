@@ -39,12 +39,11 @@ MOST_ENCODED = 8192  # tokens, padding included, encoded between two steps
 
 
 class Engine:
-    """Generates for many at once.
+    """Generates for many at once; its public methods may be called from any thread.
 
     num_slots: how many outputs grow side by side.
-
-    max_source, max_target: the longest prompt and output.
-    queue: how many may wait. All methods but those of its own thread may be called from any thread.
+    max_source, max_target: the longest prompt and output, in tokens.
+    queue: how many requests may wait.
     """
 
     def __init__(

@@ -48,7 +48,6 @@ class Request:
     """ids: the prompt, end token included.
     limit: of new tokens.
     stops: texts that end the output.
-
     seconds: how long it may take, waiting included; None for ever.
     """
 
@@ -65,7 +64,6 @@ class Event:
     """A piece of output.
 
     reason: why it is the last, None if it is not.
-
     token: the new one, None where the end brought none.
     message: what went wrong, for an error.
     """
@@ -220,7 +218,6 @@ class Route(_Body):
     """The body of /v1/route.
 
     output: None takes the model's own greedy one.
-
     enforce_capacity: drop tokens as in training, instead of serving all as the server does.
     """
 

@@ -47,10 +47,10 @@ def held_out_loss(
         for batch in batches:
             source_B = batch.source_B.long().cpu()
             loss_B, tokens_B = row_losses(model, batch.to(device))
-            rows.append((source_B, loss_B.double().cpu(), tokens_B.cpu()))
-    for source_B, loss_B, tokens_B in rows:
-        loss_S.index_add_(0, source_B, loss_B)
-        tokens_S.index_add_(0, source_B, tokens_B)
+            loss_B, tokens_B = loss_B.double().cpu(), tokens_B.cpu()
+            loss_S.index_add_(0, source_B, loss_B)
+            tokens_S.index_add_(0, source_B, tokens_B)
+            rows.append((source_B, loss_B, tokens_B))
     loss_S, tokens_S = mesh.all_reduce_sum(loss_S), mesh.all_reduce_sum(tokens_S)
     if not tokens_S.sum():
         raise DataError("There is no held-out text to evaluate on: not one target token.")

@@ -30,8 +30,7 @@ import harness
 import offload_plan
 import random_weights
 from switchlm.compression.offload import load_offloaded
-from switchlm.generation.decode import StaticCache
-from switchlm.generation.inference import dropless
+from switchlm.generation.decode import StaticCache, dropless
 from switchlm.huggingface.load import load
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer

@@ -9,8 +9,7 @@ from switchlm.data.tasks.task import Example, Task
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import ConfigError, DataError
 from switchlm.evaluation.tasks import label_losses, score_task
-from switchlm.generation.decode import pad_prompts
-from switchlm.generation.inference import dropless
+from switchlm.generation.decode import dropless, pad_prompts
 from switchlm.model.losses import cross_entropy
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer, shift_right

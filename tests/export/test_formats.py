@@ -10,7 +10,7 @@ from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, MissingExtraError
 from switchlm.export import formats
 from switchlm.export.formats import new_folder, open_programs, take_out, write_programs
-from switchlm.generation.inference import dropless
+from switchlm.generation.decode import dropless
 
 
 def assert_dims_are_free(encode, step, model):

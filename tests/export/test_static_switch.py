@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from switchlm.export.static_switch import TILE, StaticSwitch, gathered, padded_to, queue, tiled
-from switchlm.generation.inference import dropless
+from switchlm.generation.decode import dropless
 from switchlm.model.config import Initialisation, RouterConfig
 from switchlm.model.switch import SwitchFeedForward
 

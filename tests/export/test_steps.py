@@ -5,8 +5,7 @@ import torch
 
 from switchlm.errors import CheckpointError, ConfigError
 from switchlm.export.steps import greedy, programs
-from switchlm.generation.decode import generate
-from switchlm.generation.inference import dropless
+from switchlm.generation.decode import dropless, generate
 from switchlm.model import lora
 
 PROMPT = [*range(20, 60, 3), 1]

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from switchlm.generation.decode import StaticCache, pad_prompts
-from switchlm.generation.inference import dropless
+from switchlm.generation.decode import StaticCache, dropless, pad_prompts
 from switchlm.model.transformer import SwitchTransformer
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from switchlm.errors import CheckpointError, ConfigError, DataError
-from switchlm.generation.decode import generate, pad_prompts, steps
+from switchlm.generation.decode import dropless, evaluation_mode, generate, pad_prompts, steps
 from switchlm.generation.sampling import GREEDY, Sampling
 from switchlm.model.transformer import shift_right
 
@@ -174,3 +174,38 @@ def test_damaged_weights_are_told(build, sampling):
     model.head.weight.data[7] = float("nan")
     with pytest.raises(CheckpointError, match="not finite"):
         generate(model, torch.tensor([[3]]), max_new_tokens=2, sampling=sampling)
+
+
+def test_the_mode_of_every_module_is_put_back(build):
+    model = build().train()
+    model.decoder.eval()
+    with evaluation_mode(model):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+    assert model.training
+    assert model.encoder.training
+    assert not model.decoder.training
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        {"evaluation_capacity_factor": 0.1, "min_capacity": 1},
+        {"evaluation_capacity_factor": 0.1, "min_capacity": 1, "reroute_overflow": True},
+        {"mode": "hf", "expert_capacity": 1},
+    ],
+    ids=["factor", "rerouting", "absolute"],
+)
+def test_dropless_drops_nothing_and_puts_the_capacity_back(build, router):
+    model = build(router=router)
+    inputs_BS = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(1))
+    configured = [m.config for m in model.modules() if hasattr(m, "experts_choose")]
+    with dropless(model):
+        _, routing = model.encode(inputs_BS)
+        assert all(layer.kept_A.all() for layer in routing)
+        assert all(layer.balance_loss == 0 for layer in routing)
+    assert [m.config for m in model.modules() if hasattr(m, "experts_choose")] == configured
+    _, routing = model.encode(inputs_BS)
+    assert not all(layer.kept_A.all() for layer in routing)
+    assert all(layer.balance_loss > 0 for layer in routing)

@@ -6,8 +6,7 @@ import torch
 
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import DataError
-from switchlm.generation.decode import generate
-from switchlm.generation.inference import dropless, evaluation_mode
+from switchlm.generation.decode import dropless, evaluation_mode, generate
 from switchlm.generation.route import NO_EXPERT, route
 
 TOKENIZER = Tokenizer.bytes()

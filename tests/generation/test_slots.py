@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-from switchlm.generation.decode import generate, pad_prompts
+from switchlm.generation.decode import evaluation_mode, generate, pad_prompts
 from switchlm.generation.sampling import GREEDY, Sampling
-from switchlm.generation.slots import Slots, serving
+from switchlm.generation.slots import Slots
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_tokens_are_those_of_the_request_alone(model, num_slots) -> None:
     asked = requests(model, 12)
     draw = random.Random(num_slots)
     joins = iter(lambda: draw.randrange(0, 4), None)
-    with serving(model):
+    with evaluation_mode(model, drop=False):
         slots = Slots(model, num_slots=num_slots, max_source=40, max_target=20)
         memory = slots.num_bytes
         found = run(slots, asked, joins)
@@ -85,7 +85,7 @@ def test_tokens_are_those_of_the_request_alone(model, num_slots) -> None:
 
 def test_a_step_may_be_repeated_row_by_row(model) -> None:
     asked = [{**one, "limit": 10} for one in requests(model, 3)]
-    with serving(model):
+    with evaluation_mode(model, drop=False):
         whole, parts = (Slots(model, num_slots=3, max_source=40, max_target=10) for _ in range(2))
         for slots in (whole, parts):
             for number, encoded_SD in enumerate(slots.encode([one["ids"] for one in asked])):
@@ -97,7 +97,7 @@ def test_a_step_may_be_repeated_row_by_row(model) -> None:
 
 
 def test_no_number_is_told_of_its_row_alone(model) -> None:
-    with serving(model):
+    with evaluation_mode(model, drop=False):
         slots = Slots(model, num_slots=2, max_source=8, max_target=4)
         good, bad = slots.encode([[5, 6, 1], [7, 8, 1]])
         slots.join("bad", bad * float("nan"), sampling=GREEDY, seed=0, limit=4)
@@ -114,7 +114,7 @@ def test_no_number_is_told_of_its_row_alone(model) -> None:
 
 def test_memory_is_known_before_the_first_request(model) -> None:
     config = model.config
-    with serving(model):
+    with evaluation_mode(model, drop=False):
         slots = Slots(model, num_slots=4, max_source=16, max_target=8)
     a_place = 2 * config.num_heads * config.d_kv * torch.float32.itemsize
     assert slots.num_bytes == 4 * (16 + 8) * config.num_decoder_layers * a_place

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import switchlm
 from switchlm.errors import CheckpointError
 from switchlm.huggingface.config import read_config, write_config
-from switchlm.huggingface.infer_config import infer_architecture
+from switchlm.huggingface.match import infer_architecture
 from switchlm.huggingface.names import entries
 from switchlm.model.config import Initialisation, ModelConfig, RouterConfig
 from switchlm.model.presets import preset

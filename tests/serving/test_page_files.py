@@ -9,24 +9,24 @@ from switchlm.serving.middleware import page_files, page_headers
 
 def test_every_file_that_the_page_names_is_there():
     found = page_files()
-    assert found["/"].media_type == "text/html; charset=utf-8"
-    text = found["/"].content.decode()
+    assert found["/"].headers["content-type"] == "text/html; charset=utf-8"
+    text = found["/"].body.decode()
     named = set(re.findall(r'(?:src|href)="(page/[^"]+)"', text))
     for file in found.values():
-        named |= {f"page/{name}" for name in re.findall(r'from "\./(.+?)"', file.content.decode())}
+        named |= {f"page/{name}" for name in re.findall(r'from "\./(.+?)"', file.body.decode())}
     assert {f"/{name}" for name in named} | {"/"} == set(found)
 
 
 def test_files_are_short():
     for file in page_files().values():
-        assert file.content.count(b"\n") <= 400
+        assert file.body.count(b"\n") <= 400
 
 
 def test_nothing_is_loaded_from_elsewhere_and_no_html_is_written():
     for address, file in page_files().items():
         for forbidden in ("innerHTML", "outerHTML", "insertAdjacentHTML", "http://", "https://",
                           "eval(", "localStorage", "sessionStorage"):  # fmt: skip
-            assert forbidden not in file.content.decode(), f"{address} has {forbidden}"
+            assert forbidden not in file.body.decode(), f"{address} has {forbidden}"
 
 
 def test_a_report_s_scripts_are_allowed_by_their_hashes_and_nothing_else_inline(tmp_path):

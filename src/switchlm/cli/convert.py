@@ -57,7 +57,7 @@ def convert(
 
     from switchlm.huggingface.adapters import load_adapters
     from switchlm.huggingface.load import load, save
-    from switchlm.huggingface.model_card import limits
+    from switchlm.huggingface.save import limits
     from switchlm.model import lora
 
     kind = None if dtype is None else getattr(torch, dtype.value)

@@ -214,7 +214,7 @@ class _Job:
 
     def answer(self, records: list[Record], batch_size: int) -> list[Record]:
         """Return the results in the order of the records, and show how far it is."""
-        from switchlm.generation.batch import answer_all, best_answers
+        from switchlm.generation.answer import answer_all, best_answers
 
         texts = [record["text"] for record in records]
         wheres = [

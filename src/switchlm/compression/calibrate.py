@@ -25,7 +25,7 @@ from switchlm.compression.quantise import (
     round_to_nearest,
 )
 from switchlm.data.batch import Batch
-from switchlm.generation.inference import evaluation_mode
+from switchlm.generation.decode import evaluation_mode
 from switchlm.huggingface.config import family_of
 from switchlm.huggingface.names import entries
 from switchlm.huggingface.quantised import Quantisation

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from switchlm.data.batch import Batch
 from switchlm.errors import ConfigError
-from switchlm.generation.inference import evaluation_mode
+from switchlm.generation.decode import evaluation_mode
 from switchlm.model.config import ModelConfig
 from switchlm.model.experts import Experts, FeedForwardExperts
 from switchlm.model.losses import token_losses

@@ -8,7 +8,7 @@ Shapes: B batch, S source or target, N tokens (B * S), H heads, Q queries, M key
 D d_model, E experts, A assignments, T tokens of the sample.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from switchlm.data.batch import Batch
-from switchlm.generation.inference import evaluation_mode
+from switchlm.generation.decode import evaluation_mode
 from switchlm.model.attention import Attention, SwitchAttention, heads
 from switchlm.model.router import Router
 from switchlm.model.routing import Routing
@@ -96,31 +96,23 @@ def diagnose(model: SwitchTransformer, batch: Batch) -> Diagnosis:
     Capacity is as configured for evaluation. The model is whole on this process: a sharded one has
     its weights together only while its own forward pass runs.
     """
-    batch = _first_rows(batch).to(model.embedding.weight.device)
+    rows = max(MOST_TOKENS // batch.inputs_BS.shape[1], 1)
+    first: dict[str, Any] = {
+        name: None if value is None else value[:rows] for name, value in vars(batch).items()
+    }
+    batch = replace(batch, **first).to(model.embedding.weight.device)
     segments = batch.input_segments_BS, batch.target_segments_BT
-    near: dict[str, list[float]] = {}
-    switches: list[SwitchDiagnosis] = []
+    found = Diagnosis(attention_near={}, layers=[])
     with evaluation_mode(model):
         inputs = model.encoder_inputs(batch.inputs_BS, segments[0])
-        encoded_BSD = inputs.x_BSD
-        for layer in _layers("encoder", model.encoder, inputs, None):
-            near |= layer.near
-            switches += layer.switches
-            encoded_BSD = layer.y_BSD
+        encoded_BSD = _measure("encoder", model.encoder, inputs, None, found)
         decoder_inputs_BT = shift_right(batch.targets_BT, segments[1], model.config.pad_id)
         inputs = model.decoder_inputs(
             decoder_inputs_BT, input_segments_BS=segments[0], target_segments_BT=segments[1]
         )
         encoded_BSD = model.encoder.final_norm(encoded_BSD)
-        for layer in _layers("decoder", model.decoder, inputs, encoded_BSD):
-            near |= layer.near
-            switches += layer.switches
-    return Diagnosis(attention_near=near, layers=switches)
-
-
-def attention_weights(query_BHQK: Tensor, key_BHMK: Tensor, bias: Tensor) -> Tensor:
-    """Return softmax(q k^T + bias), [B, H, Q, M], float32: T5 does not scale its scores."""
-    return (query_BHQK.float() @ key_BHMK.float().mT + bias.float()).softmax(-1)
+        _measure("decoder", model.decoder, inputs, encoded_BSD, found)
+    return found
 
 
 def entropy(probability: Tensor) -> Tensor:
@@ -128,19 +120,12 @@ def entropy(probability: Tensor) -> Tensor:
     return torch.special.entr(probability.double()).sum(-1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Layer:
-    """What a block did: near attention per head, its Switch layers, and its output."""
+def _measure(
+    name: str, stack: Stack, inputs: StackInputs, memory_BSD: Tensor | None, found: Diagnosis
+) -> Tensor:
+    """Run a stack block by block, add what each did to `found`, and return y_BSD of the last.
 
-    near: dict[str, list[float]]
-    switches: list[SwitchDiagnosis]
-    y_BSD: Tensor
-
-
-def _layers(
-    name: str, stack: Stack, inputs: StackInputs, memory_BSD: Tensor | None
-) -> Iterator[_Layer]:
-    """Run a stack block by block, measuring each; memory_BSD: the encoder's output, in a decoder.
+    memory_BSD: the encoder's output, in a decoder.
 
     A router reads the normed input of its sublayer, and in SwitchAttention both routers do.
     """
@@ -151,19 +136,19 @@ def _layers(
         place = f"{name}.blocks.{index}"
         seen_BSD = block.attention_norm(x_BSD)
         near_H = _near(block.attention, seen_BSD, inputs.bias, mask_BS, real_BS)
+        found.attention_near[f"{place}.attention"] = near_H
         x_BSD, routing = block.attend(x_BSD, inputs, memory=memory_BSD)
-        switches = []
         if isinstance(block.attention, SwitchAttention):
             for part, one in zip(("query", "key_value"), routing, strict=True):
                 router = getattr(block.attention, part).router
                 at = f"{place}.attention.{part}"
-                switches.append(_switch(at, router, seen_BSD, one, real_BS))
+                found.layers.append(_switch(at, router, seen_BSD, one, real_BS))
         seen_BSD = block.feedforward_norm(x_BSD)
         x_BSD, routing = block.transform(x_BSD, mask_BS)
         if isinstance(block.feedforward, SwitchFeedForward):
             router, at = block.feedforward.router, f"{place}.feedforward"
-            switches.append(_switch(at, router, seen_BSD, routing[0], real_BS))
-        yield _Layer(near={f"{place}.attention": near_H}, switches=switches, y_BSD=x_BSD)
+            found.layers.append(_switch(at, router, seen_BSD, routing[0], real_BS))
+    return x_BSD
 
 
 def _near(
@@ -188,7 +173,9 @@ def _near(
     for first in range(0, num_rows, rows):
         part = slice(first, first + rows)
         bias_part = bias if bias.shape[0] == 1 else bias[part]
-        weights_BHQM = attention_weights(query_BHQK[part], key_BHMK[part], bias_part)
+        # T5 does not scale its scores.
+        scores_BHQM = query_BHQK[part].float() @ key_BHMK[part].float().mT + bias_part.float()
+        weights_BHQM = scores_BHQM.softmax(-1)
         mass_BHQ = (weights_BHQM * near_QM).sum(-1) * real_BS[part, None]
         total_H += mass_BHQ.sum((0, 2), dtype=torch.float64)
     return (total_H / real_BS.sum().clamp(min=1)).tolist()
@@ -221,12 +208,3 @@ def _switch(
         load_entropy=float(entropy(load_E / load_E.sum().clamp(min=1))),
         expert_T=first_N[::every].cpu(),
     )
-
-
-def _first_rows(batch: Batch) -> Batch:
-    """Return the first rows of a batch, about as many as make up MOST_TOKENS."""
-    rows = max(MOST_TOKENS // batch.inputs_BS.shape[1], 1)
-    cut: dict[str, Any] = {
-        name: None if value is None else value[:rows] for name, value in vars(batch).items()
-    }
-    return replace(batch, **cut)

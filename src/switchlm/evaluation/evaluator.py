@@ -13,7 +13,7 @@ from torch import Tensor
 from switchlm.data.batch import Batch
 from switchlm.errors import DataError
 from switchlm.evaluation.metrics import Floats, bootstrap, ratio
-from switchlm.generation.inference import evaluation_mode
+from switchlm.generation.decode import evaluation_mode
 from switchlm.model.losses import token_losses
 from switchlm.model.transformer import SwitchTransformer, forward_batch
 from switchlm.parallel.mesh import ALONE, Mesh
@@ -34,7 +34,6 @@ def held_out_loss(
         a mapping of each name met to its own `loss` and `tokens`. Capacity is enforced as
         configured for evaluation (`router.evaluation_capacity_factor`). On many processes each
         gives its share of the batches, the model being sharded over `mesh`; all get the result.
-
     resamples: of the bootstrap over rows; where there are any, a single process adds to every loss
         its `interval`, the two ends of 95%.
 
@@ -48,10 +47,10 @@ def held_out_loss(
         for batch in batches:
             source_B = batch.source_B.long().cpu()
             loss_B, tokens_B = row_losses(model, batch.to(device))
-            rows.append((source_B, loss_B.double().cpu(), tokens_B.cpu()))
-    for source_B, loss_B, tokens_B in rows:
-        loss_S.index_add_(0, source_B, loss_B)
-        tokens_S.index_add_(0, source_B, tokens_B)
+            loss_B, tokens_B = loss_B.double().cpu(), tokens_B.cpu()
+            loss_S.index_add_(0, source_B, loss_B)
+            tokens_S.index_add_(0, source_B, tokens_B)
+            rows.append((source_B, loss_B, tokens_B))
     loss_S, tokens_S = mesh.all_reduce_sum(loss_S), mesh.all_reduce_sum(tokens_S)
     if not tokens_S.sum():
         raise DataError("There is no held-out text to evaluate on: not one target token.")

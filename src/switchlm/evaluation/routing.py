@@ -21,7 +21,8 @@ from torch import Tensor
 
 from switchlm.data.batch import Batch
 from switchlm.data.text.tokenizer import Tokenizer
-from switchlm.generation.inference import evaluation_mode
+from switchlm.generation.decode import evaluation_mode
+from switchlm.generation.text_stream import LONGEST_CHARACTER, REPLACEMENT
 from switchlm.model.routing import Routing
 from switchlm.model.switch import switch_layers
 from switchlm.model.transformer import SwitchTransformer, forward_batch, shift_right
@@ -41,8 +42,6 @@ CLASSES = (
 _CLASS = {name: index for index, name in enumerate(CLASSES)}
 _SENTINEL = re.compile(r"<extra_id_\d+>")
 _OTHER_SPECIAL = re.compile(r"<pad>|</s>|<id \d+>")
-_CUT = "\ufffd"  # what bytes decode to that are no whole character
-_LONGEST_CHARACTER = 4  # bytes
 _SPACE_MARKS = ("▁", "Ġ")  # how pieces write the space before a word
 
 
@@ -77,17 +76,15 @@ class TokenClasses:
     def _character(self, row: list[int], place: int) -> tuple[int, str]:
         """Return how many tokens from `place` on make up whole characters, and their text."""
         text = self._text((row[place],))
-        if _CUT in text:
-            for length in range(2, _LONGEST_CHARACTER + 1):
+        if REPLACEMENT in text:
+            for length in range(2, LONGEST_CHARACTER + 1):
                 longer = self._text(tuple(row[place : place + length]))
-                if _CUT not in longer:
+                if REPLACEMENT not in longer:
                     return min(length, len(row) - place), longer
         return 1, text
 
     def _decode(self, ids: tuple[int, ...]) -> str:
-        if len(ids) == 1:
-            return _text(self.tokenizer, ids[0])
-        return self.tokenizer.decode(ids)
+        return self.tokenizer.decode(ids) if len(ids) > 1 else _text(self.tokenizer, ids[0])
 
     def _starts_with_mark(self, token: int) -> bool:
         piece = self.tokenizer.backend.id_to_token(token) or ""
@@ -97,16 +94,13 @@ class TokenClasses:
 def token_text(tokenizer: Tokenizer, token: int) -> str:
     """Return how a token reads; what has no text of its own has a name, as in `<0xE2>`."""
     text = _text(tokenizer, token)
-    byte = tokenizer.byte(token) if _CUT in text else None
+    byte = tokenizer.byte(token) if REPLACEMENT in text else None
     return text if byte is None else f"<0x{byte:02X}>"
 
 
 def _text(tokenizer: Tokenizer, token: int) -> str:
-    if token == tokenizer.pad_id:
-        return "<pad>"
-    if token == tokenizer.end_id:
-        return "</s>"
-    return tokenizer.decode([token]) or f"<id {token}>"
+    named = {tokenizer.pad_id: "<pad>", tokenizer.end_id: "</s>"}
+    return named.get(token) or tokenizer.decode([token]) or f"<id {token}>"
 
 
 def token_class(text: str, before: str = "", marked: bool = False) -> str:
@@ -123,7 +117,7 @@ def token_class(text: str, before: str = "", marked: bool = False) -> str:
         return "sentinel"
     if _OTHER_SPECIAL.fullmatch(bare):
         return "start or end"
-    if _CUT in bare:
+    if REPLACEMENT in bare:
         return "part of a character"
     kinds = {unicodedata.category(character)[0] for character in bare}
     if kinds <= {"L", "M"}:
@@ -246,7 +240,7 @@ class _Tally:
     def __init__(self, num_experts: int, num_sources: int) -> None:
         self.class_CE = torch.zeros(len(CLASSES), num_experts, dtype=torch.int64)
         self.source_ME = torch.zeros(num_sources, num_experts, dtype=torch.int64)
-        self.place_P2 = torch.zeros(PLACES, 2, dtype=torch.int64)  # taken by no expert; in all
+        self.place_P2 = torch.zeros(PLACES, 2, dtype=torch.int64)  # by no expert; by some
         self.tokens: Counter[tuple[int, int]] = Counter()  # (expert, token)
         self.kept_and_gate = torch.zeros(2, dtype=torch.float64)
 
@@ -278,10 +272,8 @@ class _Tally:
     def summary(
         self, name: str, tokenizer: Tokenizer, sources: Sequence[str], top: int, mesh: Mesh
     ) -> LayerRouting:
-        class_CE, source_ME = (
-            mesh.all_reduce_sum(self.class_CE),
-            mesh.all_reduce_sum(self.source_ME),
-        )
+        class_CE = mesh.all_reduce_sum(self.class_CE)
+        source_ME = mesh.all_reduce_sum(self.source_ME)
         untaken_P, taken_P = mesh.all_reduce_sum(self.place_P2).unbind(1)
         kept, gate = mesh.all_reduce_sum(self.kept_and_gate).tolist()
         load_E = class_CE.sum(0)

@@ -3,7 +3,7 @@
 Shapes: B batch, S source, T target, D d_model, N examples.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -16,8 +16,14 @@ from switchlm.data.tasks.task import Example, Task
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import ConfigError
 from switchlm.evaluation.metrics import RESAMPLES, Interval, measure
-from switchlm.generation.decode import check_vocabulary, encode_prompts, generate, pad_prompts
-from switchlm.generation.inference import dropless, evaluation_mode
+from switchlm.generation.decode import (
+    check_vocabulary,
+    dropless,
+    encode_prompts,
+    evaluation_mode,
+    generate,
+    prompt_batches,
+)
 from switchlm.model.losses import token_losses
 from switchlm.model.transformer import SwitchTransformer, shift_right
 from switchlm.parallel.mesh import ALONE, Mesh
@@ -28,7 +34,6 @@ _NO_LIMIT = 2**30  # tokens
 @dataclass(frozen=True, kw_only=True)
 class TaskScore:
     """metrics: in per cent, in the order of the task, the first of which decides.
-
     predictions: one an example, in their order.
     truncated_inputs: how many inputs were cut.
     unfinished: how many answers the limit of new tokens cut off.
@@ -83,13 +88,9 @@ def score_task(
 
     said: dict[int, str] = {}
     unfinished = 0
-    mine = islice(_by_length(prompts, batch_size), mesh.global_rank, None, mesh.world_size)
-    for chosen in mine:
-        inputs_BS, segments_BS = pad_prompts(
-            [prompts[place].tolist() for place in chosen], model.config.pad_id
-        )
-        device = model.embedding.weight.device
-        inputs_BS, segments_BS = inputs_BS.to(device), segments_BS.to(device)
+    batches = prompt_batches(model, [ids.tolist() for ids in prompts], batch_size)
+    mine = islice(batches, mesh.global_rank, None, mesh.world_size)
+    for chosen, inputs_BS, segments_BS in mine:
         if rank_labels:
             best_B = label_losses(model, inputs_BS, segments_BS, labels).argmin(1).tolist()
             answers = [(task.labels or ())[label] for label in best_B]
@@ -112,17 +113,10 @@ def score_task(
     )
 
 
-def _by_length(prompts: Sequence[np.ndarray], batch_size: int) -> Iterator[list[int]]:
-    """Yield the places of batches, the longest prompts first, so that little is padding."""
-    places = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-    for start in range(0, len(places), batch_size):
-        yield places[start : start + batch_size]
-
-
 def label_losses(
     model: SwitchTransformer,
     inputs_BS: Tensor,
-    segments_BS: Tensor,
+    segments_BS: Tensor | None,
     labels: Sequence[np.ndarray],
 ) -> Tensor:
     """Return [B, labels], float32: what each label costs as the answer, in nats, all its tokens.

@@ -1,7 +1,7 @@
-"""Text in, text out: the whole answer, or piece by piece as it comes; blanks filled.
+"""Text in, text out: the whole answer, or piece by piece as it comes; many texts; blanks filled.
 
 A text gets the end token, as in training. Its answer does not depend on how it was asked for:
-alone, piece by piece, or in a batch with others (batch.py). Filling blanks is what a model trained
+alone, piece by piece, or in a padded batch with others. Filling blanks is what a model trained
 by span corruption does without further training:
 
     text      def <extra_id_0>(self): return <extra_id_1>
@@ -10,12 +10,15 @@ by span corruption does without further training:
 """
 
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import DataError
-from switchlm.generation.decode import pad_prompts, steps
+from switchlm.generation.beam import Beams, Output, beam_search
+from switchlm.generation.decode import limits_of, prompt_batches, steps
 from switchlm.generation.sampling import GREEDY, Sampling
 from switchlm.generation.text_stream import TextStream
 from switchlm.model.transformer import SwitchTransformer
@@ -33,6 +36,13 @@ class Answer:
     output: str
     spans: dict[int, str]
     finished: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredAnswer(Answer):
+    """One of the answers that a beam search found; score: see beam.py."""
+
+    score: float
 
 
 class Writer:
@@ -79,11 +89,11 @@ def stream(
     ConfigError for an empty stop string.
     """
     writer = Writer(tokenizer, stops)
-    inputs_BS, _ = pad_prompts([prompt_of(model, tokenizer, text)], model.config.pad_id)
+    prompts = _prompts(model, tokenizer, [text])
     finished, given = False, 0
     for step in steps(
         model,
-        inputs_BS.to(model.embedding.weight.device),
+        torch.tensor(prompts, device=model.embedding.weight.device),
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         seeds=seed,
@@ -110,32 +120,104 @@ def answer(
     stops: Sequence[str] = (),
 ) -> Answer:
     """Return what the model generates for `text`; arguments and errors are those of `stream`."""
-    pieces = stream(
+    all_answers = answer_all(
         model,
         tokenizer,
-        text,
+        [text],
         max_new_tokens=max_new_tokens,
+        batch_size=1,
         sampling=sampling,
         seed=seed,
         stops=stops,
     )
-    while True:
-        try:
-            next(pieces)
-        except StopIteration as end:
-            said: Answer = end.value
-            return said
+    return next(all_answers)[1]
 
 
-def prompt_of(
-    model: SwitchTransformer, tokenizer: Tokenizer, text: str, place: int | None = None
-) -> list[int]:
-    """Return the tokens of a text and the end token. Raises DataError for an empty text."""
-    ids = tokenizer.encode(text)
-    if not ids:
-        which = "The text" if place is None else f"Text {place}"
-        raise DataError(f"{which} is empty: there is nothing to generate from.")
-    return [*ids, model.config.end_id]
+def answer_all(
+    model: SwitchTransformer,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int | Sequence[int],
+    batch_size: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    stops: Sequence[str] = (),
+) -> Iterator[tuple[int, Answer]]:
+    """Yield the number of each text and the answer to it, which is that of `answer`.
+
+    Texts of similar length share a padded batch, so they are answered out of order, the longest
+    first.
+
+    max_new_tokens: for all, or one a text.
+
+    Raises as `stream` does; of several texts an empty one is told by its number, from 1.
+    """
+    prompts, limits = _prompts(model, tokenizer, texts), limits_of(max_new_tokens, len(texts))
+    for places, inputs_BS, segments_BS in prompt_batches(model, prompts, batch_size):
+        writers = [Writer(tokenizer, stops) for _ in places]
+
+        def ends(row: int, token: int, writers: list[Writer] = writers) -> bool:
+            return writers[row].push(token)
+
+        finished = [False] * len(writers)
+        for step in steps(
+            model,
+            inputs_BS,
+            segments_BS,
+            max_new_tokens=[limits[place] for place in places],
+            sampling=sampling,
+            seeds=seed,
+            ends=ends,
+        ):
+            finished = step.finished_B.tolist()
+        for place, writer, ended in zip(places, writers, finished, strict=True):
+            yield place, writer.close(ended)
+
+
+def best_answers(
+    model: SwitchTransformer,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int | Sequence[int],
+    batch_size: int,
+    beams: Beams,
+    stops: Sequence[str] = (),
+) -> Iterator[tuple[int, list[ScoredAnswer]]]:
+    """Yield the number of each text and the `beams.width` best answers to it, the best first.
+
+    Otherwise as `answer_all`. The search knows nothing of stop strings: they cut its outputs.
+    """
+
+    def read(output: Output) -> ScoredAnswer:
+        writer = Writer(tokenizer, stops)
+        for token in output.tokens:
+            if writer.push(token):
+                break
+        return ScoredAnswer(**vars(writer.close(output.finished)), score=output.score)
+
+    Writer(tokenizer, stops)  # a bad stop string shows before the work
+    prompts, limits = _prompts(model, tokenizer, texts), limits_of(max_new_tokens, len(texts))
+    for places, inputs_BS, segments_BS in prompt_batches(model, prompts, batch_size):
+        here = [limits[place] for place in places]
+        found = beam_search(model, inputs_BS, segments_BS, max_new_tokens=here, beams=beams)
+        for place, outputs in zip(places, found, strict=True):
+            yield place, [read(output) for output in outputs]
+
+
+def _prompts(
+    model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str]
+) -> list[list[int]]:
+    """Return the tokens of each text and the end token. Raises DataError for an empty text."""
+    prompts = []
+    for number, text in enumerate(texts, 1):
+        ids = tokenizer.encode(text)
+        if not ids:
+            which = "The text" if len(texts) == 1 else f"Text {number}"
+            raise DataError(f"{which} is empty: there is nothing to generate from.")
+        prompts.append([*ids, model.config.end_id])
+    return prompts
 
 
 def read_spans(

@@ -24,10 +24,11 @@ from switchlm.generation.decode import (
     StaticCache,
     check_finite,
     check_prompts,
+    dropless,
     encode_prompts,
+    evaluation_mode,
     limits_of,
 )
-from switchlm.generation.inference import dropless, evaluation_mode
 from switchlm.model.transformer import SwitchTransformer
 
 _IMPOSSIBLE = -1e9  # the log probability of open outputs that do not exist yet

@@ -12,16 +12,62 @@ Shapes: B batch, S source, T new tokens, M places of the cache, H heads, K head 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from switchlm.errors import CheckpointError, ConfigError, DataError
-from switchlm.generation.inference import dropless, evaluation_mode
 from switchlm.generation.sampling import GREEDY, Sampling, next_tokens, uniforms
 from switchlm.model.attention import KeysValues, KeyValueStore
+from switchlm.model.router import Router
 from switchlm.model.transformer import SwitchTransformer
+
+
+@contextmanager
+def dropless(module: nn.Module) -> Iterator[None]:
+    """Let every token reach its expert, whatever capacity the routers have.
+
+    Capacity is shared by all tokens of a group, other users' prompts and padding included; without
+    it what becomes of a token depends on its own row alone. Experts that choose their tokens keep
+    their capacity, which is what they choose by. Routers measure no losses meanwhile.
+    """
+    routers = [part for part in module.modules() if isinstance(part, Router)]
+    routers = [router for router in routers if not router.experts_choose]
+    configured = [(router.config, router.measures) for router in routers]
+    for router in routers:
+        router.config = replace(
+            router.config,
+            capacity_factor=None,
+            evaluation_capacity_factor=None,
+            expert_capacity=None,
+            reroute_overflow=False,
+        )
+        router.measures = False
+    try:
+        yield
+    finally:
+        for router, (config, measures) in zip(routers, configured, strict=True):
+            router.config, router.measures = config, measures
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module, *, drop: bool = True) -> Iterator[None]:
+    """Turn off dropout, exploration and gradients; put every module's own mode back afterwards.
+
+    The model is changed in place, so it serves one thread at a time.
+
+    drop: drop tokens where the capacity says so; false lets all through, see `dropless`.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), nullcontext() if drop else dropless(model):
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class LayerStore:
@@ -290,3 +336,19 @@ def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, 
         inputs_BS[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
         segments_BS[row, : len(prompt)] = 1
     return inputs_BS, segments_BS
+
+
+def prompt_batches(
+    model: SwitchTransformer, prompts: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+    """Yield prompts of similar length together, the longest first: what is too large shows at once.
+
+    Each batch is the places of its prompts in `prompts`, inputs_BS, and segments_BS, None where
+    nothing is padded; both on the model's device.
+    """
+    device = model.embedding.weight.device
+    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    for first in range(0, len(order), batch_size):
+        places = order[first : first + batch_size]
+        inputs_BS, segments_BS = pad_prompts([prompts[p] for p in places], model.config.pad_id)
+        yield places, inputs_BS.to(device), None if segments_BS.all() else segments_BS.to(device)

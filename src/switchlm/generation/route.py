@@ -3,7 +3,6 @@
 Shapes: S source, T target, A assignments, K experts per token.
 """
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor
 
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import DataError
-from switchlm.generation.decode import check_vocabulary, generate
-from switchlm.generation.inference import dropless, evaluation_mode
+from switchlm.generation.decode import check_vocabulary, evaluation_mode, generate
 from switchlm.generation.text_stream import texts_of_tokens, tokens_of_text
 from switchlm.model.router import Router
 from switchlm.model.routing import Routing
@@ -99,10 +97,7 @@ def route(
         check_vocabulary(max(target_ids, default=0), config.vocabulary_size)
     decoder_inputs_BT = torch.tensor([[config.pad_id, *target_ids]], device=device)
 
-    with ExitStack() as modes:
-        modes.enter_context(evaluation_mode(model))
-        if not enforce_capacity:
-            modes.enter_context(dropless(model))
+    with evaluation_mode(model, drop=enforce_capacity):
         routed = model(inputs_BS, decoder_inputs_BT)
     return RoutedText(
         num_experts=config.num_experts,

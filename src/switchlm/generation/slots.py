@@ -9,7 +9,6 @@ Shapes: N slots, B occupied, H heads, S source, M places of the output, K head w
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from switchlm.generation.decode import encode_prompts, pad_prompts
-from switchlm.generation.inference import dropless, evaluation_mode
 from switchlm.generation.sampling import Sampling, next_tokens, uniforms
 from switchlm.model.attention import KeysValues, KeyValueStore
 from switchlm.model.transformer import SwitchTransformer
@@ -72,7 +70,7 @@ class _Store:
 class Slots:
     """Up to `num_slots` outputs in the making, for prompts and outputs of bounded length.
 
-    Use it within `serving(model)`.
+    Use it within `evaluation_mode(model, drop=False)`.
 
     names: who is in the occupied rows, in order.
     """
@@ -206,22 +204,11 @@ class Slots:
         position = self.position_N[first : first + len(logits_BV)].tolist()
         for sampling in kinds:
             rows = [row for row, one in enumerate(occupants) if one.sampling == sampling]
-            drawn = [
-                one.drawn_M[position[row]]
-                for row, one in enumerate(occupants)
-                if one.sampling == sampling and one.drawn_M is not None
-            ]
-            token_B[rows] = next_tokens(
-                logits_BV[rows], sampling, torch.stack(drawn) if drawn else None
-            )
+            draws = [(row, occupants[row].drawn_M) for row in rows]
+            drawn = [one_M[position[row]] for row, one_M in draws if one_M is not None]
+            uniform_B = torch.stack(drawn) if drawn else None
+            token_B[rows] = next_tokens(logits_BV[rows], sampling, uniform_B)
         return token_B
-
-
-@contextmanager
-def serving(model: SwitchTransformer) -> Iterator[None]:
-    """Put the model into the state in which slots use it: evaluation, no gradients, dropless."""
-    with evaluation_mode(model), dropless(model):
-        yield
 
 
 def _rounded(length: int, most: int) -> int:

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import ConfigError
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are no whole character
+LONGEST_CHARACTER = 4  # bytes
 _LONGEST_RUN = 64  # tokens decoded again at every step, at most
 _CONTEXT = 8  # of them kept when the run is cut, so that spaces and characters stay right
 
@@ -108,10 +109,6 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
-_CUT = "\ufffd"  # what bytes decode to that are no whole character
-_LONGEST_CHARACTER = 4  # bytes
-
-
 def tokens_of_text(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[str]]:
     """Return (ids, texts) of a text; the texts joined are always exactly `text`.
 
@@ -155,15 +152,16 @@ def _plain_texts(ids: list[int], tokenizer: Tokenizer) -> list[str]:
     while done < len(ids):
         before = len(tokenizer.decode(ids[context:done]))
         new, length = "", 1
-        for longer in range(1, min(_LONGEST_CHARACTER, len(ids) - done) + 1):
+        for longer in range(1, min(LONGEST_CHARACTER, len(ids) - done) + 1):
             found = tokenizer.decode(ids[context : done + longer])[before:]
             if longer == 1:
                 new = found
-            if _CUT not in found:
+            if REPLACEMENT not in found:
                 new, length = found, longer
                 break
         texts += [new, *[""] * (length - 1)]
-        if new and _CUT not in new:  # what follows half a character must not be read without it
+        # What follows half a character must not be read without it.
+        if new and REPLACEMENT not in new:
             context = done
         done += length
     return texts

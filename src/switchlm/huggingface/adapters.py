@@ -14,7 +14,7 @@ from safetensors.torch import save
 from switchlm.config import from_mapping
 from switchlm.errors import CheckpointError, ConfigError
 from switchlm.files import make_folder, replace_file
-from switchlm.huggingface.weights import LARGEST_CONFIG, Weights, read_json
+from switchlm.huggingface.weights import Weights, read_json
 from switchlm.model import lora
 from switchlm.model.transformer import SwitchTransformer
 
@@ -49,7 +49,7 @@ def save_adapters(model: SwitchTransformer, config: AdapterConfig, folder: Path)
 
 @torch.no_grad()
 def load_adapters(model: SwitchTransformer, folder: str | Path) -> AdapterConfig:
-    """Put the saved adapters on their plain base model, in place; `lora.merged` melts them in.
+    """Put the saved adapters on their plain base model, in place; `lora.merged` adds them up.
 
     Raises CheckpointError where files are missing or damaged, or were made for a model of another
     shape, which then is as it was.
@@ -61,7 +61,7 @@ def load_adapters(model: SwitchTransformer, folder: str | Path) -> AdapterConfig
             "adapters keeps them in RUN/adapters."
         )
     try:
-        config = from_mapping(AdapterConfig, read_json(folder, ABOUT, LARGEST_CONFIG))
+        config = from_mapping(AdapterConfig, read_json(folder, ABOUT))
     except ConfigError as error:
         raise CheckpointError(f"{ABOUT} is damaged: {error}") from None
     weights = Weights(folder, {TENSORS: None})

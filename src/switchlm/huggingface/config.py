@@ -7,14 +7,15 @@ written, transformers reads as far as it has the words.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, Literal
 
 from switchlm.config import from_mapping, to_mapping
 from switchlm.errors import CheckpointError, ConfigError
 from switchlm.files import Report
-from switchlm.huggingface.infer_config import Architecture, StackArchitecture
-from switchlm.huggingface.names import Family
+from switchlm.huggingface.match import Architecture, StackArchitecture
+from switchlm.huggingface.names import STACKS, Family
 from switchlm.model.config import (
     Initialisation,
     ModelConfig,
@@ -24,6 +25,7 @@ from switchlm.model.config import (
 from switchlm.model.semantics import SEMANTICS, Semantics
 
 EXTRA_KEY = "switchlm"
+MODEL_TYPES: dict[str, Family] = {"switch_transformers": "switch", "t5": "t5", "mt5": "t5"}
 ARCHITECTURES: dict[Family, str] = {
     "switch": "SwitchTransformersForConditionalGeneration",
     "t5": "T5ForConditionalGeneration",
@@ -63,10 +65,14 @@ class Fields:
     eos_token_id: Any = 1
     decoder_start_token_id: int | None = None
 
+    @property
+    def decoder_layers(self) -> int:
+        return self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
+
 
 @dataclass(frozen=True, kw_only=True)
 class Extra:
-    """What transformers has no field for, kept in config.json under the key `switchlm`."""
+    """Fields of ModelConfig that transformers has no word for, under the key `switchlm`."""
 
     sparse_step: int = 2
     decoder_sparse_step: int | None = None
@@ -83,7 +89,6 @@ def sparse_layers(step: int, num_layers: int, semantics: Semantics) -> frozenset
     return frozenset(range(semantics.first_sparse_layer(step), num_layers, step))
 
 
-MODEL_TYPES: dict[str, Family] = {"switch_transformers": "switch", "t5": "t5", "mt5": "t5"}
 _T5_DEFAULTS = {
     "d_model": 512,
     "num_heads": 8,
@@ -120,12 +125,16 @@ def read_config(
     defaults = _T5_DEFAULTS if family == "t5" else {}
     try:
         claim = from_mapping(Fields, {**defaults, **given}, "config.json")
-        extra = None
         if EXTRA_KEY in values:
             section = values[EXTRA_KEY]
             if isinstance(section, Mapping):
                 section = upgrade_model_section(section)
             extra = from_mapping(Extra, section, f"config.json.{EXTRA_KEY}")
+            first, second = extra.sparse_step, extra.decoder_sparse_step
+            second = first if second is None else second
+            claim = replace(claim, encoder_sparse_step=first, decoder_sparse_step=second)
+        else:
+            extra = Extra(router=_router(claim), expert_dropout=claim.dropout_rate)
         config = _translate(claim, extra, found, family, head_differs, report)
     except ConfigError as error:
         raise CheckpointError(f"Cannot use this config.json: {error}") from None
@@ -134,7 +143,7 @@ def read_config(
 
 def _translate(
     claim: Fields,
-    extra: Extra | None,
+    extra: Extra,
     found: Architecture,
     family: Family,
     head_differs: Callable[[], bool],
@@ -142,18 +151,11 @@ def _translate(
 ) -> ModelConfig:
     if claim.router_bias:
         raise CheckpointError("config.json sets router_bias; routers here have no bias.")
-    router = extra.router if extra else _router(claim)
-    decoder_layers = (
-        claim.num_layers if claim.num_decoder_layers is None else claim.num_decoder_layers
-    )
     num_experts = _num_experts(claim, found, report)
     gated, activation = _feedforward(claim, found, family, report)
-    steps: dict[str, Any] = {
-        "sparse_step": extra.sparse_step if extra else 2,
-        "decoder_sparse_step": extra.decoder_sparse_step if extra else None,
-    }
     if num_experts:
-        steps = _sparse_steps(claim, extra, found, router.semantics, report)
+        step, second = _sparse_steps(claim, extra, found, report)
+        extra = replace(extra, sparse_step=step, decoder_sparse_step=second)
     return ModelConfig(
         vocabulary_size=claim.vocab_size,
         d_model=claim.d_model,
@@ -161,22 +163,18 @@ def _translate(
         d_kv=claim.d_kv,
         num_heads=claim.num_heads,
         num_encoder_layers=_layers("encoder", claim.num_layers, found, report),
-        num_decoder_layers=_layers("decoder", decoder_layers, found, report),
+        num_decoder_layers=_layers("decoder", claim.decoder_layers, found, report),
         num_experts=num_experts,
-        attention_experts=extra.attention_experts if extra else False,
         activation=activation,
         gated=gated,
         tied_head=_tied_head(claim, found, head_differs, report),
         relative_buckets=claim.relative_attention_num_buckets,
         relative_distance=claim.relative_attention_max_distance,
         norm_epsilon=claim.layer_norm_epsilon,
-        initialisation=extra.initialisation if extra else Initialisation(),
         dropout=claim.dropout_rate,
-        expert_dropout=extra.expert_dropout if extra else claim.dropout_rate,
         pad_id=_token(claim.pad_token_id, 0),
         end_id=_token(claim.eos_token_id, 1),
-        router=router,
-        **steps,
+        **vars(extra),
     )
 
 
@@ -194,7 +192,7 @@ def _router(claim: Fields) -> RouterConfig:
 
 def _layers(stack: str, claimed: int, found: Architecture, report: Report) -> int:
     """Weights beyond the claim are the truth; fewer will be named as missing."""
-    there = found.stacks[stack].num_layers
+    there = len(found.stacks[stack].layers)
     if there > claimed:
         report(f"config.json says {claimed} {stack} layers; the weights have {there}.")
         return there
@@ -208,7 +206,7 @@ def _num_experts(claim: Fields, found: Architecture, report: Report) -> int:
             f"{found.num_experts - 1}."
         )
         return found.num_experts
-    all_dense = all(len(stack.dense) == stack.num_layers for stack in found.stacks.values())
+    all_dense = all(stack.dense == stack.layers for stack in found.stacks.values())
     return 0 if all_dense and not found.num_experts else claim.num_experts
 
 
@@ -260,56 +258,51 @@ def _tied_head(
 
 
 def _sparse_steps(
-    claim: Fields, extra: Extra | None, found: Architecture, semantics: Semantics, report: Report
-) -> dict[str, Any]:
-    claimed = {
-        "encoder": claim.encoder_sparse_step,
-        "decoder": claim.decoder_sparse_step,
-    }
-    if extra is not None:
-        second = extra.decoder_sparse_step
-        claimed = {
-            "encoder": extra.sparse_step,
-            "decoder": extra.sparse_step if second is None else second,
-        }
-    counts = {
-        "encoder": (claim.num_layers, claim.num_sparse_encoder_layers),
+    claim: Fields, extra: Extra, found: Architecture, report: Report
+) -> tuple[int, int | None]:
+    """Return the sparse steps of encoder and decoder, None where the decoder's is the same."""
+    claims = {
+        "encoder": (claim.encoder_sparse_step, claim.num_layers, claim.num_sparse_encoder_layers),
         "decoder": (
-            claim.num_layers if claim.num_decoder_layers is None else claim.num_decoder_layers,
+            claim.decoder_sparse_step,
+            claim.decoder_layers,
             claim.num_sparse_decoder_layers,
         ),
     }
-    steps = {}
-    for stack, (num_layers, num_sparse) in counts.items():
-        step = claimed[stack]
+    steps = []
+    for stack, (step, num_layers, num_sparse) in claims.items():
         if step is None:
             step = num_layers // num_sparse if num_sparse > 0 else num_layers
-        steps[stack] = _sparse_step(stack, step, found.stacks[stack], semantics)
-        if steps[stack] != step:
-            there = sorted(found.stacks[stack].sparse)
+        there = found.stacks[stack]
+        fitting = find_step(step, len(there.layers), extra.router.semantics, partial(_fits, there))
+        if fitting is None:
+            raise CheckpointError(
+                f"The sparse layers of the {stack}, {sorted(there.sparse)}, are not every n-th "
+                "layer; this package cannot hold such a model."
+            )
+        if fitting != step:
             report(
                 f"config.json says {stack} sparse step {step}; the sparse layers of the weights "
-                f"are {there}: step {steps[stack]}."
+                f"are {sorted(there.sparse)}: step {fitting}."
             )
-    same = steps["decoder"] == steps["encoder"]
-    if extra is not None and extra.decoder_sparse_step is not None:
-        same = False
-    return {
-        "sparse_step": steps["encoder"],
-        "decoder_sparse_step": None if same else steps["decoder"],
-    }
+        steps.append(fitting)
+    encoder, decoder = steps
+    same = encoder == decoder and extra.decoder_sparse_step is None
+    return encoder, None if same else decoder
 
 
-def _sparse_step(stack: str, claimed: int, found: StackArchitecture, semantics: Semantics) -> int:
-    """Return the step that gives the layers found, the claimed one if it does."""
-    for step in (claimed, *range(found.num_layers + 2)):
-        layers = sparse_layers(step, found.num_layers, semantics)
-        if step >= 0 and found.sparse <= layers and not found.dense & layers:
+def _fits(found: StackArchitecture, layers: frozenset[int]) -> bool:
+    return found.sparse <= layers and not found.dense & layers
+
+
+def find_step(
+    first: int, num_layers: int, semantics: Semantics, fits: Callable[[frozenset[int]], bool]
+) -> int | None:
+    """Return a sparse step whose sparse layers fit, `first` if it does; None if there is none."""
+    for step in (first, *range(num_layers + 2)):
+        if step >= 0 and fits(sparse_layers(step, num_layers, semantics)):
             return step
-    raise CheckpointError(
-        f"The sparse layers of the {stack}, {sorted(found.sparse)}, are not every n-th layer; this "
-        "package cannot hold such a model."
-    )
+    return None
 
 
 def _token(value: Any, default: int) -> int:
@@ -352,41 +345,29 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
     }
     plain = "relu" if config.activation == "relu" else "gelu_new"
-    gated = f"gated-{config.activation}"
     if family == "t5" or config.gated:
-        values["feed_forward_proj"] = gated if config.gated else plain
+        values["feed_forward_proj"] = f"gated-{config.activation}" if config.gated else plain
     if family == "switch":
-        values |= {"dense_act_fn": plain, **_switch_fields(config)}
-    extra = Extra(
-        sparse_step=config.sparse_step,
-        decoder_sparse_step=config.decoder_sparse_step,
-        attention_experts=config.attention_experts,
-        initialisation=config.initialisation,
-        expert_dropout=config.expert_dropout,
-        router=config.router,
-    )
+        router = config.router
+        jitter = router.exploration == "jitter"
+        values |= {
+            "dense_act_fn": plain,
+            "num_experts": config.num_experts,
+            "expert_capacity": router.expert_capacity or NEVER_DROPS,
+            "router_bias": False,
+            "router_dtype": "float32",
+            "router_ignore_padding_tokens": False,
+            "router_jitter_noise": router.exploration_rate if jitter else 0.0,
+            "router_aux_loss_coef": router.balance_weight if router.balance == "loss" else 0.0,
+            "router_z_loss_coef": router.z_weight,
+            "add_router_probs": False,
+        }
+        for stack in STACKS:
+            values[f"num_sparse_{stack}_layers"] = len(stack_layers(config, stack))
+            # transformers computes a step from the number above unless the step itself is given.
+            values[f"{stack}_sparse_step"] = transformers_step(config, stack)
+    extra = Extra(**{item.name: getattr(config, item.name) for item in fields(Extra)})
     return {**values, EXTRA_KEY: to_mapping(extra)}
-
-
-def _switch_fields(config: ModelConfig) -> dict[str, Any]:
-    router = config.router
-    values: dict[str, Any] = {
-        "num_experts": config.num_experts,
-        "expert_capacity": router.expert_capacity or NEVER_DROPS,
-        "router_bias": False,
-        "router_dtype": "float32",
-        "router_ignore_padding_tokens": False,
-        "router_jitter_noise": router.exploration_rate if router.exploration == "jitter" else 0.0,
-        "router_aux_loss_coef": router.balance_weight if router.balance == "loss" else 0.0,
-        "router_z_loss_coef": router.z_weight,
-        "add_router_probs": False,
-    }
-    for stack in ("encoder", "decoder"):
-        layers = stack_layers(config, stack)
-        values[f"num_sparse_{stack}_layers"] = len(layers)
-        # transformers computes a step from the number above unless the step itself is given.
-        values[f"{stack}_sparse_step"] = transformers_step(config, stack)
-    return values
 
 
 def family_of(config: ModelConfig) -> Family:
@@ -406,7 +387,4 @@ def transformers_step(config: ModelConfig, stack: str) -> int | None:
     num_layers = config.num_decoder_layers if stack == "decoder" else config.num_encoder_layers
     wanted = stack_layers(config, stack)
     own = config.sparse_step_of(decoder=stack == "decoder")
-    for step in (own, *range(num_layers + 2)):
-        if sparse_layers(step, num_layers, SEMANTICS["hf"]) == wanted:
-            return step
-    return None
+    return find_step(own, num_layers, SEMANTICS["hf"], lambda layers: layers == wanted)

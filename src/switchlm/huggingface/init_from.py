@@ -14,6 +14,8 @@ from torch import Tensor
 
 from switchlm.checkpoint.layout import full_region, part_of, region_of, slices
 from switchlm.errors import CheckpointError
+from switchlm.huggingface.config import stack_layers
+from switchlm.huggingface.names import STACKS
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
 
@@ -62,13 +64,10 @@ def check_fit(
 
 def _merges_experts(source: ModelConfig, target: ModelConfig) -> bool:
     """Return whether a Switch layer of the source is to become something else."""
-    layers = [(layer, False) for layer in range(source.num_encoder_layers)]
-    layers += [(layer, True) for layer in range(source.num_decoder_layers)]
     same = source.num_experts == target.num_experts
     return any(
-        source.is_sparse(layer, decoder=decoder)
-        and not (same and target.is_sparse(layer, decoder=decoder))
-        for layer, decoder in layers
+        stack_layers(source, stack) - (stack_layers(target, stack) if same else frozenset())
+        for stack in STACKS
     )
 
 

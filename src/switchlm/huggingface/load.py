@@ -6,10 +6,10 @@ switchlm.save(model, tokenizer, "my-model")
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from switchlm.checkpoint.collective import Ranks
@@ -17,24 +17,22 @@ from switchlm.checkpoint.layout import full_region, part_of, region_of, slices, 
 from switchlm.errors import CheckpointError
 from switchlm.files import Report
 from switchlm.huggingface.config import read_config
-from switchlm.huggingface.hub import CONFIG, find_model
-from switchlm.huggingface.infer_config import infer_architecture
-from switchlm.huggingface.match import Match, match
+from switchlm.huggingface.match import Match, infer_architecture, match
 from switchlm.huggingface.names import Entry, Family
 from switchlm.huggingface.quantised import (
     Quantisation,
+    assemble,
     expert_extents,
-    load_quantised,
     read_quantisation,
     read_quantised_config,
-    refuse_quantised,
 )
 from switchlm.huggingface.save import write_model
 from switchlm.huggingface.weights import (
-    LARGEST_CONFIG,
+    CONFIG,
     Extent,
     Weights,
     find_extents,
+    find_model,
     inside,
     open_weights,
     put_tensor,
@@ -70,25 +68,18 @@ def load(
     and one tensor. Raises CheckpointError where anything is missing, extra, misshapen or damaged.
     """
     tell = report or _warn
-    folder = find_model(name, revision=revision, local_files_only=local_files_only)
-    values = read_json(folder, CONFIG, LARGEST_CONFIG)
-    quantisation = read_quantisation(values)
-    if quantisation is not None:
-        place = torch.device(device)
-        model = load_quantised(folder, values, quantisation, dtype, place)
-        return model.eval(), _tokenizer(folder, tell)
-    weights = open_weights(folder)
+    saved = _open(name, tell, revision, local_files_only)
+    config, family, weights = saved.config, saved.family, saved.weights
+    if saved.quantisation is not None:
+        model = assemble(config, family, saved.quantisation, weights.read, dtype, device)
+        return model, _tokenizer(saved.folder, tell)
     if weights.pickled:
         tell(
             f"The weights of {str(name)!r} are pickles (.bin). Only tensors are read from them and "
             "nothing in them is run, but safetensors are the better format."
         )
-    config, family = _understand(values, weights, tell)
-    matched = match(config, family, weights, tell)
-    with torch.device("meta"):
-        model = SwitchTransformer(config)
-    _fill(model, matched, weights, dtype, torch.device(device))
-    return model.eval(), _tokenizer(folder, tell)
+    model = _build(config, match(config, family, weights, tell), weights, dtype, device)
+    return model, _tokenizer(saved.folder, tell)
 
 
 def load_without_experts(
@@ -108,33 +99,26 @@ def load_without_experts(
     Raises CheckpointError as `load` does, and for pickled weights, which have no fixed places.
     """
     tell = report or _warn
-    folder = find_model(name, revision=revision, local_files_only=local_files_only)
-    values = read_json(folder, CONFIG, LARGEST_CONFIG)
-    quantisation = read_quantisation(values)
-    if quantisation is not None:
-        model = load_quantised(
-            folder, values, quantisation, dtype, torch.device("cpu"), experts=False
-        )
-        codes = expert_extents(folder, values, quantisation)
-        return model.eval(), _tokenizer(folder, tell), codes
-    weights = open_weights(folder)
+    saved = _open(name, tell, revision, local_files_only)
+    config, family, weights = saved.config, saved.family, saved.weights
+    if saved.quantisation is not None:
+        model = assemble(config, family, saved.quantisation, weights.read, dtype, experts=False)
+        codes = expert_extents(config, family, saved.quantisation, weights)
+        return model, _tokenizer(saved.folder, tell), codes
     if weights.pickled:
         raise CheckpointError(
             f"The weights of {str(name)!r} are pickles (.bin), which cannot be read in parts, so "
             "experts cannot stay on the disk. Write it once as safetensors: switchlm convert."
         )
-    config, family = _understand(values, weights, tell)
     matched = match(config, family, weights, tell)
-    with torch.device("meta"):
-        model = SwitchTransformer(config)
     dense = [entry for entry in matched.entries if entry.expert is None]
-    _fill(model, Match(dense, matched.sources), weights, dtype, torch.device("cpu"))
+    model = _build(config, Match(dense, matched.sources), weights, dtype)
     extents = find_extents(weights.tensors)
     experts: dict[str, list[Extent]] = {}
     for entry in matched.entries:  # those of a parameter come in the order of the experts
         if entry.expert is not None:
             experts.setdefault(entry.ours, []).append(extents[matched.sources[entry.theirs]])
-    return model.eval(), _tokenizer(folder, tell), experts
+    return model, _tokenizer(saved.folder, tell), experts
 
 
 def load_config(
@@ -149,20 +133,14 @@ def load_config(
 
     to_train: refuse one that is quantised, for it cannot be trained.
     """
-    folder = find_model(name, revision=revision, local_files_only=local_files_only)
-    values = read_json(folder, CONFIG, LARGEST_CONFIG)
-    if to_train:
-        refuse_quantised(values, "training it")
-    quantisation = read_quantisation(values)
-    if quantisation is not None:
-        return read_quantised_config(folder, values, quantisation)[0]
-    return _understand(values, open_weights(folder), report or _warn)[0]
+    purpose = "training it" if to_train else None
+    return _open(name, report or _warn, revision, local_files_only, purpose).config
 
 
 def load_quantisation(name: str | Path) -> Quantisation | None:
     """Return how the weights of a saved model are quantised; None if they are not."""
-    folder = find_model(name, revision=None, local_files_only=False)
-    return read_quantisation(read_json(folder, CONFIG, LARGEST_CONFIG))
+    folder = find_model(name)
+    return read_quantisation(read_json(folder, CONFIG))
 
 
 def open_floats(
@@ -172,16 +150,13 @@ def open_floats(
 
     Raises CheckpointError for one that is quantised.
     """
-    folder = find_model(name, revision=None, local_files_only=False)
-    values = read_json(folder, CONFIG, LARGEST_CONFIG)
-    refuse_quantised(values, "compressing it")
-    weights = open_weights(folder)
-    return *_understand(values, weights, report or _warn), weights
+    saved = _open(name, report or _warn, purpose="compressing it")
+    return saved.config, saved.family, saved.weights
 
 
 def load_tokenizer(name: str | Path, *, report: Report | None = None) -> "Tokenizer | None":
     """Return the tokenizer of a saved model, None where its folder has none."""
-    folder = find_model(name, revision=None, local_files_only=False)
+    folder = find_model(name)
     return _tokenizer(folder, report or _warn)
 
 
@@ -227,18 +202,14 @@ def fill(
     ranks = Ranks(group)
 
     def work() -> None:
-        folder = find_model(name, revision=revision, local_files_only=local_files_only)
-        values = read_json(folder, CONFIG, LARGEST_CONFIG)
-        refuse_quantised(values, "training it")
-        weights = open_weights(folder)
-        _, family = _understand(values, weights, tell)
-        matched = match(model.config, family, weights, tell)
+        saved = _open(name, tell, revision, local_files_only, "training it")
+        matched = match(model.config, saved.family, saved.weights, tell)
         places = model.state_dict()
         if any(place.is_meta for place in places.values()):
             raise CheckpointError(
                 "Cannot fill a model that has no memory yet; call model.to_empty(device=...) first."
             )
-        _copy(places, matched, weights)
+        _copy(places, matched, saved.weights)
 
     ranks.on_all_ranks(work)
 
@@ -258,10 +229,38 @@ def _tokenizer(folder: Path, report: Report) -> "Tokenizer | None":
     return Tokenizer.load(inside(folder, TOKENIZER))
 
 
-def _understand(
-    values: dict[str, Any], weights: Weights, report: Report
-) -> tuple[ModelConfig, Family]:
-    """Return what config.json says, mended where the names and shapes of the weights say better."""
+class _Saved(NamedTuple):
+    """A saved model, of whose weights nothing is read yet; quantisation: None for floats."""
+
+    folder: Path
+    quantisation: Quantisation | None
+    config: ModelConfig
+    family: Family
+    weights: Weights
+
+
+def _open(
+    name: str | Path,
+    report: Report,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    purpose: str | None = None,
+) -> _Saved:
+    """Find a model, and understand its config.json, mended where its weights say better.
+
+    purpose: what floating-point weights are needed for; a quantised model is refused then.
+    """
+    folder = find_model(name, revision, local_files_only)
+    values = read_json(folder, CONFIG)
+    quantisation = read_quantisation(values)
+    if quantisation is not None:
+        if purpose is not None:
+            raise CheckpointError(
+                f"The model is quantised to {quantisation.bits} bits, and {purpose} needs "
+                "floating-point weights. Take the model that it was made from."
+            )
+        return _Saved(folder, quantisation, *read_quantised_config(folder, values, quantisation))
+    weights = open_weights(folder)
     found = infer_architecture(weights.tensors)
 
     def head_differs() -> bool:
@@ -269,18 +268,20 @@ def _understand(
         embedding = "shared.weight"
         return embedding in weights.tensors and not weights.equal(found.head_key, embedding)
 
-    return read_config(values, found, head_differs, report)
+    return _Saved(folder, None, *read_config(values, found, head_differs, report), weights)
 
 
 @torch.no_grad()
-def _fill(
-    model: nn.Module,
+def _build(
+    config: ModelConfig,
     matched: Match,
     weights: Weights,
     dtype: torch.dtype | None,
-    device: torch.device,
-) -> None:
-    """Give what matched, on the meta device, its memory, then copy tensor by tensor."""
+    device: torch.device | str = "cpu",
+) -> SwitchTransformer:
+    """Return the model with what matched; all else of it stays on the meta device."""
+    with torch.device("meta"):
+        model = SwitchTransformer(config)
     dtypes: dict[str, torch.dtype] = {}
     for entry in matched.entries:
         own = dtype or weights.tensors[matched.sources[entry.theirs]].dtype
@@ -289,28 +290,28 @@ def _fill(
     for name, meta in model.state_dict(keep_vars=True).items():
         if name not in dtypes:
             continue
-        if device.type == "cpu":
+        if torch.device(device).type == "cpu":
             places[name] = memory.empty_on_large_pages(meta.shape, dtypes[name])
         else:
             places[name] = torch.empty(meta.shape, dtype=dtypes[name], device=device)
         put_tensor(model, name, places[name])
     _copy(places, matched, weights)
+    return model.eval()
 
 
 @torch.no_grad()
 def _copy(places: dict[str, Tensor], matched: Match, weights: Weights) -> None:
     """Copy what is here of every parameter, an expert at a time."""
     boxes = {name: region_of(place) for name, place in places.items()}
-    wanted: dict[str, list[Entry]] = {}
-    for entry in matched.entries:
+
+    def here(entry: Entry) -> bool:
         box = boxes[entry.ours]
-        here = entry.expert is None or box[0][0] <= entry.expert < box[0][1]
-        if here and volume(box):
-            wanted.setdefault(matched.sources[entry.theirs], []).append(entry)
-    for key, tensor in weights.read(wanted.keys()):
-        for entry in wanted[key]:
-            box, part = boxes[entry.ours], part_of(places[entry.ours])
-            if entry.expert is not None:
-                part = part[entry.expert - box[0][0]]
-                box, tensor = box[1:], tensor.t()
-            part.copy_(tensor[slices(box, full_region(tuple(tensor.shape)))])
+        held = entry.expert is None or box[0][0] <= entry.expert < box[0][1]
+        return held and volume(box) > 0
+
+    for entry, tensor in matched.read(weights, here):
+        box, part = boxes[entry.ours], part_of(places[entry.ours])
+        if entry.expert is not None:
+            part = part[entry.expert - box[0][0]]
+            box, tensor = box[1:], tensor.t()
+        part.copy_(tensor[slices(box, full_region(tuple(tensor.shape)))])

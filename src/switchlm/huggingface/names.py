@@ -11,7 +11,7 @@ sublayer (1 in the encoder, 2 in the decoder), {ffn} `mlp` (Switch) or `DenseRel
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from switchlm.model.config import ModelConfig
@@ -203,26 +203,29 @@ class Place:
     """Where a key of a file stands: the row it matches, and its stack, layer and expert."""
 
     row: Row
-    family: Family | None
-    stack: str | None
-    layer: int | None
-    expert: int | None
+    family: Family | None = None
+    stack: str | None = None
+    layer: int | None = None
+    expert: int | None = None
 
 
-_NUMBERS = re.compile(r"(?<=\.block\.)[0-9]{1,9}(?=\.)|(?<=\.expert_)[0-9]{1,9}(?=\.)")
+_NUMBERS = re.compile(r"(?:(?<=\.block\.)|(?<=\.blocks\.)|(?<=\.expert_))[0-9]{1,9}(?=\.)")
 
 
-def _templates() -> dict[str, tuple[Row, Family | None, str | None]]:
-    table: dict[str, tuple[Row, Family | None, str | None]] = {
-        row.theirs: (row, None, None) for row in MODEL_ROWS
-    }
+def _templates() -> dict[str, Place]:
+    """Return the row, family and stack of every name, theirs and ours, numbers as `#`."""
+    table = {row.theirs: Place(row) for row in MODEL_ROWS}
     for stack in STACKS:
         for row in (*STACK_ROWS, *BLOCK_ROWS):
             for family, ffn in FFN_NAMES.items():
                 key = row.theirs.replace("{ffn}", ffn).replace("{last}", str(LAST_SUBLAYER[stack]))
                 key = key.replace("{i}", "#").replace("{j}", "#").replace("block.0.", "block.#.")
                 known = family if "{ffn}" in row.theirs else None
-                table.setdefault(f"{stack}.{key}", (row, known, stack))
+                table.setdefault(f"{stack}.{key}", Place(row, known, stack))
+            ours = f"{stack}.{row.ours.replace('{i}', '#')}"
+            # The rows of wi and wi_1 are one parameter, which needs what both need.
+            needs = row.needs & table[ours].row.needs if ours in table else row.needs
+            table[ours] = Place(replace(row, needs=needs), None, stack)
     return table
 
 
@@ -230,14 +233,14 @@ _TEMPLATES = _templates()
 
 
 def locate(key: str) -> Place | None:
-    """Read a key of the format back; None where the table has no such key."""
+    """Read a key of the format, or of quantised folders, back; None where there is no such key.
+
+    The expert is None where the row has one and the key is ours: it stands for all of them.
+    """
     found = _TEMPLATES.get(_NUMBERS.sub("#", key))
     if found is None:
         return None
-    row, family, stack = found
-    numbers = [int(number) for number in _NUMBERS.findall(key)]
-    expert = numbers.pop() if row.is_expert else None
-    layer = numbers.pop() if numbers else None
-    if row.theirs == _RELATIVE_BIAS and layer != 0:
+    layer, expert = [*map(int, _NUMBERS.findall(key)), None, None][:2]
+    if found.row.theirs == _RELATIVE_BIAS and layer != 0:
         return None
-    return Place(row, family, stack, layer, expert)
+    return Place(found.row, found.family, found.stack, layer, expert)

@@ -9,32 +9,30 @@ Shapes: E experts, N outputs, K inputs, B blocks of 64 outputs, G groups of inpu
 """
 
 import math
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from switchlm.checkpoint.tensors import header, raw
 from switchlm.config import from_mapping, to_mapping
 from switchlm.errors import CheckpointError, ConfigError
 from switchlm.huggingface.config import family_of, read_config, write_config
-from switchlm.huggingface.infer_config import infer_quantised
-from switchlm.huggingface.match import match
-from switchlm.huggingface.model_card import quantised_card
+from switchlm.huggingface.match import infer_architecture, match, misfit
 from switchlm.huggingface.names import Entry, Family, entries
 from switchlm.huggingface.save import (
-    index_of,
+    Contents,
+    TensorFile,
     new_folder,
-    shard_name,
+    quantised_card,
+    shard_names,
     share_out,
-    write_json,
-    write_tokens,
+    write_index,
+    write_texts,
 )
 from switchlm.huggingface.weights import (
     QUANTISED,
@@ -118,16 +116,6 @@ def read_quantisation(values: Mapping[str, Any]) -> Quantisation | None:
         raise CheckpointError(f"Cannot use this config.json: {error}") from None
 
 
-def refuse_quantised(values: Mapping[str, Any], purpose: str) -> None:
-    """Raise CheckpointError where config.json says that the model is quantised."""
-    found = read_quantisation(values)
-    if found is not None:
-        raise CheckpointError(
-            f"The model is quantised to {found.bits} bits, and {purpose} needs floating-point "
-            "weights. Take the model that it was made from."
-        )
-
-
 def parts(entry: Entry, num_experts: int, quantisation: Quantisation) -> list[Part]:
     """Return how a parameter is stored.
 
@@ -170,7 +158,7 @@ def read_quantised_config(
     The work is bounded by the files, whatever config.json claims; nothing is allocated.
     """
     weights = open_weights(folder, codes=True)
-    config, family = read_config(values, infer_quantised(weights.tensors), lambda: True, _refuse)
+    config, family = read_config(values, infer_architecture(weights.tensors), lambda: True, _refuse)
     expected: set[str] = set()
     for entry in first_entries(config, family):
         try:
@@ -182,28 +170,8 @@ def read_quantised_config(
             expected.add(part.key)
     extra = weights.tensors.keys() - expected
     if extra:
-        raise CheckpointError(
-            f"The weights do not fit config.json: nothing there asks for {min(extra)[:200]!r}."
-        )
+        raise misfit(f"nothing there asks for {min(extra)[:200]!r}.")
     return config, family, weights
-
-
-@torch.no_grad()
-def load_quantised(
-    folder: Path,
-    values: Mapping[str, Any],
-    quantisation: Quantisation,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    experts: bool = True,
-) -> SwitchTransformer:
-    """Return the model of a quantised folder; no quantised parameter is ever a float one.
-
-    dtype: of what is not quantised; None keeps that of the files.
-    experts: false leaves those on the meta device, see `expert_extents`.
-    """
-    config, family, weights = read_quantised_config(folder, values, quantisation)
-    return assemble(config, family, quantisation, weights.read, dtype, device, experts)
 
 
 @torch.no_grad()
@@ -216,10 +184,11 @@ def assemble(
     device: torch.device | str = "cpu",
     experts: bool = True,
 ) -> SwitchTransformer:
-    """Return a quantised model of its tensors, as they are stored.
+    """Return a quantised model of its tensors, as they are stored; none becomes a float one.
 
     read: gives (key, tensor) of the keys asked for.
-    dtype, experts: see load_quantised.
+    dtype: of what is not quantised; None keeps that of the files.
+    experts: false leaves those on the meta device, see `expert_extents`.
     """
     with torch.device("meta"):
         model = SwitchTransformer(config)
@@ -241,10 +210,9 @@ def assemble(
 
 
 def expert_extents(
-    folder: Path, values: Mapping[str, Any], quantisation: Quantisation
+    config: ModelConfig, family: Family, quantisation: Quantisation, weights: Weights
 ) -> dict[str, list[Extent]]:
     """Return where each expert's codes and scales lie, by their keys in the files."""
-    config, family, weights = read_quantised_config(folder, values, quantisation)
     extents = find_extents(weights.tensors)
     return {
         part.key: [extents[part.key].slice(expert) for expert in range(config.num_experts)]
@@ -273,18 +241,18 @@ def _copy(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def _refuse(message: str) -> None:
-    raise CheckpointError(f"The weights do not fit config.json: {message}")
+    raise misfit(message)
 
 
 def _check(part: Part, found: Description | None) -> None:
     if found is None:
-        raise CheckpointError(f"The weights do not fit config.json: missing {part.key[:200]!r}.")
+        raise misfit(f"missing {part.key[:200]!r}.")
     right_kind = found.dtype == part.dtype or (part.dtype is None and found.dtype.is_floating_point)
     if found.shape != part.shape or not right_kind:
         asked = "numbers" if part.dtype is None else str(part.dtype).removeprefix("torch.")
-        raise CheckpointError(
-            f"The weights do not fit config.json: {part.key!r} has the shape {list(found.shape)} "
-            f"of {str(found.dtype).removeprefix('torch.')}, but the configuration asks for "
+        raise misfit(
+            f"{part.key!r} has the shape {list(found.shape)} of "
+            f"{str(found.dtype).removeprefix('torch.')}, but the configuration asks for "
             f"{list(part.shape)} of {asked}."
         )
 
@@ -303,13 +271,7 @@ def weights_of_model(model: SwitchTransformer) -> Source:
 
 def weights_of_files(config: ModelConfig, family: Family, weights: Weights) -> Source:
     """Yield every weight of a model folder, [outputs, inputs]; one is in memory at a time."""
-    matched = match(config, family, weights, lambda _message: None)
-    wanted: dict[str, list[Entry]] = {}
-    for entry in matched.entries:
-        wanted.setdefault(matched.sources[entry.theirs], []).append(entry)
-    for key, tensor in weights.read(wanted.keys()):
-        for entry in wanted[key]:
-            yield entry, tensor
+    return match(config, family, weights, lambda _message: None).read(weights)
 
 
 @torch.no_grad()
@@ -331,91 +293,36 @@ def save_quantised(
     Raises ConfigError for widths that cannot be cut into groups, CheckpointError for a folder that
     holds other things, OSError.
     """
-    kinds = {entry.ours: entry for entry in first_entries(config, family_of(config))}
-    stored = {name: parts(kind, config.num_experts, quantisation) for name, kind in kinds.items()}
+    stored = [
+        parts(entry, config.num_experts, quantisation)
+        for entry in first_entries(config, family_of(config))
+    ]
+    shards = [
+        _contents(chain.from_iterable(shard))
+        for shard in share_out(stored, _contents, max_shard_bytes)
+    ]
     with new_folder(folder) as partial, ExitStack() as opened:
-        files = _Files(partial, _share(stored, max_shard_bytes), opened)
+        files: list[TensorFile] = []
+        file_of: dict[str, TensorFile] = {}
+        for name, contents in zip(shard_names(len(shards), QUANTISED), shards, strict=True):
+            stream = opened.enter_context((partial / name).open("wb"))
+            files.append(TensorFile(stream, contents))
+            file_of |= dict.fromkeys(contents, files[-1])
+        write_index(partial, shards, QUANTISED)
         for entry, tensor in source:
+            key = entry.ours
             if quantisation.holds(entry):
                 codes, scale = quantise(entry, tensor)
-                files.write(entry.ours, entry.expert, codes)
-                files.write(entry.ours + SCALE, entry.expert, scale)
+                file_of[key].write(key, codes, entry.expert)
+                file_of[key + SCALE].write(key + SCALE, scale, entry.expert)
             else:
-                files.write(entry.ours, None, tensor.float())
-        files.finish()
+                file_of[key].write(key, tensor.float())
+        for file in files:
+            file.finish()
         values = write_config(config, "float32") | {KEY: to_mapping(quantisation)}
-        write_json(partial / "config.json", values)
-        write_tokens(config, partial)
         card = quantised_card(config, quantisation.bits, quantisation.what)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        if tokenizer is not None:
-            tokenizer.save(partial)
+        write_texts(partial, config, values, card, tokenizer)
 
 
-@dataclass(frozen=True)
-class _Place:
-    stream: BinaryIO
-    start: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class _Files:
-    """The weight files, their headers written; tensors go to their places in any order."""
-
-    def __init__(self, folder: Path, shards: list[list[Part]], opened: ExitStack) -> None:
-        self._places: dict[str, _Place] = {}
-        self._left: dict[str, int] = {}
-        self._streams: list[BinaryIO] = []
-        names = [shard_name(number, len(shards), QUANTISED) for number in range(len(shards))]
-        for name, shard in zip(names, shards, strict=True):
-            stream = opened.enter_context((folder / name).open("wb"))
-            self._streams.append(stream)
-            # The format wants no gaps: with larger dtypes first all tensors are aligned.
-            ordered = sorted(shard, key=lambda part: -_dtype(part).itemsize)
-            head = header({part.key: (_dtype(part), part.shape) for part in ordered}, {})
-            stream.write(head)
-            start = len(head)
-            for part in ordered:
-                self._places[part.key] = _Place(stream, start, part.shape, _dtype(part))
-                self._left[part.key] = _bytes(part)
-                start += _bytes(part)
-        if len(shards) > 1:
-            held = {
-                name: ([part.key for part in shard], sum(map(_bytes, shard)))
-                for name, shard in zip(names, shards, strict=True)
-            }
-            write_json(folder / f"{QUANTISED}.index.json", index_of(held))
-
-    def write(self, key: str, expert: int | None, tensor: Tensor) -> None:
-        """Write a tensor, or one expert's of it."""
-        place = self._places[key]
-        shape = place.shape if expert is None else place.shape[1:]
-        assert tuple(tensor.shape) == shape, (key, tensor.shape, shape)
-        tensor = tensor.to(place.dtype).contiguous()
-        place.stream.seek(place.start + (expert or 0) * tensor.nbytes)
-        place.stream.write(raw(tensor))
-        self._left[key] -= tensor.nbytes
-
-    def finish(self) -> None:
-        """Flush; every byte must have been written."""
-        missing = [key for key, left in self._left.items() if left]
-        if missing:
-            raise CheckpointError(f"The weights of the model are incomplete: {missing[0]!r}.")
-        for stream in self._streams:
-            stream.flush()
-            os.fsync(stream.fileno())
-
-
-def _dtype(part: Part) -> torch.dtype:
-    return part.dtype or torch.float32
-
-
-def _bytes(part: Part) -> int:
-    return math.prod(part.shape) * _dtype(part).itemsize
-
-
-def _share(stored: dict[str, list[Part]], max_shard_bytes: int) -> list[list[Part]]:
-    """Share the parts out among files, a parameter's codes and scales in the same one."""
-    shards = share_out(stored.values(), lambda both: sum(map(_bytes, both)), max_shard_bytes)
-    return [list(chain.from_iterable(shard)) for shard in shards]
+def _contents(stored: Iterable[Part]) -> Contents:
+    return {part.key: (part.dtype or torch.float32, part.shape) for part in stored}

@@ -8,10 +8,8 @@ writes the file, which keeps only what it is writing.
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
@@ -33,10 +31,15 @@ from switchlm.checkpoint.layout import (
 from switchlm.checkpoint.tensors import header, raw
 from switchlm.errors import CheckpointError
 from switchlm.files import Report
-from switchlm.huggingface.config import family_of, write_config
-from switchlm.huggingface.model_card import limits, model_card
-from switchlm.huggingface.names import ALIASES, Entry, entries
+from switchlm.huggingface.config import (
+    ARCHITECTURES,
+    family_of,
+    transformers_step,
+    write_config,
+)
+from switchlm.huggingface.names import ALIASES, STACKS, Entry, entries
 from switchlm.huggingface.weights import SAFETENSORS
+from switchlm.model import count
 from switchlm.model.config import ModelConfig
 from switchlm.model.quantised import quantised_modules
 from switchlm.model.transformer import SwitchTransformer
@@ -47,103 +50,138 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A weight file: its name, the keys in it, and the bytes of their tensors."""
+Contents = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""What a weight file holds: the dtype and the shape of every tensor by its key."""
 
-    file: str
-    keys: list[str]
-    num_bytes: int
+
+class TensorFile:
+    """A safetensors file; its header is written at once, tensors go to their places in any order.
+
+    stream: the file, which whoever opened it closes.
+    """
+
+    def __init__(self, stream: BinaryIO, contents: Contents) -> None:
+        # The format wants no gaps: with larger dtypes first all tensors are aligned.
+        ordered = dict(sorted(contents.items(), key=lambda item: -item[1][0].itemsize))
+        head = header(ordered, {})
+        stream.write(head)
+        self._stream, self._contents = stream, ordered
+        self._starts: dict[str, int] = {}
+        self._left = {key: _num_bytes(*ordered[key]) for key in ordered}
+        start = len(head)
+        for key, size in self._left.items():
+            self._starts[key] = start
+            start += size
+
+    def write(self, key: str, tensor: Tensor, expert: int | None = None) -> None:
+        """Write a tensor, or one expert's of it."""
+        dtype, shape = self._contents[key]
+        shape = shape if expert is None else shape[1:]
+        assert tuple(tensor.shape) == shape, (key, tensor.shape, shape)
+        tensor = tensor.to(dtype).contiguous()
+        self._stream.seek(self._starts[key] + (expert or 0) * tensor.nbytes)
+        self._stream.write(raw(tensor))
+        self._left[key] -= tensor.nbytes
+
+    def finish(self) -> None:
+        """Sync the file. Raises CheckpointError where not every byte has been written."""
+        missing = [key for key, left in self._left.items() if left]
+        if missing:
+            raise CheckpointError(f"The weights of the model are incomplete: {missing[0]!r}.")
+        files.flush(self._stream)
+
+
+def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def shard_names(number: int, whole: str) -> list[str]:
+    """Return the names of so many weight files; `whole` is that of the only one."""
+    if number == 1:
+        return [whole]
+    stem = whole.removesuffix(".safetensors")
+    return [f"{stem}-{place:05}-of-{number:05}.safetensors" for place in range(1, number + 1)]
+
+
+def write_index(folder: Path, shards: list[Contents], whole: str) -> None:
+    """Write which file each tensor is in, and the bytes of all; a single file needs no index."""
+    if len(shards) == 1:
+        return
+    names = shard_names(len(shards), whole)
+    size = sum(_num_bytes(*described) for shard in shards for described in shard.values())
+    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    _write_json(folder / f"{whole}.index.json", index)
+
+
+def share_out(items: Iterable[T], contents: Callable[[T], Contents], most: int) -> list[list[T]]:
+    """Share items out among files of at most `most` bytes, in their order.
+
+    contents: gives the tensors of an item, which stay together.
+    """
+    shards: list[list[T]] = [[]]
+    size = 0
+    for item in items:
+        needed = sum(_num_bytes(*described) for described in contents(item).values())
+        if shards[-1] and size + needed > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += needed
+    return shards
 
 
 @torch.no_grad()
 def write_shards(
     folder: Path, tensors: Mapping[str, Tensor], shards: list[list[Entry]], ranks: Ranks
-) -> list[Shard]:
+) -> list[Contents]:
     """Write a file a shard into `folder`, each rank its own; return what they hold.
 
     tensors: of the model by our names, plain or DTensors. An error of one rank is raised on all.
     """
     layout = Planner(ranks).layout(tensors)
-    # The format wants no gaps: with larger dtypes first all tensors are aligned.
-    shards = [sorted(s, key=lambda entry: -tensors[entry.ours].element_size()) for s in shards]
-    names = [shard_name(number, len(shards)) for number in range(len(shards))]
-    problem: OSError | None = None
+    names = shard_names(len(shards), SAFETENSORS)
+    contents = [_contents(shard, tensors) for shard in shards]
+    problems: list[OSError] = []
+
+    @contextmanager
+    def kept() -> Iterator[None]:
+        """Keep an error for later: the other ranks must be rid of their parts whatever happens."""
+        try:
+            yield
+        except OSError as error:
+            problems.append(error)
+
     for first in range(0, len(shards), ranks.size):
         now = shards[first : first + ranks.size]  # one a rank, written at the same time
-        output = None
-        if ranks.rank < len(now):
-            head = _header(now[ranks.rank], tensors)
-            output = _Output(folder / names[first + ranks.rank], head)
-        for turn in zip_longest(*now):
-            for writer, entry in enumerate(turn):
-                if entry is None:
-                    continue
-                found = _fetch(tensors[entry.ours], entry, layout[entry.ours], writer, ranks)
-                if output is not None and found is not None:
-                    output.write(raw(found))
-        if output is not None:
-            output.close()
-            problem = problem or output.problem
+        with kept(), ExitStack() as opened:
+            output = None
+            if ranks.rank < len(now):
+                own = first + ranks.rank
+                with kept():
+                    stream = opened.enter_context((folder / names[own]).open("wb"))
+                    output = TensorFile(stream, contents[own])
+            for turn in zip_longest(*now):
+                for writer, entry in enumerate(turn):
+                    if entry is None:
+                        continue
+                    found = _fetch(tensors[entry.ours], entry, layout[entry.ours], writer, ranks)
+                    if output is not None and found is not None and not problems:
+                        with kept():
+                            output.write(entry.theirs, found)
+            if output is not None and not problems:
+                output.finish()
 
     def report() -> None:
-        if problem is not None:
-            raise problem
+        if problems:
+            raise problems[0]
 
     ranks.on_all_ranks(report)
-    return [
-        Shard(file, [entry.theirs for entry in shard], sum(_size(e, tensors) for e in shard))
-        for file, shard in zip(names, shards, strict=True)
-    ]
+    return contents
 
 
-class _Output:
-    """A file that keeps its first error for later.
-
-    The other ranks still wait to be rid of their parts, which must be taken whatever happens here.
-    """
-
-    def __init__(self, path: Path, head: bytes) -> None:
-        self.problem: OSError | None = None
-        self._stream: BinaryIO | None = None
-        try:
-            self._stream = path.open("wb")
-        except OSError as error:
-            self.problem = error
-        self.write(head)
-
-    def write(self, content: bytes | memoryview) -> None:
-        """Append bytes, unless something went wrong before."""
-        if self._stream is not None and self.problem is None:
-            try:
-                self._stream.write(content)
-            except OSError as error:
-                self.problem = error
-
-    def close(self) -> None:
-        """Sync and close."""
-        if self._stream is not None:
-            try:
-                with self._stream:
-                    self._stream.flush()
-                    os.fsync(self._stream.fileno())
-            except OSError as error:
-                self.problem = self.problem or error
-
-
-def shard_name(number: int, count: int, whole: str = SAFETENSORS) -> str:
-    """Return the name of a weight file, of so many; `whole` is that of the only one."""
-    if count == 1:
-        return whole
-    return f"{whole.removesuffix('.safetensors')}-{number + 1:05}-of-{count:05}.safetensors"
-
-
-def _header(shard: list[Entry], tensors: Mapping[str, Tensor]) -> bytes:
-    return header({entry.theirs: (tensors[entry.ours].dtype, entry.shape) for entry in shard}, {})
-
-
-def _size(entry: Entry, tensors: Mapping[str, Tensor]) -> int:
-    return math.prod(entry.shape) * tensors[entry.ours].element_size()
+def _contents(shard: Iterable[Entry], tensors: Mapping[str, Tensor]) -> Contents:
+    return {entry.theirs: (tensors[entry.ours].dtype, entry.shape) for entry in shard}
 
 
 def _fetch(
@@ -198,24 +236,33 @@ def write_model(
 ) -> None:
     """Write into a hidden folder beside `folder`, then rename; see huggingface.save."""
     folder = folder.absolute()
-    tensors = model.state_dict()
+    config, tensors = model.config, model.state_dict()
     _check_names(model, tensors)
-    partial = folder.parent / ranks.on_rank_zero(lambda: _begin(model.config, folder, report))
+
+    def begin() -> str:
+        _check_replaceable(folder)
+        for limit in limits(config):
+            report(limit)
+        return files.hidden_folder(folder).name
+
+    def finish() -> None:
+        write_index(partial, written, SAFETENSORS)
+        dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+        card = model_card(config, dtype)
+        write_texts(partial, config, write_config(config, dtype), card, tokenizer)
+        files.replace_folder(partial, folder)
+
+    most = max_shard_bytes
+    if ranks.size > 1:  # each has one to write
+        most = min(most, math.ceil(sum(tensor.nbytes for tensor in tensors.values()) / ranks.size))
+    partial = folder.parent / ranks.on_rank_zero(begin)
     try:
-        shards = _shards(model.config, tensors, _shard_bytes(tensors, max_shard_bytes, ranks))
+        shards = share_out(_saved(config), lambda entry: _contents([entry], tensors), most)
         written = write_shards(partial, tensors, shards, ranks)
-        ranks.on_rank_zero(lambda: _finish(model, tokenizer, partial, folder, written))
+        ranks.on_rank_zero(finish)
     finally:
         if ranks.is_first:
             files.remove_folder(partial)
-
-
-def _begin(config: ModelConfig, folder: Path, report: Report) -> str:
-    """Make the hidden folder, and return its name."""
-    _check_replaceable(folder)
-    for limit in limits(config):
-        report(limit)
-    return files.hidden_folder(folder).name
 
 
 @contextmanager
@@ -224,31 +271,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
     _check_replaceable(folder)
     with files.new_folder(folder) as partial:
         yield partial
-
-
-def _finish(
-    model: SwitchTransformer,
-    tokenizer: "Tokenizer | None",
-    partial: Path,
-    folder: Path,
-    written: list[Shard],
-) -> None:
-    """Add what is no weight, and put the folder in its place."""
-    if len(written) > 1:
-        index = index_of({shard.file: (shard.keys, shard.num_bytes) for shard in written})
-        write_json(partial / f"{SAFETENSORS}.index.json", index)
-    _write_texts(model, partial)
-    if tokenizer is not None:
-        tokenizer.save(partial)
-    files.replace_folder(partial, folder)
-
-
-def index_of(written: Mapping[str, tuple[list[str], int]]) -> dict[str, Any]:
-    """Return the index of weight files: of each the keys in it, and the bytes of its tensors."""
-    return {
-        "metadata": {"total_size": sum(size for _, size in written.values())},
-        "weight_map": {key: file for file, (keys, _) in written.items() for key in keys},
-    }
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -265,26 +287,31 @@ def _check_replaceable(folder: Path) -> None:
             )
 
 
-def _write_texts(model: SwitchTransformer, folder: Path) -> None:
-    config = model.config
-    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
-    write_json(folder / "config.json", write_config(config, dtype))
-    write_tokens(config, folder)
-    (folder / "README.md").write_text(model_card(config, dtype), encoding="utf-8")
+def write_texts(
+    folder: Path,
+    config: ModelConfig,
+    values: dict[str, Any],
+    card: str,
+    tokenizer: "Tokenizer | None",
+) -> None:
+    """Write all of a model folder but its weights.
 
-
-def write_tokens(config: ModelConfig, folder: Path) -> None:
-    """Write generation_config.json: the tokens that begin, end and fill up outputs."""
+    values: of config.json.
+    card: the text of README.md.
+    """
+    _write_json(folder / "config.json", values)
     tokens = {
         "decoder_start_token_id": config.pad_id,
         "eos_token_id": config.end_id,
         "pad_token_id": config.pad_id,
     }
-    write_json(folder / "generation_config.json", tokens)
+    _write_json(folder / "generation_config.json", tokens)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save(folder)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file of the folder."""
+def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -304,32 +331,6 @@ def _check_names(model: SwitchTransformer, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def _shard_bytes(tensors: dict[str, Tensor], largest: int, ranks: Ranks) -> int:
-    """Return how large shards are: no larger than asked for, and one a rank at least."""
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    return largest if ranks.size == 1 else min(largest, math.ceil(total / ranks.size))
-
-
-def _shards(
-    config: ModelConfig, tensors: dict[str, Tensor], max_shard_bytes: int
-) -> list[list[Entry]]:
-    return share_out(_saved(config), lambda entry: _size(entry, tensors), max_shard_bytes)
-
-
-def share_out(items: Iterable[T], num_bytes: Callable[[T], int], most: int) -> list[list[T]]:
-    """Share items out among files of at most `most` bytes, in their order."""
-    shards: list[list[T]] = [[]]
-    size = 0
-    for item in items:
-        needed = num_bytes(item)
-        if shards[-1] and size + needed > most:
-            shards.append([])
-            size = 0
-        shards[-1].append(item)
-        size += needed
-    return shards
-
-
 def _saved(config: ModelConfig) -> Iterator[Entry]:
     """Yield all entries; where the head is untied, transformers wants the embedding thrice."""
     family = family_of(config)
@@ -338,3 +339,97 @@ def _saved(config: ModelConfig) -> Iterator[Entry]:
         if entry.theirs == "shared.weight" and family == "switch" and not config.tied_head:
             for key in ALIASES["shared.weight"]:
                 yield dataclasses.replace(entry, theirs=key)
+
+
+def model_card(config: ModelConfig, dtype: str) -> str:
+    """Return Markdown: what the model is, how to load it, what transformers does differently."""
+    architecture = ARCHITECTURES[family_of(config)]
+    differences = limits(config) + remarks(config)
+    notes = ""
+    if differences:
+        notes = "\n## In transformers\n\n" + "\n".join(f"- {line}" for line in differences) + "\n"
+    loadable = not any("cannot load" in line for line in differences)
+    theirs = ""
+    if loadable:
+        theirs = (
+            f"\nor with transformers:\n\n```python\nfrom transformers import {architecture}\n\n"
+            f'model = {architecture}.from_pretrained("DIR")\n```\n'
+        )
+    return _card(config, dtype) + theirs + notes
+
+
+def quantised_card(config: ModelConfig, bits: int, what: str) -> str:
+    """Return the card of a model whose weights are codes of so many bits."""
+    held = "all matrices" if what == "all" else "experts"
+    return _card(config, f"{held} of {bits} bits") + (
+        "\n## In transformers\n\n- transformers cannot load this model: only switchlm knows the "
+        "layout of its codes.\n"
+    )
+
+
+def _card(config: ModelConfig, weights: str) -> str:
+    experts = config.num_experts
+    kind = f"sparse model with {experts} experts a Switch layer" if experts else "dense model"
+    rows = {
+        "parameters": f"{count.parameters(config):,}",
+        "used by one token": f"{count.active_parameters(config):,}",
+        "layers (encoder, decoder)": f"{config.num_encoder_layers}, {config.num_decoder_layers}",
+        "d_model, d_ff": f"{config.d_model}, {config.d_ff}",
+        "heads": f"{config.num_heads} of {config.d_kv}",
+        "vocabulary": f"{config.vocabulary_size:,}",
+        "routing": f"{config.router.mode}" if experts else "none",
+        "weights": weights,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return (
+        "---\nlibrary_name: switchlm\ntags: [switch-transformers, mixture-of-experts, t5]\n---\n\n"
+        f"# A T5-style encoder-decoder\n\nA {kind}, written by switchlm.\n\n"
+        f"| | |\n|---|---|\n{table}\n\n## Loading\n\n"
+        '```python\nimport switchlm\n\nmodel, tokenizer = switchlm.load("DIR")\n```\n'
+    )
+
+
+def limits(config: ModelConfig) -> list[str]:
+    """Return a sentence for everything that transformers does differently, or cannot load."""
+    if not config.num_experts:
+        return []
+    router = config.router
+    found = []
+    if config.gated:
+        found.append(
+            "transformers has no gated feed-forward layers in Switch Transformers and "
+            "cannot load this model."
+        )
+    if config.attention_experts:
+        found.append("transformers has no Switch layers in attention and cannot load this model.")
+    for stack in STACKS:
+        if transformers_step(config, stack) is None:
+            found.append(
+                f"transformers has no schedule for the sparse layers of the {stack} and "
+                "cannot load this model."
+            )
+    if router.experts_per_token > 1:
+        found.append(
+            f"transformers sends a token to one expert; here it goes to "
+            f"{router.experts_per_token}, so outputs differ."
+        )
+    if router.selection == "expert_choice":
+        found.append(
+            "transformers lets tokens choose experts; here the encoder's experts choose "
+            "tokens, so outputs differ."
+        )
+    if router.balance == "bias":
+        found.append("transformers ignores the routers' selection bias, so outputs differ.")
+    return found
+
+
+def remarks(config: ModelConfig) -> list[str]:
+    """Return what differs only in training or where capacity binds."""
+    router = config.router
+    if not config.num_experts or router.dropless or router.mode == "hf":
+        return []
+    return [
+        "transformers knows absolute capacities only: config.json tells it never to drop a token. "
+        f"Here the capacity factor is {router.capacity_factor} in training and "
+        f"{router.evaluation_capacity_factor} in evaluation."
+    ]

@@ -1,4 +1,4 @@
-"""Weight files of a model folder: which there are, what is in them, and their tensors one by one.
+"""Find a model folder, or one on the hub; what its weight files hold, tensor by tensor.
 
 Names in an index are not to be trusted: a file is only opened if it lies in the folder. Shapes are
 known before any tensor is read. safetensors files are mapped into memory, never read whole; `.bin`
@@ -10,9 +10,9 @@ comes back short is an error with a message.
 """
 
 import json
+import math
 import os
-import pickle
-import struct
+import re
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,34 +24,76 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from switchlm.checkpoint.format import CODES
-from switchlm.errors import CheckpointError
+from switchlm.errors import CheckpointError, MissingExtraError
 
+CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
-QUANTISED = (
-    "quantised.safetensors"  # a name of its own, so that no other reader takes it for weights
-)
+# A name of its own, so that no other reader takes it for weights.
+QUANTISED = "quantised.safetensors"
 PICKLED = "pytorch_model.bin"
 LARGEST_CONFIG = 2**24  # bytes
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
+_SMALL_FILES = ("*.json", "tokenizer*", "*.txt", "README.md")
 _DTYPES = {
     CODES[dtype]: dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 }
 _CODES = {CODES[dtype]: dtype for dtype in (torch.int8, torch.uint8)}  # of quantised weights
 
-# What torch.load raises for damaged pickles: they program its unpickler, wrong arguments and all.
-DAMAGE = (
-    pickle.UnpicklingError,
-    struct.error,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+
+def find_model(
+    name: str | Path, revision: str | None = None, local_files_only: bool = False
+) -> Path:
+    """Return the folder of a model: DIR/model of a run, DIR itself, or the cached files of the hub.
+
+    Cache, offline mode and token are huggingface_hub's own (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN).
+    """
+    folder = Path(name)
+    if (folder / CONFIG).is_file():
+        return folder
+    if (folder / "model" / CONFIG).is_file():
+        return folder / "model"
+    if folder.exists():
+        raise CheckpointError(
+            f"{str(name)!r} is neither a model folder ({CONFIG} is missing) nor a run with a saved "
+            "model in it."
+        )
+    if isinstance(name, Path) or not _HUB_NAME.fullmatch(name):
+        raise CheckpointError(f"There is no folder {str(name)!r}, and it is no name on the hub.")
+    return _download(name, revision, local_files_only)
+
+
+def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+    except ImportError:
+        raise MissingExtraError(
+            "huggingface_hub", "hub", f"Loading {name!r} from the hub"
+        ) from None
+
+    def fetch(*patterns: str) -> Path:
+        try:
+            return Path(
+                snapshot_download(
+                    name,
+                    revision=revision,
+                    local_files_only=local_files_only,
+                    allow_patterns=[*_SMALL_FILES, *patterns],
+                )
+            )
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise CheckpointError(
+                f"There is no folder {name!r}, and the hub could not give it: {str(error)[:300]}"
+            ) from None
+
+    folder = fetch("*.safetensors")
+    if not any(folder.glob("*.safetensors")):
+        folder = fetch("*.bin")
+    return folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +115,6 @@ class Weights:
         self, folder: Path, files: Mapping[str, frozenset[str] | None], codes: bool = False
     ) -> None:
         """files: names of files, and the keys the index promises of each, None without one.
-
         codes: whether the weights may be quantised: codes of 8 bits among the numbers.
         """
         self.tensors: dict[str, Description] = {}
@@ -129,8 +170,8 @@ def open_weights(folder: Path, codes: bool = False) -> Weights:
         if index.is_file():
             return Weights(folder, _read_index(folder, index.name), codes)
     raise CheckpointError(
-        f"There are no weights in {str(folder)!r}: neither {' nor '.join(singles)}, whole or with "
-        "an index."
+        f"There are no weights in {str(folder)!r}: no {' and no '.join(singles)}, whole or with an "
+        "index."
     )
 
 
@@ -159,8 +200,8 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def read_json(folder: Path, name: str, largest: int | None = None) -> dict[str, Any]:
-    """Read a JSON object of the folder; every damage is a CheckpointError."""
+def read_json(folder: Path, name: str, largest: int | None = LARGEST_CONFIG) -> dict[str, Any]:
+    """Read a JSON object of at most so many bytes; every damage is a CheckpointError."""
     path = inside(folder, name)
     if largest is not None and path.stat().st_size > largest:
         raise CheckpointError(f"{name} has {path.stat().st_size} bytes; that is no configuration.")
@@ -174,7 +215,7 @@ def read_json(folder: Path, name: str, largest: int | None = None) -> dict[str, 
 
 
 def _read_index(folder: Path, name: str) -> dict[str, frozenset[str]]:
-    places = read_json(folder, name).get("weight_map")
+    places = read_json(folder, name, largest=None).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise CheckpointError(f"{name} has no weight_map from tensors to files.")
     suffix = ".bin" if name.startswith(PICKLED) else ".safetensors"
@@ -216,7 +257,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except DAMAGE as error:
+    except Exception as error:  # damaged pickles program the unpickler, wrong arguments and all
         raise CheckpointError(
             f"{path.name} is damaged, or holds more than tensors, which could run code and is not "
             f"read: {str(error)[:200]}"
@@ -242,9 +283,6 @@ def _describe_pickled(path: Path) -> dict[str, Description]:
     return described
 
 
-HEADER = struct.Struct("<Q")  # the length of the JSON that follows
-
-
 @dataclass(frozen=True, slots=True)
 class Extent:
     """Consecutive bytes of a file that are a tensor of that shape and dtype."""
@@ -256,10 +294,7 @@ class Extent:
 
     @property
     def num_bytes(self) -> int:
-        size = self.dtype.itemsize
-        for length in self.shape:
-            size *= length
-        return size
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def slice(self, index: int) -> "Extent":
         """Return the index-th part along the first dim."""
@@ -284,13 +319,13 @@ def _starts(path: Path) -> dict[str, tuple[int, int]]:
     """Return the first byte of every tensor in the file, and the one after its last."""
     try:
         with path.open("rb") as file:
-            (length,) = HEADER.unpack(file.read(HEADER.size))
+            length = int.from_bytes(file.read(8), "little")
             if length > os.fstat(file.fileno()).st_size:
                 raise _changed(path)
             header = json.loads(file.read(length))
-    except (OSError, ValueError, struct.error):
+    except (OSError, ValueError):
         raise _changed(path) from None
-    data = HEADER.size + length
+    data = 8 + length
     return {
         key: (data + value["data_offsets"][0], data + value["data_offsets"][1])
         for key, value in header.items()

@@ -6,39 +6,38 @@ Everything slow happens in the engine's thread or in others; the event loop only
 import asyncio
 import dataclasses
 import json
+import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Route as FixedRoute
 
 from switchlm import __version__
 from switchlm.errors import DataError, UserError
 from switchlm.generation.answer import TOKENS_A_BLANK, count_blanks, put_into_blanks, read_spans
+from switchlm.generation.decode import check_vocabulary
 from switchlm.generation.route import route
 from switchlm.serving.engine import Engine, EventBridge, events
-from switchlm.serving.middleware import (
-    REPORT_HEADERS,
-    App,
-    Guard,
-    error_body,
-    page_files,
-    page_headers,
-)
-from switchlm.serving.requests import BusyError, ClosingError, Completion, Fill, Route
-from switchlm.serving.responses import (
-    FailedError,
+from switchlm.serving.middleware import App, Guard, error_body, page_files
+from switchlm.serving.requests import (
+    LARGEST_SEED,
+    Completion,
+    Fill,
+    Generation,
     Numbered,
     Output,
+    RequestError,
+    Route,
     collected,
-    prompt_ids,
-    requests_of,
 )
+from switchlm.serving.requests import Request as EngineRequest
 from switchlm.serving.statistics import CONTENT_TYPE
 
 Answer = TypeVar("Answer")
@@ -67,7 +66,10 @@ def create_app(
         version=__version__,
         docs_url=None,
         redoc_url=None,
-        lifespan=interface.lifespan,
+        routes=[
+            FixedRoute(address, file, methods=["GET"])
+            for address, file in page_files(report).items()
+        ],
     )
     app.get("/health")(interface.health)
     app.get("/metrics")(interface.metrics)
@@ -75,24 +77,8 @@ def create_app(
     app.post("/v1/completions", response_model=None)(interface.completions)
     app.post("/v1/fill", response_model=None)(interface.fill)
     app.post("/v1/route")(interface.route)
-    headers = page_headers(report)
-    for address, file in page_files().items():
-        app.get(address, include_in_schema=False)(_constant(file.content, file.media_type, headers))
-    if report is not None:
-        app.get("/report", include_in_schema=False)(
-            _constant(report.encode(), "text/html; charset=utf-8", REPORT_HEADERS)
-        )
     _explain_errors(app)
     return Guard(app, key=key, count=engine.statistics.answered)
-
-
-def _constant(
-    content: bytes, media_type: str, headers: dict[str, str]
-) -> Callable[[], Awaitable[Response]]:
-    async def give() -> Response:
-        return Response(content, media_type=media_type, headers=headers)
-
-    return give
 
 
 class _Interface:
@@ -104,12 +90,7 @@ class _Interface:
         self._engine, self._name, self._seconds = engine, name, seconds
         self._has_report = report is not None
         self._created = int(time.time())
-        self._mailbox: EventBridge | None = None
-
-    @asynccontextmanager
-    async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
-        self._mailbox = EventBridge(asyncio.get_running_loop())
-        yield
+        self._bridge: EventBridge | None = None
 
     async def health(self) -> Response:
         if not self._engine.is_alive:
@@ -142,14 +123,7 @@ class _Interface:
 
     async def completions(self, body: Completion, request: Request) -> Response:
         self._check_model(body.model)
-        asked = await requests_of(
-            body,
-            body.prompts,
-            self._engine,
-            usual_limit=USUAL_TOKENS,
-            copies=body.n,
-            seconds=self._seconds,
-        )
+        asked = await self._requests(body, body.prompts, USUAL_TOKENS, copies=body.n)
         head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -157,7 +131,7 @@ class _Interface:
             "model": self._name,
         }
         prompt_tokens = sum(len(one.ids) for one in asked[:: body.n])
-        told = events(self._engine, self._box, asked)
+        told = self._events(asked)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             chunks = _chunks(told, head, len(asked), prompt_tokens, usage)
@@ -171,14 +145,8 @@ class _Interface:
     async def fill(self, body: Fill, request: Request) -> Response:
         self._check_model(body.model)
         blanks = count_blanks(body.text, self._engine.tokenizer)
-        (asked,) = await requests_of(
-            body,
-            [body.text],
-            self._engine,
-            usual_limit=TOKENS_A_BLANK * blanks,
-            seconds=self._seconds,
-        )
-        told = events(self._engine, self._box, [asked])
+        (asked,) = await self._requests(body, [body.text], TOKENS_A_BLANK * blanks)
+        told = self._events([asked])
 
         def result(output: Output) -> dict[str, Any]:
             spans = read_spans(output.tokens, self._engine.tokenizer, len(output.text))
@@ -201,7 +169,7 @@ class _Interface:
         engine = self._engine
 
         def check() -> None:
-            prompt_ids(body.text, engine)
+            self._prompt(body.text)
             if body.output and len(engine.tokenizer.encode(body.output)) >= engine.max_target:
                 raise DataError(f"The output may have {engine.max_target - 1:,} tokens at most.")
 
@@ -216,34 +184,75 @@ class _Interface:
                 enforce_capacity=body.enforce_capacity,
             )
         )
-        try:
-            found = await _while_wanted(request, _result(asyncio.wrap_future(future)))
-        finally:
-            future.cancel()
+        found = await _while_wanted(request, asyncio.wrap_future(future))
         return {"model": self._name, **dataclasses.asdict(found)}
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._name:
             raise HTTPException(404, f"There is no model {name!r} here, only {self._name!r}.")
 
-    @property
-    def _box(self) -> EventBridge:
-        assert self._mailbox is not None, "the application has started"
-        return self._mailbox
+    async def _requests(
+        self, body: Generation, prompts: Sequence[str], usual_limit: int, copies: int = 1
+    ) -> list[EngineRequest]:
+        """Tokenise the prompts, off the event loop; `copies` of each, with seeds of their own.
+
+        Raises DataError for a prompt that is empty or too long, and for too many tokens or outputs.
+        """
+        queue, most = self._engine.queue, self._engine.max_target
+        if len(prompts) * copies > queue:
+            raise DataError(
+                f"This asks for {len(prompts) * copies} outputs at once, but the server's queue "
+                f"takes {queue}: send fewer prompts, or a smaller n, at a time."
+            )
+        limit = body.max_tokens or min(usual_limit, most)
+        if limit > most:
+            raise DataError(f"max_tokens is {limit:,}, but this server gives {most:,}.")
+        seed = secrets.randbelow(LARGEST_SEED) if body.seed is None else body.seed
+        encoded = await asyncio.to_thread(lambda: [self._prompt(text) for text in prompts])
+        return [
+            EngineRequest(
+                ids=ids,
+                limit=limit,
+                sampling=body.sampling,
+                seed=(seed + copy) % (LARGEST_SEED + 1),
+                stops=body.stops,
+                seconds=self._seconds,
+            )
+            for ids in encoded
+            for copy in range(copies)
+        ]
+
+    def _prompt(self, text: str) -> tuple[int, ...]:
+        """Return the tokens of a prompt and the end token.
+
+        Raises DataError for a prompt that is empty or longer than the server takes.
+        """
+        engine = self._engine
+        ids = engine.tokenizer.encode(text)
+        if not ids:
+            raise DataError("The text is empty: there is nothing to generate from.")
+        if len(ids) >= engine.max_source:
+            raise DataError(
+                f"The text has {len(ids):,} tokens; this server takes {engine.max_source - 1:,}."
+            )
+        check_vocabulary(max(ids), engine.model.config.vocabulary_size)
+        return (*ids, engine.model.config.end_id)
+
+    def _events(self, asked: list[EngineRequest]) -> Numbered:
+        """Yield what the engine does; all events come by one bridge, made in the server's loop."""
+        if self._bridge is None:
+            self._bridge = EventBridge(asyncio.get_running_loop())
+        return events(self._engine, self._bridge, asked)
 
 
-async def _result(future: "asyncio.Future[Answer]") -> Answer:
-    return await future
-
-
-async def _while_wanted(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
+async def _while_wanted(request: Request, work: Awaitable[Answer]) -> Answer:
     """Return the result of the work, which is cancelled when the client goes away."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise FailedError("The client closed the connection.", 499)
+            raise RequestError("The client closed the connection.", 499)
         return task.result()
     finally:
         task.cancel()
@@ -255,13 +264,9 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _first(chunks: Chunks) -> dict[str, Any]:
-    return await anext(chunks)
-
-
 async def _stream(request: Request, chunks: Chunks) -> Response:
     """Return server-sent events; what goes wrong before the first one is an ordinary error."""
-    first = await _while_wanted(request, _first(chunks))
+    first = await _while_wanted(request, anext(chunks))
 
     async def lines() -> AsyncIterator[str]:
         try:
@@ -269,7 +274,7 @@ async def _stream(request: Request, chunks: Chunks) -> Response:
                 yield f"data: {json.dumps(first)}\n\n"
                 async for chunk in chunks:
                     yield f"data: {json.dumps(chunk)}\n\n"
-        except FailedError as error:
+        except RequestError as error:
             told = error_body(str(error), "server_error", code=error.status)
             yield f"data: {json.dumps(told)}\n\n"
         yield "data: [DONE]\n\n"
@@ -342,17 +347,11 @@ def _explain_errors(app: FastAPI) -> None:
     async def mistaken(_: Request, error: UserError) -> JSONResponse:
         return answer(400, str(error))
 
-    @app.exception_handler(BusyError)
-    async def busy(_: Request, error: BusyError) -> JSONResponse:
-        return answer(429, str(error), headers={"Retry-After": str(error.retry_after)})
-
-    @app.exception_handler(ClosingError)
-    async def closing(_: Request, error: ClosingError) -> JSONResponse:
-        return answer(503, str(error), headers={"Retry-After": "5"})
-
-    @app.exception_handler(FailedError)
-    async def failed(_: Request, error: FailedError) -> JSONResponse:
-        return answer(error.status, str(error))
+    @app.exception_handler(RequestError)
+    async def failed(_: Request, error: RequestError) -> JSONResponse:
+        wait = error.retry_after
+        headers = None if wait is None else {"Retry-After": str(wait)}
+        return answer(error.status, str(error), headers=headers)
 
     @app.exception_handler(HTTPException)
     async def known(_: Request, error: HTTPException) -> JSONResponse:

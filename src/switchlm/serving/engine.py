@@ -14,12 +14,13 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
 from switchlm.data.text.tokenizer import Tokenizer
-from switchlm.generation.slots import Slots, serving
+from switchlm.generation.decode import evaluation_mode
+from switchlm.generation.slots import Slots
 from switchlm.generation.text_stream import TextStream
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.serving.requests import (
@@ -38,12 +39,11 @@ MOST_ENCODED = 8192  # tokens, padding included, encoded between two steps
 
 
 class Engine:
-    """Generates for many at once.
+    """Generates for many at once; its public methods may be called from any thread.
 
     num_slots: how many outputs grow side by side.
-
-    max_source, max_target: the longest prompt and output.
-    queue: how many may wait. All methods but those of its own thread may be called from any thread.
+    max_source, max_target: the longest prompt and output, in tokens.
+    queue: how many requests may wait.
     """
 
     def __init__(
@@ -89,13 +89,12 @@ class Engine:
             assert 0 < request.limit <= self.max_target, "limits are bounded before they come"
             submitted.append(PendingRequest(request, listener, now))
         with self._changed:
-            if self._closing:
-                raise ClosingError("The server is shutting down; nothing new is taken.")
-            waiting = len(self._waiting)
-            if waiting + len(submitted) > self.queue:
+            try:
+                self._check_room(len(self._waiting), len(submitted))
+            except BusyError:
                 for _ in submitted:
                     self.statistics.finished("refused")
-                raise BusyError(waiting, self.statistics.seconds_for(waiting, self.num_slots))
+                raise
             self._waiting.extend(submitted)
             self._changed.notify()
         return submitted
@@ -113,14 +112,16 @@ class Engine:
                 future.set_exception(error)
 
         with self._changed:
-            if self._closing:
-                raise ClosingError("The server is shutting down; nothing new is taken.")
-            if len(self._calls) >= self.queue:
-                waiting = len(self._calls)
-                raise BusyError(waiting, self.statistics.seconds_for(waiting, self.num_slots))
+            self._check_room(len(self._calls), 1)
             self._calls.append(run)
             self._changed.notify()
         return future
+
+    def _check_room(self, waiting: int, more: int) -> None:
+        if self._closing:
+            raise ClosingError
+        if waiting + more > self.queue:
+            raise BusyError(waiting, self.statistics.seconds_for(waiting, self.num_slots))
 
     def close(self, seconds: float | None = None) -> None:
         """Take nothing new, finish what was accepted, and end; wait for that."""
@@ -145,7 +146,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            with serving(self.model):
+            with evaluation_mode(self.model, drop=False):
                 slots = Slots(
                     self.model,
                     num_slots=self.num_slots,
@@ -160,7 +161,7 @@ class Engine:
             while self._wait_for_work(slots):
                 if self._calls:  # one at a time, so that decoding goes on between many
                     self._calls.popleft()()
-                with serving(self.model):
+                with evaluation_mode(self.model, drop=False):
                     self._advance(slots)
                     while not self._calls and (slots.names or self._waiting):
                         self._advance(slots)
@@ -201,9 +202,10 @@ class Engine:
             if reason:
                 self._leave(slots, row, reason)
         with self._changed:
-            gone = [pending for pending in self._waiting if _given_up(pending, now)]
-        for pending in gone:  # counted first: whoever sees an empty queue sees all counts
-            self._finish(pending, _given_up(pending, now) or "cancelled")
+            reasons = {pending: _given_up(pending, now) for pending in self._waiting}
+        gone = {pending: reason for pending, reason in reasons.items() if reason}
+        for pending, reason in gone.items():  # counted first: an empty queue has all counts
+            self._finish(pending, reason)
         with self._changed:
             for pending in gone:
                 self._waiting.remove(pending)
@@ -257,7 +259,7 @@ class Engine:
     def _step(self, slots: Slots) -> None:
         """Add a token to every row, and tell of it."""
         begin = time.monotonic()
-        tokens = self._tokens(slots)
+        tokens = self._tokens(slots, 0, len(slots.names))
         now = time.monotonic()
         self.statistics.stepped(len(tokens), now - begin)
         # From the last row on, since a row that leaves is replaced by the last.
@@ -277,22 +279,15 @@ class Engine:
                 slots.leave(row)
                 self._fail(pending, error)
 
-    def _tokens(self, slots: Slots) -> list[int | Exception]:
-        """Return each row's next token, or what went wrong with it alone."""
+    def _tokens(self, slots: Slots, first: int, last: int) -> list[int | Exception]:
+        """Return the next token of those rows, or what went wrong with a row alone."""
         try:
-            found: list[Any] = [*slots.step()]
+            damaged = ValueError("the model's output is not finite")
+            return [damaged if token is None else token for token in slots.step(first, last)]
         except Exception as error:
-            alone = len(slots.names) == 1
-            rows = range(len(slots.names))
-            found = [error] if alone else [self._alone(slots, row) for row in rows]
-        damaged = ValueError("the model's output is not finite")
-        return [damaged if token is None else token for token in found]
-
-    def _alone(self, slots: Slots, row: int) -> int | Exception | None:
-        try:
-            return slots.step(row, row + 1)[0]
-        except Exception as error:
-            return error
+            if last - first == 1:
+                return [error]
+        return [one for row in range(first, last) for one in self._tokens(slots, row, row + 1)]
 
     def _tell(self, slots: Slots, row: int, pending: PendingRequest, token: int) -> None:
         stream = self._streams[pending]
@@ -352,25 +347,25 @@ class EventBridge:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._letters: deque[tuple[asyncio.Queue[tuple[int, Event]], int, Event]] = deque()
+        self._events: deque[tuple[asyncio.Queue[tuple[int, Event]], int, Event]] = deque()
         self._called = False
 
-    def post(self, queue: "asyncio.Queue[tuple[int, Event]]", number: int, event: Event) -> None:
+    def put(self, queue: "asyncio.Queue[tuple[int, Event]]", number: int, event: Event) -> None:
         """Put (number, event) into the queue, soon."""
-        self._letters.append((queue, number, event))
+        self._events.append((queue, number, event))
         if not self._called:
             self._called = True
             self._loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
         self._called = False
-        while self._letters:
-            queue, number, event = self._letters.popleft()
+        while self._events:
+            queue, number, event = self._events.popleft()
             queue.put_nowait((number, event))
 
 
 async def events(
-    engine: Engine, mailbox: EventBridge, requests: Sequence[Request]
+    engine: Engine, bridge: EventBridge, requests: Sequence[Request]
 ) -> AsyncGenerator[tuple[int, Event], None]:
     """Yield (number of the request, event) until all have ended.
 
@@ -380,7 +375,7 @@ async def events(
     queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
     def listener(number: int) -> Callable[[Event], None]:
-        return lambda event: mailbox.post(queue, number, event)
+        return lambda event: bridge.put(queue, number, event)
 
     submitted = engine.submit_all(requests, [listener(place) for place in range(len(requests))])
     left = len(requests)

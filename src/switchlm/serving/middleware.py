@@ -10,12 +10,12 @@ import base64
 import binascii
 import hashlib
 import hmac
-import json
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
+
+from starlette.responses import JSONResponse, Response
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -42,41 +42,41 @@ class Guard:
         *,
         key: str | None,
         seconds: float = BODY_SECONDS,
-        count: Callable[[int], None] | None = None,
+        count: Callable[[int], None] = lambda status: None,
     ) -> None:
         self._app, self._seconds, self._count = app, seconds, count
         self._key = None if key is None else key.encode()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-        else:
-            await self._answer(scope, receive, self._counted(send))
-
-    def _counted(self, send: Send) -> Send:
-        count = self._count
-        if count is None:
-            return send
-
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                count(message["status"])
+                self._count(message["status"])
             await send(message)
 
-        return counted
+        if scope["type"] == "http":
+            await self._answer(scope, receive, counted)
+        else:
+            await self._app(scope, receive, send)
 
     async def _answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        async def refuse(
+            status: int, message: str, headers: dict[str, str], code: str | None = None
+        ) -> None:
+            response = JSONResponse(error_body(message, code=code), status, headers)
+            await response(scope, receive, send)
+
         if not self._allowed(scope):
             message = "This needs the API key: send it as `Authorization: Bearer KEY`."
-            await refuse(send, 401, message, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
+            await refuse(401, message, {"WWW-Authenticate": "Bearer"}, "invalid_api_key")
             return
+        close = {"Connection": "close"}
         try:
             body = await asyncio.wait_for(_read(receive), self._seconds)
         except TimeoutError:
-            await refuse(send, 408, f"The body did not come within {self._seconds:g} s.")
+            await refuse(408, f"The body did not come within {self._seconds:g} s.", close)
             return
         except OverflowError:
-            await refuse(send, 413, f"A request may have {LARGEST_BODY:,} bytes at most.")
+            await refuse(413, f"A request may have {LARGEST_BODY:,} bytes at most.", close)
             return
         if body is None:  # the client is gone
             return
@@ -132,21 +132,6 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-async def refuse(
-    send: Send, status: int, message: str, code: Any = None, headers: dict[str, str] | None = None
-) -> None:
-    """Answer with an error."""
-    content = json.dumps(error_body(message, code=code)).encode()
-    fields = {"content-type": "application/json", "content-length": str(len(content))}
-    fields |= {"connection": "close"} if status in (408, 413) else {}
-    raw = [
-        (name.lower().encode(), value.encode())
-        for name, value in (fields | (headers or {})).items()
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
-    await send({"type": "http.response.body", "body": content})
-
-
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 _INLINE_SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 
@@ -162,23 +147,20 @@ REPORT_HEADERS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class PageFile:
-    """media_type: with the character set, for the Content-Type header."""
+def page_files(report: str | None = None) -> dict[str, Response]:
+    """Return what is answered at `/`, `/page/NAME`, and `/report` if there is a report.
 
-    media_type: str
-    content: bytes
-
-
-def page_files() -> dict[str, PageFile]:
-    """Return the page's files by address: `/` and `/page/NAME`. None needs the API key."""
+    report: the HTML of the run's report. All but this come without the API key.
+    """
     found = {}
+    headers = page_headers(report)
     for file in files("switchlm.serving").joinpath("page").iterdir():
         ending = file.name.rpartition(".")[2]
         if ending in _TYPES:
             address = "/" if file.name == "index.html" else f"/page/{file.name}"
-            media_type = f"{_TYPES[ending]}; charset=utf-8"
-            found[address] = PageFile(media_type=media_type, content=file.read_bytes())
+            found[address] = Response(file.read_bytes(), 200, headers, _TYPES[ending])
+    if report is not None:
+        found["/report"] = Response(report, 200, REPORT_HEADERS, "text/html")
     return found
 
 

@@ -1,10 +1,11 @@
-"""The bodies of requests, and what the engine is asked for and tells while it works on it.
+"""A request on its way: its body, what the engine is asked for, the events it tells, the output.
 
-Every field has its type and bounds, and there are no others.
+Every field of a body has its type and bounds, and there are no others.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -15,21 +16,31 @@ from switchlm.generation.sampling import GREEDY, Sampling
 Reason = Literal["stop", "length", "deadline", "cancelled", "error"]
 
 
-class BusyError(SwitchLMError):
-    """The queue is full.
+class RequestError(SwitchLMError):
+    """A request that is not answered, or not to its end.
 
-    retry_after: whole seconds after which to try again.
+    status: of HTTP.
+    retry_after: whole seconds after which to try again; None where that is not known to help.
     """
 
+    def __init__(self, message: str, status: int, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.retry_after = status, retry_after
+
+
+class BusyError(RequestError):
+    """The queue is full."""
+
     def __init__(self, waiting: int, retry_after: int) -> None:
-        super().__init__(
-            f"The server is busy: {waiting} requests wait already. Try again in {retry_after} s."
-        )
-        self.retry_after = retry_after
+        message = f"The server is busy: {waiting} requests wait already."
+        super().__init__(f"{message} Try again in {retry_after} s.", 429, retry_after)
 
 
-class ClosingError(SwitchLMError):
+class ClosingError(RequestError):
     """The server is shutting down and takes nothing new."""
+
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down; nothing new is taken.", 503, 5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +48,6 @@ class Request:
     """ids: the prompt, end token included.
     limit: of new tokens.
     stops: texts that end the output.
-
     seconds: how long it may take, waiting included; None for ever.
     """
 
@@ -54,7 +64,6 @@ class Event:
     """A piece of output.
 
     reason: why it is the last, None if it is not.
-
     token: the new one, None where the end brought none.
     message: what went wrong, for an error.
     """
@@ -82,6 +91,47 @@ class PendingRequest:
     def cancel(self) -> None:
         """Nobody wants it any more: its slot is free after the step that is running."""
         self.cancelled = True
+
+
+Numbered = AsyncGenerator[tuple[int, Event], None]
+# Ends that are none of the model's doing: the message and the status of HTTP.
+_FAILURES = {
+    "error": ("This request failed: {}.", 500),
+    "deadline": ("The request took longer than the server allows.", 504),
+    "cancelled": ("The request was cancelled.", 499),
+}
+
+
+@dataclass
+class Output:
+    """What has come of a request so far; reason: why it ended, None while it goes on."""
+
+    pieces: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    reason: Reason | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    def add(self, event: Event) -> None:
+        """Take an event in. Raises RequestError for an end that is none of the model's doing."""
+        self.pieces.append(event.piece)
+        if event.token is not None:
+            self.tokens.append(event.token)
+        self.reason = event.reason
+        if event.reason in _FAILURES:
+            message, status = _FAILURES[event.reason]
+            raise RequestError(message.format(event.message), status)
+
+
+async def collected(events: Numbered, number: int) -> list[Output]:
+    """Return the whole outputs of so many requests; the first that fails ends them all."""
+    outputs = [Output() for _ in range(number)]
+    async with aclosing(events):
+        async for place, event in events:
+            outputs[place].add(event)
+    return outputs
 
 
 MOST_CHARACTERS = 2**18  # of any text; the engine's own limit in tokens comes after it
@@ -127,6 +177,17 @@ class Generation(_Body):
         """The stop strings, none to all of them."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are to be chosen: greedily unless the body says anything about it."""
+        if self.temperature is None and self.top_k is None and self.top_p is None:
+            return GREEDY
+        return Sampling(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=self.top_k,
+            top_p=1.0 if self.top_p is None else self.top_p,
+        )
+
 
 class StreamOptions(_Body):
     """include_usage: end a stream with the number of tokens."""
@@ -157,7 +218,6 @@ class Route(_Body):
     """The body of /v1/route.
 
     output: None takes the model's own greedy one.
-
     enforce_capacity: drop tokens as in training, instead of serving all as the server does.
     """
 

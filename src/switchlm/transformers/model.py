@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, ConfigError
-from switchlm.generation.inference import dropless
+from switchlm.generation.decode import dropless
 from switchlm.huggingface import load
 from switchlm.huggingface.config import family_of, write_config
-from switchlm.huggingface.hub import find_model
 from switchlm.huggingface.names import ALIASES, entries
+from switchlm.huggingface.weights import find_model
 from switchlm.model.attention import KeysValues, KeyValueStore
 from switchlm.model.losses import cross_entropy, routing_losses
 from switchlm.model.routing import Routing
@@ -63,9 +62,7 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
                 "from_pretrained, or make one: SwitchTransformer(switchlm.preset('nano'))."
             )
         values = write_config(model.config, str(model.embedding.weight.dtype)[len("torch.") :])
-        kind = "T5Config" if family_of(model.config) == "t5" else "SwitchTransformersConfig"
-        values = {key: value for key, value in values.items() if key != "model_type"}
-        super().__init__(getattr(transformers, kind)(**values))
+        super().__init__(AutoConfig.for_model(**values))
         self.model = model
         self.tokenizer = tokenizer
         self.post_init()
@@ -97,14 +94,10 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
             dtype = named
         if device_map == "auto":
             device_map = "cuda" if torch.cuda.is_available() else "cpu"
-        where = {"revision": revision, "local_files_only": local_files_only}
+        folder = find_model(pretrained_model_name_or_path, revision, local_files_only)
         model, tokenizer = load.load(
-            pretrained_model_name_or_path,
-            dtype=cast("torch.dtype | None", dtype),
-            device=device_map or "cpu",
-            **where,  # type: ignore[arg-type]
+            folder, dtype=cast("torch.dtype | None", dtype), device=device_map or "cpu"
         )
-        folder = find_model(pretrained_model_name_or_path, **where)  # type: ignore[arg-type]
         self = cls(model, tokenizer)
         if (folder / GENERATION_CONFIG).is_file():
             self.generation_config = GenerationConfig.from_pretrained(folder)
@@ -161,7 +154,7 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
         """
         _refuse(options, "forward")
         cache = cache if past_key_values is None else past_key_values
-        segments_BS = None if attention_mask is None else (attention_mask != 0).int()
+        segments_BS = _segments(attention_mask)
         encoder_routing: tuple[Routing, ...] = ()
         if encoder_outputs is not None:
             encoded_BSD = encoder_outputs[0]
@@ -173,14 +166,11 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
             if labels is None:
                 raise ConfigError("There are neither labels nor decoder_input_ids.")
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        target_segments_BT = None
-        if decoder_attention_mask is not None and cache is None:
-            target_segments_BT = (decoder_attention_mask != 0).int()
         output = self.model.decode(
             decoder_input_ids,
             encoded_BSD,
             input_segments_BS=segments_BS,
-            target_segments_BT=target_segments_BT,
+            target_segments_BT=_segments(decoder_attention_mask) if cache is None else None,
             cache=None if cache is None else TheirCache(cache, self.model.decoder, encoded_BSD),
         )
         output = dataclasses.replace(output, encoder_routing=encoder_routing)
@@ -225,17 +215,14 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
         """Return the head, None where the embedding serves."""
         return self.model.head
 
-    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+    def gradient_checkpointing_enable(self, *_: Any, on: bool = True, **__: Any) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
-        self._checkpointing(True)
+        for stack in (self.model.encoder, self.model.decoder):
+            stack.activation_checkpointing = on
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations for the backward pass."""
-        self._checkpointing(False)
-
-    def _checkpointing(self, on: bool) -> None:
-        for stack in (self.model.encoder, self.model.decoder):
-            stack.activation_checkpointing = on
+        self.gradient_checkpointing_enable(on=False)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave all as it is: the model came with its weights."""
@@ -249,8 +236,12 @@ class _Encoder(nn.Module):
         self.encode = encode
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Any:
-        segments_BS = None if attention_mask is None else (attention_mask != 0).int()
-        return BaseModelOutput(last_hidden_state=self.encode(input_ids, segments_BS)[0])
+        encoded_BSD, _ = self.encode(input_ids, _segments(attention_mask))
+        return BaseModelOutput(last_hidden_state=encoded_BSD)
+
+
+def _segments(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else (mask != 0).int()
 
 
 def _refuse(options: dict[str, Any], what: str) -> None:

@@ -22,9 +22,9 @@ from switchlm.huggingface.config import family_of
 from switchlm.huggingface.names import Entry, entries
 from switchlm.huggingface.quantised import Quantisation
 from switchlm.kernels.cpu.quantised import matrix
+from switchlm.kernels.reference import ACTIVATIONS
 from switchlm.model.block import Block
 from switchlm.model.experts import FeedForwardExperts, ProjectionExperts
-from switchlm.model.layers import ACTIVATIONS
 from switchlm.model.transformer import SwitchTransformer, forward_batch
 
 

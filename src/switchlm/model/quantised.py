@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from switchlm.kernels.cpu.quantised import Int4Matrix, Int8Matrix, Matrix
+from switchlm.kernels.reference import feed_forward
 from switchlm.model.config import Activation
 from switchlm.model.experts import FeedForwardExperts, ProjectionExperts
-from switchlm.model.layers import feed_forward
 from switchlm.model.transformer import SwitchTransformer
 
 Matrices = Mapping[str, Sequence[Matrix]]

@@ -1,15 +1,14 @@
 """The Switch layer: route, dispatch, compute, combine (section 2.2). It reads like the paper.
 
-Where one kernel dispatches, computes and combines (on GPUs, and for small experts on CPUs), these
-three are one call: fused kernels gather tokens while they multiply, and scatter the results, so
-that rows in the order of experts never exist. For that all experts must be in this process.
+Where all experts are in this process, the last three are one call (kernels/select.py), which may be
+one kernel (on GPUs, and for small experts on CPUs): fused kernels gather tokens while they multiply,
+and scatter the results, so that rows in the order of experts never exist.
 """
 
 import torch
 from torch import Tensor, nn
 
 from switchlm.kernels.permute import sort_by_expert
-from switchlm.kernels.select import explain_switch
 from switchlm.model.config import Activation, Initialisation, RouterConfig
 from switchlm.model.dispatch import Assignments, Dispatcher, LocalDispatcher
 from switchlm.model.experts import Experts, FeedForwardExperts, ProjectionExperts
@@ -116,26 +115,13 @@ class SwitchProjection(SwitchLayer):
 def fused_switch(
     dispatcher: Dispatcher, experts: Experts, x_ND: Tensor, routing: Routing
 ) -> Tensor | None:
-    """Return y_ND, gate times output; None where it has to go step by step."""
+    """Return y_ND, gate times output, by one call; None where it has to go step by step."""
     if not isinstance(dispatcher, LocalDispatcher) or not isinstance(experts, FeedForwardExperts):
         return None
     if routing.token_A is not None or (experts.training and experts.dropout):
         return None
-    num_experts, d_ff, _ = experts.down.shape
-    choice = explain_switch(
-        x_ND,
-        routing.expert_A.numel(),
-        num_experts,
-        d_ff,
-        experts.activation,
-        experts.gate is not None,
-    )
-    if choice.name == "separate":
-        return None
-    order = sort_by_expert(routing.expert_A, routing.kept_A, num_experts)
-    weight_A = routing.gate_A
-    if choice.name != "native":  # which leaves out dropped rows, whatever their weight
-        weight_A = torch.where(routing.kept_A, weight_A, 0.0)
+    order = sort_by_expert(routing.expert_A, routing.kept_A, experts.down.shape[0])
+    weight_A = torch.where(routing.kept_A, routing.gate_A, 0.0)
     # Called as a module: sharding gathers its weights then.
     y_ND: Tensor = experts(x_ND, order.counts_E, Assignments(order, weight_A))
     return y_ND

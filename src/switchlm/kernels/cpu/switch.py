@@ -47,21 +47,6 @@ def misfit(
     return native_misfit(x_ND)
 
 
-def agrees(
-    x_ND: Tensor, weight_N: Tensor, order: ExpertOrder, up_EDF: Tensor, down_EFD: Tensor
-) -> bool:
-    """Whether the experts' weights, too, can be read as they are, and all shapes agree."""
-    experts, d_model, d_ff = up_EDF.shape
-    return (
-        native_misfit(x_ND, weight_N, up_EDF, down_EFD) is None
-        and native_misfit(order.assignment_R, order.counts_E, dtype=torch.int64) is None
-        and x_ND.shape[1] == d_model
-        and down_EFD.shape == (experts, d_ff, d_model)
-        and weight_N.shape == order.assignment_R.shape == x_ND.shape[:1]
-        and order.counts_E.shape == (experts,)
-    )
-
-
 def switch_feedforward(
     x_ND: Tensor,
     weight_N: Tensor,

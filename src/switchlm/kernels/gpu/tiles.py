@@ -18,6 +18,8 @@ import triton.language as tl
 import triton.testing
 from torch import Tensor
 
+from switchlm.kernels.gpu import allows_tf32
+
 # Without a GPU, Triton's interpreter runs the kernels program by program: small tiles, no tuning.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 _WIDEN = tl.constexpr(INTERPRETED)
@@ -209,5 +211,4 @@ def _gate(x):
 
 def precision(like: Tensor) -> str:
     """Return how float32 products are taken: as PyTorch is set to take its own."""
-    tf32 = like.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if like.is_cuda and allows_tf32() else "ieee"

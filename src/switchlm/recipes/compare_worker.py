@@ -114,6 +114,7 @@ class _Run:
             config.training,
             run=folder,
             should_stop=lambda: self.stopping,
+            kernels=config.kernels,
         )
 
     def serve(self, commands: TextIO, answers: TextIO) -> None:

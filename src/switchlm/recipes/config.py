@@ -12,7 +12,7 @@ from switchlm.errors import ConfigError
 from switchlm.model.config import ModelConfig, upgrade_model_section
 from switchlm.model.presets import preset as find_preset
 from switchlm.parallel.mesh import MeshConfig
-from switchlm.training.config import TrainingConfig
+from switchlm.training.config import KernelsConfig, TrainingConfig
 
 Config = TypeVar("Config")
 
@@ -31,6 +31,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     init_from: str | None = None
 
 

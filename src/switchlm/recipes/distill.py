@@ -317,6 +317,7 @@ def _distill(
         resume=resume,
         should_stop=should_stop,
         mesh=mesh,
+        kernels=run.kernels,
         objective=_objective(settings),
     )
     yield {"phase": "saving and measuring"}

@@ -213,6 +213,7 @@ def _finetune(
         resume=resume,
         should_stop=should_stop,
         mesh=mesh,
+        kernels=config.kernels,
         evaluator=evaluator,
     )
     if mesh.is_main:

@@ -14,8 +14,8 @@ from torch import Tensor
 from switchlm.kernels import autotune
 from switchlm.kernels.autotune import Choice
 from switchlm.kernels.cpu import feedforward as cpu_feedforward
-from switchlm.kernels.cpu import small_batch, switch
-from switchlm.kernels.cpu.native import misfit as native_misfit
+from switchlm.kernels.cpu import native, small_batch, switch
+from switchlm.kernels.cpu.small_matmul import product_dtype
 from switchlm.kernels.gpu import allows_tf32
 from switchlm.kernels.permute import ExpertOrder, combine_rows, gather_rows, sort_by_expert
 from switchlm.kernels.reference import Activation, Map, feed_forward
@@ -28,8 +28,6 @@ from switchlm.kernels.registry import (
     fitting,
     run,
 )
-
-KERNELS = {kernel.name: kernel.run for kernel in GROUPED_MATMUL if kernel.name != "few_rows"}
 
 Way = Literal["auto", "separate", "fused"]
 LEAST_ROWS = 1024  # below which launching dominates, as in decoding; not worth a trial
@@ -44,14 +42,12 @@ def explain(x_RD: Tensor, weight_EDF: Tensor) -> Choice:
 
 def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
     """Return x w^T over the last dim, as nn.functional.linear, by the fastest kernel."""
-    y: Tensor = run(LINEAR, x, weight_NK)
-    return y
+    return run(LINEAR, x, weight_NK)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + epsilon) * weight, the mean over the last dim; all float32."""
-    y: Tensor = run(RMS_NORM, x, weight_D, epsilon=epsilon)
-    return y
+    return run(RMS_NORM, x, weight_D, epsilon=epsilon)
 
 
 def attention(
@@ -69,8 +65,7 @@ def attention(
     if dropout:
         dropped: Tensor = ATTENTION[-1].run(query_BHQK, key_BHMK, value_BHMK, bias, dropout)
         return dropped
-    y_BQW: Tensor = run(ATTENTION, query_BHQK, key_BHMK, value_BHMK, bias)
-    return y_BQW
+    return run(ATTENTION, query_BHQK, key_BHMK, value_BHMK, bias)
 
 
 def token_losses(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
@@ -79,8 +74,7 @@ def token_losses(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     logits_NV: float32.
     targets_N: int64; where it is -100, the loss is zero.
     """
-    loss_N: Tensor = run(CROSS_ENTROPY, logits_NV, targets_N)
-    return loss_N
+    return run(CROSS_ENTROPY, logits_NV, targets_N)
 
 
 def grouped_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
@@ -177,7 +171,7 @@ def _triton_misfit(x_ND: Tensor, num_assignments: int) -> str | None:
         return "there are none for such devices"
     if torch.compiler.is_compiling() or type(x_ND) is not Tensor:
         return "traced: fused kernels are chosen by a trial"
-    dtype = _product_dtype(x_ND)
+    dtype = product_dtype(x_ND)
     if dtype not in (torch.bfloat16, torch.float32):
         return f"they take bfloat16 and float32, not {dtype}"
     if dtype == torch.float32 and not allows_tf32():
@@ -282,7 +276,7 @@ def _native(
     activation: Activation,
     gate_EDF: Tensor | None,
 ) -> Tensor:
-    readable = native_misfit(weight_A, up_EDF, down_EFD) is None
+    readable = native.misfit(weight_A, up_EDF, down_EFD) is None
     way = switch.switch_feedforward if readable else _separate
     return way(x_ND, weight_A, order, up_EDF, down_EFD, activation, gate_EDF)
 
@@ -304,14 +298,7 @@ def _shape_class(x_ND: Tensor, num_assignments: int, shape: tuple[Hashable, ...]
     """Return what a trial's result holds for: sizes as they are, numbers of rows to a factor 2."""
     num_tokens, d_model = x_ND.shape
     rows = num_assignments.bit_length(), num_assignments // num_tokens
-    return x_ND.device, _product_dtype(x_ND), d_model, *shape, rows, torch.is_grad_enabled()
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that nn.Linear would multiply x in."""
-    device = x.device.type
-    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if casts else x.dtype
+    return x_ND.device, product_dtype(x_ND), d_model, *shape, rows, torch.is_grad_enabled()
 
 
 def _autocast(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
@@ -319,4 +306,4 @@ def _autocast(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
     tensors = (x, *weights)
     if not torch.is_autocast_enabled(x.device.type):
         return tensors
-    return tuple(None if t is None else t.to(_product_dtype(t)) for t in tensors)
+    return tuple(None if t is None else t.to(product_dtype(t)) for t in tensors)

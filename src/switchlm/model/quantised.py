@@ -92,7 +92,7 @@ class QuantisedEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         matrix, index_I = self.matrix, tokens.reshape(-1)
         if isinstance(matrix, Int8Matrix):
-            rows_ID = matrix.codes_NK[index_I].float() * matrix.scale_N[index_I, None]
+            rows_ID = matrix.codes[index_I].float() * matrix.scale_N[index_I, None]
         else:
             rows_ID = matrix.rows(index_I)
         return rows_ID.view(*tokens.shape, -1)

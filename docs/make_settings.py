@@ -16,7 +16,7 @@ from switchlm.model.config import Initialisation, ModelConfig, RouterConfig
 from switchlm.parallel.mesh import MeshConfig
 from switchlm.recipes.distill_config import DistillationConfig
 from switchlm.recipes.finetune_config import FinetuneConfig
-from switchlm.training.config import TrainingConfig
+from switchlm.training.config import KernelsConfig, TrainingConfig
 
 PAGE = Path(__file__).parent / "settings.md"
 SECTIONS: dict[str, Any] = {
@@ -26,6 +26,7 @@ SECTIONS: dict[str, Any] = {
     "data": DataConfig,
     "training": TrainingConfig,
     "mesh": MeshConfig,
+    "kernels": KernelsConfig,
     "finetune": FinetuneConfig,
     "distillation": DistillationConfig,
 }

@@ -84,13 +84,6 @@ def norms(tensors: list[Tensor]) -> list[Tensor]:
     return list(torch._foreach_norm(tensors))
 
 
-def softmax_backward_(gradient: Tensor, softmax: Tensor) -> None:
-    """Turn the gradient of softmax's output into that of its input, in place, in one pass."""
-    torch.ops.aten._softmax_backward_data.out(
-        gradient, softmax, -1, softmax.dtype, grad_input=gradient
-    )
-
-
 def int8_matmul(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     """Multiply int8 matrices into int32."""
     return torch._int_mm(a_MK, b_KN)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from switchlm.model.layers import ACTIVATIONS
+from switchlm.kernels.reference import ACTIVATIONS
 from switchlm.model.switch import SwitchFeedForward
 
 

@@ -36,6 +36,8 @@ def test_a_preset_on_the_command_line_wins_over_the_file_s():
         (["trainin.steps=1"], "trainin.*Did you mean 'training'"),
         (["router.modes=hf"], "Did you mean 'mode'"),
         (["router.mode=hff"], "Did you mean 'hf'"),
+        (["kernels.switch=fuse"], "kernels.switch is 'fuse'. Did you mean 'fused'"),
+        (["kernels.switch=triton"], "'triton'. Known: auto, fused, separate"),
         (["training.steps=many"], "training.steps must be of type int"),
         (["model=3"], "'model' must be a mapping"),
     ],
@@ -43,6 +45,13 @@ def test_a_preset_on_the_command_line_wins_over_the_file_s():
 def test_mistakes_are_named(overrides, message):
     with pytest.raises(ConfigError, match=message):
         run_config(overrides=overrides)
+
+
+def test_what_was_written_before_there_were_kernels_chooses_by_itself():
+    sections = to_sections(run_config(overrides=["kernels.switch=fused"]))
+    assert from_sections(sections).kernels.switch == "fused"
+    del sections["kernels"]
+    assert from_sections(sections).kernels.switch == "auto"
 
 
 def test_the_default_is_whole():

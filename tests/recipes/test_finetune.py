@@ -102,7 +102,8 @@ def test_a_run_leaves_the_best_model_and_all_that_says_how(configure, tmp_path):
     judged = [line for line in run(configure(), out) if "score" in line]
     assert [line["step"] for line in judged] == [4, 8, 12]
     assert all(line["scores"]["first"].keys() == {"accuracy"} for line in judged)
-    expected = {"config.yaml", "metrics.jsonl", "model", "report.html", "routing.json"}
+    expected = {"config.yaml", "kernels.json", "metrics.jsonl", "model", "report.html"}
+    expected.add("routing.json")
     assert expected <= files(out).keys()
     model, tokenizer = load.load(out)
     assert tokenizer is not None

@@ -31,9 +31,9 @@ from switchlm.huggingface.names import entries
 from switchlm.huggingface.quantised import Quantisation
 from switchlm.kernels.cpu.quantised import matrix, pack_int4
 from switchlm.kernels.permute import sort_by_expert
+from switchlm.kernels.reference import feed_forward
 from switchlm.model.dispatch import per_token
 from switchlm.model.experts import FeedForwardExperts, ProjectionExperts
-from switchlm.model.layers import feed_forward
 from switchlm.model.switch import SwitchLayer
 from switchlm.model.transformer import Block, Stack, StackInputs, SwitchTransformer, shift_right
 

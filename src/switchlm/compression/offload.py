@@ -23,9 +23,9 @@ from switchlm.huggingface.load import load_without_experts
 from switchlm.huggingface.quantised import SCALE
 from switchlm.huggingface.weights import Extent
 from switchlm.kernels.cpu.quantised import matrix
+from switchlm.kernels.reference import Map, feed_forward
 from switchlm.kernels.select import linear
 from switchlm.model.config import Activation
-from switchlm.model.layers import Map, feed_forward
 from switchlm.model.switch import SwitchFeedForward
 from switchlm.model.transformer import SwitchTransformer
 

@@ -20,8 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from switchlm.kernels.reference import feed_forward
 from switchlm.model.experts import FeedForwardExperts
-from switchlm.model.layers import feed_forward
 from switchlm.model.switch import SwitchFeedForward
 
 TILE = 16

@@ -54,29 +54,23 @@ def autotune(
     tensors: Sequence[Tensor],
 ) -> Choice:
     """Try both on `tensors`, with gradients if they are wanted now, and remember the choice."""
-    _choices[key] = choice = _try(candidate, default, tensors)
-    return choice
-
-
-def _try(
-    candidate: tuple[str, Function], default: tuple[str, Function], tensors: Sequence[Tensor]
-) -> Choice:
-    expected = _run(default[1], tensors)
+    (ours, candidate_way), (theirs, default_way) = candidate, default
+    expected = _run(default_way, tensors)
+    taken = theirs
     try:
-        error = _error(_run(candidate[1], tensors, expected[0]), expected)
+        error = _error(_run(candidate_way, tensors, expected[0]), expected)
         del expected
-        if not error <= TOLERANCE:
-            return Choice(default[0], f"{candidate[0]} is off by {error:.1%} here")
-        ours, theirs = _best_seconds((candidate[1], default[1]), tensors)
+        if error <= TOLERANCE:
+            fast, slow = _best_seconds((candidate_way, default_way), tensors)
+            taken = ours if fast < CLEARLY_FASTER * slow else theirs
+            reason = f"timed here: {ours} {fast * 1e3:.3g} ms, {theirs} {slow * 1e3:.3g} ms"
+        else:
+            reason = f"{ours} is off by {error:.1%} here"
     except _failures() as failure:
         said = str(failure).strip().splitlines() or [""]
-        return Choice(
-            default[0], f"{candidate[0]} failed here: {type(failure).__name__}: {said[0]}"
-        )
-    taken = candidate[0] if ours < CLEARLY_FASTER * theirs else default[0]
-    return Choice(
-        taken, f"timed here: {candidate[0]} {ours * 1e3:.3g} ms, {default[0]} {theirs * 1e3:.3g} ms"
-    )
+        reason = f"{ours} failed here: {type(failure).__name__}: {said[0]}"
+    _choices[key] = choice = Choice(taken, reason)
+    return choice
 
 
 def _failures() -> tuple[type[Exception], ...]:

@@ -9,12 +9,11 @@ Shapes: N tokens, K assignments per token, A = N * K assignments, R = A rows, D 
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchlm.kernels.cpu.native import misfit, native
+from switchlm.kernels.cpu import native
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,13 @@ def sort_by_expert(expert_A: Tensor, kept_A: Tensor, num_experts: int) -> Expert
     expert_A: int64.
     kept_A: bool.
     """
-    if _counted(expert_A, kept_A):
+    if (
+        native.misfit(expert_A, dtype=torch.int64) is None
+        and native.misfit(kept_A, dtype=torch.bool) is None
+        and kept_A.shape == expert_A.shape
+    ):
         return _counting_sort(expert_A.contiguous(), kept_A.contiguous(), num_experts)
     key_A = torch.where(kept_A, expert_A, num_experts)
-    in_memory = type(key_A) is Tensor and key_A.device.type == "cpu"
-    if in_memory and num_experts < 2**16 and not torch.compiler.is_compiling():
-        return _radix_sort(key_A, num_experts)
     sorted_A, assignment_R = torch.sort(key_A, stable=True)
     row_A = torch.empty_like(assignment_R)
     row_A[assignment_R] = torch.arange(row_A.shape[0], device=row_A.device)
@@ -51,35 +51,14 @@ def sort_by_expert(expert_A: Tensor, kept_A: Tensor, num_experts: int) -> Expert
     return ExpertOrder(assignment_R, row_A, starts.diff())
 
 
-def _counted(expert_A: Tensor, kept_A: Tensor) -> bool:
-    """Whether native/switch.c may sort them: in main memory, and nobody traces it."""
-    return (
-        misfit(expert_A, dtype=torch.int64) is None
-        and misfit(kept_A, dtype=torch.bool) is None
-        and kept_A.shape == expert_A.shape
-    )
-
-
 def _counting_sort(expert_A: Tensor, kept_A: Tensor, num_experts: int) -> ExpertOrder:
-    library = native().library
-    assert library is not None
     assignment_R, row_A = torch.empty_like(expert_A), torch.empty_like(expert_A)
     counts_E = expert_A.new_empty(num_experts)
-    library.sort_by_expert(
+    native.library().sort_by_expert(
         expert_A.data_ptr(), kept_A.data_ptr(), expert_A.numel(), num_experts,
         assignment_R.data_ptr(), row_A.data_ptr(), counts_E.data_ptr(),
     )  # fmt: skip
     return ExpertOrder(assignment_R, row_A, counts_E)
-
-
-def _radix_sort(key_A: Tensor, num_experts: int) -> ExpertOrder:
-    """Sort small whole numbers: numpy's stable sort of 8 or 16 bits is a radix sort."""
-    key = key_A.numpy().astype(numpy.uint8 if num_experts < 2**8 else numpy.uint16)
-    assignment = numpy.argsort(key, kind="stable")
-    row = numpy.empty_like(assignment)
-    row[assignment] = numpy.arange(len(row))
-    counts = numpy.bincount(key, minlength=num_experts + 1)[:num_experts]
-    return ExpertOrder(*(torch.from_numpy(array) for array in (assignment, row, counts)))
 
 
 class _Gather(torch.autograd.Function):

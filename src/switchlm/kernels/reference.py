@@ -1,15 +1,25 @@
-"""The obviously right grouped product, and the activations of experts.
+"""The obviously right grouped product and feed-forward network, and the activations of experts.
 
 One matrix product per expert, in a loop: every fast kernel is tested against it, gradients too.
-Activations work in place, or into memory that is there already.
+`activate` works in place, or into memory that is there already.
 
 Shapes: R rows, D in, F out, E experts.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Activation = Literal["relu", "gelu"]
+Map = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[Activation, Map] = {
+    "relu": nn.functional.relu,
+    "gelu": partial(nn.functional.gelu, approximate="tanh"),
+}
 
 
 def grouped_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
@@ -32,7 +42,18 @@ def grouped_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor
     return torch.cat(pieces)
 
 
-Activation = Literal["relu", "gelu"]
+def feed_forward(
+    x: Tensor, up: Map, gate: Map | None, down: Map, activation: Activation, dropout: float
+) -> Tensor:
+    """Return down(act(up(x))), or down(act(gate(x)) * up(x)) when gated (Shazeer 2020).
+
+    up, gate, down: the linear maps.
+    dropout: on the intermediate activation.
+    """
+    activate = ACTIVATIONS[activation]
+    hidden = up(x)
+    hidden = activate(hidden) if gate is None else activate(gate(x)) * hidden
+    return down(nn.functional.dropout(hidden, dropout, dropout > 0))
 
 
 def activate(inner: Tensor, activation: Activation, workspace: Tensor | None = None) -> Tensor:

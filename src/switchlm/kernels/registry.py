@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from switchlm.kernels import compiled, reference
+from switchlm.kernels import reference
 from switchlm.kernels.cpu import (
     attention,
     cross_entropy,
@@ -33,15 +33,15 @@ class Kernel:
     """One way to compute something.
 
     name: what choices and figures call it.
-    good_for: when it is taken, in a sentence.
     misfit: called with the tensors, says why the kernel does not take them, None if it does.
     run: computes; called with the tensors and whatever else the operation needs.
+    good_for: when it is taken, in a sentence, for `select.explain`.
     """
 
     name: str
-    good_for: str
     misfit: Callable[..., str | None]
     run: Callable[..., Any]
+    good_for: str = ""
 
 
 def fitting(kernels: Sequence[Kernel], *tensors: Tensor | None) -> Kernel | None:
@@ -52,29 +52,15 @@ def fitting(kernels: Sequence[Kernel], *tensors: Tensor | None) -> Kernel | None
     return None
 
 
-def run(kernels: Sequence[Kernel], *tensors: Tensor | None, **others: Any) -> Any:
+def run(kernels: Sequence[Kernel], *tensors: Tensor | None, **others: Any) -> Tensor:
     """Compute with the first kernel that takes these tensors; the last one takes all.
 
     others: what the operation needs beside tensors, the same for every kernel.
     """
     kernel = fitting(kernels, *tensors)
     assert kernel is not None
-    return kernel.run(*tensors, **others)
-
-
-def explain(operation: str, *tensors: Tensor | None) -> dict[str, str]:
-    """Return of every kernel of an operation whether it takes these tensors now, and why (not).
-
-    operation: a name in `OPERATIONS`.
-    tensors: as the misfits of its kernels take them.
-    """
-    taken = fitting(OPERATIONS[operation], *tensors)
-    found = {}
-    for kernel in OPERATIONS[operation]:
-        reason = kernel.misfit(*tensors)
-        said = kernel.good_for if reason is None else f"no: {reason}"
-        found[kernel.name] = f"taken: {said}" if kernel is taken else said
-    return found
+    y: Tensor = kernel.run(*tensors, **others)
+    return y
 
 
 def anything(*tensors: Tensor | None) -> None:
@@ -93,13 +79,12 @@ def _traced_misfit(x_RD: Tensor, weight_EDF: Tensor) -> str | None:
 
 
 def _gpu_misfit(x_RD: Tensor, weight_EDF: Tensor) -> str | None:
-    return torch_grouped.misfit(x_RD, weight_EDF) if x_RD.is_cuda else "not on a GPU"
-
-
-def _bfloat16_misfit(x_RD: Tensor, weight_EDF: Tensor) -> str | None:
-    if x_RD.dtype != torch.bfloat16:
-        return f"{x_RD.dtype} is no bfloat16"
-    return _gpu_misfit(x_RD, weight_EDF)
+    if not x_RD.is_cuda:
+        return "not on a GPU"
+    # A loop over experts, which PyTorch takes for other dtypes, cannot be traced.
+    if x_RD.dtype != torch.bfloat16 and _traced_misfit(x_RD, weight_EDF) is None:
+        return f"traced, and {x_RD.dtype} is no bfloat16"
+    return torch_grouped.misfit(x_RD, weight_EDF)
 
 
 def _memory_misfit(x_RD: Tensor, weight_EDF: Tensor) -> str | None:
@@ -117,21 +102,14 @@ def _plain_attention(
     bias: Tensor | None,
     dropout: float = 0.0,
 ) -> Tensor:
+    dtype = query_BHQK.dtype
+    if bias is not None:
+        if dtype == torch.float16:  # where a mask's lowest number would be infinite, and rows NaN
+            bias = bias.clamp(min=torch.finfo(dtype).min)
+        bias = bias.to(dtype)
     y_BHQK = nn.functional.scaled_dot_product_attention(
-        query_BHQK,
-        key_BHMK,
-        value_BHMK,
-        attn_mask=None if bias is None else bias.to(query_BHQK.dtype),
-        dropout_p=dropout,
-        scale=1.0,
+        query_BHQK, key_BHMK, value_BHMK, attn_mask=bias, dropout_p=dropout, scale=1.0
     )
-    return y_BHQK.transpose(1, 2).flatten(2)
-
-
-def _biased_attention(
-    query_BHQK: Tensor, key_BHMK: Tensor, value_BHMK: Tensor, bias: Tensor
-) -> Tensor:
-    y_BHQK = attention.biased_attention(query_BHQK, key_BHMK, value_BHMK, bias)
     return y_BHQK.transpose(1, 2).flatten(2)
 
 
@@ -143,114 +121,56 @@ def _torch_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
 
 
-_GROUPED = torch_grouped.grouped_matmul
-
 LINEAR = (
-    Kernel(
-        "few_rows",
-        "few rows: as fast as their weights can be read",
-        small_batch.misfit,
-        _small_linear,
-    ),
-    Kernel(
-        "upcast",
-        "a dtype that this processor multiplies slowly: in float32",
-        small_matmul.upcast_misfit,
-        small_matmul.upcast_linear,
-    ),
-    Kernel(
-        "small",
-        "a small product: one call, forward and backward",
-        small_matmul.misfit,
-        small_matmul.linear,
-    ),
-    Kernel("torch", "everything else: PyTorch's own", anything, nn.functional.linear),
+    Kernel("few_rows", small_batch.misfit, _small_linear),
+    Kernel("upcast", small_matmul.upcast_misfit, small_matmul.upcast_linear),
+    Kernel("small", small_matmul.misfit, small_matmul.linear),
+    Kernel("torch", anything, nn.functional.linear),
 )
 GROUPED_MATMUL = (
     Kernel(
         "torch_grouped",
-        "bfloat16 on a GPU: one launch on Hopper and newer",
-        _bfloat16_misfit,
-        _GROUPED,
+        _gpu_misfit,
+        torch_grouped.grouped_matmul,
+        "on a GPU: one launch in bfloat16 on Hopper and newer, else PyTorch loops over experts",
     ),
     Kernel(
         "compiled",
-        "traced: the counts have no values yet, so one opaque operator",
         _traced_misfit,
-        compiled.grouped_matmul,
-    ),
-    Kernel(
-        "torch_grouped",
-        "other dtypes on a GPU: PyTorch loops over the experts",
-        _gpu_misfit,
-        _GROUPED,
+        grouped.traced_matmul,
+        "traced: the counts have no values yet, so one opaque operator",
     ),
     Kernel(
         "few_rows",
-        "few rows: as fast as their experts' weights can be read",
         _few_misfit,
         small_batch.grouped_matmul,
+        "few rows: as fast as their experts' weights can be read",
     ),
     Kernel(
         "cpu",
-        "main memory: one product per expert, results written once",
         _memory_misfit,
         grouped.grouped_matmul,
+        "main memory: one product per expert, results written once",
     ),
     Kernel(
         "reference",
-        "no faster kernel for these dtypes and widths there",
         anything,
         reference.grouped_matmul,
+        "no faster kernel for these dtypes and widths there",
     ),
 )
 ATTENTION = (
-    Kernel(
-        "decode",
-        "one query: as fast as its keys and values can be read",
-        attention.decode_misfit,
-        attention.decode_attention,
-    ),
-    Kernel(
-        "small",
-        "few scores: one call, forward and backward",
-        attention.small_misfit,
-        attention.small_attention,
-    ),
-    Kernel(
-        "biased",
-        "a bias that learns, in main memory: a few rows at a time in the cache",
-        attention.biased_misfit,
-        _biased_attention,
-    ),
-    Kernel("torch", "everything else: PyTorch's own", anything, _plain_attention),
+    Kernel("decode", attention.decode_misfit, attention.decode_attention),
+    Kernel("native", attention.misfit, attention.attention),
+    Kernel("torch", anything, _plain_attention),
 )
 RMS_NORM = (
-    Kernel(
-        "few_rows",
-        "few rows in main memory, without autograd",
-        norm.few_rows_misfit,
-        small_batch.rms_norm,
-    ),
-    Kernel("native", "rows of whole vectors in main memory", norm.misfit, norm.native_rms_norm),
-    Kernel("plain", "other rows in main memory", norm.plain_misfit, norm.plain_rms_norm),
-    Kernel("torch", "everything else: PyTorch's own", anything, _torch_rms_norm),
+    Kernel("few_rows", norm.few_rows_misfit, small_batch.rms_norm),
+    Kernel("native", norm.misfit, norm.rms_norm),
+    Kernel("torch", anything, _torch_rms_norm),
 )
 CROSS_ENTROPY = (
-    Kernel(
-        "native",
-        "rows of whole vectors in main memory",
-        cross_entropy.misfit,
-        cross_entropy.token_losses,
-    ),
-    Kernel("torch", "everything else: PyTorch's own", anything, _torch_cross_entropy),
+    Kernel("native", cross_entropy.misfit, cross_entropy.token_losses),
+    Kernel("torch", anything, _torch_cross_entropy),
 )
-ROUTE = (Kernel("native", "little work in main memory", router.misfit, router.route),)
-OPERATIONS: dict[str, tuple[Kernel, ...]] = {
-    "linear": LINEAR,
-    "grouped_matmul": GROUPED_MATMUL,
-    "attention": ATTENTION,
-    "rms_norm": RMS_NORM,
-    "cross_entropy": CROSS_ENTROPY,
-    "route": ROUTE,
-}
+ROUTE = (Kernel("native", router.misfit, router.route),)

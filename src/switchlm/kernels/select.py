@@ -6,16 +6,19 @@ D in (d_model), F out (d_ff), E experts.
 
 from collections.abc import Callable, Hashable
 from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from switchlm.kernels import autotune
 from switchlm.kernels.autotune import Choice
 from switchlm.kernels.cpu import feedforward as cpu_feedforward
-from switchlm.kernels.cpu import small_batch, switch
-from switchlm.kernels.permute import ExpertOrder, combine_rows, gather_rows
-from switchlm.kernels.reference import Activation
+from switchlm.kernels.cpu import native, small_batch, switch
+from switchlm.kernels.cpu.small_matmul import product_dtype
+from switchlm.kernels.gpu import allows_tf32
+from switchlm.kernels.permute import ExpertOrder, combine_rows, gather_rows, sort_by_expert
+from switchlm.kernels.reference import Activation, Map, feed_forward
 from switchlm.kernels.registry import (
     ATTENTION,
     CROSS_ENTROPY,
@@ -26,8 +29,7 @@ from switchlm.kernels.registry import (
     run,
 )
 
-KERNELS = {kernel.name: kernel.run for kernel in GROUPED_MATMUL if kernel.name != "few_rows"}
-
+Way = Literal["auto", "separate", "fused"]
 LEAST_ROWS = 1024  # below which launching dominates, as in decoding; not worth a trial
 
 
@@ -40,14 +42,12 @@ def explain(x_RD: Tensor, weight_EDF: Tensor) -> Choice:
 
 def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
     """Return x w^T over the last dim, as nn.functional.linear, by the fastest kernel."""
-    y: Tensor = run(LINEAR, x, weight_NK)
-    return y
+    return run(LINEAR, x, weight_NK)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + epsilon) * weight, the mean over the last dim; all float32."""
-    y: Tensor = run(RMS_NORM, x, weight_D, epsilon=epsilon)
-    return y
+    return run(RMS_NORM, x, weight_D, epsilon=epsilon)
 
 
 def attention(
@@ -65,8 +65,7 @@ def attention(
     if dropout:
         dropped: Tensor = ATTENTION[-1].run(query_BHQK, key_BHMK, value_BHMK, bias, dropout)
         return dropped
-    y_BQW: Tensor = run(ATTENTION, query_BHQK, key_BHMK, value_BHMK, bias)
-    return y_BQW
+    return run(ATTENTION, query_BHQK, key_BHMK, value_BHMK, bias)
 
 
 def token_losses(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
@@ -75,8 +74,7 @@ def token_losses(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     logits_NV: float32.
     targets_N: int64; where it is -100, the loss is zero.
     """
-    loss_N: Tensor = run(CROSS_ENTROPY, logits_NV, targets_N)
-    return loss_N
+    return run(CROSS_ENTROPY, logits_NV, targets_N)
 
 
 def grouped_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
@@ -105,32 +103,30 @@ def expert_feedforward(
     down_EFD: Tensor,
     activation: Activation = "relu",
     gate_EDF: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Apply to every row its expert: down(act(up(x))), gated: down(act(gate(x)) * up(x)).
 
     The same as products by `grouped_matmul` with the activation between, and one pass on a CPU.
+    Rows past the counts give zeros.
 
-    activation: `relu`, or `gelu` (the tanh form, as T5 v1.1). Rows past the counts give zeros.
+    activation: `relu`, or `gelu` (the tanh form, as T5 v1.1).
+    dropout: on the intermediate activation.
     """
-    if gate_EDF is None:
-        x_RD, up_EDF, down_EFD = _autocast(x_RD, up_EDF, down_EFD)
-    else:
-        x_RD, up_EDF, down_EFD, gate_EDF = _autocast(x_RD, up_EDF, down_EFD, gate_EDF)
+    x_RD, up_EDF, down_EFD, gate_EDF = _autocast(x_RD, up_EDF, down_EFD, gate_EDF)
     kernel = explain(x_RD, up_EDF).name
-    if kernel == "cpu":
+    if kernel == "cpu" and not dropout:
         return cpu_feedforward.expert_feedforward(
             x_RD, counts_E, up_EDF, down_EFD, activation, gate_EDF
         )
     # What fits the way up fits the way down; another kernel may be better there.
     multiply = small_batch.grouped_matmul if kernel == "few_rows" else grouped_matmul
-    hidden_RF = multiply(x_RD, up_EDF if gate_EDF is None else gate_EDF, counts_E)
-    if activation == "relu":
-        hidden_RF = nn.functional.relu(hidden_RF)
-    else:
-        hidden_RF = nn.functional.gelu(hidden_RF, approximate="tanh")
-    if gate_EDF is not None:
-        hidden_RF = hidden_RF * multiply(x_RD, up_EDF, counts_E)
-    return multiply(hidden_RF, down_EFD, counts_E)
+
+    def by(weight_EDF: Tensor) -> Map:
+        return lambda rows: multiply(rows, weight_EDF, counts_E)
+
+    gate = None if gate_EDF is None else by(gate_EDF)
+    return feed_forward(x_RD, by(up_EDF), gate, by(down_EFD), activation, dropout)
 
 
 def explain_switch(
@@ -140,36 +136,51 @@ def explain_switch(
     d_ff: int,
     activation: Activation = "relu",
     gated: bool = False,
+    way: Way = "auto",
 ) -> Choice:
     """Return how `switch_feedforward` computes such a layer, now.
 
     `separate`: rows are gathered, multiplied by `explain`'s kernel, and combined. `native`: all in
     one call in C, on a CPU. `triton`: all in fused kernels (the extra `triton`, or PyTorch's own on
     a GPU). `trial`: not known yet, the next call tries both (see autotune.py).
+
+    way: `separate` always; `fused` wherever a fused kernel takes the layer, without a trial.
     """
+    if way == "separate":
+        return Choice("separate", "as kernels.switch says")
     if x_ND.is_cpu:
         misfit = switch.misfit(x_ND, num_assignments, d_ff, activation, gated)
-        if misfit is None:
-            return Choice("native", "small experts on a CPU: one call for the whole layer")
+    else:
+        misfit = _triton_misfit(x_ND, num_assignments)
+    if misfit is not None:
         return Choice("separate", f"no fused kernel on {x_ND.device}: {misfit}")
-    if x_ND.device.type != "cuda":
-        return Choice("separate", f"no fused kernels on {x_ND.device}")
-    if torch.compiler.is_compiling() or type(x_ND) is not Tensor:
-        return Choice("separate", "traced: fused kernels are chosen by a trial")
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x_ND.dtype
-    if dtype not in (torch.bfloat16, torch.float32):
-        return Choice("separate", f"fused kernels take bfloat16 and float32, not {dtype}")
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
-        return Choice("separate", "float32 without TF32 has no use of tensor cores")
-    if num_assignments < LEAST_ROWS:
-        return Choice("separate", f"{num_assignments} rows are too few for fused kernels to pay")
-    if find_spec("triton") is None:
-        return Choice("separate", "Triton is not installed (the extra `triton`)")
-    key = _shape_class(x_ND, dtype, num_assignments, (num_experts, d_ff, activation, gated))
+    if x_ND.is_cpu:
+        return Choice("native", "small experts on a CPU: one call for the whole layer")
+    if way == "fused":
+        return Choice("triton", "as kernels.switch says")
+    key = _shape_class(x_ND, num_assignments, (num_experts, d_ff, activation, gated))
     known = autotune.remembered(key)
     if known is None and torch.cuda.is_current_stream_capturing():
         return Choice("separate", "a graph is being captured, which is no time for a trial")
     return known or Choice("trial", "not tried yet with such shapes: the next call times both ways")
+
+
+def _triton_misfit(x_ND: Tensor, num_assignments: int) -> str | None:
+    """Return why such a layer does not go by Triton's kernels, None if it may."""
+    if x_ND.device.type != "cuda":
+        return "there are none for such devices"
+    if torch.compiler.is_compiling() or type(x_ND) is not Tensor:
+        return "traced: fused kernels are chosen by a trial"
+    dtype = product_dtype(x_ND)
+    if dtype not in (torch.bfloat16, torch.float32):
+        return f"they take bfloat16 and float32, not {dtype}"
+    if dtype == torch.float32 and not allows_tf32():
+        return "float32 without TF32 has no use of tensor cores"
+    if num_assignments < LEAST_ROWS:
+        return f"{num_assignments} rows are too few for them to pay"
+    if find_spec("triton") is None:
+        return "Triton is not installed (the extra `triton`)"
+    return None
 
 
 def switch_feedforward(
@@ -180,31 +191,65 @@ def switch_feedforward(
     down_EFD: Tensor,
     activation: Activation = "relu",
     gate_EDF: Tensor | None = None,
+    way: Way = "auto",
 ) -> Tensor:
     """Return y_ND: the sum over a token's assignments of weight times expert.
 
     The same as gathering rows, `expert_feedforward` and combining them.
 
-    weight_A: float32, zero where dropped; assignments stand in token order, as many a token.
+    weight_A: float32, zero where dropped; assignments stand in token order, as many per token.
+    way: see `explain_switch`.
     """
-    x_ND, up_EDF, down_EFD = _autocast(x_ND, up_EDF, down_EFD)
-    if gate_EDF is not None:
-        (gate_EDF,) = _autocast(gate_EDF)
+    x_ND, up_EDF, down_EFD, gate_EDF = _autocast(x_ND, up_EDF, down_EFD, gate_EDF)
     num_experts, _, d_ff = up_EDF.shape
     shape = (num_experts, d_ff, activation, gate_EDF is not None)
-    choice = explain_switch(x_ND, weight_A.shape[0], *shape)
+    choice = explain_switch(x_ND, weight_A.shape[0], *shape, way)
 
-    def bound(way: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda x, weight, up, down, gate=None: way(
+    def bound(name: str) -> Callable[..., Tensor]:
+        return lambda x, weight, up, down, gate=None: SWITCHES[name](
             x, weight, order, up, down, activation, gate
         )
 
     tensors = [x_ND, weight_A, up_EDF, down_EFD] + ([] if gate_EDF is None else [gate_EDF])
     if choice.name == "trial":
-        key = _shape_class(x_ND, x_ND.dtype, weight_A.shape[0], shape)
-        ways = (("triton", bound(SWITCHES["triton"])), ("separate", bound(SWITCHES["separate"])))
+        key = _shape_class(x_ND, weight_A.shape[0], shape)
+        ways = (("triton", bound("triton")), ("separate", bound("separate")))
         choice = autotune.autotune(key, *ways, tensors)
-    return bound(SWITCHES[choice.name])(*tensors)
+    return bound(choice.name)(*tensors)
+
+
+def choose_switch(
+    x_ND: Tensor,
+    experts_per_token: int,
+    num_experts: int,
+    d_ff: int,
+    activation: Activation = "relu",
+    gated: bool = False,
+    way: Way = "auto",
+) -> Choice:
+    """Return how a layer is computed as `explain_switch` does, after a trial if one is due.
+
+    The trial is of random weights and even loads, so that it needs no model.
+
+    x_ND: what the layer is to be tried on; its numbers do not matter.
+    """
+    num_tokens, d_model = x_ND.shape
+    about = (num_tokens * experts_per_token, num_experts, d_ff, activation, gated, way)
+    choice = explain_switch(x_ND, *about)
+    if choice.name != "trial":
+        return choice
+
+    def drawn(*shape: int) -> Tensor:
+        matrix = torch.randn(shape, dtype=x_ND.dtype, device=x_ND.device)
+        return matrix.div_(shape[-2] ** 0.5).requires_grad_()
+
+    expert_A = torch.arange(about[0], device=x_ND.device) % num_experts
+    order = sort_by_expert(expert_A, torch.ones_like(expert_A, dtype=torch.bool), num_experts)
+    weight_A = torch.rand(about[0], device=x_ND.device).requires_grad_()
+    up_EDF, down_EFD = drawn(num_experts, d_model, d_ff), drawn(num_experts, d_ff, d_model)
+    gate_EDF = drawn(num_experts, d_model, d_ff) if gated else None
+    switch_feedforward(x_ND, weight_A, order, up_EDF, down_EFD, activation, gate_EDF)
+    return explain_switch(x_ND, *about)
 
 
 def _separate(
@@ -231,8 +276,8 @@ def _native(
     activation: Activation,
     gate_EDF: Tensor | None,
 ) -> Tensor:
-    agrees = switch.agrees(x_ND, weight_A, order, up_EDF, down_EFD)
-    way = switch.switch_feedforward if agrees else _separate
+    readable = native.misfit(weight_A, up_EDF, down_EFD) is None
+    way = switch.switch_feedforward if readable else _separate
     return way(x_ND, weight_A, order, up_EDF, down_EFD, activation, gate_EDF)
 
 
@@ -249,19 +294,16 @@ SWITCHES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _shape_class(
-    x_ND: Tensor, dtype: torch.dtype, num_assignments: int, shape: tuple[Hashable, ...]
-) -> Hashable:
+def _shape_class(x_ND: Tensor, num_assignments: int, shape: tuple[Hashable, ...]) -> Hashable:
     """Return what a trial's result holds for: sizes as they are, numbers of rows to a factor 2."""
     num_tokens, d_model = x_ND.shape
     rows = num_assignments.bit_length(), num_assignments // num_tokens
-    return x_ND.device, dtype, d_model, *shape, rows, torch.is_grad_enabled()
+    return x_ND.device, product_dtype(x_ND), d_model, *shape, rows, torch.is_grad_enabled()
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _autocast(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
     """Cast as autocast casts the inputs of nn.Linear: floating tensors, but not float64."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    tensors = (x, *weights)
+    if not torch.is_autocast_enabled(x.device.type):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    return tuple(None if t is None else t.to(product_dtype(t)) for t in tensors)

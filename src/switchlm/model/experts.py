@@ -9,10 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from switchlm.kernels.select import expert_feedforward, grouped_matmul, switch_feedforward
+from switchlm.kernels.select import Way, expert_feedforward, grouped_matmul, switch_feedforward
 from switchlm.model.config import Activation
 from switchlm.model.dispatch import Assignments
-from switchlm.model.layers import Map, feed_forward, local
+from switchlm.model.layers import local
 
 
 class Experts(Protocol):
@@ -29,7 +29,10 @@ class FeedForwardExperts(nn.Module):
     """One feed-forward network an expert, ReLU or gated (GEGLU), without biases.
 
     dropout: expert dropout, on the intermediate activation (section 2.4).
+    way: by fused kernels or by separate products (`kernels.switch`, set by training).
     """
+
+    way: Way = "auto"
 
     def __init__(
         self,
@@ -54,24 +57,12 @@ class FeedForwardExperts(nn.Module):
         """Map rows to rows; with assignments, tokens x_ND to y_ND, weighted (no dropout)."""
         up, down = local(self.up), local(self.down)
         gate = None if self.gate is None else local(self.gate)
+        weights = (up, down, self.activation, gate)
         if assignments is not None:
-            return switch_feedforward(
-                x_RD, assignments.weight_A, assignments.order, up, down, self.activation, gate
-            )
-        if not (self.training and self.dropout):
-            return expert_feedforward(x_RD, counts_E, up, down, self.activation, gate)
-
-        def by(weight_EDF: Tensor) -> Map:
-            return lambda rows: grouped_matmul(rows, weight_EDF, counts_E)
-
-        return feed_forward(
-            x_RD,
-            by(up),
-            None if gate is None else by(gate),
-            by(down),
-            self.activation,
-            self.dropout,
-        )
+            order, weight_A = assignments.order, assignments.weight_A
+            return switch_feedforward(x_RD, weight_A, order, *weights, self.way)
+        dropout = self.dropout if self.training else 0.0
+        return expert_feedforward(x_RD, counts_E, *weights, dropout)
 
 
 class ProjectionExperts(nn.Module):

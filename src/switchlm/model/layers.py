@@ -1,36 +1,13 @@
 """Layers of T5 that dense and sparse models share: linear, RMSNorm, dense feed-forward."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from switchlm.kernels.reference import feed_forward
 from switchlm.kernels.select import linear, rms_norm
 from switchlm.model.config import Activation
-
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "relu": nn.functional.relu,
-    "gelu": partial(nn.functional.gelu, approximate="tanh"),
-}
-
-
-Map = Callable[[Tensor], Tensor]
-
-
-def feed_forward(
-    x: Tensor, up: Map, gate: Map | None, down: Map, activation: Activation, dropout: float
-) -> Tensor:
-    """Return down(act(up(x))), or down(act(gate(x)) * up(x)) when gated (Shazeer 2020).
-
-    up, gate, down: the linear maps.
-    dropout: on the intermediate activation.
-    """
-    activate = ACTIVATIONS[activation]
-    hidden = up(x)
-    hidden = activate(hidden) if gate is None else activate(gate(x)) * hidden
-    return down(nn.functional.dropout(hidden, dropout, dropout > 0))
 
 
 class FeedForward(nn.Module):

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from switchlm.errors import ConfigError
+from switchlm.kernels.reference import Map, feed_forward
 from switchlm.kernels.select import grouped_matmul
 from switchlm.model.attention import Attention, SwitchAttention
 from switchlm.model.config import Initialisation
 from switchlm.model.experts import FeedForwardExperts, ProjectionExperts
 from switchlm.model.initialise import Initialiser
-from switchlm.model.layers import Map, feed_forward, local
+from switchlm.model.layers import local
 from switchlm.model.transformer import SwitchTransformer
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from switchlm.kernels.cpu.quantised import Int4Matrix, Int8Matrix, Matrix
+from switchlm.kernels.reference import feed_forward
 from switchlm.model.config import Activation
 from switchlm.model.experts import FeedForwardExperts, ProjectionExperts
-from switchlm.model.layers import feed_forward
 from switchlm.model.transformer import SwitchTransformer
 
 Matrices = Mapping[str, Sequence[Matrix]]
@@ -84,7 +84,7 @@ class QuantisedEmbedding(_Quantised):
     def forward(self, tokens: Tensor) -> Tensor:
         matrix, index_I = cast(Int8Matrix | Int4Matrix, self.matrix), tokens.reshape(-1)
         if isinstance(matrix, Int8Matrix):
-            rows_ID = matrix.codes_NK[index_I].float() * matrix.scale_N[index_I, None]
+            rows_ID = matrix.codes[index_I].float() * matrix.scale_N[index_I, None]
         else:
             rows_ID = matrix.rows(index_I)
         return rows_ID.view(*tokens.shape, -1)

@@ -1,15 +1,16 @@
 """The Switch layer: route, dispatch, compute, combine (section 2.2). It reads like the paper.
 
-Where one kernel dispatches, computes and combines (on GPUs, and for small experts on CPUs), these
-three are one call: fused kernels gather tokens while they multiply, and scatter the results, so
-that rows in the order of experts never exist. For that all experts must be in this process.
+Where all experts are in this process, the last three are one call (kernels/select.py), which may
+be one kernel (on GPUs, and for small experts on CPUs): fused kernels gather tokens while they
+multiply, and scatter the results, so that rows in the order of experts never exist.
 """
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from switchlm.kernels.permute import sort_by_expert
-from switchlm.kernels.select import explain_switch
 from switchlm.model.config import Activation, Initialisation, RouterConfig
 from switchlm.model.dispatch import Assignments, Dispatcher, LocalDispatcher
 from switchlm.model.experts import Experts, FeedForwardExperts, ProjectionExperts
@@ -55,8 +56,9 @@ class SwitchLayer(nn.Module):
         routing = self.router(seen_ND, valid_N, row_tokens, x_ND.dtype)
         if torch.is_autocast_enabled(x.device.type):
             x_ND = x_ND.to(torch.get_autocast_dtype(x.device.type))
-        y_ND = fused_switch(self.dispatcher, self.experts, x_ND, routing)
-        if y_ND is None:
+        if one_call_misfit(self) is None:
+            y_ND = in_one_call(self.experts, x_ND, routing)
+        else:
             rows = self.dispatcher.dispatch(x_ND, routing)
             y_RD = self.experts(rows.x_RD, rows.counts_E)
             y_ND = self.dispatcher.combine(y_RD, rows, routing, x_ND.shape[0])
@@ -113,31 +115,27 @@ class SwitchProjection(SwitchLayer):
         self.initialise(initialisation)
 
 
-def fused_switch(
-    dispatcher: Dispatcher, experts: Experts, x_ND: Tensor, routing: Routing
-) -> Tensor | None:
-    """Return y_ND, gate times output; None where it has to go step by step."""
-    if not isinstance(dispatcher, LocalDispatcher) or not isinstance(experts, FeedForwardExperts):
-        return None
-    if routing.token_A is not None or (experts.training and experts.dropout):
-        return None
-    num_experts, d_ff, _ = experts.down.shape
-    choice = explain_switch(
-        x_ND,
-        routing.expert_A.numel(),
-        num_experts,
-        d_ff,
-        experts.activation,
-        experts.gate is not None,
-    )
-    if choice.name == "separate":
-        return None
-    order = sort_by_expert(routing.expert_A, routing.kept_A, num_experts)
-    weight_A = routing.gate_A
-    if choice.name != "native":  # which leaves out dropped rows, whatever their weight
-        weight_A = torch.where(routing.kept_A, weight_A, 0.0)
+def one_call_misfit(layer: SwitchLayer) -> str | None:
+    """Return why a layer goes step by step whatever the kernels, None if it may be one call."""
+    if not isinstance(layer.dispatcher, LocalDispatcher):
+        return "its experts are spread over processes"
+    if not isinstance(layer.experts, FeedForwardExperts):
+        return "its experts are no plain feed-forward networks"
+    if layer.router.experts_choose:
+        return "its experts choose their tokens"
+    if layer.experts.training and layer.experts.dropout:
+        return "it has expert dropout"
+    return None
+
+
+def in_one_call(experts: Experts, x_ND: Tensor, routing: Routing) -> Tensor:
+    """Return y_ND, gate times output, of a layer without `one_call_misfit`."""
+    order = sort_by_expert(routing.expert_A, routing.kept_A, experts.num_experts)
+    weight_A = torch.where(routing.kept_A, routing.gate_A, 0.0)
     # Called as a module: sharding gathers its weights then.
-    y_ND: Tensor = experts(x_ND, order.counts_E, Assignments(order, weight_A))
+    y_ND: Tensor = cast(FeedForwardExperts, experts)(
+        x_ND, order.counts_E, Assignments(order, weight_A)
+    )
     return y_ND
 
 

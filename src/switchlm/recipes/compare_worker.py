@@ -103,7 +103,14 @@ def _serve(folder: RunFolder, commands: TextIO, answers: TextIO) -> None:
         answers.write(json.dumps(line) + "\n")
         answers.flush()
 
-    lines = train(model, loader, config.training, run=folder, should_stop=lambda: stopping)
+    lines = train(
+        model,
+        loader,
+        config.training,
+        run=folder,
+        should_stop=lambda: stopping,
+        kernels=config.kernels,
+    )
     for command in commands:
         word, *step = command.split()
         stopping = word == "finish"

@@ -21,7 +21,7 @@ from switchlm.model.config import ModelConfig, upgrade_model_section
 from switchlm.model.presets import preset as find_preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.mesh import MeshConfig
-from switchlm.training.config import TrainingConfig
+from switchlm.training.config import KernelsConfig, TrainingConfig
 from switchlm.training.run_folder import RunFolder
 
 Config = TypeVar("Config")
@@ -41,6 +41,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     init_from: str | None = None
 
 

@@ -272,6 +272,7 @@ def distill(
             resume=resume,
             should_stop=should_stop,
             mesh=mesh,
+            kernels=run.kernels,
             objective=objective,
         )
         yield {"phase": "saving and measuring"}

@@ -198,6 +198,7 @@ def finetune(
             resume=resume,
             should_stop=should_stop,
             mesh=mesh,
+            kernels=config.kernels,
             evaluator=BestCheckpoint(score=score, keep=keep, patience=settings.patience),
         )
         if not mesh.is_main:

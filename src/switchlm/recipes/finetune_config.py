@@ -14,7 +14,7 @@ from switchlm.huggingface.load import load_config
 from switchlm.model.config import ModelConfig
 from switchlm.parallel.mesh import MeshConfig
 from switchlm.recipes.config import build_config, put_over, to_sections
-from switchlm.training.config import TrainingConfig
+from switchlm.training.config import KernelsConfig, TrainingConfig
 from switchlm.training.optimizer import Trainable
 
 DROPOUT, EXPERT_DROPOUT = 0.1, 0.4  # the last row of Table 4
@@ -92,6 +92,7 @@ class FinetuneRun:
     model: ModelConfig
     training: TrainingConfig
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
 
     def __post_init__(self) -> None:
         if self.training.evaluate_every is None:

@@ -131,6 +131,7 @@ def pretrain(
             resume=resume,
             should_stop=should_stop,
             mesh=mesh,
+            kernels=config.kernels,
         )
         yield {"phase": "saving the model"}
         save(model, loader.tokenizer, folder.model, group=mesh.storage)

@@ -9,6 +9,19 @@ Precision = Literal["float32", "bfloat16", "selective"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """Which kernels a run takes where there is a choice (docs/guides/kernels.md).
+
+    switch: how the feed-forward of a Switch layer runs: `separate` gathers tokens, multiplies and
+        combines one after the other; `fused` does all three in one kernel wherever one takes the
+        layer, and refuses to run where none does; `auto` takes what is faster. All processes of a
+        job do the same.
+    """
+
+    switch: Literal["auto", "separate", "fused"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """What `training.loop.train` needs besides a model and a loader.
 

@@ -5,6 +5,7 @@ step by the loader's (seed, step), and a checkpoint holds all the rest. So a run
 anywhere and resumed is the run that was never stopped, bit for bit on a CPU.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -16,11 +17,12 @@ from torch.optim import Optimizer
 from switchlm.checkpoint.store import CheckpointStore
 from switchlm.data.batch import Batch, BatchSource
 from switchlm.errors import CheckpointError
+from switchlm.files import replace_file
 from switchlm.kernels.cpu.memory import keep_freed_memory
 from switchlm.model.switch import switch_layers
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.mesh import ALONE, Mesh
-from switchlm.training.config import TrainingConfig
+from switchlm.training.config import KernelsConfig, TrainingConfig
 from switchlm.training.evaluation import Evaluator, HeldOutLoss
 from switchlm.training.monitor import Averages, HostCopy, open_monitor
 from switchlm.training.optimizer import (
@@ -33,6 +35,7 @@ from switchlm.training.run_folder import RunFolder, truncate_metrics
 from switchlm.training.step import (
     Objective,
     StepRecord,
+    choose_switch,
     prepare_for_training,
     seed_step,
     summarise_routing,
@@ -41,6 +44,7 @@ from switchlm.training.step import (
 )
 
 Line = dict[str, Any]
+AUTOMATIC = KernelsConfig()
 
 
 @dataclass
@@ -69,6 +73,7 @@ def train(
     mesh: Mesh = ALONE,
     objective: Objective = target_cross_entropy,
     evaluator: Evaluator | None = None,
+    kernels: KernelsConfig = AUTOMATIC,
 ) -> Iterator[Line]:
     """Train `model` in place on its device and yield every metrics line as it is written.
 
@@ -98,8 +103,10 @@ def train(
     evaluator: judges the model every `config.evaluate_every` steps; None takes the held-out loss of
         the loader. The run ends after `config.steps`, after `config.seconds`, when the evaluator or
         once `should_stop` says so, with a last checkpoint and a last evaluation.
+    kernels: chosen before the first step, see `choose_switch`; RUN/kernels.json says what was.
     """
-    return _Run(model, loader, config, run, should_stop, mesh, objective, evaluator).lines(resume)
+    run_of = _Run(model, loader, config, run, should_stop, mesh, objective, evaluator, kernels)
+    return run_of.lines(resume)
 
 
 class _Run:
@@ -115,9 +122,11 @@ class _Run:
         mesh: Mesh,
         objective: Objective,
         evaluator: Evaluator | None,
+        kernels: KernelsConfig,
     ) -> None:
         self.model, self.loader, self.config, self.folder = model, loader, config, folder
         self.should_stop, self.mesh, self.objective = should_stop, mesh, objective
+        self.kernels: KernelsConfig | None = kernels  # until they are chosen
         self.evaluator = evaluator if config.evaluate_every is not None else None
         self.device = model.embedding.weight.device
         self.optimizer: Optimizer = build_optimizer(model, config)
@@ -185,6 +194,9 @@ class _Run:
         started = time.perf_counter()
         parts = [next(batches)[1] for _ in range(config.accumulate)]
         num_tokens = sum(batch.num_tokens for batch in parts)
+        if self.kernels is not None:
+            self._choose_kernels(self.kernels, parts[0])
+            self.kernels = None
         seed_step(config.seed, progress.step, self.device, self.mesh.data_rank)
         set_learning_rate(self.optimizer, learning_rate(progress.step, config))
         record = training_step(
@@ -206,6 +218,13 @@ class _Run:
             self._count_tokens()  # waits for the device, so that the time is the step's
         progress.seconds += time.perf_counter() - started
         return record
+
+    def _choose_kernels(self, kernels: KernelsConfig, batch: Batch) -> None:
+        """Choose them by the first batch; every process comes here, before its first step."""
+        num_tokens = batch.inputs_BS.numel()
+        choice = choose_switch(self.model, self.config, num_tokens, kernels.switch, self.mesh)
+        if choice is not None and self.folder is not None and self.mesh.is_main:
+            replace_file(self.folder.kernels, json.dumps({"switch": vars(choice)}).encode())
 
     def _hear(self, record: StepRecord) -> None:
         """Read what the processes wished at the step before, which waits for nothing.

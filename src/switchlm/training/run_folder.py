@@ -32,6 +32,11 @@ class RunFolder:
         return self.root / "config.yaml"
 
     @property
+    def kernels(self) -> Path:
+        """How Switch layers run since the run was last started: which kernel, and why."""
+        return self.root / "kernels.json"
+
+    @property
     def tokenizer(self) -> Path:
         """The tokenizer that the run trains with, so that it resumes with the same."""
         return self.root / "tokenizer"

@@ -10,21 +10,26 @@ Shapes: L Switch layers, E experts, B batch, T target, V vocabulary.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from switchlm.data.batch import Batch
+from switchlm.errors import ConfigError
+from switchlm.kernels import select
+from switchlm.kernels.select import Choice, Way
+from switchlm.model.experts import FeedForwardExperts
 from switchlm.model.losses import cross_entropy, routing_losses
 from switchlm.model.router import Router
 from switchlm.model.routing import ModelOutput, Routing
+from switchlm.model.switch import SwitchFeedForward, one_call_misfit
 from switchlm.model.transformer import SwitchTransformer, forward_batch
 from switchlm.parallel.apply import send_gradients
 from switchlm.parallel.mesh import ALONE, Mesh
 from switchlm.parallel.tensor import losses_of
-from switchlm.training.config import Precision
+from switchlm.training.config import Precision, TrainingConfig
 from switchlm.training.monitor import global_norm
 
 
@@ -44,6 +49,64 @@ def prepare_for_training(
     model.encoder.activation_checkpointing = activation_checkpointing
     model.decoder.activation_checkpointing = activation_checkpointing
     model.train()
+
+
+def choose_switch(
+    model: SwitchTransformer,
+    config: TrainingConfig,
+    num_tokens: int,
+    way: Way = "auto",
+    mesh: Mesh = ALONE,
+) -> Choice | None:
+    """Tell the Switch feed-forwards of a model how to run, and return what they will do.
+
+    Every process of a job calls this once, before its first step. The main one decides for all, by
+    a trial of its own where one is due; where another cannot do as the main one does, all take
+    separate products. A process by itself that is told `auto` goes on to try every new shape.
+
+    num_tokens: that the encoder reads in a batch of this process.
+
+    Returns None for a model without such layers. Raises ConfigError, in all processes, where `way`
+    is `fused` and no kernel takes these layers here.
+    """
+    layers = [part for part in model.modules() if isinstance(part, SwitchFeedForward)]
+    if not layers:
+        return None
+    fitting = [layer for layer in layers if one_call_misfit(layer) is None]
+    if config.compile:
+        choice = Choice("separate", "the model is compiled (training.compile)")
+    elif fitting:
+        choice = _choose_for(fitting[0], config, num_tokens, way, mesh)
+    else:
+        choice = Choice("separate", str(one_call_misfit(layers[0])))
+    found = mesh.gather(choice)
+    choice = next((one for one in found if one.name == "separate"), found[0])
+    if way == "fused" and choice.name == "separate":
+        raise ConfigError(
+            f"kernels.switch is 'fused', but no Switch layer can run so here: {choice.reason}. "
+            "Take kernels.switch=auto, or separate."
+        )
+    if mesh.is_distributed:
+        way = "separate" if choice.name == "separate" else "fused"
+    for layer in fitting:
+        cast(FeedForwardExperts, layer.experts).way = way
+    return choice
+
+
+def _choose_for(
+    layer: SwitchFeedForward, config: TrainingConfig, num_tokens: int, way: Way, mesh: Mesh
+) -> Choice:
+    """Return how a layer without `one_call_misfit` runs; `trial` if the main process is to try."""
+    experts, router = cast(FeedForwardExperts, layer.experts), layer.router
+    num_experts, d_model, d_ff = experts.up.shape
+    about = (num_experts, d_ff, experts.activation, experts.gate is not None, way)
+    dtype = torch.float32 if config.precision == "float32" else torch.bfloat16
+    x_ND = torch.randn(num_tokens, d_model, dtype=dtype, device=router.weight.device)
+    per_token = router.config.experts_per_token
+    with computing(config.precision, x_ND.device):
+        if mesh.is_main:
+            return select.choose_switch(x_ND.requires_grad_(), per_token, *about)
+        return select.explain_switch(x_ND, num_tokens * per_token, *about)
 
 
 def computing(precision: Precision, device: torch.device) -> AbstractContextManager:

@@ -97,7 +97,7 @@ def test_a_compiler_that_makes_no_library_leaves_nothing(home, tmp_path, monkeyp
 
 
 def test_all_works_without_it(monkeypatch):
-    monkeypatch.setattr(small_batch, "native", lambda: native.Native(None, "none"))
+    monkeypatch.setattr(native, "native", lambda: native.Native(None, "none"))
     x_RK, weight_NK = torch.randn(3, 64), torch.randn(64, 64)
     with torch.no_grad():
         assert small_batch.misfit(x_RK, weight_NK)

@@ -66,6 +66,18 @@ def test_what_is_masked_takes_no_part_and_leaves_no_trace():
     assert torch.equal(attention.decode_attention(query, key, value, masked), short)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("place", [0, 5, 16, 22])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_key_that_is_not_a_number_makes_its_own_head_so(bad, place, dtype):
+    query, key, value = (x.to(dtype) for x in tensors(2, 3, 23, 16))
+    key[1, 2, place] = bad
+    found = attention.decode_attention(query, key, value, None).view(2, 3, 16)
+    assert found[1, 2].isnan().all()
+    found[1, 2] = 0
+    assert found.isfinite().all()
+
+
 def test_a_query_that_may_attend_to_nothing_takes_the_mean():
     query, key, value = tensors(1, 2, 9, 16)
     found = attention.decode_attention(query, key, value, torch.full((1, 1, 1, 9), LOW))

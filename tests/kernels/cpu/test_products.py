@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_pytorchs(case, monkeypatch):
     width = 40 if case == "odd width" else 48
     dtype = torch.bfloat16 if case == "bfloat16" else torch.float32
     if case == "without a library":
-        monkeypatch.setattr(grouped, "native", lambda: native.Native(None, "none"))
+        monkeypatch.setattr(native, "native", lambda: native.Native(None, "none"))
     monkeypatch.setattr(small_matmul, "is_slow", lambda dtype: False)
     a_MK, b_KN = torch.randn(rows, 32).to(dtype), torch.randn(32, width).to(dtype)
     called = []
@@ -91,6 +91,18 @@ def test_what_does_not_fit_is_pytorchs(case, monkeypatch):
     torch.testing.assert_close(
         matmul_into(a_MK, b_KN, found.clone(), add=True), found + a_MK @ b_KN
     )
+
+
+@pytest.mark.parametrize("other", ["b", "result"])
+@pytest.mark.parametrize("add", [False, True])
+def test_another_dtype_of_any_factor_is_not_read_as_float32(other, add):
+    a_MK, b_KN, y_MN = torch.randn(4, 32), torch.randn(32, 48), torch.zeros(4, 48)
+    if other == "b":
+        b_KN = b_KN.double()
+    else:
+        y_MN = y_MN.double()
+    with pytest.raises(RuntimeError, match=r"dtype|same type"):
+        matmul_into(a_MK, b_KN, y_MN, add=add)
 
 
 def test_products_that_somebody_counts_are_pytorchs():

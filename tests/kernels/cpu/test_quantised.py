@@ -63,7 +63,7 @@ def test_int8_sums_are_those_of_integers(rows, operators):
     plain = int8_matrix()
     x_RK = torch.randn(rows, 128)
     codes_RK, scale_R1 = quantise_rows(x_RK)
-    sums_RN = codes_RK.long() @ plain.codes_NK.long().t()
+    sums_RN = codes_RK.long() @ plain.codes.long().t()
     expected = sums_RN.double() * plain.scale_N * scale_R1
     torch.testing.assert_close(plain(x_RK).double(), expected, rtol=1e-6, atol=1e-6)
 
@@ -91,7 +91,7 @@ def test_int4_codes_mean_what_the_layout_says():
         scale, offset = scale_GN2[source // 64, output].float()
         expected = (codes_NK[output, source] - 8) * scale + offset
         assert one.dequantise()[output, source] == expected
-    pair = one.codes_BKJ[0, 7, 3]
+    pair = one.codes[0, 7, 3]
     assert (pair & 15, pair >> 4) == (codes_NK[3, 7], codes_NK[35, 7])
     index = torch.tensor([0, 99, 33, 64])
     assert torch.equal(one.rows(index), one.dequantise()[index])

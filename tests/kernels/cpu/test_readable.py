@@ -84,7 +84,7 @@ def test_one_sequence_of_keys_for_several_rows_is_pytorchs():
     torch.manual_seed(0)
     query_BHQK = torch.randn(4, 2, 5, 16)
     key_BHMK, value_BHMK = torch.randn(2, 1, 2, 7, 16)
-    assert attention.small_misfit(query_BHQK, key_BHMK, value_BHMK, None)
+    assert attention.misfit(query_BHQK, key_BHMK, value_BHMK, None)
     found = attend(query_BHQK, key_BHMK, value_BHMK, None, 0.0)
     whole = [x.expand(4, -1, -1, -1).contiguous() for x in (key_BHMK, value_BHMK)]
     torch.testing.assert_close(found, attend(query_BHQK, *whole, None, 0.0))
@@ -93,15 +93,15 @@ def test_one_sequence_of_keys_for_several_rows_is_pytorchs():
 @pytest.mark.parametrize("shape", [(1, 2, 5, 6), (3, 2, 5, 7), (1, 3, 5, 7), (2, 5, 7)], ids=str)
 def test_biases_of_other_shapes_are_not_taken(shape):
     query, key = torch.randn(2, 2, 5, 16), torch.randn(2, 2, 7, 16)
-    assert attention.small_misfit(query, key, key, torch.zeros(1, 2, 5, 7)) is None
-    assert attention.small_misfit(query, key, key, torch.zeros(shape))
+    assert attention.misfit(query, key, key, torch.zeros(1, 2, 5, 7)) is None
+    assert attention.misfit(query, key, key, torch.zeros(shape))
 
 
 def test_a_bias_for_all_queries_that_learns_is_not_taken():
     query, key = torch.randn(2, 2, 5, 16), torch.randn(2, 2, 7, 16)
     bias = torch.zeros(1, 2, 1, 7)
-    assert attention.small_misfit(query, key, key, bias) is None
-    assert attention.small_misfit(query, key, key, bias.requires_grad_())
+    assert attention.misfit(query, key, key, bias) is None
+    assert attention.misfit(query, key, key, bias.requires_grad_())
 
 
 def test_what_was_kept_must_be_as_long_as_the_experts():

@@ -29,7 +29,7 @@ def build(request, monkeypatch):
     if "x86_64" not in native._PROCESSOR or native.platform.machine() != "x86_64":
         pytest.skip("for x86")
     found = _built(flag)
-    monkeypatch.setattr(fused_router, "native", lambda: found)
+    monkeypatch.setattr(native, "native", lambda: found)
 
 
 _builds: dict[str, native.Native] = {}

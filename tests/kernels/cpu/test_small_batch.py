@@ -30,7 +30,7 @@ def build(request, tmp_path_factory):
         patch.setattr(native.Path, "home", lambda: tmp_path_factory.mktemp("home"))
         built = native.native.__wrapped__()
         assert built.library is not None, built.reason
-        patch.setattr(small_batch, "native", lambda: built)
+        patch.setattr(native, "native", lambda: built)
         yield built
 
 
@@ -84,7 +84,7 @@ def test_int8_gives_the_bits_of_the_plain_product(build, rows, monkeypatch):
     one = int8_matrix()
     x_RK = torch.randn(rows, 192) * torch.logspace(-6, 3, rows)[:, None]
     x_RK[-1, 3:] = 0
-    found = small_batch.int8_matmul(x_RK, one.codes_NK, one.scale_N)
+    found = small_batch.int8_matmul(x_RK, one.codes, one.scale_N)
     monkeypatch.setattr(small_batch, "few", lambda *_: False)
     assert torch.equal(found, one(x_RK))
 
@@ -93,7 +93,7 @@ def test_int8_gives_the_bits_of_the_plain_product(build, rows, monkeypatch):
 def test_int4_is_the_product_with_what_the_codes_mean(build, rows):
     one = int4_matrix()
     x_RK = torch.randn(rows, 192)
-    found = small_batch.int4_matmul(x_RK, one.codes_BKJ, one.scale_GN2)[:, :100]
+    found = small_batch.int4_matmul(x_RK, one.codes, one.scale_GN2)[:, :100]
     close(found, x_RK.to(torch.bfloat16).double() @ one.dequantise().double().t())
 
 
@@ -111,10 +111,10 @@ PRODUCTS = {
         torch.randn(1, 640, 960),
         lambda x, w: small_batch.grouped_matmul(x, w, torch.tensor([len(x)])),
     ),
-    "int8": (int8_matrix(960, 640), lambda x, m: small_batch.int8_matmul(x, m.codes_NK, m.scale_N)),
+    "int8": (int8_matrix(960, 640), lambda x, m: small_batch.int8_matmul(x, m.codes, m.scale_N)),
     "int4": (
         int4_matrix(960, 640, 5),
-        lambda x, m: small_batch.int4_matmul(x, m.codes_BKJ, m.scale_GN2),
+        lambda x, m: small_batch.int4_matmul(x, m.codes, m.scale_GN2),
     ),
 }
 

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchlm.kernels.cpu.native import misfit as native_misfit
-from switchlm.kernels.cpu.native import native
+from switchlm.kernels.cpu import native
 
-_WIDTH = 16  # whole vectors on every processor
 _LEAST_LOGITS = 2**18  # below which waking a thread does not pay
 
 
@@ -34,12 +32,12 @@ def misfit(logits_NV: Tensor, targets_N: Tensor) -> str | None:
 
     Plain, in main memory, rows of whole vectors.
     """
-    reason = native_misfit(logits_NV) or native_misfit(targets_N, dtype=torch.int64)
+    reason = native.misfit(logits_NV) or native.misfit(targets_N, dtype=torch.int64)
     if reason is not None:
         return reason
     if targets_N.shape != logits_NV.shape[:1] or not logits_NV.numel():
         return "other shapes, or no logits"
-    if logits_NV.shape[1] % _WIDTH or not logits_NV.is_contiguous():
+    if logits_NV.shape[1] % native.WIDTH or not logits_NV.is_contiguous():
         return "no whole vectors, or not contiguous"
     return None
 
@@ -47,14 +45,12 @@ def misfit(logits_NV: Tensor, targets_N: Tensor) -> str | None:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-        library = native().library
-        assert library is not None
         targets_N = targets_N.contiguous()
         rows, width = logits_NV.shape
         loss_N, kept_2N = logits_NV.new_empty(rows), logits_NV.new_empty(2, rows)
-        wrong = library.cross_entropy(
+        wrong = native.library().cross_entropy(
             logits_NV.data_ptr(), targets_N.data_ptr(), loss_N.data_ptr(), kept_2N.data_ptr(),
-            rows, width, _threads(logits_NV),
+            rows, width, native.threads_for(logits_NV.numel(), _LEAST_LOGITS),
         )  # fmt: skip
         if wrong < rows:
             raise IndexError(f"Target {int(targets_N[wrong])} is out of bounds of {width} logits.")
@@ -65,17 +61,10 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         logits_NV, targets_N, kept_2N = ctx.saved_tensors
-        library = native().library
-        assert library is not None
         dloss_N, dlogits_NV = gradients[0].contiguous(), torch.empty_like(logits_NV)
-        library.cross_entropy_backward(
+        native.library().cross_entropy_backward(
             logits_NV.data_ptr(), targets_N.data_ptr(), kept_2N.data_ptr(), dloss_N.data_ptr(),
-            dlogits_NV.data_ptr(), *logits_NV.shape, _threads(logits_NV),
+            dlogits_NV.data_ptr(), *logits_NV.shape,
+            native.threads_for(logits_NV.numel(), _LEAST_LOGITS),
         )  # fmt: skip
         return dlogits_NV, None
-
-
-def _threads(logits_NV: Tensor) -> int:
-    """Return how many threads share the rows; it changes no bit of the result."""
-    enough = logits_NV.numel() >= _LEAST_LOGITS
-    return torch.get_num_threads() if native().threads and enough else 1

@@ -4,72 +4,44 @@ Three separate calls write and read all hidden rows of all experts again and aga
 them once more for the activation and its gradient. Here each expert runs to its end before the next
 begins; its output and its weight gradients are written once.
 
-Where experts have some thousand weights or some ten rows, preparing four tensors for each takes
-longer than multiplying them: then all experts of a layer are one call of native/products.c, on one
-thread. Going from expert to expert is its plain twin, with the same bits where that multiplies in
-C.
-
 Shapes: R rows, D d_model, F d_ff, E experts, P pieces (see grouped.py).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchlm import _torch
-from switchlm.kernels.cpu import grouped, memory, threads
-from switchlm.kernels.cpu.grouped import Schedule, Sums, make_schedule, matmul_into, weight_gradient
-from switchlm.kernels.cpu.memory import Workspace, compiles_shapes, keep
-from switchlm.kernels.cpu.native import native
+from switchlm.kernels.cpu import memory, threads
+from switchlm.kernels.cpu.grouped import Schedule, Sums, matmul_into, schedule_for, weight_gradient
+from switchlm.kernels.cpu.memory import Workspace, keep
 from switchlm.kernels.reference import Activation, activate, activate_backward_
 
-
-@dataclass(frozen=True)
-class _Weights:
-    """inner meets the activation: `up`, or `gate` where gated, which then has `linear` = `up`."""
-
-    inner_EDF: Tensor
-    linear_EDF: Tensor | None
-    down_EFD: Tensor
-
-
-@dataclass(frozen=True)
-class _Hidden:
-    """What backward needs of the hidden rows: all of them, or one expert's at a time without it.
-
-    inner_RF is stored activated where the activation allows it (ReLU: its gradient and itself read
-    the same from its output).
-    """
-
-    inner_RF: Tensor
-    linear_RF: Tensor | None
+# Stacked: what meets the activation (`up`, or `gate` where gated), `up` where gated, and `down`.
+Weights = tuple[Tensor, Tensor | None, Tensor]
+# What backward needs of the hidden rows. The first are stored activated where the activation allows
+# it (ReLU: its gradient and itself read the same from its output).
+Hidden = tuple[Tensor, Tensor | None]
 
 
 def _forward(
     x_RD: Tensor,
-    weights: _Weights,
+    weights: Weights,
     schedule: Schedule,
     activation: Activation,
-    hidden: _Hidden | None,
+    hidden: Hidden | None,
 ) -> Tensor:
     """Return y_RD. Fills `hidden`, or forgets each expert's hidden rows when there is none."""
-    if _are_small(x_RD, weights, schedule, activation):
-        kept_RF = None if hidden is None else hidden.inner_RF
-        return forward(x_RD, weights.inner_EDF, weights.down_EFD, schedule, kept_RF)
-    y_RD = schedule.empty(x_RD, weights.down_EFD.shape[2])
+    inner_EDF, linear_EDF, down_EFD = weights
+    inner_RF, linear_RF = hidden or (None, None)
+    y_RD = schedule.empty(x_RD, down_EFD.shape[2])
     y = Sums(schedule, y_RD)
     x_P = schedule.rows(x_RD)
-    inner_weight_P, down_P = (
-        _cut(schedule, weights.inner_EDF, 1),
-        _cut(schedule, weights.down_EFD, 0),
-    )
-    linear_weight_P = _cut(schedule, weights.linear_EDF, 1)
-    inner_P = _cut_rows(schedule, None if hidden is None else hidden.inner_RF)
-    linear_P = _cut_rows(schedule, None if hidden is None else hidden.linear_RF)
+    inner_weight_P, linear_weight_P = (_cut(schedule, w, 1) for w in (inner_EDF, linear_EDF))
+    down_P = _cut(schedule, down_EFD, 0)
+    inner_P, linear_P = _cut_rows(schedule, inner_RF), _cut_rows(schedule, linear_RF)
 
     def compute(p: int, workspace: Workspace) -> None:
         x = workspace.filled("x", x_P[p])
@@ -107,33 +79,27 @@ def _forward(
 def _backward(
     dy_RD: Tensor,
     x_RD: Tensor,
-    weights: _Weights,
-    hidden: _Hidden,
+    weights: Weights,
+    hidden: Hidden,
     schedule: Schedule,
     activation: Activation,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, inner, linear and down, those that `needs` asks for."""
+    (inner_EDF, linear_EDF, down_EFD), (inner_RF, linear_RF) = weights, hidden
     dx_RD = schedule.empty(x_RD, x_RD.shape[1]) if needs[0] else None
     dinner_EDF, dlinear_EDF, ddown_EFD = (
         weight_gradient(weight, schedule) if weight is not None and needed else None
-        for weight, needed in zip(
-            (weights.inner_EDF, weights.linear_EDF, weights.down_EFD), needs[1:], strict=True
-        )
+        for weight, needed in zip(weights, needs[1:], strict=True)
     )
-    if _are_small(x_RD, weights, schedule, activation):
-        into = (dx_RD, dinner_EDF, ddown_EFD)
-        up_EDF, down_EFD = weights.inner_EDF, weights.down_EFD
-        backward(dy_RD, x_RD, up_EDF, down_EFD, hidden.inner_RF, schedule, into)
-        return dx_RD, dinner_EDF, None, ddown_EFD
     dx = None if dx_RD is None else Sums(schedule, dx_RD)
     x_P, dy_P = schedule.rows(x_RD), schedule.rows(dy_RD)
-    inner_P, linear_P = _cut_rows(schedule, hidden.inner_RF), _cut_rows(schedule, hidden.linear_RF)
+    inner_P, linear_P = _cut_rows(schedule, inner_RF), _cut_rows(schedule, linear_RF)
     dinner_P, dlinear_P = _cut(schedule, dinner_EDF, 1), _cut(schedule, dlinear_EDF, 1)
     ddown_P = _cut(schedule, ddown_EFD, 0)
     inner_weight_P, linear_weight_P, down_P = (
         _cut(schedule, None if weight is None else weight.mT, dim)
-        for weight, dim in ((weights.inner_EDF, 0), (weights.linear_EDF, 0), (weights.down_EFD, 1))
+        for weight, dim in ((inner_EDF, 0), (linear_EDF, 0), (down_EFD, 1))
     )
 
     def run(part: Sequence[int]) -> None:
@@ -171,14 +137,6 @@ def _backward(
     return dx_RD, dinner_EDF, dlinear_EDF, ddown_EFD
 
 
-def _are_small(x_RD: Tensor, weights: _Weights, schedule: Schedule, activation: Activation) -> bool:
-    return (
-        activation == "relu"
-        and weights.linear_EDF is None
-        and fits(schedule, x_RD, weights.inner_EDF, weights.down_EFD)
-    )
-
-
 def _cut(schedule: Schedule, stacked: Tensor | None, dim: int) -> list[Tensor]:
     """Return every piece's part of its expert's matrix, by the dim of the hidden columns."""
     return [] if stacked is None else schedule.columns(stacked, dim)
@@ -201,13 +159,11 @@ class _ExpertFeedForward(torch.autograd.Function):
         activation: Activation,
     ) -> Tensor:
         shape = (x_RD.shape[0], inner_EDF.shape[2])
+        inner_RF = memory.empty_reused(shape, x_RD.dtype)
         linear_RF = None if linear_EDF is None else memory.empty_reused(shape, x_RD.dtype)
-        hidden = _Hidden(memory.empty_reused(shape, x_RD.dtype), linear_RF)
-        weights = _Weights(inner_EDF, linear_EDF, down_EFD)
+        weights, hidden = (inner_EDF, linear_EDF, down_EFD), (inner_RF, linear_RF)
         y_RD = _forward(x_RD, weights, schedule, activation, hidden)
-        ctx.save_for_backward(
-            x_RD, inner_EDF, linear_EDF, down_EFD, hidden.inner_RF, hidden.linear_RF
-        )
+        ctx.save_for_backward(x_RD, *weights, *hidden)
         ctx.schedule, ctx.activation = schedule, activation
         return y_RD
 
@@ -215,10 +171,8 @@ class _ExpertFeedForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, inner_EDF, linear_EDF, down_EFD, inner_RF, linear_RF = ctx.saved_tensors
-        weights = _Weights(inner_EDF, linear_EDF, down_EFD)
-        hidden = _Hidden(inner_RF, linear_RF)
-        dy_RD = gradients[0].contiguous()
-        needs = ctx.needs_input_grad[:4]
+        weights, hidden = (inner_EDF, linear_EDF, down_EFD), (inner_RF, linear_RF)
+        dy_RD, needs = gradients[0].contiguous(), ctx.needs_input_grad[:4]
         wanted = _backward(dy_RD, x_RD, weights, hidden, ctx.schedule, ctx.activation, needs)
         return *wanted, None, None
 
@@ -232,80 +186,12 @@ def expert_feedforward(
     gate_EDF: Tensor | None = None,
 ) -> Tensor:
     """Return each row's expert applied to it: see select.py."""
-    weights = _Weights(up_EDF, None, down_EFD)
+    weights: Weights = (up_EDF, None, down_EFD)
     if gate_EDF is not None:
-        weights = _Weights(gate_EDF, up_EDF, down_EFD)
-    schedule = make_schedule(
-        counts_E.tolist(),
-        x_RD.shape[0],
-        weights.inner_EDF.shape[1] * weights.inner_EDF.shape[2],
-        few_shapes=compiles_shapes(x_RD.dtype),
-    )
-    inputs = (x_RD, weights.inner_EDF, weights.linear_EDF, weights.down_EFD)
+        weights = (gate_EDF, up_EDF, down_EFD)
+    schedule = schedule_for(x_RD, up_EDF, counts_E)
+    inputs = (x_RD, *weights)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         y_RD: Tensor = _ExpertFeedForward.apply(*inputs, schedule, activation)
         return y_RD
     return _forward(x_RD, weights, schedule, activation, None)
-
-
-SMALL = 2**13  # numbers of a matrix up to which this pays whatever the rows
-_WIDTH = 16  # whole vectors on every processor
-
-
-def fits(schedule: Schedule, x_RD: Tensor, up_EDF: Tensor, down_EFD: Tensor) -> bool:
-    """Whether experts of ReLU go this way: float32, in main memory, small ones, one thread."""
-    _, inputs, outputs = up_EDF.shape
-    return (
-        len(schedule.parts) == 1
-        and (inputs * outputs <= SMALL or max(schedule.sizes[:-1]) <= grouped.MOST_ROWS)
-        and all(width % _WIDTH == 0 for width in up_EDF.shape[1:])
-        and all(
-            tensor.dtype == torch.float32 and tensor.is_cpu and tensor.is_contiguous()
-            for tensor in (x_RD, up_EDF, down_EFD)
-        )
-        and not _torch.is_watched()
-        and native().library is not None
-    )
-
-
-def forward(
-    x_RD: Tensor, up_EDF: Tensor, down_EFD: Tensor, schedule: Schedule, hidden_RF: Tensor | None
-) -> Tensor:
-    """Return y_RD. Fills `hidden_RF` with what the activation gave, if there is one."""
-    library = native().library
-    assert library is not None
-    y_RD = schedule.empty(x_RD, down_EFD.shape[2])
-    counts_E = torch.tensor(schedule.sizes[:-1], device="cpu")
-    kept = hidden_RF is not None
-    out = hidden_RF if hidden_RF is not None else _hidden_rows(x_RD, schedule, up_EDF)
-    library.relu_experts(
-        x_RD.data_ptr(), counts_E.data_ptr(), *up_EDF.shape, up_EDF.data_ptr(),
-        down_EFD.data_ptr(), out.data_ptr(), kept, y_RD.data_ptr(),
-    )  # fmt: skip
-    return y_RD
-
-
-def backward(
-    dy_RD: Tensor,
-    x_RD: Tensor,
-    up_EDF: Tensor,
-    down_EFD: Tensor,
-    hidden_RF: Tensor,
-    schedule: Schedule,
-    into: tuple[Tensor | None, Tensor | None, Tensor | None],
-) -> None:
-    """Write the gradients of x, up and down into those of `into` that are there."""
-    library = native().library
-    assert library is not None
-    counts_E = torch.tensor(schedule.sizes[:-1], device="cpu")
-    out = _hidden_rows(x_RD, schedule, up_EDF)
-    places = (None if gradient is None else gradient.data_ptr() for gradient in into)
-    library.relu_experts_backward(
-        dy_RD.data_ptr(), x_RD.data_ptr(), hidden_RF.data_ptr(), counts_E.data_ptr(),
-        *up_EDF.shape, up_EDF.data_ptr(), down_EFD.data_ptr(), out.data_ptr(), *places,
-    )  # fmt: skip
-
-
-def _hidden_rows(x_RD: Tensor, schedule: Schedule, up_EDF: Tensor) -> Tensor:
-    """Return memory for the hidden rows of one expert."""
-    return x_RD.new_empty(max(schedule.sizes[:-1]), up_EDF.shape[2])

@@ -28,9 +28,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from switchlm import _torch
-from switchlm.kernels.cpu import memory, small_matmul, threads
+from switchlm.kernels.cpu import memory, native, small_matmul, threads
 from switchlm.kernels.cpu.memory import Workspace, compiles_shapes, keep
-from switchlm.kernels.cpu.native import native
 
 FIXED_ROWS = 48  # reading an expert's weights costs as much as multiplying about so many rows
 LEAST_WORK = 2**25  # multiply-adds a product below which waking a thread does not pay
@@ -192,7 +191,6 @@ def _snap(cut: float, length: float, tolerance: float) -> float:
 
 # Tokens of an expert; measured at 256 x 1,024, on an EPYC with AVX-512 and on one without.
 MOST_ROWS = 256 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
-_WIDTH = 16  # whole vectors on every processor
 
 
 def matmul_into(
@@ -215,34 +213,34 @@ def matmul_into(
 
 
 def _fits(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> bool:
+    """Whether products.c takes these: few rows of float32, all in main memory, in whole vectors."""
     (rows, inputs), outputs = a_MK.shape, b_KN.shape[1]
     transposed = a_MK.stride(1) != 1  # of a gradient of weights, whose inputs are tokens
     return (
         (inputs if transposed else rows) <= MOST_ROWS
-        and a_MK.dtype == torch.float32
-        and a_MK.is_cpu
+        and all(x.dtype == torch.float32 and x.is_cpu for x in (a_MK, b_KN, out_MN))
         and out_MN.stride(1) == 1
         and (
-            (b_KN.stride(1) == 1 and outputs % _WIDTH == 0)
-            or (b_KN.stride(0) == 1 and not transposed and inputs % _WIDTH == 0)
+            (b_KN.stride(1) == 1 and outputs % native.WIDTH == 0)
+            or (b_KN.stride(0) == 1 and not transposed and inputs % native.WIDTH == 0)
         )
         and not _torch.is_watched()
-        and native().library is not None
+        and native.native().library is not None
     )
 
 
 def _multiply(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, add: bool, large: bool) -> None:
-    library = native().library
-    assert library is not None
     (rows, inputs), outputs = a_MK.shape, b_KN.shape[1]
     a, b, y = a_MK.data_ptr(), b_KN.data_ptr(), out_MN.data_ptr()
     shape, y_row = (rows, inputs, outputs), out_MN.stride(0)
-    if b_KN.stride(1) == 1 and outputs % _WIDTH == 0:
+    if b_KN.stride(1) == 1 and outputs % native.WIDTH == 0:
         a_row, a_column = a_MK.stride()
-        library.product(a, a_row, a_column, b, b_KN.stride(0), y, y_row, *shape, add, large)
+        native.library().product(
+            a, a_row, a_column, b, b_KN.stride(0), y, y_row, *shape, add, large
+        )
     else:
         a_row, b_column = a_MK.stride(0), b_KN.stride(1)
-        library.product_of_columns(a, a_row, b, b_column, y, y_row, *shape, add)
+        native.library().product_of_columns(a, a_row, b, b_column, y, y_row, *shape, add)
 
 
 def weight_gradient(weight_EDF: Tensor, schedule: Schedule) -> Tensor:
@@ -313,11 +311,60 @@ class _GroupedMatmul(torch.autograd.Function):
         return dx_RD, dweight_EDF, None
 
 
+def schedule_for(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Schedule:
+    """Return how these rows are shared out; waits for the counts."""
+    few_shapes = compiles_shapes(x_RD.dtype)
+    work_per_row = weight_EDF[0].numel()
+    return make_schedule(counts_E.tolist(), x_RD.shape[0], work_per_row, few_shapes=few_shapes)
+
+
 def grouped_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
     """Multiply consecutive runs of rows with their expert's matrix: see reference.py."""
-    work_per_row = weight_EDF.shape[1] * weight_EDF.shape[2]
-    schedule = make_schedule(
-        counts_E.tolist(), x_RD.shape[0], work_per_row, few_shapes=compiles_shapes(x_RD.dtype)
-    )
-    y_RF: Tensor = _GroupedMatmul.apply(x_RD, weight_EDF, schedule)
+    y_RF: Tensor = _GroupedMatmul.apply(x_RD, weight_EDF, schedule_for(x_RD, weight_EDF, counts_E))
     return y_RF
+
+
+def traced_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
+    """Do the same as one opaque operator with a shape rule, for torch.compile and fake tensors.
+
+    How many rows an expert has is known only at run time, so the loop cannot be traced. Calling an
+    operator takes tens of microseconds more, which is why nothing else does.
+    """
+    y_RF: Tensor = _product(x_RD, weight_EDF, counts_E)
+    return y_RF
+
+
+@torch.library.custom_op("switchlm::grouped_matmul", mutates_args=())
+def _product(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
+    return forward(x_RD, weight_EDF, schedule_for(x_RD, weight_EDF, counts_E))
+
+
+@_product.register_fake
+def _(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
+    return x_RD.new_empty(x_RD.shape[0], weight_EDF.shape[2])
+
+
+@torch.library.custom_op("switchlm::grouped_matmul_backward", mutates_args=())
+def _gradients(
+    dy_RF: Tensor, x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    schedule = schedule_for(x_RD, weight_EDF, counts_E)
+    dy_RF = dy_RF.contiguous()
+    dweight_EDF = backward_weight(dy_RF, x_RD, weight_EDF, schedule)
+    return backward_rows(dy_RF, weight_EDF, schedule), dweight_EDF
+
+
+@_gradients.register_fake
+def _(dy_RF: Tensor, x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
+    return x_RD.new_empty(x_RD.shape), weight_EDF.new_empty(weight_EDF.shape)
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, dy_RF: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *_gradients(dy_RF, *ctx.saved_tensors), None
+
+
+_product.register_autograd(_backward, setup_context=_remember)

@@ -48,7 +48,12 @@ def empty_reused(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if bytes_needed < SMALLEST:
         return torch.empty(shape, dtype=dtype, device="cpu")
     size = _size_class(bytes_needed)
-    block = _take(size)
+    with _lock:
+        if blocks := _free.get(size):
+            block = blocks.pop()
+        else:
+            _free.clear()
+            block = torch.empty(size, dtype=torch.uint8, device="cpu")
     view = block.numpy()[:bytes_needed]
     # The tensor owns `view`, and nothing else does: its end is the end of the last tensor here.
     weakref.finalize(view, _give_back, size, block).atexit = False
@@ -61,12 +66,6 @@ def release() -> None:
         _free.clear()
 
 
-def free_bytes() -> int:
-    """Return the bytes that wait for the next step."""
-    with _lock:
-        return sum(size * len(blocks) for size, blocks in _free.items())
-
-
 def _size_class(size: int) -> int:
     """Round up by less than a fourth, so that batches of varying lengths share blocks.
 
@@ -74,15 +73,6 @@ def _size_class(size: int) -> int:
     """
     step = 1 << (size.bit_length() - 3)
     return -(-size // step) * step
-
-
-def _take(size: int) -> Tensor:
-    with _lock:
-        blocks = _free.get(size)
-        if blocks:
-            return blocks.pop()
-        _free.clear()
-    return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 def _give_back(size: int, block: Tensor) -> None:

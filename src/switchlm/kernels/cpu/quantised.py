@@ -28,17 +28,13 @@ _FAILURES = (RuntimeError, AttributeError, NotImplementedError, TypeError)
 
 
 class Matrix(Protocol):
-    """A quantised weight: maps rows x_RK to y_RN, in the dtype of x."""
+    """A quantised weight: maps rows x_RK to y_RN, in the dtype of x.
+
+    codes: in whatever order.
+    """
 
     num_outputs: int
-
-    @property
-    def codes(self) -> Tensor:
-        """The codes, in whatever order."""
-        ...
-
-    @property
-    def num_bytes(self) -> int: ...
+    codes: Tensor
 
     def __call__(self, x_RK: Tensor) -> Tensor: ...
 
@@ -58,69 +54,55 @@ def matrix(codes: Tensor, scale: Tensor, num_outputs: int) -> Matrix:
 
 
 class Int8Matrix:
-    """codes_NK: int8.
-    scale_N: float32, one an output. w = code * scale.
+    """Codes [N, K], int8.
+
+    scale_N: float32, one per output. w = code * scale.
     """
 
     def __init__(self, codes_NK: Tensor, scale_N: Tensor) -> None:
-        self.codes_NK = codes_NK
+        self.codes = codes_NK
         self.scale_N = scale_N
         self.num_outputs = codes_NK.shape[0]
 
-    @property
-    def codes(self) -> Tensor:
-        return self.codes_NK
-
-    @property
-    def num_bytes(self) -> int:
-        return self.codes_NK.nbytes + self.scale_N.nbytes
-
     def __call__(self, x_RK: Tensor) -> Tensor:
         if small_batch.few(x_RK, small_batch.MOST_ROWS_OF_INT8):
-            return small_batch.int8_matmul(x_RK, self.codes_NK, self.scale_N)
+            return small_batch.int8_matmul(x_RK, self.codes, self.scale_N)
         codes_RK, scale_R1 = quantise_rows(x_RK)
         if x_RK.device.type == "cpu" and integer_product():
-            sums_RN = _torch.int8_matmul(codes_RK, self.codes_NK.t()).float()
+            sums_RN = _torch.int8_matmul(codes_RK, self.codes.t()).float()
         else:
-            parts = zip(codes_RK.split(EXACT, 1), self.codes_NK.split(EXACT, 1), strict=True)
+            parts = zip(codes_RK.split(EXACT, 1), self.codes.split(EXACT, 1), strict=True)
             sums_RN = reduce(torch.add, (x.float() @ codes.float().t() for x, codes in parts))
         return (sums_RN.mul_(self.scale_N)).mul_(scale_R1).to(x_RK.dtype)
 
     def dequantise(self) -> Tensor:
-        return self.codes_NK.float() * self.scale_N[:, None]
+        return self.codes.float() * self.scale_N[:, None]
 
 
 class Int4Matrix:
-    """codes_BKJ: uint8 [N/64, K, 32], two codes per byte.
+    """Codes [B, K, 32], uint8, two in a byte.
+
     scale_GN2: bfloat16, scale and offset.
 
     w = (code - 8) * scale + offset.
     """
 
     def __init__(self, codes_BKJ: Tensor, scale_GN2: Tensor, num_outputs: int) -> None:
-        self.codes_BKJ = codes_BKJ
+        self.codes = codes_BKJ
         self.scale_GN2 = scale_GN2
         self.num_outputs = num_outputs
         self.group_size = codes_BKJ.shape[1] // scale_GN2.shape[0]
 
-    @property
-    def codes(self) -> Tensor:
-        return self.codes_BKJ
-
-    @property
-    def num_bytes(self) -> int:
-        return self.codes_BKJ.nbytes + self.scale_GN2.nbytes
-
     def __call__(self, x_RK: Tensor) -> Tensor:
         if small_batch.few(x_RK, small_batch.MOST_ROWS_OF_INT4):
-            y_RN = small_batch.int4_matmul(x_RK, self.codes_BKJ, self.scale_GN2)
+            y_RN = small_batch.int4_matmul(x_RK, self.codes, self.scale_GN2)
             return y_RN[:, : self.num_outputs]
         rounded_RK = x_RK.to(torch.bfloat16)
         if x_RK.device.type == "cpu" and x_RK.shape[0] < MANY_ROWS and int4_product():
-            blocks, inputs, half = self.codes_BKJ.shape
+            blocks, inputs, half = self.codes.shape
             y_RN = _torch.int4_matmul(
                 rounded_RK,
-                self.codes_BKJ.view(blocks * 2 * half, inputs // 2),
+                self.codes.view(blocks * 2 * half, inputs // 2),
                 self.group_size,
                 self.scale_GN2,
             )
@@ -140,7 +122,7 @@ class Int4Matrix:
         """Return some rows of the weight, [I, K] float32: for looking up embeddings."""
         place_I = index_I % BLOCK
         low_I1 = (place_I < BLOCK // 2)[:, None]
-        pair_IK = self.codes_BKJ[index_I // BLOCK, :, place_I % (BLOCK // 2)]
+        pair_IK = self.codes[index_I // BLOCK, :, place_I % (BLOCK // 2)]
         code_IK = torch.where(low_I1, pair_IK & 15, pair_IK >> 4).float() - 8
         scale_IG, offset_IG = self.scale_GN2[:, index_I].float().permute(2, 1, 0)
         code_IGH = code_IK.unflatten(1, (scale_IG.shape[1], -1))
@@ -148,7 +130,7 @@ class Int4Matrix:
 
     def _dequantise_blocks(self, dtype: torch.dtype) -> Tensor:
         """Return the weight as [B, K, 64], outputs last."""
-        codes_BKJ = torch.cat([self.codes_BKJ & 15, self.codes_BKJ >> 4], 2).to(dtype).sub_(8)
+        codes_BKJ = torch.cat([self.codes & 15, self.codes >> 4], 2).to(dtype).sub_(8)
         scale_2GBJ = self.scale_GN2.to(dtype).unflatten(1, (-1, BLOCK)).permute(3, 0, 1, 2)
         scale_BGJ, offset_BGJ = scale_2GBJ.transpose(1, 2)
         w_BGHJ = codes_BKJ.unflatten(1, (scale_BGJ.shape[1], -1))

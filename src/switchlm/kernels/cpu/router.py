@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchlm.kernels.cpu.native import misfit as native_misfit
-from switchlm.kernels.cpu.native import native
+from switchlm.kernels.cpu import native
 
 MOST_WORK = 2**25  # multiply-adds of the logits above which PyTorch's threads are worth waking
-_WIDTH = 16  # whole vectors on every processor
 _BLOCK = 64  # as in router.c
 
 
@@ -45,14 +43,14 @@ def misfit(
     Float32, in main memory, little work, and nobody traces it. The number of threads does not
     matter, so that it changes no result.
     """
-    reason = native_misfit(x_ND, weight_ED)
+    reason = native.misfit(x_ND, weight_ED)
     if reason is None and valid_N is not None:
-        reason = native_misfit(valid_N, dtype=torch.bool)
+        reason = native.misfit(valid_N, dtype=torch.bool)
     if reason is not None:
         return reason
     if x_ND.shape[0] * weight_ED.numel() > MOST_WORK:
         return "enough work to share among threads"
-    if x_ND.shape[1:] != weight_ED.shape[1:] or weight_ED.shape[1] % _WIDTH:
+    if x_ND.shape[1:] != weight_ED.shape[1:] or weight_ED.shape[1] % native.WIDTH:
         return "other widths, or no whole vectors"
     if bias_E is not None and not (bias_E.is_cpu and bias_E.shape == weight_ED.shape[:1]):
         return "a bias elsewhere, or of another shape"
@@ -69,7 +67,7 @@ def route(
     tokens_a_group: int,
     capacity: int | None,
 ) -> Routed:
-    """Route tokens that `fits` to one expert each.
+    """Route tokens that have no `misfit` to one expert each.
 
     bias_E: added to the probabilities for the choice alone.
     valid_N: bool, false at padding; None says all tokens are real.
@@ -85,7 +83,8 @@ def route(
 def _padded(num_tokens: int, tokens_a_group: int) -> int:
     """Return how many tokens there are once each group is filled up to whole vectors."""
     whole, rest = divmod(num_tokens, tokens_a_group)
-    return whole * (-(-tokens_a_group // _WIDTH) * _WIDTH) + -(-rest // _WIDTH) * _WIDTH
+    vectors = whole * -(-tokens_a_group // native.WIDTH) + -(-rest // native.WIDTH)
+    return vectors * native.WIDTH
 
 
 def _place(tensor: Tensor | None) -> int | None:
@@ -103,8 +102,6 @@ class _Route(torch.autograd.Function):
         tokens_a_group: int,
         capacity: int,
     ) -> tuple[Tensor, ...]:
-        library = native().library
-        assert library is not None
         (num_tokens, width), num_experts = x_ND.shape, weight_ED.shape[0]
         num_groups = max(-(-num_tokens // tokens_a_group), 1)
         expert_N = x_ND.new_empty(num_tokens, dtype=torch.int64)
@@ -115,8 +112,8 @@ class _Route(torch.autograd.Function):
         probability_GE = x_ND.new_empty(num_groups, num_experts)
         balance_loss, z_loss = x_ND.new_empty(()), x_ND.new_empty(())
         probability = x_ND.new_empty(num_experts * _padded(num_tokens, tokens_a_group))
-        workspace = x_ND.new_empty(width * _BLOCK + num_experts * _WIDTH)
-        library.route(
+        workspace = x_ND.new_empty(width * _BLOCK + num_experts * native.WIDTH)
+        native.library().route(
             x_ND.data_ptr(), weight_ED.data_ptr(), _place(bias_E), _place(valid_N),
             num_tokens, width, num_experts, tokens_a_group, capacity, workspace.data_ptr(),
             expert_N.data_ptr(), gate_N.data_ptr(), kept_N.data_ptr(), load_E.data_ptr(),
@@ -140,13 +137,11 @@ class _Route(torch.autograd.Function):
         came = [None if one is None else one.contiguous() for one in gradients[:4]]
         if all(one is None for one in came):
             return None, None, *nothing
-        library = native().library
-        assert library is not None
         dx_ND = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
         dweight_ED = torch.empty_like(weight_ED) if ctx.needs_input_grad[1] else None
         num_experts, width = weight_ED.shape
         workspace = x_ND.new_empty(num_experts * (_BLOCK + 1))
-        library.route_backward(
+        native.library().route_backward(
             x_ND.data_ptr(), weight_ED.data_ptr(), _place(valid_N),
             x_ND.shape[0], width, num_experts, ctx.tokens_a_group,
             expert_N.data_ptr(), fraction_GE.data_ptr(), probability.data_ptr(), lse_N.data_ptr(),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from switchlm import _torch
-from switchlm.kernels.cpu.native import native
+from switchlm.kernels.cpu import native
 
 # Up to where these products are the faster ones; measured at 768 x 3072.
 MOST_ROWS = {torch.float32: 64, torch.bfloat16: 16}
@@ -60,19 +60,19 @@ def few(x_RK: Tensor, most: int) -> bool:
         and 0 < x_RK.numel() <= most * x_RK.shape[-1]
         and x_RK.shape[-1] % _WIDTH == 0
         and not _torch.is_watched()
-        and native().library is not None
+        and native.native().library is not None
     )
 
 
 def linear(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
-    """Return x w^T, [R, N], for what `fits`."""
+    """Return x w^T, [R, N], for what has no `misfit`."""
     outputs, inputs = weight_NK.shape
     counts_1 = _one(x_RK.shape[0])
     return _product(_NK[weight_NK.dtype], x_RK, weight_NK, None, counts_1, (inputs, outputs, 0))
 
 
 def grouped_matmul(x_RK: Tensor, weight_EKN: Tensor, counts_E: Tensor) -> Tensor:
-    """Return y_RN as `reference.grouped_matmul` does, for what `fits`."""
+    """Return y_RN as `reference.grouped_matmul` does, for what has no `misfit`."""
     shape = (*weight_EKN.shape[1:], 0)
     return _product(_KN[weight_EKN.dtype], x_RK, weight_EKN, None, counts_E, shape)
 
@@ -97,12 +97,10 @@ def int4_matmul(x_RK: Tensor, codes_BKJ: Tensor, scale_GN2: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """Return what `norm.rms_norm` does, for float32 rows that are `few`."""
-    built = native()
-    assert built.library is not None, built.reason
     x, weight_D = x.contiguous(), weight_D.contiguous()
     y = torch.empty_like(x)
     width = x.shape[-1]
-    built.library.rms_norm(
+    native.library().rms_norm(
         x.data_ptr(), weight_D.data_ptr(), y.data_ptr(), x.numel() // width, width, epsilon
     )
     return y
@@ -130,13 +128,11 @@ def _product(
     assert x_RK.shape[1] == shape[0], f"rows of {x_RK.shape[1]} for {shape[0]} inputs"
     assert counts_E.dtype == torch.int64
     assert counts_E.is_contiguous()
-    built = native()
-    assert built.library is not None, built.reason
     rows, experts = x_RK.shape[0], counts_E.shape[0]
     x32_RK = x_RK.float().contiguous()
     y_RN = x32_RK.new_empty(rows, shape[1])
     size = weight.nbytes // experts
-    failed = built.library.few_rows(
+    failed = native.library().few_rows(
         form,
         weight.data_ptr(),
         None if scale is None else scale.data_ptr(),
@@ -147,7 +143,7 @@ def _product(
         rows,
         counts_E.data_ptr(),
         experts,
-        torch.get_num_threads() if built.threads and size >= _LEAST_BYTES else 1,
+        native.threads_for(size, _LEAST_BYTES),
     )
     assert failed != _TOO_MANY, f"experts have more than the {rows} rows of the input"
     if failed:

@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from switchlm import _torch
-from switchlm.kernels.cpu.native import misfit as native_misfit
-from switchlm.kernels.cpu.native import native
+from switchlm.kernels.cpu import native
 
 LARGEST = 2**14  # numbers of a matrix: as measured, at least twice as fast as PyTorch up to it
 MOST_WORK = 2**25  # multiply-adds above which PyTorch's threads are worth waking
-_WIDTH = 16  # whole vectors on every processor
 
 
 def misfit(x: Tensor, weight_NK: Tensor) -> str | None:
@@ -37,12 +35,12 @@ def misfit(x: Tensor, weight_NK: Tensor) -> str | None:
     """
     if not torch.is_grad_enabled():
         return "no gradients are wanted"
-    reason = native_misfit(x, weight_NK)
+    reason = native.misfit(x, weight_NK)
     if reason is not None:
         return reason
     if weight_NK.numel() > LARGEST or not 0 < x.numel() * weight_NK.shape[0] <= MOST_WORK:
         return "no small product"
-    if x.shape[-1] != weight_NK.shape[1] or any(width % _WIDTH for width in weight_NK.shape):
+    if x.shape[-1] != weight_NK.shape[1] or any(width % native.WIDTH for width in weight_NK.shape):
         return "other widths, or no whole vectors"
     if not (x.is_contiguous() and weight_NK.is_contiguous()):
         return "not contiguous"
@@ -50,7 +48,7 @@ def misfit(x: Tensor, weight_NK: Tensor) -> str | None:
 
 
 def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
-    """Return x w^T over the last dim, for what `fits`."""
+    """Return x w^T over the last dim, for what has no `misfit`."""
     y: Tensor = _Linear.apply(x, weight_NK)
     return y
 
@@ -88,10 +86,8 @@ def _product(
 
     shape: M, K, N.
     """
-    library = native().library
-    assert library is not None
     width = shape[2]
-    library.product(
+    native.library().product(
         a.data_ptr(), *strides, b_KN.data_ptr(), width, y_MN.data_ptr(), width, *shape, 0, 0
     )
 
@@ -106,8 +102,10 @@ def is_slow(dtype: torch.dtype) -> bool:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that nn.functional.linear would multiply x in, on a CPU."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    """Return the dtype that nn.functional.linear would multiply x in."""
+    device = x.device.type
+    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casts else x.dtype
 
 
 def upcast_misfit(x: Tensor, weight_NK: Tensor) -> str | None:

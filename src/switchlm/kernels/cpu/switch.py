@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switchlm.kernels.cpu import memory
-from switchlm.kernels.cpu.native import misfit as native_misfit
-from switchlm.kernels.cpu.native import native
+from switchlm.kernels.cpu import memory, native
+from switchlm.kernels.cpu.small_matmul import product_dtype
 from switchlm.kernels.permute import ExpertOrder
 
 SMALL = 2**13  # numbers of a matrix up to which starting operators takes longer than its products
 MOST_WORK = 2**25  # multiply-adds a product above which threads are worth waking
-_WIDTH = 16  # whole vectors on every processor
 _ROWS = 128  # as in switch.c
 
 
@@ -37,29 +35,14 @@ def misfit(
         return "its experts are not ReLU alone"
     if num_assignments != num_tokens:
         return f"{num_assignments} assignments for {num_tokens} tokens"
-    if d_model * d_ff > SMALL or d_model % _WIDTH or d_ff % _WIDTH:
-        return f"experts of {d_model} x {d_ff} are not small, or no multiples of {_WIDTH}"
+    if d_model * d_ff > SMALL or d_model % native.WIDTH or d_ff % native.WIDTH:
+        return f"experts of {d_model} x {d_ff} are not small, or no multiples of {native.WIDTH}"
     if num_tokens * d_model * d_ff > MOST_WORK:
         return f"{num_tokens} rows are enough to share among threads"
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_ND.dtype
+    dtype = product_dtype(x_ND)
     if dtype != torch.float32 or x_ND.dtype != torch.float32:
         return f"it takes float32, not {dtype}"
-    return native_misfit(x_ND)
-
-
-def agrees(
-    x_ND: Tensor, weight_N: Tensor, order: ExpertOrder, up_EDF: Tensor, down_EFD: Tensor
-) -> bool:
-    """Whether the experts' weights, too, can be read as they are, and all shapes agree."""
-    experts, d_model, d_ff = up_EDF.shape
-    return (
-        native_misfit(x_ND, weight_N, up_EDF, down_EFD) is None
-        and native_misfit(order.assignment_R, order.counts_E, dtype=torch.int64) is None
-        and x_ND.shape[1] == d_model
-        and down_EFD.shape == (experts, d_ff, d_model)
-        and weight_N.shape == order.assignment_R.shape == x_ND.shape[:1]
-        and order.counts_E.shape == (experts,)
-    )
+    return native.misfit(x_ND)
 
 
 def switch_feedforward(
@@ -92,12 +75,10 @@ def _forward(
     hidden_RF: Tensor | None = None,
 ) -> Tensor:
     """Return y_ND. Fills `hidden_RF` with what the activation gave, if there is one."""
-    library = native().library
-    assert library is not None
     (num_tokens, d_model), d_ff = x_ND.shape, up_EDF.shape[2]
     y_ND, workspace = torch.empty_like(x_ND), x_ND.new_empty(_ROWS, d_model)
     hidden = x_ND.new_empty(_ROWS, d_ff) if hidden_RF is None else hidden_RF
-    library.switch_experts(
+    native.library().switch_experts(
         x_ND.data_ptr(), weight_N.data_ptr(), token_R.data_ptr(), counts_E.data_ptr(),
         num_tokens, *up_EDF.shape, up_EDF.data_ptr(), down_EFD.data_ptr(),
         hidden.data_ptr(), hidden_RF is not None, workspace.data_ptr(), y_ND.data_ptr(),
@@ -126,8 +107,6 @@ class _Switch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, weight_N, up_EDF, down_EFD, token_R, counts_E, hidden_RF = ctx.saved_tensors
-        library = native().library
-        assert library is not None
         dy_ND = gradients[0].contiguous()
         (num_tokens, d_model), d_ff = x_ND.shape, up_EDF.shape[2]
         into = [
@@ -137,7 +116,7 @@ class _Switch(torch.autograd.Function):
             )
         ]
         workspace = x_ND.new_empty(_ROWS * (2 * d_model + d_ff) + 2 * d_model * d_ff)
-        library.switch_experts_backward(
+        native.library().switch_experts_backward(
             dy_ND.data_ptr(), x_ND.data_ptr(), weight_N.data_ptr(), token_R.data_ptr(),
             counts_E.data_ptr(), num_tokens, *up_EDF.shape, up_EDF.data_ptr(),
             down_EFD.data_ptr(), hidden_RF.data_ptr(), workspace.data_ptr(),

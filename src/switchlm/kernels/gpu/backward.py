@@ -2,8 +2,8 @@
 
 The gradient of a gate is the product of a token's gradient with its expert's output. That output
 was never stored; the same number is the product of the hidden row with the token's gradient taken
-back through the second matrix, which is at hand. The gradient of the tokens is triton_forward's
-scattered product again.
+back through the second matrix, which is at hand. The gradient of the tokens is
+`scatter_product` again.
 
 Shapes: N tokens, K assignments per token, A = N * K assignments, R = A rows in the order of their
 experts, D d_model, F d_ff, V and W the sides of a weight, E experts, T tiles.
@@ -22,6 +22,8 @@ from switchlm.kernels.gpu.tiles import (
     activate_backward,
     add_product,
     autotune,
+    configs,
+    even,
     load,
     precision,
     rows_of_tile,
@@ -31,22 +33,12 @@ from switchlm.kernels.gpu.tiles import (
 COLUMNS = 32 if INTERPRETED else 128  # of hidden rows a program; each sums its part of the gate
 
 
-def _hidden_configs() -> list[triton.Config]:
-    tried = [(64, 8, 3), (64, 8, 4), (32, 8, 4)]
-    return [
-        triton.Config({"BLOCK_V": v}, num_warps=warps, num_stages=stages)
-        for v, warps, stages in ([(16, 4, 1)] if INTERPRETED else tried)
-    ]
-
-
-def _weight_configs() -> list[triton.Config]:
-    tried = [
-        (128, 256, 64, 8, 5), (128, 128, 64, 8, 5), (128, 128, 32, 4, 4), (64, 128, 64, 4, 4),
-    ]  # fmt: skip
-    return [
-        triton.Config({"BLOCK_V": v, "BLOCK_W": w, "BLOCK_R": r}, num_warps=n, num_stages=stages)
-        for v, w, r, n, stages in ([(16, 32, 16, 4, 1)] if INTERPRETED else tried)
-    ]
+HIDDEN = configs(("BLOCK_V",), [(64, 8, 3), (64, 8, 4), (32, 8, 4)], (16, 4, 1))
+WEIGHTS = configs(
+    ("BLOCK_V", "BLOCK_W", "BLOCK_R"),
+    [(128, 256, 64, 8, 5), (128, 128, 64, 8, 5), (128, 128, 32, 4, 4), (64, 128, 64, 4, 4)],
+    (16, 32, 16, 4, 1),
+)
 
 
 def hidden_gradients(
@@ -85,10 +77,7 @@ def hidden_gradients(
             gradients.linear_RF,
             dweight_CA,
             assignment_R,
-            tiles.expert_T,
-            tiles.first_T,
-            tiles.end_T,
-            tiles.number,
+            *tiles.arguments,
             d_model,
             d_ff,
             num_experts,
@@ -104,8 +93,8 @@ def hidden_gradients(
     return gradients, dweight_CA.sum(0)
 
 
-@autotune(_hidden_configs(), key=["V", "W", "ROWS", "GATED", "KEPT", "PRECISION"])
-@triton.heuristics({"EVEN": lambda a: a["V"] % a["BLOCK_V"] == 0 and a["W"] % a["BLOCK_W"] == 0})
+@autotune(HIDDEN, key=["V", "W", "ROWS", "GATED", "KEPT", "PRECISION"])
+@even
 @triton.jit
 def _hidden_gradients(
     dy_NV, weight_A, down_EWV, inner_RW, linear_RW, middle_RW, dinner_RW, dlinear_RW, dweight_CA,
@@ -193,7 +182,7 @@ def weight_gradient(
     return dweight_EVW
 
 
-@autotune(_weight_configs(), key=["V", "W", "SCALED", "PRECISION"])
+@autotune(WEIGHTS, key=["V", "W", "SCALED", "PRECISION"])
 @triton.jit
 def _weight_gradient(
     dweight_EVW, left, right, scale_A, assignment_R, end_E, V, W, K,

@@ -97,19 +97,10 @@ class _SwitchFeedForward(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, weight_A, inner_EDF, linear_EDF, down_EFD, assignment_R, *rows = ctx.saved_tensors
         tiles, needs = ctx.tiles, ctx.needs_input_grad
-        x_ND, dy_ND, inner_EDF = (
-            x_ND.contiguous(),
-            gradients[0].contiguous(),
-            inner_EDF.contiguous(),
-        )
+        dy_ND = gradients[0].contiguous()
+        x_ND, inner_EDF, down_EFD = (t.contiguous() for t in (x_ND, inner_EDF, down_EFD))
         hidden, dweight_A = hidden_gradients(
-            dy_ND,
-            weight_A,
-            down_EFD.contiguous(),
-            Hidden(*rows),
-            assignment_R,
-            tiles,
-            ctx.activation,
+            dy_ND, weight_A, down_EFD, Hidden(*rows), assignment_R, tiles, ctx.activation
         )
         dinner_RF, dlinear_RF = hidden.inner_RF, hidden.linear_RF
         assert dinner_RF is not None

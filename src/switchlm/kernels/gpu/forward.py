@@ -15,25 +15,23 @@ import triton.language as tl
 from torch import Tensor
 
 from switchlm.kernels.gpu.tiles import (
-    INTERPRETED,
     Tiles,
     activate,
     add_product,
     autotune,
+    configs,
+    even,
     load,
     precision,
     rows_of_tile,
     tile_and_column,
 )
 
-
-def configs() -> list[triton.Config]:
-    """Return what the autotuner tries: columns and summands per block, warps, stages."""
-    tried = [(256, 64, 8, 3), (128, 64, 8, 3), (128, 64, 4, 4), (128, 32, 4, 4), (64, 64, 4, 4)]
-    return [
-        triton.Config({"BLOCK_W": w, "BLOCK_V": v}, num_warps=warps, num_stages=stages)
-        for w, v, warps, stages in ([(32, 16, 4, 1)] if INTERPRETED else tried)
-    ]
+PRODUCTS = configs(
+    ("BLOCK_W", "BLOCK_V"),
+    [(256, 64, 8, 3), (128, 64, 8, 3), (128, 64, 4, 4), (128, 32, 4, 4), (64, 64, 4, 4)],
+    (32, 16, 4, 1),
+)
 
 
 @dataclass(frozen=True)
@@ -80,10 +78,7 @@ def hidden_rows(
             hidden.inner_RF,
             hidden.linear_RF,
             assignment_R,
-            tiles.expert_T,
-            tiles.first_T,
-            tiles.end_T,
-            tiles.number,
+            *tiles.arguments,
             d_model,
             d_ff,
             num_experts,
@@ -97,8 +92,8 @@ def hidden_rows(
     return hidden
 
 
-@autotune(configs(), key=["V", "W", "ROWS", "GATED", "KEEP", "PRECISION"])
-@triton.heuristics({"EVEN": lambda a: a["V"] % a["BLOCK_V"] == 0 and a["W"] % a["BLOCK_W"] == 0})
+@autotune(PRODUCTS, key=["V", "W", "ROWS", "GATED", "KEEP", "PRECISION"])
+@even
 @triton.jit
 def _hidden(
     x_NV, inner_EVW, linear_EVW, middle_RW, inner_RW, linear_RW, assignment_R,
@@ -175,10 +170,7 @@ def scatter_product(
             more_weight,
             scale_A,
             assignment_R,
-            tiles.expert_T,
-            tiles.first_T,
-            tiles.end_T,
-            tiles.number,
+            *tiles.arguments,
             summed,
             width,
             num_experts,
@@ -191,8 +183,8 @@ def scatter_product(
     return y_AW
 
 
-@autotune(configs(), key=["V", "W", "stride_V", "ROWS", "SCALED", "TWO", "PRECISION"])
-@triton.heuristics({"EVEN": lambda a: a["V"] % a["BLOCK_V"] == 0 and a["W"] % a["BLOCK_W"] == 0})
+@autotune(PRODUCTS, key=["V", "W", "stride_V", "ROWS", "SCALED", "TWO", "PRECISION"])
+@even
 @triton.jit
 def _scatter(
     y_AW, rows_RV, weight_EVW, more_RV, more_EVW, scale_A, assignment_R,

@@ -18,11 +18,36 @@ import triton.language as tl
 import triton.testing
 from torch import Tensor
 
+from switchlm.kernels.gpu import allows_tf32
+
 # Without a GPU, Triton's interpreter runs the kernels program by program: small tiles, no tuning.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 _WIDEN = tl.constexpr(INTERPRETED)
 LARGEST_TILE, SMALLEST_TILE = 128, 16  # rows; a tensor core multiplies no fewer
 GROUPED_TILES = tl.constexpr(8)
+
+
+def configs(
+    names: tuple[str, ...], tried: list[tuple[int, ...]], interpreted: tuple[int, ...]
+) -> list[triton.Config]:
+    """Return what the autotuner tries.
+
+    names: of block sizes.
+    tried: each their values, then warps and stages.
+    interpreted: the only one where kernels are interpreted.
+    """
+    return [
+        triton.Config(dict(zip(names, sizes, strict=True)), num_warps=warps, num_stages=stages)
+        for *sizes, warps, stages in ([interpreted] if INTERPRETED else tried)
+    ]
+
+
+def _is_even(known: dict[str, Any]) -> bool:
+    """Whether blocks fit the matrix without a rest, so that nothing needs a mask."""
+    return all(known[size] % known[f"BLOCK_{size}"] == 0 for size in ("V", "W"))
+
+
+even = triton.heuristics({"EVEN": _is_even})
 
 
 def autotune(configs: list[triton.Config], key: list[str]) -> Callable[[Any], Any]:
@@ -83,6 +108,11 @@ class Tiles:
     @property
     def number(self) -> int:
         return self.expert_T.shape[0]
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """What kernels take of them: expert_T, first_T, end_T and their number."""
+        return self.expert_T, self.first_T, self.end_T, self.number
 
 
 def lay_out(counts_E: Tensor, num_rows: int) -> Tiles:
@@ -209,5 +239,4 @@ def _gate(x):
 
 def precision(like: Tensor) -> str:
     """Return how float32 products are taken: as PyTorch is set to take its own."""
-    tf32 = like.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if like.is_cuda and allows_tf32() else "ieee"

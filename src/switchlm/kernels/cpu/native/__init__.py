@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from switchlm import _torch
 
+WIDTH = 16  # what rows come in multiples of: whole vectors on every processor
 COMPILERS = ("gcc", "cc", "clang")
 UNITS = (
     "few_rows.c",
@@ -69,6 +70,21 @@ def misfit(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> str | None:
     return None if native().library is not None else native().reason
 
 
+def library() -> ctypes.CDLL:
+    """Return the library, for tensors that have no `misfit`."""
+    built = native()
+    assert built.library is not None, built.reason
+    return built.library
+
+
+def threads_for(size: int, least: int) -> int:
+    """Return how many threads share work of a size; one below the least that pays waking others.
+
+    It changes no bit of a result.
+    """
+    return torch.get_num_threads() if size >= least and native().threads else 1
+
+
 @cache
 def native() -> Native:
     """Return the library, compiled by whoever asked first on this machine; never raises."""
@@ -81,14 +97,14 @@ def native() -> Native:
     # PyTorch's own OpenMP threads, if it has any of the compiler's kind: two kinds would fight.
     for threads in (True, False):
         try:
-            library = _loaded(compiler, source, threads)
+            built = _loaded(compiler, source, threads)
         except (OSError, subprocess.SubprocessError) as error:
             reason = str(getattr(error, "stderr", None) or error).strip()[:500]
             continue
-        _declare(library)
-        if _works(library, threads):
+        _declare(built)
+        if _works(built, threads):
             how = f"compiled by {compiler}" + ("" if threads else ", one thread")
-            return Native(library, how, threads)
+            return Native(built, how, threads)
         reason = f"what {compiler} compiled computes wrongly"
     return Native(None, reason)
 
@@ -142,68 +158,40 @@ def _processor() -> bytes:
     return "\n".join(sorted({line for line in lines if line.startswith(kinds)})).encode()
 
 
-def _declare(library: ctypes.CDLL) -> None:
-    integer, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
-    library.few_rows.argtypes = [
-        number, pointer, pointer, integer, integer, integer, integer,
-        pointer, pointer, integer, pointer, integer, number,
-    ]  # fmt: skip
-    library.few_rows.restype = number
-    library.rms_norm.argtypes = [pointer, pointer, pointer, integer, integer, ctypes.c_float]
-    library.rms_norm.restype = None
-    library.cross_entropy.argtypes = [*[pointer] * 4, integer, integer, number]
-    library.cross_entropy.restype = integer
-    library.cross_entropy_backward.argtypes = [*[pointer] * 5, integer, integer, number]
-    library.cross_entropy_backward.restype = None
-    library.norm.argtypes = [*[pointer] * 4, integer, integer, ctypes.c_float, number]
-    library.norm.restype = None
-    library.norm_backward.argtypes = [*[pointer] * 6, integer, integer, number]
-    library.norm_backward.restype = None
-    library.one_query.argtypes = [
-        number, *[pointer] * 5, *[integer] * 10, number
-    ]  # fmt: skip
-    library.one_query.restype = number
-    library.attention.argtypes = [pointer, number, number]
-    library.attention.restype = number
-    library.product.argtypes = [
-        pointer, integer, integer, pointer, integer, pointer, integer, *[integer] * 3,
-        number, number,
-    ]  # fmt: skip
-    library.product.restype = None
-    library.product_of_columns.argtypes = [
-        pointer, integer, pointer, integer, pointer, integer, *[integer] * 3, number
-    ]  # fmt: skip
-    library.product_of_columns.restype = None
-    library.relu_experts.argtypes = [
-        pointer, pointer, *[integer] * 3, *[pointer] * 3, number, pointer
-    ]  # fmt: skip
-    library.relu_experts.restype = None
-    library.relu_experts_backward.argtypes = [
-        *[pointer] * 4, *[integer] * 3, *[pointer] * 6
-    ]  # fmt: skip
-    library.relu_experts_backward.restype = None
-    library.route.argtypes = [*[pointer] * 4, *[integer] * 5, *[pointer] * 11]
-    library.route.restype = None
-    library.route_backward.argtypes = [*[pointer] * 3, *[integer] * 4, *[pointer] * 11]
-    library.route_backward.restype = None
-    library.sort_by_expert.argtypes = [*[pointer] * 2, *[integer] * 2, *[pointer] * 3]
-    library.sort_by_expert.restype = None
-    library.switch_experts.argtypes = [
-        *[pointer] * 4, *[integer] * 4, *[pointer] * 3, number, *[pointer] * 2
-    ]  # fmt: skip
-    library.switch_experts.restype = None
-    library.switch_experts_backward.argtypes = [
-        *[pointer] * 5, *[integer] * 4, *[pointer] * 8
-    ]  # fmt: skip
-    library.switch_experts_backward.restype = None
+# Arguments and result of every function: pointer, long (int64), int, float.
+_KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+_SIGNATURES: dict[str, tuple[str, str | None]] = {
+    "few_rows": ("i pp llll pp l p l i", "i"),
+    "rms_norm": ("ppp ll f", None),
+    "cross_entropy": ("pppp ll i", "l"),
+    "cross_entropy_backward": ("ppppp ll i", None),
+    "norm": ("pppp ll f i", None),
+    "norm_backward": ("pppppp ll i", None),
+    "one_query": ("i ppppp lllllll lll i", "i"),
+    "attention": ("p i i", "i"),
+    "product": ("p ll p l p l lll i i", None),
+    "product_of_columns": ("p l p l p l lll i", None),
+    "route": ("pppp lllll p pppppppppp", None),
+    "route_backward": ("ppp llll pppp pppp p pp", None),
+    "sort_by_expert": ("pp ll ppp", None),
+    "switch_experts": ("pppp llll ppp i pp", None),
+    "switch_experts_backward": ("ppppp llll pp pp pppp", None),
+}
 
 
-def _works(library: ctypes.CDLL, threads: bool) -> bool:
+def _declare(built: ctypes.CDLL) -> None:
+    for name, (arguments, result) in _SIGNATURES.items():
+        function = getattr(built, name)
+        function.argtypes = [_KINDS[letter] for letter in arguments.replace(" ", "")]
+        function.restype = None if result is None else _KINDS[result]
+
+
+def _works(built: ctypes.CDLL, threads: bool) -> bool:
     """Try a product of small integers, which is exact."""
     x = torch.arange(3 * 64, device="cpu").remainder(7).float().view(3, 64)
     weight = torch.arange(32 * 64, device="cpu").remainder(5).float().view(32, 64)
     y, counts = x.new_empty(3, 32), torch.tensor([3], device="cpu")
-    failed = library.few_rows(
+    failed = built.few_rows(
         0, weight.data_ptr(), None, 0, 64, 32, 0,
         x.data_ptr(), y.data_ptr(), 3, counts.data_ptr(), 1, 2 if threads else 1,
     )  # fmt: skip
@@ -211,5 +199,5 @@ def _works(library: ctypes.CDLL, threads: bool) -> bool:
     if failed or not torch.equal(y, expected):
         return False
     y.zero_()
-    library.product(x.data_ptr(), 64, 1, columns.data_ptr(), 32, y.data_ptr(), 32, 3, 64, 32, 0, 0)
+    built.product(x.data_ptr(), 64, 1, columns.data_ptr(), 32, y.data_ptr(), 32, 3, 64, 32, 0, 0)
     return torch.equal(y, expected)

@@ -252,7 +252,7 @@ def test_a_failed_save_is_told_at_once_and_raised_by_the_next(
     told: list[str] = []
     failing = CheckpointStore(store.folder, report=told.append)
     with monkeypatch.context() as patch:
-        patch.setattr(files, "sync_folder", lambda path: (_ for _ in ()).throw(OSError("broken")))
+        patch.setattr(files, "sync", lambda path: (_ for _ in ()).throw(OSError("broken")))
         failing.save(2, state_of(2))
         while not told:
             threading.Event().wait(0.01)
@@ -282,7 +282,7 @@ def test_leaving_the_store_waits_and_raises(
     with store:
         store.save(1, state_of(1))
     assert store.steps() == [1]
-    monkeypatch.setattr(files, "sync_folder", lambda path: (_ for _ in ()).throw(OSError("broken")))
+    monkeypatch.setattr(files, "sync", lambda path: (_ for _ in ()).throw(OSError("broken")))
     with pytest.raises(CheckpointError, match="broken"), CheckpointStore(store.folder) as failing:
         failing.save(2, state_of(2))
     interrupted = CheckpointStore(store.folder)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from switchlm.checkpoint.collective import ALONE, Ranks
 from switchlm.errors import CheckpointError
-from switchlm.files import sync_file
+from switchlm.files import sync
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -42,7 +42,7 @@ def write(folder: Path, step: int, known: Mapping[str, Mapping[str, Any]] | None
     }
     path = folder / NAME
     path.write_bytes(_encode({"format": FORMAT, "step": step, "files": files}))
-    sync_file(path)
+    sync(path)
 
 
 def verify(folder: Path, ranks: Ranks = ALONE) -> int:

@@ -263,7 +263,7 @@ class CheckpointStore:
             )
         written = tensors.save(partial, pieces)
         if not self._ranks.is_first:
-            files.sync_folder(partial)  # its entries may be another host's to sync
+            files.sync(partial)  # its entries may be another host's to sync
         return written
 
     def _commit(
@@ -276,10 +276,10 @@ class CheckpointStore:
         described = {name: (dtype, shape) for name, dtype, shape in describe(structure)}
         check_parts(f"What was written of step {step}", described, stored)
         (partial / STATE).write_text(json.dumps(structure), encoding="utf-8")
-        files.sync_file(partial / STATE)
+        files.sync(partial / STATE)
         known = {file: found for files_of_rank in written for file, found in files_of_rank.items()}
         format.write(partial, step, known)
-        files.sync_folder(partial)
+        files.sync(partial)
         self._shelf.put_in_place(partial, step)
 
     def _share(
@@ -377,7 +377,7 @@ class CheckpointDirectory:
         if place.exists():
             place.rename(replaced)
         partial.rename(place)
-        files.sync_folder(self.folder)
+        files.sync(self.folder)
         files.remove_folder(replaced)
 
     def discard(self, steps: list[int]) -> None:
@@ -387,7 +387,7 @@ class CheckpointDirectory:
         hidden = [self._hidden(step, "deleted") for step in steps]
         for step, target in zip(steps, hidden, strict=True):
             self.finished()[step].rename(target)
-        files.sync_folder(self.folder)
+        files.sync(self.folder)
         for target in hidden:
             files.remove_folder(target)
 
@@ -404,7 +404,7 @@ class CheckpointDirectory:
                 path.rename(self._visible(step))
             else:
                 files.remove_folder(path)
-        files.sync_folder(self.folder)
+        files.sync(self.folder)
 
     def _visible(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"

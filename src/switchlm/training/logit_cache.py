@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from switchlm.data.batch import Batch, BatchSource
 from switchlm.errors import CheckpointError
-from switchlm.files import Report, building, flush
+from switchlm.files import Report, building
 from switchlm.training.distillation import Teacher, TeacherBatch
 
 FORMAT = 1
@@ -153,11 +153,10 @@ def _write(
     dtype = np.uint16 if teacher.model.config.vocabulary_size <= 2**16 else np.uint32
     lengths: list[int] = []
     rows: list[np.ndarray] = []
-    with ExitStack() as opened:
-        token_ids, expected = (
-            opened.enter_context((folder / name).open("wb"))
-            for name in ("words.bin", "expected.bin")
-        )
+    with (
+        (folder / "words.bin").open("wb") as token_ids,
+        (folder / "expected.bin").open("wb") as expected,
+    ):
         for batch in batches:
             taught = teacher(batch)
             assert taught.token_ids_BTK is not None, "the teacher of a cache has a top_k"
@@ -165,24 +164,16 @@ def _write(
             expected.write(_numbers(taught.expected_BTK).tobytes())
             lengths += [batch.targets_BT.shape[1]] * len(batch.targets_BT)
             rows.append(_hash_rows(batch))
-        if len(rows) < num_batches:
-            return False
-        for name, values in (
-            ("offsets.npy", np.cumsum([0, *lengths], dtype=np.int64)),
-            ("rows.npy", np.concatenate(rows)),
-        ):
-            with (folder / name).open("wb") as file:
-                np.save(file, values, allow_pickle=False)
-                flush(file)
-        flush(token_ids)
-        flush(expected)
+    if len(rows) < num_batches:
+        return False
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    np.save(folder / "offsets.npy", offsets, allow_pickle=False)
+    np.save(folder / "rows.npy", np.concatenate(rows), allow_pickle=False)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     manifest = {
         "format": FORMAT, "key": asdict(key), "dtype": np.dtype(dtype).name, "sizes": sizes
     }  # fmt: skip
-    with (folder / _MANIFEST).open("w", encoding="utf-8") as text:
-        json.dump(manifest, text, indent=2)
-        flush(text)
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     return True
 
 

@@ -119,7 +119,7 @@ def building(final: Path, report: Report) -> Iterator[Path]:
     the disk does not let it.
     """
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(final.parent)
         with (final.parent / f"{final.name}.lock").open("w") as lock:
             alone = _lock(lock, report)
             if alone:  # then what is unfinished was left by a process that died

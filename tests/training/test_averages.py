@@ -7,7 +7,7 @@ from switchlm.training.monitor import Averages
 
 
 def figures(loss: float, skipped: float = 0.0) -> torch.Tensor:
-    return torch.tensor([loss, 0.01, 0.001, 2 * loss, skipped])
+    return torch.tensor([loss, 0.01, 0.001, 2 * loss, skipped, 7.0])
 
 
 def test_line_has_means_since_the_last_line():

@@ -12,8 +12,7 @@ from switchlm.data.pretraining.loader import Loader
 from switchlm.errors import CheckpointError
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
-from switchlm.training.distillation import Teacher
-from switchlm.training.logit_cache import CacheKey, LogitCache, build, digest
+from switchlm.training.distillation import CacheKey, LogitCache, Teacher, build, digest
 
 K, BATCHES = 6, 3
 

@@ -1,8 +1,12 @@
 """Selective precision: bfloat16 outside the router, float32 inside (section 2.4, Table 2)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from switchlm.kernels import registry
+from switchlm.model import router as router_module
 from switchlm.model.router import Router
 from switchlm.training.config import TrainingConfig
 from switchlm.training.optimizer import build_optimizer, set_learning_rate
@@ -21,7 +25,7 @@ def test_what_runs_in_which_dtype(build, loader, monkeypatch, precision, router,
     model = build()
     set_router_dtype(model, precision)
     seen: dict[str, set[torch.dtype]] = {"router": set(), "experts": set()}
-    linear, route = torch.nn.functional.linear, router.route
+    linear, (kernel,) = torch.nn.functional.linear, registry.ROUTE
     weights = {(module.num_experts, 16) for module in model.modules() if isinstance(module, Router)}
 
     def spy(x, weight, bias=None):  # type: ignore[no-untyped-def]
@@ -31,10 +35,10 @@ def test_what_runs_in_which_dtype(build, loader, monkeypatch, precision, router,
 
     def fused_spy(x_ND, *arguments):  # type: ignore[no-untyped-def]
         seen["router"].add(x_ND.dtype)
-        return route(x_ND, *arguments)
+        return kernel.run(x_ND, *arguments)
 
     monkeypatch.setattr(torch.nn.functional, "linear", spy)
-    monkeypatch.setattr(router, "route", fused_spy)
+    monkeypatch.setattr(router_module, "ROUTE", (replace(kernel, run=fused_spy),))
     for module in model.modules():
         if type(module).__name__ == "FeedForwardExperts":
             module.register_forward_hook(lambda _, args, y: seen["experts"].add(args[0].dtype))

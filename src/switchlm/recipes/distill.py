@@ -44,8 +44,15 @@ from switchlm.recipes.pretrain import (
     record_routing,
 )
 from switchlm.report.write import ReportRun, write_report
-from switchlm.training.distillation import Distillation, Teacher, TeacherLoader
-from switchlm.training.logit_cache import CacheKey, LogitCache, build, digest
+from switchlm.training.distillation import (
+    CacheKey,
+    Distillation,
+    LogitCache,
+    Teacher,
+    TeacherLoader,
+    build,
+    digest,
+)
 from switchlm.training.loop import train
 from switchlm.training.monitor import read_metrics
 from switchlm.training.run_folder import RunFolder

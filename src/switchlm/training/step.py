@@ -7,16 +7,17 @@ is minimised besides routing losses is cross-entropy, unless a recipe says other
 Shapes: L Switch layers, E experts, B batch, T target, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from switchlm.data.batch import Batch
+from switchlm.data.order import mix
 from switchlm.model.losses import cross_entropy, routing_losses
 from switchlm.model.router import Router
 from switchlm.model.routing import ModelOutput, Routing
@@ -57,15 +58,9 @@ def computing(precision: Precision, device: torch.device) -> AbstractContextMana
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-class Objective(Protocol):
-    """The loss of a model's answer to a batch.
-
-    What it needs beyond targets is part of the batch, as fields of a subclass of `Batch`.
-    """
-
-    def __call__(self, output: ModelOutput, batch: Batch) -> Tensor:
-        """Return the loss summed over the batch's targets: nats, a float32 scalar."""
-        ...
+# The loss of a model's answer to a batch, summed over the batch's targets: nats, a float32 scalar.
+# What it needs beyond targets is part of the batch, as fields of a subclass of `Batch`.
+Objective = Callable[[ModelOutput, Batch], Tensor]
 
 
 def target_cross_entropy(output: ModelOutput, batch: Batch) -> Tensor:
@@ -74,7 +69,6 @@ def target_cross_entropy(output: ModelOutput, batch: Batch) -> Tensor:
     return cross_entropy(output.logits_BTV, batch.targets_BT, mask_BT)[0]
 
 
-MASK_64 = 2**64 - 1
 Routings = tuple[Routing, ...]
 
 
@@ -115,10 +109,8 @@ def seed_step(seed: int, step: int, device: torch.device | None = None, share: i
         generator and that of `device`; torch.manual_seed would format a stack trace for every kind
         of device that is not in use.
     """
-    mixed = (seed * 0x9E3779B97F4A7C15 + step + 1 + (share << 40)) & MASK_64
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = ((mixed ^ (mixed >> shift)) * factor) & MASK_64
-    mixed = (mixed ^ (mixed >> 31)) >> 1
+    word = (seed * 0x9E3779B97F4A7C15 + step + 1 + (share << 40)) % 2**64
+    mixed = int(mix(np.array([word], dtype=np.uint64))[0]) >> 1
     torch.default_generator.manual_seed(mixed)
     if device is not None and device.type != "cpu":
         torch.get_device_module(device).manual_seed(mixed)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import torch
 from torch import Tensor
 
-from switchlm.checkpoint.tensors import header, raw
+from switchlm.checkpoint.layout import header, raw
 from switchlm.config import from_mapping, to_mapping
 from switchlm.errors import CheckpointError, ConfigError
 from switchlm.huggingface.config import family_of, read_config, write_config

@@ -25,12 +25,13 @@ from switchlm.checkpoint.layout import (
     Planner,
     StoredRegion,
     full_region,
+    header,
     overlap,
     part_of,
+    raw,
     region_of,
     slices,
 )
-from switchlm.checkpoint.tensors import header, raw
 from switchlm.errors import CheckpointError
 from switchlm.files import Report
 from switchlm.huggingface.config import family_of, write_config

@@ -73,8 +73,8 @@ class Heartbeat:
         self._store = dist.PrefixStore("heartbeat", store)
         self._beaten = 0.0
         self._step: int | None = None
-        who = {"host": socket.gethostname(), "process": os.getpid(), "at": time.time()}
-        self._store.set(f"who/{rank}", json.dumps(who))
+        who = f"host {socket.gethostname()}, process {os.getpid()}"
+        self._store.set(f"who/{rank}", json.dumps({"who": who, "at": time.time()}))
 
     def beat(self, step: int) -> None:
         """Leave word that `step` steps are done; cheap enough for every step."""
@@ -93,15 +93,25 @@ class Heartbeat:
         """Run the block in local rank 0 of each node first, and in the others after it.
 
         what: a name for this piece of work, used once per run.
+
+        Where it fails in the first one, the others do not begin: LostRankError says why.
         """
         key = f"first/{what}/{self.node}"
         if self.local_rank > 0:
             self._store.wait([key], timedelta(days=7))
+            if failure := self._store.get(key).decode():
+                raise LostRankError(
+                    f"Rank {self.rank} waited for the first process of its host ({what}), which "
+                    f"failed: {failure}."
+                )
+            yield
+            return
         try:
             yield
-        finally:
-            if self.local_rank == 0:
-                self._store.set(key, "done")
+        except BaseException as error:
+            self._store.set(key, _one_line(error, 300))
+            raise
+        self._store.set(key, "")
 
     @contextmanager
     def report_lost_ranks(self) -> Iterator[None]:
@@ -110,18 +120,15 @@ class Heartbeat:
             yield
         except Exception as error:
             if not of_a_collective(error):
-                message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                message = _one_line(error, 300)
                 within(ANSWER_SECONDS, lambda: self._answer(message))
                 raise
             raise LostRankError(self._explain(error)) from error
 
     def _answer(self, end: str) -> None:
-        self._beat_at_the_end()
-        self._store.set(f"end/{self.rank}", end)
-
-    def _beat_at_the_end(self) -> None:
         if self._step is not None:
             self._write_beat()
+        self._store.set(f"end/{self.rank}", end)
 
     def _explain(self, error: Exception) -> str:
         reason = f"({' '.join(str(error).split())[:200]})"
@@ -165,13 +172,11 @@ class Heartbeat:
     def _member(self, rank: int) -> Member:
         who = self._read(f"who/{rank}")
         beat = self._read(f"beat/{rank}")
-        said: dict[str, Any] = (
-            json.loads(who) if who else {"host": "unknown", "process": "?", "at": time.time()}
-        )
+        said: dict[str, Any] = json.loads(who) if who else {"who": "unknown", "at": time.time()}
         done: dict[str, Any] = json.loads(beat) if beat else {"step": None, "at": said["at"]}
         return Member(
             rank=rank,
-            who=f"host {said['host']}, process {said['process']}",
+            who=said["who"],
             step=done["step"],
             at=done["at"],
             end=self._read(f"end/{rank}"),
@@ -179,6 +184,10 @@ class Heartbeat:
 
     def _read(self, key: str) -> str | None:
         return self._store.get(key).decode() if self._store.check([key]) else None
+
+
+def _one_line(error: BaseException, limit: int) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
 
 
 def of_a_collective(error: Exception) -> bool:

@@ -19,10 +19,9 @@ from switchlm.data.config import DataConfig
 from switchlm.model.block import Block
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
-from switchlm.parallel.apply import exact_modules
+from switchlm.parallel.apply import exact_modules, split_tensors
 from switchlm.parallel.expert import shard_experts
 from switchlm.parallel.mesh import MeshConfig
-from switchlm.parallel.tensor import split_tensors
 from switchlm.planning.recorder import Bytes, Collective, CollectiveRecorder, MemoryRecorder
 from switchlm.planning.simulate import balance, blank_batch, fake_job
 from switchlm.training.config import Precision

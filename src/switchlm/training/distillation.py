@@ -35,7 +35,7 @@ from switchlm.errors import CheckpointError
 from switchlm.files import Report, building
 from switchlm.model.routing import ModelOutput
 from switchlm.model.transformer import SwitchTransformer, forward_batch
-from switchlm.parallel.tensor import gathered
+from switchlm.parallel.apply import gathered
 from switchlm.training.config import Precision
 from switchlm.training.step import computing, set_router_dtype, target_cross_entropy
 

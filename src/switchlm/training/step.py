@@ -22,9 +22,8 @@ from switchlm.model.losses import cross_entropy, routing_losses
 from switchlm.model.router import Router
 from switchlm.model.routing import ModelOutput, Routing
 from switchlm.model.transformer import SwitchTransformer, forward_batch
-from switchlm.parallel.apply import send_gradients
+from switchlm.parallel.apply import losses_of, send_gradients
 from switchlm.parallel.mesh import ALONE, Mesh
-from switchlm.parallel.tensor import losses_of
 from switchlm.training.config import Precision
 from switchlm.training.monitor import global_norm
 

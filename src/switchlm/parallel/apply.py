@@ -101,22 +101,15 @@ def materialise(model: SwitchTransformer, device: torch.device, seed: int) -> No
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         place = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        box = box_of(parameter)
+        here, offset = _torch.local_shape_and_offset(parameter)
+        box = [slice(start, start + size) for start, size in zip(offset, here, strict=True)]
         experts = None
         if ".experts." in name:
             experts = range(box[0].start, box[0].stop)
-            box = (slice(None), *box[1:])
-        place.copy_(initialiser.draw(name, shape, experts)[box])
+            box[0] = slice(None)
+        place.copy_(initialiser.draw(name, shape, experts)[tuple(box)])
     for buffer in model.buffers():
         buffer.zero_()
-
-
-def box_of(tensor: Tensor) -> tuple[slice, ...]:
-    """Return which part of a sharded tensor is here; all of it, if it is not sharded."""
-    if not isinstance(tensor, DTensor):
-        return tuple(slice(0, size) for size in tensor.shape)
-    shape, offset = _torch.local_shape_and_offset(tensor)
-    return tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
 
 
 def _whole_experts(num_shards: int, parameter: nn.Parameter) -> Shard | None:

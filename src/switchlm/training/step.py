@@ -215,7 +215,11 @@ def summarise_routing(routing: Sequence[Routings], mesh: Mesh = ALONE) -> Routin
     load_LE = _loads(routing, mesh)
     layers = list(zip(*routing, strict=True))
     kept_L = torch.stack([sum_of([layer.kept_A.sum() for layer in batches]) for batches in layers])
-    gates_L = torch.stack([sum_of([_sum_of_gates(one) for one in batches]) for batches in layers])
+    gates_LN = [
+        [torch.where(one.kept_A, one.gate_A.float(), 0.0).sum() for one in batches]
+        for batches in layers
+    ]
+    gates_L = torch.stack([sum_of(gates_N) for gates_N in gates_LN])
     kept_L, gates_L = mesh.all_reduce_sum(torch.stack([kept_L.double(), gates_L.double()]))
     wanted_L = load_LE.sum(-1)
     return RoutingSummary(
@@ -231,11 +235,6 @@ def _loads(routing: Sequence[Routings], mesh: Mesh) -> Tensor:
     return mesh.all_reduce_sum(
         torch.stack([sum_of([layer.load_E for layer in batches]) for batches in layers])
     )
-
-
-def _sum_of_gates(routing: Routing) -> Tensor:
-    """Return the sum of the gates of the assignments that were kept, a float32 scalar."""
-    return torch.where(routing.kept_A, routing.gate_A.float(), 0.0).sum()
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:

@@ -142,8 +142,16 @@ def _split_of(example: Example) -> str:
 
 def _read(task: Task, path: Path) -> Iterator[Record]:
     """Yield the records of one file."""
+    kind = _kind(path)
     try:
-        yield from _read_file(path, task)
+        if kind == "parquet":
+            yield from read_parquet(path)
+        elif kind in ("json", "jsonl", "ndjson"):
+            yield from _json(_text(path), path, by_line=kind != "json")
+        elif kind == _SOURCE:
+            yield from _pairs(_text(path), path)
+        else:
+            yield from _table(_text(path), path, task, kind == "csv")
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"Cannot read {str(path)!r}: {error}") from None
 
@@ -209,20 +217,6 @@ def _kind(path: Path) -> str | None:
 def _stem(path: Path) -> str:
     """Return the lower-case name up to the kind of file."""
     return path.name.lower().rpartition(f".{_kind(path)}")[0]
-
-
-def _read_file(path: Path, task: Task) -> Iterator[Record]:
-    kind = _kind(path)
-    if kind == "parquet":
-        yield from read_parquet(path)
-        return
-    text = _text(path)
-    if kind in ("json", "jsonl", "ndjson"):
-        yield from _json(text, path, by_line=kind != "json")
-    elif kind == _SOURCE:
-        yield from _pairs(text, path)
-    else:
-        yield from _table(text, path, task, kind == "csv")
 
 
 def _text(path: Path) -> str:

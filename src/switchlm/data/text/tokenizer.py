@@ -103,7 +103,12 @@ class Tokenizer:
             _check_ids(json.loads(text))
         except (ValueError, RecursionError) as error:
             raise DataError(f"The tokenizer file is not JSON: {error}") from None
-        return cls(_parse(text))
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        # The library raises the bare class for all it cannot read.
+        except Exception as error:
+            raise DataError(f"The tokenizer file cannot be read by `tokenizers`: {error}") from None
+        return cls(backend)
 
     def byte(self, token: int) -> int | None:
         """Return the byte that a token stands for by itself, as in `<0xE2>`; None for others."""
@@ -227,14 +232,6 @@ def _check_ids(file: Any) -> None:
                 f"The tokenizer file has the token id {number!r}; ids lie between 0 and "
                 f"{LARGEST_VOCABULARY}, so it is probably damaged."
             )
-
-
-def _parse(text: str) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_str(text)
-    # The library raises the bare class for all it cannot read.
-    except Exception as error:
-        raise DataError(f"The tokenizer file cannot be read by `tokenizers`: {error}") from None
 
 
 def _byte_symbols() -> list[str]:

@@ -16,9 +16,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
@@ -33,23 +32,13 @@ ALIVE = "the connection to the others failed"
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """What the store knows of a rank; step and at (Unix seconds) are those of its last beat."""
+class Member(NamedTuple):
+    """What the store knows of a rank: who it is, when it last left word, and how it ended."""
 
     rank: int
     who: str
-    step: int | None
-    at: float
+    heard: str
     end: str | None
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} ({self.who})"
-
-    def last_heard(self, now: float) -> str:
-        """Say when it last left word."""
-        where = "before its first step" if self.step is None else f"at step {self.step}"
-        return f"{where}, {max(now - self.at, 0):.0f} s ago"
 
 
 class Heartbeat:
@@ -139,12 +128,11 @@ class Heartbeat:
                 "answer either: rank 0, or the host it runs on, is gone, stopped or cut off. "
                 f"{reason}"
             )
-        now = time.time()
         failed = [m for m in members if m.end not in (None, ALIVE)]
         silent = [m for m in members if m.end is None]
-        told = [f"{m} failed: {m.end}." for m in failed]
+        told = [f"{m.who} failed: {m.end}." for m in failed]
         told += [
-            f"{m} was last heard of {m.last_heard(now)}; it was killed, or it hangs."
+            f"{m.who} was last heard of {m.heard}; it was killed, or it hangs."
             for m in ([] if failed else silent)
         ]
         if not told:
@@ -174,11 +162,11 @@ class Heartbeat:
         beat = self._read(f"beat/{rank}")
         said: dict[str, Any] = json.loads(who) if who else {"who": "unknown", "at": time.time()}
         done: dict[str, Any] = json.loads(beat) if beat else {"step": None, "at": said["at"]}
+        where = "before its first step" if done["step"] is None else f"at step {done['step']}"
         return Member(
             rank=rank,
-            who=said["who"],
-            step=done["step"],
-            at=done["at"],
+            who=f"rank {rank} ({said['who']})",
+            heard=f"{where}, {max(time.time() - done['at'], 0):.0f} s ago",
             end=self._read(f"end/{rank}"),
         )
 

@@ -1,5 +1,6 @@
 import errno
 import fcntl
+import os
 
 import pytest
 
@@ -83,3 +84,30 @@ def test_who_waits_is_told_so(tmp_path, monkeypatch):
     with building(tmp_path / "file", lines.append):
         pass
     assert lines == ["Waiting for another process that prepares the same text."]
+
+
+def test_all_is_on_the_disk_once_it_has_its_name(tmp_path, monkeypatch):
+    """Power may fail: the files and their names are synced, and the new name in its folder last."""
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file))
+    )
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("renamed"), replace(old, new)))
+    with building(tmp_path / "made", silent) as part:
+        part.mkdir()
+        (part / "one").write_text("1")
+        (part / "two").write_text("2")
+    assert sorted(done[:2]) == [str(part / "one"), str(part / "two")]
+    assert done[2:] == [str(part), "renamed", str(tmp_path)]
+
+
+def test_a_new_folder_for_what_is_built_is_on_the_disk_too(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (synced.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file))
+    )
+    with building(tmp_path / "new" / "file", silent) as part:
+        part.write_text("1")
+    assert synced == [str(tmp_path), str(part), str(tmp_path / "new")]

@@ -44,9 +44,15 @@ def from_mapping(cls: type[Section], values: Mapping[str, Any], path: str = "") 
     return cls(**arguments)
 
 
-def to_mapping(config: Any) -> dict[str, Any]:
-    """Return nested plain dicts and lists, ready for YAML or JSON."""
-    return _plain(config)
+def to_mapping(value: Any) -> Any:
+    """Return a configuration, or a part of one, as plain dicts and lists for YAML or JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_mapping(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_mapping(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_mapping(item) for item in value]
+    return value
 
 
 def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -54,7 +60,7 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
 
     The right-hand side is read as YAML, so `null`, `true`, `[1, 2]` and `1e-3` mean what they say.
     """
-    result = _plain(values)
+    result: dict[str, Any] = to_mapping(values)
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
         if not separator or not key:
@@ -89,17 +95,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def write_yaml(path: Path, config: Any) -> None:
     """Write a configuration as YAML, keys in the order of the dataclass."""
-    path.write_text(yaml.safe_dump(_plain(config), sort_keys=False), encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+    path.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:

@@ -6,6 +6,8 @@ line prints it without a traceback and exits with status 2.
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
 
 
 class SwitchLMError(Exception):
@@ -48,6 +50,14 @@ class MissingExtraError(UserError):
             f"{purpose} needs the package {module!r}, which is not installed. "
             f"Install it with: pip install 'switchlm[{extra}]'"
         )
+
+
+def require(module: str, extra: str, purpose: str) -> Any:
+    """Import and return an optional module; MissingExtraError names the extra that brings it."""
+    try:
+        return import_module(module)
+    except ImportError:
+        raise MissingExtraError(module.split(".")[0], extra, purpose) from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

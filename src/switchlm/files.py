@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from switchlm.errors import DataError
 
@@ -22,14 +22,20 @@ Report = Callable[[str], None]
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what some network file systems answer
 
 
-def sync_file(path: Path) -> None:
-    """Force the content of a file to the disk."""
-    _sync(path, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Force a file's content, or a folder's entries (made, renamed, deleted), to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def sync_folder(path: Path) -> None:
-    """Force the entries of a folder (files made, renamed, deleted) to the disk."""
-    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+def _sync_all(path: Path) -> None:
+    """Force a file, or a folder and the files in it, to the disk."""
+    for inside in path.iterdir() if path.is_dir() else ():
+        sync(inside)
+    sync(path)
 
 
 def make_folder(path: Path) -> None:
@@ -40,7 +46,7 @@ def make_folder(path: Path) -> None:
         path = path.parent
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
+        sync(folder.parent)
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -48,11 +54,11 @@ def replace_file(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.write_bytes(content)
-        sync_file(partial)
+        sync(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -75,15 +81,13 @@ def hidden_folder(folder: Path) -> Path:
 def replace_folder(partial: Path, folder: Path) -> None:
     """Sync a folder with all its files, and put it in the place of another, which is deleted."""
     partial.chmod(0o755)
-    for path in partial.iterdir():
-        sync_file(path)
-    sync_folder(partial)
+    _sync_all(partial)
     old = None
     if folder.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
         os.replace(folder, old)
     os.replace(partial, folder)
-    sync_folder(folder.parent)
+    sync(folder.parent)
     if old is not None:
         shutil.rmtree(old)
 
@@ -100,29 +104,22 @@ def process_lives(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # another user's
+        pass
     return True
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
 def building(final: Path, report: Report) -> Iterator[Path]:
     """Yield a path to write a file or folder to; when the body ends well, it becomes `final`.
 
-    The body first looks whether another process has made `final` meanwhile, and then writes
-    nothing. A lock keeps others waiting rather than doing the same work; where the file system has
-    none, whoever renames first wins. Raises DataError where the disk does not let it.
+    It is then on the disk with all it holds. The body first looks whether another process has made
+    `final` meanwhile, and then writes nothing. A lock keeps others waiting rather than doing the
+    same work; where the file system has none, whoever renames first wins. Raises DataError where
+    the disk does not let it.
     """
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(final.parent)
         with (final.parent / f"{final.name}.lock").open("w") as lock:
             alone = _lock(lock, report)
             if alone:  # then what is unfinished was left by a process that died
@@ -132,7 +129,9 @@ def building(final: Path, report: Report) -> Iterator[Path]:
             try:
                 yield part
                 if part.exists():
+                    _sync_all(part)
                     _rename(part, final)
+                    sync(final.parent)
             finally:
                 _remove(part)
     except OSError as error:
@@ -140,12 +139,6 @@ def building(final: Path, report: Report) -> Iterator[Path]:
             f"Cannot write the cache in {str(final.parent)!r}: {error}. Point the cache at a "
             "folder with room that you may write to."
         ) from None
-
-
-def flush(file: IO[Any]) -> None:
-    """Force what was written to an open file to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _lock(file: IO[str], report: Report) -> bool:

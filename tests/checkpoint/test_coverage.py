@@ -5,9 +5,10 @@ import random
 
 import numpy as np
 import pytest
+import torch
 
-from switchlm.checkpoint.layout import Region
-from switchlm.checkpoint.read import check
+from switchlm.checkpoint.layout import Region, Stored
+from switchlm.checkpoint.read import check_parts
 from switchlm.errors import CheckpointError
 
 EXPERTS = "model/encoder.blocks.1.feedforward.experts.up"
@@ -31,9 +32,15 @@ def covered(shape: tuple[int, ...], boxes: list[Region]) -> bool:
     return bool((counts == 1).all())
 
 
+def check(shapes: dict[str, tuple[int, ...]], boxes: dict[str, list[Region]]) -> None:
+    described = {name: (torch.float32, shape) for name, shape in shapes.items()}
+    stored = {name: [Stored(box, "F32", "file") for box in held] for name, held in boxes.items()}
+    check_parts("It", described, stored)
+
+
 def found(shape: tuple[int, ...], boxes: list[Region], name: str = EXPERTS) -> str | None:
     try:
-        check({name: shape}, {name: boxes}, "It")
+        check({name: shape}, {name: boxes})
     except CheckpointError as error:
         return str(error)
     return None
@@ -95,9 +102,9 @@ def test_half_an_expert_and_rows_are_named() -> None:
 
 def test_tensors_nobody_knows_and_empty_ones() -> None:
     with pytest.raises(CheckpointError, match="x is stored, but is no part of it"):
-        check({}, {"x": [((0, 1),)]}, "It")
-    check({"x": (0, 3)}, {}, "It")
-    check({"x": (0, 3)}, {"x": [((0, 0), (0, 3))]}, "It")
+        check({}, {"x": [((0, 1),)]})
+    check({"x": (0, 3)}, {})
+    check({"x": (0, 3)}, {"x": [((0, 0), (0, 3))]})
 
 
 def test_ten_thousand_parts_take_no_time() -> None:
@@ -105,3 +112,9 @@ def test_ten_thousand_parts_take_no_time() -> None:
     boxes = [((e, e + 1), (r, r + 16), (0, 64)) for e in range(2048) for r in range(0, 64, 16)]
     assert found(shape, boxes) is None
     assert "expert 2047" in (found(shape, boxes[:-1]) or "")
+
+
+def test_parts_that_cut_a_tensor_absurdly_are_refused() -> None:
+    shape = (1000, 1000, 1000)
+    diagonal = [((n, n + 1),) * 3 for n in range(1000)]
+    assert "do not fit together" in (found(shape, diagonal) or "")

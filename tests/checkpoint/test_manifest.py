@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from switchlm.checkpoint import format, tensors
+from switchlm.checkpoint import format, layout
 from switchlm.checkpoint.read import load_folder
 from switchlm.checkpoint.store import CheckpointStore
 from switchlm.errors import CheckpointError
@@ -27,7 +27,7 @@ def state_of(step: int) -> dict[str, Any]:
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckpointStore:
     """Steps 10 and 20, one tensor per file."""
-    monkeypatch.setattr(tensors, "FILE_BYTES", 48)
+    monkeypatch.setattr(layout, "FILE_BYTES", 48)
     store = CheckpointStore(tmp_path / "checkpoints")
     for step in (10, 20):
         store.save(step, state_of(step), wait=True)

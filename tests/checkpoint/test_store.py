@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from switchlm import files
-from switchlm.checkpoint import tensors
+from switchlm.checkpoint import layout
 from switchlm.checkpoint.format import DTYPES
 from switchlm.checkpoint.read import load_folder
 from switchlm.checkpoint.store import CheckpointStore
@@ -85,7 +85,7 @@ def test_an_optimizer_and_tied_parameters_come_back(store: CheckpointStore) -> N
 def test_a_state_of_many_files_comes_back(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensors, "FILE_BYTES", 100)
+    monkeypatch.setattr(layout, "FILE_BYTES", 100)
     state = {f"t{i}": torch.randn(i, 4) for i in range(9)}
     store.save(1, state, wait=True)
     assert len(list((store.folder / "step-00000001").glob("*.safetensors"))) > 3
@@ -252,7 +252,7 @@ def test_a_failed_save_is_told_at_once_and_raised_by_the_next(
     told: list[str] = []
     failing = CheckpointStore(store.folder, report=told.append)
     with monkeypatch.context() as patch:
-        patch.setattr(files, "sync_folder", lambda path: (_ for _ in ()).throw(OSError("broken")))
+        patch.setattr(files, "sync", lambda path: (_ for _ in ()).throw(OSError("broken")))
         failing.save(2, state_of(2))
         while not told:
             threading.Event().wait(0.01)
@@ -266,10 +266,10 @@ def test_a_failed_save_is_told_at_once_and_raised_by_the_next(
 def test_an_error_nobody_foresaw_is_raised_too(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(folder: Path, named: dict[str, torch.Tensor]) -> None:
+    def failing(folder: Path, places: object, parts: dict[str, torch.Tensor]) -> None:
         raise MemoryError("no memory for the file")
 
-    monkeypatch.setattr(tensors, "save", failing)
+    monkeypatch.setattr(layout, "save", failing)
     store.save(2, state_of(2))
     with pytest.raises(MemoryError):
         store.wait()
@@ -282,7 +282,7 @@ def test_leaving_the_store_waits_and_raises(
     with store:
         store.save(1, state_of(1))
     assert store.steps() == [1]
-    monkeypatch.setattr(files, "sync_folder", lambda path: (_ for _ in ()).throw(OSError("broken")))
+    monkeypatch.setattr(files, "sync", lambda path: (_ for _ in ()).throw(OSError("broken")))
     with pytest.raises(CheckpointError, match="broken"), CheckpointStore(store.folder) as failing:
         failing.save(2, state_of(2))
     interrupted = CheckpointStore(store.folder)

@@ -3,14 +3,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchlm.data.order import choose_aligned, choose_held_out
+from switchlm.data.order import choose_held_out
 
 HASHES = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=50)
 
 
 def choose(hashes, share=0.1, least=0, length=100):
     hashes = np.array(hashes, dtype=np.uint64)
-    return choose_held_out(hashes, np.full(len(hashes), length), share, least)
+    [chosen] = choose_held_out([hashes], [np.full(len(hashes), length)], share, least)
+    return chosen
 
 
 @given(HASHES, HASHES, st.floats(0.0, 0.5))
@@ -49,10 +50,10 @@ def test_a_single_document_is_for_training():
 def test_a_group_is_held_out_in_all_sources_or_in_none(sources, share, least):
     hashes_SD = [np.array(hashes, dtype=np.uint64) for hashes in sources]
     lengths_SD = [np.full(len(hashes), 100) for hashes in sources]
-    chosen_SD = choose_aligned(hashes_SD, lengths_SD, share, least)
+    chosen_SD = choose_held_out(hashes_SD, lengths_SD, share, least, aligned=True)
     held_out = {value for h, c in zip(hashes_SD, chosen_SD, strict=True) for value in h[c]}
     trained = {value for h, c in zip(hashes_SD, chosen_SD, strict=True) for value in h[~c]}
     assert not held_out & trained
-    for hashes_D, chosen_D in zip(hashes_SD, chosen_SD, strict=True):
-        alone_D = choose_held_out(hashes_D, np.full(len(hashes_D), 100), share, least)
+    alone_SD = choose_held_out(hashes_SD, lengths_SD, share, least)
+    for alone_D, chosen_D in zip(alone_SD, chosen_SD, strict=True):
         assert (chosen_D >= alone_D).all()

@@ -172,6 +172,31 @@ def test_the_first_of_a_node_goes_first():
     assert sorted(order) == [0, 1, 2]
 
 
+def test_those_who_wait_for_the_first_of_a_node_end_when_it_fails():
+    _host, stores = clients(3)
+    found, begun = {}, []
+    nodes = [Heartbeat(store, rank, 3, local_rank=rank) for rank, store in enumerate(stores)]
+
+    def run(rank):
+        try:
+            with nodes[rank].local_rank_zero_first("text"):
+                begun.append(rank)
+                raise OSError("No space left on device")
+        except Exception as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (2, 1, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert begun == [0]
+    assert isinstance(found[0], OSError)
+    for rank in (1, 2):
+        assert isinstance(found[rank], LostRankError)
+        assert "(text), which failed: OSError: No space left on device." in str(found[rank])
+
+
 def test_work_that_takes_too_long_is_left_alone():
     assert within(5, lambda: 3) == 3
     start = time.monotonic()

@@ -9,8 +9,7 @@ from tests.parallel.jobs import free_port
 
 from switchlm.errors import LaunchError
 from switchlm.parallel import launch
-from switchlm.parallel.launch import Launch, launched
-from switchlm.parallel.rendezvous import open_store, ranks, rendezvous
+from switchlm.parallel.launch import Launch, launched, open_store, ranks, rendezvous
 
 ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 TORCHRUN = ADDRESS | {

@@ -4,7 +4,7 @@ from torch import nn
 
 from switchlm.checkpoint.store import CheckpointStore
 from switchlm.training.config import TrainingConfig
-from switchlm.training.evaluation import Best, BestCheckpoint, HeldOutLoss
+from switchlm.training.evaluation import BestCheckpoint, HeldOutLoss
 from switchlm.training.loop import train
 from switchlm.training.monitor import read_metrics
 from switchlm.training.run_folder import RunFolder
@@ -46,7 +46,7 @@ def test_it_keeps_the_first_of_the_best():
     models = [nn.Linear(1, 1) for _ in range(4)]
     verdicts = [evaluator.evaluate(model, step) for step, model in enumerate(models)]
     assert kept == models[:2]
-    assert evaluator.best == Best(step=1, score=0.7, misses=2)
+    assert evaluator.state() == {"step": 1, "score": 0.7, "misses": 2}
     assert [verdict.figures["best_score"] for verdict in verdicts] == [0.5, 0.7, 0.7, 0.7]
     assert not any(verdict.stop for verdict in verdicts)
 
@@ -76,7 +76,7 @@ def test_the_loop_stops_when_its_evaluator_says_so(build, loader, tmp_path):
 
     again, _ = scripted(patience=2)
     assert not list(train(build(), loader, config, run=run, resume=True, evaluator=again))
-    assert again.best == evaluator.best
+    assert again.state() == evaluator.state()
 
 
 def test_the_last_step_is_always_judged_and_its_checkpoint_knows(build, loader, tmp_path):
@@ -103,7 +103,7 @@ def test_a_resumed_run_decides_as_the_undisturbed_one(build, loader, tmp_path, k
     model = build(seed=1)
     list(train(model, loader, config, run=parts, resume=True, evaluator=resumed))
     assert timeless(parts) == timeless(whole)
-    assert resumed.best == evaluator.best
+    assert resumed.state() == evaluator.state()
     assert kept_later == kept[len(kept) - len(kept_later) :]
 
 

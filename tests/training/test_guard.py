@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from switchlm.training import monitor
-from switchlm.training.monitor import SpikeDetector, global_norm, keep_where
+from switchlm.training.adafactor import keep_where
+from switchlm.training.monitor import SpikeDetector, global_norm
 
 
 def test_global_norm_is_that_of_all_gradients_as_one_vector():

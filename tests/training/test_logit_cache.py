@@ -12,8 +12,7 @@ from switchlm.data.pretraining.loader import Loader
 from switchlm.errors import CheckpointError
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
-from switchlm.training.distillation import Teacher
-from switchlm.training.logit_cache import CacheKey, LogitCache, build, digest
+from switchlm.training.distillation import CacheKey, LogitCache, Teacher, build, digest
 
 K, BATCHES = 6, 3
 
@@ -69,7 +68,7 @@ def test_processes_read_their_shares_of_it(made, text_loader):
     whole = LogitCache(made, key, rows(text_loader)).teach(1, text_loader.batch(1))
     parts = [
         LogitCache(made, key, rows(text_loader), share=rank, num_shares=2).teach(
-            1, text_loader.batch(1, rank, 2)
+            1, text_loader.share(rank, 2).batch(1)
         )
         for rank in range(2)
     ]

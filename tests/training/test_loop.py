@@ -6,6 +6,7 @@ import torch
 from switchlm.checkpoint.store import CheckpointStore
 from switchlm.errors import CheckpointError
 from switchlm.model.config import RouterConfig
+from switchlm.training import loop
 from switchlm.training.config import TrainingConfig
 from switchlm.training.loop import train
 from switchlm.training.monitor import read_metrics
@@ -201,6 +202,22 @@ def test_resuming_before_the_first_checkpoint_starts_anew(build, loader, tmp_pat
     run.metrics.write_text('{"step": 1, "loss": 5.0}\n', encoding="utf-8")
     list(train(build(), loader, config, run=run, resume=True))
     assert [line["step"] for line in read_metrics(run.metrics)] == [1, 2, 3]
+
+
+def test_a_resumed_run_says_so_to_its_trackers(build, loader, tmp_path, monkeypatch):
+    told = []
+    opened = loop.open_monitor
+
+    def spy(run, config, resumed_at):
+        told.append(resumed_at)
+        return opened(run, config, resumed_at)
+
+    monkeypatch.setattr(loop, "open_monitor", spy)
+    run = RunFolder(tmp_path)
+    for steps in (3, 5):
+        config = TrainingConfig(steps=steps, evaluate_every=None)
+        list(train(build(), loader, config, run=run, resume=steps == 5))
+    assert told == [None, 3]
 
 
 def test_resuming_with_another_optimizer_is_refused(build, loader, tmp_path):

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from switchlm.checkpoint.collective import ALONE, Ranks
 from switchlm.errors import CheckpointError
-from switchlm.files import sync_file
+from switchlm.files import sync
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -42,7 +43,7 @@ def write(folder: Path, step: int, known: Mapping[str, Mapping[str, Any]] | None
     }
     path = folder / NAME
     path.write_bytes(_encode({"format": FORMAT, "step": step, "files": files}))
-    sync_file(path)
+    sync(path)
 
 
 def verify(folder: Path, ranks: Ranks = ALONE) -> int:
@@ -62,24 +63,25 @@ def verify(folder: Path, ranks: Ranks = ALONE) -> int:
 
 def _listed(folder: Path) -> dict[str, Any]:
     """Return the manifest, whose files are all there in their sizes, and no others."""
-    with _readable(folder):
+    with readable(folder):
         content = _read(folder)
         _compare_names(folder, content["files"])
         return content
 
 
 def _compare_content(folder: Path, files: dict[str, Any]) -> None:
-    with _readable(folder):
+    with readable(folder):
         for name, expected in files.items():
             if _describe(folder / name) != expected:
-                raise _damaged(folder, f"{name} does not have the SHA-256 of the manifest")
+                raise damaged(folder, f"{name} does not have the SHA-256 of the manifest")
 
 
 @contextmanager
-def _readable(folder: Path) -> Iterator[None]:
+def readable(folder: Path) -> Iterator[None]:
+    """Turn what a disk does to a reader into the project's own error."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"Cannot read the checkpoint {str(folder)!r}: {error}.") from error
 
 
@@ -88,23 +90,23 @@ def _read(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"There is no checkpoint folder {str(folder)!r}.")
     if not path.is_file():
-        raise _damaged(folder, f"{NAME} is missing")
+        raise damaged(folder, f"{NAME} is missing")
     with path.open("rb") as stream:
         found = stream.read(LARGEST)
     try:
         content = json.loads(found)
         version, intact = content["format"], found == _encode(content)
     except (ValueError, LookupError, TypeError, RecursionError):
-        raise _damaged(folder, f"{NAME} cannot be read") from None
+        raise damaged(folder, f"{NAME} cannot be read") from None
     if not intact:
-        raise _damaged(folder, f"{NAME} has been changed")
+        raise damaged(folder, f"{NAME} has been changed")
     if version != FORMAT:
         raise CheckpointError(
             f"The checkpoint {str(folder)!r} has format {version!r}; this version of switchlm "
             f"reads format {FORMAT}. Load it with the version that wrote it."
         )
     if not isinstance(content.get("step"), int) or not isinstance(content.get("files"), dict):
-        raise _damaged(folder, f"{NAME} lacks its step or its files")
+        raise damaged(folder, f"{NAME} lacks its step or its files")
     return content
 
 
@@ -112,13 +114,13 @@ def _compare_names(folder: Path, files: dict[str, Any]) -> None:
     present = {path.name: path for path in folder.iterdir() if path.name != NAME}
     for name, path in present.items():
         if path.is_symlink() or (name not in files and name.endswith(".safetensors")):
-            raise _damaged(folder, f"{name} does not belong to it")
+            raise damaged(folder, f"{name} does not belong to it")
     for name, expected in files.items():
         if name not in present or not present[name].is_file():
-            raise _damaged(folder, f"{name} is missing")
+            raise damaged(folder, f"{name} is missing")
         size = present[name].stat().st_size
         if not isinstance(expected, dict) or size != expected.get("size"):
-            raise _damaged(folder, f"{name} has {size} bytes, not those of the manifest")
+            raise damaged(folder, f"{name} has {size} bytes, not those of the manifest")
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -134,7 +136,8 @@ def _encode(content: dict[str, Any]) -> bytes:
     return json.dumps(body, indent=1, sort_keys=True).encode() + b"\n"
 
 
-def _damaged(folder: Path, what: str) -> CheckpointError:
+def damaged(folder: Path, what: str) -> CheckpointError:
+    """Return the error that a checkpoint does not hold what was written."""
     return CheckpointError(f"The checkpoint {str(folder)!r} is damaged: {what}.")
 
 

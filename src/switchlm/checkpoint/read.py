@@ -7,24 +7,26 @@ the numbers of the experts.
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from switchlm.checkpoint import format, tensors
+from switchlm.checkpoint import format, layout
 from switchlm.checkpoint.collective import ALONE, Ranks
-from switchlm.checkpoint.format import describe, join, split
-from switchlm.checkpoint.layout import Region, full_region, overlap, volume
+from switchlm.checkpoint.format import CODES, damaged, describe, join, readable, split
+from switchlm.checkpoint.layout import Region, Stored, full_region, overlap, volume
 from switchlm.errors import CheckpointError
 
 STATE = "state.json"
+SHOWN = 5  # problems that a message names
+MOST_CELLS = 2**24  # that the parts of a tensor may cut it into; stops absurd allocations
 
 
 def load_folder(
@@ -48,7 +50,7 @@ def load_folder(
 def read_verified(
     folder: Path, into: Mapping[str, Any] | None = None, ranks: Ranks = ALONE
 ) -> dict[str, Any]:
-    """Return the state in a folder that `manifest.verify` has passed; see `load_folder`."""
+    """Return the state in a folder that `format.verify` has passed; see `load_folder`."""
     paths = sorted(folder.glob("*.safetensors"))[ranks.rank :: ranks.size]
     headers = ranks.on_all_ranks(lambda: _headers(folder, paths))
     state: dict[str, Any] = {}
@@ -59,7 +61,7 @@ def read_verified(
 
     def fill() -> None:
         with _explain(folder):
-            tensors.load(folder, state["values"], state["stored"])
+            layout.load(folder, state["values"], state["stored"])
 
     ranks.on_all_ranks(prepare)
     ranks.on_all_ranks(fill)
@@ -67,23 +69,20 @@ def read_verified(
     return joined
 
 
-def _headers(folder: Path, paths: list[Path]) -> list[list[Any]]:
+def _headers(folder: Path, paths: list[Path]) -> list[tuple[str, Stored]]:
     with _explain(folder):
-        return [
-            [name, stored.box, stored.code, stored.file] for name, stored in tensors.index(paths)
-        ]
+        return list(layout.index(paths))
 
 
 def _prepare(
-    folder: Path, headers: list[list[list[Any]]], into: Mapping[str, Any]
+    folder: Path, headers: list[list[tuple[str, Stored]]], into: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the tensors to fill, where their parts are, and the state that they make up."""
     structure = json.loads((folder / STATE).read_bytes())
     described = {name: (dtype, shape) for name, dtype, shape in describe(structure)}
-    stored: dict[str, list[tensors.Stored]] = {}
-    for name, box, code, file in (part for parts in headers for part in parts):
-        sides = tuple((int(start), int(stop)) for start, stop in box)
-        stored.setdefault(name, []).append(tensors.Stored(sides, code, file))
+    stored: dict[str, list[Stored]] = {}
+    for name, part in chain.from_iterable(headers):
+        stored.setdefault(name, []).append(part)
     _bound(folder, described)
     check_parts(f"The checkpoint {str(folder)!r} is damaged: it", described, stored)
     given, _ = split(into)
@@ -99,34 +98,14 @@ def _prepare(
     return {"values": values, "stored": stored, "joined": joined}
 
 
-def check_parts(
-    where: str,
-    described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    stored: Mapping[str, list[tensors.Stored]],
-) -> None:
-    """Raise CheckpointError unless the stored parts make up every tensor, in its dtype.
-
-    where: what holds them, for the message; described: dtype and shape by name.
-    """
-    shapes = {name: shape for name, (_, shape) in described.items()}
-    check(shapes, {name: [p.box for p in parts] for name, parts in stored.items()}, where)
-    for name, (dtype, _) in described.items():
-        for part in stored.get(name, ()):
-            if part.code != tensors.CODES[dtype]:
-                raise CheckpointError(f"{where} holds {name} as {part.code}, not as {dtype}.")
-
-
 @contextmanager
 def _explain(folder: Path) -> Iterator[None]:
     """Turn what damaged files do to a reader into the project's own error."""
     try:
-        yield
+        with readable(folder):
+            yield
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"The checkpoint {str(folder)!r} is damaged: {STATE} cannot be read ({error})."
-        ) from error
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"Cannot read the checkpoint {str(folder)!r}: {error}.") from error
+        raise damaged(folder, f"{STATE} cannot be read ({error})") from error
 
 
 def _match(
@@ -144,10 +123,10 @@ def _match(
         if kind != stored[name]:
             problems.append(f"{name} is {_kind(*stored[name])}, not {_kind(*kind)}")
     if problems:
-        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+        more = f", and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise CheckpointError(
-            f"The checkpoint {str(folder)!r} does not fit: in it {', '.join(problems[:5])}{more}. "
-            "Load it with the configuration that it was saved with."
+            f"The checkpoint {str(folder)!r} does not fit: in it {', '.join(problems[:SHOWN])}"
+            f"{more}. Load it with the configuration that it was saved with."
         )
 
 
@@ -156,32 +135,28 @@ def _bound(folder: Path, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]
     held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     claimed = sum(math.prod(shape) * dtype.itemsize for dtype, shape in stored.values())
     if claimed > held or any(size < 0 for _, shape in stored.values() for size in shape):
-        raise CheckpointError(
-            f"The checkpoint {str(folder)!r} is damaged: {STATE} claims {claimed} bytes of "
-            f"tensors, its files hold {held}."
-        )
+        raise damaged(folder, f"{STATE} claims {claimed} bytes of tensors, its files hold {held}")
 
 
 def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
-SHOWN = 5
-
-# How often the parts cover each index range of the first dim: (start, stop, fewest, most).
-Bands = tuple[tuple[int, int, int, int], ...]
-
-
-def check(
-    shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Iterable[Region]], where: str
+def check_parts(
+    where: str,
+    described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    stored: Mapping[str, list[Stored]],
 ) -> None:
-    """Raise CheckpointError unless the boxes of each name tile its shape.
+    """Raise CheckpointError unless the stored parts tile every tensor, in its dtype.
 
     where: what holds them, for the message, such as `The checkpoint 'run/checkpoints/step-1'`.
+    described: dtype and shape by name.
     """
-    problems = [f"{name} is stored, but is no part of it" for name in stored if name not in shapes]
-    for name, shape in shapes.items():
-        boxes = tuple(sorted(box for box in stored.get(name, ()) if volume(box)))
+    problems = [
+        f"{name} is stored, but is no part of it" for name in stored if name not in described
+    ]
+    for name, (_, shape) in described.items():
+        boxes = tuple(sorted(part.box for part in stored.get(name, ()) if volume(part.box)))
         problems += _problems(name, shape, boxes)
         if len(problems) > SHOWN:
             break
@@ -190,6 +165,10 @@ def check(
         raise CheckpointError(
             f"{where} does not hold every tensor exactly once: {'; '.join(problems[:SHOWN])}{more}."
         )
+    for name, (dtype, _) in described.items():
+        for part in stored.get(name, ()):
+            if part.code != CODES[dtype]:
+                raise CheckpointError(f"{where} holds {name} as {part.code}, not as {dtype}.")
 
 
 def _problems(name: str, shape: tuple[int, ...], boxes: tuple[Region, ...]) -> list[str]:
@@ -229,26 +208,27 @@ def _say(name: str, shape: tuple[int, ...], bad: list[tuple[int, int, bool]]) ->
 
 
 @lru_cache(maxsize=64)
-def _bands(shape: tuple[int, ...], boxes: tuple[Region, ...]) -> Bands:
-    """Sweep over the first dim; many tensors of a model are cut alike, hence the cache."""
-    if not shape:
-        return ((0, 1, len(boxes), len(boxes)),)
-    starts: dict[int, list[Region]] = {}
-    stops: dict[int, list[Region]] = {}
+def _bands(shape: tuple[int, ...], boxes: tuple[Region, ...]) -> list[tuple[int, int, int, int]]:
+    """Return how often boxes cover each range of the first dim: (start, stop, fewest, most).
+
+    Counted over the cells that all cuts make together. Many tensors of a model are cut alike, hence
+    the cache.
+    """
+    cuts = [
+        np.unique([0, size, *(side for box in boxes for side in box[dim])])
+        for dim, size in enumerate(shape)
+    ]
+    cells = [len(cut) - 1 for cut in cuts]
+    if math.prod(cells) > MOST_CELLS:
+        raise CheckpointError(
+            f"The {len(boxes)} parts of a tensor {list(shape)} do not fit together: the "
+            "checkpoint is damaged."
+        )
+    counts = np.zeros(cells, dtype=np.int64)
     for box in boxes:
-        starts.setdefault(box[0][0], []).append(box)
-        stops.setdefault(box[0][1], []).append(box)
-    cuts = sorted({0, shape[0], *starts, *stops})
-    bands = []
-    active: list[Region] = []
-    for start, stop in pairwise(cuts):
-        ended = stops.get(start, ())
-        if ended:
-            active = [box for box in active if box[0][1] != start]
-        active += starts.get(start, ())
-        if not active:
-            bands.append((start, stop, 0, 0))
-            continue
-        inner = _bands(shape[1:], tuple(sorted(box[1:] for box in active)))
-        bands.append((start, stop, min(b[2] for b in inner), max(b[3] for b in inner)))
-    return tuple(bands)
+        sides = zip(cuts, box, strict=True)
+        counts[tuple(slice(*cut.searchsorted(side)) for cut, side in sides)] += 1
+    bounds = cuts[0] if shape else np.array([0, 1])
+    counts = counts.reshape(len(bounds) - 1, -1)
+    columns = bounds[:-1], bounds[1:], counts.min(1), counts.max(1)
+    return list(zip(*(column.tolist() for column in columns), strict=True))

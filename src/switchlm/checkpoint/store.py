@@ -27,30 +27,25 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from switchlm import files
-from switchlm.checkpoint import format, tensors
+from switchlm.checkpoint import format, layout
 from switchlm.checkpoint.collective import Ranks
-from switchlm.checkpoint.format import describe, split
-from switchlm.checkpoint.layout import Planner, part_of
+from switchlm.checkpoint.format import damaged, describe, split
+from switchlm.checkpoint.layout import Place, Planner, Stored, part_of
 from switchlm.checkpoint.read import STATE, check_parts, read_verified
-from switchlm.checkpoint.staging import Staging
+from switchlm.checkpoint.staging import Parts, Staging
 from switchlm.errors import CheckpointError
 from switchlm.files import Report
 
-Pieces = Mapping[str, tensors.Piece]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
+class Found(NamedTuple):
     """The newest checkpoint that is whole.
 
     damaged: one sentence for each newer checkpoint that is not, newest first.
@@ -58,7 +53,7 @@ class Found:
 
     step: int
     folder: Path
-    damaged: tuple[str, ...] = ()
+    damaged: tuple[str, ...]
 
 
 class CheckpointStore:
@@ -111,15 +106,7 @@ class CheckpointStore:
         named, structure = split(state)
         places, parts = self._share(named)
         land = self._staging.copy(parts)
-
-        def pieces() -> Pieces:
-            copies = land()
-            return {
-                name: tensors.Piece(copies[name], start, file)
-                for name, (start, file) in places.items()
-            }
-
-        self._pending = self._writer.submit(self._write, step, pieces, structure)
+        self._pending = self._writer.submit(self._write, step, places, land, structure)
         if wait:
             self.wait()
 
@@ -180,7 +167,7 @@ class CheckpointStore:
     ) -> dict[str, Any]:
         """Return the state of `step`, or of the newest checkpoint that is whole.
 
-        into: tensors to fill in place, see `reading.load_folder`; they are untouched if this raises
+        into: tensors to fill in place, see `read.load_folder`; they are untouched if this raises
             CheckpointError, which names the newest checkpoint that can be used instead.
         """
         self.wait()
@@ -219,80 +206,75 @@ class CheckpointStore:
     def __enter__(self) -> "CheckpointStore":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self.wait()
         except (CheckpointError, RuntimeError):
-            if error is None:  # else that one matters more, and this one has been reported
+            if kind is None:  # else that error matters more, and this one has been reported
                 raise
         finally:
             self._writer.shutdown()
 
-    def _write(self, step: int, pieces: Callable[[], Pieces], structure: Any) -> None:
+    def _write(
+        self, step: int, places: dict[str, Place], land: Callable[[], Parts], structure: Any
+    ) -> None:
+        ranks = self._ranks
         try:
             with _explain(f"Cannot save the checkpoint of step {step} in {str(self.folder)!r}"):
-                self._write_and_commit(step, pieces, structure)
+                partial = self.folder / ranks.on_rank_zero(lambda: self._shelf.begin(step).name)
+                try:
+                    written = ranks.on_all_ranks(lambda: self._write_part(partial, places, land()))
+                    ranks.on_rank_zero(lambda: self._commit(partial, step, written, structure))
+                finally:
+                    if ranks.is_first:
+                        files.remove_folder(partial)
             if self.keep is not None:
                 keep = self.keep
                 with _explain(f"The checkpoint of step {step} is saved, but older ones must go"):
-                    self._ranks.on_rank_zero(lambda: self._shelf.discard(self._steps()[:-keep]))
+                    ranks.on_rank_zero(lambda: self._shelf.discard(self._steps()[:-keep]))
         except CheckpointError as error:
             self._tell(str(error))
             raise
 
-    def _write_and_commit(self, step: int, pieces: Callable[[], Pieces], structure: Any) -> None:
-        partial = self.folder / self._ranks.on_rank_zero(lambda: self._shelf.begin(step).name)
-        try:
-            written = self._ranks.on_all_ranks(lambda: self._write_part(partial, pieces()))
-            self._ranks.on_rank_zero(lambda: self._commit(partial, step, written, structure))
-        finally:
-            if self._ranks.is_first:
-                files.remove_folder(partial)
-
-    def _write_part(self, partial: Path, pieces: Pieces) -> dict[str, dict[str, Any]]:
+    def _write_part(
+        self, partial: Path, places: dict[str, Place], parts: Parts
+    ) -> dict[str, dict[str, Any]]:
         """Write the files of this rank; return size and SHA-256 of each."""
         if not partial.is_dir():
             raise CheckpointError(
                 f"The folder {str(partial)!r}, just made by rank 0, is not there. All processes "
                 "must see one file system: put the run where every host reads and writes."
             )
-        written = tensors.save(partial, pieces)
+        written = layout.save(partial, places, parts)
         if not self._ranks.is_first:
-            files.sync_folder(partial)  # its entries may be another host's to sync
+            files.sync(partial)  # its entries may be another host's to sync
         return written
 
     def _commit(
         self, partial: Path, step: int, written: list[dict[str, Any]], structure: Any
     ) -> None:
         """Make the files that all ranks have written the checkpoint of `step`."""
-        stored: dict[str, list[tensors.Stored]] = {}
-        for name, part in tensors.index(sorted(partial.glob("*.safetensors"))):
+        stored: dict[str, list[Stored]] = {}
+        for name, part in layout.index(sorted(partial.glob("*.safetensors"))):
             stored.setdefault(name, []).append(part)
         described = {name: (dtype, shape) for name, dtype, shape in describe(structure)}
         check_parts(f"What was written of step {step}", described, stored)
         (partial / STATE).write_text(json.dumps(structure), encoding="utf-8")
-        files.sync_file(partial / STATE)
+        files.sync(partial / STATE)
         known = {file: found for files_of_rank in written for file, found in files_of_rank.items()}
         format.write(partial, step, known)
-        files.sync_folder(partial)
+        files.sync(partial)
         self._shelf.put_in_place(partial, step)
 
-    def _share(
-        self, named: dict[str, Tensor]
-    ) -> tuple[dict[str, tuple[tuple[int, ...], str]], dict[str, Tensor]]:
-        """Return what this rank writes: where each part starts and its file, and the parts."""
-        layout = self._planner.layout(named)
-        files = tensors.assign_files(layout, {name: t.itemsize for name, t in named.items()})
+    def _share(self, named: dict[str, Tensor]) -> tuple[dict[str, Place], Parts]:
+        """Return what this rank writes: where each part goes, and the parts."""
+        held_by = self._planner.layout(named)
+        file_of = layout.assign_files(held_by, {name: t.itemsize for name, t in named.items()})
         places = {
-            name: (tuple(start for start, _ in held.box), files[name, held.rank])
-            for name, holders in layout.items()
+            name: (tuple(start for start, _ in held.box), file_of[name, held.rank])
+            for name, holders in held_by.items()
             for held in holders
-            if held.rank == self._ranks.rank and (name, held.rank) in files
+            if held.rank == self._ranks.rank and (name, held.rank) in file_of
         }
         return places, {name: part_of(named[name]) for name in places}
 
@@ -309,17 +291,13 @@ class CheckpointStore:
 
     def _finished(self) -> dict[int, Path]:
         """Return the checkpoints by step, as rank 0 sees them."""
-        found = self._ranks.on_rank_zero(
-            lambda: {str(step): path.name for step, path in self._shelf.finished().items()}
-        )
-        return {int(step): self.folder / name for step, name in found.items()}
+        found = self._ranks.on_rank_zero(self._shelf.finished)
+        return {step: self.folder / path.name for step, path in found.items()}
 
     def _verify(self, step: int, folder: Path) -> None:
         found = format.verify(folder, self._ranks)
         if found != step:
-            raise CheckpointError(
-                f"The checkpoint {str(folder)!r} is damaged: its manifest is of step {found}."
-            )
+            raise damaged(folder, f"its manifest is of step {found}")
 
     def _tell(self, message: str) -> None:
         if self._ranks.is_first:
@@ -377,7 +355,7 @@ class CheckpointDirectory:
         if place.exists():
             place.rename(replaced)
         partial.rename(place)
-        files.sync_folder(self.folder)
+        files.sync(self.folder)
         files.remove_folder(replaced)
 
     def discard(self, steps: list[int]) -> None:
@@ -387,7 +365,7 @@ class CheckpointDirectory:
         hidden = [self._hidden(step, "deleted") for step in steps]
         for step, target in zip(steps, hidden, strict=True):
             self.finished()[step].rename(target)
-        files.sync_folder(self.folder)
+        files.sync(self.folder)
         for target in hidden:
             files.remove_folder(target)
 
@@ -404,7 +382,7 @@ class CheckpointDirectory:
                 path.rename(self._visible(step))
             else:
                 files.remove_folder(path)
-        files.sync_folder(self.folder)
+        files.sync(self.folder)
 
     def _visible(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"

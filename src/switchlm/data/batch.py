@@ -1,12 +1,16 @@
 """`Batch`, the one record that leaves this package, and what all its sources have in common.
 
-A source of batches gives every data-parallel worker its rows of each step, prepared ahead in a
-background thread.
+A loader gives every data-parallel worker its rows of each step, prepared ahead in a background
+thread.
+
+Shapes: B rows of the batch, E examples in them, S inputs, T targets.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Protocol, Self
@@ -16,6 +20,7 @@ import torch
 from torch import Tensor
 
 from switchlm.data.order import Int64
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import DataError
 
 
@@ -60,33 +65,6 @@ class Batch:
         return inputs + int(self.target_mask_BT.sum())
 
 
-def sample_numbers(step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Int64:
-    """Return the numbers of the samples that `rank` of `world_size` sees at `step`."""
-    if batch_size % world_size:
-        raise DataError(
-            f"A batch of {batch_size} rows (data.batch_size; of tasks finetune.batch_size) "
-            f"cannot be shared out evenly among {world_size} workers; use a multiple."
-        )
-    share = batch_size // world_size
-    return np.arange(share) + (step * batch_size + rank * share)
-
-
-def prefetch_batches(
-    make: Callable[[int], Batch], start_step: int, prefetch: int
-) -> Generator[tuple[int, Batch], None, None]:
-    """Yield (step, make(step)) for ever, `prefetch` batches made ahead in a background thread."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="switchlm-loader") as worker:
-        ahead = deque(
-            worker.submit(make, step) for step in range(start_step, start_step + prefetch)
-        )
-        try:
-            for step in count(start_step):
-                ahead.append(worker.submit(make, step + prefetch))
-                yield step, ahead.popleft().result()
-        finally:
-            worker.shutdown(wait=False, cancel_futures=True)
-
-
 class BatchSource(Protocol):
     """What training reads: a loader, or anything else that gives batches by step."""
 
@@ -104,44 +82,80 @@ class BatchSource(Protocol):
         ...
 
 
-class ShardableLoader(Protocol):
-    """A source of batches that gives each worker its rows of them."""
+class StepLoader(ABC):
+    """A worker's rows of every batch: a pure function of (seed, step), in any order.
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The names that Batch.source_B indexes."""
+    sources: the names that Batch.source_B indexes.
+    batch_size: rows in the global batch of a step.
+    rank, world_size: which worker of how many; one alone unless `share` says otherwise.
+    """
 
-    def sample_ids(self, step: int, rank: int = 0, world_size: int = 1) -> Int64:
-        """Return the numbers of the samples of a worker at a step."""
+    def __init__(self, sources: tuple[str, ...], batch_size: int, tokenizer: Tokenizer) -> None:
+        self.sources, self.batch_size, self.tokenizer = sources, batch_size, tokenizer
+        self.rank, self.world_size = 0, 1
+
+    @abstractmethod
+    def make(self, sample_B: Int64) -> Batch:
+        """Return the training samples of those numbers, a row each."""
+
+    def share(self, rank: int, world_size: int) -> Self:
+        """Return what `rank` of `world_size` workers reads: its rows of every batch.
+
+        Raises DataError where the rows cannot be shared out evenly.
+        """
+        if self.batch_size % world_size:
+            raise DataError(
+                f"A batch of {self.batch_size} rows (data.batch_size; of tasks "
+                f"finetune.batch_size) cannot be shared out evenly among {world_size} workers; use "
+                "a multiple."
+            )
+        part = copy(self)
+        part.rank, part.world_size = rank, world_size
+        return part
+
+    def sample_ids(self, step: int) -> Int64:
+        """Return the numbers of the samples that this worker sees at `step`."""
+        share = self.batch_size // self.world_size
+        return np.arange(share) + (step * self.batch_size + self.rank * share)
+
+    def batch(self, step: int) -> Batch:
+        """Return this worker's rows of the global batch of `step`."""
+        return self.make(self.sample_ids(step))
 
     def iterate(
-        self, start_step: int = 0, prefetch: int = 2, rank: int = 0, world_size: int = 1
+        self, start_step: int = 0, prefetch: int = 2
     ) -> Generator[tuple[int, Batch], None, None]:
-        """Yield (step, rows of a worker) for ever."""
+        """Yield (step, batch) for ever, `prefetch` batches made ahead in a background thread."""
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="switchlm-loader") as worker:
+            ahead = deque(
+                worker.submit(self.batch, step) for step in range(start_step, start_step + prefetch)
+            )
+            try:
+                for step in count(start_step):
+                    ahead.append(worker.submit(self.batch, step + prefetch))
+                    yield step, ahead.popleft().result()
+            finally:
+                worker.shutdown(wait=False, cancel_futures=True)
 
-    def held_out(
-        self, num_batches: int, source: str | None = None, rank: int = 0, world_size: int = 1
-    ) -> list[Batch]:
-        """Return a worker's rows of the held-out batches."""
 
+def lay_out(
+    values: Int64, length_E: Int64, row_E: Int64, num_rows: int, length: int, pad_id: int
+) -> tuple[Tensor, Tensor]:
+    """Put examples into rows, one after the other, and padding behind them.
 
-class ShardedLoader:
-    """One worker's rows of every batch of a loader."""
+    values: the tokens of all examples, end to end; examples of a row are neighbours.
+    length_E, row_E: how long each example is, and the row that it is put into.
 
-    def __init__(self, whole: ShardableLoader, rank: int, world_size: int) -> None:
-        """Raises DataError where the rows of a batch cannot be shared out evenly."""
-        whole.sample_ids(0, rank, world_size)
-        self.whole, self.rank, self.world_size = whole, rank, world_size
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The names of the mixture."""
-        return self.whole.sources
-
-    def iterate(self, start_step: int = 0) -> Generator[tuple[int, Batch], None, None]:
-        """Yield (step, rows of this worker) for ever."""
-        return self.whole.iterate(start_step, rank=self.rank, world_size=self.world_size)
-
-    def held_out(self, num_batches: int) -> list[Batch]:
-        """Return this worker's rows of the held-out batches."""
-        return self.whole.held_out(num_batches, rank=self.rank, world_size=self.world_size)
+    Returns int64 tokens and int32 segments (see `Batch`), both [num_rows, length].
+    """
+    first_E = np.searchsorted(row_E, row_E)  # the first example of each example's row
+    row_start_E = (np.cumsum(length_E) - length_E)[first_E]
+    # Where an example's first token goes, against where it stands in `values`.
+    shift_E = row_E * length - row_start_E
+    position = np.arange(len(values)) + np.repeat(shift_E, length_E)
+    tokens = np.full(num_rows * length, pad_id, dtype=np.int64)
+    segments = np.zeros(num_rows * length, dtype=np.int32)
+    tokens[position] = values
+    segments[position] = np.repeat(np.arange(len(row_E)) - first_E + 1, length_E)
+    shape = (num_rows, length)
+    return torch.from_numpy(tokens.reshape(shape)), torch.from_numpy(segments.reshape(shape))

@@ -74,10 +74,9 @@ class DataConfig:
             raise ConfigError(
                 f"data.noise_density must lie between 0 and 1, got {self.noise_density}."
             )
-        if not self.text_column:
-            raise ConfigError("data.text_column must name a field, got an empty string.")
-        if self.group_column == "":
-            raise ConfigError("data.group_column must name a field, got an empty string.")
+        for name in ("text_column", "group_column"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"data.{name} must name a field, got an empty string.")
 
     @property
     def columns(self) -> Columns:

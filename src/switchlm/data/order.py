@@ -157,12 +157,36 @@ def _quotas(probabilities_S: np.ndarray) -> Int64:
     return quotas_S
 
 
-def choose_held_out(hashes_D: UInt64, lengths_D: Int64, share: float, least: int) -> np.ndarray:
-    """Return bool [D]: which documents are held out.
+def choose_held_out(
+    hashes_SD: Sequence[UInt64],
+    lengths_SD: Sequence[Int64],
+    share: float,
+    least: int,
+    *,
+    aligned: bool = False,
+) -> list[np.ndarray]:
+    """Return for each source which of its documents are held out, bool [D].
 
-    A document's own hash decides, so adding others moves none. Where those are fewer than `least`
-    tokens, the documents next in the order of hashes join, as long as as many stay for training.
+    hashes_SD, lengths_SD: of the documents, in tokens; one array per source.
+    share: of the documents. A document's own hash decides, so adding others moves none.
+    least: tokens of a source; where those held out are fewer, the documents next in the order of
+        hashes join, as long as as many stay for training.
+    aligned: hold out the same groups in all sources. A group that joins in one source, because that
+        has too little text, joins in all: else translations of a held-out text would be trained on.
     """
+    chosen_SD = [
+        _choose_by_hash(hashes_D, lengths_D, share, least)
+        for hashes_D, lengths_D in zip(hashes_SD, lengths_SD, strict=True)
+    ]
+    held_out = [hashes_D[chosen_D] for hashes_D, chosen_D in zip(hashes_SD, chosen_SD, strict=True)]
+    chosen = np.concatenate(held_out)
+    if not aligned or not chosen.size:
+        return chosen_SD
+    # A document is chosen because its hash is small, so the largest chosen one bounds all.
+    return [hashes_D <= chosen.max() for hashes_D in hashes_SD]
+
+
+def _choose_by_hash(hashes_D: UInt64, lengths_D: Int64, share: float, least: int) -> np.ndarray:
     if share == 0:
         return np.zeros(len(hashes_D), dtype=bool)
     chosen_D = hashes_D < np.uint64(share * 2.0**64)
@@ -176,22 +200,3 @@ def choose_held_out(hashes_D: UInt64, lengths_D: Int64, share: float, least: int
             if lengths_D[chosen_D].sum() >= least:
                 break
     return chosen_D
-
-
-def choose_aligned(
-    hashes_SD: Sequence[UInt64], lengths_SD: Sequence[Int64], share: float, least: int
-) -> list[np.ndarray]:
-    """Return for each source which documents are held out, the same groups in all of them.
-
-    hashes_SD, lengths_SD: one array per source. As `choose_held_out`, but a group that joins in one
-        source, because that has too little text, joins in all: else translations of a held-out text
-        would be trained on.
-    """
-    chosen_SD = [
-        choose_held_out(hashes_D, lengths_D, share, least)
-        for hashes_D, lengths_D in zip(hashes_SD, lengths_SD, strict=True)
-    ]
-    # A document is chosen because its hash is small, so the largest chosen one bounds all.
-    held_out = [hashes_D[chosen_D] for hashes_D, chosen_D in zip(hashes_SD, chosen_SD, strict=True)]
-    largest = np.concatenate(held_out).max(initial=0)
-    return [(hashes_D <= largest) & (share > 0) for hashes_D in hashes_SD]

@@ -16,8 +16,8 @@ from switchlm.evaluation.metrics import Floats, bootstrap, ratio
 from switchlm.generation.decode import evaluation_mode
 from switchlm.model.losses import token_losses
 from switchlm.model.transformer import SwitchTransformer, forward_batch
+from switchlm.parallel.apply import losses_of
 from switchlm.parallel.mesh import ALONE, Mesh
-from switchlm.parallel.tensor import losses_of
 
 
 def held_out_loss(

@@ -8,6 +8,7 @@ writes the file, which keeps only what it is writing.
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
@@ -23,12 +24,13 @@ from switchlm.checkpoint.layout import (
     Planner,
     StoredRegion,
     full_region,
+    header,
     overlap,
     part_of,
+    raw,
     region_of,
     slices,
 )
-from switchlm.checkpoint.tensors import header, raw
 from switchlm.errors import CheckpointError
 from switchlm.files import Report
 from switchlm.huggingface.config import (
@@ -88,7 +90,8 @@ class TensorFile:
         missing = [key for key, left in self._left.items() if left]
         if missing:
             raise CheckpointError(f"The weights of the model are incomplete: {missing[0]!r}.")
-        files.flush(self._stream)
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
 
 
 def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -3,25 +3,43 @@
 The model itself does not change. Tensor parallelism first, experts next, then FSDP2 over what is
 left: experts over (replicas, data), everything else over (replicas, data x expert), a block at a
 time. An axis of length 1 does nothing.
+
+Tensor parallelism (the paper's model parallelism, section 5.3) splits heads, d_ff and the
+vocabulary: one all-reduce of [B, S, D] a sublayer and direction, as in Megatron (Shoeybi et al.
+2019), by PyTorch's own DTensor: the first matrices of a sublayer are split by columns, the last by
+rows.
 """
 
 import functools
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    loss_parallel,
+    parallelize_module,
+)
 
 from switchlm import _torch
+from switchlm.errors import ConfigError
+from switchlm.model.attention import Attention, RelativeBias
+from switchlm.model.config import ModelConfig
 from switchlm.model.initialise import Initialiser
+from switchlm.model.layers import FeedForward
 from switchlm.model.router import Router
 from switchlm.model.switch import switch_layers
 from switchlm.model.transformer import Block, SwitchTransformer
-from switchlm.parallel.expert import shard_experts
+from switchlm.parallel.expert import shard, shard_experts
 from switchlm.parallel.mesh import Mesh
-from switchlm.parallel.tensor import split_tensors
 
 
 def apply(model: SwitchTransformer, mesh: Mesh, *, wire_dtype: torch.dtype | None = None) -> None:
@@ -82,22 +100,15 @@ def materialise(model: SwitchTransformer, device: torch.device, seed: int) -> No
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         place = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        box = box_of(parameter)
+        here, offset = _torch.local_shape_and_offset(parameter)
+        box = [slice(start, start + size) for start, size in zip(offset, here, strict=True)]
         experts = None
         if ".experts." in name:
             experts = range(box[0].start, box[0].stop)
-            box = (slice(None), *box[1:])
-        place.copy_(initialiser.draw(name, shape, experts)[box])
+            box[0] = slice(None)
+        place.copy_(initialiser.draw(name, shape, experts)[tuple(box)])
     for buffer in model.buffers():
         buffer.zero_()
-
-
-def box_of(tensor: Tensor) -> tuple[slice, ...]:
-    """Return which part of a sharded tensor is here; all of it, if it is not sharded."""
-    if not isinstance(tensor, DTensor):
-        return tuple(slice(0, size) for size in tensor.shape)
-    shape, offset = _torch.local_shape_and_offset(tensor)
-    return tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
 
 
 def _whole_experts(num_shards: int, parameter: nn.Parameter) -> Shard | None:
@@ -144,3 +155,75 @@ def gather_model(model: SwitchTransformer) -> SwitchTransformer:
     }
     copy.load_state_dict(parts, assign=True)
     return copy.eval()
+
+
+def split_tensors(model: SwitchTransformer, mesh: Mesh) -> None:
+    """Split attention, dense feed-forward networks, embedding and head over the tensor axis."""
+    tensor = mesh.sub("tensor")
+    if tensor is None:
+        return
+    _check_divisible(model.config, tensor.size())
+    for module in list(model.modules()):
+        if isinstance(module, Attention):
+            _split_attention(module, tensor)
+        elif isinstance(module, FeedForward):
+            _split_feedforward(module, tensor)
+        elif isinstance(module, RelativeBias):
+            module.weight = shard(module.weight, tensor, [Shard(1)])
+    vocabulary: dict[str, ParallelStyle] = {"embedding": RowwiseParallel(input_layouts=Replicate())}
+    parallelize_module(model, tensor, vocabulary)
+    if model.head is not None:
+        model.head.weight = shard(model.head.weight, tensor, [Shard(0)])
+
+    def project(x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
+        """Return logits as a DTensor, each process holding those of its part of the vocabulary."""
+        whole = DTensor.from_local(x_BTD, tensor, [Replicate()], run_check=False)
+        return nn.functional.linear(whole, weight_VD)
+
+    model.project = project
+
+
+def losses_of(mesh: Mesh) -> AbstractContextManager:
+    """Return the context in which the loss of logits split over the vocabulary is computed."""
+    return loss_parallel() if mesh.size("tensor") > 1 else nullcontext()
+
+
+def gathered(logits: Tensor) -> Tensor:
+    """Return whole logits where they are split over the vocabulary; any other tensor as it is.
+
+    For losses that `losses_of` does not know; takes the memory that splitting saves.
+    """
+    return logits.full_tensor() if isinstance(logits, DTensor) else logits
+
+
+def _split_attention(module: Attention, tensor: DeviceMesh) -> None:
+    # The input is shared out once for all three projections, so that one all-reduce sums its
+    # gradient; the encoder's output, given by keyword to cross-attention, likewise.
+    plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in ("query", "key", "value")}
+    parallelize_module(module, tensor, {**plan, "output": RowwiseParallel()})
+    inputs = PrepareModuleInput(
+        input_layouts=(Replicate(), None),
+        desired_input_layouts=(Replicate(), None),
+        input_kwarg_layouts={"memory": Replicate()},
+        desired_input_kwarg_layouts={"memory": Replicate()},
+    )
+    parallelize_module(module, tensor, inputs)
+
+
+def _split_feedforward(module: FeedForward, tensor: DeviceMesh) -> None:
+    plan: dict[str, ParallelStyle] = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    if module.gate is not None:
+        plan["gate"] = ColwiseParallel()
+    parallelize_module(module, tensor, plan)
+    inputs = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Replicate())
+    parallelize_module(module, tensor, inputs)
+
+
+def _check_divisible(config: ModelConfig, size: int) -> None:
+    for name in ("num_heads", "d_ff", "vocabulary_size"):
+        value = getattr(config, name)
+        if value % size:
+            raise ConfigError(
+                f"model.{name} {value} cannot be split evenly over mesh.tensor {size}; choose a "
+                "mesh.tensor that divides it."
+            )

@@ -16,9 +16,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
@@ -33,23 +32,13 @@ ALIVE = "the connection to the others failed"
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """What the store knows of a rank; step and at (Unix seconds) are those of its last beat."""
+class Member(NamedTuple):
+    """What the store knows of a rank: who it is, when it last left word, and how it ended."""
 
     rank: int
     who: str
-    step: int | None
-    at: float
+    heard: str
     end: str | None
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} ({self.who})"
-
-    def last_heard(self, now: float) -> str:
-        """Say when it last left word."""
-        where = "before its first step" if self.step is None else f"at step {self.step}"
-        return f"{where}, {max(now - self.at, 0):.0f} s ago"
 
 
 class Heartbeat:
@@ -73,8 +62,8 @@ class Heartbeat:
         self._store = dist.PrefixStore("heartbeat", store)
         self._beaten = 0.0
         self._step: int | None = None
-        who = {"host": socket.gethostname(), "process": os.getpid(), "at": time.time()}
-        self._store.set(f"who/{rank}", json.dumps(who))
+        who = f"host {socket.gethostname()}, process {os.getpid()}"
+        self._store.set(f"who/{rank}", json.dumps({"who": who, "at": time.time()}))
 
     def beat(self, step: int) -> None:
         """Leave word that `step` steps are done; cheap enough for every step."""
@@ -93,15 +82,25 @@ class Heartbeat:
         """Run the block in local rank 0 of each node first, and in the others after it.
 
         what: a name for this piece of work, used once per run.
+
+        Where it fails in the first one, the others do not begin: LostRankError says why.
         """
         key = f"first/{what}/{self.node}"
         if self.local_rank > 0:
             self._store.wait([key], timedelta(days=7))
+            if failure := self._store.get(key).decode():
+                raise LostRankError(
+                    f"Rank {self.rank} waited for the first process of its host ({what}), which "
+                    f"failed: {failure}."
+                )
+            yield
+            return
         try:
             yield
-        finally:
-            if self.local_rank == 0:
-                self._store.set(key, "done")
+        except BaseException as error:
+            self._store.set(key, _one_line(error, 300))
+            raise
+        self._store.set(key, "")
 
     @contextmanager
     def report_lost_ranks(self) -> Iterator[None]:
@@ -110,18 +109,15 @@ class Heartbeat:
             yield
         except Exception as error:
             if not of_a_collective(error):
-                message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                message = _one_line(error, 300)
                 within(ANSWER_SECONDS, lambda: self._answer(message))
                 raise
             raise LostRankError(self._explain(error)) from error
 
     def _answer(self, end: str) -> None:
-        self._beat_at_the_end()
-        self._store.set(f"end/{self.rank}", end)
-
-    def _beat_at_the_end(self) -> None:
         if self._step is not None:
             self._write_beat()
+        self._store.set(f"end/{self.rank}", end)
 
     def _explain(self, error: Exception) -> str:
         reason = f"({' '.join(str(error).split())[:200]})"
@@ -132,12 +128,11 @@ class Heartbeat:
                 "answer either: rank 0, or the host it runs on, is gone, stopped or cut off. "
                 f"{reason}"
             )
-        now = time.time()
         failed = [m for m in members if m.end not in (None, ALIVE)]
         silent = [m for m in members if m.end is None]
-        told = [f"{m} failed: {m.end}." for m in failed]
+        told = [f"{m.who} failed: {m.end}." for m in failed]
         told += [
-            f"{m} was last heard of {m.last_heard(now)}; it was killed, or it hangs."
+            f"{m.who} was last heard of {m.heard}; it was killed, or it hangs."
             for m in ([] if failed else silent)
         ]
         if not told:
@@ -165,20 +160,22 @@ class Heartbeat:
     def _member(self, rank: int) -> Member:
         who = self._read(f"who/{rank}")
         beat = self._read(f"beat/{rank}")
-        said: dict[str, Any] = (
-            json.loads(who) if who else {"host": "unknown", "process": "?", "at": time.time()}
-        )
+        said: dict[str, Any] = json.loads(who) if who else {"who": "unknown", "at": time.time()}
         done: dict[str, Any] = json.loads(beat) if beat else {"step": None, "at": said["at"]}
+        where = "before its first step" if done["step"] is None else f"at step {done['step']}"
         return Member(
             rank=rank,
-            who=f"host {said['host']}, process {said['process']}",
-            step=done["step"],
-            at=done["at"],
+            who=f"rank {rank} ({said['who']})",
+            heard=f"{where}, {max(time.time() - done['at'], 0):.0f} s ago",
             end=self._read(f"end/{rank}"),
         )
 
     def _read(self, key: str) -> str | None:
         return self._store.get(key).decode() if self._store.check([key]) else None
+
+
+def _one_line(error: BaseException, limit: int) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
 
 
 def of_a_collective(error: Exception) -> bool:

@@ -23,10 +23,9 @@ from switchlm.data.config import DataConfig
 from switchlm.errors import ConfigError
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import Block, SwitchTransformer
-from switchlm.parallel.apply import exact_modules
+from switchlm.parallel.apply import exact_modules, split_tensors
 from switchlm.parallel.expert import shard_experts
 from switchlm.parallel.mesh import Mesh, MeshConfig
-from switchlm.parallel.tensor import split_tensors
 from switchlm.planning.recorder import Bytes, Collective, CollectiveRecorder, MemoryRecorder
 from switchlm.planning.simulate import blank_batch, fake_model
 from switchlm.training.config import Precision

@@ -33,8 +33,15 @@ from switchlm.recipes.distill_config import SETTINGS, DistillationConfig, Distil
 from switchlm.recipes.finetune import Examples, read_tasks, scorer
 from switchlm.recipes.pretrain import begin, build_model, open_folder, record_routing
 from switchlm.report.write import ReportRun, write_report
-from switchlm.training.distillation import Distillation, Teacher, TeacherLoader
-from switchlm.training.logit_cache import CacheKey, LogitCache, build, digest
+from switchlm.training.distillation import (
+    CacheKey,
+    Distillation,
+    LogitCache,
+    Teacher,
+    TeacherLoader,
+    build,
+    digest,
+)
 from switchlm.training.loop import train
 from switchlm.training.monitor import read_metrics
 from switchlm.training.run_folder import RunFolder

@@ -11,13 +11,11 @@ statistics, so that one that few tokens reach still takes steps of full size; an
 when the experts are sharded over machines.
 
 The plain arithmetic is out of place, so that sharded tensors (DTensor) work and a step can be
-skipped without a trace; it passes a dozen times over temporaries as large as the weights. Plain
-factored float32 tensors in main memory are updated in place instead, to the same result but for
-rounding: a slice of a few experts at a time is read, and its squares stay in the cache while rows,
-columns and the update's norm are summed; then the slice of the weights is written. The update's
-root mean square, by which it is clipped, and the weights', by which the rate is multiplied, are
-those of the whole stack: so weights and gradients are read once before the first weight is written,
-and once more.
+skipped without a trace. Plain factored float32 tensors in main memory are updated in place instead,
+to the same result but for rounding: a slice of a few experts at a time, whose squares stay in the
+cache while rows, columns and the update's norm are summed. The root mean squares of the update and
+of the weights are those of the whole stack, so weights and gradients are read once before the first
+weight is written, and once more.
 
 Shapes: M matrices (experts, or one plain matrix), D rows, F columns.
 """
@@ -30,7 +28,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from switchlm.training.monitor import keep_where
+DECAY_EXPONENT = -0.8
+SQUARE_FLOOR = 1e-30  # added to squared gradients
+SCALE_FLOOR = 1e-3  # the least root mean square a parameter counts with
+# Elements: squares of so many, and what they are made of, fit the caches of two cores.
+SLICE = 2**19
 
 
 class Adafactor(Optimizer):
@@ -141,6 +143,14 @@ def initial_state(parameter: Tensor, factor_from: int) -> dict[str, Tensor]:
     return state
 
 
+def keep_where(skip: Tensor, old: Tensor, new: Tensor) -> None:
+    """Overwrite `old` with `new` in place unless the bool scalar `skip`.
+
+    A choice, not a product: zero times infinity would be NaN.
+    """
+    old.copy_(torch.where(skip, old, new))
+
+
 def _mean(x: Tensor, *dims: int, keepdim: bool = False) -> Tensor:
     """Return the mean over `dims`; of a sharded tensor the mean over all shards."""
     mean = x.mean(dims, keepdim=keepdim)
@@ -156,14 +166,6 @@ def _rms(x: Tensor, per_expert: bool) -> Tensor:
     """Return the root mean square of x, or of every x[e], shaped to broadcast with x."""
     dims = tuple(range(1 if per_expert else 0, x.dim()))
     return _mean(x.square(), *dims, keepdim=per_expert).sqrt()
-
-
-DECAY_EXPONENT = -0.8
-SQUARE_FLOOR = 1e-30  # added to squared gradients
-SCALE_FLOOR = 1e-3  # the least root mean square a parameter counts with
-SLICE = (
-    2**19
-)  # elements: squares of so many, and what they are made of, fit the caches of two cores
 
 
 def fits(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> bool:
@@ -241,15 +243,11 @@ def _move_statistics(
     return (sum_MF / column_MF).sum(-1) * row_MD.mean(-1) / (num_rows * num_columns)
 
 
-def _slice(size: int) -> int:
-    """Return how many things of this size make a slice, at least one."""
-    return max(SLICE // size, 1)
-
-
 def _slices(stack_MDF: Tensor) -> Iterator[tuple[slice, slice]]:
     """Yield matrices and rows, from to: several whole matrices, or some rows of one."""
     num_matrices, num_rows, num_columns = stack_MDF.shape
-    matrices, rows = _slice(num_rows * num_columns), _slice(num_columns)
+    matrices = max(SLICE // (num_rows * num_columns), 1)
+    rows = max(SLICE // num_columns, 1)
     for matrix in range(0, num_matrices, matrices):
         for row in range(0, num_rows, rows):
             yield slice(matrix, matrix + matrices), slice(row, row + rows)

@@ -1,12 +1,12 @@
 """How the loop has its model judged: figures for a line, and whether there is a point in going on.
 
-The loop asks, an evaluator answers with a `Verdict`, and knows nothing of the loop. What it
-remembers from one evaluation to the next stands in the checkpoints, so that a resumed run decides
-as the undisturbed one.
+The loop asks, an evaluator answers with an `EvaluationResult`, and knows nothing of the loop. What
+it remembers from one evaluation to the next stands in the checkpoints, so that a resumed run
+decides as the undisturbed one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from switchlm.data.batch import Batch
@@ -88,15 +88,6 @@ class HeldOutLoss:
         self.experts = dict(state.get("experts", {}))
 
 
-@dataclass
-class Best:
-    """The best evaluation of a run so far; `misses` counts those since then."""
-
-    step: int | None = None
-    score: float | None = None
-    misses: int = 0
-
-
 @dataclass(kw_only=True)
 class BestCheckpoint:
     """Keeps the model of the best score and ends the run when scores stay below it.
@@ -106,33 +97,36 @@ class BestCheckpoint:
     score: gives the figures of a model, `score` among them, higher is better.
     keep: told of every new best model, at once; of equal scores the first counts.
     patience: end the run after that many evaluations in a row without a new best; None never does.
+    best_step, best_score: of the best evaluation so far; `misses` counts those since then.
     """
 
     score: Callable[[SwitchTransformer], Mapping[str, Any]]
     keep: Callable[[SwitchTransformer], None]
     patience: int | None = None
-    best: Best = field(default_factory=Best)
+    best_step: int | None = None
+    best_score: float | None = None
+    misses: int = 0
     when_stopped = False
 
     def evaluate(self, model: SwitchTransformer, step: int) -> EvaluationResult:
         """Return what `score` gives, and best_score and best_step so far."""
         model = gather_model(model)
         figures = self.score(model)
-        best, score = self.best, float(figures["score"])
-        if best.score is None or score > best.score:
+        score = float(figures["score"])
+        if self.best_score is None or score > self.best_score:
             self.keep(model)
-            best = self.best = Best(step=step, score=score)
+            self.best_step, self.best_score, self.misses = step, score, 0
         else:
-            best.misses += 1
+            self.misses += 1
         return EvaluationResult(
-            figures={**figures, "best_score": best.score, "best_step": best.step},
-            stop=self.patience is not None and best.misses >= self.patience,
+            figures={**figures, "best_score": self.best_score, "best_step": self.best_step},
+            stop=self.patience is not None and self.misses >= self.patience,
         )
 
     def state(self) -> dict[str, Any]:
-        return dict(vars(self.best))
+        return {"step": self.best_step, "score": self.best_score, "misses": self.misses}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         # A run may have been judged by something else before.
-        known = {one.name for one in fields(Best)}
-        self.best = Best(**{name: value for name, value in state.items() if name in known})
+        self.best_step, self.best_score = state.get("step"), state.get("score")
+        self.misses = state.get("misses", 0)

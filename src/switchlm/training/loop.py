@@ -24,7 +24,7 @@ from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.mesh import ALONE, Mesh
 from switchlm.training.config import KernelsConfig, TrainingConfig
 from switchlm.training.evaluation import Evaluator, HeldOutLoss
-from switchlm.training.monitor import Averages, HostCopy, open_monitor
+from switchlm.training.monitor import Averages, HostCopy, Line, open_monitor
 from switchlm.training.optimizer import (
     build_optimizer,
     learning_rate,
@@ -43,7 +43,6 @@ from switchlm.training.step import (
     training_step,
 )
 
-Line = dict[str, Any]
 AUTOMATIC = KernelsConfig()
 
 
@@ -109,25 +108,24 @@ def train(
     return run_of.lines(resume)
 
 
+@dataclass
 class _Run:
-    """The state of one call of `train`."""
+    """The arguments of one call of `train`, and its state."""
 
-    def __init__(
-        self,
-        model: SwitchTransformer,
-        loader: BatchSource,
-        config: TrainingConfig,
-        folder: RunFolder | None,
-        should_stop: Callable[[], bool],
-        mesh: Mesh,
-        objective: Objective,
-        evaluator: Evaluator | None,
-        kernels: KernelsConfig,
-    ) -> None:
-        self.model, self.loader, self.config, self.folder = model, loader, config, folder
-        self.should_stop, self.mesh, self.objective = should_stop, mesh, objective
-        self.kernels: KernelsConfig | None = kernels  # until they are chosen
-        self.evaluator = evaluator if config.evaluate_every is not None else None
+    model: SwitchTransformer
+    loader: BatchSource
+    config: TrainingConfig
+    folder: RunFolder | None
+    should_stop: Callable[[], bool]
+    mesh: Mesh
+    objective: Objective
+    evaluator: Evaluator | None
+    kernels: KernelsConfig | None  # None once they are chosen
+
+    def __post_init__(self) -> None:
+        model, config = self.model, self.config
+        if config.evaluate_every is None:
+            self.evaluator = None
         self.device = model.embedding.weight.device
         self.optimizer: Optimizer = build_optimizer(model, config)
         self.progress = Progress()
@@ -137,13 +135,11 @@ class _Run:
         self.wishes_to_stop = self.agreed_to_stop = False
         self.heard: HostCopy | None = None
         self.layers = list(switch_layers(model))
-        self.store = (
-            None
-            if folder is None
-            else CheckpointStore(
-                folder.checkpoints, keep=config.keep_checkpoints, group=mesh.storage
+        self.store: CheckpointStore | None = None
+        if self.folder is not None:
+            self.store = CheckpointStore(
+                self.folder.checkpoints, keep=config.keep_checkpoints, group=self.mesh.storage
             )
-        )
         if self.device.type == "cpu":
             keep_freed_memory()
         prepare_for_training(model, config.precision, config.activation_checkpointing)
@@ -169,22 +165,23 @@ class _Run:
                 opened.enter_context(self.store)
                 self.store.prepare(self._tensors())
             folder = self.folder if self.mesh.is_main else None
-            monitor = opened.enter_context(open_monitor(folder, config))
+            resumed_at = self.progress.step if resume else None
+            write = opened.enter_context(open_monitor(folder, config, resumed_at))
             stream = self.loader.iterate(self.progress.step * config.accumulate)
             opened.enter_context(closing(stream))
             while not self._done():
                 record = self._step(stream)
-                if self._due_to_log():
-                    yield monitor.write(self._training_line(record))
-                if self.evaluator is not None and self._due_to_evaluate():
-                    yield monitor.write(self._evaluation_line(self.evaluator))
+                if self._due(config.log_every, at_end=True):
+                    yield write(self._training_line(record))
+                if self.evaluator is not None and self._due(config.evaluate_every, at_end=True):
+                    yield write(self._evaluation_line(self.evaluator))
                 if self._due(config.checkpoint_every):
                     self._save()
             interrupted = self.mesh.any_rank(self.should_stop())
             if interrupted:
                 self._save()  # before anything that takes time
             if self.evaluator is not None and self._left_to_evaluate(interrupted):
-                yield monitor.write(self._evaluation_line(self.evaluator))
+                yield write(self._evaluation_line(self.evaluator))
             if not interrupted:
                 self._save()
 
@@ -214,7 +211,7 @@ class _Run:
         progress.step += 1
         self.mesh.beat(progress.step)
         self.averages.add(record.figures)
-        if self._due_to_log():
+        if self._due(config.log_every, at_end=True):
             self._count_tokens()  # waits for the device, so that the time is the step's
         progress.seconds += time.perf_counter() - started
         return record
@@ -239,14 +236,11 @@ class _Run:
     def _count_tokens(self) -> None:
         self.progress.tokens += self.averages.take_tokens()
 
-    def _due(self, every: int | None) -> bool:
-        return every is not None and self.progress.step % every == 0
-
-    def _due_to_log(self) -> bool:
-        return self._due(self.config.log_every) or self.progress.step == self.config.steps
-
-    def _due_to_evaluate(self) -> bool:
-        return self._due(self.config.evaluate_every) or self.progress.step == self.config.steps
+    def _due(self, every: int | None, *, at_end: bool = False) -> bool:
+        step = self.progress.step
+        if at_end and step == self.config.steps:
+            return True
+        return every is not None and step % every == 0
 
     def _left_to_evaluate(self, interrupted: bool) -> bool:
         assert self.evaluator is not None

@@ -6,18 +6,20 @@ last line. Spikes of the loss are counted.
 
 import json
 import math
+import secrets
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from switchlm import _torch
-from switchlm.errors import MissingExtraError
+from switchlm.errors import require
+from switchlm.files import replace_file
 from switchlm.model.layers import local
 from switchlm.parallel.mesh import ALONE, Mesh
 from switchlm.training.config import TrainingConfig
@@ -55,14 +57,6 @@ def _short(gradient: Tensor) -> Tensor:
     if gradient.device.type == "cpu" and gradient.dim() > 1 and gradient.numel() > LARGE:
         return torch.linalg.vector_norm(gradient, dim=-1)
     return gradient
-
-
-def keep_where(skip: Tensor, old: Tensor, new: Tensor) -> None:
-    """Overwrite `old` with `new` in place unless the bool scalar `skip`.
-
-    A choice, not a product: zero times infinity would be NaN.
-    """
-    old.copy_(torch.where(skip, old, new))
 
 
 class SpikeDetector:
@@ -192,103 +186,71 @@ class HostCopy:
         return float(self._tensor)
 
 
-Line = Mapping[str, Any]
+Line = dict[str, Any]
 
 
-class Sink(Protocol):
-    """Takes metrics lines."""
+@contextmanager
+def open_monitor(
+    run: RunFolder | None, config: TrainingConfig, resumed_at: int | None = None
+) -> Iterator[Callable[[Line], Line]]:
+    """Yield a function that writes a line everywhere, and returns it.
 
-    def write(self, line: Line) -> None: ...
+    run: without a folder lines go nowhere.
+    resumed_at: the step that a resumed run goes on from. In TensorBoard its lines replace those
+        that came after it; at Weights & Biases it is the same run as before.
+    """
+    writers: list[Callable[[Line], object]] = []
+    with ExitStack() as opened:
+        if run is not None:
+            run.create()
+            # Every line is handed to the operating system at once, whole.
+            file = opened.enter_context(run.metrics.open("ab", buffering=0))
+            writers.append(
+                lambda line: file.write((json.dumps(line, allow_nan=False) + "\n").encode())
+            )
+        if run is not None and config.tensorboard:
+            writers.append(opened.enter_context(_tensorboard(run.tensorboard, resumed_at)))
+        if run is not None and config.wandb is not None:
+            writers.append(opened.enter_context(_wandb(run, config.wandb)))
 
-    def close(self) -> None: ...
+        def write(line: Line) -> Line:
+            for writer in writers:
+                writer(line)
+            return line
+
+        yield write
 
 
-class MetricsFile:
-    """metrics.jsonl: every line is handed to the operating system at once, whole."""
+@contextmanager
+def _tensorboard(folder: Path, resumed_at: int | None) -> Iterator[Callable[[Line], None]]:
+    require("tensorboard", "tensorboard", "training.tensorboard=true")
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("ab", buffering=0)
-
-    def write(self, line: Line) -> None:
-        self.file.write((json.dumps(line, allow_nan=False) + "\n").encode())
-
-    def close(self) -> None:
-        self.file.close()
-
-
-class TensorBoard:
-    """Scalars for TensorBoard: everything in a line that is one number."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise MissingExtraError(
-                "tensorboard", "tensorboard", "training.tensorboard=true"
-            ) from None
-        self.writer = SummaryWriter(str(folder))
-
-    def write(self, line: Line) -> None:
+    def write(line: Line) -> None:
         for name, value in scalars(line).items():
-            self.writer.add_scalar(name, value, line["step"])
+            writer.add_scalar(name, value, line["step"])
 
-    def close(self) -> None:
-        self.writer.close()
-
-
-class Wandb:
-    """The same scalars for Weights & Biases."""
-
-    def __init__(self, project: str, folder: Path) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise MissingExtraError("wandb", "wandb", f"training.wandb={project}") from None
-        self.run = wandb.init(project=project, name=folder.name, dir=str(folder), resume="allow")
-
-    def write(self, line: Line) -> None:
-        self.run.log(scalars(line), step=line["step"])
-
-    def close(self) -> None:
-        self.run.finish()
+    first = None if resumed_at is None else resumed_at + 1
+    with SummaryWriter(str(folder), purge_step=first) as writer:
+        yield write
 
 
-class Monitor:
-    """Hands every line to all sinks; closes them at the end of a `with` block."""
-
-    def __init__(self, *sinks: Sink) -> None:
-        self.sinks = sinks
-
-    def write(self, line: dict[str, Any]) -> dict[str, Any]:
-        """Write the line everywhere, and return it."""
-        for sink in self.sinks:
-            sink.write(line)
-        return line
-
-    def __enter__(self) -> "Monitor":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for sink in self.sinks:
-            sink.close()
-
-
-def open_monitor(run: RunFolder | None, config: TrainingConfig) -> Monitor:
-    """Return the monitor of a run; without a folder lines go nowhere."""
-    if run is None:
-        return Monitor()
-    sinks: list[Sink] = [MetricsFile(run.metrics)]
-    if config.tensorboard:
-        sinks.append(TensorBoard(run.tensorboard))
-    if config.wandb is not None:
-        sinks.append(Wandb(config.wandb, run.root))
-    return Monitor(*sinks)
+@contextmanager
+def _wandb(run: RunFolder, project: str) -> Iterator[Callable[[Line], None]]:
+    wandb = require("wandb", "wandb", f"training.wandb={project}")
+    if not run.wandb_id.exists():
+        replace_file(run.wandb_id, secrets.token_hex(4).encode())
+    tracked = wandb.init(
+        project=project,
+        name=run.root.name,
+        dir=str(run.root),
+        id=run.wandb_id.read_text(),
+        resume="allow",
+    )
+    try:
+        yield lambda line: tracked.log(scalars(line), step=line["step"])
+    finally:
+        tracked.finish()
 
 
 def scalars(line: Line) -> dict[str, float]:

@@ -7,16 +7,18 @@ is minimised besides routing losses is cross-entropy, unless a recipe says other
 Shapes: L Switch layers, E experts, B batch, T target, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from switchlm.data.batch import Batch
+from switchlm.data.order import mix
 from switchlm.errors import ConfigError
 from switchlm.kernels import select
 from switchlm.kernels.select import Choice, Way
@@ -26,9 +28,8 @@ from switchlm.model.router import Router
 from switchlm.model.routing import ModelOutput, Routing
 from switchlm.model.switch import SwitchFeedForward, one_call_misfit
 from switchlm.model.transformer import SwitchTransformer, forward_batch
-from switchlm.parallel.apply import send_gradients
+from switchlm.parallel.apply import losses_of, send_gradients
 from switchlm.parallel.mesh import ALONE, Mesh
-from switchlm.parallel.tensor import losses_of
 from switchlm.training.config import Precision, TrainingConfig
 from switchlm.training.monitor import global_norm
 
@@ -120,15 +121,9 @@ def computing(precision: Precision, device: torch.device) -> AbstractContextMana
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-class Objective(Protocol):
-    """The loss of a model's answer to a batch.
-
-    What it needs beyond targets is part of the batch, as fields of a subclass of `Batch`.
-    """
-
-    def __call__(self, output: ModelOutput, batch: Batch) -> Tensor:
-        """Return the loss summed over the batch's targets: nats, a float32 scalar."""
-        ...
+# The loss of a model's answer to a batch, summed over the batch's targets: nats, a float32 scalar.
+# What it needs beyond targets is part of the batch, as fields of a subclass of `Batch`.
+Objective = Callable[[ModelOutput, Batch], Tensor]
 
 
 def target_cross_entropy(output: ModelOutput, batch: Batch) -> Tensor:
@@ -137,7 +132,6 @@ def target_cross_entropy(output: ModelOutput, batch: Batch) -> Tensor:
     return cross_entropy(output.logits_BTV, batch.targets_BT, mask_BT)[0]
 
 
-MASK_64 = 2**64 - 1
 Routings = tuple[Routing, ...]
 
 
@@ -178,10 +172,8 @@ def seed_step(seed: int, step: int, device: torch.device | None = None, share: i
         generator and that of `device`; torch.manual_seed would format a stack trace for every kind
         of device that is not in use.
     """
-    mixed = (seed * 0x9E3779B97F4A7C15 + step + 1 + (share << 40)) & MASK_64
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = ((mixed ^ (mixed >> shift)) * factor) & MASK_64
-    mixed = (mixed ^ (mixed >> 31)) >> 1
+    word = (seed * 0x9E3779B97F4A7C15 + step + 1 + (share << 40)) % 2**64
+    mixed = int(mix(np.array([word], dtype=np.uint64))[0]) >> 1
     torch.default_generator.manual_seed(mixed)
     if device is not None and device.type != "cpu":
         torch.get_device_module(device).manual_seed(mixed)
@@ -287,7 +279,11 @@ def summarise_routing(routing: Sequence[Routings], mesh: Mesh = ALONE) -> Routin
     load_LE = _loads(routing, mesh)
     layers = list(zip(*routing, strict=True))
     kept_L = torch.stack([sum_of([layer.kept_A.sum() for layer in batches]) for batches in layers])
-    gates_L = torch.stack([sum_of([_sum_of_gates(one) for one in batches]) for batches in layers])
+    gates_LN = [
+        [torch.where(one.kept_A, one.gate_A.float(), 0.0).sum() for one in batches]
+        for batches in layers
+    ]
+    gates_L = torch.stack([sum_of(gates_N) for gates_N in gates_LN])
     kept_L, gates_L = mesh.all_reduce_sum(torch.stack([kept_L.double(), gates_L.double()]))
     wanted_L = load_LE.sum(-1)
     return RoutingSummary(
@@ -303,11 +299,6 @@ def _loads(routing: Sequence[Routings], mesh: Mesh) -> Tensor:
     return mesh.all_reduce_sum(
         torch.stack([sum_of([layer.load_E for layer in batches]) for batches in layers])
     )
-
-
-def _sum_of_gates(routing: Routing) -> Tensor:
-    """Return the sum of the gates of the assignments that were kept, a float32 scalar."""
-    return torch.where(routing.kept_A, routing.gate_A.float(), 0.0).sum()
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:

@@ -71,14 +71,15 @@ def test_any_number_of_workers_make_the_same_global_batch(loader):
             share = 8 // workers
             for rank in range(workers):
                 rows = slice(rank * share, (rank + 1) * share)
-                assert_equal(whole, loader.batch(step, rank, workers), rows)
+                assert_equal(whole, loader.share(rank, workers).batch(step), rows)
 
 
 def test_workers_joining_and_leaving_in_mid_epoch_repeat_and_lose_nothing(open_corpus):
     loader = open_corpus(input_length=16)
     seen = []
     for step, workers in enumerate(itertools.chain([4] * 9, [2] * 9, [1] * 9, [4] * 9)):
-        seen += [loader.sample_ids(step, rank, workers).tolist() for rank in range(workers)]
+        shares = [loader.share(rank, workers) for rank in range(workers)]
+        seen += [share.sample_ids(step).tolist() for share in shares]
     assert sorted(itertools.chain(*seen)) == list(range(36 * 8))
 
 
@@ -106,10 +107,19 @@ def test_iterate_prefetches_in_a_thread_and_stops_it(open_corpus):
     assert not any(thread.name.startswith("switchlm-loader") for thread in threading.enumerate())
 
 
-def test_what_goes_wrong_in_the_thread_reaches_the_caller(open_corpus):
+def test_what_goes_wrong_in_the_thread_reaches_the_caller(open_corpus, monkeypatch):
+    def fail(sample_B):
+        raise DataError(f"sample {sample_B[0]} cannot be read")
+
     loader = open_corpus()
+    monkeypatch.setattr(loader, "make", fail)
+    with pytest.raises(DataError, match="sample 24 cannot be read"):
+        next(loader.iterate(3))
+
+
+def test_rows_that_cannot_be_shared_out_are_refused(open_corpus):
     with pytest.raises(DataError, match="cannot be shared out evenly among 3"):
-        next(loader.iterate(world_size=3))
+        open_corpus().share(0, 3)
 
 
 def test_held_out_text_is_never_trained_on(open_corpus):

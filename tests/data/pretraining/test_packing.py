@@ -13,14 +13,14 @@ from switchlm.data.pretraining.span_corruption import Noise
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(40, 60))
 def test_every_piece_is_in_one_bin_and_no_bin_overflows(sizes, size):
     sizes = np.array(sizes, dtype=np.int64)
-    order, first = pack(sizes, size)
+    order, first = pack(sizes, sizes, size, size)
     assert sorted(order.tolist()) == list(range(len(sizes)))
     assert all(0 < sizes[order[a:b]].sum() <= size for a, b in itertools.pairwise(first))
 
 
 def test_packing_fills_bins_well():
     sizes = np.random.default_rng(0).integers(5, 60, size=2000)
-    _, first = pack(sizes, 128)
+    _, first = pack(sizes, sizes, 128, 128)
     assert sizes.sum() / (128 * (len(first) - 1)) > 0.99
 
 
@@ -101,7 +101,7 @@ def test_rows_of_short_documents_are_mostly_full(open_corpus, tmp_path):
 
 def test_the_mask_of_an_example_does_not_depend_on_its_neighbours(packed):
     whole = packed.batch(2)
-    half = packed.batch(2, rank=1, world_size=2)
+    half = packed.share(1, 2).batch(2)
     assert torch.equal(whole.inputs_BS[4:], half.inputs_BS)
 
 

@@ -3,13 +3,15 @@ import multiprocessing
 import os
 import signal
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from switchlm.data.config import Columns
-from switchlm.data.text import readers, token_cache
+from switchlm.data.text import readers, sources, token_cache
+from switchlm.data.text.readers import Document
 from switchlm.data.text.sources import parse
 from switchlm.data.text.token_cache import open_cache
 from switchlm.data.text.tokenizer import Tokenizer
@@ -105,6 +107,20 @@ def test_progress_is_reported_while_building(corpus, tmp_path, monkeypatch):
         "Tokenizing corpus: 60 documents",
         "Tokenized corpus: 60 documents",
     ]
+
+
+def test_memory_while_building_is_few_bytes_per_document(tmp_path, corpus, monkeypatch):
+    def peak(count):
+        documents = (Document(text=f"text {number}") for number in range(count))
+        monkeypatch.setattr(sources, "read", lambda source, **settings: documents)
+        tracemalloc.start()
+        build(corpus, tmp_path / str(count))
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    # Kept: a length and a hash; at the end the offsets besides.
+    assert (peak(40_000) - peak(10_000)) / 30_000 < 35
 
 
 def _build_in_process(corpus, folder, start, answers):

@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tokenizers
@@ -48,6 +49,30 @@ def test_sentinels_in_a_text_are_understood_and_kept_unless_told():
     assert ids.count(358) == ids.count(357) == 1
     assert BYTES.decode([0, *ids, 1]) == "Thank <extra_id_0> me <extra_id_1>"
     assert BYTES.decode(ids, keep_sentinels=False) == "Thank  me "
+
+
+def test_threads_that_read_a_corpus_do_not_change_what_others_encode():
+    tokenizer = Tokenizer(t5_like())
+    text = "abc</s>h <extra_id_0>" * 50
+    plain, understood = tokenizer.encode_plain([text])[0].tolist(), tokenizer.encode(text)
+    assert plain != understood
+
+    def check(turn):
+        if turn % 2:
+            return tokenizer.encode(text) == understood
+        return tokenizer.encode_plain([text])[0].tolist() == plain
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(check, range(400)))
+
+
+def test_a_corpus_keeps_the_ids_of_tokens_that_were_added():
+    backend = t5_like()
+    backend.add_tokens(["<tab>", "abc"])
+    tokenizer = Tokenizer(backend)
+    ids = tokenizer.encode_plain(["abcd<tab>h"])[0].tolist()
+    assert ids == tokenizer.encode("abcd<tab>h")
+    assert {backend.token_to_id("abc"), backend.token_to_id("<tab>")} <= set(ids)
 
 
 @pytest.mark.parametrize("make", [Tokenizer.bytes, lambda: Tokenizer(t5_like())])

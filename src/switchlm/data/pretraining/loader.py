@@ -1,16 +1,32 @@
-"""Batches, any of them, in any order, on any number of workers: a pure function of (seed, step)."""
+"""Batches of masked text: which source, which text, which mask, and how rows are laid out.
 
-from collections.abc import Generator, Sequence
+Any batch, in any order, on any number of workers: a pure function of (seed, step). Shapes: B rows
+of the batch, E examples in them, S inputs, T targets, L raw positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from switchlm.data import order
-from switchlm.data.batch import Batch, ShardedLoader, prefetch_batches, sample_numbers
+from switchlm.data.batch import Batch, StepLoader, lay_out
 from switchlm.data.config import DataConfig
-from switchlm.data.order import Int64, Mixture, choose_aligned, choose_held_out
-from switchlm.data.pretraining.rows import Rows
-from switchlm.data.pretraining.samples import RowShape, Samples
+from switchlm.data.order import Int64, Mixture, derive_key, hash_numbers
+from switchlm.data.pretraining.rows import (
+    Examples,
+    PackedDocuments,
+    Rows,
+    RunningText,
+    cut,
+    join,
+    running_rows,
+    target_length_for,
+)
+from switchlm.data.pretraining.span_corruption import Noise, check_sentinels, corrupt, noise_mask
 from switchlm.data.text import sources
 from switchlm.data.text.token_cache import TokenCache, open_cache
 from switchlm.data.text.tokenizer import Tokenizer
@@ -22,8 +38,134 @@ MOST_LINES = 16  # to tell of sources one by one
 _HELD_OUT_SEED = 0  # runs with other seeds are measured on the same masked text
 
 
-class Loader:
-    """Batches as a pure function of (seed, step). `sources` are the names of the mixture."""
+@dataclass(frozen=True, kw_only=True)
+class RowShape:
+    """raw_length: tokens that, masked, fill a row of inputs exactly.
+
+    segments: whether rows need them; False where every row is full and one example.
+    """
+
+    noise: Noise
+    raw_length: int
+    input_length: int
+    target_length: int
+    pack: bool
+    segments: bool
+
+    @classmethod
+    def of(cls, config: DataConfig, caches: Sequence[TokenCache], num_sentinels: int) -> "RowShape":
+        """Work out the shape; raises DataError where targets or sentinels do not suffice."""
+        noise = Noise(density=config.noise_density, mean_span=config.mean_span)
+        raw_length = noise.raw_length(config.input_length)
+        check_sentinels(int(noise.counts(np.array([raw_length]))[1][0]), num_sentinels)
+        exact = int(noise.corrupted_lengths(np.array([raw_length]))[1][0])
+        target_length = config.target_length or exact
+        if config.pack and config.target_length is None:
+            pieces = [
+                cut(cache, np.ones(len(cache.hashes_D), bool), raw_length) for cache in caches
+            ]
+            target_length = target_length_for(pieces, noise, config.input_length)
+        if target_length < exact:
+            raise DataError(
+                f"data.target_length {target_length} is too short: inputs of {config.input_length} "
+                f"tokens leave {exact} tokens of targets. Raise it, or leave it out."
+            )
+        return cls(
+            noise=noise,
+            raw_length=raw_length,
+            input_length=config.input_length,
+            target_length=target_length,
+            pack=config.pack,
+            segments=config.pack or target_length != exact,
+        )
+
+    def rows(self, cache: TokenCache, chosen_D: np.ndarray, seed: int) -> Rows:
+        """Return the rows of the chosen documents of a source."""
+        if not self.pack:
+            return RunningText(cache, chosen_D, self.raw_length, seed)
+        return PackedDocuments(
+            cache,
+            cut(cache, chosen_D, self.raw_length),
+            self.noise,
+            input_length=self.input_length,
+            target_length=self.target_length,
+            seed=seed,
+        )
+
+
+class Samples:
+    """A mixture of sources of rows, masked by span corruption."""
+
+    def __init__(
+        self,
+        rows: Sequence[Rows],
+        mixture: Mixture,
+        shape: RowShape,
+        tokenizer: Tokenizer,
+        seed: int,
+    ) -> None:
+        self._rows = rows
+        self._mixture = mixture
+        self._shape = shape
+        self._sentinels = np.array(tokenizer.sentinel_ids, dtype=np.int64)
+        self._end_id = tokenizer.end_id
+        self._pad_id = tokenizer.pad_id
+        self._mask_key = derive_key(seed, "mask")
+
+    def has_rows(self, source: int) -> bool:
+        """Return whether the source of that index has any text here."""
+        return self._rows[source].num_rows > 0
+
+    def batch(self, sample_B: Int64, only_source: int | None = None) -> Batch:
+        """Return the samples of those numbers; a pure function of the seed and each number."""
+        if only_source is None:
+            source_B, index_B = self._mixture.assign(sample_B)
+        else:
+            source_B, index_B = np.full_like(sample_B, only_source), sample_B
+        examples = self._gather(source_B, index_B)
+        sample_key_E = hash_numbers(self._mask_key, sample_B[examples.row_E])
+        key_E = hash_numbers(sample_key_E, examples.place_E)
+        mask_EL = noise_mask(examples.length_E, self._shape.noise, key_E)
+        done = corrupt(
+            examples.tokens_EL, examples.length_E, mask_EL, self._sentinels, self._end_id
+        )
+        inputs_BS, input_segments_BS = self._lay_out(
+            done.inputs, done.input_length_N, examples.row_E, self._shape.input_length
+        )
+        targets_BT, target_segments_BT = self._lay_out(
+            done.targets, done.target_length_N, examples.row_E, self._shape.target_length
+        )
+        return Batch(
+            inputs_BS=inputs_BS,
+            targets_BT=targets_BT,
+            input_segments_BS=input_segments_BS,
+            target_segments_BT=target_segments_BT,
+            source_B=torch.from_numpy(source_B.astype(np.int32)),
+        )
+
+    def _lay_out(
+        self, values: Int64, length_E: Int64, row_E: Int64, length: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Put examples into rows; full rows of one example need no segments."""
+        if not self._shape.segments:
+            return torch.from_numpy(values.reshape(-1, length)), None
+        return lay_out(values, length_E, row_E, int(row_E[-1]) + 1, length, self._pad_id)
+
+    def _gather(self, source_B: Int64, index_B: Int64) -> Examples:
+        """Return the raw text of all rows, in the order of the batch."""
+        running = [rows for rows in self._rows if isinstance(rows, RunningText)]
+        if running:
+            return running_rows(running, source_B, index_B)
+        parts = []
+        for source in np.unique(source_B):
+            row_B = np.flatnonzero(source_B == source)
+            part = self._rows[source].examples(index_B[row_B])
+            parts.append(replace(part, row_E=row_B[part.row_E]))
+        return join(parts)
+
+
+class Loader(StepLoader):
+    """Batches of masked text; `sources` are the names of the mixture."""
 
     def __init__(
         self,
@@ -33,39 +175,16 @@ class Loader:
         names: tuple[str, ...],
         batch_size: int,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.sources = names
-        self.batch_size = batch_size
-        self._train = train
-        self._held_out = held_out
+        super().__init__(names, batch_size, tokenizer)
+        self._train, self._held_out = train, held_out
 
-    def sample_ids(self, step: int, rank: int = 0, world_size: int = 1) -> Int64:
-        """Return the numbers of the samples that `rank` of `world_size` sees at `step`."""
-        return sample_numbers(step, self.batch_size, rank, world_size)
+    def make(self, sample_B: Int64) -> Batch:
+        return self._train.batch(sample_B)
 
-    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """Return the rows of the global batch of `step` that fall to `rank`."""
-        return self._train.batch(self.sample_ids(step, rank, world_size))
-
-    def iterate(
-        self, start_step: int = 0, prefetch: int = 2, rank: int = 0, world_size: int = 1
-    ) -> Generator[tuple[int, Batch], None, None]:
-        """Yield (step, batch) for ever, `prefetch` batches made ahead in a background thread."""
-        return prefetch_batches(
-            lambda step: self.batch(step, rank, world_size), start_step, prefetch
-        )
-
-    def share(self, rank: int, world_size: int) -> ShardedLoader:
-        """Return what `rank` of `world_size` workers reads: its rows of every batch."""
-        return ShardedLoader(self, rank, world_size)
-
-    def held_out(
-        self, num_batches: int, source: str | None = None, rank: int = 0, world_size: int = 1
-    ) -> list[Batch]:
+    def held_out(self, num_batches: int, source: str | None = None) -> list[Batch]:
         """Return a fixed set of batches of documents never trained on, the same for every seed.
 
         source: only rows of that source; otherwise the mixture of training.
-        rank, world_size: as in `batch`.
         """
         if self._held_out is None:
             raise DataError(
@@ -74,7 +193,7 @@ class Loader:
             )
         only = None if source is None else self._source_index(source)
         return [
-            self._held_out.batch(self.sample_ids(step, rank, world_size), only_source=only)
+            self._held_out.batch(self.sample_ids(step), only_source=only)
             for step in range(num_batches)
         ]
 
@@ -124,7 +243,13 @@ def open_data(
         for source in parsed
     ]
     shape = RowShape.of(config, caches, len(tokenizer.sentinel_ids))
-    held_out = _choose_held_out(config, caches, shape.raw_length)
+    held_out = order.choose_held_out(
+        [cache.hashes_D for cache in caches],
+        [cache.lengths_D for cache in caches],
+        config.held_out_share,
+        shape.raw_length,
+        aligned=config.group_column is not None,
+    )
     train_rows = [
         shape.rows(cache, ~chosen_D, seed) for cache, chosen_D in zip(caches, held_out, strict=True)
     ]
@@ -171,17 +296,6 @@ def _words(
     least, most = int(shares_S.argmin()), int(shares_S.argmax())
     shares = f"{shares_S[least]:.2%} ({names[least]}) to {shares_S[most]:.2%} ({names[most]}) each"
     return [line(f"{len(names)} sources", every, shares)]
-
-
-def _choose_held_out(
-    config: DataConfig, caches: Sequence[TokenCache], least: int
-) -> list[np.ndarray]:
-    """Return bool [D] for each source; with groups, the same ones in all of them."""
-    share = config.held_out_share
-    if config.group_column is None:
-        return [choose_held_out(one.hashes_D, one.lengths_D, share, least) for one in caches]
-    hashes_SD = [one.hashes_D for one in caches]
-    return choose_aligned(hashes_SD, [one.lengths_D for one in caches], share, least)
 
 
 def _held_out(

@@ -1,8 +1,8 @@
 """Rows of raw tokens out of a token cache, not masked yet: running text, or packed documents.
 
-Both answer `examples(index_N)`. A source's rows are numbered for ever: row `num_rows` is the first
-of the second pass, shuffled anew. In packed rows many short documents share a row, each an example
-of its own, none seeing another.
+A source's rows are numbered for ever: row `num_rows` is the first of the second pass, shuffled
+anew. In packed rows many short documents share a row, each an example of its own, none seeing
+another.
 
 Shapes: D documents, N rows, E examples of those rows, L raw positions, P pieces (a document, or a
 part of one too long for a row).
@@ -10,23 +10,12 @@ part of one too long for a row).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from switchlm.data.order import Int64, derive_key, hash_numbers, permute
 from switchlm.data.pretraining.span_corruption import Noise
 from switchlm.data.text.token_cache import TokenCache
-
-
-class Rows(Protocol):
-    """What a source of rows answers."""
-
-    num_rows: int
-    num_tokens: int
-
-    def examples(self, index_N: Int64) -> "Examples":
-        """Return the examples in the rows of those numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +80,6 @@ class RunningText:
         self._shift = np.append(run_start - self._run_at[:-1], 0)
         self.num_tokens = int(self._run_at[-1])
         self.num_rows = self.num_tokens // row_length
-
-    def examples(self, index_N: Int64) -> Examples:
-        """Return the rows of those numbers, one example each."""
-        return running_rows([self], np.zeros_like(index_N), index_N)
 
     def read(self, start: int) -> np.ndarray:
         """Return the `row_length` tokens from a place in the chosen text on."""
@@ -165,14 +150,21 @@ def target_length_for(pieces: list[Pieces], noise: Noise, input_length: int) -> 
     return int(-(-max(even, full) // 8) * 8)
 
 
-def pack(size_P: Int64, bin_size: int) -> tuple[Int64, Int64]:
-    """Share pieces out over bins, best fit decreasing; every size is at most `bin_size`.
+def pack(
+    inputs_P: Int64, targets_P: Int64, input_length: int, target_length: int
+) -> tuple[Int64, Int64]:
+    """Share pieces out over rows, best fit decreasing.
 
-    Returns order_P and first_B: bin b holds the pieces order_P[first_B[b] : first_B[b + 1]].
+    inputs_P, targets_P: their lengths, at most those of a row.
+
+    Returns order_P and first_B: row b holds the pieces order_P[first_B[b] : first_B[b + 1]].
     """
-    waiting: list[list[int]] = [
-        [] for _ in range(bin_size + 1)
-    ]  # open bins by what is left in them
+    # One size for both limits: the larger share of a row, counted in input tokens. Trying the two
+    # limits one by one leaves a third of the row empty: long pieces would take the inputs first,
+    # and the many targets of the short ones would then have no place.
+    size_P = np.maximum(inputs_P, -(-targets_P * input_length // target_length))
+    # Open bins by what is left in them.
+    waiting: list[list[int]] = [[] for _ in range(input_length + 1)]
     open_bins = 0  # bit r is set where waiting[r] has a bin
     num_bins = 0
     decreasing_P = np.argsort(-size_P, kind="stable")
@@ -185,7 +177,7 @@ def pack(size_P: Int64, bin_size: int) -> tuple[Int64, Int64]:
             if not waiting[left]:
                 open_bins ^= 1 << left
         else:
-            left, number = bin_size, num_bins
+            left, number = input_length, num_bins
             num_bins += 1
         bin_P[place] = number
         waiting[left - size].append(number)
@@ -211,11 +203,7 @@ class PackedDocuments:
         self._pieces = pieces
         self._seed = seed
         inputs_P, targets_P = noise.corrupted_lengths(pieces.length_P)
-        # One size for both limits: the larger share of a row, counted in input tokens. Trying the
-        # two limits one by one leaves a third of the row empty: long pieces would take the inputs
-        # first, and the many targets of the short ones would then have no place.
-        size_P = np.maximum(inputs_P, -(-targets_P * input_length // target_length))
-        self._order_P, self._first_B = pack(size_P, input_length)
+        self._order_P, self._first_B = pack(inputs_P, targets_P, input_length, target_length)
         self.num_rows = len(self._first_B) - 1
         self.num_tokens = int(pieces.length_P.sum())
 
@@ -230,3 +218,6 @@ class PackedDocuments:
         position_EL = self._pieces.start_P[piece_E][:, None] + np.arange(int(length_E.max()))
         tokens_EL = self._tokens[np.minimum(position_EL, len(self._tokens) - 1)]
         return Examples(tokens_EL=tokens_EL.astype(np.int64), length_E=length_E, row_E=row_E)
+
+
+Rows = RunningText | PackedDocuments

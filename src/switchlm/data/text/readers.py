@@ -9,14 +9,14 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from switchlm.data.config import Columns
-from switchlm.errors import DataError, MissingExtraError
+from switchlm.errors import DataError, require
 
 WHOLE = 2**20  # bytes; a text file up to this size is one document
 SECTION = 2**16  # bytes; larger ones are read as sections of about this size, cut at line ends
@@ -43,11 +43,11 @@ def read_file(
     kinds = path.name.lower().split(".")[1:]
     try:
         if kinds[-1:] == ["parquet"]:
-            yield from _parquet(path, columns, skipped)
+            yield from _documents(read_parquet(path, columns), path.name, columns, skipped)
             return
         with open_stream(path, kinds) as stream:
             if not {"jsonl", "ndjson"}.isdisjoint(kinds[-2:]):
-                yield from _json_lines(stream, path, columns, skipped)
+                yield from _documents(_json_lines(stream, skipped), path.name, columns, skipped)
             else:
                 yield from _plain(stream, "" if alone else name, alone, skipped)
     except (OSError, EOFError, zlib.error) as error:
@@ -58,10 +58,7 @@ def read_file(
 def open_stream(path: Path, kinds: list[str]) -> Iterator[BinaryIO]:
     """Open a file for reading, decompressed where its name says that it is compressed."""
     if kinds[-1:] == ["zst"]:
-        try:
-            import zstandard
-        except ImportError:
-            raise MissingExtraError("zstandard", "data", f"Reading {path.name}") from None
+        zstandard = require("zstandard", "data", f"Reading {path.name}")
         try:
             with zstandard.open(path, "rb") as stream:
                 yield cast(BinaryIO, io.BufferedReader(stream))
@@ -120,45 +117,46 @@ def _decode(raw: bytes, skipped: Counter[str]) -> str | None:
         return None
 
 
-def _json_lines(
-    stream: BinaryIO, path: Path, columns: Columns, skipped: Counter[str]
-) -> Iterator[Document]:
-    for number, line in enumerate(stream, start=1):
+def _json_lines(stream: BinaryIO, skipped: Counter[str]) -> Iterator[Any]:
+    for line in stream:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            yield json.loads(line)
         except UnicodeDecodeError:
             skipped["not UTF-8"] += 1
-            continue
         except (ValueError, RecursionError):
             skipped["not JSON"] += 1
+
+
+def _documents(
+    records: Iterable[Any], where: str, columns: Columns, skipped: Counter[str]
+) -> Iterator[Document]:
+    """Yield the texts of records; those without text or group are counted and left out.
+
+    Raises DataError where the first record lacks a column.
+    """
+    for number, record in enumerate(records):
+        if number == 0 and isinstance(record, dict):
+            _check_columns(where, columns, list(record))
+        text = record.get(columns.text) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            skipped[f"without text in {columns.text!r}"] += 1
             continue
-        if number == 1 and isinstance(record, dict):
-            _check_columns(path.name, columns, list(record))
-        document = _from_record(record, columns, skipped)
-        if document is not None:
-            yield document
+        group = "" if columns.group is None else record.get(columns.group)
+        if group is None:
+            skipped[f"without a group in {columns.group!r}"] += 1
+            continue
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:  # JSON may spell half a surrogate pair
+            skipped["not UTF-8"] += 1
+            continue
+        yield Document(text=text, group=str(group))
 
 
-def _from_record(record: Any, columns: Columns, skipped: Counter[str]) -> Document | None:
-    text = record.get(columns.text) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        skipped[f"without text in {columns.text!r}"] += 1
-        return None
-    group = "" if columns.group is None else record.get(columns.group)
-    if group is None:
-        skipped[f"without a group in {columns.group!r}"] += 1
-        return None
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # JSON may spell half a surrogate pair
-        skipped["not UTF-8"] += 1
-        return None
-    return Document(text=text, group=str(group))
-
-
-def _check_columns(where: str, columns: Columns, present: list[str]) -> None:
+def _check_columns(where: str, columns: Columns, present: list[str]) -> list[str]:
+    """Return the columns to read, all of which must be present."""
     needed = {"text": columns.text} | ({"group": columns.group} if columns.group else {})
     holds = {"text": "holds the text", "group": "says which document a record belongs to"}
     for kind, column in needed.items():
@@ -167,33 +165,26 @@ def _check_columns(where: str, columns: Columns, present: list[str]) -> None:
                 f"{where} has no column {column!r}; it has: {', '.join(map(str, present))}. "
                 f"Name the one that {holds[kind]} with data.{kind}_column."
             )
+    return list(needed.values())
 
 
-def _parquet(path: Path, columns: Columns, skipped: Counter[str]) -> Iterator[Document]:
+def read_parquet(path: Path, columns: Columns | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet file: of all its columns, or of those named alone."""
+    parquet = require("pyarrow.parquet", "data", f"Reading {path.name}")
+    pyarrow = require("pyarrow", "data", f"Reading {path.name}")
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingExtraError("pyarrow", "data", f"Reading {path.name}") from None
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        _check_columns(path.name, columns, table.schema_arrow.names)
-        wanted = [columns.text, *([columns.group] if columns.group else [])]
+        table = parquet.ParquetFile(path)
+        present = table.schema_arrow.names
+        wanted = None if columns is None else _check_columns(path.name, columns, present)
         for rows in table.iter_batches(batch_size=256, columns=wanted):
-            for record in rows.to_pylist():
-                document = _from_record(record, columns, skipped)
-                if document is not None:
-                    yield document
+            yield from rows.to_pylist()
     except pyarrow.ArrowException as error:
         raise DataError(f"Cannot read the Parquet file {str(path)!r}: {error}") from None
 
 
 def read_hub(location: str, columns: Columns, skipped: Counter[str]) -> Iterator[Document]:
     """Stream `hub:NAME[:CONFIG][:SPLIT]`; the split is `train` unless named."""
-    try:
-        import datasets
-    except ImportError:
-        raise MissingExtraError("datasets", "hub", f"Reading {location}") from None
+    datasets = require("datasets", "hub", f"Reading {location}")
     _, name, *rest = location.split(":")
     if not name or len(rest) > 2:
         raise DataError(
@@ -203,11 +194,6 @@ def read_hub(location: str, columns: Columns, skipped: Counter[str]) -> Iterator
     split = rest[-1] if rest else "train"
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
-        for number, record in enumerate(rows):
-            if number == 0:
-                _check_columns(location, columns, list(record))
-            document = _from_record(record, columns, skipped)
-            if document is not None:
-                yield document
+        yield from _documents(rows, location, columns, skipped)
     except (OSError, ValueError) as error:
         raise DataError(f"Cannot read {location!r} from the hub: {error}") from None

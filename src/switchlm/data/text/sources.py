@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from glob import glob, has_magic
+from itertools import chain
 from pathlib import Path
 
 from switchlm.data.config import Columns
@@ -176,8 +177,16 @@ def read(
     source: Source, *, columns: Columns, max_documents: int | None, skipped: Counter[str]
 ) -> Iterator[Document]:
     """Yield the documents of a source in a fixed order; counts what is left out, by reason."""
+    if is_hub(source):
+        documents: Iterator[Document] = read_hub(source.location, columns, skipped)
+    else:
+        found = files(source)
+        alone = len(found) == 1
+        documents = chain.from_iterable(
+            read_file(path, name, columns, alone=alone, skipped=skipped) for name, path in found
+        )
     count = 0
-    for document in _read_all(source, columns, skipped):
+    for document in documents:
         if not document.text.strip():
             skipped["empty"] += 1
             continue
@@ -185,12 +194,3 @@ def read(
         count += 1
         if count == max_documents:
             return
-
-
-def _read_all(source: Source, columns: Columns, skipped: Counter[str]) -> Iterator[Document]:
-    if is_hub(source):
-        yield from read_hub(source.location, columns, skipped)
-        return
-    found = files(source)
-    for name, path in found:
-        yield from read_file(path, name, columns, alone=len(found) == 1, skipped=skipped)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import shutil
 import time
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from switchlm.data.text.readers import Document
 from switchlm.data.text.sources import Source
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import DataError
-from switchlm.files import Report, building, flush
+from switchlm.files import Report, building
 
 FORMAT = 1
 REPORT_SECONDS = 2.0
@@ -120,20 +121,18 @@ def _write(
 ) -> None:
     """Tokenize all documents into the files of a cache."""
     dtype = np.uint16 if tokenizer.vocabulary_size <= 2**16 else np.uint32
-    lengths: list[int] = []
-    hashes: list[int] = []
+    lengths, hashes = array("q"), array("Q")  # a list of numbers takes five times the memory
     total, reported = 0, time.monotonic()
     with (folder / "tokens.bin").open("wb") as file:
         for batch in _batches(documents):
             for tokens in tokenizer.encode_plain([document.text for document in batch]):
                 file.write(np.append(tokens, tokenizer.end_id).astype(dtype).tobytes())
                 lengths.append(len(tokens) + 1)
-            hashes += map(_identity, batch)
-            total = sum(lengths[-len(batch) :]) + total
+            hashes.extend(map(_identity, batch))
+            total += sum(lengths[-len(batch) :])
             if time.monotonic() - reported > REPORT_SECONDS:
                 reported = time.monotonic()
                 report(f"Tokenizing {source.name}: {len(lengths):,} documents, {total:,} tokens")
-        flush(file)
     left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
     if not lengths:
         raise DataError(
@@ -145,19 +144,13 @@ def _write(
         f"Tokenized {source.name}: {len(lengths):,} documents, {total:,} tokens"
         + (f"; skipped: {left_out}" if left_out else "")
     )
-    _save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    _save(folder / "hashes.npy", np.array(hashes, dtype=np.uint64))
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    np.save(folder / "offsets.npy", offsets, allow_pickle=False)
+    np.save(folder / "hashes.npy", np.frombuffer(hashes, dtype=np.uint64), allow_pickle=False)
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     manifest = {"sizes": sizes, "dtype": np.dtype(dtype).name, "skipped": left_out}
-    with (folder / "manifest.json").open("w", encoding="utf-8") as text:
-        json.dump(manifest, text)
-        flush(text)
-
-
-def _save(path: Path, values: np.ndarray) -> None:
-    with path.open("wb") as file:
-        np.save(file, values, allow_pickle=False)
-        flush(file)
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class Tokenizer:
         self._sentinels = {number: sentinel(index) for index, number in enumerate(ids)}
         self._special = np.array([self.pad_id, self.end_id, *ids], dtype=np.int64)
         self._bytes = _is_byte_model(backend)
+        self._plain = _without_special(backend)
         added = [token.content for token in backend.get_added_tokens_decoder().values()]
         self._special_names = re.compile(f"({'|'.join(map(re.escape, added))})")
         highest = max(backend.get_vocab(with_added_tokens=True).values())
@@ -101,7 +103,12 @@ class Tokenizer:
             _check_ids(json.loads(text))
         except (ValueError, RecursionError) as error:
             raise DataError(f"The tokenizer file is not JSON: {error}") from None
-        return cls(_parse(text))
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        # The library raises the bare class for all it cannot read.
+        except Exception as error:
+            raise DataError(f"The tokenizer file cannot be read by `tokenizers`: {error}") from None
+        return cls(backend)
 
     def byte(self, token: int) -> int | None:
         """Return the byte that a token stands for by itself, as in `<0xE2>`; None for others."""
@@ -163,11 +170,7 @@ class Tokenizer:
         """
         if self._bytes:
             return [_encode_bytes(text) for text in texts]
-        self.backend.encode_special_tokens = True
-        try:
-            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        finally:
-            self.backend.encode_special_tokens = False
+        encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
         ids = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
         # Some tokenizers keep the special names among their ordinary pieces.
         return [tokens[~np.isin(tokens, self._special)] for tokens in ids]
@@ -199,6 +202,21 @@ def append_end(backend: tokenizers.Tokenizer) -> None:
     )
 
 
+def _without_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Return a tokenizer over the same model that takes special tokens as ordinary text.
+
+    `backend` could be told to do so, but then for all threads that encode with it.
+    """
+    plain = tokenizers.Tokenizer(backend.model)
+    plain.normalizer = backend.normalizer
+    plain.pre_tokenizer = backend.pre_tokenizer
+    added = backend.get_added_tokens_decoder().values()
+    for special, tokens in groupby(added, key=lambda token: token.special):
+        (plain.add_special_tokens if special else plain.add_tokens)(list(tokens))
+    plain.encode_special_tokens = True
+    return plain
+
+
 def _check_ids(file: Any) -> None:
     """Refuse absurd ids before the library makes room for all that lie below them."""
     model = file.get("model") if isinstance(file, dict) else None
@@ -214,14 +232,6 @@ def _check_ids(file: Any) -> None:
                 f"The tokenizer file has the token id {number!r}; ids lie between 0 and "
                 f"{LARGEST_VOCABULARY}, so it is probably damaged."
             )
-
-
-def _parse(text: str) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_str(text)
-    # The library raises the bare class for all it cannot read.
-    except Exception as error:
-        raise DataError(f"The tokenizer file cannot be read by `tokenizers`: {error}") from None
 
 
 def _byte_symbols() -> list[str]:

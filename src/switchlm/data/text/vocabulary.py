@@ -23,7 +23,7 @@ from switchlm.data.text.sources import Source
 from switchlm.data.text.token_cache import fingerprint
 from switchlm.data.text.tokenizer import END, NUM_SENTINELS, PAD, UNKNOWN, Tokenizer, append_end
 from switchlm.errors import DataError
-from switchlm.files import Report, building, flush
+from switchlm.files import Report, building
 
 TRAINING_CHARACTERS = 8_000_000
 _FORMAT = 2
@@ -46,9 +46,7 @@ def open_tokenizer(
         if not kept.exists():
             report(f"Training a tokenizer of {config.vocabulary_size:,} pieces; kept for next time")
             trained = train_unigram(_sample(config, parsed), config.vocabulary_size)
-            with part.open("w", encoding="utf-8") as file:
-                file.write(trained.to_json())
-                flush(file)
+            part.write_text(trained.to_json(), encoding="utf-8")
     return Tokenizer.load(kept)
 
 

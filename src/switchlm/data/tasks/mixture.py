@@ -1,6 +1,6 @@
 """Tasks by name or from a file of the user's, and their examples, out of files or off the hub.
 
-The tasks that have a name are in `registry.py`. Files are TSV, CSV, JSON, JSONL, Parquet, or pairs
+The named tasks are in `tasks.yaml`. Files are TSV, CSV, JSON, JSONL, Parquet, or pairs
 of lines. A folder may hold one task, or a folder for each of several. The file of a split is
 recognised by its name: `train.tsv`, `dev.jsonl`, `train-v1.1.json`, `val.jsonl.zst`. The hub needs
 the optional package `datasets`.

@@ -1,9 +1,7 @@
 """A task: how the columns of a record become a text to read and a text to write.
 
 T5 puts every task into this form (Raffel et al. 2020, section 2.4), so that one model, one loss and
-one decoding procedure serve all of them. Nested records, which templates cannot reach into, are
-first flattened: functions that take a record as the task's files or the hub hold it, and yield
-records of plain columns; `identity` says which of these belong together.
+one decoding procedure serve all of them.
 """
 
 import re
@@ -40,7 +38,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A named task. Adding one is adding one of these to `data/tasks/registry.py`.
+    """A task; `tasks.yaml` holds the named ones.
 
     input, target: templates over the columns of a record, such as `sst2 sentence: {sentence}`;
         `{answers.text}` reaches into nested ones. A list in the target is several references, of
@@ -179,106 +177,3 @@ def _lookup(row: Any, path: str, where: str) -> Any:
         f"{where} has no column {path!r}; it has: {', '.join(columns) or 'none'}."
         f"{hint if 'Did you mean' in hint else ''}{_NO_LABELS if path == 'label' else ''}"
     )
-
-
-_MARKS = (("span1", "*"), ("span2", "#"))  # of WSC: a noun, and a pronoun that may mean it
-
-
-def squad(record: Record) -> Iterator[Record]:
-    """An article with paragraphs with questions, or one question; its paragraph is the identity."""
-    for paragraph in record.get("paragraphs", ()):
-        for question in paragraph["qas"]:
-            yield from squad({**question, "context": paragraph["context"]})
-    if "paragraphs" not in record:
-        yield {**record, "identity": record.get("context", "")}
-
-
-def multirc(record: Record) -> Iterator[Record]:
-    """A passage with questions with answers, or one answer; its question is the identity."""
-    passage = record.get("passage")
-    if not isinstance(passage, dict):
-        index = record.get("idx", {})
-        yield {**record, "identity": f"multirc/{index.get('paragraph')}/{index.get('question')}"}
-        return
-    for number, question in enumerate(passage["questions"]):
-        for answer in question["answers"]:
-            yield {
-                "paragraph": passage["text"],
-                "question": question["question"],
-                "answer": answer["text"],
-                "label": answer.get("label"),
-                "identity": f"multirc/{record.get('idx')}/{question.get('idx', number)}",
-            }
-
-
-def record(record: Record) -> Iterator[Record]:
-    """A passage with queries, or one query; entities are listed once, highlights marked as text."""
-    passage = record.get("passage")
-    if not isinstance(passage, dict):
-        rows = [record]
-    else:
-        text = passage["text"]
-        entities = [text[span["start"] : span["end"] + 1] for span in passage["entities"]]
-        rows = [
-            {
-                "passage": text,
-                "query": query["query"],
-                "entities": entities,
-                "answers": [answer["text"] for answer in query.get("answers", ())],
-            }
-            for query in record["qas"]
-        ]
-    for row in rows:
-        changes: Record = {"passage": re.sub(r"\s*@highlight\s*", " ", str(row.get("passage", "")))}
-        if isinstance(row.get("entities"), list):
-            changes["entities"] = ", ".join(dict.fromkeys(row["entities"]))
-        if isinstance(row.get("answers"), list):
-            changes["answers"] = list(dict.fromkeys(row["answers"]))
-        yield {**row, **changes}
-
-
-def wsc(record: Record) -> Iterator[Record]:
-    """Mark the noun with * and the pronoun with # in the text, as T5 does."""
-    spans = {**record, **record.get("target", {})}
-    words = str(spans.get("text", "")).split(" ")
-    marks = [(int(spans.get(f"{span}_index", 0)), span, mark) for span, mark in _MARKS]
-    for start, span, mark in sorted(marks, reverse=True):  # the last one first
-        end = start + len(str(spans.get(f"{span}_text", "")).split(" "))
-        words[start:end] = [mark, *words[start:end], mark]
-    yield {**record, "marked": " ".join(words)}
-
-
-def multiple_choice(record: Record) -> Iterator[Record]:
-    """ARC: a question with its choices lettered (A), (B), ... whatever the file calls them."""
-    question = record.get("question")
-    stem, choices = (
-        (question.get("stem"), question.get("choices"))
-        if isinstance(question, dict)
-        else (question, record.get("choices"))
-    )
-    if isinstance(choices, dict):  # columns, as the hub gives them
-        choices = [
-            {"text": text, "label": label}
-            for text, label in zip(choices["text"], choices["label"], strict=True)
-        ]
-    letters = {choice["label"]: chr(ord("A") + n) for n, choice in enumerate(choices or ())}
-    listed = [f"({letters[choice['label']]}) {choice['text']}" for choice in choices or ()]
-    key = record.get("answerKey")
-    yield {**record, "question": stem, "choices": listed, "label": letters.get(key, key)}
-
-
-def trivia_qa(record: Record) -> Iterator[Record]:
-    """The answer and its aliases as one list, the answer itself first."""
-    answer = record.get("answer") or record.get("Answer") or {}
-    names = {key.lower(): value for key, value in answer.items()}
-    answers = [names.get("value", ""), *names.get("aliases", ())]
-    yield {**record, "answers": [one for one in dict.fromkeys(answers) if one]}
-
-
-def similarity(record: Record) -> Iterator[Record]:
-    """STS-B: the score rounded to a fifth, so that it is one of 26 words."""
-    score = record.get("score", record.get("label"))
-    try:
-        yield {**record, "similarity": f"{round(float(str(score)) * 5) / 5:.1f}"}
-    except ValueError:
-        yield record

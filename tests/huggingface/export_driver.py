@@ -33,7 +33,7 @@ PLAIN = dataclasses.replace(CONFIG, gated=False)
 
 
 class Allocations(TorchDispatchMode):
-    """Notes how many numbers the largest tensor that was made has; views make none."""
+    """Records the largest tensor that was made, in float32 numbers; views make none."""
 
     largest = 0
 
@@ -43,7 +43,7 @@ class Allocations(TorchDispatchMode):
             known = {t.untyped_storage().data_ptr() for t in args if type(t) is Tensor}
             own = type(result) is Tensor and result.untyped_storage().data_ptr() not in known
             if own:
-                self.largest = max(self.largest, result.numel())
+                self.largest = max(self.largest, result.nbytes // 4)
         return result
 
 

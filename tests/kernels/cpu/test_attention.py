@@ -11,7 +11,6 @@ from switchlm.kernels.cpu import native
 from switchlm.kernels.cpu.attention import attention as attend
 from switchlm.kernels.cpu.attention import misfit
 
-BUILDS = {"this processor": None, "AVX2": "-march=x86-64-v3", "SSE2": "-march=x86-64"}
 LOW = torch.finfo(torch.bfloat16).min  # of a place that is masked
 # Rows, heads, queries, keys, width of a head.
 SHAPES = [
@@ -29,24 +28,6 @@ SHAPES = [
 ]
 
 pytestmark = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
-
-
-@pytest.fixture(params=BUILDS, scope="module")
-def build(request, tmp_path_factory):
-    """The library as compiled for this processor, and for those with narrower vectors."""
-    flag = BUILDS[request.param]
-    if flag is None:
-        yield native.native()
-        return
-    if native.platform.machine() != "x86_64":
-        pytest.skip("narrower vectors are another compiler's flags here")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "_PROCESSOR", {"x86_64": flag})
-        patch.setattr(native.Path, "home", lambda: tmp_path_factory.mktemp("home"))
-        built = native.native.__wrapped__()
-        assert built.library is not None, built.reason
-        patch.setattr(native, "native", lambda: built)
-        yield built
 
 
 def scene(shape: tuple[int, ...], bias: tuple[int, int] | None = None) -> list[Tensor | None]:

@@ -60,23 +60,6 @@ def test_a_compiled_model_takes_the_formula() -> None:
     torch.testing.assert_close(compiled(x, torch.ones(8), 1e-6), rms_norm(x, torch.ones(8), 1e-6))
 
 
-@pytest.fixture(params=[None, "-march=x86-64-v3", "-march=x86-64"])
-def build(request, tmp_path, monkeypatch):
-    """The library as compiled for this processor, and for those with narrower vectors."""
-    if native.native().library is None:
-        pytest.skip(native.native().reason)
-    if request.param is None:
-        return
-    if native.platform.machine() != "x86_64":
-        pytest.skip("narrower vectors are another compiler's flags here")
-    monkeypatch.setattr(native, "_PROCESSOR", {"x86_64": request.param})
-    monkeypatch.setattr(native, "_FLAGS", ("-O1", *native._FLAGS[1:]))
-    monkeypatch.setattr(native.Path, "home", lambda: tmp_path)
-    built = native.native.__wrapped__()
-    assert built.library is not None, built.reason
-    monkeypatch.setattr(native, "native", lambda: built)
-
-
 def test_one_pass_on_every_kind_of_vector(build) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(3, 300, 48, requires_grad=True), torch.rand(48, requires_grad=True)

@@ -14,33 +14,9 @@ from switchlm.model.config import RouterConfig
 from switchlm.model.router import Router
 from switchlm.model.routing import Routing
 
-pytestmark = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
-BUILDS = {"this processor": None, "AVX2": "-march=x86-64-v3", "SSE2": "-march=x86-64"}
+pytestmark = pytest.mark.usefixtures("build")
 FIELDS = ("gate_A", "fraction_GE", "probability_GE", "balance_loss", "z_loss")
 D = 32
-
-
-@pytest.fixture(params=BUILDS, autouse=True)
-def build(request, monkeypatch):
-    """Compile for older processors too, where this one runs their programs."""
-    flag = BUILDS[request.param]
-    if flag is None:
-        return
-    if "x86_64" not in native._PROCESSOR or native.platform.machine() != "x86_64":
-        pytest.skip("for x86")
-    found = _built(flag)
-    monkeypatch.setattr(native, "native", lambda: found)
-
-
-_builds: dict[str, native.Native] = {}
-
-
-def _built(flag: str) -> native.Native:
-    if flag not in _builds:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native, "_PROCESSOR", {"x86_64": flag})
-            _builds[flag] = native.native.__wrapped__()
-    return _builds[flag]
 
 
 @pytest.fixture

@@ -11,27 +11,8 @@ from switchlm.kernels.cpu import native, quantised, small_batch
 
 ROWS = (1, 2, 3, 6, 7, 16, 64)
 DTYPES = (torch.float32, torch.bfloat16)
-BUILDS = {"this processor": None, "AVX2": "-march=x86-64-v3", "SSE2": "-march=x86-64"}
 
 pytestmark = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
-
-
-@pytest.fixture(params=BUILDS, scope="module")
-def build(request, tmp_path_factory):
-    """The library as compiled for this processor, and for those with narrower vectors."""
-    flag = BUILDS[request.param]
-    if flag is None:
-        yield native.native()
-        return
-    if native.platform.machine() != "x86_64":
-        pytest.skip("narrower vectors are another compiler's flags here")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "_PROCESSOR", {"x86_64": flag})
-        patch.setattr(native.Path, "home", lambda: tmp_path_factory.mktemp("home"))
-        built = native.native.__wrapped__()
-        assert built.library is not None, built.reason
-        patch.setattr(native, "native", lambda: built)
-        yield built
 
 
 @pytest.fixture(autouse=True)

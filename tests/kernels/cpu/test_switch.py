@@ -8,24 +8,7 @@ from switchlm.kernels.cpu import native
 from switchlm.kernels.permute import sort_by_expert
 from switchlm.kernels.select import explain_switch, switch_feedforward
 
-pytestmark = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
-BUILDS = {"this processor": None, "AVX2": "-march=x86-64-v3", "SSE2": "-march=x86-64"}
-_builds: dict[str, native.Native] = {}
-
-
-@pytest.fixture(params=BUILDS, autouse=True)
-def build(request, monkeypatch):
-    """Compile for older processors too, where this one runs their programs."""
-    flag = BUILDS[request.param]
-    if flag is None:
-        return
-    if native.platform.machine() != "x86_64":
-        pytest.skip("for x86")
-    if flag not in _builds:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native, "_PROCESSOR", {"x86_64": flag})
-            _builds[flag] = native.native.__wrapped__()
-    monkeypatch.setattr(native, "native", lambda: _builds[flag])
+pytestmark = pytest.mark.usefixtures("build")
 
 
 def make(counts, width=32, hidden=48, dropped=3):

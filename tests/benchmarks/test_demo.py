@@ -40,18 +40,18 @@ def test_a_race_is_run_once_and_read_again(tmp_path):
     texts.mkdir()
     for number in range(40):
         (texts / f"{number}.txt").write_text(f"{number} and one are {number + 1}. " * 40)
-    arguments = ["--seeds", 3, "--budget", "5s", "--instructions", "native"]
+    arguments = ["--seeds", 3, "--budget", "2s", "--instructions", "native"]
     for setting in (f"data.sources=[{texts}]", "training.evaluate_every=10", "data.batch_size=8"):
         arguments += ["--set", setting]
     done = run(tmp_path, *arguments)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "runs" / "5s-native-3" / "compare.json").read_text())
+    result = json.loads((tmp_path / "runs" / "2s-native-3" / "compare.json").read_text())
     assert result["seeds"] == [3]
     assert f"| native | 3 | {result['steps']:,} | {result['dense_loss']:.3f} |" in done.stdout
-    written = (tmp_path / "runs" / "5s-native-3" / "compare.json").stat().st_mtime_ns
+    written = (tmp_path / "runs" / "2s-native-3" / "compare.json").stat().st_mtime_ns
     again = run(tmp_path, *arguments)
     assert again.stdout.splitlines()[0] == done.stdout.splitlines()[0]
-    assert (tmp_path / "runs" / "5s-native-3" / "compare.json").stat().st_mtime_ns == written
+    assert (tmp_path / "runs" / "2s-native-3" / "compare.json").stat().st_mtime_ns == written
 
 
 def test_nothing_to_write_is_said(tmp_path):

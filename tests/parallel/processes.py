@@ -1,14 +1,16 @@
-"""Run a function in several connected processes over gloo, as a test of what they do together.
+"""Run a function, or a command, in several processes, as a test of what they do together.
 
 The processes outlive a test, since each takes seconds to start and to import torch; a test in which
 one fails or hangs ends them all, and the next starts new ones.
 """
 
+import contextlib
 import faulthandler
+import json
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.commands import Done
+from tests.parallel.jobs import free_port
+from typer.testing import CliRunner
 
 from switchlm import _torch
+from switchlm.cli.main import app
 
 SECONDS = 240
 
@@ -37,13 +43,44 @@ _workers: list[Worker] = []
 
 
 def run_in_processes(number: int, folder: Path, work: Callable[..., None], *arguments: Any) -> None:
-    """Call work(rank, *arguments) in each of `number` processes; an error in one is raised here.
+    """Call work(rank, *arguments) in each of `number` processes connected by gloo.
 
-    work: a function of a module, so that another process can import it. One that hangs says where.
+    work: a function of a module, so that another process can import it. One that hangs says where,
+        and an error in one is raised here.
     """
+    _call_in_processes(number, f"{folder}/store-{uuid.uuid4().hex}", work, *arguments)
+
+
+def run_switchlm(number: int, home: Path, arguments: Sequence[str]) -> Done:
+    """Run a command line of switchlm as torchrun would in `number` processes, in the folder `home`.
+
+    What the processes print stands one after the other.
+    """
+    job = f"{home}/.job-{uuid.uuid4().hex}"
+    _call_in_processes(number, None, _switchlm, number, free_port(), job, home, list(arguments))
+    found = [json.loads(Path(f"{job}-{rank}").read_text("utf-8")) for rank in range(number)]
+    status, out, error = zip(*found, strict=True)
+    return Done(["switchlm", *arguments], max(status), "".join(out), "".join(error))
+
+
+def _switchlm(
+    rank: int, number: int, port: int, job: str, home: Path, arguments: list[str]
+) -> None:
+    names = {"RANK": rank, "WORLD_SIZE": number, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": number}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {"HOME": str(home)} | {k: str(v) for k, v in names.items() if number > 1}
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(home):
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        done = CliRunner().invoke(app, arguments)
+    Path(f"{job}-{rank}").write_text(json.dumps([done.exit_code, done.stdout, done.stderr]))
+
+
+def _call_in_processes(
+    number: int, store: str | None, work: Callable[..., None], *arguments: Any
+) -> None:
     while len(_workers) < number:
         _workers.append(Worker())
-    store = f"{folder}/store-{uuid.uuid4().hex}"
     ranks: dict[Any, int] = {}
     for rank, worker in enumerate(_workers[:number]):
         worker.connection.send((rank, number, store, work, arguments))
@@ -89,16 +126,23 @@ def _serve(connection: Connection) -> None:
 
 
 def _run(
-    rank: int, number: int, store: str, work: Callable[..., None], arguments: tuple[Any, ...]
+    rank: int,
+    number: int,
+    store: str | None,
+    work: Callable[..., None],
+    arguments: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     faulthandler.dump_traceback_later(SECONDS - 5)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=number)
+    if store is not None:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=number)
     try:
         work(rank, *arguments)
-        dist.barrier()
+        if store is not None:
+            dist.barrier()
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         _torch.forget_sharding()  # an equal mesh of the next job would be taken for this one's
         faulthandler.cancel_dump_traceback_later()

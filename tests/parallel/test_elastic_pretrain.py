@@ -10,6 +10,7 @@ from contextlib import ExitStack
 import pytest
 from safetensors.torch import load_file
 from tests.parallel.jobs import Job, free_port, torchrun
+from tests.parallel.processes import run_switchlm
 
 from switchlm.training.monitor import read_metrics
 
@@ -65,8 +66,9 @@ def result(run):
 @pytest.fixture(scope="module")
 def undisturbed(text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    with Job(folder / "log", torchrun(*pretrain(text, folder / "run"))) as job:
-        assert job.finish() == 0, job.text
+    _, _, *command = pretrain(text, folder / "run")
+    done = run_switchlm(2, folder, command)
+    assert done.returncode == 0, done.stderr
     return result(folder / "run")
 
 

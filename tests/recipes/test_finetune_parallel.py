@@ -1,12 +1,10 @@
-"""`switchlm finetune` and `distill` on tasks under torchrun, as a user types it: as one process."""
+"""`switchlm finetune` and `distill` on tasks in several processes: the run of one."""
 
 import json
-import os
-import sys
 
 import pytest
 import torch
-from tests import commands
+from tests.parallel.processes import run_switchlm
 
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.huggingface import load
@@ -42,13 +40,8 @@ def home(tmp_path_factory):
 
 
 def run(home, processes, *arguments):
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     settings = [f"--set={name}={value}" for name, value in SETTINGS.items()]
-    environment = {**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1"}
-    command = [*start, "-m", "switchlm", *arguments, *settings, "--json"]
-    done = commands.run(command, cwd=home, env=environment)
+    done = run_switchlm(processes, home, [*arguments, *settings, "--json"])
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -87,12 +80,7 @@ def test_the_run_is_that_of_one_process(home, alone, processes, mesh):
 
 
 def test_parts_of_a_model_are_trained_in_one_process(home):
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-        *("-m", "switchlm", "finetune", "--model=nano", TASK, "--out=none", "--lora-rank=2"),
-    ]
-    environment = {**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1"}
-    done = commands.run(command, cwd=home, env=environment)
+    done = run_switchlm(2, home, ["finetune", "--model=nano", TASK, "--out=none", "--lora-rank=2"])
     assert done.returncode != 0
     assert "or adapters, are fine-tuned in one process" in done.stderr
     assert not (home / "none").exists()

@@ -1,13 +1,15 @@
-"""`switchlm pretrain` under torchrun, as a user types it: the run of one process, on any mesh."""
+"""`switchlm pretrain` in several processes, and once under torchrun: the run of one process."""
 
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tests import commands
+from tests.parallel.processes import run_switchlm
 
 from switchlm.huggingface.load import load
 
@@ -43,27 +45,20 @@ def home(tmp_path_factory):
     return folder
 
 
-def run(home: Path, out: str, processes: int, *arguments: str, mesh: str = "", steps: int = 20):
-    """Run `switchlm pretrain` in so many processes, and return what it said."""
-    axes = [f"--set=mesh.{axis}" for axis in mesh.split()]
+def command(home: Path, out: str, *arguments: str, mesh: str = "", steps: int = 20) -> list[str]:
     settings = {**SETTINGS, "training.steps": steps}
-    command = [
-        *([sys.executable] if processes == 1 else torchrun(processes)),
-        *("-m", "switchlm", "pretrain", "--preset", "nano", "--out", str(home / out)),
+    return [
+        *("pretrain", "--preset", "nano", "--out", str(home / out)),
         *("--data", str(home / "*.txt")),
         *(f"--set={name}={value}" for name, value in settings.items()),
-        *axes,
+        *(f"--set=mesh.{axis}" for axis in mesh.split()),
         *arguments,
     ]
-    environment = {**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1"}
-    return commands.run(command, cwd=home, env=environment)
 
 
-def torchrun(processes: int) -> list[str]:
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(processes)),
-    ]
+def run(home: Path, out: str, processes: int, *arguments: str, **options: Any) -> commands.Done:
+    """Run `switchlm pretrain` in that number of processes."""
+    return run_switchlm(processes, home, command(home, out, *arguments, **options))
 
 
 def metrics(home: Path, out: str) -> list[dict]:
@@ -128,7 +123,15 @@ def test_stopped_and_resumed_on_other_meshes_it_is_the_same_run(home, alone):
 
 
 def test_replicas_write_the_same_metrics(home, alone):
-    done = run(home, "copies", 4, mesh="replicas=2 data=2")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
+    done = commands.run(
+        [
+            *(sys.executable, *torchrun, "-m", "switchlm"),
+            *command(home, "copies", mesh="replicas=2 data=2"),
+        ],
+        cwd=home,
+        env={**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(metrics(home, "copies"), alone)
     assert done.stdout.count("Model: ") == 1, "only the first process speaks"

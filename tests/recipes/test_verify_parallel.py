@@ -1,11 +1,17 @@
 """Every layout on two and four processes computes what one process does (T15)."""
 
+import dataclasses
+import json
+from functools import partial
+
 import pytest
 import torch
+from tests.parallel.processes import run_in_processes
 
-from switchlm.parallel.mesh import MeshConfig
+from switchlm.parallel.mesh import ALONE, MeshConfig
+from switchlm.recipes import verify_parallel as verify
 from switchlm.recipes.config import run_config
-from switchlm.recipes.verify_parallel import compare, verify_parallel
+from switchlm.recipes.verify_parallel import LayoutResult, compare, verify_parallel
 
 FEATURES = {
     "plain": (),
@@ -28,23 +34,43 @@ FEATURES = {
 }
 
 
-def check(overrides, num_processes):
-    config = run_config(preset="nano", overrides=overrides)
-    results = list(verify_parallel(config, num_processes))
+def test_the_check_itself():
+    """In processes of its own, which the others spare themselves."""
+    results = list(verify_parallel(run_config(preset="nano"), 2))
+    assert len(results) == 4
+    assert all(result.equal for result in results), results
+
+
+def check(folder, overrides, num_processes):
+    """Do what `verify_parallel` does, in processes that live on."""
+    run_in_processes(num_processes, folder, train_every_layout, num_processes, overrides, folder)
+    found = json.loads((folder / "results").read_text())
+    results = [LayoutResult(**{**one, "mesh": MeshConfig(**one["mesh"])}) for one in found]
     fitting = [result for result in results if result.does_not_fit is None]
     assert all(result.equal for result in fitting), [r for r in fitting if not r.equal]
     return results
 
 
+def train_every_layout(rank, num_processes, overrides, folder):
+    config = verify._comparable(run_config(preset="nano", overrides=overrides))
+    rows = max(config.model.router.group_rows or 1, 2) * num_processes
+    train = partial(verify._train, config, 3, rows, 48)
+    whole = train(ALONE, torch.device("cpu"))
+    results = verify._every_layout(num_processes, "cpu", train, whole, config.training.precision)
+    found = [dataclasses.asdict(result) for result in results]
+    if rank == 0:
+        (folder / "results").write_text(json.dumps(found))
+
+
 @pytest.mark.parametrize("name", [*FEATURES])
-def test_two_processes(name):
-    results = check(FEATURES[name], 2)
+def test_two_processes(tmp_path, name):
+    results = check(tmp_path, FEATURES[name], 2)
     assert len(results) == 4
     assert all(result.does_not_fit is None for result in results)
 
 
-def test_four_processes():
-    results = check(("training.accumulate=2",), 4)
+def test_four_processes(tmp_path):
+    results = check(tmp_path, ("training.accumulate=2",), 4)
     assert len(results) == 10
     [unfit] = [result for result in results if result.does_not_fit is not None]
     assert unfit.mesh == MeshConfig(replicas=1, data=1, expert=1, tensor=4)
@@ -53,8 +79,8 @@ def test_four_processes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*FEATURES])
-def test_four_processes_with(name):
-    check(FEATURES[name], 4)
+def test_four_processes_with(tmp_path, name):
+    check(tmp_path, FEATURES[name], 4)
 
 
 WHOLE = {"losses": torch.ones(2, 3), "a": torch.ones(4), "b": torch.arange(4.0)}

@@ -116,10 +116,8 @@ def _work(
 ) -> None:
     """Be one of the processes: train in every layout; the first one tells."""
     torch.set_num_threads(max(torch.get_num_threads() // num_processes, 1))
-    device = torch.device("cpu")
     if device_type == "cuda":
-        device = torch.device("cuda", rank)
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(rank)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
         init_method=f"file://{folder}/store",
@@ -127,6 +125,24 @@ def _work(
         world_size=num_processes,
     )
     whole = load_file(f"{folder}/whole.safetensors")
+    for result in _every_layout(num_processes, device_type, train, whole, precision):
+        if rank == 0:
+            results.put(result)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _every_layout(
+    num_processes: int,
+    device_type: str,
+    train: Callable[[Mesh, torch.device], Tensors],
+    whole: Tensors,
+    precision: Precision,
+) -> Iterator[LayoutResult]:
+    """Train in every layout of the processes that are connected, and yield how each compares."""
+    device = torch.device("cpu")
+    if device_type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
     for layout in layouts(num_processes):
         started = time.perf_counter()
         try:
@@ -136,10 +152,7 @@ def _work(
         else:
             result = compare(layout, found, whole, precision)
             result = dataclasses.replace(result, seconds=time.perf_counter() - started)
-        if rank == 0:
-            results.put(result)
-    dist.barrier()
-    dist.destroy_process_group()
+        yield result
 
 
 def _train(

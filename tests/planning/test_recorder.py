@@ -1,10 +1,10 @@
-"""Collectives of known sizes, on real processes: test_ledger.py starts it under torchrun."""
+"""The recorder against collectives whose sizes are known, on four real processes."""
 
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tests.parallel.processes import run_in_processes
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -13,9 +13,7 @@ from switchlm.parallel.mesh import Mesh, MeshConfig
 from switchlm.planning.recorder import CollectiveRecorder
 
 
-def main(out: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def record(rank: int, out: Path) -> None:
     mesh = Mesh.of(MeshConfig(data=2, expert=2), "cpu")
     expert = mesh.sub("expert")
     assert expert is not None
@@ -29,12 +27,19 @@ def main(out: Path) -> None:
         layer = torch.nn.Linear(8, 4, bias=False)
         fully_shard(layer, mesh=mesh.sub("data"))
         layer(torch.ones(1, 8)).sum().backward()
-    dist.barrier()
     if mesh.is_main:
         lines = [f"{c.kind} {c.axes} {c.size} {c.payload} {c.sent}" for c in recorder.collectives]
         out.write_text("\n".join(lines))
-    dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def test_every_collective_is_recorded_once_with_its_axes_and_its_size(tmp_path: Path) -> None:
+    run_in_processes(4, tmp_path, record, tmp_path / "lines")
+    assert (tmp_path / "lines").read_text().splitlines() == [
+        "all_reduce dataxexpert 4 12 18.0",
+        "all_to_all expert 2 16 8.0",
+        "all_to_all expert 2 48 24.0",
+        "all_to_all expert 2 48 24.0",  # the gradient is sent back
+        "all_gather expert 2 40 20.0",
+        "all_gather data 2 128 64.0",
+        "reduce_scatter data 2 128 64.0",
+    ]

@@ -18,7 +18,7 @@ from typing import Any
 
 import harness
 from switchlm.parallel.mesh import MeshConfig
-from switchlm.planning.layouts import GPUS, Cluster, Layout, candidates, plan, words
+from switchlm.planning.layouts import GPUS, Cluster, Layout, candidates, describe_mesh, plan
 from switchlm.planning.simulate import simulate
 from switchlm.recipes.config import RunConfig, run_config
 
@@ -80,9 +80,9 @@ def meshes(cluster: Cluster) -> Iterator[MeshConfig]:
 def figures(best: Layout) -> dict[str, Any]:
     """Return what is told of a layout."""
     return {
-        "layout": words(best.mesh),
-        "memory": best.took.peak.total,
-        "sent": sum(calls * one.sent for one, calls in best.took.traffic.items()),
+        "layout": describe_mesh(best.mesh),
+        "memory": best.estimate.peak.total,
+        "sent": sum(calls * one.sent for one, calls in best.estimate.traffic.items()),
         "flops": best.flops,
         "seconds": best.times.step,
         "parts": best.times.parts,
@@ -95,7 +95,7 @@ def simulated(config: RunConfig, best: Layout, size: int) -> dict[str, Any]:
     step = simulate(dataclasses.replace(config, mesh=best.mesh), size)
     return {
         "simulated_memory": step.peak.total,
-        "same_traffic": Counter(step.collectives) == best.took.traffic,
+        "same_traffic": Counter(step.collectives) == best.estimate.traffic,
     }
 
 

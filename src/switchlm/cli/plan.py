@@ -88,11 +88,11 @@ def plan(
     if found.layouts:
         best = found.layouts[0]
         console.print(_layout_table(found.layouts[:show]))
-        sizes = dataclasses.asdict(best.took.peak).items()
+        sizes = dataclasses.asdict(best.estimate.peak).items()
         parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes)
         console.print(f"The first, GB per GPU: {parts}", highlight=False)
         title = f"The first, a GPU and step: {best.flops / 1e12:.4g} TFLOPs, and"
-        console.print(_traffic_table(_traffic_mapping(best.took.traffic), title))
+        console.print(_traffic_table(_traffic_mapping(best.estimate.traffic), title))
     console.print(found.reason, highlight=False)
     console.print(_counts(found), style="dim", highlight=False)
 
@@ -106,7 +106,7 @@ def simulate(
     as_json: options.Json = False,
 ) -> None:
     """Run the step of one process of thousands without them, and measure it."""
-    from switchlm.planning.estimate import footprint
+    from switchlm.planning.estimate import estimate_step
     from switchlm.planning.simulate import simulate as recipe
 
     run = batch_config(config, preset, set_, batch_tokens)
@@ -114,7 +114,7 @@ def simulate(
     with console.status(f"Simulating {ranks} processes"):
         found = recipe(run, ranks)
         sizes = run.mesh.shape(ranks)
-        planned = footprint(run, dataclasses.replace(run.mesh, data=sizes[1]))
+        planned = estimate_step(run, dataclasses.replace(run.mesh, data=sizes[1]))
     traffic = Counter(found.collectives)
     if as_json:
         figures = {
@@ -248,12 +248,14 @@ def _traffic_table(traffic: Traffic, title: str | None = None) -> Table:
 
 
 def _counts(found: "Plan") -> str:
-    from switchlm.planning.layouts import words
+    from switchlm.planning.layouts import describe_mesh
 
     text = f"{len(found.layouts)} layouts fit, {len(found.misfits)} need more memory"
     if found.misfits:
         nearest = found.misfits[0]
-        text += f" (the nearest, {words(nearest.mesh)}, {nearest.missing / 1e9:.3g} GB per GPU)"
+        text += (
+            f" (the nearest, {describe_mesh(nearest.mesh)}, {nearest.missing / 1e9:.3g} GB per GPU)"
+        )
     return f"{text}, {found.impossible} do not divide the model or the batch."
 
 
@@ -267,7 +269,7 @@ def _layout_table(layouts: "Sequence[Layout]") -> Table:
     for layout in layouts:
         table.add_row(
             *_mesh_cells(layout.mesh),
-            f"{layout.took.peak.total / 1e9:.2f}",
+            f"{layout.estimate.peak.total / 1e9:.2f}",
             f"{1e3 * layout.times.step:.1f}",
             f"{layout.tokens_per_second:,.0f}",
         )
@@ -289,17 +291,17 @@ def _mapping(found: "Plan") -> dict[str, Any]:
 def _layout_mapping(layout: "Layout") -> dict[str, Any]:
     return {
         "mesh": dataclasses.asdict(layout.mesh),
-        "rows": layout.took.rows,
-        "memory": _memory_mapping(layout.took.peak),
+        "rows": layout.estimate.rows,
+        "memory": _memory_mapping(layout.estimate.peak),
         "flops": layout.flops,
-        "traffic": _traffic_mapping(layout.took.traffic),
+        "traffic": _traffic_mapping(layout.estimate.traffic),
         "seconds": {**dataclasses.asdict(layout.times), "step": layout.times.step},
         "tokens_per_second": layout.tokens_per_second,
     }
 
 
 def _design(run: "RunConfig", cluster: "Cluster", console: Console, as_json: bool) -> None:
-    from switchlm.planning.layouts import design, words
+    from switchlm.planning.layouts import describe_mesh, design
 
     with console.status("Planning every number of experts"):
         choices = design(run, cluster)
@@ -324,10 +326,10 @@ def _design(run: "RunConfig", cluster: "Cluster", console: Console, as_json: boo
         cells = ["", "", "", "nothing fits"]
         if best is not None:
             cells = [
-                f"{best.took.peak.total / 1e9:.1f}",
+                f"{best.estimate.peak.total / 1e9:.1f}",
                 f"{1e3 * best.times.step:.1f}",
                 f"{best.tokens_per_second:,.0f}",
-                words(best.mesh),
+                describe_mesh(best.mesh),
             ]
         style = "bold" if choice.chosen else None
         table.add_row(f"{choice.num_experts}", f"{choice.parameters:,}", *cells, style=style)

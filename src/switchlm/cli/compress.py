@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from switchlm.data.pretraining.loader import Loader
     from switchlm.data.tasks.loader import PairLoader
     from switchlm.data.text.tokenizer import Tokenizer
-    from switchlm.recipes.compress import Compressed, Plan, Texts
+    from switchlm.recipes.compress import CompressionData, CompressionPlan, CompressionResult
 
 HELD_OUT = 0.2  # of the documents, on which the loss is measured
 TARGET_LENGTH = 128  # tokens of a task's answers
@@ -70,7 +70,7 @@ def compress(
     is measured where text is named.
     """
     from switchlm.huggingface.quantised import Quantisation
-    from switchlm.recipes.compress import Plan, Texts, quantise_folder
+    from switchlm.recipes.compress import CompressionData, CompressionPlan, quantise_folder
     from switchlm.recipes.compress import compress as recipe
 
     if bits not in (None, 8, 4):
@@ -80,7 +80,7 @@ def compress(
         quantisation = Quantisation(
             bits=8 if bits == 8 else 4, group_size=group_size, what=what.value
         )
-    plan = Plan(
+    plan = CompressionPlan(
         keep_experts=keep_experts,
         by=by.value,
         merge_experts=merge_experts,
@@ -88,7 +88,7 @@ def compress(
         calibrate=calibrate,
     )
 
-    def read(tokenizer: "Tokenizer") -> "Texts":
+    def read(tokenizer: "Tokenizer") -> "CompressionData":
         loader: Loader | PairLoader
         if task:
             loader = _open_tasks(task, data, tokenizer, batch_size or 32, input_length or 512)
@@ -103,14 +103,14 @@ def compress(
             )
         seen = [loader.batch(step) for step in range(batches)]
         try:
-            measured = loader.held_out(batches)
+            held_out = loader.held_out(batches)
         except DataError:
             options.note(
                 "The text is a single document, or a short one: the loss is measured on what the "
                 "model is fitted to. Give more text for a figure to rely on."
             )
-            measured = seen
-        return Texts(seen, measured, loader.sources)
+            held_out = seen
+        return CompressionData(seen, held_out, loader.sources)
 
     if quantisation is not None and not (plan.needs_text or data or task):
         done = quantise_folder(model, out, quantisation, report=options.note)
@@ -149,7 +149,7 @@ def _open_tasks(
     )
 
 
-def _present(done: "Compressed", plan: "Plan", out: Path, as_json: bool) -> None:
+def _present(done: "CompressionResult", plan: "CompressionPlan", out: Path, as_json: bool) -> None:
     if as_json:
         asked = dataclasses.asdict(plan)
         typer.echo(json.dumps({"out": str(out), "plan": asked, **dataclasses.asdict(done)}))

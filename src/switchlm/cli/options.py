@@ -124,10 +124,10 @@ def open_model(
 
     expert_memory: a size such as 4GB, with which experts stay on the disk; None loads all.
     """
-    from switchlm.recipes.config import open_whole, required
+    from switchlm.recipes.config import load_with_tokenizer, require_tokenizer
 
     if expert_memory is None:
-        return open_whole(name, "model", note, find_device(device))
+        return load_with_tokenizer(name, "model", note, find_device(device))
     size = parse_size(expert_memory)
     if device not in ("auto", "cpu"):
         raise ConfigError(
@@ -137,7 +137,7 @@ def open_model(
     from switchlm.compression.offload import load_offloaded
 
     loaded = load_offloaded(name, size, report=note)
-    return loaded.model, required(loaded.tokenizer, name, "model")
+    return loaded.model, require_tokenizer(loaded.tokenizer, name, "model")
 
 
 def read_text(argument: str | None) -> str:

@@ -144,10 +144,10 @@ def test_a_file_that_is_not_there_is_told(refuse, nano, tmp_path):
         (["text", "--device", "abacus"], "device 'abacus'"),
         (["text", "--device", "cuda:99"], "device 'cuda:99'"),
         (["bad \udcff"], "not valid UTF-8"),
-        (["text", "--expert-memory", "4 apples"], "'4 apples' is no size"),
-        (["text", "--expert-memory", "0.2B"], "no memory at all"),
+        (["text", "--expert-memory", "4 apples"], "'4 apples' is not a size"),
+        (["text", "--expert-memory", "0.2B"], "leaves no memory for experts"),
         (["text", "--expert-memory", "1kB"], "one expert takes 16,384"),
-        (["text", "--expert-memory", "1GB", "--device", "cuda"], "is no CPU"),
+        (["text", "--expert-memory", "1GB", "--device", "cuda"], "works on CPUs"),
     ],
 )
 def test_mistakes_are_told(refuse, nano, arguments, message):

@@ -1,4 +1,4 @@
-"""What the layers did: curves in the page's data, and charts that a real browser draws of them."""
+"""Metrics of layers: curves in the page's data, and their charts in a real browser."""
 
 import math
 import shutil
@@ -45,7 +45,7 @@ def evaluation(step, *, sparse=True, heads=2, layers=2):
     return line
 
 
-def test_every_figure_is_a_curve():
+def test_every_metric_is_a_curve():
     metrics = [training(10), evaluation(10), training(20), evaluation(20)]
     data = layers_data(metrics)
     assert data["step"] == [10, 20]
@@ -96,15 +96,15 @@ def browser():
 
 
 def draw(browser, tmp_path, runs):
-    """Write the report and open it; gives the page, which may say nothing on its console."""
+    """Write the report, open it and return the page; its console must be empty."""
     path = tmp_path / "report.html"
     write_report(path, title="t", headline="h", runs=runs)
     page = browser.new_page(viewport={"width": 1200, "height": 900})
-    said = []
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("console", lambda message: said.append(message.text))
+    messages = []
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("console", lambda message: messages.append(message.text))
     page.goto(path.as_uri())
-    assert not said
+    assert not messages
     return page
 
 
@@ -138,7 +138,7 @@ def test_the_charts_of_both_runs_are_drawn(browser, tmp_path):
     page.close()
 
 
-def test_the_mouse_is_told_which_head_it_is_at(browser, tmp_path):
+def test_the_mouse_shows_the_head_under_it(browser, tmp_path):
     metrics = [evaluation(step, sparse=False) for step in (10, 20, 30)]
     page = draw(browser, tmp_path, [ReportRun(name="run", metrics=metrics)])
     svg = page.locator(".narrow svg").first

@@ -65,7 +65,7 @@ def fake_job(config: MeshConfig, num_processes: int) -> Iterator[Mesh]:
     finally:
         dist.destroy_process_group()
         # Otherwise the next job's equal mesh would reuse this one's groups.
-        _torch.forget_sharding()
+        _torch.clear_sharding_cache()
 
 
 def balanced_loads(

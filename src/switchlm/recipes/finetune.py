@@ -286,7 +286,7 @@ def _check(config: FinetuneRun, folder: RunFolder, mesh: Mesh) -> None:
     before = read_yaml(folder.config).get("finetune")
     if not isinstance(before, dict):
         raise ConfigError(
-            f"The run in {str(folder.root)!r} is no fine-tuning: choose another --out."
+            f"The run in {str(folder.root)!r} is not a fine-tuning run: choose another --out."
         )
     now = to_sections(config)["finetune"]
     for name in sorted(now.keys() - {"patience"}):

@@ -154,10 +154,8 @@ def _train(
     losses, gradients = [], {}
     for step in range(steps):
         batches = [
-            _local_rows(_batch(config, step * training.accumulate + part, rows, tokens), mesh).to(
-                device
-            )
-            for part in range(training.accumulate)
+            _local_rows(_batch(config, number, rows, tokens), mesh).to(device)
+            for number in range(step * training.accumulate, (step + 1) * training.accumulate)
         ]
         record = training_step(
             model,

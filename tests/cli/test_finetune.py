@@ -162,7 +162,7 @@ def test_a_vocabulary_without_the_labels_is_an_error(refuse, command, tmp_path):
     assert "cannot learn the task 'sst2': its tokenizer turns the label 'negative'" in message
 
 
-def test_a_run_is_resumed_with_what_it_began_with(run, refuse, command, tmp_path):
+def test_a_run_is_resumed_with_its_own_settings(run, refuse, command, tmp_path):
     assert run(*command()).exit_code == 0
     assert "There is a run in" in refuse(*command())
     other = tmp_path / "other.jsonl"

@@ -1,4 +1,4 @@
-"""A run in a process of its own: it obeys, answers, and ends with its parent or with a reason."""
+"""A run in a child process: it runs commands, returns metrics, and reports its failure."""
 
 import random
 
@@ -43,7 +43,7 @@ def start_worker(tmp_path):
         worker.close()
 
 
-def test_it_goes_as_far_as_it_is_told_and_no_further(start_worker):
+def test_it_trains_up_to_the_step_of_the_command(start_worker):
     worker = start_worker()
     worker.send("advance 2")
     assert [line["step"] for line in worker.read_lines() if "loss" in line] == [2]
@@ -55,7 +55,7 @@ def test_it_goes_as_far_as_it_is_told_and_no_further(start_worker):
     assert (worker.folder.model / "model.safetensors").exists()
 
 
-def test_a_child_that_fails_is_an_error_and_no_hang(start_worker):
+def test_a_child_that_fails_is_an_error(start_worker):
     worker = start_worker("model.d_model=30")
     worker.folder.config.write_text("model: {d_model: none}\n")
     worker.send("advance 2")

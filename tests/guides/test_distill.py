@@ -47,7 +47,7 @@ def test_the_defaults_are_as_it_says():
     assert (usual.hard_weight, usual.soft_weight) == (0.75, 0.25)
     assert (usual.start, usual.feedforward) == ("teacher", "random")
     assert f"distillation.load_batches={usual.load_batches}`" in GUIDE
-    assert f"target, {TOP_K} unless told" in GUIDE.replace("\n", " ")
+    assert f"target, {TOP_K} by default" in GUIDE.replace("\n", " ")
 
 
 def test_the_python_calls_what_there_is():

@@ -132,7 +132,7 @@ def test_the_charts_of_both_runs_are_drawn(browser, tmp_path):
         "Dead experts": [2],
     }
     text = page.locator("main").inner_text()
-    assert text.count("What the layers do") == 1
+    assert text.count("Metrics of layers") == 1
     assert f"ln 4 = {math.log(4):.2f}" in text
     assert "of 4, chosen by no token" in text
     page.close()
@@ -159,5 +159,5 @@ def test_a_single_evaluation_is_a_dot(browser, tmp_path):
 
 def test_runs_without_measurements_have_no_section(browser, tmp_path):
     page = draw(browser, tmp_path, [ReportRun(name="run", metrics=[training(10)])])
-    assert "What the layers do" not in page.locator("main").inner_text()
+    assert "Metrics of layers" not in page.locator("main").inner_text()
     page.close()

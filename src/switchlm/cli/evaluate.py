@@ -3,8 +3,8 @@
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -211,7 +211,7 @@ def _score(
     from switchlm.evaluation.tasks import score_task
 
     results = []
-    with _opened(predictions) as file:
+    with _open(predictions) as file:
         for model in models:
             loaded, tokenizer = options.open_model(model, device, expert_memory)
             usage = options.Usage(loaded)
@@ -254,25 +254,19 @@ def _task_estimates(result: Result) -> Estimates:
 
 def _trained_length(model: str) -> int:
     """Return the input length of a fine-tuning run; 512 for other models."""
-    from switchlm.config import from_mapping
     from switchlm.recipes.config import sections_of_run
-    from switchlm.recipes.finetune_config import FinetuneConfig
 
-    section = sections_of_run(Path(model)).get("finetune")
-    return from_mapping(FinetuneConfig, section, "finetune").input_length if section else 512
+    section = sections_of_run(Path(model)).get("finetune") or {}
+    return int(section.get("input_length", 512))
 
 
-@contextmanager
-def _opened(path: Path | None) -> Iterator[TextIO | None]:
+def _open(path: Path | None) -> AbstractContextManager[TextIO | None]:
     if path is None:
-        yield None
-        return
+        return nullcontext()
     try:
-        file = path.open("w", encoding="utf-8")
+        return path.open("w", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"Cannot write predictions to {str(path)!r}: {error}.") from None
-    with file:
-        yield file
 
 
 def _as_json(found: "TaskScore", num_examples: int) -> Result:

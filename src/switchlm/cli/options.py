@@ -156,27 +156,16 @@ def read_text(argument: str | None) -> str:
 
 
 def read_batches(
-    name: str,
-    tokenizer: "Tokenizer",
-    data: list[str] | None,
-    *,
-    batches: int,
-    batch_size: int | None,
-    input_length: int | None,
+    name: str, tokenizer: "Tokenizer", data: list[str] | None, *, batches: int, **rows: int | None
 ) -> "tuple[list[Batch], tuple[str, ...]]":
     """Return masked text and the names of its sources.
 
     It is all of the text of `data`, or by default the text that the run of that name held out in
     training. Rows have the shape of that run, if it is one.
+
+    rows: batch_size and input_length, as of `open_text`.
     """
-    loader = open_text(
-        name,
-        tokenizer,
-        data,
-        held_out_share=0.0,
-        batch_size=batch_size,
-        input_length=input_length,
-    )
+    loader = open_text(name, tokenizer, data, held_out_share=0.0, **rows)
     read = [loader.batch(step) for step in range(batches)] if data else loader.held_out(batches)
     return read, loader.sources
 
@@ -187,8 +176,8 @@ def open_text(
     data: list[str] | None,
     *,
     held_out_share: float,
-    batch_size: int | None,
-    input_length: int | None,
+    batch_size: int | None = None,
+    input_length: int | None = None,
 ) -> "Loader":
     """Return masked text: of `data`, with a share held out, or the run's own."""
     from switchlm.config import from_mapping

@@ -235,16 +235,15 @@ def plan(config: RunConfig, cluster: Cluster, meshes: Iterable[MeshConfig] | Non
     for mesh in candidates(cluster) if meshes is None else meshes:
         try:
             rows_per_process(config.data.batch_size, mesh.replicas * (mesh.data or 1) * mesh.expert)
-            state = model_state_bytes(config, mesh)
-            if state > cluster.memory:
-                misfits.append(Misfit(mesh=mesh, missing=state - cluster.memory))
-                continue
-            estimate = estimate_step(config, mesh)
+            needed = model_state_bytes(config, mesh)
+            if needed <= cluster.memory:
+                estimate = estimate_step(config, mesh)
+                needed = estimate.peak.total
         except ConfigError:
             impossible += 1
             continue
-        if estimate.peak.total > cluster.memory:
-            misfits.append(Misfit(mesh=mesh, missing=estimate.peak.total - cluster.memory))
+        if needed > cluster.memory:
+            misfits.append(Misfit(mesh=mesh, missing=needed - cluster.memory))
         else:
             found.append(estimate_layout(config, cluster, mesh, estimate))
     found.sort(key=lambda layout: (layout.times.step, layout.estimate.peak.total))

@@ -88,6 +88,11 @@ def note(message: str) -> None:
     typer.echo(f"Note: {message}", err=True)
 
 
+def given(**options: Any) -> dict[str, Any]:
+    """Return the options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def read_sections(config: Path | None, resumed: Path | None = None) -> dict[str, Any]:
     """Return the sections of a configuration file, none without one.
 
@@ -187,8 +192,7 @@ def open_text(
 
     # The section is missing in runs on tasks.
     config = from_mapping(DataConfig, sections_of_run(Path(name)).get("data", {}), "data")
-    stated = {"batch_size": batch_size, "input_length": input_length}
-    changes: dict[str, Any] = {key: value for key, value in stated.items() if value is not None}
+    changes = given(batch_size=batch_size, input_length=input_length)
     if data:
         changes |= {"sources": tuple(data), "held_out_share": held_out_share}
     elif not config.sources:
@@ -214,7 +218,7 @@ def find_tasks(
 
     for metric in metrics or ():
         find_metric(metric)
-    stated: dict[str, Any] = {name: value for name, value in columns.items() if value is not None}
+    stated = given(**columns)
     if metrics:
         stated["metrics"] = tuple(metrics)
     return mixture.find_tasks(names, mixture.TaskOptions(**stated))

@@ -278,10 +278,7 @@ def _mapping(found: "Plan") -> dict[str, Any]:
     return {
         "reason": found.reason,
         "layouts": [_layout_mapping(layout) for layout in found.layouts],
-        "misfits": [
-            {"mesh": dataclasses.asdict(misfit.mesh), "missing": misfit.missing}
-            for misfit in found.misfits
-        ],
+        "misfits": [dataclasses.asdict(misfit) for misfit in found.misfits],
         "impossible": found.impossible,
     }
 
@@ -305,13 +302,7 @@ def _design(run: "RunConfig", cluster: "Cluster", console: Console, as_json: boo
         choices = design(run, cluster)
     if as_json:
         found = [
-            {
-                "num_experts": choice.num_experts,
-                "parameters": choice.parameters,
-                "best": None if choice.best is None else _layout_mapping(choice.best),
-                "reason": choice.reason,
-                "chosen": choice.chosen,
-            }
+            {**vars(choice), "best": choice.best and _layout_mapping(choice.best)}
             for choice in choices
         ]
         typer.echo(json.dumps({"choices": found}))

@@ -4,7 +4,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -83,26 +83,22 @@ def finetune(
         raise ConfigError(
             f"The run in {str(out)!r} is not a fine-tuning run; choose another --out."
         )
-    columns = {
-        "input_column": input_column,
-        "target_column": target_column,
-        "template": template,
-        "target_template": target_template,
-        "metrics": metric,
-    }
-    stated: dict[str, Any] = {
-        "model": model,
-        "tasks": task,
-        "data": data,
-        "columns": {name: value for name, value in columns.items() if value} or None,
-        "trainable": trainable,
-        "lora_rank": lora_rank,
-    }
-    run = finetune_run(
-        values,
-        stated={name: value for name, value in stated.items() if value is not None},
-        overrides=set_ or (),
+    columns = options.given(
+        input_column=input_column,
+        target_column=target_column,
+        template=template,
+        target_template=target_template,
+        metrics=metric,
     )
+    stated = options.given(
+        model=model,
+        tasks=task,
+        data=data,
+        columns=columns or None,
+        trainable=trainable,
+        lora_rank=lora_rank,
+    )
+    run = finetune_run(values, stated=stated, overrides=set_ or ())
     console, last = follow(
         partial(recipe, run, out, resume=resume),
         steps=run.training.steps,
@@ -152,12 +148,8 @@ def distill(
     from switchlm.recipes.distill import distill as recipe
     from switchlm.recipes.distill import headline
 
-    stated: dict[str, Any] = {
-        "baseline": baseline,
-        "cache_logits": None if cache_logits is None else str(cache_logits),
-        "top_k": top_k,
-    }
-    stated = {name: value for name, value in stated.items() if value is not None}
+    cache = None if cache_logits is None else str(cache_logits)
+    stated = options.given(baseline=baseline, cache_logits=cache, top_k=top_k)
     if resume and (out / distill_config.SETTINGS).exists():
         fixed = {"--teacher": teacher, "--student": student, "--data": data, "--task": task}
         for option, value in fixed.items():

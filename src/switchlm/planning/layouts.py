@@ -19,9 +19,6 @@ be overridden. The model of a collective is simple on purpose:
 
 A ring over nodes uses as many network ports of a node as it has members there; of an all-to-all
 only what leaves the node uses the port of each GPU.
-
-Quality rises with every doubling of the experts at equal FLOPs per token (section 3.1), so the best
-model for a cluster is the one with the most experts whose step is hardly longer than the shortest.
 """
 
 import dataclasses
@@ -370,7 +367,8 @@ def design(
 ) -> list[Choice]:
     """Plan the shape of `config.model` with each number of experts, and choose one.
 
-    It is the largest number whose step takes at most `TOLERANCE` longer than the shortest of all.
+    Quality rises with every doubling at equal FLOPs per token (section 3.1), so it is the largest
+    number whose step takes at most `TOLERANCE` longer than the shortest of all.
     """
     choices = []
     for number in experts:

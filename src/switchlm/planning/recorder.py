@@ -29,7 +29,6 @@ from torch.distributed.tensor import DTensor
 from switchlm import _torch
 from switchlm._torch import (
     FakeTensor,
-    FakeTensorMode,
     TorchDispatchMode,
     active_fake_mode,
     tree_iter,
@@ -172,8 +171,6 @@ class MemoryRecorder(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, states: Iterable[Mapping[str, Any]] = ()) -> None:
         super().__init__()
-        self._fake: FakeTensorMode | None = None
-        self._depth = 0
         self._known: dict[int, tuple[weakref.ref, int, Purpose]] = {}
         self._now: dict[Purpose, int] = dict.fromkeys(Bytes.__dataclass_fields__, 0)  # type: ignore[arg-type]
         self._highest = 0

@@ -88,11 +88,7 @@ class DistillationData:
         assert isinstance(self.loader, PairLoader)
         score = make_scorer(settings, self.examples, self.loader, mesh, num_batches)
         metrics = score(gather_model(model))
-        return {
-            "loss": metrics["evaluation_loss"],
-            "score": metrics["score"],
-            "scores": metrics["scores"],
-        }
+        return {"loss": metrics.pop("evaluation_loss"), **metrics}
 
 
 def teacher_batches(

@@ -18,7 +18,7 @@ from typing import Any
 
 import harness
 from switchlm.parallel.mesh import MeshConfig
-from switchlm.planning.layouts import GPUS, Cluster, Layout, candidates, plan, words
+from switchlm.planning.layouts import GPUS, Cluster, Layout, candidates, describe_mesh, plan
 from switchlm.planning.simulate import simulate
 from switchlm.recipes.config import RunConfig, run_config
 
@@ -37,7 +37,7 @@ def main() -> None:
     points = []
     for name, rows in MODELS.items():
         for size in SIZES:
-            point = judge(name, rows, size, not arguments.no_simulation)
+            point = best_layout(name, rows, size, not arguments.no_simulation)
             print({key: point[key] for key in ("model", "gpus", "layout", "seconds_to_plan")})
             points.append(point)
     text = page(points)
@@ -47,8 +47,8 @@ def main() -> None:
     plot(points, DOCS / "scaling.png")
 
 
-def judge(name: str, rows: int, size: int, simulates: bool) -> dict[str, Any]:
-    """Return the figures of the fastest layout of a model on so many GPUs."""
+def best_layout(name: str, rows: int, size: int, simulates: bool) -> dict[str, Any]:
+    """Return the metrics of the fastest layout of a model on `size` GPUs."""
     started = time.perf_counter()
     cluster = Cluster(gpu=GPUS[GPU], nodes=size // 8, gpus_per_node=8)
     config = run_config(
@@ -63,7 +63,7 @@ def judge(name: str, rows: int, size: int, simulates: bool) -> dict[str, Any]:
     point: dict[str, Any] = {"model": name, "gpus": size, "rows": rows, "layout": None}
     point["reason"] = found.reason
     if found.layouts:
-        point |= figures(found.layouts[0])
+        point |= metrics(found.layouts[0])
         if simulates:
             point |= simulated(config, found.layouts[0], size)
     point["seconds_to_plan"] = round(time.perf_counter() - started, 1)
@@ -77,12 +77,12 @@ def meshes(cluster: Cluster) -> Iterator[MeshConfig]:
             yield mesh
 
 
-def figures(best: Layout) -> dict[str, Any]:
-    """Return what is told of a layout."""
+def metrics(best: Layout) -> dict[str, Any]:
+    """Return the reported metrics of a layout."""
     return {
-        "layout": words(best.mesh),
-        "memory": best.took.peak.total,
-        "sent": sum(calls * one.sent for one, calls in best.took.traffic.items()),
+        "layout": describe_mesh(best.mesh),
+        "memory": best.estimate.peak.total,
+        "sent": sum(calls * one.sent for one, calls in best.estimate.traffic.items()),
         "flops": best.flops,
         "seconds": best.times.step,
         "parts": best.times.parts,
@@ -95,12 +95,12 @@ def simulated(config: RunConfig, best: Layout, size: int) -> dict[str, Any]:
     step = simulate(dataclasses.replace(config, mesh=best.mesh), size)
     return {
         "simulated_memory": step.peak.total,
-        "same_traffic": Counter(step.collectives) == best.took.traffic,
+        "same_traffic": Counter(step.collectives) == best.estimate.traffic,
     }
 
 
 def page(points: list[dict[str, Any]]) -> str:
-    """Return the page: assumptions, and a table a model."""
+    """Return the page: assumptions, and one table per model."""
     gpu = GPUS[GPU]
     lines = [
         "# How the models scale, on paper",
@@ -116,12 +116,12 @@ def page(points: list[dict[str, Any]]) -> str:
         f"{gpu.tensor_flops / 1e12:.0f} TFLOP/s in bfloat16 at 50% utilisation "
         "(a hope: one H100 reached 9% and 6% so far),",
         f"{gpu.memory_bandwidth / 1e12} TB/s of memory, {gpu.link / 1e9:.0f} GB/s within a node",
-        "of 8, 50 GB/s a GPU between nodes, 10 us a round of a collective and 0.2 us a peer of an",
-        "all-to-all; no congestion, no stragglers, balanced experts. Gathering of weights and",
-        "sending of gradients hide behind compute as far as that lasts; all-to-alls and sums over",
-        "the tensor axis hide behind nothing. Selective precision, AdamW in float32, rows of 512",
+        "of 8, 50 GB/s per GPU between nodes, 10 us per round of a collective and 0.2 us per peer",
+        "of an all-to-all; no congestion, no stragglers, balanced experts. Gathering weights and",
+        "reducing gradients overlap with compute; all-to-alls and sums over",
+        "the tensor axis do not. Selective precision, AdamW in float32, rows of 512",
         "inputs and 114 targets; activation checkpointing for XXL. Meshes with one replica, expert",
-        "x tensor of at least 8 and tensor of at most 2 are compared. `efficiency` is tokens a",
+        "x tensor of at least 8 and tensor of at most 2 are compared. `efficiency` is tokens per",
         "second per GPU against the first size that fits.",
         "",
     ]

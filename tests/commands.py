@@ -1,4 +1,4 @@
-"""Run a program and all that it starts, for so long and no longer; nothing of it is left behind."""
+"""Run a program with a time limit, after which it and its descendants are killed."""
 
 import os
 import signal
@@ -21,9 +21,9 @@ def run(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Done:
-    """Return the status and what was printed; fail with where each process stands if it hangs.
+    """Return status and output; on a timeout fail with the stacks of all processes.
 
-    A hanging program's children may outlive it and hold its pipes, so that files are used instead.
+    Output goes to files, since children may outlive a hanging program and keep its pipes open.
     env: instead of this process's environment.
     """
     environment = {**(os.environ if env is None else env), "PYTHONFAULTHANDLER": "1"}
@@ -45,10 +45,10 @@ def text_file() -> IO[str]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and its descendants; Python's print on SIGABRT what each thread does."""
-    family = [process.pid, *descendants(process.pid)]
+    """Kill a process and its descendants; Python prints its stacks on SIGABRT."""
+    processes = [process.pid, *descendants(process.pid)]
     for number in (signal.SIGABRT, signal.SIGKILL):
-        for pid in reversed(family):
+        for pid in reversed(processes):
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
@@ -58,7 +58,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def descendants(pid: int) -> Iterator[int]:
-    """Yield the processes that a process and its descendants started (of Linux alone)."""
+    """Yield the processes that a process and its descendants started (on Linux)."""
     for children in Path("/proc", str(pid), "task").glob("*/children"):
         try:
             found = [int(child) for child in children.read_text().split()]

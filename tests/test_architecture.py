@@ -1,4 +1,4 @@
-"""The rules of docs/design.md, read off the syntax tree of every file: imports only go down."""
+"""The rules of docs/design.md, checked on the syntax tree of every file."""
 
 import ast
 import re
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "switchlm"
 DESIGN = ROOT / "docs" / "design.md"
 
-# From the bottom; packages of one layer do not know each other, single files of layer 0 may.
+# From the bottom; packages of one layer do not import each other, except files of layer 0.
 LAYERS = [
     {"errors", "config", "files", "_torch"},
     {"kernels", "data"},
@@ -73,7 +73,7 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
 
 
 def violations(*forbidden: str, outside: tuple[str, ...] = ()) -> list[str]:
-    """Return where a forbidden function is called, but for modules that start with `outside`."""
+    """Return the calls of forbidden functions, except in modules that start with `outside`."""
     return [
         f"{name}:{node.lineno} calls {called}"
         for name, tree in TREES.items()
@@ -122,7 +122,7 @@ def test_switchlm_itself_is_imported_for_its_version_only() -> None:
                 assert all(alias.name != "switchlm" for alias in node.names), name
 
 
-def test_no_module_imports_itself_by_a_detour() -> None:
+def test_there_are_no_import_cycles() -> None:
     graph = {name: own_imports(name) for name in INSIDE}
     try:
         TopologicalSorter(graph).prepare()
@@ -130,14 +130,14 @@ def test_no_module_imports_itself_by_a_detour() -> None:
         pytest.fail(" -> ".join(error.args[1]))
 
 
-def test_the_model_knows_nothing_of_processes() -> None:
+def test_the_model_does_not_import_torch_distributed() -> None:
     for name in INSIDE:
         if package_of(name) in ("model", "kernels"):
             found = [i for i in imports(TREES[name]) if i.startswith("torch.distributed")]
             assert not found, f"{name} imports {found}"
 
 
-def test_what_is_private_of_pytorch_is_used_in_one_file() -> None:
+def test_private_functions_of_pytorch_are_used_in_one_file() -> None:
     private = re.compile(r"torch\b[\w.]*\._[a-z]")
     found = [
         f"{name}:{node.lineno}"
@@ -165,7 +165,7 @@ def test_only_the_command_line_prints_or_exits() -> None:
     assert not [f for f in found if not f.startswith("switchlm.__main__")]
 
 
-def test_nothing_but_the_launch_reads_the_environment() -> None:
+def test_only_the_launch_reads_the_environment() -> None:
     found = [
         f"{name}:{node.lineno}"
         for name, tree in TREES.items()
@@ -180,7 +180,7 @@ def test_nothing_but_the_launch_reads_the_environment() -> None:
     assert not found
 
 
-def test_nothing_runs_what_it_reads() -> None:
+def test_nothing_executes_data() -> None:
     found = violations(
         "eval", "exec", "compile", "__import__",
         "pickle.load", "pickle.loads", "pickle.Unpickler", "pickle.dump", "pickle.dumps",
@@ -206,7 +206,7 @@ def test_no_error_is_caught_blindly() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.ExceptHandler)
         and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException"))
-        # To clean up and raise again, to say it in our own words, or to hand it on is not blind.
+        # Raising again, raising another error, or passing the error on is not blind.
         and not any(isinstance(inner, ast.Raise) for inner in node.body)
         and not any(
             isinstance(inner, ast.Name) and inner.id == node.name for inner in ast.walk(node)
@@ -223,7 +223,7 @@ def test_files_are_no_longer_than_450_lines() -> None:
     assert not {path: count for path, count in lines.items() if count > 450}
 
 
-def test_every_module_says_what_it_is_for() -> None:
+def test_every_module_has_a_docstring() -> None:
     assert not [name for name, tree in TREES.items() if not ast.get_docstring(tree)]
 
 

@@ -40,7 +40,7 @@ class Outer:
 
 numbers = st.integers(-(10**12), 10**12)
 floats = st.floats(allow_nan=False, allow_infinity=False)
-words = st.text(max_size=12)
+texts = st.text(max_size=12)
 inners = st.builds(
     Inner,
     size=st.integers(0, 10**6),
@@ -49,10 +49,10 @@ inners = st.builds(
 )
 outers = st.builds(
     Outer,
-    name=words,
+    name=texts,
     flag=st.booleans(),
     steps=numbers,
-    names=st.lists(words, max_size=3).map(tuple),
+    names=st.lists(texts, max_size=3).map(tuple),
     weights=st.lists(floats, max_size=3).map(tuple),
     table=st.dictionaries(st.text("abc", min_size=1, max_size=3), numbers, max_size=3),
     either=numbers,
@@ -113,7 +113,7 @@ def test_an_instance_in_a_mapping_stays() -> None:
         ([1], r"The configuration must be a mapping, got \[1\]"),
     ],
 )
-def test_a_mistake_names_the_key_and_the_value(values: Any, message: str) -> None:
+def test_an_error_names_the_key_and_the_value(values: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_mapping(Outer, values)
 
@@ -183,7 +183,7 @@ def test_reading_yaml(tmp_path: Path) -> None:
         (b"[1, 2]", r"must be a mapping of sections"),
     ],
 )
-def test_an_unreadable_file_is_a_mistake_with_its_name(
+def test_an_unreadable_file_is_an_error_with_its_name(
     tmp_path: Path, content: bytes | None, message: str
 ) -> None:
     path = tmp_path / "c.yaml"

@@ -4,17 +4,17 @@ from switchlm import errors
 from switchlm.errors import MissingExtraError, SwitchLMError, nearest
 
 
-def test_a_near_miss_is_named() -> None:
+def test_a_similar_name_is_suggested() -> None:
     known = ["capacity_factor", "d_model", "num_experts"]
     assert nearest("capacity_facto", known) == " Did you mean 'capacity_factor'?"
     assert nearest("num_expert", known) == " Did you mean 'num_experts'?"
 
 
-def test_without_a_near_miss_all_are_listed_in_order() -> None:
+def test_without_a_similar_name_all_are_listed_in_order() -> None:
     assert nearest("zzz", {"beta", "alpha"}) == " Known: alpha, beta."
 
 
-def test_a_missing_extra_names_the_command_that_mends_it() -> None:
+def test_a_missing_extra_names_the_command_to_install_it() -> None:
     error = MissingExtraError("pyarrow", "data", "Reading Parquet")
     assert str(error) == (
         "Reading Parquet needs the package 'pyarrow', which is not installed. "

@@ -16,7 +16,7 @@ def silent(line):
     pass
 
 
-def test_what_is_written_appears_whole(tmp_path):
+def test_a_file_appears_when_it_is_complete(tmp_path):
     with building(tmp_path / "folder" / "file", silent) as part:
         part.write_text("all of it")
         assert not (tmp_path / "folder" / "file").exists()
@@ -38,7 +38,7 @@ def test_a_failure_leaves_what_was_there(tmp_path):
     assert names(tmp_path) == ["file"]
 
 
-def test_leftovers_of_the_dead_are_removed(tmp_path):
+def test_leftovers_of_dead_processes_are_removed(tmp_path):
     (tmp_path / "file.part-dead").mkdir()
     (tmp_path / "other.part-dead").mkdir()
     with building(tmp_path / "file", silent):
@@ -54,7 +54,7 @@ def test_a_full_disk_is_a_clear_error(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_without_locks_whoever_renames_first_wins(tmp_path, monkeypatch):
+def test_without_locks_the_first_rename_wins(tmp_path, monkeypatch):
     def no_locks(file, operation):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
@@ -71,7 +71,7 @@ def test_without_locks_whoever_renames_first_wins(tmp_path, monkeypatch):
     assert names(tmp_path) == ["made"]
 
 
-def test_who_waits_is_told_so(tmp_path, monkeypatch):
+def test_a_waiting_process_reports_it(tmp_path, monkeypatch):
     lines = []
     real = fcntl.flock
 
@@ -86,8 +86,8 @@ def test_who_waits_is_told_so(tmp_path, monkeypatch):
     assert lines == ["Waiting for another process that prepares the same text."]
 
 
-def test_all_is_on_the_disk_once_it_has_its_name(tmp_path, monkeypatch):
-    """Power may fail: the files and their names are synced, and the new name in its folder last."""
+def test_all_files_are_synced_before_the_rename(tmp_path, monkeypatch):
+    """Against a loss of power: first the files, then their folder, last the parent folder."""
     done = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(
@@ -102,7 +102,7 @@ def test_all_is_on_the_disk_once_it_has_its_name(tmp_path, monkeypatch):
     assert done[2:] == [str(part), "renamed", str(tmp_path)]
 
 
-def test_a_new_folder_for_what_is_built_is_on_the_disk_too(tmp_path, monkeypatch):
+def test_a_new_parent_folder_is_synced_too(tmp_path, monkeypatch):
     synced = []
     fsync = os.fsync
     monkeypatch.setattr(

@@ -1,7 +1,7 @@
-"""Folders that an older version wrote resume, load and give the figures they gave.
+"""Folders of an older version load and resume, with the same results.
 
-A run that had stopped after 3 of its 6 steps, the model it ended with, and that model with codes of
-8 and of 4 bits; expected.json has what that version found.
+A run that was stopped after 3 of its 6 steps, its model, and that model quantised to 8 and 4 bits;
+expected.json has the results of that version.
 """
 
 import json
@@ -20,7 +20,7 @@ EXPECTED = json.loads((FOLDERS / "expected.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", ["model", "int8", "int4"])
-def test_a_model_folder_gives_the_logits_it_gave(name: str) -> None:
+def test_a_model_folder_gives_the_same_logits(name: str) -> None:
     model, _ = switchlm.load(str(FOLDERS / name))
     inputs_BS, targets_BT = torch.arange(70, 90)[None], torch.tensor([[0, 100, 101, 102]])
     with torch.no_grad():
@@ -29,7 +29,7 @@ def test_a_model_folder_gives_the_logits_it_gave(name: str) -> None:
     torch.testing.assert_close(logits_BTV[0, -1, 65:97], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_run_goes_on_as_it_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_with_its_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(FOLDERS, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["pretrain", "--out", "run", "--resume"])

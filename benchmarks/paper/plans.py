@@ -20,7 +20,7 @@ from switchlm.evaluation.tasks import score_task
 from switchlm.huggingface.load import load
 from switchlm.model import count
 from switchlm.recipes.compare import configure
-from switchlm.recipes.config import RunConfig, put_over, run_config, to_sections
+from switchlm.recipes.config import RunConfig, merge_sections, run_config, to_sections
 from switchlm.recipes.distill import distill
 from switchlm.recipes.distill_config import configure as configure_distillation
 from switchlm.recipes.finetune import finetune
@@ -104,7 +104,7 @@ class Finetuning:
         """Return the sections `model`, `training` and `finetune`, and how it is scored."""
         scale = read_yaml(HERE / "tasks.yaml")
         own = scale["tasks"][self.task]
-        values = put_over(to_mapping(scale["common"]), own)
+        values = merge_sections(to_mapping(scale["common"]), own)
         values = override(values, [*self.overrides, f"training.seed={seed}"])
         training = values["training"]
         training["steps"] = place.steps(training["steps"])

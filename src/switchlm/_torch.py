@@ -1,6 +1,6 @@
-"""Everything private of PyTorch that this package uses: what for, and what it stands in for.
+"""All private functions of PyTorch that this package uses.
 
-Such names may change with any release; pyproject.toml bounds the releases that are tried.
+They may change with any release; pyproject.toml limits the releases to those that were tried.
 """
 
 from typing import Any
@@ -11,17 +11,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-# Tensors with shapes but no numbers, and modes that see every operator: simulated steps.
+# For simulated steps: tensors with shapes but no values, and modes that see every operator.
 __all__ = ["FakeTensor", "FakeTensorMode", "TorchDispatchMode", "tree_iter"]
 
 
-def is_watched() -> bool:
-    """Whether a mode sees every operator here, such as a FLOP counter: no kernel may bypass it."""
+def has_dispatch_mode() -> bool:
+    """Whether a dispatch mode is active, such as a FLOP counter, which kernels must not bypass."""
     return bool(torch._C._len_torch_dispatch_stack())
 
 
 def is_transformed() -> bool:
-    """Whether functions are transformed here (vmap, forward gradients), as no kernel can be."""
+    """Whether vmap or forward-mode gradients are active, which kernels do not support."""
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
@@ -29,14 +29,14 @@ def is_transformed() -> bool:
 
 
 def active_fake_mode() -> FakeTensorMode | None:
-    """Return the fake mode in which operators run here, if any."""
+    """Return the active fake tensor mode, if any."""
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     assert mode is None or isinstance(mode, FakeTensorMode)
     return mode
 
 
 def start_fake_job(num_processes: int) -> None:
-    """Be process 0 of a job whose collectives return at once and move nothing."""
+    """Become process 0 of a job whose collectives return at once and send nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group(
@@ -44,15 +44,15 @@ def start_fake_job(num_processes: int) -> None:
     )
 
 
-def forget_sharding() -> None:
-    """Drop what DTensor remembers of operators: it holds the groups of the job that was."""
+def clear_sharding_cache() -> None:
+    """Clear DTensor's cache of operators, which refers to the groups of an earlier job."""
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     _clear_sharding_prop_cache()
 
 
 def local_shape_and_offset(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return shape and offset of the part of a tensor that this process holds, which may be all."""
+    """Return the shape and the offset of this process's shard, which may be the full tensor."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -65,12 +65,12 @@ def local_shape_and_offset(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...
 
 
 def flatten(mesh: Any, name: str) -> Any:
-    """Return the axes of a DeviceMesh as a single one of that name."""
+    """Return the axes of a DeviceMesh flattened into one of that name."""
     return mesh._flatten(name)
 
 
 def all_to_all(x_RD: Tensor, received: list[int], sent: list[int], group: Any) -> Tensor:
-    """Send rows to every process of a group, with gradients; the public one has none."""
+    """All-to-all of rows, with gradients, which the public function lacks."""
     from torch.distributed._functional_collectives import all_to_all_single_autograd
 
     rows: Tensor = all_to_all_single_autograd(x_RD, received, sent, group)
@@ -78,12 +78,12 @@ def all_to_all(x_RD: Tensor, received: list[int], sent: list[int], group: Any) -
 
 
 def group_of_name(name: str) -> Any:
-    """Return the process group that functional collectives know by this name."""
+    """Return the process group of that name in functional collectives."""
     return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def norms(tensors: list[Tensor]) -> list[Tensor]:
-    """Return the Euclidean norm of each tensor, by few kernels."""
+    """Return the Euclidean norm of each tensor, with few kernel launches."""
     return list(torch._foreach_norm(tensors))
 
 
@@ -97,8 +97,8 @@ def int4_matmul(x_RK: Tensor, codes: Tensor, group_size: int, scale_GN2: Tensor)
     return torch._weight_int4pack_mm_for_cpu(x_RK, codes, group_size, scale_GN2)
 
 
-def multiplies_quickly(dtype: torch.dtype) -> bool:
-    """Whether this processor has instructions for products in bfloat16 or float16."""
+def has_fast_matmul(dtype: torch.dtype) -> bool:
+    """Whether this processor has matmul instructions for bfloat16 or float16."""
     names = {
         torch.bfloat16: "_is_mkldnn_bf16_supported",
         torch.float16: "_is_mkldnn_fp16_supported",

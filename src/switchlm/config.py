@@ -1,7 +1,7 @@
-"""Configuration as frozen dataclasses: YAML in and out, dotted overrides, errors that teach.
+"""Configuration as frozen dataclasses: YAML, dotted overrides, errors with suggestions.
 
-Every package defines its own section as a frozen, keyword-only dataclass; this module turns nested
-mappings into them and back. A field's type may be a scalar, an optional (`X | None`), a `Literal`,
+Every package defines its section as a frozen, keyword-only dataclass; this module converts nested
+mappings to them and back. A field's type may be a scalar, an optional (`X | None`), a `Literal`,
 a tuple, a mapping or another such dataclass. A `__post_init__` may raise `ConfigError` for ranges.
 """
 
@@ -18,14 +18,14 @@ from switchlm.errors import ConfigError, nearest
 
 Section = TypeVar("Section")
 
-# What yaml.safe_load raises: impossible dates and bad UTF-8 are plain ValueErrors.
+# Errors of yaml.safe_load; impossible dates and bad UTF-8 are plain ValueErrors.
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
 
 
 def from_mapping(cls: type[Section], values: Mapping[str, Any], path: str = "") -> Section:
     """Build the dataclass `cls` from nested mappings.
 
-    Raises ConfigError for an unknown key (naming the near miss), a missing one, or a wrong type.
+    Raises ConfigError for an unknown key (with a suggestion), a missing one, or a wrong type.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path or 'The configuration'} must be a mapping, got {values!r}.")
@@ -58,7 +58,7 @@ def to_mapping(value: Any) -> Any:
 def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """Return `values` with dotted assignments such as `training.steps=100` applied.
 
-    The right-hand side is read as YAML, so `null`, `true`, `[1, 2]` and `1e-3` mean what they say.
+    The right-hand side is YAML, such as `null`, `true`, `[1, 2]` and `1e-3`.
     """
     result: dict[str, Any] = to_mapping(values)
     for assignment in assignments:
@@ -134,7 +134,7 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
     if kind in (int, float):
         if kind is int and type(value) is int:
             return value
-        # YAML 1.1 reads 1e-3 as a string: accept what Python calls a number.
+        # YAML 1.1 reads 1e-3 as a string: accept what Python parses as a number.
         try:
             number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):

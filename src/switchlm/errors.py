@@ -1,7 +1,7 @@
-"""The project's own errors: what is wrong, the value, what to do. The bottom layer.
+"""The package's errors. A message says what is wrong, the value, and what to do.
 
-Every mistake of a user's reaches them as a `UserError` with a message of one paragraph. The command
-line prints it without a traceback and exits with status 2.
+A `UserError` has a message of one paragraph, which the command line prints without a traceback
+before it exits with status 2.
 """
 
 from collections.abc import Iterable
@@ -11,11 +11,11 @@ from typing import Any
 
 
 class SwitchLMError(Exception):
-    """The root of all errors that this package raises on purpose."""
+    """The base of all errors of this package."""
 
 
 class UserError(SwitchLMError):
-    """A mistake that the user can mend: bad configuration, bad input, a missing file."""
+    """A mistake that the user can correct: bad configuration, bad input, a missing file."""
 
 
 class ConfigError(UserError):
@@ -31,7 +31,7 @@ class CheckpointError(UserError):
 
 
 class LaunchError(UserError):
-    """Processes that were started, but do not make up one job."""
+    """Started processes that do not form one job."""
 
 
 class LostRankError(SwitchLMError):
@@ -39,11 +39,11 @@ class LostRankError(SwitchLMError):
 
 
 class WorkerError(SwitchLMError):
-    """A process that this one started ended before its time."""
+    """A child process ended too early."""
 
 
 class MissingExtraError(UserError):
-    """An optional dependency is not installed; the message names the extra that brings it."""
+    """An optional dependency is not installed; the message names the extra to install."""
 
     def __init__(self, module: str, extra: str, purpose: str) -> None:
         super().__init__(
@@ -53,7 +53,7 @@ class MissingExtraError(UserError):
 
 
 def require(module: str, extra: str, purpose: str) -> Any:
-    """Import and return an optional module; MissingExtraError names the extra that brings it."""
+    """Import and return an optional module; raises MissingExtraError if it is not installed."""
     try:
         return import_module(module)
     except ImportError:

@@ -1,8 +1,8 @@
-"""Atomic, durable files and folders: readers, and a crash, see the old content or the new.
+"""Atomic, durable files and folders: readers see the old content or the new, after a crash too.
 
-A file survives a loss of power once its content and the folder that names it are both synced; a
-rename once the folder is. What returns from here is on the disk. `building` adds a lock, for what
-several processes would prepare alike, such as a token cache: one builds it, the others wait.
+A file survives a loss of power once its content and its folder are synced, a rename once the folder
+is; these functions return after that. `building` adds a lock for files that several processes
+need, such as a token cache: one process builds it, the others wait.
 """
 
 import errno
@@ -19,11 +19,11 @@ from switchlm.errors import DataError
 
 Report = Callable[[str], None]
 
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what some network file systems answer
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # on some network file systems
 
 
 def sync(path: Path) -> None:
-    """Force a file's content, or a folder's entries (made, renamed, deleted), to the disk."""
+    """Flush a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -32,14 +32,14 @@ def sync(path: Path) -> None:
 
 
 def _sync_all(path: Path) -> None:
-    """Force a file, or a folder and the files in it, to the disk."""
+    """Flush a file, or a folder and the files in it, to disk."""
     for inside in path.iterdir() if path.is_dir() else ():
         sync(inside)
     sync(path)
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents, durably; one that exists is fine."""
+    """Make a folder and its parents durably, if they do not exist."""
     missing = []
     while not path.is_dir():
         missing.append(path)
@@ -50,7 +50,7 @@ def make_folder(path: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a whole file in one step: a reader, or a crash, sees the old content or the new."""
+    """Write a file atomically and durably."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.write_bytes(content)
@@ -63,7 +63,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty hidden folder, which takes the place of `folder` when the body ends well."""
+    """Yield an empty hidden folder, which replaces `folder` if the body raises no error."""
     partial = hidden_folder(folder)
     try:
         yield partial
@@ -79,7 +79,7 @@ def hidden_folder(folder: Path) -> Path:
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
-    """Sync a folder with all its files, and put it in the place of another, which is deleted."""
+    """Sync a folder with all its files, and replace another by it."""
     partial.chmod(0o755)
     _sync_all(partial)
     old = None
@@ -93,13 +93,13 @@ def replace_folder(partial: Path, folder: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder with all it holds; one that is gone is fine."""
+    """Delete a folder with its content, if it exists."""
     if path.exists():
         shutil.rmtree(path)
 
 
 def process_lives(pid: int) -> bool:
-    """Whether a process of this machine has the number `pid`."""
+    """Whether a process with this id runs on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -111,18 +111,17 @@ def process_lives(pid: int) -> bool:
 
 @contextmanager
 def building(final: Path, report: Report) -> Iterator[Path]:
-    """Yield a path to write a file or folder to; when the body ends well, it becomes `final`.
+    """Yield a path to write a file or folder to, which is renamed to `final` if the body succeeds.
 
-    It is then on the disk with all it holds. The body first looks whether another process has made
-    `final` meanwhile, and then writes nothing. A lock keeps others waiting rather than doing the
-    same work; where the file system has none, whoever renames first wins. Raises DataError where
-    the disk does not let it.
+    The body must first check whether another process has built `final`, and then write nothing. A
+    lock makes other processes wait; on a file system without locks the first rename wins. Raises
+    DataError if the folder cannot be written to.
     """
     try:
         make_folder(final.parent)
         with (final.parent / f"{final.name}.lock").open("w") as lock:
-            alone = _lock(lock, report)
-            if alone:  # then what is unfinished was left by a process that died
+            locked = _lock(lock, report)
+            if locked:  # then unfinished files are those of a process that died
                 for leftover in final.parent.glob(f"{final.name}.part-*"):
                     _remove(leftover)
             part = final.parent / f"{final.name}.part-{secrets.token_hex(4)}"
@@ -137,13 +136,13 @@ def building(final: Path, report: Report) -> Iterator[Path]:
     except OSError as error:
         raise DataError(
             f"Cannot write the cache in {str(final.parent)!r}: {error}. Point the cache at a "
-            "folder with room that you may write to."
+            "folder that you may write to, with free space."
         ) from None
 
 
 def _lock(file: IO[str], report: Report) -> bool:
-    """Wait for the lock, which the system frees if its holder dies; False if there are no locks."""
-    import fcntl  # not on every system that can still read what was built
+    """Wait for the lock, which is freed if its process dies; False if there are no locks."""
+    import fcntl  # not on every system that can read the built files
 
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -158,7 +157,7 @@ def _lock(file: IO[str], report: Report) -> bool:
 
 
 def _rename(part: Path, final: Path) -> None:
-    """Put `part` in the place of `final`; a folder already there was made by another process."""
+    """Rename `part` to `final`, unless another process has already built that folder."""
     try:
         os.replace(part, final)
     except OSError as error:

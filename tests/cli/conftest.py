@@ -30,7 +30,7 @@ def text_file(tmp_path):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Run a command line in this process, its caches in a folder of the test's own."""
+    """Run a command line in this process, with caches in a folder of the test."""
     monkeypatch.setenv("HOME", str(tmp_path))
 
     def run(*arguments, **options):
@@ -53,7 +53,7 @@ def run_json(run):
 
 @pytest.fixture
 def refuse(run):
-    """Run a command line that the user has to mend; return the paragraph that says so."""
+    """Run a command line with a mistake; return the error message."""
 
     def refuse(*arguments, **options):
         result = run(*arguments, **options)

@@ -1,4 +1,4 @@
-"""switchlm compare, on a small text of the test's own."""
+"""switchlm compare on a small text."""
 
 import json
 import random
@@ -32,7 +32,7 @@ def invoke(*arguments):
     return CliRunner().invoke(app, ["compare", *map(str, arguments)])
 
 
-def test_both_runs_are_on_disk_and_the_result_is_whole(tmp_path, text):
+def test_both_runs_and_the_result_are_on_disk(tmp_path, text):
     out = tmp_path / "race"
     result = invoke("--out", out, "--data", text, *SMALL, "--json")
     assert result.exit_code == 0, result.output
@@ -107,6 +107,6 @@ def test_durations(text, seconds):
 
 
 @pytest.mark.parametrize("text", ["", "m", "-3s", "soon", "0", "infm", "nan"])
-def test_what_is_no_duration_is_refused(text):
+def test_invalid_durations_are_errors(text):
     with pytest.raises(ConfigError, match="duration"):
         parse_duration(text)

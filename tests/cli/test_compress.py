@@ -26,7 +26,7 @@ def compressed(run, nano, tmp_path):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("what", ["experts", "all"])
-def test_every_verb_takes_the_quantised_model(run, run_json, compressed, text_file, bits, what):
+def test_every_command_takes_the_quantised_model(run, run_json, compressed, text_file, bits, what):
     out = compressed("--bits", bits, "--what", what)
     assert run("generate", "--model", out, "a <extra_id_0> b").exit_code == 0
     sizes = run_json("inspect", "--model", out)
@@ -44,7 +44,7 @@ def test_the_loss_stays_close(run_json, compressed, nano, text_file):
     assert abs(before - after) < 0.02
 
 
-def test_sizes_are_told(run_json, nano, tmp_path):
+def test_sizes_are_reported(run_json, nano, tmp_path):
     out = tmp_path / "c"
     found = run_json("compress", "--model", nano, "--bits", 8, "--what", "all", "--out", out)
     before, after = (step["bytes"] for step in found["steps"])
@@ -60,7 +60,7 @@ def test_transformers_refuses_it(compressed):
         )
 
 
-def test_what_needs_float_weights_says_so(refuse, compressed, text_file, tmp_path):
+def test_commands_that_need_float_weights_are_errors(refuse, compressed, text_file, tmp_path):
     out = compressed("--bits", 4)
     again = refuse("compress", "--model", out, "--bits", 8, "--out", tmp_path / "x")
     assert "quantised to 4 bits" in again
@@ -76,7 +76,7 @@ def test_what_needs_float_weights_says_so(refuse, compressed, text_file, tmp_pat
         switchlm.save(model, tokenizer, tmp_path / "x")
 
 
-@pytest.mark.parametrize(("options", "words"), [
+@pytest.mark.parametrize(("options", "message"), [
     (("--bits", "5"), "--bits is 5"),
     (("--bits", "4", "--group-size", "48"), "The group size is 48"),
     ((), "nothing to do"),
@@ -86,9 +86,9 @@ def test_what_needs_float_weights_says_so(refuse, compressed, text_file, tmp_pat
     (("--keep-experts", "2", "--merge-experts", "2"), "of the 2 experts"),
     (("--keep-experts", "2"), "There is no text"),
 ])  # fmt: skip
-def test_impossible_options_are_refused(refuse, nano, tmp_path, options, words):
+def test_impossible_options_are_refused(refuse, nano, tmp_path, options, message):
     out = tmp_path / "x"
-    assert words in refuse("compress", "--model", nano, "--out", out, *options)
+    assert message in refuse("compress", "--model", nano, "--out", out, *options)
     assert not out.exists()
 
 
@@ -106,7 +106,7 @@ def texts(tmp_path):
 SHORT = ("--batches", 2, "--batch-size", 4, "--input-length", 64)
 
 
-def test_calibration_is_told_beside_rounding(run, run_json, nano, texts, tmp_path):
+def test_calibration_is_reported_beside_rounding(run, run_json, nano, texts, tmp_path):
     command = ("compress", "--model", nano, "--data", texts, *SHORT, "--bits", 4, "--calibrate")
     found = run_json(*command, "--out", tmp_path / "q")
     assert [step["step"] for step in found["steps"]] == [
@@ -130,7 +130,7 @@ def test_a_single_document_is_measured_on_with_a_warning(run, nano, text_file, t
 def test_fine_tuned_pruned_merged_and_quantised_it_still_generates(
     run, run_json, nano, texts, tmp_path
 ):
-    """The whole chain: each step's output is the next one's model."""
+    """Each step's output is the next one's model."""
     task = tmp_path / "task"
     task.mkdir()
     for split in ("train", "validation"):
@@ -139,7 +139,7 @@ def test_fine_tuned_pruned_merged_and_quantised_it_still_generates(
         )
         (task / f"{split}.jsonl").write_text("\n".join(rows))
     steps = ("training.steps=2", "training.evaluate_every=2", "training.checkpoint_every=2")
-    settings = [word for step in steps for word in ("--set", step)]
+    settings = [part for step in steps for part in ("--set", step)]
     lengths = ("--set", "finetune.input_length=32", "--set", "finetune.target_length=8")
     tuned = tmp_path / "tuned"
     result = run("finetune", "--model", nano, "--task", task, "--out", tuned, *settings, *lengths)

@@ -23,7 +23,7 @@ def test_the_copy_has_the_same_weights_and_tokenizer(run_json, nano, tmp_path):
     transformers.SwitchTransformersForConditionalGeneration.from_pretrained(out)
 
 
-def test_adapters_are_melted_in(run, refuse, nano, tmp_path):
+def test_adapters_are_merged(run, refuse, nano, tmp_path):
     model, _ = load.load(nano)
     lora.apply(model, 2, 4.0)
     with torch.no_grad():
@@ -31,17 +31,17 @@ def test_adapters_are_melted_in(run, refuse, nano, tmp_path):
             pair.normal_()
     save_adapters(model, AdapterConfig(rank=2, alpha=4.0), tmp_path / "adapters")
     command = ("convert", "--model", nano, "--adapters", tmp_path / "adapters", "--out")
-    assert run(*command, tmp_path / "whole").exit_code == 0
-    whole = load.load(tmp_path / "whole")[0].state_dict()
+    assert run(*command, tmp_path / "full").exit_code == 0
+    full = load.load(tmp_path / "full")[0].state_dict()
     expected = lora.merged(model).state_dict()
-    assert all(torch.equal(whole[name], expected[name]) for name in expected)
+    assert all(torch.equal(full[name], expected[name]) for name in expected)
     assert run(*command, tmp_path / "half", "--dtype", "bfloat16").exit_code == 0
     half = load.load(tmp_path / "half")[0].state_dict()
     assert all(torch.equal(half[name], expected[name].bfloat16()) for name in expected)
     assert "There are no adapters in" in refuse(*command[:4], nano, *command[5:], tmp_path / "x")
 
 
-def test_numbers_may_take_less_memory(run, nano, tmp_path):
+def test_weights_are_cast(run, nano, tmp_path):
     result = run("convert", "--model", nano, "--out", tmp_path / "half", "--dtype", "bfloat16")
     assert result.exit_code == 0
     model, _ = load.load(tmp_path / "half")
@@ -71,7 +71,7 @@ def test_native_keeps_everything(run, gated, tmp_path):
     assert load.load(tmp_path / "x")[0].config.gated
 
 
-def test_other_files_of_the_user_s_are_not_replaced(refuse, nano, tmp_path):
+def test_other_files_of_the_user_are_not_replaced(refuse, nano, tmp_path):
     tmp_path.joinpath("thesis.tex").write_text("years of work")
     assert "thesis.tex" in refuse("convert", "--model", nano, "--out", tmp_path)
     assert tmp_path.joinpath("thesis.tex").read_text() == "years of work"

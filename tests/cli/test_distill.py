@@ -1,4 +1,4 @@
-"""switchlm distill and pretrain --init-from, as typed; each mistake is one paragraph."""
+"""switchlm distill and pretrain --init-from; each mistake is one paragraph."""
 
 import dataclasses
 import json
@@ -41,19 +41,19 @@ def model_folder(folder, config, tokenizer):
 
 
 @pytest.fixture
-def stranger(tmp_path):
+def other_vocabulary(tmp_path):
     """A dense model of another vocabulary, of the same size."""
     tokenizer = Tokenizer.bytes(99)
     assert tokenizer.vocabulary_size == preset("dense-nano").vocabulary_size
-    return model_folder(tmp_path / "stranger", preset("dense-nano"), tokenizer)
+    return model_folder(tmp_path / "other", preset("dense-nano"), tokenizer)
 
 
-def test_the_run_ends_with_the_line_of_the_paper(run, arguments, tmp_path):
+def test_the_run_ends_with_the_result_of_the_paper(run, arguments, tmp_path):
     result = run(*arguments, "--baseline", "9.5", "--cache-logits", tmp_path / "logits")
     assert result.exit_code == 0, result.output
-    words = " ".join(result.output.split())
-    assert "nats per target); compression" in words
-    assert "dense baseline 9.5000" in words
+    shown = " ".join(result.output.split())
+    assert "nats per target); compression" in shown
+    assert "dense baseline 9.5000" in shown
     assert '"top_k": 32' in (tmp_path / "logits" / "manifest.json").read_text()
     assert (tmp_path / "run" / "report.html").exists()
 
@@ -81,7 +81,7 @@ def test_resume_needs_nothing_but_the_folder(run, refuse, arguments, tmp_path):
     assert "--teacher is given with --resume" in refuse(*arguments, "--resume")
 
 
-def test_a_teacher_that_is_not_there(refuse, tmp_path):
+def test_a_missing_teacher(refuse, tmp_path):
     missing = tmp_path / "no-such-run"
     assert "no-such-run" in refuse("distill", "--teacher", missing, "--out", tmp_path / "run")
     (tmp_path / "empty").mkdir()
@@ -90,9 +90,9 @@ def test_a_teacher_that_is_not_there(refuse, tmp_path):
     assert "give one with --teacher" in refuse("distill", "--out", tmp_path / "run")
 
 
-def test_a_student_of_another_vocabulary(refuse, arguments, stranger, tmp_path):
-    message = refuse(*arguments, "--student", stranger)
-    assert f"The student {str(stranger)!r}" in message
+def test_a_student_of_another_vocabulary(refuse, arguments, other_vocabulary, tmp_path):
+    message = refuse(*arguments, "--student", other_vocabulary)
+    assert f"The student {str(other_vocabulary)!r}" in message
     assert "different vocabularies" in message
     small = dataclasses.replace(preset("dense-nano"), vocabulary_size=128)
     folder = model_folder(tmp_path / "small", small, Tokenizer.bytes())
@@ -102,7 +102,7 @@ def test_a_student_of_another_vocabulary(refuse, arguments, stranger, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_student_that_is_not_there(refuse, arguments):
+def test_a_missing_student(refuse, arguments):
     assert "Did you mean 'dense-nano'?" in refuse(*arguments, "--student", "dense-nana")
 
 
@@ -112,18 +112,18 @@ def test_a_student_of_another_width(refuse, arguments, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_baseline_of_another_vocabulary(refuse, arguments, stranger):
-    message = refuse(*arguments, "--baseline", stranger)
-    assert f"The baseline {str(stranger)!r}" in message
+def test_a_baseline_of_another_vocabulary(refuse, arguments, other_vocabulary):
+    message = refuse(*arguments, "--baseline", other_vocabulary)
+    assert f"The baseline {str(other_vocabulary)!r}" in message
     assert "different vocabularies" in message
 
 
 @pytest.mark.parametrize("loss", ["-1.5", "nan", "0"])
-def test_a_baseline_that_is_no_loss(refuse, arguments, loss):
+def test_a_baseline_that_is_not_a_loss(refuse, arguments, loss):
     assert "must be a loss above 0" in refuse(*arguments, "--baseline", loss)
 
 
-def test_more_words_than_there_are(refuse, arguments):
+def test_top_k_above_the_vocabulary(refuse, arguments):
     message = refuse(*arguments, "--top-k", 385)
     assert "top_k is 385" in message
     assert "only 384 tokens" in message
@@ -145,7 +145,7 @@ def test_a_cache_of_another_teacher_or_cut_short(run, refuse, arguments, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_another_tokenizer_than_the_teacher_s(refuse, arguments):
+def test_a_tokenizer_that_is_not_the_teachers(refuse, arguments):
     message = refuse(*arguments, "--set", "data.tokenizer=unigram")
     assert "data.tokenizer is 'unigram'" in message
     assert "the teacher" in message
@@ -165,7 +165,7 @@ def test_settings_out_of_range(refuse, arguments, setting, message):
     assert message in refuse(*arguments, "--set", setting)
 
 
-def test_both_weights_nothing(refuse, arguments):
+def test_both_weights_zero(refuse, arguments):
     zero = ["--set", "distillation.hard_weight=0", "--set", "distillation.soft_weight=0"]
     assert "are both 0" in refuse(*arguments, *zero)
 

@@ -17,7 +17,7 @@ def test_losses_by_source_add_up(run_json, nano, text_file):
     weighted = sum(part["loss"] * part["tokens"] for part in parts.values())
     assert weighted / result["tokens"] == pytest.approx(result["loss"])
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
-    assert 3 < result["loss"] < 30, "an untrained model knows nothing"
+    assert 3 < result["loss"] < 30, "of an untrained model"
 
 
 def test_the_table_shows_the_same(run, run_json, nano, text_file):
@@ -72,18 +72,18 @@ def test_runs_that_held_out_other_texts_do_not_compare(refuse, nano, tmp_path):
         (["--data", "{text}", "--input-length", "60000"], "3333 masked spans"),
     ],
 )
-def test_mistakes_are_told(refuse, nano, text_file, arguments, message):
+def test_mistakes_are_errors(refuse, nano, text_file, arguments, message):
     arguments = [argument.format(text=text_file) for argument in arguments]
     assert message in refuse("evaluate", "--model", nano, *arguments)
 
 
-def test_a_text_too_short_for_a_row_is_told(refuse, nano, tmp_path):
+def test_a_text_too_short_for_a_row_is_an_error(refuse, nano, tmp_path):
     tmp_path.joinpath("short.txt").write_text("Too short.")
     message = refuse("evaluate", "--model", nano, "--data", tmp_path / "short.txt")
     assert "less than one row" in message
 
 
-def test_damaged_weights_are_told(refuse, nano, tmp_path, text_file):
+def test_damaged_weights_are_an_error(refuse, nano, tmp_path, text_file):
     model, tokenizer = load.load(nano)
     model.embedding.weight.data[5] = float("nan")
     load.save(model, tokenizer, tmp_path / "bad")
@@ -92,7 +92,7 @@ def test_damaged_weights_are_told(refuse, nano, tmp_path, text_file):
 
 
 def test_a_run_on_tasks_is_measured_on_text_too(run_json, nano, text_file, tmp_path):
-    """Its configuration has sections that are of no concern here, and no text."""
+    """Its configuration has other sections, and no text."""
     shutil.copytree(nano, tmp_path / "tuned" / "model")
     (tmp_path / "tuned" / "config.yaml").write_text("finetune: {tasks: [sst2]}\n")
     options = ("--data", text_file, "--input-length", 64, "--batches", 1)
@@ -100,7 +100,7 @@ def test_a_run_on_tasks_is_measured_on_text_too(run_json, nano, text_file, tmp_p
     assert found["loss"] == run_json("evaluate", "--model", nano, *options)["loss"]
 
 
-def test_experts_may_stay_on_the_disk(run, run_json, nano, text_file):
+def test_experts_may_stay_on_disk(run, run_json, nano, text_file):
     line = ("evaluate", "--model", nano, "--data", text_file, *SHORT)
     assert "Experts on disk" in run(*line, "--expert-memory", "20kB").stderr
     found = run_json(*line, "--expert-memory", "20kB")

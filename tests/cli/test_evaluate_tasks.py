@@ -41,14 +41,14 @@ def data(tmp_path):
 SHORT = ("--max-new-tokens", 3, "--batch-size", 2)
 
 
-def test_a_task_is_scored_and_its_answers_written(run_json, nano, data, tmp_path):
-    answers = tmp_path / "answers.jsonl"
+def test_a_task_is_scored_and_its_predictions_written(run_json, nano, data, tmp_path):
+    predictions = tmp_path / "predictions.jsonl"
     line = ("evaluate", "--model", nano, "--task", "sst2", "--data", data)
-    result = run_json(*line, "--rank-labels", "--predictions", answers)
+    result = run_json(*line, "--rank-labels", "--predictions", predictions)
     assert result["model"] == nano
     found = result["tasks"]["sst2"]
     assert found["examples"] == 5
-    written = [json.loads(text) for text in answers.read_text("utf-8").splitlines()]
+    written = [json.loads(text) for text in predictions.read_text("utf-8").splitlines()]
     assert [one["input"] for one in written] == [f"sst2 sentence: {text}" for text, _ in SENTENCES]
     assert all(one["references"] == [one["target"]] for one in written)
     right = [one["prediction"] == one["target"] for one in written]
@@ -100,7 +100,7 @@ def test_a_loss_has_an_interval(run_json, nano, text_file):
     assert result["sources"]["story"]["interval"] == result["interval"]
 
 
-def test_a_file_of_ones_own_is_scored_whole_and_limited(run, run_json, nano, tmp_path):
+def test_your_own_file_is_scored_in_full_or_limited(run, run_json, nano, tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text("question,answer\n" + "".join(f"{n} + {n},{2 * n}\n" for n in range(40)))
     line = ("evaluate", "--model", nano, "--task", path, "--input-column", "question",
@@ -111,10 +111,10 @@ def test_a_file_of_ones_own_is_scored_whole_and_limited(run, run_json, nano, tmp
     assert 0 < run_json(*line, "--split", "validation")["tasks"]["mine"]["examples"] < 15
     cut = run(*line, "--input-length", 4)
     assert "inputs were cut to 4 tokens" in cut.stderr
-    assert "40 answers had not ended" in cut.stderr
+    assert "40 outputs were cut off" in cut.stderr
 
 
-def test_a_run_is_scored_on_inputs_as_long_as_it_learnt(run_json, run, nano, data, tmp_path):
+def test_a_run_is_scored_with_its_own_input_length(run_json, run, nano, data, tmp_path):
     load.save(*load.load(nano), tmp_path / "run" / "model")
     config = tmp_path / "run" / "config.yaml"
     config.write_text("finetune: {model: m, tasks: [sst2], input_length: 18}\n")
@@ -148,7 +148,7 @@ def test_a_run_is_scored_on_inputs_as_long_as_it_learnt(run_json, run, nano, dat
         (["--task", "squad"], "switchlm[hub]"),
     ],
 )
-def test_mistakes_are_told(refuse, nano, data, monkeypatch, arguments, message):
+def test_mistakes_are_errors(refuse, nano, data, monkeypatch, arguments, message):
     monkeypatch.setitem(sys.modules, "datasets", None)
     (data / "mine.jsonl").write_text('{"input": "a", "target": "b"}\n')
     (data / "empty.jsonl").write_text("\n")
@@ -158,7 +158,7 @@ def test_mistakes_are_told(refuse, nano, data, monkeypatch, arguments, message):
     assert message in refuse("evaluate", "--model", nano, *arguments)
 
 
-def test_experts_may_stay_on_the_disk(run_json, nano, data):
+def test_experts_may_stay_on_disk(run_json, nano, data):
     line = ("evaluate", "--model", nano, "--task", "sst2", "--data", data / "SST-2")
     found = run_json(*line, "--expert-memory", "20kB")
     assert found.pop("experts")["bytes_read"] > 0

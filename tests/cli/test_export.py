@@ -26,7 +26,7 @@ def lively(name, folder, **changes):
     return folder
 
 
-def said_by_the_readme(folder):
+def output_of_the_readme(folder):
     """Run the README's Python in a new process; return the text that it prints."""
     readme = (folder / "README.md").read_text("utf-8")
     [code] = re.findall(r"^```python\n(.*?)^```$", readme, re.S | re.M)
@@ -43,7 +43,7 @@ def said_by_the_readme(folder):
 
 
 @pytest.mark.parametrize("to", ["torch", "onnx"])
-def test_programs_say_the_same_in_a_process_that_knows_nothing_of_us(run_json, tmp_path, to):
+def test_programs_generate_the_same_in_a_process_without_switchlm(run_json, tmp_path, to):
     sparse = lively("nano", tmp_path / "sparse", tied_head=False)
     out = tmp_path / to
     result = run_json("export", "--model", sparse, "--to", to, "--out", out, "--check", TEXT)
@@ -53,7 +53,7 @@ def test_programs_say_the_same_in_a_process_that_knows_nothing_of_us(run_json, t
     assert len(set(tokens)) > 5
     assert result["output"] == tokenizer.decode(tokens)
     expected = tokenizer.backend.decode(tokens, skip_special_tokens=False)
-    assert said_by_the_readme(out).splitlines() == expected.splitlines()
+    assert output_of_the_readme(out).splitlines() == expected.splitlines()
     assert not list(tmp_path.glob(".*.partial-*")), "nothing is left beside"
 
 
@@ -89,11 +89,11 @@ def test_a_sparse_model_is_no_t5(refuse, nano, tmp_path):
     assert not (tmp_path / "t5").exists()
 
 
-def test_tokens_that_differ_are_said(run, tmp_path, monkeypatch):
+def test_tokens_that_differ_are_an_error(run, tmp_path, monkeypatch):
     dense = lively("dense-nano", tmp_path / "dense")
     monkeypatch.setattr("switchlm.export.formats.t5_tokens", lambda *_: [104])
     command = ("export", "--model", dense, "--to", "t5", "--out", tmp_path / "t5")
     assert run(*command).exit_code == 0
     result = run(*command, "--check", TEXT)
     assert result.exit_code == 1
-    assert "says something else" in result.stderr
+    assert "generates other tokens" in result.stderr

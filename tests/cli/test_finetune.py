@@ -31,16 +31,16 @@ def task(tmp_path):
 
 @pytest.fixture
 def command(nano, task, tmp_path):
-    """The words of a short run in OUT, any of them changed."""
+    """Return the command line of a short run in OUT, with some options changed."""
 
     def command(*more, **options):
         usual = {"model": nano, "task": task, "out": tmp_path / "run"} | options
-        words = ["finetune"]
+        line = ["finetune"]
         for name, value in usual.items():
-            words += [] if value is None else [f"--{name}", str(value)]
+            line += [] if value is None else [f"--{name}", str(value)]
         for setting in SHORT:
-            words += ["--set", setting]
-        return [*words, *map(str, more)]
+            line += ["--set", setting]
+        return [*line, *map(str, more)]
 
     return command
 
@@ -59,7 +59,7 @@ def test_it_prints_what_it_writes(run, command, tmp_path):
     assert "Best score" in result.stderr
 
 
-def test_a_template_of_ones_own(run, command, tmp_path):
+def test_your_own_template(run, command, tmp_path):
     columns = ("--template", "which: {input}?", "--target-template", "it is {target}")
     assert run(*command(*columns, "--set", "finetune.target_length=8")).exit_code == 0
     config = (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
@@ -67,8 +67,8 @@ def test_a_template_of_ones_own(run, command, tmp_path):
 
 
 @pytest.mark.slow
-def test_stopped_and_killed_it_ends_as_if_nothing_had_happened(run, command, tmp_path):
-    """SIGTERM saves and exits with 143; SIGKILL does not; the same run in the end, bit for bit."""
+def test_a_stopped_and_killed_run_ends_like_an_uninterrupted_one(run, command, tmp_path):
+    """SIGTERM saves and exits with 143; SIGKILL does not; the result is the same bit for bit."""
     long = ("--set", "training.steps=60", "--set", "training.log_every=1", "--json")
     assert run(*command(*long, out=tmp_path / "whole")).exit_code == 0
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -136,7 +136,7 @@ def test_mistakes_are_one_paragraph_and_leave_no_folder(refuse, command, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_an_empty_split_is_told(refuse, command, tmp_path):
+def test_an_empty_split_is_an_error(refuse, command, tmp_path):
     folder = tmp_path / "sst2"
     folder.mkdir()
     (folder / "train.tsv").write_text("sentence\tlabel\n", encoding="utf-8")
@@ -145,7 +145,7 @@ def test_an_empty_split_is_told(refuse, command, tmp_path):
     assert "The train split of 'sst2' is empty" in message
 
 
-def test_a_vocabulary_without_the_labels_is_told(refuse, command, tmp_path):
+def test_a_vocabulary_without_the_labels_is_an_error(refuse, command, tmp_path):
     words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "positive": 3}
     tokenizer = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
@@ -162,7 +162,7 @@ def test_a_vocabulary_without_the_labels_is_told(refuse, command, tmp_path):
     assert "cannot learn the task 'sst2': its tokenizer turns the label 'negative'" in message
 
 
-def test_a_run_is_resumed_with_what_it_began_with(run, refuse, command, tmp_path):
+def test_a_run_is_resumed_with_its_own_settings(run, refuse, command, tmp_path):
     assert run(*command()).exit_code == 0
     assert "There is a run in" in refuse(*command())
     other = tmp_path / "other.jsonl"
@@ -178,8 +178,8 @@ def test_a_run_is_resumed_with_what_it_began_with(run, refuse, command, tmp_path
     assert timeless(tmp_path / "run") == before
 
 
-def test_a_base_that_has_changed_is_told(run, refuse, command, tmp_path, nano):
-    """A checkpoint holds what trains only; the rest must be what it was."""
+def test_a_base_that_has_changed_is_an_error(run, refuse, command, tmp_path, nano):
+    """A checkpoint contains trained weights only; the others must be unchanged."""
     base = tmp_path / "base"
     shutil.copytree(nano, base)
     assert run(*command(model=base, trainable="router")).exit_code == 0
@@ -194,5 +194,5 @@ def test_a_base_that_has_changed_is_told(run, refuse, command, tmp_path, nano):
 def test_a_pre_training_run_is_not_fine_tuned_further_by_resume(refuse, command, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("training: {steps: 5}\n", encoding="utf-8")
-    assert "is no fine-tuning" in refuse(*command("--resume"))
-    assert "is no fine-tuning" in refuse("finetune", "--out", tmp_path / "run", "--resume")
+    assert "is not a fine-tuning run" in refuse(*command("--resume"))
+    assert "is not a fine-tuning run" in refuse("finetune", "--out", tmp_path / "run", "--resume")

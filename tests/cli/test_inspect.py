@@ -22,7 +22,7 @@ def test_sizes_are_those_of_the_configuration(run_json, nano):
         assert "routing" not in result
 
 
-def test_giants_are_inspected_without_their_weights(run_json):
+def test_large_presets_are_inspected_without_weights(run_json):
     result = run_json("inspect", "--preset", "switch-c-2048")
     assert round(result["parameters"] / 1e9, 1) == 1571.3
     assert result["decoder_layers"] == ["switch"] * 15
@@ -36,21 +36,21 @@ def test_tables(run, nano, text_file):
     assert routed.exit_code == 0
     assert "encoder.blocks.1.feedforward" in routed.stdout
     assert "decoder.blocks.1.feedforward" in routed.stdout
-    words = " ".join(routed.stdout.split())
-    assert "of 4 experts are dead" in words
-    assert "more than its share of" not in words, "one source has all"
+    shown = " ".join(routed.stdout.split())
+    assert "of 4 experts are dead" in shown
+    assert "more than its share of" not in shown, "one source has all"
 
 
-def test_experts_are_told_by_source(run, nano, text_file, tmp_path):
+def test_experts_are_shown_by_source(run, nano, text_file, tmp_path):
     digits = tmp_path / "digits.txt"
     digits.write_text("".join(f"{number * 7919}\n" for number in range(600)))
     data = ("--data", f"words={text_file}", "--data", f"digits={digits}")
     result = run("inspect", "--model", nano, *data, *SHORT)
     assert result.exit_code == 0
-    words = " ".join(result.stdout.replace("│", " ").split())
-    assert "more than" in words
-    assert "digits x" in words
-    assert "number " in words
+    shown = " ".join(result.stdout.replace("│", " ").split())
+    assert "more than" in shown
+    assert "digits x" in shown
+    assert "number " in shown
 
 
 def test_routing_of_a_text(run_json, nano, text_file):
@@ -64,7 +64,7 @@ def test_routing_of_a_text(run_json, nano, text_file):
     assert layers[0]["source_load"] == {"story": layers[0]["load_E"]}
 
 
-def test_a_dense_model_is_said_to_be_one(run, tmp_path, nano, text_file):
+def test_a_dense_model_is_reported(run, tmp_path, nano, text_file):
     _, tokenizer = load.load(nano)
     dense = SwitchTransformer(dataclasses.replace(preset("nano"), num_experts=0))
     load.save(dense, tokenizer, tmp_path / "dense")
@@ -83,5 +83,5 @@ def test_a_dense_model_is_said_to_be_one(run, tmp_path, nano, text_file):
         (["--model", "/no/where"], "There is no folder"),
     ],
 )
-def test_mistakes_are_told(refuse, arguments, message):
+def test_mistakes_are_errors(refuse, arguments, message):
     assert message in refuse("inspect", *arguments)

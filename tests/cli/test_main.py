@@ -9,16 +9,16 @@ from importlib import import_module
 import pytest
 
 from switchlm import __version__
-from switchlm.cli.main import FILES, VERBS
+from switchlm.cli.main import COMMANDS, FILES
 
 
 def switchlm(*arguments, **options):
-    command = [sys.executable, "-m", "switchlm", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+    line = [sys.executable, "-m", "switchlm", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=60, **options)
 
 
-def with_verb(body, *arguments):
-    """Start a command line whose verb `generate` has another body."""
+def with_body(body, *arguments):
+    """Start a command line whose command `generate` has another body."""
     program = f"""
 import sys
 import typer
@@ -36,7 +36,7 @@ main()
     )
 
 
-def test_help_is_quick_and_names_every_verb():
+def test_help_is_quick_and_names_every_command():
     def seconds():
         """Of processor time, which does not depend on what else runs here."""
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -45,36 +45,36 @@ def test_help_is_quick_and_names_every_verb():
     started = seconds()
     result = switchlm("--help")
     assert result.returncode == 0
-    assert all(verb in result.stdout for verb in VERBS)
+    assert all(command in result.stdout for command in COMMANDS)
     assert seconds() - started < 0.5
 
 
-def test_help_imports_no_verb_and_nothing_heavy():
+def test_help_imports_no_command_and_nothing_heavy():
     program = (
         "import sys\nfrom switchlm.cli.main import main\nsys.argv = ['switchlm', '--help']\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "verbs = [name for name in sys.modules if name.startswith('switchlm.')]\n"
+        "modules = [name for name in sys.modules if name.startswith('switchlm.')]\n"
         "heavy = [name for name in ('torch', 'numpy', 'tokenizers') if name in sys.modules]\n"
-        "print(sorted(verbs), heavy, file=sys.stderr)\n"
+        "print(sorted(modules), heavy, file=sys.stderr)\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stderr.strip() == "['switchlm.cli', 'switchlm.cli.main', 'switchlm.errors'] []"
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_is_there_and_says_what_the_table_says(verb, run):
-    name = verb.replace("-", "_")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_exists_with_the_summary_of_the_table(command, run):
+    name = command.replace("-", "_")
     function = getattr(import_module(f"switchlm.cli.{FILES.get(name, name)}"), name)
-    assert inspect.getdoc(function).splitlines()[0] == VERBS[verb]
-    result = run(verb, "--help")
+    assert inspect.getdoc(function).splitlines()[0] == COMMANDS[command]
+    result = run(command, "--help")
     assert result.exit_code == 0
     assert "--help" in result.output
 
 
-def test_help_of_a_verb_needs_no_torch():
+def test_help_of_a_command_needs_no_torch():
     program = (
         "import sys\nfrom switchlm.cli.main import load\n"
-        f"for verb in {list(VERBS)!r}:\n    load(verb)\n"
+        f"for command in {list(COMMANDS)!r}:\n    load(command)\n"
         "print('torch' in sys.modules)\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -105,7 +105,7 @@ def test_wrong_usage_is_status_2(arguments, message):
 
 
 def test_a_user_s_mistake_is_one_paragraph_and_status_2():
-    process = with_verb("raise DataError('Bad\\n  text: mend it.')")
+    process = with_body("raise DataError('Bad\\n  text: mend it.')")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2
     assert (out, err) == ("", "Error: Bad text: mend it.\n")
@@ -113,7 +113,7 @@ def test_a_user_s_mistake_is_one_paragraph_and_status_2():
 
 @pytest.mark.parametrize("arguments", [["--debug"], ["--out", "y", "--debug"]])
 def test_debug_shows_the_traceback_of_a_mistake(arguments):
-    process = with_verb("raise DataError('Bad text.')", *arguments)
+    process = with_body("raise DataError('Bad text.')", *arguments)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "Traceback" in err
@@ -122,7 +122,7 @@ def test_debug_shows_the_traceback_of_a_mistake(arguments):
 
 @pytest.mark.parametrize("arguments", [[], ["--debug"]])
 def test_any_other_failure_is_status_1_and_shows_where(arguments):
-    process = with_verb("raise OSError(28, 'No space left on device')", *arguments)
+    process = with_body("raise OSError(28, 'No space left on device')", *arguments)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err.startswith("Traceback")
@@ -130,7 +130,7 @@ def test_any_other_failure_is_status_1_and_shows_where(arguments):
 
 
 def test_debug_after_two_dashes_is_text():
-    process = with_verb("raise DataError(out)", "--out", "y", "--", "--debug")
+    process = with_body("raise DataError(out)", "--out", "y", "--", "--debug")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "Traceback" not in err
@@ -162,7 +162,7 @@ with stop_on_signal() as should_stop:
     ],
 )
 def test_signals_have_their_statuses(body, number, status, output):
-    process = with_verb(body)
+    process = with_body(body)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     out, err = process.communicate(timeout=60)

@@ -3,7 +3,7 @@ import pytest
 NANO = ("--preset", "nano", "--batch-tokens", 4096)
 
 
-def test_a_plan_has_every_figure_of_every_layout(run_json):
+def test_a_plan_has_every_metric_of_every_layout(run_json):
     found = run_json("plan", *NANO, "--gpus-per-node", 2, "--gpu", "h100")
     assert len(found["layouts"]) == 4
     best = found["layouts"][0]
@@ -16,7 +16,7 @@ def test_a_plan_has_every_figure_of_every_layout(run_json):
     assert "is bound by" in found["reason"]
 
 
-def test_what_does_not_fit_is_said_with_what_would(run_json):
+def test_layouts_that_do_not_fit_are_listed_with_advice(run_json):
     found = run_json("plan", *NANO, "--gpus-per-node", 2, "--memory", 0.001)
     assert found["layouts"] == []
     assert len(found["misfits"]) == 4

@@ -14,7 +14,7 @@ import pytest
 
 @pytest.fixture
 def process(nano, tmp_path):
-    """Start `switchlm serve` in a process of its own; give it and its address."""
+    """Start `switchlm serve` in a process; return it, its address and its first line."""
     processes = []
 
     def start(*arguments, path=os.environ["PATH"]):
@@ -42,7 +42,7 @@ def process(nano, tmp_path):
         process.stdout.close()
 
 
-def test_without_a_compiler_it_says_what_that_costs(process, tmp_path):
+def test_without_a_compiler_a_note_says_what_that_costs(process, tmp_path):
     process(path="")
     said = (tmp_path / "errors").read_text()
     assert "about half as fast as it could be: there is no C compiler (gcc, cc, clang)" in said
@@ -50,7 +50,7 @@ def test_without_a_compiler_it_says_what_that_costs(process, tmp_path):
 
 
 def listening(pid):
-    """The (address, port) of every TCP socket that a process listens on, as Linux tells it."""
+    """The (address, port) of every TCP socket that a process listens on, from /proc."""
     links = Path(f"/proc/{pid}/fd").iterdir()
     inodes = {os.readlink(link).removeprefix("socket:[").rstrip("]") for link in links}
     found = []
@@ -64,7 +64,7 @@ def listening(pid):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_sigterm_under_load_answers_what_was_accepted(process, tmp_path):
+def test_sigterm_under_load_finishes_accepted_requests(process, tmp_path):
     key = tmp_path / "key"
     key.write_text("a key of the test\n")
     running, address, line = process("--api-key-file", key, "--slots", 4, "--name", "small")
@@ -74,34 +74,34 @@ def test_sigterm_under_load_answers_what_was_accepted(process, tmp_path):
     port = int(address.rpartition(":")[2])
     assert listening(running.pid) == [("0100007F", port)]  # 127.0.0.1 and nothing else
 
-    answers = []
+    responses = []
 
-    def ask():
+    def send():
         headers = {"Authorization": "Bearer a key of the test"}
         body = {"prompt": "hello", "max_tokens": 200, "temperature": 1, "seed": 1}
         with httpx.Client(timeout=60) as client:
-            answers.append(client.post(f"{address}/v1/completions", json=body, headers=headers))
+            responses.append(client.post(f"{address}/v1/completions", json=body, headers=headers))
 
-    threads = [threading.Thread(target=ask) for _ in range(12)]
+    threads = [threading.Thread(target=send) for _ in range(12)]
     for thread in threads:
         thread.start()
     while True:
         headers = {"Authorization": "Bearer a key of the test"}
         text = httpx.get(f"{address}/metrics", headers=headers).text
         waiting, active = re.findall(r"^switchlm_(?:waiting|active)_requests (\d+)", text, re.M)
-        if int(waiting) + int(active) >= 12 or answers:
+        if int(waiting) + int(active) >= 12 or responses:
             break
         time.sleep(0.01)
     running.send_signal(signal.SIGTERM)
     for thread in threads:
         thread.join(60)
-    assert [answer.status_code for answer in answers] == [200] * 12
-    assert len({answer.json()["choices"][0]["text"] for answer in answers}) == 1
+    assert [response.status_code for response in responses] == [200] * 12
+    assert len({response.json()["choices"][0]["text"] for response in responses}) == 1
     assert running.wait(30) == 143
     said = (tmp_path / "errors").read_text()
-    assert "everything accepted has been answered" in said
+    assert "all accepted requests are done" in said
     assert "Traceback" not in said
-    assert "leaked" not in said, "all that was kept from the collector is given back"
+    assert "leaked" not in said, "all frozen objects are unfrozen"
     assert "a key of the test" not in said
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{address}/health")

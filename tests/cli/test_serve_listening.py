@@ -1,4 +1,4 @@
-"""The port: taken before the model is loaded, open before it is said to be, quick to answer."""
+"""The port is bound before the model is loaded, and open before its address is printed."""
 
 import asyncio
 import socket
@@ -11,7 +11,7 @@ from switchlm.errors import ConfigError
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
 def test_connections_do_not_wait_for_more_to_send(host):
-    """Nagle's algorithm against delayed acknowledgements costs 40 ms an answer."""
+    """Nagle's algorithm against delayed acknowledgements costs 40 ms per response."""
     try:
         listener = _listen(host, 0)
     except ConfigError:
@@ -35,7 +35,7 @@ def test_connections_do_not_wait_for_more_to_send(host):
         assert asyncio.run(accepted())
 
 
-def test_clients_may_connect_from_when_it_is_open():
+def test_clients_may_connect_once_it_is_open():
     with _listen("127.0.0.1", 0) as listener:
         address = listener.getsockname()
         with pytest.raises(ConnectionRefusedError):
@@ -44,7 +44,7 @@ def test_clients_may_connect_from_when_it_is_open():
         socket.create_connection(address).close()
 
 
-def test_of_two_that_take_the_port_at_once_one_is_refused():
+def test_of_two_servers_on_one_port_the_second_is_an_error():
     first = _listen("127.0.0.1", 0)
     second = _listen("127.0.0.1", first.getsockname()[1])
     with first, second:

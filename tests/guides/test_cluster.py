@@ -29,13 +29,13 @@ def test_the_commands_parse(line):
     for name, value in VARIABLES.items():
         line = line.replace(name, value)
     assert "$" not in line
-    words = shlex.split(line)
-    if "torchrun" in words:
-        started = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
+    arguments = shlex.split(line)
+    if "torchrun" in arguments:
+        started = get_args_parser().parse_args(arguments[arguments.index("torchrun") + 1 :])
         assert started.module
-        words = [started.training_script, *started.training_script_args]
-    _, verb, *arguments = words[words.index("switchlm") :]
-    context = load(verb).make_context(verb, arguments)
+        arguments = [started.training_script, *started.training_script_args]
+    _, name, *arguments = arguments[arguments.index("switchlm") :]
+    context = load(name).make_context(name, arguments)
     run = run_config(
         preset=context.params["preset"],
         values={},

@@ -34,16 +34,16 @@ CONTAINER = (ROOT / "examples" / "Containerfile").read_text("utf-8")
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_commands_parse(line):
-    _, verb, *arguments = shlex.split(line)
-    load(verb).make_context(verb, arguments)
+    _, name, *arguments = shlex.split(line)
+    load(name).make_context(name, arguments)
 
 
 def test_what_the_examples_run_parses():
     [line] = re.findall(r"^ExecStart=\S+/switchlm (.*)$", UNIT, re.M)
     entry = json.loads(re.findall(r"^ENTRYPOINT (.*)$", CONTAINER, re.M)[0])
     entry += json.loads(re.findall(r"^CMD (.*)$", CONTAINER, re.M)[0])
-    for verb, *arguments in (shlex.split(line), entry[1:]):
-        load(verb).make_context(verb, arguments)
+    for name, *arguments in (shlex.split(line), entry[1:]):
+        load(name).make_context(name, arguments)
 
 
 def test_links_lead_somewhere():
@@ -154,8 +154,8 @@ def test_systemd_takes_the_unit(tmp_path):
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True
     )
-    said = [line for line in (done.stdout + done.stderr).splitlines() if "switchlm" in line]
-    assert (done.returncode, said) == (0, [])
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "switchlm" in line]
+    assert (done.returncode, lines) == (0, [])
 
 
 def test_both_listen_where_only_this_machine_can_ask_and_are_not_root():

@@ -23,8 +23,8 @@ SETTINGS = re.findall(r"`((?:distillation|training|model|router)\.\w+=[\w.]+)`",
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_commands_parse(line):
-    _, verb, *arguments = shlex.split(line)
-    load(verb).make_context(verb, arguments)
+    _, name, *arguments = shlex.split(line)
+    load(name).make_context(name, arguments)
 
 
 def test_the_settings_are_there(tmp_path):
@@ -42,12 +42,12 @@ def test_the_settings_are_there(tmp_path):
         configure(teacher=str(teacher), overrides=overrides)
 
 
-def test_the_defaults_are_as_it_says():
+def test_the_defaults_are_those_of_the_guide():
     usual = DistillationConfig(teacher="runs/sparse")
     assert (usual.hard_weight, usual.soft_weight) == (0.75, 0.25)
     assert (usual.start, usual.feedforward) == ("teacher", "random")
     assert f"distillation.load_batches={usual.load_batches}`" in GUIDE
-    assert f"target, {TOP_K} unless told" in GUIDE.replace("\n", " ")
+    assert f"target, {TOP_K} by default" in GUIDE.replace("\n", " ")
 
 
 def test_the_python_calls_what_there_is():

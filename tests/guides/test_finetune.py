@@ -25,9 +25,9 @@ SETTINGS = re.findall(r"`((?:finetune|training|model|router)\.\w+=\S+)`", GUIDE)
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_commands_parse(line):
-    name, verb, *arguments = shlex.split(line.removeprefix("torchrun --nproc-per-node 8 -m "))
+    name, command, *arguments = shlex.split(line.removeprefix("torchrun --nproc-per-node 8 -m "))
     assert name == "switchlm"
-    load(verb).make_context(verb, arguments)
+    load(command).make_context(command, arguments)
 
 
 def test_the_settings_are_there(tmp_path):
@@ -40,7 +40,7 @@ def test_the_settings_are_there(tmp_path):
         assert finetune_run({}, stated=stated, overrides=[setting]) != usual, setting
 
 
-def test_the_usual_settings_are_as_it_says(tmp_path):
+def test_the_defaults_are_those_of_the_guide(tmp_path):
     torch.manual_seed(0)
     save(SwitchTransformer(preset("nano")), None, tmp_path / "nano")
     usual = finetune_run({}, stated={"model": str(tmp_path / "nano"), "tasks": ["sst2"]})

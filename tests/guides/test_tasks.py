@@ -41,7 +41,7 @@ def test_mixtures_and_metrics_are_listed():
     "line", [line for line in GUIDE.splitlines() if line.startswith("switchlm evaluate")]
 )
 def test_its_commands_parse(line):
-    _, verb, *arguments = shlex.split(line)
-    command = load(verb)
+    _, name, *arguments = shlex.split(line)
+    command = load(name)
     assert isinstance(command, typer.core.TyperCommand)
-    command.make_context(verb, arguments)
+    command.make_context(name, arguments)

@@ -1,4 +1,4 @@
-"""A real training step on real processes, measured: what plan and simulate are compared with."""
+"""Measured steps of real processes, with which plan and simulate are compared."""
 
 import dataclasses
 import json
@@ -18,9 +18,9 @@ from switchlm.recipes.config import RunConfig, wire_dtype
 
 
 def measure(rank: int, configs: list[RunConfig], out: str) -> None:
-    """Write down what one step of each configuration takes in this process.
+    """Write the peak memory and collectives of one step of each configuration in this process.
 
-    Tokens go to the experts in turn, as balanced as loads can be; everything else is real.
+    Tokens are assigned to the experts in turn, so that loads are balanced; all else is real.
     """
     figures = []
     for config in configs:
@@ -39,7 +39,7 @@ def measure(rank: int, configs: list[RunConfig], out: str) -> None:
         materialise(model, torch.device("cpu"), seed=0)
         rows = config.data.batch_size // mesh.data_size
         batch = random_batch(config, rows)
-        # Only here: this process has other tests to do after this one.
+        # Patched only here: this process runs other tests later.
         with mock.patch.object(selection, "choose", in_turn):
             peak, sent = measure_step(model, [batch] * config.training.accumulate, config, mesh)
         collectives = [[c.kind, c.axes, c.size, str(c.dtype), c.payload] for c in sent]

@@ -1,4 +1,4 @@
-"""Plans against the real `apply`, against simulated steps, and against themselves."""
+"""Plans against the real `apply` and against simulated steps."""
 
 import dataclasses
 from collections import Counter
@@ -13,9 +13,9 @@ from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply
 from switchlm.parallel.mesh import MeshConfig, layouts
-from switchlm.planning.estimate import footprint
+from switchlm.planning.estimate import estimate_step
 from switchlm.planning.layouts import GPUS, Cluster, design, find_gpu, plan
-from switchlm.planning.profile import shares
+from switchlm.planning.profile import parameter_shards
 from switchlm.planning.recorder import Collective
 from switchlm.planning.simulate import fake_job, simulate
 from switchlm.recipes.config import RunConfig, run_config
@@ -30,8 +30,8 @@ def config_of(name: str, *overrides: str) -> RunConfig:
 @pytest.mark.parametrize(
     ("name", "ranks"), [("nano", 8), pytest.param("switch-base-8", 4, marks=pytest.mark.slow)]
 )
-def test_shares_are_what_apply_makes_of_every_layout(name: str, ranks: int) -> None:
-    config, judged = preset(name), 0
+def test_parameter_shards_equal_those_of_apply_in_every_layout(name: str, ranks: int) -> None:
+    config, compared = preset(name), 0
     for layout in layouts(ranks):
         with fake_job(layout, ranks) as mesh, torch.device("meta"):
             model = SwitchTransformer(config)
@@ -39,21 +39,23 @@ def test_shares_are_what_apply_makes_of_every_layout(name: str, ranks: int) -> N
                 apply(model, mesh, wire_dtype=torch.bfloat16)
             except ConfigError:
                 with pytest.raises(ConfigError):
-                    list(shares(config, layout, exact_apart=True))
+                    list(parameter_shards(config, layout, separate_exact=True))
                 continue
-        held = {
+        numel = {
             name: (tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel()
             for name, tensor in model.named_parameters()
         }
-        assert {s.name: s.held for s in shares(config, layout, exact_apart=True)} == held
-        judged += 1
-    assert judged >= 9
+        assert {
+            s.name: s.numel for s in parameter_shards(config, layout, separate_exact=True)
+        } == numel
+        compared += 1
+    assert compared >= 9
 
 
-def agrees(config: RunConfig, ranks: int, within: float) -> None:
+def assert_agrees(config: RunConfig, ranks: int, within: float) -> None:
     """Assert that plan and simulation agree on every collective, and on memory."""
     data = config.mesh.shape(ranks)[1]
-    planned = footprint(config, dataclasses.replace(config.mesh, data=data))
+    planned = estimate_step(config, dataclasses.replace(config.mesh, data=data))
     step = simulate(config, ranks)
     assert planned.traffic == Counter(step.collectives)
     assert planned.peak.weights == step.peak.weights
@@ -62,19 +64,21 @@ def agrees(config: RunConfig, ranks: int, within: float) -> None:
 
 
 def test_a_plan_agrees_with_every_layout_simulated() -> None:
-    judged = 0
+    compared = 0
     for layout in layouts(4):
         config = dataclasses.replace(config_of("nano"), mesh=layout)
         try:
-            agrees(config, 4, within=0.05)
+            assert_agrees(config, 4, within=0.05)
         except ConfigError:
             continue
-        judged += 1
-    assert judged == 9
+        compared += 1
+    assert compared == 9
 
 
-def test_one_expert_a_process_is_split_over_the_tensor_axis_and_spread() -> None:
-    agrees(config_of("nano", "mesh.expert=4", "mesh.tensor=2", "mesh.data=2"), 16, within=0.05)
+def test_one_expert_per_process_is_split_over_the_tensor_and_data_axes() -> None:
+    assert_agrees(
+        config_of("nano", "mesh.expert=4", "mesh.tensor=2", "mesh.data=2"), 16, within=0.05
+    )
 
 
 def slow(*overrides: str) -> object:
@@ -92,16 +96,16 @@ def slow(*overrides: str) -> object:
         slow("mesh.expert=8", "mesh.data=1", "router.capacity_factor=null"),
     ],
 )
-def test_a_plan_agrees_where_weights_outweigh_activations(overrides: tuple[str, ...]) -> None:
+def test_a_plan_agrees_where_weights_exceed_activations(overrides: tuple[str, ...]) -> None:
     few_layers = ("model.num_encoder_layers=4", "model.num_decoder_layers=4")
-    agrees(config_of("small", *few_layers, *overrides), 8, within=0.05)
+    assert_agrees(config_of("small", *few_layers, *overrides), 8, within=0.05)
 
 
 @pytest.mark.slow
 def test_adafactor_takes_the_memory_that_is_planned() -> None:
     config = config_of("small", "mesh.expert=4", "training.optimizer=adafactor")
     step = simulate(config, 4)
-    planned = footprint(config, dataclasses.replace(config.mesh, data=1))
+    planned = estimate_step(config, dataclasses.replace(config.mesh, data=1))
     assert planned.peak.optimizer == step.peak.optimizer
     assert planned.peak.total == pytest.approx(step.peak.total, rel=0.05)
 
@@ -119,7 +123,7 @@ def test_the_largest_models_agree_at_full_size(
     name: str, ranks: int, overrides: tuple[str, ...]
 ) -> None:
     selective = "training.precision=selective"
-    agrees(run_config(preset=name, overrides=[*overrides, selective]), ranks, within=0.05)
+    assert_agrees(run_config(preset=name, overrides=[*overrides, selective]), ranks, within=0.05)
 
 
 def test_the_best_comes_first_and_the_reason_names_it() -> None:
@@ -134,7 +138,7 @@ def test_the_best_comes_first_and_the_reason_names_it() -> None:
     assert sum(best.times.parts.values()) == pytest.approx(best.times.step)
 
 
-def test_what_does_not_fit_is_counted_and_the_nearest_is_named() -> None:
+def test_layouts_that_do_not_fit_are_counted_and_the_nearest_is_named() -> None:
     small = dataclasses.replace(GPUS["h200"], memory=1e9)
     config = config_of("small")
     found = plan(config, Cluster(gpu=small, gpus_per_node=4))
@@ -146,7 +150,7 @@ def test_what_does_not_fit_is_counted_and_the_nearest_is_named() -> None:
     assert "training.optimizer=adafactor" in found.reason
 
 
-def test_a_batch_that_no_mesh_can_share_is_said_to_be_so() -> None:
+def test_a_batch_that_no_mesh_divides_is_reported() -> None:
     config = dataclasses.replace(
         config_of("nano"), data=dataclasses.replace(config_of("nano").data, batch_size=1)
     )
@@ -156,14 +160,14 @@ def test_a_batch_that_no_mesh_can_share_is_said_to_be_so() -> None:
     assert "data.batch_size 1" in found.reason
 
 
-def test_a_design_takes_the_most_experts_that_cost_little() -> None:
+def test_a_design_chooses_one_number_of_experts() -> None:
     choices = design(config_of("nano"), Cluster(gpu=GPUS["h200"], gpus_per_node=2), experts=(2, 4))
     assert [choice.num_experts for choice in choices] == [2, 4]
     assert sum(choice.chosen for choice in choices) == 1
     assert choices[0].parameters < choices[1].parameters
 
 
-def test_gpus_are_named() -> None:
+def test_an_unknown_gpu_is_an_error_with_a_suggestion() -> None:
     assert find_gpu("h200").memory == 141e9
     with pytest.raises(ConfigError, match="Did you mean 'h200'"):
         find_gpu("h20")
@@ -199,7 +203,7 @@ def test_a_collective_is_slower_between_nodes_and_free_alone() -> None:
     assert seconds("all_gather", "data", 1, inside) == 0.0
 
 
-def test_the_documents_say_what_the_table_says() -> None:
+def test_the_guide_lists_the_memory_of_every_gpu() -> None:
     guide = Path(__file__).parents[2] / "docs" / "guides" / "plan.md"
     for name, gpu in GPUS.items():
         assert f"| {name} | {gpu.memory / 1e9:.0f} |" in guide.read_text("utf-8")

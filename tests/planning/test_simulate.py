@@ -1,4 +1,4 @@
-"""Simulated steps against real ones: the same instrument on fake tensors and on real processes."""
+"""Simulated steps against real ones: the same recorders on fake tensors and real processes."""
 
 import dataclasses
 import json
@@ -14,9 +14,9 @@ from tests.planning.measured import measure
 
 from switchlm.errors import ConfigError
 from switchlm.parallel.mesh import MeshConfig
-from switchlm.planning.estimate import footprint
+from switchlm.planning.estimate import estimate_step
 from switchlm.planning.recorder import Collective, MemoryRecorder
-from switchlm.planning.simulate import balanced_loads, exchanged, fake_job, simulate
+from switchlm.planning.simulate import all_to_all_sizes, balanced_loads, fake_job, simulate
 from switchlm.recipes.config import RunConfig, run_config
 
 SMALL_BATCH = ("data.batch_size=8", "data.input_length=128")
@@ -53,7 +53,7 @@ def test_plan_and_simulation_send_what_real_processes_send(
         assert simulated.peak.weights == real["peak"]["weights"]
         assert simulated.peak.optimizer == real["peak"]["optimizer"]
         data = config.mesh.shape(ranks)[1]
-        planned = footprint(config, dataclasses.replace(config.mesh, data=data))
+        planned = estimate_step(config, dataclasses.replace(config.mesh, data=data))
         assert planned.traffic == Counter(sent)
         assert planned.peak.total == pytest.approx(peak, rel=0.1)
 
@@ -64,7 +64,7 @@ def _collective(values: list[Any]) -> Collective:
     return Collective(kind=kind, axes=axes, size=size, dtype=dtype, payload=payload)
 
 
-def test_a_trillion_parameters_take_a_step_in_one_process() -> None:
+def test_a_step_of_switch_c_is_simulated_in_one_process() -> None:
     config = run_config(
         preset="switch-c-2048",
         overrides=[
@@ -79,10 +79,10 @@ def test_a_trillion_parameters_take_a_step_in_one_process() -> None:
     assert found.parameters > 2e11
     # One expert of each layer is here, in float32, and 1/2048 of everything else.
     assert found.peak.weights == pytest.approx(4 * 2 * 2080 * 6144 * 4, rel=0.01)
-    travelled = [c for c in found.collectives if c.kind == "all_to_all"]
-    assert {c.size for c in travelled} == {2048}
-    tokens = {c.payload for c in travelled if c.dtype == torch.bfloat16}
-    assert 512 * 2080 * 2 in tokens  # every token of a row travels once in each direction
+    exchanged = [c for c in found.collectives if c.kind == "all_to_all"]
+    assert {c.size for c in exchanged} == {2048}
+    tokens = {c.payload for c in exchanged if c.dtype == torch.bfloat16}
+    assert 512 * 2080 * 2 in tokens  # every token of a row is sent once in each direction
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_trillion_parameters_take_a_step_in_one_process() -> None:
         ((), 0, "ranks must lie"),
     ],
 )
-def test_what_cannot_be_is_said(overrides: tuple[str, ...], ranks: int, message: str) -> None:
+def test_impossible_meshes_are_errors(overrides: tuple[str, ...], ranks: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         simulate(nano("data.batch_size=12", *overrides), ranks)
 
@@ -112,11 +112,11 @@ def test_balanced_loads_share_out_the_remainder_over_processes() -> None:
     assert (loads_PE.sum(1) == 6).all()
     assert (loads_PE.sum(0) == 6).all()
     assert balanced_loads(12, 4, 0, capacity=2).tolist() == [2, 2, 2, 2]
-    sent, received = exchanged(6, 4, 2, 0, 9)
+    sent, received = all_to_all_sizes(6, 4, 2, 0, 9)
     assert (sent, received) == ([4, 2], [4, 4 - 2])
 
 
-def test_memory_is_followed_to_the_byte_and_forgotten() -> None:
+def test_memory_is_recorded_to_the_byte_until_it_is_freed() -> None:
     layer = torch.nn.Linear(8, 4, bias=False)
     with MemoryRecorder(layer) as memory:
         x = torch.ones(16, 8)

@@ -1,4 +1,4 @@
-"""A run in a process of its own: it obeys, answers, and ends with its parent or with a reason."""
+"""A run in a child process: it runs commands, returns metrics, and reports its failure."""
 
 import random
 
@@ -12,7 +12,7 @@ from switchlm.training.run_folder import RunFolder
 
 
 @pytest.fixture
-def start(tmp_path):
+def start_worker(tmp_path):
     draw = random.Random(0)
     texts = tmp_path / "texts"
     texts.mkdir()
@@ -21,7 +21,7 @@ def start(tmp_path):
         (texts / f"{number}.txt").write_text(text, encoding="utf-8")
     started = []
 
-    def begin(*overrides):
+    def start(*overrides):
         config = run_config(
             preset="nano",
             sources=[str(texts)],
@@ -38,26 +38,26 @@ def start(tmp_path):
         )
         return started[-1]
 
-    yield begin
-    for racer in started:
-        racer.close()
+    yield start
+    for worker in started:
+        worker.close()
 
 
-def test_it_goes_as_far_as_it_is_told_and_no_further(start):
-    racer = start()
-    racer.ask("advance 2")
-    assert [line["step"] for line in racer.answers() if "loss" in line] == [2]
-    racer.ask("advance 6")
-    assert [line["step"] for line in racer.answers() if "loss" in line] == [4, 6]
-    racer.ask("finish")
-    list(racer.answers())
-    assert racer.evaluations[-1]["step"] == 6
-    assert (racer.folder.model / "model.safetensors").exists()
+def test_it_trains_up_to_the_step_of_the_command(start_worker):
+    worker = start_worker()
+    worker.send("advance 2")
+    assert [line["step"] for line in worker.read_lines() if "loss" in line] == [2]
+    worker.send("advance 6")
+    assert [line["step"] for line in worker.read_lines() if "loss" in line] == [4, 6]
+    worker.send("finish")
+    list(worker.read_lines())
+    assert worker.evaluations[-1]["step"] == 6
+    assert (worker.folder.model / "model.safetensors").exists()
 
 
-def test_a_child_that_fails_is_an_error_and_no_hang(start):
-    racer = start("model.d_model=30")
-    racer.folder.config.write_text("model: {d_model: none}\n")
-    racer.ask("advance 2")
+def test_a_child_that_fails_is_an_error(start_worker):
+    worker = start_worker("model.d_model=30")
+    worker.folder.config.write_text("model: {d_model: none}\n")
+    worker.send("advance 2")
     with pytest.raises(WorkerError, match="ended with status 1"):
-        list(racer.answers())
+        list(worker.read_lines())

@@ -15,7 +15,7 @@ def test_sections_round_trip_with_the_router_on_its_own():
     assert from_sections(sections) == config
 
 
-def test_later_settings_win_and_leave_the_others_alone():
+def test_later_settings_replace_earlier_ones_only():
     values = {"preset": "nano", "router": {"mode": "hf"}, "training": {"steps": 5, "seed": 3}}
     config = run_config(values=values, sources=["a.txt"], overrides=["training.steps=9"])
     assert config.model.d_model == preset("nano").d_model
@@ -24,7 +24,7 @@ def test_later_settings_win_and_leave_the_others_alone():
     assert config.data.sources == ("a.txt",)
 
 
-def test_a_preset_on_the_command_line_wins_over_the_file_s():
+def test_a_preset_on_the_command_line_replaces_that_of_the_file():
     config = run_config(preset="dense-nano", values={"preset": "small"})
     assert config.model == preset("dense-nano")
 
@@ -42,17 +42,17 @@ def test_a_preset_on_the_command_line_wins_over_the_file_s():
         (["model=3"], "'model' must be a mapping"),
     ],
 )
-def test_mistakes_are_named(overrides, message):
+def test_mistakes_are_errors(overrides, message):
     with pytest.raises(ConfigError, match=message):
         run_config(overrides=overrides)
 
 
-def test_what_was_written_before_there_were_kernels_chooses_by_itself():
+def test_a_configuration_without_kernels_has_the_default():
     sections = to_sections(run_config(overrides=["kernels.switch=fused"]))
     assert from_sections(sections).kernels.switch == "fused"
     del sections["kernels"]
     assert from_sections(sections).kernels.switch == "auto"
 
 
-def test_the_default_is_whole():
+def test_the_default_is_a_run_config():
     assert run_config() == RunConfig()

@@ -1,4 +1,4 @@
-"""A distillation from start to end: the result, students of every kind, caches, and going on."""
+"""Distillation from start to end: the result, students of every kind, caches, resuming."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ UNTIMED = ("seconds", "tokens_per_second")
 
 @pytest.fixture(scope="module", autouse=True)
 def home(tmp_path_factory):
-    """A home of the tests' own, for the token cache."""
+    """A home folder for the token cache."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("home")
         patch.setenv("HOME", str(folder))
@@ -98,7 +98,7 @@ def test_the_result_is_what_the_paper_reports(tmp_path, models, teacher):
 
 
 def test_quality_kept_as_in_table_6():
-    """Of qualities as the paper prints them, and of scores as in Table 8."""
+    """With losses of Table 6, and scores of Table 8."""
     kept = {quality: share_kept(quality, -1.444, -1.636) for quality in (-1.631, -1.598, -1.580)}
     assert {key: round(value, 2) for key, value in kept.items()} == {
         -1.631: 0.03, -1.598: 0.20, -1.580: 0.29,
@@ -107,7 +107,7 @@ def test_quality_kept_as_in_table_6():
     assert share_kept(1.5, teacher=1.6, baseline=1.6) is None
 
 
-def test_the_line_says_what_there_is_to_say():
+def test_the_headline_depends_on_the_result():
     result = {
         "student_loss": 1.58, "teacher_loss": 1.444, "baseline_loss": 1.636, "quality_kept": 0.29,
         "compression": 0.94, "parameters": {"student": 223, "teacher": 3800}, "quality": "loss",
@@ -121,7 +121,7 @@ def test_the_line_says_what_there_is_to_say():
 
 
 def test_a_student_starts_from_the_teacher(tmp_path, teacher):
-    """With no learning rate to speak of it stays what it started as."""
+    """With a learning rate near zero it keeps its initial weights."""
     still = [*SHORT, "training.learning_rate=1e-12"]
     config = configure(teacher=teacher, feedforward="most_used", overrides=still)
     run(config, tmp_path / "start")
@@ -151,17 +151,17 @@ def test_students_of_every_kind(tmp_path, models, teacher):
     assert torch.allclose(mine.embedding.weight, theirs.embedding.weight, atol=1e-9)
 
 
-def test_the_control_asks_no_teacher(tmp_path, teacher, monkeypatch):
-    monkeypatch.setattr(Teacher, "__call__", refuse_to_answer)
+def test_the_control_runs_no_teacher(tmp_path, teacher, monkeypatch):
+    monkeypatch.setattr(Teacher, "__call__", raise_on_call)
     control = configure(teacher=teacher, soft_weight=0.0, hard_weight=1.0, overrides=SHORT)
     run(control, tmp_path / "control")
 
 
-def refuse_to_answer(*_arguments):
-    raise AssertionError("the teacher was asked")
+def raise_on_call(*_arguments):
+    raise AssertionError("the teacher was called")
 
 
-def test_a_cache_of_all_words_trains_the_same_student_and_the_second_asks_no_teacher(
+def test_a_cache_of_all_tokens_trains_the_same_student_and_the_second_run_no_teacher(
     tmp_path, teacher, monkeypatch
 ):
     run(configure(teacher=teacher, overrides=SHORT), tmp_path / "online")
@@ -170,7 +170,7 @@ def test_a_cache_of_all_words_trains_the_same_student_and_the_second_asks_no_tea
         teacher=teacher, cache_logits=str(tmp_path / "logits"), top_k=size, overrides=SHORT
     )
     run(cached, tmp_path / "first")
-    monkeypatch.setattr(Teacher, "__call__", refuse_to_answer)
+    monkeypatch.setattr(Teacher, "__call__", raise_on_call)
     run(cached, tmp_path / "second")
     assert untimed(tmp_path / "first") == untimed(tmp_path / "second")
     assert weights(tmp_path / "first") == weights(tmp_path / "second")
@@ -182,9 +182,7 @@ def test_a_cache_of_all_words_trains_the_same_student_and_the_second_asks_no_tea
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_run_that_died_or_was_stopped_ends_bitwise_as_the_undisturbed_one(
-    tmp_path, teacher, cached
-):
+def test_a_killed_and_stopped_run_ends_bitwise_as_an_uninterrupted_one(tmp_path, teacher, cached):
     settings = {"cache_logits": str(tmp_path / "logits"), "top_k": 8} if cached else {}
     config = configure(teacher=teacher, overrides=SHORT, **settings)
     run(config, tmp_path / "whole")
@@ -198,10 +196,10 @@ def test_a_run_that_died_or_was_stopped_ends_bitwise_as_the_undisturbed_one(
     for event in distill(resumed(out), out, resume=True, should_stop=lambda: 9 in seen):
         seen.append(event.get("step", 0))
     result, _ = run(resumed(out), out, resume=True)
-    undisturbed = json.loads((tmp_path / "whole" / "distill.json").read_text())
-    for each in (result, undisturbed):
+    expected = json.loads((tmp_path / "whole" / "distill.json").read_text())
+    for each in (result, expected):
         del each["seconds"]
-    assert result == undisturbed
+    assert result == expected
     assert weights(out) == weights(tmp_path / "whole")
     trained = [line for line in untimed(out) if "loss" in line]
     assert trained == [line for line in untimed(tmp_path / "whole") if "loss" in line]
@@ -209,7 +207,7 @@ def test_a_run_that_died_or_was_stopped_ends_bitwise_as_the_undisturbed_one(
 
 @pytest.fixture(scope="module")
 def tuned(home, models):
-    """A fine-tuned teacher and its task: two words, the second of which is the answer."""
+    """A fine-tuned teacher; its task is to repeat the last word."""
     draw = random.Random(1)
     lines = []
     for number in range(60):
@@ -223,7 +221,7 @@ def tuned(home, models):
     return home / "tuned"
 
 
-def test_a_student_stopped_while_its_teacher_answers_leaves_nothing(tmp_path, teacher):
+def test_a_run_stopped_while_its_cache_is_built_leaves_nothing(tmp_path, teacher):
     cache = tmp_path / "logits"
     config = configure(teacher=teacher, cache_logits=str(cache), overrides=SHORT)
     events = list(distill(config, tmp_path / "run", should_stop=lambda: True))

@@ -17,7 +17,7 @@ from switchlm.recipes.finetune import finetune, read_tasks
 from switchlm.recipes.finetune_config import finetune_run
 from switchlm.training.monitor import read_metrics
 
-CLOCK = {"seconds", "tokens_per_second"}
+TIMES = {"seconds", "tokens_per_second"}
 SHORT = (
     "finetune.input_length=16", "finetune.target_length=4", "finetune.batch_size=8",
     "training.steps=12", "training.log_every=4", "training.evaluate_every=4",
@@ -36,7 +36,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def task(tmp_path_factory):
-    """A file that asks for the first letter of a word, in the columns `word` and `first`."""
+    """A task with the first letter of a word as target, in the columns `word` and `first`."""
     path = tmp_path_factory.mktemp("task") / "first.jsonl"
     words = [f"{'ab'[n % 2]}{n}" for n in range(60)]
     lines = [json.dumps({"word": word, "first": word[0]}) for word in words]
@@ -60,16 +60,16 @@ def run(config, out, **options):
     return [event for event in finetune(config, out, **options) if "step" in event]
 
 
-def timeless(out):
+def untimed(out):
     lines = read_metrics(out / "metrics.jsonl")
-    return [{key: line[key] for key in line.keys() - CLOCK} for line in lines]
+    return [{key: line[key] for key in line.keys() - TIMES} for line in lines]
 
 
 def files(folder):
     return {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()}
 
 
-def test_the_paper_s_settings_are_the_usual_ones(base):
+def test_the_defaults_are_the_papers_settings(base):
     config = finetune_run({}, stated={"model": str(base), "tasks": ["sst2"]})
     assert (config.model.dropout, config.model.expert_dropout) == (0.1, 0.4)
     assert config.model.router.balance == "loss"
@@ -79,7 +79,7 @@ def test_the_paper_s_settings_are_the_usual_ones(base):
     assert (training.steps, training.evaluate_every) == (16_000, 200)
 
 
-def test_settings_can_be_others_but_the_shape_cannot(configure):
+def test_settings_can_be_changed_but_not_the_shape(configure):
     config = configure("model.expert_dropout=0.2", "router.balance_weight=0.1")
     assert config.model.expert_dropout == 0.2
     assert config.model.router.balance_weight == 0.1
@@ -97,31 +97,31 @@ def test_routing_cannot_move_the_switch_layers(configure, tmp_path):
         configure(f"router.mode={other}", model=str(tmp_path / "four"))
 
 
-def test_a_run_leaves_the_best_model_and_all_that_says_how(configure, tmp_path):
+def test_a_run_writes_the_best_model_metrics_and_report(configure, tmp_path):
     out = tmp_path / "run"
-    judged = [line for line in run(configure(), out) if "score" in line]
-    assert [line["step"] for line in judged] == [4, 8, 12]
-    assert all(line["scores"]["first"].keys() == {"accuracy"} for line in judged)
+    evaluations = [line for line in run(configure(), out) if "score" in line]
+    assert [line["step"] for line in evaluations] == [4, 8, 12]
+    assert all(line["scores"]["first"].keys() == {"accuracy"} for line in evaluations)
     expected = {"config.yaml", "kernels.json", "metrics.jsonl", "model", "report.html"}
     expected.add("routing.json")
     assert expected <= files(out).keys()
     model, tokenizer = load.load(out)
     assert tokenizer is not None
     assert model.config.num_experts == 4
-    best = judged[-1]
+    best = evaluations[-1]
     report = (out / "report.html").read_text(encoding="utf-8")
     assert f"{best['best_score']:.1f}% at step {best['best_step']}" in report
 
 
 def test_it_learns_and_the_kept_model_has_the_best_score(configure, tmp_path):
     config = configure("training.steps=120", "training.evaluate_every=30", "model.dropout=0")
-    judged = [line for line in run(config, tmp_path / "run") if "score" in line]
-    assert judged[-1]["best_score"] == max(line["score"] for line in judged) > 60
+    evaluations = [line for line in run(config, tmp_path / "run") if "score" in line]
+    assert evaluations[-1]["best_score"] == max(line["score"] for line in evaluations) > 60
     model, tokenizer = load.load(tmp_path / "run")
     (task,) = read_tasks(config.finetune).tasks
     examples = read_tasks(config.finetune).validation[task.name]
     found = score_task(model, tokenizer, task, examples, input_length=16, max_new_tokens=4)
-    assert found.value == judged[-1]["best_score"]
+    assert found.value == evaluations[-1]["best_score"]
 
 
 VARIANTS = {
@@ -132,8 +132,8 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_resumed_run_is_the_undisturbed_run(configure, tmp_path, variant):
-    """Bitwise, best score and model too, whether it died or was asked to stop."""
+def test_a_resumed_run_equals_an_uninterrupted_one(configure, tmp_path, variant):
+    """Bitwise, with best score and model, after a stop and after a crash."""
     config = configure(*VARIANTS[variant], "training.steps=16", "training.checkpoint_every=6")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(config, whole)
@@ -144,7 +144,7 @@ def test_a_resumed_run_is_the_undisturbed_run(configure, tmp_path, variant):
         if event.get("step") == 12 and "score" in event:
             break  # dead before the checkpoint of this step
     run(config, parts, resume=True)
-    assert timeless(parts) == timeless(whole)
+    assert untimed(parts) == untimed(whole)
     assert files(parts / "model") == files(whole / "model")
 
 
@@ -156,32 +156,32 @@ def test_only_routers_differ_where_only_routers_train(configure, base, tmp_path)
     assert changed == {name for name in before if ".router." in name}
 
 
-def test_adapters_alone_and_melted_in_are_the_same_model(configure, base, tmp_path):
+def test_adapters_alone_and_merged_are_the_same_model(configure, base, tmp_path):
     run(configure("finetune.lora_rank=4", "finetune.lora_alpha=32"), tmp_path / "run")
-    melted, _ = load.load(tmp_path / "run")
+    merged, _ = load.load(tmp_path / "run")
     model, _ = load.load(base)
     before = model.state_dict()["encoder.blocks.1.feedforward.experts.up"].clone()
     load_adapters(model, tmp_path / "run" / "adapters")
     for name, tensor in lora.merged(model).state_dict().items():
-        assert torch.equal(tensor, melted.state_dict()[name]), name
-    after = melted.state_dict()["encoder.blocks.1.feedforward.experts.up"]
+        assert torch.equal(tensor, merged.state_dict()[name]), name
+    after = merged.state_dict()["encoder.blocks.1.feedforward.experts.up"]
     assert not torch.equal(after, before)
 
 
-def test_several_tasks_count_alike(configure, task, tmp_path):
+def test_several_tasks_have_equal_weight(configure, task, tmp_path):
     other = tmp_path / "other.tsv"
     lines = [f"{n}\tx" for n in range(40)]
     other.write_text("word\tfirst\n" + "\n".join(lines), encoding="utf-8")
     config = configure(tasks=[str(task), str(other)])
     lines = run(config, tmp_path / "run")
-    judged = next(line for line in lines if "score" in line)
-    values = [found["accuracy"] for found in judged["scores"].values()]
-    assert judged["scores"].keys() == {"first", "other"}
-    assert judged["score"] == pytest.approx(sum(values) / 2)
+    evaluations = next(line for line in lines if "score" in line)
+    values = [found["accuracy"] for found in evaluations["scores"].values()]
+    assert evaluations["scores"].keys() == {"first", "other"}
+    assert evaluations["score"] == pytest.approx(sum(values) / 2)
 
 
-def test_a_named_task_and_a_file_of_ones_own_are_mixed(configure, tmp_path):
-    """The data is the named task's; the file is read from where it lies."""
+def test_a_named_task_and_your_own_file_are_mixed(configure, tmp_path):
+    """`data` is of the named task only."""
     for split in ("train", "dev"):
         (tmp_path / f"{split}.tsv").write_text("sentence\tlabel\nfine\t1\n")
     own = tmp_path / "own.jsonl"
@@ -194,8 +194,8 @@ def test_a_named_task_and_a_file_of_ones_own_are_mixed(configure, tmp_path):
         read_tasks(configure(**both | {"tasks": [str(own)]}).finetune)
 
 
-def test_few_examples_to_score_are_from_the_whole_split(configure, tmp_path):
-    """Files sorted by label are usual: the first ones would be of one label."""
+def test_few_examples_to_score_are_from_all_of_the_split(configure, tmp_path):
+    """In files sorted by label the first examples have the same label."""
     for split in ("train", "validation"):
         lines = [json.dumps({"word": f"{at}{n}", "first": at}) for at in "ab" for n in range(20)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -204,7 +204,7 @@ def test_few_examples_to_score_are_from_the_whole_split(configure, tmp_path):
     assert [example.input for example in chosen] == ["say: a0", "say: a10", "say: b0", "say: b10"]
 
 
-def test_an_interrupted_run_without_evaluation_says_so(configure, tmp_path):
+def test_a_run_stopped_before_its_first_evaluation_reports_it(configure, tmp_path):
     out = tmp_path / "run"
     lines = run(configure(), out, should_stop=lambda: True)
     assert not lines

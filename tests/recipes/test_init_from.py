@@ -32,7 +32,7 @@ def text(tmp_path, monkeypatch):
 
 @pytest.fixture
 def dense(tmp_path):
-    """A dense model whose vocabulary is no default one."""
+    """A dense model with another vocabulary than the default."""
     tokenizer = Tokenizer.bytes(FEW_SENTINELS)
     torch.manual_seed(0)
     config = dataclasses.replace(
@@ -61,7 +61,7 @@ def test_upcycling_starts_every_expert_from_the_dense_network(tmp_path, text, de
     assert torch.allclose(sparse.embedding.weight, model.embedding.weight, atol=1e-9)
 
 
-def test_an_equal_model_goes_on_where_it_was(tmp_path, text, dense):
+def test_an_equal_model_starts_from_its_weights(tmp_path, text, dense):
     model, name = dense
     list(pretrain(config_of(model, name, text), tmp_path / "run"))
     again, _ = load(tmp_path / "run")
@@ -69,7 +69,7 @@ def test_an_equal_model_goes_on_where_it_was(tmp_path, text, dense):
         assert torch.allclose(mine, theirs, atol=1e-9)
 
 
-def test_a_resumed_run_goes_on_from_its_checkpoint_not_from_the_start(tmp_path, text, dense):
+def test_a_resumed_run_continues_from_its_checkpoint_not_from_init_from(tmp_path, text, dense):
     model, name = dense
     moving = ["training.learning_rate=0.01", "training.warmup_steps=0", "model.num_experts=4"]
     four = config_of(model, name, text, *moving, "training.steps=4")
@@ -82,7 +82,7 @@ def test_a_resumed_run_goes_on_from_its_checkpoint_not_from_the_start(tmp_path, 
     assert all(torch.equal(whole[key], broken[key]) for key in whole)
 
 
-def test_what_does_not_fit_is_refused(tmp_path, text, dense):
+def test_models_that_do_not_fit_are_errors(tmp_path, text, dense):
     model, name = dense
     wide = config_of(model, name, text, "model.d_ff=128")
     with pytest.raises(CheckpointError, match=r"d_ff 128 \(not 64\)"):

@@ -1,4 +1,4 @@
-"""The crossing of one run's held-out loss with another's last."""
+"""Where one run's held-out loss reaches the last loss of another."""
 
 import pytest
 
@@ -9,7 +9,7 @@ def line(step, seconds, loss):
     return {"step": step, "seconds": seconds, "evaluation_loss": loss}
 
 
-def test_between_two_evaluations_the_loss_is_a_straight_line():
+def test_the_loss_is_interpolated_between_evaluations():
     found = crossing([line(100, 10.0, 3.0), line(200, 30.0, 2.0)], target=2.25)
     assert found is not None
     assert found.step == pytest.approx(175)
@@ -23,7 +23,7 @@ def test_the_first_crossing_counts_even_if_the_loss_rises_again():
     assert found.step == pytest.approx(150)
 
 
-def test_a_run_that_never_arrives_has_no_crossing():
+def test_a_run_that_never_reaches_the_target_has_no_crossing():
     assert crossing([line(100, 1.0, 3.0), line(200, 2.0, 2.51)], target=2.5) is None
     assert crossing([], target=2.5) is None
 

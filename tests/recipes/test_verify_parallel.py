@@ -52,11 +52,13 @@ def check(folder, overrides, num_processes):
 
 
 def train_every_layout(rank, num_processes, overrides, folder):
-    config = verify._comparable(run_config(preset="nano", overrides=overrides))
+    config = verify._deterministic(run_config(preset="nano", overrides=overrides))
     rows = max(config.model.router.group_rows or 1, 2) * num_processes
     train = partial(verify._train, config, 3, rows, 48)
-    whole = train(ALONE, torch.device("cpu"))
-    results = verify._every_layout(num_processes, "cpu", train, whole, config.training.precision)
+    reference = train(ALONE, torch.device("cpu"))
+    results = verify._every_layout(
+        num_processes, "cpu", train, reference, config.training.precision
+    )
     found = [dataclasses.asdict(result) for result in results]
     if rank == 0:
         (folder / "results").write_text(json.dumps(found))
@@ -83,7 +85,7 @@ def test_four_processes_with(tmp_path, name):
     check(tmp_path, FEATURES[name], 4)
 
 
-WHOLE = {"losses": torch.ones(2, 3), "a": torch.ones(4), "b": torch.arange(4.0)}
+REFERENCE = {"losses": torch.ones(2, 3), "a": torch.ones(4), "b": torch.arange(4.0)}
 
 
 @pytest.mark.parametrize(
@@ -95,12 +97,12 @@ WHOLE = {"losses": torch.ones(2, 3), "a": torch.ones(4), "b": torch.arange(4.0)}
     ],
 )
 def test_a_difference_is_seen(changed):
-    assert compare(MeshConfig(), WHOLE, WHOLE, "float32").equal
-    result = compare(MeshConfig(), WHOLE | changed, WHOLE, "float32")
+    assert compare(MeshConfig(), REFERENCE, REFERENCE, "float32").equal
+    result = compare(MeshConfig(), REFERENCE | changed, REFERENCE, "float32")
     assert not result.equal
     assert result.parameter == "b" or "b" not in changed
 
 
 def test_a_missing_gradient_is_seen():
-    part = {name: tensor for name, tensor in WHOLE.items() if name != "a"}
-    assert not compare(MeshConfig(), part, WHOLE, "float32").equal
+    part = {name: tensor for name, tensor in REFERENCE.items() if name != "a"}
+    assert not compare(MeshConfig(), part, REFERENCE, "float32").equal

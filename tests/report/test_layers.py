@@ -1,4 +1,4 @@
-"""What the layers did: curves in the page's data, and charts that a real browser draws of them."""
+"""Metrics of layers: curves in the page's data, and their charts in a real browser."""
 
 import math
 import shutil
@@ -45,7 +45,7 @@ def evaluation(step, *, sparse=True, heads=2, layers=2):
     return line
 
 
-def test_every_figure_is_a_curve():
+def test_every_metric_is_a_curve():
     metrics = [training(10), evaluation(10), training(20), evaluation(20)]
     data = layers_data(metrics)
     assert data["step"] == [10, 20]
@@ -96,15 +96,15 @@ def browser():
 
 
 def draw(browser, tmp_path, runs):
-    """Write the report and open it; gives the page, which may say nothing on its console."""
+    """Write the report, open it and return the page; its console must be empty."""
     path = tmp_path / "report.html"
     write_report(path, title="t", headline="h", runs=runs)
     page = browser.new_page(viewport={"width": 1200, "height": 900})
-    said = []
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("console", lambda message: said.append(message.text))
+    messages = []
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("console", lambda message: messages.append(message.text))
     page.goto(path.as_uri())
-    assert not said
+    assert not messages
     return page
 
 
@@ -132,13 +132,13 @@ def test_the_charts_of_both_runs_are_drawn(browser, tmp_path):
         "Dead experts": [2],
     }
     text = page.locator("main").inner_text()
-    assert text.count("What the layers do") == 1
+    assert text.count("Metrics of layers") == 1
     assert f"ln 4 = {math.log(4):.2f}" in text
     assert "of 4, chosen by no token" in text
     page.close()
 
 
-def test_the_mouse_is_told_which_head_it_is_at(browser, tmp_path):
+def test_the_mouse_shows_the_head_under_it(browser, tmp_path):
     metrics = [evaluation(step, sparse=False) for step in (10, 20, 30)]
     page = draw(browser, tmp_path, [ReportRun(name="run", metrics=metrics)])
     svg = page.locator(".narrow svg").first
@@ -159,5 +159,5 @@ def test_a_single_evaluation_is_a_dot(browser, tmp_path):
 
 def test_runs_without_measurements_have_no_section(browser, tmp_path):
     page = draw(browser, tmp_path, [ReportRun(name="run", metrics=[training(10)])])
-    assert "What the layers do" not in page.locator("main").inner_text()
+    assert "Metrics of layers" not in page.locator("main").inner_text()
     page.close()

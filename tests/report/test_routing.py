@@ -1,4 +1,4 @@
-"""Routing records made ready for the page."""
+"""The page's data of routing records."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ def record(loads, classes=None, name="encoder.blocks.1.feedforward"):
     }
 
 
-def test_sources_and_experts_that_are_alike_become_neighbours():
+def test_similar_sources_and_experts_are_neighbours():
     slavic, latin = [0, 80, 20, 0], [70, 0, 0, 30]
     data = routing_data([record({"ru": slavic, "fr": latin, "uk": slavic, "es": latin})])
     assert data["sources"] in (["ru", "uk", "fr", "es"], ["fr", "es", "ru", "uk"])
@@ -52,7 +52,7 @@ def test_shares_are_of_the_source_and_follow_its_order():
     assert layer["share"][layer["experts"].index(0)] == 6667
 
 
-def test_an_expert_is_described_by_what_it_serves_most():
+def test_an_expert_is_described_by_its_most_frequent_tokens():
     classes = {"number": [40, 10], "space": [10, 30], "rare": [1, 9]}
     layer = record({"en": [50, 0], "de": [1, 49]}, classes)
     found = describe_expert(layer, 0, ["en", "de"])
@@ -61,7 +61,7 @@ def test_an_expert_is_described_by_what_it_serves_most():
     assert found["sources"] == [("en", 1.96)]
 
 
-def test_dead_experts_serve_less_than_a_twentieth_of_an_even_share():
+def test_dead_experts_have_less_than_a_twentieth_of_an_even_load():
     assert dead_experts([100, 100, 2, 0]) == [2, 3]
     assert dead_experts([100, 100, 100, 6]) == []
 
@@ -78,7 +78,7 @@ def test_no_layers_is_nothing():
     assert routing_data([]) is None
 
 
-def test_giants_stay_small():
+def test_the_data_of_large_models_is_limited():
     draw = np.random.default_rng(0)
     loads = {f"s{number}": draw.integers(0, 99, 2048).tolist() for number in range(300)}
     layers = [record(loads, name=f"encoder.blocks.{number}.feedforward") for number in range(6)]
@@ -90,13 +90,13 @@ def test_giants_stay_small():
     assert len(json.dumps(data)) < 2_000_000
 
 
-def test_the_order_is_a_permutation_with_families_together():
+def test_the_order_is_a_permutation_with_clusters_together():
     draw = np.random.default_rng(1)
-    family = draw.integers(0, 5, 60)
-    vectors = draw.normal(0, 0.1, (60, 8)) + 10 * np.eye(5, 8)[family]
+    cluster = draw.integers(0, 5, 60)
+    vectors = draw.normal(0, 0.1, (60, 8)) + 10 * np.eye(5, 8)[cluster]
     order = similarity_order(vectors)
     assert sorted(order) == list(range(60))
-    changes = sum(family[a] != family[b] for a, b in itertools.pairwise(order))
+    changes = sum(cluster[a] != cluster[b] for a, b in itertools.pairwise(order))
     assert changes == 4
     assert similarity_order(np.zeros((1, 3))) == [0]
     assert similarity_order(np.zeros((0, 3))) == []

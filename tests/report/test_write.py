@@ -1,4 +1,4 @@
-"""report.html: one file, no outside resource, the data as given."""
+"""report.html: one file without outside resources, with the data as given."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def embedded(path):
     return json.loads(found.group(1))
 
 
-def test_the_page_holds_what_it_was_given(tmp_path, metrics):
+def test_the_page_contains_the_data(tmp_path, metrics):
     path = tmp_path / "report.html"
     write_report(
         path,
@@ -58,7 +58,7 @@ def test_the_page_holds_what_it_was_given(tmp_path, metrics):
 
 
 @pytest.mark.parametrize("text", ["<!--<script", "</script>", "<!-- <SCRIPT -->", "a < b"])
-def test_no_text_ends_or_stretches_the_element_that_holds_the_data(tmp_path, metrics, text):
+def test_no_text_ends_or_extends_the_element_with_the_data(tmp_path, metrics, text):
     path = tmp_path / "report.html"
     runs = [ReportRun(name=text, metrics=metrics)]
     write_report(path, title=text, headline=text, runs=runs, example={text: text})
@@ -77,7 +77,7 @@ def test_the_page_opens_offline(tmp_path, metrics):
 
 
 def layer(name="encoder.blocks.0.feedforward", experts=4, sources=("en", "ru", "uk", "fr")):
-    """Records of a layer: `en` and `fr` like one expert, `ru` and `uk` another, 3 is idle."""
+    """Records of a layer: `en` and `fr` choose one expert, `ru` and `uk` another, none expert 3."""
     half = [0, 100, 0, 0] + [0] * (experts - 4)
     source_load = {
         name: [90, 10, 0, 0, *half[4:]] if name in ("en", "fr") else [10, 85, 5, 0, *half[4:]]
@@ -113,7 +113,7 @@ def test_routing_and_sources_are_in_the_page(tmp_path, metrics):
     assert places["ru"][shown["experts"].index(1)] == 8500
 
 
-def test_what_is_not_finite_becomes_a_gap(tmp_path):
+def test_values_that_are_not_finite_become_gaps(tmp_path):
     path = tmp_path / "report.html"
     lines = [
         {"step": 1, "seconds": 1.0, "loss": math.nan},

@@ -1,4 +1,4 @@
-"""switchlm compress: fewer bits per weight, fewer experts, and what that costs on a text."""
+"""switchlm compress: quantise weights, prune and merge experts, and measure the loss."""
 
 import dataclasses
 import json
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from switchlm.data.pretraining.loader import Loader
     from switchlm.data.tasks.loader import PairLoader
     from switchlm.data.text.tokenizer import Tokenizer
-    from switchlm.recipes.compress import Compressed, Plan, Texts
+    from switchlm.recipes.compress import CompressionData, CompressionPlan, CompressionResult
 
 HELD_OUT = 0.2  # of the documents, on which the loss is measured
-TARGET_LENGTH = 128  # tokens of a task's answers
+TARGET_LENGTH = 128  # tokens of a task's targets
 
 
 class What(StrEnum):
@@ -36,9 +36,9 @@ class By(StrEnum):
 def compress(
     model: options.Model,
     out: options.OutFolder,
-    bits: Annotated[int | None, typer.Option(help="Bits a weight: 8 or 4.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits per weight: 8 or 4.")] = None,
     group_size: Annotated[
-        int, typer.Option(help="Of 4 bits: so many inputs share a scale (32, 64, 128 or 256).")
+        int, typer.Option(help="With 4 bits, inputs that share a scale: 32, 64, 128 or 256.")
     ] = 64,
     what: Annotated[
         What,
@@ -48,13 +48,14 @@ def compress(
         bool, typer.Option("--calibrate", help="Fit the codes to the text (GPTQ).")
     ] = False,
     keep_experts: Annotated[
-        int | None, typer.Option(help="Keep so many experts per layer, those that matter most.")
+        int | None,
+        typer.Option(help="Number of experts to keep per layer, by importance."),
     ] = None,
     by: Annotated[
-        By, typer.Option(help="What matters: tokens taken, or the gradient of the loss.")
+        By, typer.Option(help="Importance of an expert: its load, or the gradient of the loss.")
     ] = By.load,
     merge_experts: Annotated[
-        int | None, typer.Option(help="Merge experts that are alike, to so many a layer.")
+        int | None, typer.Option(help="Number of experts per layer to merge similar ones to.")
     ] = None,
     data: options.Data = None,
     task: options.Tasks = None,
@@ -66,11 +67,10 @@ def compress(
     """Make a model smaller: fewer bits per weight, fewer experts.
 
     With text (--data, --task, or the run's own) the loss is measured before and after every step,
-    on documents that the steps do not see. --bits alone, of models of any size, needs no text and
-    is measured where text is named.
+    on held-out documents. --bits alone needs no text, and then works for models of any size.
     """
     from switchlm.huggingface.quantised import Quantisation
-    from switchlm.recipes.compress import Plan, Texts, quantise_folder
+    from switchlm.recipes.compress import CompressionData, CompressionPlan, quantise_folder
     from switchlm.recipes.compress import compress as recipe
 
     if bits not in (None, 8, 4):
@@ -80,7 +80,7 @@ def compress(
         quantisation = Quantisation(
             bits=8 if bits == 8 else 4, group_size=group_size, what=what.value
         )
-    plan = Plan(
+    plan = CompressionPlan(
         keep_experts=keep_experts,
         by=by.value,
         merge_experts=merge_experts,
@@ -88,7 +88,7 @@ def compress(
         calibrate=calibrate,
     )
 
-    def read(tokenizer: "Tokenizer") -> "Texts":
+    def read(tokenizer: "Tokenizer") -> "CompressionData":
         loader: Loader | PairLoader
         if task:
             loader = _open_tasks(task, data, tokenizer, batch_size or 32, input_length or 512)
@@ -101,22 +101,22 @@ def compress(
                 batch_size=batch_size,
                 input_length=input_length,
             )
-        seen = [loader.batch(step) for step in range(batches)]
+        calibration = [loader.batch(step) for step in range(batches)]
         try:
-            measured = loader.held_out(batches)
+            held_out = loader.held_out(batches)
         except DataError:
             options.note(
-                "The text is a single document, or a short one: the loss is measured on what the "
-                "model is fitted to. Give more text for a figure to rely on."
+                "The text is a single document, or a short one: the loss is measured on the text "
+                "that the model is fitted to. Give more text for a reliable loss."
             )
-            measured = seen
-        return Texts(seen, measured, loader.sources)
+            held_out = calibration
+        return CompressionData(calibration, held_out, loader.sources)
 
     if quantisation is not None and not (plan.needs_text or data or task):
-        done = quantise_folder(model, out, quantisation, report=options.note)
+        result = quantise_folder(model, out, quantisation, report=options.note)
     else:
-        done = recipe(model, out, plan, read, report=options.note)
-    _present(done, plan, out, as_json)
+        result = recipe(model, out, plan, read, report=options.note)
+    _present(result, plan, out, as_json)
 
 
 def _open_tasks(
@@ -126,15 +126,15 @@ def _open_tasks(
     batch_size: int,
     input_length: int,
 ) -> "PairLoader":
-    """Return examples for training to fit to, held out those for validation to measure on."""
+    """Return a loader of training examples, with the validation examples held out."""
     from switchlm.data.tasks.loader import PairLoader
     from switchlm.data.tasks.mixture import find_tasks, read_examples
 
     tasks = find_tasks(names)
-    places = options.places(tasks, data)
+    paths = options.task_paths(tasks, data)
 
     def read(split: str) -> dict[str, list]:  # type: ignore[type-arg]
-        return {one.name: list(read_examples(one, split, places[one.name])) for one in tasks}
+        return {one.name: list(read_examples(one, split, paths[one.name])) for one in tasks}
 
     return PairLoader(
         read("train"),
@@ -149,17 +149,19 @@ def _open_tasks(
     )
 
 
-def _present(done: "Compressed", plan: "Plan", out: Path, as_json: bool) -> None:
+def _present(
+    result: "CompressionResult", plan: "CompressionPlan", out: Path, as_json: bool
+) -> None:
     if as_json:
-        asked = dataclasses.asdict(plan)
-        typer.echo(json.dumps({"out": str(out), "plan": asked, **dataclasses.asdict(done)}))
+        settings = dataclasses.asdict(plan)
+        typer.echo(json.dumps({"out": str(out), "plan": settings, **dataclasses.asdict(result)}))
         return
-    first = done.steps[0]
+    first = result.steps[0]
     table = Table()
     table.add_column("")
-    for column in ("loss", "change", "bytes", "of before"):
+    for column in ("loss", "change", "bytes", "share"):
         table.add_column(column, justify="right", no_wrap=True)
-    for step in done.steps:
+    for step in result.steps:
         loss = change = ""
         if "loss" in step:
             loss = f"{step['loss']:.4f}"

@@ -1,10 +1,9 @@
-"""switchlm convert and export: write a model for others, as transformers reads it or to run alone.
+"""switchlm convert and export: write a model for transformers or another runtime.
 
-For `convert` one layout serves both ends: safetensors with the names of transformers, and a
-config.json whose key of our own says what transformers has no field for. Stacked experts would be
-read 2 to 5 times as fast (0.4 instead of 0.8 seconds for half a gigabyte on one core), which does
-not earn a second format. So `native` writes any model, and `huggingface` the same files once it is
-certain that transformers loads them and computes the same.
+`convert` has one format: safetensors with the names of transformers, and a config.json with our own
+key for settings that transformers lacks. Stacked experts would be read 2 to 5 times as fast (0.4
+instead of 0.8 seconds for half a gigabyte on one core), which is not worth a second format. So
+`native` writes any model, and `huggingface` the same files for models that transformers supports.
 """
 
 import json
@@ -42,7 +41,7 @@ def convert(
     out: options.OutFolder,
     to: Annotated[
         Layout,
-        typer.Option(help="huggingface refuses what transformers cannot represent; native not."),
+        typer.Option(help="huggingface: refuse what transformers cannot represent. native: any."),
     ] = Layout.huggingface,
     adapters: Annotated[
         Path | None, typer.Option(help="Merge these adapters in: RUN/adapters of a fine-tuning.")
@@ -61,7 +60,7 @@ def convert(
     from switchlm.model import lora
 
     kind = None if dtype is None else getattr(torch, dtype.value)
-    # What is merged in is added in float32 and rounded once.
+    # Adapters are added in float32 and the sum is rounded once.
     merging = adapters is not None and kind is not None
     loaded, tokenizer = load(model, dtype=torch.float32 if merging else kind, report=options.note)
     if adapters is not None:
@@ -92,13 +91,13 @@ def export(
     out: options.OutFolder,
     check: Annotated[
         str | None,
-        typer.Option(help="Let the other runtime answer this text, and compare the tokens."),
+        typer.Option(help="Generate from this text in both runtimes, and compare the tokens."),
     ] = None,
     capacity_factor: Annotated[
         float | None,
         typer.Option(
-            help="Capacity of an expert of the encoder, in times its even share; what is past it "
-            "is dropped. Nothing is by default. For torch and onnx."
+            help="Capacity of the encoder's experts, relative to an even load; further tokens are "
+            "dropped. Dropless by default. For torch and onnx."
         ),
     ] = None,
     as_json: options.Json = False,
@@ -117,8 +116,11 @@ def export(
         formats.write_programs(loaded, tokenizer, out, to.value, capacity_factor=capacity_factor)
     result: dict[str, Any] = {"to": to.value}
     if check is not None:
-        theirs = answer(to, out, [*tokenizer.encode(check), loaded.config.end_id], check)
-        result |= {"tokens": len(theirs), "output": compare(loaded, tokenizer, check, theirs)}
+        theirs = generate_exported(to, out, [*tokenizer.encode(check), loaded.config.end_id], check)
+        result |= {
+            "tokens": len(theirs),
+            "output": check_same_tokens(loaded, tokenizer, check, theirs),
+        }
     if as_json:
         _print_json(out, result)
         return
@@ -128,13 +130,13 @@ def export(
 
 
 def _print_json(out: Path, result: dict[str, Any]) -> None:
-    """Print the result, with the folder and the bytes of each of its files."""
+    """Print the result, the folder, and the size of each of its files."""
     files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
     typer.echo(json.dumps({"out": str(out), **result, "files": files}))
 
 
-def answer(to: Target, folder: Path, prompt: list[int], text: str) -> list[int]:
-    """Return the tokens that the other runtime generates from what was written."""
+def generate_exported(to: Target, folder: Path, prompt: list[int], text: str) -> list[int]:
+    """Return the tokens that the other runtime generates with the written files."""
     from switchlm.export import formats
     from switchlm.export.steps import greedy
 
@@ -144,8 +146,8 @@ def answer(to: Target, folder: Path, prompt: list[int], text: str) -> list[int]:
     return greedy(*formats.open_programs(folder, to.value), prompt, about, CHECKED_TOKENS)
 
 
-def compare(model: Any, tokenizer: Any, text: str, theirs: list[int]) -> str:
-    """Return the text of the tokens; SwitchLMError where ours, greedy too, are others."""
+def check_same_tokens(model: Any, tokenizer: Any, text: str, theirs: list[int]) -> str:
+    """Return the text of the tokens; SwitchLMError if our own greedy tokens differ."""
     import torch
 
     from switchlm.generation.decode import generate
@@ -155,7 +157,7 @@ def compare(model: Any, tokenizer: Any, text: str, theirs: list[int]) -> str:
     ours = generated.rows(model.config.end_id)[0]
     if ours != theirs:
         raise SwitchLMError(
-            f"The exported model says something else: {tokenizer.decode(theirs)!r} there, "
+            f"The exported model generates other tokens: {tokenizer.decode(theirs)!r} there, "
             f"{tokenizer.decode(ours)!r} here."
         )
     return tokenizer.decode(theirs)

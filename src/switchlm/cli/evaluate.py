@@ -3,8 +3,8 @@
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     Work = Sequence[tuple[Task, Sequence[Example]]]
 
 Result = dict[str, Any]
-Figure = dict[str, Any]  # `value`, and `interval`: the two ends of 95%
-Figures = dict[tuple[str, str], Figure]  # by what was measured on, and the metric
-Notes = Mapping[str, str]  # a last column, by what was measured on
+Estimate = dict[str, Any]  # `value`, and `interval`: both ends of the 95% interval
+Estimates = dict[tuple[str, str], Estimate]  # by (data, metric)
+Notes = Mapping[str, str]  # last column of the table, by data
 
 AVERAGE = "average"
 _OF_TEXT = ("batches",)
@@ -50,16 +50,16 @@ def evaluate(
         str | None, typer.Option(help="Of tasks; validation if left out, or all of a file.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Score so many examples per task, spread evenly.")
+        int | None, typer.Option(min=1, help="The most examples per task, spread evenly.")
     ] = None,
     predictions: Annotated[
-        Path | None, typer.Option(help="Write every answer to this JSONL file.")
+        Path | None, typer.Option(help="Write every output to this JSONL file.")
     ] = None,
     rank_labels: Annotated[
-        bool, typer.Option("--rank-labels", help="Choose among the labels, by likelihood.")
+        bool, typer.Option("--rank-labels", help="Take the most likely label.")
     ] = False,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of an answer; the longest reference's if left out.")
+        int | None, typer.Option(min=1, help="Of an output; as the longest reference if left out.")
     ] = None,
     input_column: options.InputColumn = None,
     target_column: options.TargetColumn = None,
@@ -73,15 +73,15 @@ def evaluate(
     expert_memory: options.ExpertMemory = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure the loss of models on text by source, or how well they do tasks.
+    """Measure the loss of models on text by source, or their scores on tasks.
 
-    Without --task the text is all that --data gives, or what the run held out of its own data. With
-    --task the model answers examples, read from --data or from the hub. Intervals are of 95%, from
-    resampling rows of text, or examples (those that belong together, together).
+    Without --task the text is all of --data, or by default the run's own held-out text. With --task
+    outputs are generated for examples, read from --data or the hub. Intervals are of 95%, from
+    resampling rows of text, or examples (related ones together).
     """
-    _refuse_idle(context, bool(task))
+    _refuse_unused(context, bool(task))
     if task:
-        tasks = options.find(
+        tasks = options.find_tasks(
             task,
             metric,
             input_column=input_column,
@@ -89,7 +89,7 @@ def evaluate(
             template=template,
             target_template=target_template,
         )
-        work = _read_tasks(tasks, options.places(tasks, data), split, limit)
+        work = _read_tasks(tasks, options.task_paths(tasks, data), split, limit)
         results = _score(
             model,
             work,
@@ -102,7 +102,7 @@ def evaluate(
             rank_labels=rank_labels,
         )
         notes = {task.name: f"{len(examples):,} examples" for task, examples in work}
-        _present(results, [_task_figures(result) for result in results], notes, as_json)
+        _present(results, [_task_estimates(result) for result in results], notes, as_json)
         return
     rows = {"batches": batches, "batch_size": batch_size, "input_length": input_length}
     results = [_measure(one, data, device, expert_memory, **rows) for one in model]
@@ -111,11 +111,11 @@ def evaluate(
         name: f"perplexity {part['perplexity']:.2f}, {part['tokens']:,} tokens"
         for name, part in {**results[0]["sources"], "all": results[0]}.items()
     }
-    _present(results, [_text_figures(result) for result in results], notes, as_json)
+    _present(results, [_text_estimates(result) for result in results], notes, as_json)
 
 
-def _refuse_idle(context: typer.Context, on_tasks: bool) -> None:
-    """Raise ConfigError for an option that was given and would do nothing."""
+def _refuse_unused(context: typer.Context, on_tasks: bool) -> None:
+    """Raise ConfigError for an option that has no effect."""
     for name in _OF_TEXT if on_tasks else _OF_TASKS:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
@@ -128,7 +128,7 @@ def _refuse_idle(context: typer.Context, on_tasks: bool) -> None:
 
 
 def _check_same_texts(results: list[Result]) -> None:
-    """Raise DataError where runs held out different texts: their losses do not compare."""
+    """Raise DataError if runs held out different texts."""
     first = results[0]
     for other in results[1:]:
         if set(other["sources"]) != set(first["sources"]):
@@ -142,7 +142,10 @@ def _check_same_texts(results: list[Result]) -> None:
 def _measure(
     model: str, data: list[str] | None, device: str, expert_memory: str | None, **rows: Any
 ) -> Result:
-    """Return the loss of a model on text, in total and by source; rows: of `read_batches`."""
+    """Return the loss of a model on text, in total and by source.
+
+    rows: options of `read_batches`.
+    """
     from switchlm.evaluation.evaluator import held_out_loss
     from switchlm.evaluation.metrics import RESAMPLES
 
@@ -151,7 +154,7 @@ def _measure(
     read, names = options.read_batches(model, tokenizer, data, **rows)
     with usage.timed():
         result = held_out_loss(loaded, read, names, resamples=RESAMPLES)
-    usage.tell()
+    usage.print()
     if not math.isfinite(result["loss"]):
         raise CheckpointError(
             f"The loss of {model!r} is {result['loss']}: its weights are damaged, or too large for "
@@ -160,11 +163,11 @@ def _measure(
     for part in (result, *result["sources"].values()):
         part["perplexity"] = math.exp(min(part["loss"], 700.0))
     if expert_memory is not None:
-        result["experts"] = usage.figures()
+        result["experts"] = usage.metrics()
     return {"model": model, **result}
 
 
-def _text_figures(result: Result) -> Figures:
+def _text_estimates(result: Result) -> Estimates:
     parts = {**result["sources"], **({"all": result} if len(result["sources"]) > 1 else {})}
     return {
         (name, "loss"): {"value": part["loss"], "interval": part["interval"]}
@@ -174,18 +177,18 @@ def _text_figures(result: Result) -> Figures:
 
 def _read_tasks(
     tasks: "Sequence[Task]",
-    places: dict[str, Path | None],
+    paths: dict[str, Path | None],
     split: str | None,
     limit: int | None,
 ) -> "Work":
-    """Return the examples of each task, spread evenly over the split where they are limited."""
+    """Return the examples of each task, spread evenly over the split if they are limited."""
     from switchlm.data.tasks.mixture import EVERYTHING, read_examples, spread_evenly
 
     found = []
     for task in tasks:
-        place = places[task.name]
-        whole = place is not None and place.is_file()
-        examples = read_examples(task, split or (EVERYTHING if whole else "validation"), place)
+        path = paths[task.name]
+        is_file = path is not None and path.is_file()
+        examples = read_examples(task, split or (EVERYTHING if is_file else "validation"), path)
         found.append((task, spread_evenly(examples, limit)))
     return found
 
@@ -200,14 +203,15 @@ def _score(
     input_length: int | None,
     **settings: Any,
 ) -> list[Result]:
-    """Return what every model scores on every task; settings: of `score_task`.
+    """Return the scores of every model on every task.
 
-    input_length: None takes what the model was fine-tuned with, or 512.
+    input_length: None takes that of the model's fine-tuning, or 512.
+    settings: options of `score_task`.
     """
     from switchlm.evaluation.tasks import score_task
 
     results = []
-    with _opened(predictions) as file:
+    with _open(predictions) as file:
         for model in models:
             loaded, tokenizer = options.open_model(model, device, expert_memory)
             usage = options.Usage(loaded)
@@ -216,7 +220,7 @@ def _score(
             for task, examples in work:
                 with counting(task.name, len(examples)) as report, usage.timed():
                     found = score_task(loaded, tokenizer, task, examples, report=report, **settings)
-                _tell(found, settings["input_length"])
+                _note_limits(found, settings["input_length"])
                 result["tasks"][task.name] = _as_json(found, len(examples))
                 if file is not None:
                     for example, prediction in zip(examples, found.predictions, strict=True):
@@ -231,44 +235,38 @@ def _score(
                         file.write(json.dumps(line, ensure_ascii=False) + "\n")
             if len(work) > 1:
                 result[AVERAGE] = _average(result["tasks"])
-            usage.tell()
+            usage.print()
             if expert_memory is not None:
-                result["experts"] = usage.figures()
+                result["experts"] = usage.metrics()
             results.append(result)
     return results
 
 
-def _task_figures(result: Result) -> Figures:
-    """Return the figures of a result by (task, metric)."""
+def _task_estimates(result: Result) -> Estimates:
+    """Return the metrics of a result by (task, metric)."""
     found = {
-        (task, metric): figure
+        (task, metric): estimate
         for task, part in result["tasks"].items()
-        for metric, figure in part["metrics"].items()
+        for metric, estimate in part["metrics"].items()
     }
     return found | ({("all", AVERAGE): {"value": result[AVERAGE]}} if AVERAGE in result else {})
 
 
 def _trained_length(model: str) -> int:
-    """Return the tokens of the inputs that a run on tasks learnt from; else 512."""
-    from switchlm.config import from_mapping
+    """Return the input length of a fine-tuning run; 512 for other models."""
     from switchlm.recipes.config import sections_of_run
-    from switchlm.recipes.finetune_config import FinetuneConfig
 
-    section = sections_of_run(Path(model)).get("finetune")
-    return from_mapping(FinetuneConfig, section, "finetune").input_length if section else 512
+    section = sections_of_run(Path(model)).get("finetune") or {}
+    return int(section.get("input_length", 512))
 
 
-@contextmanager
-def _opened(path: Path | None) -> Iterator[TextIO | None]:
+def _open(path: Path | None) -> AbstractContextManager[TextIO | None]:
     if path is None:
-        yield None
-        return
+        return nullcontext()
     try:
-        file = path.open("w", encoding="utf-8")
+        return path.open("w", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"Cannot write predictions to {str(path)!r}: {error}.") from None
-    with file:
-        yield file
 
 
 def _as_json(found: "TaskScore", num_examples: int) -> Result:
@@ -283,46 +281,48 @@ def _as_json(found: "TaskScore", num_examples: int) -> Result:
     }
 
 
-def _tell(found: "TaskScore", input_length: int) -> None:
+def _note_limits(found: "TaskScore", input_length: int) -> None:
     if found.truncated_inputs:
         options.note(
             f"{found.task}: {found.truncated_inputs:,} inputs were cut to {input_length:,} tokens; "
-            "raise --input-length to read them whole."
+            "raise --input-length to read all of them."
         )
     if found.unfinished:
         options.note(
-            f"{found.task}: {found.unfinished:,} answers had not ended where --max-new-tokens, or "
-            "the longest reference, ended them."
+            f"{found.task}: {found.unfinished:,} outputs were cut off at --max-new-tokens, or at "
+            "the length of the longest reference."
         )
 
 
 def _average(tasks: Result) -> float:
-    """Return the mean over tasks of the mean of their metrics, as GLUE and SuperGLUE report it."""
+    """Return the mean over tasks of the mean of their metrics, as in GLUE and SuperGLUE."""
     means = [
-        statistics.fmean(figure["value"] for figure in part["metrics"].values())
+        statistics.fmean(estimate["value"] for estimate in part["metrics"].values())
         for part in tasks.values()
     ]
     return statistics.fmean(means)
 
 
-def _present(results: list[Result], figures: list[Figures], notes: Notes, as_json: bool) -> None:
-    """Show one result as it is; several beside their mean and standard deviation."""
+def _present(
+    results: list[Result], estimates: list[Estimates], notes: Notes, as_json: bool
+) -> None:
+    """Show one result, or several with their mean and standard deviation."""
     if len(results) == 1:
         if as_json:
             typer.echo(json.dumps(results[0]))
         else:
-            _show_one(figures[0], notes)
+            _show_one(estimates[0], notes)
     elif as_json:
-        typer.echo(json.dumps({"models": results, "summary": summarise(figures)}))
+        typer.echo(json.dumps({"models": results, "summary": summarise(estimates)}))
     else:
-        _show_several([result["model"] for result in results], figures)
+        _show_several([result["model"] for result in results], estimates)
 
 
-def summarise(models: Sequence[Figures]) -> dict[str, dict[str, Figure]]:
-    """Return mean and standard deviation (of a sample) over models of every figure."""
-    found: dict[str, dict[str, Figure]] = {}
+def summarise(models: Sequence[Estimates]) -> dict[str, dict[str, Estimate]]:
+    """Return the mean and the sample standard deviation over models of every metric."""
+    found: dict[str, dict[str, Estimate]] = {}
     for on, metric in models[0]:
-        values = [figures[on, metric]["value"] for figures in models]
+        values = [estimates[on, metric]["value"] for estimates in models]
         found.setdefault(on, {})[metric] = {
             "mean": statistics.fmean(values),
             "std": statistics.stdev(values),
@@ -331,30 +331,30 @@ def summarise(models: Sequence[Figures]) -> dict[str, dict[str, Figure]]:
     return found
 
 
-def _show_one(figures: Figures, notes: Notes) -> None:
-    """Print the figures of one model."""
+def _show_one(estimates: Estimates, notes: Notes) -> None:
+    """Print the metrics of one model."""
     table = Table()
     for column in ("", "metric"):
         table.add_column(column, no_wrap=True)
     for column in ("value", "95% interval"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("of")
-    for (on, metric), figure in figures.items():
-        value = _number(metric, figure["value"])
-        table.add_row(on, metric, value, _interval(metric, figure), notes.get(on, ""))
+    for (on, metric), estimate in estimates.items():
+        value = _number(metric, estimate["value"])
+        table.add_row(on, metric, value, _interval(metric, estimate), notes.get(on, ""))
     Console().print(table)
 
 
-def _show_several(names: Sequence[str], models: Sequence[Figures]) -> None:
-    """Print one row per model, and under them the mean and the standard deviation."""
+def _show_several(names: Sequence[str], models: Sequence[Estimates]) -> None:
+    """Print one row per model, then the mean and the standard deviation."""
     table = Table()
     table.add_column("model")
     for on, metric in models[0]:
         table.add_column(f"{on}\n{metric}", justify="right")
-    for place, (name, figures) in enumerate(zip(names, models, strict=True), start=1):
+    for place, (name, estimates) in enumerate(zip(names, models, strict=True), start=1):
         cells = [
-            f"{_number(metric, figure['value'])}\n{_interval(metric, figure)}"
-            for (_, metric), figure in figures.items()
+            f"{_number(metric, estimate['value'])}\n{_interval(metric, estimate)}"
+            for (_, metric), estimate in estimates.items()
         ]
         table.add_row(name, *cells, end_section=place == len(names))
     summary = summarise(models)
@@ -365,9 +365,9 @@ def _show_several(names: Sequence[str], models: Sequence[Figures]) -> None:
 
 
 def _number(metric: str, value: float) -> str:
-    """Losses differ in the third place, per cent in the first."""
+    """Return losses with four decimals, and percentages with two."""
     return f"{value:.4f}" if metric.startswith("loss") else f"{value:.2f}"
 
 
-def _interval(metric: str, figure: Figure) -> str:
-    return " to ".join(_number(metric, end) for end in figure.get("interval", ()))
+def _interval(metric: str, estimate: Estimate) -> str:
+    return " to ".join(_number(metric, end) for end in estimate.get("interval", ()))

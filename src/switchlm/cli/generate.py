@@ -1,4 +1,4 @@
-"""switchlm generate: fill the blanks of a text, or show the model's answer; of files, to a file."""
+"""switchlm generate: fill the blanks of a text, or generate an output; also for files of texts."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from switchlm.model.transformer import SwitchTransformer
 
 Record = dict[str, Any]
-LONGEST_INPUT = 4096  # tokens; attention takes memory with the square of it
+LONGEST_INPUT = 4096  # tokens; the memory of attention grows with its square
 
 
 def generate(
@@ -44,23 +44,25 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of sampling.")] = 0,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Stop there; 32 a blank if left out.")
+        int | None, typer.Option(min=1, help="The longest output; 32 per blank if left out.")
     ] = None,
     beams: Annotated[
-        int | None, typer.Option(min=1, help="Search with so many beams; --json shows them all.")
+        int | None, typer.Option(min=1, help="Number of beams; --json shows them all.")
     ] = None,
     length_penalty: Annotated[
         float | None, typer.Option(help="Of --beams: above 0 favours long outputs; 1 if left out.")
     ] = None,
     early_stopping: Annotated[
-        bool, typer.Option("--early-stopping", help="Of --beams: stop when as many have ended.")
+        bool, typer.Option("--early-stopping", help="Of --beams: stop when that number has ended.")
     ] = False,
     stop: Annotated[
         list[str] | None, typer.Option(help="Stop before this text; may be repeated.")
     ] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Print text as it is generated.")
+    ] = False,
     input_file: Annotated[
-        str | None, typer.Option("--input", help="Many texts: a .txt or .jsonl, one a line.")
+        str | None, typer.Option("--input", help="Texts: a .txt or .jsonl, one per line.")
     ] = None,
     output_file: Annotated[
         str | None, typer.Option("--output", help="Write JSON lines there; for --input.")
@@ -73,12 +75,12 @@ def generate(
     expert_memory: options.ExpertMemory = None,
     as_json: options.Json = False,
 ) -> None:
-    """Fill the blanks of a text, or show what the model answers to it."""
+    """Fill the blanks of a text, or generate an output for it."""
     many = input_file is not None
     if many and (text is not None or stream):
-        raise ConfigError("--input goes neither with a text of its own nor with --stream.")
+        raise ConfigError("--input cannot be used with a text argument or with --stream.")
     if output_file is not None and not many:
-        raise ConfigError("--output is where the results of --input go: give --input too.")
+        raise ConfigError("--output is for the results of --input: give --input too.")
     if stream and (fill or as_json):
         raise ConfigError(
             "--stream prints the output as it comes; --fill and --json need all of it first."
@@ -94,18 +96,21 @@ def generate(
     search = _beams(beams, length_penalty, early_stopping)
     if search is not None and (stream or greedy or sampling.temperature):
         raise ConfigError(
-            "--beams goes neither with --greedy nor with sampling; nor with --stream, since its "
-            "output is known only at the end."
+            "--beams cannot be used with --greedy, sampling or --stream: its output is known only "
+            "at the end."
         )
     loaded, tokenizer = options.open_model(model, device, expert_memory)
     stops = tuple(stop or ())
-    job = _Job(
+    generator = _Generator(
         loaded, tokenizer, sampling, search, seed, stops, max_new_tokens, max_input_tokens, fill
     )
     usage = options.Usage(loaded)
     with usage.timed():
-        results = [job.stream(records[0])] if stream else job.answer(records, batch_size)
-    num_tokens = sum(map(job.num_tokens, results))
+        if stream:
+            results = [generator.stream(records[0])]
+        else:
+            results = generator.generate(records, batch_size)
+    num_tokens = sum(map(generator.num_tokens, results))
     unfinished = sum(not result["finished"] for result in results)
     if many:
         typer.echo(f"{len(results):,} texts done.", err=True)
@@ -114,19 +119,19 @@ def generate(
             options.note(
                 f"{unfinished:,} of {len(results):,} outputs were cut off; raise --max-new-tokens."
             )
-        usage.tell(num_tokens)
+        usage.print(num_tokens)
         return
     (result,) = results
     if as_json:
         if expert_memory is not None:
-            result["experts"] = usage.figures(num_tokens)
+            result["experts"] = usage.metrics(num_tokens)
         typer.echo(json.dumps(result))
         return
     if not stream:
         typer.echo(result["filled"] if fill else result["output"])
-    usage.tell(num_tokens)
+    usage.print(num_tokens)
     if unfinished:
-        options.note("The model had more to say; raise --max-new-tokens.")
+        options.note("The output was cut off; raise --max-new-tokens.")
 
 
 def _sampling(
@@ -137,7 +142,7 @@ def _sampling(
     if (temperature, top_k, top_p) == (None, None, None):
         return GREEDY
     if greedy:
-        raise ConfigError("--greedy goes with none of --temperature, --top-k and --top-p.")
+        raise ConfigError("--greedy cannot be used with --temperature, --top-k or --top-p.")
     return Sampling(
         temperature=1.0 if temperature is None else temperature,
         top_k=top_k,
@@ -157,8 +162,8 @@ def _beams(width: int | None, length_penalty: float | None, early_stopping: bool
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A model and how it shall answer."""
+class _Generator:
+    """A model with its generation settings."""
 
     model: "SwitchTransformer"
     tokenizer: "Tokenizer"
@@ -171,10 +176,11 @@ class _Job:
     fill: bool
 
     def limit(self, text: str, where: str = "") -> int:
-        """Return how many tokens the output may have. Raises DataError for a text that will not do.
+        """Return the most tokens that the output may have, by the number of blanks to fill.
 
-        The limit follows the number of blanks where they are to be filled. where: what the error
-        begins with.
+        Raises DataError for a text that is too long or without blanks.
+
+        where: start of the error message.
         """
         from switchlm.generation import answer as filling
 
@@ -186,13 +192,13 @@ class _Job:
         if length > self.max_input_tokens:
             raise DataError(
                 f"{where}The text has {length:,} tokens, more than {self.max_input_tokens:,}. "
-                "Attention takes memory with the square of the length: shorten the text, or raise "
+                "The memory of attention grows with the square of it: shorten the text, or raise "
                 "--max-input-tokens."
             )
         return self.max_new_tokens or filling.TOKENS_A_BLANK * num_blanks
 
     def stream(self, record: Record) -> Record:
-        """Print the output as it comes."""
+        """Print the output as it is generated."""
         from switchlm.generation.answer import stream
 
         text = record["text"]
@@ -212,8 +218,8 @@ class _Job:
                 typer.echo()
                 return self._result(record, end.value)
 
-    def answer(self, records: list[Record], batch_size: int) -> list[Record]:
-        """Return the results in the order of the records, and show how far it is."""
+    def generate(self, records: list[Record], batch_size: int) -> list[Record]:
+        """Return the results in the order of the records, with a progress bar."""
         from switchlm.generation.answer import answer_all, best_answers
 
         texts = [record["text"] for record in records]
@@ -229,7 +235,7 @@ class _Job:
         if self.beams is None:
             settings |= {"sampling": self.sampling, "seed": self.seed}
             answered = answer_all(self.model, self.tokenizer, texts, **settings)
-            found = ((place, [said]) for place, said in answered)
+            found = ((place, [answer]) for place, answer in answered)
         else:
             found = best_answers(self.model, self.tokenizer, texts, beams=self.beams, **settings)
         results: list[Record] = [{} for _ in records]
@@ -242,23 +248,28 @@ class _Job:
         return results
 
     def num_tokens(self, result: Record) -> int:
-        """Return how many tokens were generated, the end token included."""
+        """Return the number of generated tokens, the end token included."""
         return len(self.tokenizer.encode(result["output"])) + result["finished"]
 
-    def _result(self, record: Record, said: "Answer") -> Record:
+    def _result(self, record: Record, answer: "Answer") -> Record:
         from switchlm.generation.answer import put_into_blanks
 
-        result = {**record, "output": said.output, "spans": said.spans, "finished": said.finished}
+        result = {
+            **record,
+            "output": answer.output,
+            "spans": answer.spans,
+            "finished": answer.finished,
+        }
         if self.fill:
-            result["filled"] = put_into_blanks(record["text"], said.spans)
+            result["filled"] = put_into_blanks(record["text"], answer.spans)
         return result
 
 
 def read_texts(file: str) -> list[Record]:
-    """Return one record a text, each with its "text": a line of a .txt, or a JSON line of others.
+    """Return one record with a "text" per line, of a .txt or of JSON lines.
 
-    A line of JSON is a text, or an object with a "text", whose other fields stay as they are.
-    Raises DataError, which names the line, for one that cannot be read.
+    A line of JSON is a text, or an object with a "text", whose other fields are kept. Raises
+    DataError, with the number of the line, for one that cannot be read.
     """
     path = Path(file)
     try:
@@ -302,7 +313,7 @@ def _parse(line: str, file: str, number: int) -> Record:
 
 
 def write_results(records: Iterable[Record], file: str | None) -> None:
-    """Write one JSON line a record: to the file, whole or not at all, or to standard output."""
+    """Write one JSON line per record, atomically to the file, or to standard output."""
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     if file is None:
         typer.echo(lines, nl=False)
@@ -318,7 +329,7 @@ def write_results(records: Iterable[Record], file: str | None) -> None:
 
 
 def check_writable(file: str | None) -> None:
-    """Raise DataError now, rather than after all the work, where the file has no folder."""
+    """Raise DataError, before any work, if the file cannot be written."""
     if file is not None and (Path(file).is_dir() or not Path(file).parent.is_dir()):
         raise DataError(
             f"Cannot write {file!r}: it is a folder, or its folder does not exist. Make the folder "

@@ -1,4 +1,4 @@
-"""switchlm inspect: sizes, FLOPs and layers of a model; with text, who goes to which expert."""
+"""switchlm inspect: sizes, FLOPs and layers of a model; with text, its expert assignment."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def inspect(
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Show the size of a model, and who goes to which expert."""
+    """Show the size of a model, and which expert takes which tokens."""
     if (model is None) == (preset is None):
         raise ConfigError("Give either --model DIR or --preset NAME.")
     layers: list[LayerRouting] = []
@@ -65,9 +65,9 @@ def inspect(
     if model is not None:
         from switchlm.huggingface.load import load_quantisation
 
-        held = load_quantisation(model)
-        sizes["quantisation"] = held and {
-            key: getattr(held, key) for key in ("bits", "group_size", "what")
+        quantised = load_quantisation(model)
+        sizes["quantisation"] = quantised and {
+            key: getattr(quantised, key) for key in ("bits", "group_size", "what")
         }
     if as_json:
         routing = {"routing": [dataclasses.asdict(layer) for layer in layers]} if layers else {}
@@ -124,13 +124,13 @@ def _size_table(sizes: dict[str, Any]) -> Table:
         router = sizes["router"]
         capacity = router["expert_capacity"] or router["evaluation_capacity_factor"]
         kind = "capacity" if router["expert_capacity"] else "capacity factor"
-        rows["experts a Switch layer"] = f"{shape['num_experts']}"
+        rows["experts per Switch layer"] = f"{shape['num_experts']}"
         rows["router"] = f"mode {router['mode']}, " + (
             "dropless" if capacity is None else f"{kind} {capacity} in evaluation"
         )
     if sizes.get("quantisation"):
-        held = sizes["quantisation"]
-        rows["quantised"] = f"{held['what']} to {held['bits']} bits"
+        quantised = sizes["quantisation"]
+        rows["quantised"] = f"{quantised['what']} to {quantised['bits']} bits"
     for label, value in rows.items():
         table.add_row(label, value)
     return table
@@ -141,7 +141,7 @@ def _layer_line(layers: list[str]) -> str:
 
 
 def _layer_table(layer: "dict[str, Any]") -> Table:
-    """Say what the heat maps of the report show: what each expert serves, where tokens drop."""
+    """Show the load of each expert by kind of token and source, and where tokens are dropped."""
     from switchlm.report.write import dead_experts, describe_expert
 
     total, loads = sum(layer["load_E"]), layer["load_E"]

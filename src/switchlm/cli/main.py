@@ -1,7 +1,7 @@
-"""The command `switchlm`: finds the verb, and turns every failure into an exit status.
+"""The program `switchlm`: finds the command, and turns errors into exit statuses.
 
-0 done; 1 failed; 2 the user's mistake; 130 and 143 stopped by SIGINT and SIGTERM. An error that
-nobody raised on purpose shows its traceback.
+0 done; 1 failed; 2 the user's mistake; 130 and 143 stopped by SIGINT and SIGTERM. An unexpected
+error shows its traceback.
 """
 
 import traceback
@@ -14,19 +14,19 @@ from typer.core import TyperCommand, TyperGroup
 from switchlm import __version__
 from switchlm.errors import SwitchLMError, UserError
 
-# What `switchlm --help` says of each verb, which is the function of that name, with _ for -. Its
-# file, of that name too or as in FILES, is imported only when the verb is asked for.
-VERBS = {
+# Command -> its line in `switchlm --help`. The function has the same name, with _ for -; its file,
+# of the same name or as in FILES, is imported only when the command runs.
+COMMANDS = {
     "pretrain": "Pre-train a Switch Transformer, or a dense model, on text.",
-    "compare": "Race a Switch Transformer against its FLOP-matched dense twin on the same text.",
-    "finetune": "Fine-tune a model on tasks, and keep the checkpoint that does best at them.",
-    "distill": "Teach a small model what a large one knows.",
-    "evaluate": "Measure the loss of models on text by source, or how well they do tasks.",
-    "serve": "Serve a model over HTTP, and a page that shows its experts at work.",
-    "generate": "Fill the blanks of a text, or show what the model answers to it.",
-    "inspect": "Show the size of a model, and who goes to which expert.",
-    "plan": "Find the fastest layout of a model on a cluster, and what it takes.",
-    "simulate": "Run the step of one process of thousands without them, and measure it.",
+    "compare": "Compare a Switch Transformer with its FLOP-matched dense twin on the same text.",
+    "finetune": "Fine-tune a model on tasks, and keep the best checkpoint by their metrics.",
+    "distill": "Distil a large model into a small one.",
+    "evaluate": "Measure the loss of models on text by source, or their scores on tasks.",
+    "serve": "Serve a model over HTTP, with a page that shows the expert of each token.",
+    "generate": "Fill the blanks of a text, or generate an output for it.",
+    "inspect": "Show the size of a model, and which expert takes which tokens.",
+    "plan": "Find the fastest layout of a model on a cluster, its memory and traffic.",
+    "simulate": "Simulate the training step of one process of a large job, and measure it.",
     "verify-parallel": "Compare every layout over many processes with one process.",
     "compress": "Make a model smaller: fewer bits per weight, fewer experts.",
     "convert": "Write a model in another layout.",
@@ -39,30 +39,30 @@ FILES = {
 }
 
 
-class Verbs(TyperGroup):
-    """Lists the verbs from the table and imports only the one that is invoked."""
+class CommandGroup(TyperGroup):
+    """Lists the commands from the table and imports only the one that is invoked."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        for name, summary in VERBS.items():
+        for name, summary in COMMANDS.items():
             self.commands[name] = TyperCommand(name=name, help=summary)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Let --debug stand after the verb too."""
+        """Accept --debug after the command, too."""
         end = args.index("--") if "--" in args else len(args)
         options = [argument for argument in args[:end] if argument != "--debug"]
         debug = ["--debug"] * (len(options) < end)
         return super().parse_args(ctx, [*debug, *options, *args[end:]])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the verb by its name, then import it."""
+        """Find the command by its name, then import it."""
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None:
             command = load(name)
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the verb; this is the one place that turns errors into words and statuses."""
+        """Run the command; only here are errors turned into messages and statuses."""
         try:
             return super().invoke(ctx)
         except SwitchLMError as error:
@@ -76,7 +76,7 @@ class Verbs(TyperGroup):
 
 
 app = typer.Typer(
-    cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    cls=CommandGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 
 
@@ -97,11 +97,11 @@ def root(
     """Train, evaluate and use Switch Transformers: sparse T5-style language models."""
 
 
-def load(verb: str) -> Any:
-    """Import a verb's file and return its command."""
+def load(command: str) -> Any:
+    """Import the file of a command and return the command."""
     one = typer.Typer(add_completion=False)
-    name = verb.replace("-", "_")
-    one.command(verb)(getattr(import_module(f"switchlm.cli.{FILES.get(name, name)}"), name))
+    name = command.replace("-", "_")
+    one.command(command)(getattr(import_module(f"switchlm.cli.{FILES.get(name, name)}"), name))
     return typer.main.get_command(one)
 
 

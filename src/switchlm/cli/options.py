@@ -1,4 +1,4 @@
-"""What several commands have in common: options, and how they read models, texts and tasks."""
+"""Shared by several commands: options, and functions that open models, texts and tasks."""
 
 import dataclasses
 import os
@@ -27,7 +27,7 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override a setting: training.steps=500.")
 ]
 Run = Annotated[Path, typer.Option("--out", help="The run's folder.")]
-Resume = Annotated[bool, typer.Option(help="Go on from the newest checkpoint in OUT.")]
+Resume = Annotated[bool, typer.Option(help="Continue from the newest checkpoint in OUT.")]
 Model = Annotated[str, typer.Option(help="A run, a model folder, or a name on the hub.")]
 OptionalModel = Annotated[
     str | None, typer.Option(help="A run, a model folder, or a name on the hub.")
@@ -37,7 +37,7 @@ Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cu
 ExpertMemory = Annotated[
     str | None,
     typer.Option(
-        help="Leave experts in their files and keep the last used in so much memory: 4GB, 512MiB.",
+        help="Leave experts in their files; keep the last used in this much memory: 4GB, 512MiB.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -46,7 +46,7 @@ Data = Annotated[
     list[str] | None,
     typer.Option(help="Text: [name=]path[:weight], python:stdlib, ...; may be repeated."),
 ]
-Batches = Annotated[int, typer.Option(min=1, help="Read at most so many batches of text.")]
+Batches = Annotated[int, typer.Option(min=1, help="The most batches of text to read.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Rows in a batch.")]
 InputLength = Annotated[
     int | None, typer.Option(min=1, help="Tokens in a row of inputs; the run's, or 512.")
@@ -84,14 +84,19 @@ _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
 def note(message: str) -> None:
-    """Say something beside the result."""
+    """Print a note to stderr."""
     typer.echo(f"Note: {message}", err=True)
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Return the options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def read_sections(config: Path | None, resumed: Path | None = None) -> dict[str, Any]:
     """Return the sections of a configuration file, none without one.
 
-    resumed: the folder of a run to go on with, whose own file is taken where none is given.
+    resumed: the folder of a run that is resumed, whose own file is the default.
     """
     from switchlm.config import read_yaml
     from switchlm.recipes.config import sections_of_run
@@ -102,7 +107,7 @@ def read_sections(config: Path | None, resumed: Path | None = None) -> dict[str,
 
 
 def find_device(name: str) -> Any:
-    """Return the torch.device of that name; `auto` is the accelerator if there is one."""
+    """Return the torch.device of that name; `auto` is an accelerator if there is one."""
     import torch
 
     from switchlm.parallel.mesh import default_device
@@ -122,26 +127,25 @@ def open_model(
 ) -> "tuple[SwitchTransformer, Tokenizer]":
     """Load a model that must have a tokenizer.
 
-    expert_memory: a size such as 4GB, with which experts stay on the disk; None loads all.
+    expert_memory: a size such as 4GB, with which experts stay on disk; None loads all.
     """
-    from switchlm.recipes.config import open_whole, required
+    from switchlm.recipes.config import load_with_tokenizer, require_tokenizer
 
     if expert_memory is None:
-        return open_whole(name, "model", note, find_device(device))
+        return load_with_tokenizer(name, "model", note, find_device(device))
     size = parse_size(expert_memory)
     if device not in ("auto", "cpu"):
         raise ConfigError(
-            f"--expert-memory reads experts into main memory, and {device!r} is no CPU. Leave "
-            "--device out, or --expert-memory."
+            f"--expert-memory works on CPUs, and --device is {device!r}: leave one of them out."
         )
     from switchlm.compression.offload import load_offloaded
 
     loaded = load_offloaded(name, size, report=note)
-    return loaded.model, required(loaded.tokenizer, name, "model")
+    return loaded.model, require_tokenizer(loaded.tokenizer, name, "model")
 
 
 def read_text(argument: str | None) -> str:
-    """Return the text of the argument, or of standard input where that is left out or `-`."""
+    """Return the argument, or standard input if it is None or `-`."""
     if argument is not None and argument != "-":
         try:
             argument.encode("utf-8")
@@ -157,27 +161,16 @@ def read_text(argument: str | None) -> str:
 
 
 def read_batches(
-    name: str,
-    tokenizer: "Tokenizer",
-    data: list[str] | None,
-    *,
-    batches: int,
-    batch_size: int | None,
-    input_length: int | None,
+    name: str, tokenizer: "Tokenizer", data: list[str] | None, *, batches: int, **rows: int | None
 ) -> "tuple[list[Batch], tuple[str, ...]]":
     """Return masked text and the names of its sources.
 
-    It is all of the text of `data`, or, where that is left out, what the run of that name held out
-    in training. Rows are as in that run, if it is one.
+    It is all of the text of `data`, or by default the text that the run of that name held out in
+    training. Rows have the shape of that run, if it is one.
+
+    rows: batch_size and input_length, as of `open_text`.
     """
-    loader = open_text(
-        name,
-        tokenizer,
-        data,
-        held_out_share=0.0,
-        batch_size=batch_size,
-        input_length=input_length,
-    )
+    loader = open_text(name, tokenizer, data, held_out_share=0.0, **rows)
     read = [loader.batch(step) for step in range(batches)] if data else loader.held_out(batches)
     return read, loader.sources
 
@@ -188,25 +181,23 @@ def open_text(
     data: list[str] | None,
     *,
     held_out_share: float,
-    batch_size: int | None,
-    input_length: int | None,
+    batch_size: int | None = None,
+    input_length: int | None = None,
 ) -> "Loader":
-    """Return masked text: `data`, so much of it held out, or the run's own, as it held it out."""
+    """Return masked text: of `data`, with a share held out, or the run's own."""
     from switchlm.config import from_mapping
     from switchlm.data.config import DataConfig
     from switchlm.data.pretraining.loader import open_data
     from switchlm.recipes.config import sections_of_run
 
-    # A run on tasks has no such section, and others that are of no concern here.
+    # The section is missing in runs on tasks.
     config = from_mapping(DataConfig, sections_of_run(Path(name)).get("data", {}), "data")
-    stated = {"batch_size": batch_size, "input_length": input_length}
-    changes: dict[str, Any] = {key: value for key, value in stated.items() if value is not None}
+    changes = given(batch_size=batch_size, input_length=input_length)
     if data:
         changes |= {"sources": tuple(data), "held_out_share": held_out_share}
     elif not config.sources:
         raise DataError(
-            f"There is no text: {name!r} is no run whose held-out text could be used. Give some "
-            "with --data."
+            f"There is no text: {name!r} is not a run with held-out text. Give some with --data."
         )
     if input_length is not None:
         changes["target_length"] = None
@@ -215,28 +206,28 @@ def open_text(
     )
 
 
-def find(
+def find_tasks(
     names: Sequence[str], metrics: Sequence[str] | None, **columns: str | None
 ) -> "tuple[Task, ...]":
-    """Return the tasks of those names; raises ConfigError where the options do not fit them.
+    """Return the tasks of those names; raises ConfigError if the options do not fit them.
 
-    columns: the columns and templates of a file, as of `TaskOptions`; None leaves its default.
+    columns: columns and templates of a file, as of `TaskOptions`; None leaves its default.
     """
-    from switchlm.data.tasks.mixture import TaskOptions, find_tasks
+    from switchlm.data.tasks import mixture
     from switchlm.evaluation.metrics import find_metric
 
     for metric in metrics or ():
         find_metric(metric)
-    stated: dict[str, Any] = {name: value for name, value in columns.items() if value is not None}
+    stated = given(**columns)
     if metrics:
         stated["metrics"] = tuple(metrics)
-    return find_tasks(names, TaskOptions(**stated))
+    return mixture.find_tasks(names, mixture.TaskOptions(**stated))
 
 
-def places(tasks: "Sequence[Task]", data: Sequence[str] | None) -> dict[str, Path | None]:
-    """Return where each task's examples are, None for the hub; data: `PATH` or `TASK=PATH`.
+def task_paths(tasks: "Sequence[Task]", data: Sequence[str] | None) -> dict[str, Path | None]:
+    """Return the path of each task's examples, None for the hub.
 
-    A bare path is every named task's, which may have a folder of its own in it.
+    data: `PATH` of all named tasks, which may have one folder per task, or `TASK=PATH`.
     """
     found: dict[str, Path | None] = {task.name: task.path for task in tasks}
     named = [task.name for task in tasks if task.path is None]
@@ -254,21 +245,21 @@ def places(tasks: "Sequence[Task]", data: Sequence[str] | None) -> dict[str, Pat
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes that a size like 4GB, 1.5 GiB or 300M means; ConfigError teaches."""
+    """Return the bytes of a size like 4GB, 1.5 GiB or 300M."""
     found = _SIZE.fullmatch(text)
     if found is None or found[2].lower() not in _UNITS:
         raise ConfigError(
-            f"--expert-memory {text!r} is no size. Write a number and a unit: 4GB, 512MB, 1.5GiB "
+            f"--expert-memory {text!r} is not a size. Write number and unit: 4GB, 512MB, 1.5GiB "
             "(KB, MB, GB and TB are powers of 1000; KiB, MiB, GiB and TiB of 1024)."
         )
     size = int(float(found[1]) * _UNITS[found[2].lower()])
     if size < 1:
-        raise ConfigError(f"--expert-memory {text!r} leaves no memory at all for experts.")
+        raise ConfigError(f"--expert-memory {text!r} leaves no memory for experts.")
     return size
 
 
 class Usage:
-    """What a piece of work with a model took; nothing where its experts are not on the disk."""
+    """Time and memory that a command used; empty for a model whose experts are not on disk."""
 
     def __init__(self, model: "SwitchTransformer") -> None:
         from switchlm.compression.offload import memory_of
@@ -278,15 +269,15 @@ class Usage:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Count the time that passes inside."""
+        """Add the time of the body."""
         start = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - start
 
-    def figures(self, num_tokens: int | None = None) -> dict[str, Any]:
-        """Return resident memory, bytes read, rates; empty where all is in memory.
+    def metrics(self, num_tokens: int | None = None) -> dict[str, Any]:
+        """Return resident memory, bytes read and rates; empty if all experts are in memory.
 
-        num_tokens: generated, None where the work was another.
+        num_tokens: generated tokens, None if nothing was generated.
         """
         if self._memory is None:
             return {}
@@ -308,16 +299,16 @@ class Usage:
             found["tokens_a_second"] = num_tokens / max(self._seconds, 1e-9)
         return found
 
-    def tell(self, num_tokens: int | None = None) -> None:
-        """Say the figures beside the result, in one line."""
-        found = self.figures(num_tokens)
+    def print(self, num_tokens: int | None = None) -> None:
+        """Print the metrics to stderr, in one line."""
+        found = self.metrics(num_tokens)
         if not found:
             return
         rate = "" if num_tokens is None else f", {found['tokens_a_second']:.1f} tokens per second"
-        wanted = found["hits"] + found["misses"]
+        requests = found["hits"] + found["misses"]
         typer.echo(
             f"Experts on disk: {found['bytes_read'] / 1e9:.2f} GB read, "
-            f"{found['hit_rate']:.0%} of {wanted:,} wanted were in memory; "
+            f"{found['hit_rate']:.0%} of {requests:,} requests were in memory; "
             f"resident {found['resident_bytes'] / 1e9:.2f} GB "
             f"(at most {found['peak_resident_bytes'] / 1e9:.2f}){rate}.",
             err=True,
@@ -325,7 +316,7 @@ class Usage:
 
 
 def resident_bytes() -> tuple[int, int]:
-    """Return the memory that this process has now, and the most it ever had."""
+    """Return the resident memory of this process, now and at its peak, in bytes."""
     import resource  # not on every system
 
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,8 +1,8 @@
-"""switchlm plan, simulate and verify-parallel: models laid out over many processes.
+"""switchlm plan, simulate and verify-parallel: layouts of a model over many processes.
 
-A plan names every layout that fits a cluster; simulate runs the real step of one process of a
-layout; verify-parallel runs all of every layout. The first two take a batch of the paper's size
-where none is set, and show what travels in the same table.
+`plan` lists the layouts that fit a cluster; `simulate` runs the step of one process of a layout;
+`verify-parallel` runs all processes of every layout. The first two default to the paper's batch
+size, and show collectives in the same table.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ AXES = ["replicas", "data", "expert", "tensor"]
 
 BatchTokens = Annotated[
     int | None,
-    typer.Option(min=1, help="Input tokens a micro-batch of all processes; else 2^20, or as set."),
+    typer.Option(min=1, help="Input tokens per global micro-batch; else as set, or 2^20."),
 ]
 
 
@@ -44,13 +44,11 @@ def plan(
     memory: Annotated[
         float | None, typer.Option(help="GB per GPU, instead of the table's.")
     ] = None,
-    network: Annotated[float, typer.Option(help="GB/s between nodes, a GPU.")] = 50.0,
+    network: Annotated[float, typer.Option(help="GB/s between nodes, per GPU.")] = 50.0,
     link: Annotated[
-        float | None, typer.Option(help="GB/s within a node, a GPU and direction.")
+        float | None, typer.Option(help="GB/s within a node, per GPU and direction.")
     ] = None,
-    utilisation: Annotated[
-        float, typer.Option(help="Share of the peak that products reach.")
-    ] = 0.5,
+    utilisation: Annotated[float, typer.Option(help="Share of the peak that matmuls reach.")] = 0.5,
     batch_tokens: BatchTokens = None,
     design: Annotated[
         bool, typer.Option("--design", help="Choose the number of experts, too.")
@@ -59,7 +57,7 @@ def plan(
     set_: options.Set = None,
     as_json: options.Json = False,
 ) -> None:
-    """Find the fastest layout of a model on a cluster, and what it takes."""
+    """Find the fastest layout of a model on a cluster, its memory and traffic."""
     from switchlm.planning.layouts import Cluster, find_gpu
     from switchlm.planning.layouts import plan as recipe
 
@@ -80,7 +78,7 @@ def plan(
     if design:
         _design(run, cluster, console, as_json)
         return
-    with console.status(f"Judging the layouts of {cluster.num_gpus} GPUs"):
+    with console.status(f"Planning the layouts of {cluster.num_gpus} GPUs"):
         found = recipe(run, cluster)
     if as_json:
         typer.echo(json.dumps(_mapping(found)))
@@ -88,11 +86,11 @@ def plan(
     if found.layouts:
         best = found.layouts[0]
         console.print(_layout_table(found.layouts[:show]))
-        sizes = dataclasses.asdict(best.took.peak).items()
+        sizes = dataclasses.asdict(best.estimate.peak).items()
         parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes)
         console.print(f"The first, GB per GPU: {parts}", highlight=False)
-        title = f"The first, a GPU and step: {best.flops / 1e12:.4g} TFLOPs, and"
-        console.print(_traffic_table(_traffic_mapping(best.took.traffic), title))
+        title = f"The first, per GPU and step: {best.flops / 1e12:.4g} TFLOPs, and"
+        console.print(_traffic_table(_traffic_mapping(best.estimate.traffic), title))
     console.print(found.reason, highlight=False)
     console.print(_counts(found), style="dim", highlight=False)
 
@@ -105,8 +103,8 @@ def simulate(
     set_: options.Set = None,
     as_json: options.Json = False,
 ) -> None:
-    """Run the step of one process of thousands without them, and measure it."""
-    from switchlm.planning.estimate import footprint
+    """Simulate the training step of one process of a large job, and measure it."""
+    from switchlm.planning.estimate import estimate_step
     from switchlm.planning.simulate import simulate as recipe
 
     run = batch_config(config, preset, set_, batch_tokens)
@@ -114,10 +112,10 @@ def simulate(
     with console.status(f"Simulating {ranks} processes"):
         found = recipe(run, ranks)
         sizes = run.mesh.shape(ranks)
-        planned = footprint(run, dataclasses.replace(run.mesh, data=sizes[1]))
+        planned = estimate_step(run, dataclasses.replace(run.mesh, data=sizes[1]))
     traffic = Counter(found.collectives)
     if as_json:
-        figures = {
+        metrics = {
             "ranks": ranks,
             "parameters": found.parameters,
             "rows": found.rows,
@@ -127,7 +125,7 @@ def simulate(
             "planned_traffic": _traffic_mapping(planned.traffic),
             "seconds": found.seconds,
         }
-        typer.echo(json.dumps(figures))
+        typer.echo(json.dumps(metrics))
         return
     mesh = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     console.print(
@@ -135,20 +133,20 @@ def simulate(
         f"simulated in {found.seconds:.1f} s.",
         highlight=False,
     )
-    memory = plain_table(["GB at the fullest moment"], list(_memory_mapping(found.peak)))
+    memory = plain_table(["GB at the peak"], list(_memory_mapping(found.peak)))
     for label, one in (("the step", found.peak), ("the plan", planned.peak)):
         memory.add_row(label, *(f"{size / 1e9:.3f}" for size in _memory_mapping(one).values()))
     console.print(memory)
     console.print(_traffic_table(_traffic_mapping(traffic)))
     if traffic == planned.traffic:
-        console.print("The plan gives the same collectives, each of the same size.")
+        console.print("The plan has the same collectives with the same sizes.")
 
 
 def verify_parallel(
     config: options.Config = None,
     preset: options.Preset = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps a layout.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps per layout.")] = 3,
     tokens: Annotated[int, typer.Option(min=4, help="Inputs in a row.")] = 48,
     set_: options.Set = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
@@ -193,9 +191,9 @@ def verify_parallel(
 def batch_config(
     config: Path | None, preset: str | None, overrides: list[str] | None, batch_tokens: int | None
 ) -> "RunConfig":
-    """Resolve a configuration; data.batch_size is that of the tokens, unless it is set.
+    """Resolve a configuration, with data.batch_size of `batch_tokens`, else as set.
 
-    Without either, a batch has 2^20 input tokens, as in the paper.
+    The default is 2^20 input tokens, as in the paper.
     """
     from switchlm.recipes.config import run_config
 
@@ -216,7 +214,7 @@ def _memory_mapping(peak: "Bytes") -> dict[str, int]:
 
 
 def _traffic_mapping(traffic: "Mapping[Collective, int]") -> Traffic:
-    """Return a row for each kind, axes and dtype: calls, and bytes of payload and sent in all."""
+    """Return one row per kind, axes and dtype: calls, and total bytes of payload and sent."""
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for one, calls in traffic.items():
         key = (one.kind, one.axes, str(one.dtype).removeprefix("torch."))
@@ -248,17 +246,19 @@ def _traffic_table(traffic: Traffic, title: str | None = None) -> Table:
 
 
 def _counts(found: "Plan") -> str:
-    from switchlm.planning.layouts import words
+    from switchlm.planning.layouts import describe_mesh
 
     text = f"{len(found.layouts)} layouts fit, {len(found.misfits)} need more memory"
     if found.misfits:
         nearest = found.misfits[0]
-        text += f" (the nearest, {words(nearest.mesh)}, {nearest.missing / 1e9:.3g} GB per GPU)"
+        text += (
+            f" (the nearest, {describe_mesh(nearest.mesh)}, {nearest.missing / 1e9:.3g} GB per GPU)"
+        )
     return f"{text}, {found.impossible} do not divide the model or the batch."
 
 
 def _mesh_cells(mesh: "MeshConfig") -> list[str]:
-    """Return the size of every axis, for the columns `AXES` of a table."""
+    """Return the cells of the columns `AXES`."""
     return [str(getattr(mesh, axis)) for axis in AXES]
 
 
@@ -267,7 +267,7 @@ def _layout_table(layouts: "Sequence[Layout]") -> Table:
     for layout in layouts:
         table.add_row(
             *_mesh_cells(layout.mesh),
-            f"{layout.took.peak.total / 1e9:.2f}",
+            f"{layout.estimate.peak.total / 1e9:.2f}",
             f"{1e3 * layout.times.step:.1f}",
             f"{layout.tokens_per_second:,.0f}",
         )
@@ -278,10 +278,7 @@ def _mapping(found: "Plan") -> dict[str, Any]:
     return {
         "reason": found.reason,
         "layouts": [_layout_mapping(layout) for layout in found.layouts],
-        "misfits": [
-            {"mesh": dataclasses.asdict(misfit.mesh), "missing": misfit.missing}
-            for misfit in found.misfits
-        ],
+        "misfits": [dataclasses.asdict(misfit) for misfit in found.misfits],
         "impossible": found.impossible,
     }
 
@@ -289,29 +286,23 @@ def _mapping(found: "Plan") -> dict[str, Any]:
 def _layout_mapping(layout: "Layout") -> dict[str, Any]:
     return {
         "mesh": dataclasses.asdict(layout.mesh),
-        "rows": layout.took.rows,
-        "memory": _memory_mapping(layout.took.peak),
+        "rows": layout.estimate.rows,
+        "memory": _memory_mapping(layout.estimate.peak),
         "flops": layout.flops,
-        "traffic": _traffic_mapping(layout.took.traffic),
+        "traffic": _traffic_mapping(layout.estimate.traffic),
         "seconds": {**dataclasses.asdict(layout.times), "step": layout.times.step},
         "tokens_per_second": layout.tokens_per_second,
     }
 
 
 def _design(run: "RunConfig", cluster: "Cluster", console: Console, as_json: bool) -> None:
-    from switchlm.planning.layouts import design, words
+    from switchlm.planning.layouts import describe_mesh, design
 
     with console.status("Planning every number of experts"):
         choices = design(run, cluster)
     if as_json:
         found = [
-            {
-                "num_experts": choice.num_experts,
-                "parameters": choice.parameters,
-                "best": None if choice.best is None else _layout_mapping(choice.best),
-                "reason": choice.reason,
-                "chosen": choice.chosen,
-            }
+            {**vars(choice), "best": choice.best and _layout_mapping(choice.best)}
             for choice in choices
         ]
         typer.echo(json.dumps({"choices": found}))
@@ -324,10 +315,10 @@ def _design(run: "RunConfig", cluster: "Cluster", console: Console, as_json: boo
         cells = ["", "", "", "nothing fits"]
         if best is not None:
             cells = [
-                f"{best.took.peak.total / 1e9:.1f}",
+                f"{best.estimate.peak.total / 1e9:.1f}",
                 f"{1e3 * best.times.step:.1f}",
                 f"{best.tokens_per_second:,.0f}",
-                words(best.mesh),
+                describe_mesh(best.mesh),
             ]
         style = "bold" if choice.chosen else None
         table.add_row(f"{choice.num_experts}", f"{choice.parameters:,}", *cells, style=style)

@@ -1,7 +1,7 @@
-"""What commands show: runs while they train, how far a long piece of work is, and tables.
+"""Progress displays of training runs and of other long work, and tables.
 
-Of runs it is steps, losses, speed, and the time that is left. SIGINT and SIGTERM finish the step
-and save; the command then exits with the documented status.
+A run shows steps, losses, speed and the remaining time. SIGINT and SIGTERM finish the step and
+save; the command then exits with the documented status.
 """
 
 import json
@@ -21,7 +21,7 @@ from rich.text import Text
 
 Event = dict[str, Any]
 SPARK = "▁▂▃▄▅▆▇█"
-PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal to draw on
+PLAIN_INTERVAL = 10.0  # seconds between lines without a terminal
 
 
 def follow(
@@ -34,13 +34,13 @@ def follow(
 ) -> tuple[Console, Event]:
     """Run a recipe under the live display, until its end or a signal.
 
+    Returns the console, and the last value of every key of the events. Only the main process of a
+    job shows anything.
+
     start: the recipe, with all arguments but `should_stop` and `report`.
-    steps, seconds: where it will end, or when; None where that is not known.
+    steps, seconds: at which it will end; None if not known.
     as_json: whether the display goes to standard error.
     lines: with as_json, print every line of metrics too.
-
-    Returns the console, and the last value of every key that the events had. Of the processes of a
-    job only the main one shows anything.
     """
     from switchlm.parallel.launch import launched
 
@@ -50,7 +50,7 @@ def follow(
     progress = Progress(console, steps=steps, seconds=seconds)
     last: Event = {}
     with stop_on_signal() as should_stop:
-        for event in progress.watch(start(should_stop=should_stop, report=progress.say)):
+        for event in progress.show(start(should_stop=should_stop, report=progress.show_phase)):
             last |= event
             if lines and as_json and is_main and "step" in event:
                 typer.echo(json.dumps(event))
@@ -58,10 +58,9 @@ def follow(
 
 
 class Progress:
-    """Shows the events of a recipe as they pass and hands them on.
+    """Shows the events of a recipe.
 
-    steps: where the runs will end, if that is known.
-    seconds: or when.
+    steps, seconds: at which the runs will end; None if not known.
     """
 
     def __init__(self, console: Console, *, steps: int | None, seconds: float | None) -> None:
@@ -74,26 +73,26 @@ class Progress:
         self.curves: dict[str, list[float]] = {}
         self.printed = 0.0
 
-    def watch(self, events: Iterable[Event]) -> Iterator[Event]:
-        """Yield every event after showing it."""
+    def show(self, events: Iterable[Event]) -> Iterator[Event]:
+        """Show and yield every event."""
         if not self.console.is_terminal:
             for event in events:
-                self._take(event)
+                self._update(event)
                 self._print_line(event)
                 yield event
             return
         with Live(console=self.console, get_renderable=self._draw, refresh_per_second=4):
             for event in events:
-                self._take(event)
+                self._update(event)
                 yield event
 
-    def say(self, line: str) -> None:
-        """Show a line of a phase that has no steps to count."""
+    def show_phase(self, line: str) -> None:
+        """Show a phase that has no steps to count."""
         self.phase = line
         if not self.console.is_terminal:
             self.console.print(line, markup=False, highlight=False)
 
-    def _take(self, event: Event) -> None:
+    def _update(self, event: Event) -> None:
         if "phase" in event:
             self.phase = event["phase"]
         elif "step" in event:
@@ -134,7 +133,7 @@ class Progress:
         now = time.monotonic()
         if "phase" in event:
             self.console.print(f"{self.phase} ...")
-        elif now - self.printed > PLAIN_EVERY and "step" in event:
+        elif now - self.printed > PLAIN_INTERVAL and "step" in event:
             self.printed = now
             states = "; ".join(
                 f"{name} step {state['step']:,} loss {_number(state.get('loss'))} "
@@ -156,7 +155,7 @@ def _clock(seconds: float) -> str:
 
 
 def _sparkline(values: list[float], width: int = 24) -> str:
-    """The last values as bars between their least and greatest."""
+    """Return the last values as bars between their minimum and maximum."""
     values = values[-width:]
     if not values:
         return ""
@@ -166,7 +165,7 @@ def _sparkline(values: list[float], width: int = 24) -> str:
 
 
 def plain_table(words: Sequence[str], numbers: Sequence[str], title: str | None = None) -> Table:
-    """Return an empty table without lines: columns of words, then columns of numbers."""
+    """Return an empty table without borders: columns of text, then columns of numbers."""
     table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
     for column in words:
         table.add_column(column)
@@ -177,7 +176,7 @@ def plain_table(words: Sequence[str], numbers: Sequence[str], title: str | None 
 
 @contextmanager
 def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show on a terminal how many are done, and how long the rest will take."""
+    """Show a progress bar on a terminal; yields a function that takes the number done."""
     console = Console(stderr=True)
     hidden = total == 1 or not console.is_terminal
     with Bar(console=console, transient=True, disable=hidden) as bar:
@@ -190,18 +189,18 @@ STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether to stop; on leaving after a signal, exit 130 or 143.
+    """Yield a function that returns whether to stop; after a signal, exit with 130 or 143.
 
-    A second SIGINT stops at once, as it would have without this.
+    A second SIGINT stops at once.
     """
     received: list[int] = []
 
-    def note(number: int, _frame: FrameType | None) -> None:
+    def on_signal(number: int, _frame: FrameType | None) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in STATUS}
+    before = {number: signal.signal(number, on_signal) for number in STATUS}
     try:
         yield lambda: bool(received)
     finally:

@@ -1,4 +1,4 @@
-"""switchlm serve: a model behind an HTTP interface, and a page that shows its experts at work."""
+"""switchlm serve: an HTTP API for a model, with a page that shows the expert of each token."""
 
 import gc
 import math
@@ -17,7 +17,7 @@ from switchlm.errors import ConfigError, MissingExtraError
 if TYPE_CHECKING:
     from switchlm.serving.engine import Engine
 
-LEAST_KEY = 8  # characters; shorter ones are guessed
+MIN_KEY_LENGTH = 8  # characters; shorter keys can be guessed
 
 
 def serve(
@@ -28,10 +28,10 @@ def serve(
         Path | None, typer.Option(help="A file whose first line is the key that clients must send.")
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="What clients call the model; the end of --model.")
+        str | None, typer.Option(help="The model's name for clients; the last part of --model.")
     ] = None,
     slots: Annotated[
-        int, typer.Option(min=1, max=4096, help="Outputs that grow side by side.")
+        int, typer.Option(min=1, max=4096, help="Outputs that are decoded at the same time.")
     ] = 32,
     queue: Annotated[
         int, typer.Option(min=1, max=2**20, help="Requests that may wait; others get a 429.")
@@ -40,15 +40,15 @@ def serve(
         int, typer.Option(min=1, max=2**20, help="Refuse longer texts.")
     ] = 1024,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, max=2**20, help="Refuse to give more.")
+        int, typer.Option(min=1, max=2**20, help="Refuse longer outputs.")
     ] = 512,
     request_seconds: Annotated[
-        float, typer.Option(min=0.1, help="Give a request up after that long.")
+        float, typer.Option(min=0.1, help="Cancel a request after this time.")
     ] = 300.0,
     device: options.Device = "auto",
     expert_memory: options.ExpertMemory = None,
 ) -> None:
-    """Serve a model over HTTP, and a page that shows its experts at work."""
+    """Serve a model over HTTP, with a page that shows the expert of each token."""
     try:
         import uvicorn
 
@@ -70,7 +70,7 @@ def serve(
             max_target=max_new_tokens,
             queue=queue,
         )
-        _start(engine)
+        _start_engine(engine)
         served = name or (Path(model).resolve().name if Path(model).exists() else model)
         page = RunFolder(Path(model)).report
         report = page.read_text(encoding="utf-8") if page.is_file() else None
@@ -81,7 +81,7 @@ def serve(
                 log_level="warning",
                 access_log=False,
                 timeout_keep_alive=15,
-                # Longer than any request, but not for ever: some clients never read.
+                # Longer than any request, but bounded: some clients never read.
                 timeout_graceful_shutdown=math.ceil(request_seconds) + 10,
                 lifespan="on",
             )
@@ -100,16 +100,16 @@ def serve(
             f"  curl {address}/v1/fill{bearer} -H 'Content-Type: application/json' -d '{body}'"
         )
         if key is None and host not in ("127.0.0.1", "::1", "localhost"):
-            options.note(f"Whoever reaches {host} may use this model: there is no --api-key-file.")
-        with _no_search_for_garbage(), stop_on_signal():
+            options.note(f"All clients of {host} can use this model: there is no --api-key-file.")
+        with _frozen_garbage_collector(), stop_on_signal():
             server.run(sockets=[listener])
-            typer.echo("Stopped: everything accepted has been answered.", err=True)
+            typer.echo("Stopped: all accepted requests are done.", err=True)
             engine.close()
 
 
 @contextmanager
-def _no_search_for_garbage() -> Iterator[None]:
-    """Leave out what lives as long as the server: looking through it stops threads for 0.1 s."""
+def _frozen_garbage_collector() -> Iterator[None]:
+    """Exclude existing objects from garbage collection, which stops threads for 0.1 s."""
     gc.collect()
     gc.freeze()
     try:
@@ -118,7 +118,7 @@ def _no_search_for_garbage() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _start(engine: "Engine") -> None:
+def _start_engine(engine: "Engine") -> None:
     try:
         engine.start()
     except (RuntimeError, MemoryError) as error:
@@ -136,20 +136,20 @@ def _read_key(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"Cannot read the key in {str(path)!r}: {error}.") from None
     key = lines[0].strip() if lines else ""
-    if len(key) < LEAST_KEY or not key.isascii():
+    if len(key) < MIN_KEY_LENGTH or not key.isascii():
         raise ConfigError(
-            f"The first line of {str(path)!r} must be the key: at least {LEAST_KEY} ASCII "
+            f"The first line of {str(path)!r} must be the key: at least {MIN_KEY_LENGTH} ASCII "
             "characters. Make one with: openssl rand -hex 32"
         )
     return key
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Take the port at once, before minutes of loading."""
+    """Bind the port before the model is loaded, which may take minutes."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
         family, kind, protocol, _, address = found[0]
-        # With its protocol named, asyncio turns off Nagle's delays of 40 ms an answer.
+        # With an explicit protocol asyncio sets TCP_NODELAY; Nagle delays responses by 40 ms.
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise ConfigError(f"There is no address {host!r}: {error.strerror or error}.") from None
@@ -158,20 +158,20 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise _taken(host, port, error) from None
+        raise _port_error(host, port, error) from None
     return listener
 
 
 def _open(listener: socket.socket) -> None:
-    """From here on clients may connect; the first are answered a moment later."""
+    """Accept connections."""
     try:
         listener.listen(2048)
-    except OSError as error:  # another server took the same port at the same time
+    except OSError as error:  # another server bound the same port at the same time
         host, port = listener.getsockname()[:2]
-        raise _taken(host, port, error) from None
+        raise _port_error(host, port, error) from None
 
 
-def _taken(host: str, port: int, error: OSError) -> ConfigError:
+def _port_error(host: str, port: int, error: OSError) -> ConfigError:
     return ConfigError(
         f"Cannot listen on {host} port {port}: {error.strerror}. Choose another --port."
     )

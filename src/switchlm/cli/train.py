@@ -1,10 +1,10 @@
-"""switchlm pretrain, finetune, distill and compare: what trains models, under the live display."""
+"""switchlm pretrain, finetune, distill and compare: training runs under the live display."""
 
 import json
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -22,8 +22,8 @@ def pretrain(
     init_from: Annotated[
         str | None,
         typer.Option(
-            help="Start from this model's weights and vocabulary: of equal shape, or dense, whose "
-            "networks become all experts. Its shape is the default."
+            help="Start from this model's weights and vocabulary: of equal shape, or dense "
+            "(sparse upcycling). Its shape is the default."
         ),
     ] = None,
     set_: options.Set = None,
@@ -67,40 +67,38 @@ def finetune(
         str | None, typer.Option(help="all, non-expert, expert or router parameters.")
     ] = None,
     lora_rank: Annotated[
-        int | None, typer.Option(help="Train low-rank adapters of that rank only.")
+        int | None, typer.Option(help="Train only low-rank adapters of this rank.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML configuration.")] = None,
     set_: options.Set = None,
     resume: options.Resume = False,
     as_json: options.JsonLines = False,
 ) -> None:
-    """Fine-tune a model on tasks, and keep the checkpoint that does best at them."""
+    """Fine-tune a model on tasks, and keep the best checkpoint by their metrics."""
     from switchlm.recipes.finetune import finetune as recipe
     from switchlm.recipes.finetune_config import finetune_run
 
     values = options.read_sections(config, out if resume else None)
     if resume and values and "finetune" not in values and config in (None, out / "config.yaml"):
-        raise ConfigError(f"The run in {str(out)!r} is no fine-tuning: choose another --out.")
-    columns = {
-        "input_column": input_column,
-        "target_column": target_column,
-        "template": template,
-        "target_template": target_template,
-        "metrics": metric,
-    }
-    stated: dict[str, Any] = {
-        "model": model,
-        "tasks": task,
-        "data": data,
-        "columns": {name: value for name, value in columns.items() if value} or None,
-        "trainable": trainable,
-        "lora_rank": lora_rank,
-    }
-    run = finetune_run(
-        values,
-        stated={name: value for name, value in stated.items() if value is not None},
-        overrides=set_ or (),
+        raise ConfigError(
+            f"The run in {str(out)!r} is not a fine-tuning run; choose another --out."
+        )
+    columns = options.given(
+        input_column=input_column,
+        target_column=target_column,
+        template=template,
+        target_template=target_template,
+        metrics=metric,
     )
+    stated = options.given(
+        model=model,
+        tasks=task,
+        data=data,
+        columns=columns or None,
+        trainable=trainable,
+        lora_rank=lora_rank,
+    )
+    run = finetune_run(values, stated=stated, overrides=set_ or ())
     console, last = follow(
         partial(recipe, run, out, resume=resume),
         steps=run.training.steps,
@@ -125,8 +123,8 @@ def distill(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text, as for pretrain, or the folder or file of a task; what the teacher was "
-            "trained on where left out."
+            help="Text, as for pretrain, or the folder or file of a task; the teacher's own "
+            "training data if left out."
         ),
     ] = None,
     task: options.Tasks = None,
@@ -135,29 +133,23 @@ def distill(
         typer.Option(help="A dense model trained without a teacher, or its held-out loss."),
     ] = None,
     cache_logits: Annotated[
-        Path | None, typer.Option(help="Keep what the teacher says here, for other students.")
+        Path | None, typer.Option(help="Cache the teacher's logits in this folder.")
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="The teacher names so many tokens for each target; 32 in a cache."
-        ),
+        typer.Option(min=1, help="The teacher's most probable tokens per target; 32 in a cache."),
     ] = None,
     set_: options.Set = None,
     resume: options.Resume = False,
     as_json: options.Json = False,
 ) -> None:
-    """Teach a small model what a large one knows."""
+    """Distil a large model into a small one."""
     from switchlm.recipes import distill_config
     from switchlm.recipes.distill import distill as recipe
     from switchlm.recipes.distill import headline
 
-    stated: dict[str, Any] = {
-        "baseline": baseline,
-        "cache_logits": None if cache_logits is None else str(cache_logits),
-        "top_k": top_k,
-    }
-    stated = {name: value for name, value in stated.items() if value is not None}
+    cache = None if cache_logits is None else str(cache_logits)
+    stated = options.given(baseline=baseline, cache_logits=cache, top_k=top_k)
     if resume and (out / distill_config.SETTINGS).exists():
         fixed = {"--teacher": teacher, "--student": student, "--data": data, "--task": task}
         for option, value in fixed.items():
@@ -210,7 +202,7 @@ def parse_duration(text: str) -> float:
 def compare(
     out: Annotated[Path, typer.Option(help="Folder for both runs, compare.json and report.html.")],
     config: Annotated[
-        Path | None, typer.Argument(help="YAML configuration; the demo's where left out.")
+        Path | None, typer.Argument(help="YAML configuration; the demo's if left out.")
     ] = None,
     data: options.Data = None,
     preset: options.Preset = None,
@@ -219,12 +211,12 @@ def compare(
         list[str] | None, typer.Option(help="Override a setting of the dense twin alone.")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="Wall time for everything, such as 6m or 30m.")
+        str | None, typer.Option(help="Wall time in total, such as 6m or 30m.")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier comparison in OUT.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Race a Switch Transformer against its FLOP-matched dense twin on the same text."""
+    """Compare a Switch Transformer with its FLOP-matched dense twin on the same text."""
     from switchlm.recipes import compare as recipe
 
     seconds = None if budget is None else parse_duration(budget)
@@ -240,7 +232,7 @@ def compare(
         if not overwrite:
             raise ConfigError(f"{str(out)!r} is not empty. Choose another --out, or --overwrite.")
         if not ((out / "compare.json").exists() or (out / "dense").exists()):
-            raise ConfigError(f"{str(out)!r} holds no comparison; it is not overwritten.")
+            raise ConfigError(f"{str(out)!r} contains no comparison; it is not overwritten.")
         shutil.rmtree(out)
 
     console, last = follow(

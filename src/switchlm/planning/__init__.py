@@ -1,1 +1,1 @@
-"""Given a model and a cluster: layouts, memory and traffic, estimated or simulated."""
+"""Layouts of a model on a cluster: memory, traffic and time, estimated or simulated."""

@@ -1,27 +1,24 @@
-"""Given a model, a batch and a cluster: every layout that fits, how long a step takes, and why.
+"""Given a model, a batch and a cluster: every layout that fits, and the estimated time of a step.
 
-It answers what the paper leaves open (section 8, question 3), as far as one can without running:
-memory and traffic are those of the real code (estimate.py), times are estimates from them:
+This is the paper's open question 3 of section 8, answered without running anything: memory and
+traffic are those of the real code (estimate.py), times are estimated from them:
 
     compute     matrix products at `utilisation` of the peak, or memory traffic if that takes longer
-    gathering   weights and gradients; hidden behind compute as far as that lasts
-    all-to-all, tensor   tokens to experts, sums over the tensor axis; nothing hides them
-    optimizer   bound by memory
+    gathering   weights and gradients; overlaps with compute
+    all-to-all, tensor   tokens to experts, sums over the tensor axis; no overlap
+    optimizer   bound by memory bandwidth
 
-Memory traffic counts weights three times (forward, and both products backward), activations three
+Memory traffic counts weights three times (forward, and both matmuls backward), activations three
 times (written, read, and read again), and 28 bytes per parameter for AdamW, 40 for Adafactor.
 
-Figures of GPUs are those of the makers' data sheets: dense products without sparsity, the SXM
-modules; everything may be overridden. The model of a collective is simple on purpose:
+The rates of GPUs are those of the makers' data sheets: dense matmuls, SXM modules; everything may
+be overridden. The model of a collective is simple on purpose:
 
     ring of n (all-reduce, all-gather, reduce-scatter)   sent / bandwidth + latency * log2(n)
     all-to-all                                           as above, and a message to every peer
 
-A ring that spans nodes goes through as many network ports of a node as it has members there; of an
-all-to-all only what leaves the node goes through the port of each GPU.
-
-Quality rises with every doubling of the experts at equal FLOPs per token (section 3.1), so the best
-model for a cluster is the one with the most experts whose step is hardly longer than the shortest.
+A ring over nodes uses as many network ports of a node as it has members there; of an all-to-all
+only what leaves the node uses the port of each GPU.
 """
 
 import dataclasses
@@ -33,23 +30,26 @@ from dataclasses import dataclass
 from switchlm.errors import ConfigError, nearest
 from switchlm.model import count
 from switchlm.parallel.mesh import AXES, MeshConfig, layouts
-from switchlm.planning.estimate import Footprint, footprint, standing_bytes
+from switchlm.planning.estimate import StepEstimate, estimate_step, model_state_bytes
 from switchlm.planning.recorder import Collective
-from switchlm.planning.simulate import row_lengths, rows_of_a_share
+from switchlm.planning.simulate import row_lengths, rows_per_process
 from switchlm.recipes.config import RunConfig
 
 PASSES = 3
-BYTES_A_PARAMETER = {"adamw": 28, "adafactor": 40}
+BYTES_PER_PARAMETER = {"adamw": 28, "adafactor": 40}
 TOLERANCE = 0.1
 DOUBLINGS = tuple(2**power for power in range(3, 12))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """memory: bytes.
-    tensor_flops: a second, bfloat16.
-    flops: a second, float32 without tensor cores.
-    memory_bandwidth, link: bytes per second, of its memory and to neighbours in each direction.
+    """A kind of GPU.
+
+    memory: bytes.
+    tensor_flops: FLOPs per second in bfloat16.
+    flops: FLOPs per second in float32, without tensor cores.
+    memory_bandwidth: bytes per second.
+    link: bytes per second to GPUs of the same node, in each direction.
     """
 
     memory: float
@@ -79,9 +79,10 @@ GPUS = {
 class Cluster:
     """GPUs of one kind in nodes of equal size.
 
-    network: bytes per second between nodes, a GPU and direction.
-    latency: seconds a round of a collective; message: seconds a peer of an all-to-all.
-    utilisation: the share of a GPU's peak that matrix products reach.
+    network: bytes per second between nodes, per GPU and direction.
+    latency: seconds per round of a collective.
+    message: seconds per peer of an all-to-all.
+    utilisation: the share of a GPU's peak that matmuls reach.
     usable: the share of its memory that tensors may fill; the rest is for the driver, the libraries
         and what the allocator cannot use.
     """
@@ -121,7 +122,7 @@ class Cluster:
         size = collective.size
         if size == 1:
             return 0.0
-        here = self._members_of_a_node(collective, mesh)
+        here = self._members_per_node(collective, mesh)
         start = self.latency * math.ceil(math.log2(size))
         if collective.kind == "all_to_all":
             outside = collective.sent * (size - here) / max(size - 1, 1)
@@ -131,7 +132,7 @@ class Cluster:
         bandwidth = self.gpu.link if here == size else min(self.gpu.link, self.network * here)
         return start + collective.sent / bandwidth
 
-    def _members_of_a_node(self, collective: Collective, mesh: MeshConfig) -> int:
+    def _members_per_node(self, collective: Collective, mesh: MeshConfig) -> int:
         """Return how many processes of the group of the first one share its node."""
         sizes = {axis: getattr(mesh, axis) or 1 for axis in AXES}
         members = 1
@@ -145,7 +146,7 @@ class Cluster:
 
 
 def find_gpu(name: str) -> Gpu:
-    """Return the GPU of that name; ConfigError names the near miss."""
+    """Return the GPU of that name; ConfigError suggests a similar name."""
     if name not in GPUS:
         raise ConfigError(f"There is no GPU {name!r} in the table.{nearest(name, GPUS)}")
     return GPUS[name]
@@ -153,7 +154,7 @@ def find_gpu(name: str) -> Gpu:
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """Estimated seconds of a step by what takes them; gathering is hidden behind compute."""
+    """Estimated seconds of a step by cause; gathering overlaps with compute."""
 
     compute: float
     gathering: float
@@ -163,13 +164,13 @@ class Times:
 
     @property
     def step(self) -> float:
-        """All of the step."""
+        """Seconds of the whole step."""
         busy = max(self.compute, self.gathering)
         return busy + self.all_to_all + self.tensor + self.optimizer
 
     @property
     def parts(self) -> dict[str, float]:
-        """What the step consists of, in words; they sum up to it."""
+        """The seconds by cause, named for messages; their sum is `step`."""
         exposed = max(self.gathering - self.compute, 0.0)
         return {
             "compute": self.compute,
@@ -184,13 +185,13 @@ class Times:
 class Layout:
     """One layout that fits.
 
-    took: what a step of one process takes.
+    estimate: memory and traffic of a step of one process.
     flops: per GPU and step.
     tokens_per_second: of the whole cluster.
     """
 
     mesh: MeshConfig
-    took: Footprint
+    estimate: StepEstimate
     flops: float
     times: Times
     tokens_per_second: float
@@ -198,7 +199,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Misfit:
-    """A layout that needs more memory than there is: `missing` bytes more a GPU."""
+    """A layout that does not fit: each GPU lacks `missing` bytes of memory."""
 
     mesh: MeshConfig
     missing: float
@@ -206,11 +207,12 @@ class Misfit:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """layouts: those that fit, the fastest first.
-    misfits: those that do not, the nearest first.
+    """The layouts of a model on a cluster.
 
-    impossible: how many meshes the model or the batch cannot be split over.
-    reason: a sentence.
+    layouts: those that fit, the fastest first.
+    misfits: those that do not fit, the one that lacks least memory first.
+    impossible: number of meshes that the model or the batch cannot be split over.
+    reason: what bounds the best layout, or why none fits.
     """
 
     layouts: tuple[Layout, ...]
@@ -220,35 +222,34 @@ class Plan:
 
 
 def plan(config: RunConfig, cluster: Cluster, meshes: Iterable[MeshConfig] | None = None) -> Plan:
-    """Judge every mesh of all GPUs, or those given, for data.batch_size rows.
+    """Estimate every mesh of all GPUs, or those given, for data.batch_size rows.
 
-    `config.mesh` is not read.
+    `config.mesh` is ignored.
     """
     found: list[Layout] = []
     misfits: list[Misfit] = []
     impossible = 0
     for mesh in candidates(cluster) if meshes is None else meshes:
         try:
-            rows_of_a_share(config.data.batch_size, mesh.replicas * (mesh.data or 1) * mesh.expert)
-            standing = standing_bytes(config, mesh)
-            if standing > cluster.memory:
-                misfits.append(Misfit(mesh=mesh, missing=standing - cluster.memory))
-                continue
-            took = footprint(config, mesh)
+            rows_per_process(config.data.batch_size, mesh.replicas * (mesh.data or 1) * mesh.expert)
+            needed = model_state_bytes(config, mesh)
+            if needed <= cluster.memory:
+                estimate = estimate_step(config, mesh)
+                needed = estimate.peak.total
         except ConfigError:
             impossible += 1
             continue
-        if took.peak.total > cluster.memory:
-            misfits.append(Misfit(mesh=mesh, missing=took.peak.total - cluster.memory))
+        if needed > cluster.memory:
+            misfits.append(Misfit(mesh=mesh, missing=needed - cluster.memory))
         else:
-            found.append(judge(config, cluster, mesh, took))
-    found.sort(key=lambda layout: (layout.times.step, layout.took.peak.total))
+            found.append(estimate_layout(config, cluster, mesh, estimate))
+    found.sort(key=lambda layout: (layout.times.step, layout.estimate.peak.total))
     misfits.sort(key=lambda misfit: misfit.missing)
     return Plan(
         layouts=tuple(found),
         misfits=tuple(misfits),
         impossible=impossible,
-        reason=reason(config, cluster, found, misfits),
+        reason=explain(config, cluster, found, misfits),
     )
 
 
@@ -258,19 +259,21 @@ def candidates(cluster: Cluster) -> Iterator[MeshConfig]:
     return (mesh for mesh in meshes if cluster.gpus_per_node % mesh.tensor == 0)
 
 
-def judge(config: RunConfig, cluster: Cluster, mesh: MeshConfig, took: Footprint) -> Layout:
+def estimate_layout(
+    config: RunConfig, cluster: Cluster, mesh: MeshConfig, estimate: StepEstimate
+) -> Layout:
     """Estimate the time of a step of a layout that fits."""
     training = config.training
     inputs, targets, _ = row_lengths(config.data)
-    tokens = took.rows * (inputs + targets) * training.accumulate
+    tokens = estimate.rows * (inputs + targets) * training.accumulate
     again = 1 if training.activation_checkpointing else 0
     forward = tokens * count.flops_per_token(config.model, inputs, targets) / mesh.tensor
     flops = forward * (3 + again)
     gpu = cluster.gpu
     speed = gpu.flops if training.precision == "float32" else gpu.tensor_flops
-    touched = PASSES * took.touched + (PASSES + again) * took.moved
+    touched = PASSES * estimate.activation_bytes + (PASSES + again) * estimate.weight_bytes
     kinds: defaultdict[str, float] = defaultdict(float)
-    for one, calls in took.traffic.items():
+    for one, calls in estimate.traffic.items():
         kind = "tensor" if one.axes == "tensor" else one.kind
         kinds[kind] += calls * cluster.seconds(one, mesh)
     times = Times(
@@ -278,34 +281,36 @@ def judge(config: RunConfig, cluster: Cluster, mesh: MeshConfig, took: Footprint
         gathering=kinds["all_gather"] + kinds["reduce_scatter"] + kinds["all_reduce"],
         all_to_all=kinds["all_to_all"],
         tensor=kinds["tensor"],
-        optimizer=took.updated * BYTES_A_PARAMETER[training.optimizer] / gpu.memory_bandwidth,
+        optimizer=estimate.num_updated
+        * BYTES_PER_PARAMETER[training.optimizer]
+        / gpu.memory_bandwidth,
     )
     shares = mesh.replicas * (mesh.data or 1) * mesh.expert
     return Layout(
         mesh=mesh,
-        took=took,
+        estimate=estimate,
         flops=flops,
         times=times,
         tokens_per_second=tokens * shares / times.step,
     )
 
 
-def words(mesh: MeshConfig) -> str:
-    """Return a mesh in words, axes of length 1 left out."""
+def describe_mesh(mesh: MeshConfig) -> str:
+    """Return a mesh as text, without axes of size 1."""
     sizes = {axis: getattr(mesh, axis) for axis in AXES}
     return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one GPU"
 
 
-def reason(config: RunConfig, cluster: Cluster, found: list[Layout], misfits: list[Misfit]) -> str:
-    """Say what bounds the best layout and what the next one loses, or what is short."""
+def explain(config: RunConfig, cluster: Cluster, found: list[Layout], misfits: list[Misfit]) -> str:
+    """Return what bounds the best layout and why the next one is slower, or why none fits."""
     if not found:
         return _shortage(config, cluster, misfits)
     best = found[0]
     parts = best.times.parts
     bound = max(parts, key=lambda name: parts[name])
     text = (
-        f"{words(best.mesh)} is bound by {bound}: {parts[bound] / best.times.step:.0%} of a step "
-        f"of {best.times.step:.3g} s"
+        f"{describe_mesh(best.mesh)} is bound by {bound}: {parts[bound] / best.times.step:.0%} of "
+        f"a step of {best.times.step:.3g} s"
     )
     others = [other for other in found[1:] if other.times.step > best.times.step * 1.001]
     if not others:
@@ -313,7 +318,7 @@ def reason(config: RunConfig, cluster: Cluster, found: list[Layout], misfits: li
     lost = others[0].times.parts
     worst = max(parts, key=lambda name: lost[name] - parts[name])
     return (
-        f"{text}; the next, {words(others[0].mesh)}, takes "
+        f"{text}; the next, {describe_mesh(others[0].mesh)}, takes "
         f"{others[0].times.step / best.times.step - 1:.1%} longer, by "
         f"{1e3 * (lost[worst] - parts[worst]):.3g} ms more of {worst}."
     )
@@ -328,7 +333,7 @@ def _shortage(config: RunConfig, cluster: Cluster, misfits: list[Misfit]) -> str
         )
     closest = misfits[0]
     text = (
-        f"Nothing fits: {words(closest.mesh)} comes nearest, and lacks "
+        f"Nothing fits: {describe_mesh(closest.mesh)} comes nearest, and lacks "
         f"{closest.missing / 1e9:.3g} GB of {cluster.memory / 1e9:.3g} GB per GPU."
     )
     advice = ["more GPUs"]
@@ -345,9 +350,9 @@ def _shortage(config: RunConfig, cluster: Cluster, misfits: list[Misfit]) -> str
 class Choice:
     """A number of experts.
 
-    best: its fastest layout, None if nothing fits; then `reason` says why.
-
-    chosen: whether it is the one to take.
+    best: its fastest layout, None if none fits.
+    reason: as in Plan.
+    chosen: whether `design` recommends it.
     """
 
     num_experts: int
@@ -362,7 +367,8 @@ def design(
 ) -> list[Choice]:
     """Plan the shape of `config.model` with each number of experts, and choose one.
 
-    It is the largest number whose step takes at most `TOLERANCE` longer than the shortest of all.
+    Quality rises with every doubling at equal FLOPs per token (section 3.1), so it is the largest
+    number whose step takes at most `TOLERANCE` longer than the shortest of all.
     """
     choices = []
     for number in experts:

@@ -1,12 +1,12 @@
-"""What one process holds of every parameter, and what the blocks of a model take in it.
+"""The shard of each parameter in the first process of a mesh, and the memory of a model's blocks.
 
-Which part of a parameter it holds are the rules of `apply`, as numbers; a test holds them against
-`apply` itself. Sizes are those of the fullest process, the first.
+Shards follow the rules of `parallel.apply`; a test compares them with `apply` itself. The first
+process has the largest ones.
 
-What blocks take is traced once with the real code on fake tensors: the forward and backward pass of
-a few layers, split over `tensor` and `expert` processes but gathered over all others. Memory is
-marked wherever a block begins or ends. From that a plan knows any number of layers. Weights, and
-what gathers and reduces them, are not in it.
+The memory of blocks is traced once with the real code on fake tensors: the forward and backward
+pass of a few layers, split over `tensor` and `expert` processes, gathered over all others. Memory
+is recorded wherever a block begins or ends, which gives a plan of any number of layers. Weights and
+the buffers that gather and reduce them are not included.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from switchlm.training.config import Precision
 from switchlm.training.step import backward, prepare_for_training
 
 STACKS = ("encoder", "decoder")
-# The dim of a parameter that the tensor axis splits, by the end of its name; others are whole.
+# The dim of a parameter that the tensor axis splits, by the end of its name; others are not split.
 TENSOR_DIMS = {
     "query.weight": 0,
     "key.weight": 0,
@@ -51,25 +51,25 @@ TENSOR_DIMS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
-    """A parameter as a process holds it.
+class ParameterShard:
+    """The shard of a parameter in one process.
 
-    group: what is gathered together: `root`, `encoder.blocks.3`, `... exact` (routers and norms of
-        a block), `... experts` (of each Switch layer).
-    shape: without the tensor and expert axes' other parts, before the rest is spread.
-    processes: over how many the rest is spread (1: it is whole here).
-    copies: how many replicas sum its gradient.
-    held: elements here, as many as in any process; the last ones hold less and are filled up when
-        they send.
+    group: parameters that are gathered together: `root`, `encoder.blocks.3`, `... exact` (routers
+        and norms of a block), `... experts` (of each Switch layer).
+    full_shape: of the parameter.
+    shape: after the split over the tensor and expert axes.
+    processes: number of processes that FSDP shards it over.
+    replicas: number of replicas that sum its gradient.
+    numel: elements of the largest shard; smaller ones are padded when they are sent.
     """
 
     name: str
     group: str
-    whole: tuple[int, ...]
+    full_shape: tuple[int, ...]
     shape: tuple[int, ...]
     processes: int
-    copies: int
-    held: int
+    replicas: int
+    numel: int
 
     @property
     def is_expert(self) -> bool:
@@ -78,61 +78,63 @@ class Share:
 
     @property
     def is_exact(self) -> bool:
-        """Whether it is gathered in float32 whatever the others are."""
+        """Whether it is always gathered in float32."""
         return self.group == "root" or self.group.endswith("exact")
 
 
 @cache
-def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all parameters by name."""
     with torch.device("meta"):
         model = SwitchTransformer(config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def shares(config: ModelConfig, mesh: MeshConfig, *, exact_apart: bool) -> Iterator[Share]:
-    """Yield what the first process of a mesh holds of each parameter.
+def parameter_shards(
+    config: ModelConfig, mesh: MeshConfig, *, separate_exact: bool
+) -> Iterator[ParameterShard]:
+    """Yield the shard of each parameter in the first process of a mesh.
 
-    mesh: with its `data` given.
-    exact_apart: whether routers and norms are gathered by themselves, because the others are
+    mesh: its `data` must be given.
+    separate_exact: whether routers and norms are a group of their own, because the others are
         gathered in another dtype.
 
     Raises ConfigError where an axis does not divide what it splits.
     """
     assert mesh.data is not None
-    _part("model.num_heads", config.num_heads, mesh.tensor, "tensor")
-    for name, whole in shapes_of(config).items():
-        group = _group(name, exact_apart)
+    _divide("model.num_heads", config.num_heads, mesh.tensor, "tensor")
+    for name, full_shape in parameter_shapes(config).items():
+        group = _group_name(name, separate_exact)
         expert = group.endswith("experts")
-        shape = list(whole)
+        shape = list(full_shape)
         if expert:
-            shape[0] = _part(name, whole[0], mesh.expert, "expert")
+            shape[0] = _divide(name, full_shape[0], mesh.expert, "expert")
         for end, dim in TENSOR_DIMS.items():
             if name.endswith(end):
-                shape[dim] = _part(name, whole[dim], mesh.tensor, "tensor")
+                shape[dim] = _divide(name, full_shape[dim], mesh.tensor, "tensor")
         processes = mesh.data if expert else mesh.data * mesh.expert
         dim = 0
         if expert and shape[0] % processes and shape[1] % processes == 0:
             dim = 1
         rows = -(-shape[dim] // processes)
-        yield Share(
+        yield ParameterShard(
             name=name,
             group=group,
-            whole=whole,
+            full_shape=full_shape,
             shape=tuple(shape),
             processes=processes,
-            copies=mesh.replicas,
-            held=rows * (prod(shape) // shape[dim]),
+            replicas=mesh.replicas,
+            numel=rows * (prod(shape) // shape[dim]),
         )
 
 
-def _part(name: str, size: int, parts: int, axis: str) -> int:
+def _divide(name: str, size: int, parts: int, axis: str) -> int:
     if size % parts:
         raise ConfigError(f"{name}: {size} cannot be split evenly over mesh.{axis} {parts}.")
     return size // parts
 
 
-def _group(name: str, exact_apart: bool) -> str:
+def _group_name(name: str, separate_exact: bool) -> str:
     if ".blocks." not in name:
         return "root"
     parts = name.split(".")
@@ -140,17 +142,17 @@ def _group(name: str, exact_apart: bool) -> str:
     if ".experts." in name:
         return f"{block} {parts[3]} {parts[-3]} experts"
     is_exact = ".router." in name or parts[-2].endswith("norm")
-    return f"{block} exact" if is_exact and exact_apart else block
+    return f"{block} exact" if is_exact and separate_exact else block
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Between two marks.
+    """A part of a forward and backward pass, between two recorded points.
 
-    name: `forward encoder 3`, `backward decoder 0`, `loss`, `embedding`, ...
-
-    rise, change: bytes in memory above the level at its start, at most, and at its end.
-    gradients: what of the change are gradients of weights.
+    name: such as `forward encoder 3`, `backward decoder 0`, `after encoder`.
+    rise: bytes at its peak, above those at its start.
+    change: bytes at its end, above those at its start.
+    gradients: the part of the change that is gradients of weights.
     """
 
     name: str
@@ -166,13 +168,13 @@ def num_layers(config: ModelConfig, stack: str) -> int:
 
 
 def traced_layers(config: ModelConfig, stack: str) -> tuple[int, int]:
-    """Return how many layers of a stack are traced, and after how many their kinds repeat."""
+    """Return how many layers of a stack are traced, and the period of sparse and dense layers."""
     period = max(config.sparse_step_of(decoder=stack == "decoder"), 1)
     return min(num_layers(config, stack), 2 * period), period
 
 
-def layer_like(config: ModelConfig, stack: str, layer: int) -> int:
-    """Return the traced layer that stands for a layer: the last ones for the last ones."""
+def traced_layer(config: ModelConfig, stack: str, layer: int) -> int:
+    """Return the traced layer that represents a layer; the last layers represent the last ones."""
     layers = num_layers(config, stack)
     traced, period = traced_layers(config, stack)
     if layers == traced:
@@ -198,9 +200,9 @@ def trace(
 ) -> tuple[Segment, ...]:
     """Return the segments of a forward and backward pass of the traced layers.
 
-    rows: of the batch here.
-    mesh: its expert and tensor sizes count.
-    dtypes: of the dense weights of blocks and of experts, as they are gathered.
+    rows: of the batch in this process.
+    mesh: only its expert and tensor sizes are used.
+    dtypes: in which the dense weights of blocks, and experts, are gathered.
     """
     short = dataclasses.replace(
         config,
@@ -218,36 +220,36 @@ def trace(
     with fake_model(short, alone, mesh.expert * mesh.tensor, shard) as (model, job):
         batch = blank_batch(data, rows)
         with MemoryRecorder(model) as memory, CollectiveRecorder(job) as recorder:
-            marks = _Marks(model, memory, recorder)
+            recorded = _SegmentRecorder(model, memory, recorder)
             backward(model, [batch], precision, job)
-            marks.mark("end")
-        return tuple(marks.segments())
+            recorded.mark("end")
+        return tuple(recorded.segments())
 
 
-class _Marks:
-    """Marks memory where blocks begin and end, forward and backward."""
+class _SegmentRecorder:
+    """Records memory and collectives where blocks begin and end, forward and backward."""
 
     def __init__(
         self, model: SwitchTransformer, memory: MemoryRecorder, recorder: CollectiveRecorder
     ) -> None:
         self.memory, self.recorder = memory, recorder
-        self.found: list[tuple[str, Bytes, int, int]] = []
+        self.marks: list[tuple[str, Bytes, int, int]] = []
         self._seen: set[str] = set()
         for name in STACKS:
             stack = getattr(model, name)
             for layer, block in enumerate(stack.blocks):
                 last = layer == len(stack.blocks) - 1
-                self._watch(block, name, layer, last)
+                self._add_hooks(block, name, layer, last)
         self.mark("start")
 
     def mark(self, name: str) -> None:
-        """Say what begins here."""
+        """Record the start of a segment."""
         highest = self.memory.mark()
-        self.found.append((name, self.memory.now, highest, len(self.recorder.collectives)))
+        self.marks.append((name, self.memory.now, highest, len(self.recorder.collectives)))
 
     def segments(self) -> Iterator[Segment]:
-        """Yield what lies between the marks."""
-        for here, there in zip(self.found, self.found[1:], strict=False):
+        """Yield the segments between the recorded points."""
+        for here, there in zip(self.marks, self.marks[1:], strict=False):
             name, start, _, first = here
             _, end, highest, last = there
             yield Segment(
@@ -264,7 +266,7 @@ class _Marks:
             self._seen.add(name)
             self.mark(name)
 
-    def _watch(self, block: nn.Module, stack: str, layer: int, last: bool) -> None:
+    def _add_hooks(self, block: nn.Module, stack: str, layer: int, last: bool) -> None:
         def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             self._once(f"forward {stack} {layer}")
             if layer == 0:
@@ -284,7 +286,7 @@ class _Marks:
 
 
 def _cast(model: nn.Module, dense: torch.dtype, experts: torch.dtype) -> None:
-    """Give the weights of blocks the dtypes that they are gathered in."""
+    """Cast the weights of blocks to the dtypes that they are gathered in."""
     for block in [module for module in model.modules() if isinstance(module, Block)]:
         exact = {id(p) for module in exact_modules(block) for p in module.parameters()}
         for module in block.modules():

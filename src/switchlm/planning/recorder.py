@@ -1,16 +1,16 @@
-"""What a block of code sends, and what is in memory at its peak.
+"""Recorders of the collectives and of the peak memory of a block of code.
 
     with CollectiveRecorder(mesh) as sent, MemoryRecorder(model, states) as memory:
         training_step(...)
     sent.collectives, memory.peak
 
-Collectives are read off the calls themselves, so a real job and one of fake processes count alike.
-The payload of a collective is the size of its whole tensor: the input of all-reduce, reduce-scatter
-and all-to-all, the output of all-gather, in the dtype that is sent. How many bytes pass the wire
-follows from it and from the number of processes. What a process sends to itself is left out.
+Collectives are recorded as operators, in real jobs and in jobs of fake processes alike. The payload
+of a collective is the size of its full tensor: the input of all-reduce, reduce-scatter and
+all-to-all, the output of all-gather, in the dtype that is sent. The bytes sent follow from it and
+from the number of processes; what a process sends to itself is not counted.
 
-Memory follows the storages of all tensors that operators return, real or fake. What an allocator
-adds by rounding and fragmentation, and what the process holds besides tensors, is not in it.
+Memory is the storages of all tensors that operators return, real or fake, without rounding and
+fragmentation of an allocator and without memory other than tensors.
 """
 
 import dataclasses
@@ -29,7 +29,6 @@ from torch.distributed.tensor import DTensor
 from switchlm import _torch
 from switchlm._torch import (
     FakeTensor,
-    FakeTensorMode,
     TorchDispatchMode,
     active_fake_mode,
     tree_iter,
@@ -64,9 +63,9 @@ class Collective:
 
 
 class CollectiveRecorder(TorchDispatchMode):
-    """Writes down the collectives of a block of code, those of its backward pass too.
+    """Records the collectives of a block of code, those of its backward pass too.
 
-    mesh: names the axes; without one they are called `all`.
+    mesh: gives the names of axes; without it all are called `all`.
     """
 
     def __init__(self, mesh: Mesh | None = None) -> None:
@@ -77,14 +76,14 @@ class CollectiveRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
-            return NotImplemented  # it calls again with its parts, and the collectives it needs
-        kind = kind_of(func)
+            return NotImplemented  # DTensor calls again with local tensors and collectives
+        kind = collective_kind(func)
         if kind is not None:
             names = (argument.name for argument in func._schema.arguments)
-            self._note(kind, {**dict(zip(names, args, strict=False)), **(kwargs or {})})
+            self._record(kind, {**dict(zip(names, args, strict=False)), **(kwargs or {})})
         return func(*args, **(kwargs or {}))
 
-    def _note(self, kind: str, given: dict[str, Any]) -> None:
+    def _record(self, kind: str, given: dict[str, Any]) -> None:
         tensors = [
             tensor
             for name, value in given.items()
@@ -126,11 +125,11 @@ class CollectiveRecorder(TorchDispatchMode):
         )
 
 
-def kind_of(func: Any) -> str | None:
+def collective_kind(func: Any) -> str | None:
     """Return the kind of collective that an operator is, None if it is none.
 
-    Names are as different as `_allgather_base_` and `all_gather_into_tensor`; operators that carry
-    nothing (wait, barrier) are no collectives.
+    Names differ, such as `_allgather_base_` and `all_gather_into_tensor`; operators without data
+    (wait, barrier) do not count.
     """
     if func.namespace not in NAMESPACES:
         return None
@@ -147,8 +146,8 @@ class Bytes:
 
     weights, gradients, optimizer: of this process's shards.
     buffers: weights gathered from other processes, and what is gathered or reduced.
-    activations: all else, gradients of activations and gradients on their way to be reduced among
-        them.
+    activations: everything else, including gradients of activations, and gradients of weights until
+        they are reduced.
     """
 
     weights: int = 0
@@ -164,17 +163,14 @@ class Bytes:
 
 
 class MemoryRecorder(TorchDispatchMode):
-    """Follows memory from here to the end of the block.
+    """Records the memory of a block of code; a FakeTensorMode must be entered before it.
 
-    model: its parameters and buffers are weights.
-    states: the optimizer's tensors, a mapping a parameter. Where the block runs in a
-        FakeTensorMode, enter that first.
+    model: its parameters and buffers count as weights.
+    states: the optimizer's tensors, one mapping per parameter.
     """
 
     def __init__(self, model: nn.Module, states: Iterable[Mapping[str, Any]] = ()) -> None:
         super().__init__()
-        self._fake: FakeTensorMode | None = None
-        self._depth = 0
         self._known: dict[int, tuple[weakref.ref, int, Purpose]] = {}
         self._now: dict[Purpose, int] = dict.fromkeys(Bytes.__dataclass_fields__, 0)  # type: ignore[arg-type]
         self._highest = 0
@@ -187,24 +183,24 @@ class MemoryRecorder(TorchDispatchMode):
         self._fake = active_fake_mode()
         self._depth = 0 if self._fake is None else len(self._fake.enter_stack)
         for tensor in (*self._model.parameters(), *self._model.buffers()):
-            self._see(tensor, "weights")
+            self._track(tensor, "weights")
         for state in self._states:
             for tensor in state.values():
-                self._see(tensor, "optimizer")
+                self._track(tensor, "optimizer")
         for parameter in self._model.parameters():
             if parameter.requires_grad:
                 self._hooks.append(
                     parameter.register_post_accumulate_grad_hook(
-                        lambda p: self._see(p.grad, "gradients")
+                        lambda p: self._track(p.grad, "gradients")
                     )
                 )
         self._resize = torch.UntypedStorage.resize_
         memory = self
 
         def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
-            # Sharded training gives gathered weights their memory, and takes it, by this.
+            # FSDP allocates and frees the memory of gathered weights by this.
             result = memory._resize(storage, size)
-            memory._size(storage, "buffers")
+            memory._set_size(storage, "buffers")
             return result
 
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
@@ -219,11 +215,11 @@ class MemoryRecorder(TorchDispatchMode):
 
     @property
     def now(self) -> Bytes:
-        """What is in memory at this moment."""
+        """The bytes in memory now."""
         return Bytes(**self._now)
 
     def mark(self) -> int:
-        """Return the most bytes that there were since the last mark."""
+        """Return the peak bytes since the last mark."""
         highest, self._highest = self._highest, sum(self._now.values())
         return highest
 
@@ -232,41 +228,41 @@ class MemoryRecorder(TorchDispatchMode):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
-            self._see(value, "activations")
-        if func.namespace == "fsdp":  # copies into and out of what is gathered and reduced
+            self._track(value, "activations")
+        if func.namespace == "fsdp":  # copies into and out of communication buffers
             for value in tree_iter((args, kwargs)):
-                self._see(value, "buffers", again=True)
-        kind = kind_of(func)
+                self._track(value, "buffers", again=True)
+        kind = collective_kind(func)
         if kind in ("all_gather", "reduce_scatter"):
             for value in tree_iter((args, result)):
-                self._see(value, "buffers", again=True)
+                self._track(value, "buffers", again=True)
             if kind == "reduce_scatter":
-                # The first tensor is where the sum goes: the gradient of this process's shards.
+                # The first tensor is the output: the gradient of this process's shards.
                 into = result if isinstance(result, Tensor) else next(_tensors(args))
-                self._see(into, "gradients", again=True)
+                self._track(into, "gradients", again=True)
         return result
 
-    def _see(self, value: Any, purpose: Purpose, again: bool = False) -> None:
-        """Follow a tensor's storage if it is new; with `again`, say what a known one is for."""
+    def _track(self, value: Any, purpose: Purpose, again: bool = False) -> None:
+        """Record a tensor's storage if it is new, or with `again` its new purpose."""
         if isinstance(value, DTensor):
             value = value._local_tensor
-        if not isinstance(value, Tensor) or self._is_shadow(value):
+        if not isinstance(value, Tensor) or self._has_no_memory(value):
             return
         storage = value.untyped_storage()
         if storage._cdata not in self._known or again or purpose == "gradients":
-            self._size(storage, purpose)
+            self._set_size(storage, purpose)
 
-    def _is_shadow(self, tensor: Tensor) -> bool:
+    def _has_no_memory(self, tensor: Tensor) -> bool:
         """Whether a tensor has no memory in any process.
 
-        To learn the shape of a result, DTensor runs operators on fake tensors of the whole shape,
-        in a fake mode of its own or in the one that is active, entered once more.
+        DTensor infers shapes by running operators on fake tensors of the full shape, in a fake mode
+        of its own or in the active one, entered once more.
         """
         if self._fake is None:
             return isinstance(tensor, FakeTensor)
         return len(self._fake.enter_stack) > self._depth
 
-    def _size(self, storage: torch.UntypedStorage, purpose: Purpose) -> None:
+    def _set_size(self, storage: torch.UntypedStorage, purpose: Purpose) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
             reference, old, was = self._known[key]

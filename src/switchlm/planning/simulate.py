@@ -1,12 +1,12 @@
-"""One training step of one process of a job that does not exist: its memory, and what it sends.
+"""Simulate a training step of one process of a large job: its memory and its collectives.
 
-The model, `parallel.apply` and `training_step` are the real ones; tensors are fake and have shapes
-only, and so has the job: collectives return at once and move nothing.
+The model, `parallel.apply` and `training_step` are the real ones; tensors are fake (shapes without
+values) and so are the processes: collectives return at once and send nothing.
 
-Fake tensors carry no values, so what the routers choose is not known. Here every expert takes the
-same number of tokens of the whole batch, which is what the balance loss trains for (section 2.2);
-what exceeds the capacity is dropped. Real loads differ from step to step: the fullest process then
-holds more rows, up to the capacity, and the others fewer.
+Without values the expert assignment is not known. Every expert is assumed to take the same number
+of tokens of the batch, which is what the balance loss trains for (section 2.2); what exceeds the
+capacity is dropped. Real loads differ from step to step: some processes hold more rows, up to the
+capacity, and others fewer.
 
 Shapes: P processes of the expert axis, E experts in all, L experts of this process.
 """
@@ -50,7 +50,7 @@ LARGEST = 2**16  # processes; a group of them lists all its members
 
 @contextmanager
 def fake_job(config: MeshConfig, num_processes: int) -> Iterator[Mesh]:
-    """Be process 0 of a job of `num_processes` that does not exist, and yield its mesh.
+    """Become process 0 of a fake job of `num_processes`, and yield its mesh.
 
     Raises ConfigError if the mesh does not fit them, or if a real job is running here.
     """
@@ -64,8 +64,8 @@ def fake_job(config: MeshConfig, num_processes: int) -> Iterator[Mesh]:
         yield Mesh.of(config, "cpu")
     finally:
         dist.destroy_process_group()
-        # An equal mesh of the next job would be taken for this one's.
-        _torch.forget_sharding()
+        # Otherwise the next job's equal mesh would reuse this one's groups.
+        _torch.clear_sharding_cache()
 
 
 def balanced_loads(
@@ -73,10 +73,10 @@ def balanced_loads(
 ) -> NDArray[np.int64]:
     """Return load_E: how many of its assignments a process sends to each expert.
 
-    The remainder of the division goes to the experts in turn, from process to process, so that all
-    have the same load in the end.
+    The remainder of the division is assigned in turn over all processes, so that the total load of
+    all experts is equal.
 
-    capacity: what an expert takes of one process at most.
+    capacity: the most that an expert takes from one process.
     """
     base, rest = divmod(assignments, num_experts)
     load_E = np.full(num_experts, base, dtype=np.int64)
@@ -85,10 +85,10 @@ def balanced_loads(
 
 
 @functools.cache
-def exchanged(
+def all_to_all_sizes(
     assignments: int, num_experts: int, processes: int, here: int, capacity: int
 ) -> tuple[list[int], list[int]]:
-    """Return the rows that process `here` sends to each process, and those that it receives."""
+    """Return how many rows process `here` sends to, and receives from, each process."""
     loads_PE = np.stack(
         [balanced_loads(assignments, num_experts, p, capacity) for p in range(processes)]
     )
@@ -96,15 +96,15 @@ def exchanged(
     return loads_PPL[here].tolist(), loads_PPL[:, here].tolist()
 
 
-def balance(model: nn.Module) -> None:
-    """Let all experts of a sharded model have the same load, whatever the routers say."""
+def balance_experts(model: nn.Module) -> None:
+    """Give all experts of a sharded model the same load, independent of the routers."""
     for layer in switch_layers(model).values():
         if isinstance(layer.dispatcher, AllToAllDispatcher):
             layer.dispatcher = BalancedDispatcher(layer.dispatcher, layer.router)
 
 
 class BalancedDispatcher(AllToAllDispatcher):
-    """Carries rows as AllToAllDispatcher does, as many as `balanced_loads` says."""
+    """An AllToAllDispatcher with the numbers of rows of `balanced_loads`."""
 
     def __init__(self, like: AllToAllDispatcher, router: Router) -> None:
         super().__init__(like.experts, like.tensor)
@@ -112,9 +112,8 @@ class BalancedDispatcher(AllToAllDispatcher):
         self._assignments, self._capacity = 0, 0
 
     def dispatch(self, x_ND: Tensor, routing: Routing) -> Rows:
-        """Return the rows of the experts here, sorted by expert; how many depends on shapes only.
-
-        Which rows they are is not what the routers say.
+        """Return the rows of the local experts, sorted by expert; their number depends on shapes
+        only, and which rows they are does not follow the routers.
         """
         groups = routing.fraction_GE.shape[0]
         capacity = self._router.capacity(math.ceil(x_ND.shape[0] / groups))
@@ -123,12 +122,14 @@ class BalancedDispatcher(AllToAllDispatcher):
         return super().dispatch(x_ND, routing)
 
     def exchange_counts(self, counts_E: Tensor) -> tuple[Tensor, list[int], list[int]]:
-        """Return counts as they travel, whose values are not used, and the balanced loads."""
+        """Return exchanged counts, whose values are not used, and the balanced loads."""
         counts_PL = self._swap(counts_E)
         processes, here = 1, 0
         if self.experts is not None:
             processes, here = self.experts.size(), self.experts.get_local_rank()
-        rows = exchanged(self._assignments, counts_E.numel(), processes, here, self._capacity)
+        rows = all_to_all_sizes(
+            self._assignments, counts_E.numel(), processes, here, self._capacity
+        )
         return counts_PL, *rows
 
 
@@ -139,18 +140,18 @@ def fake_model(
     num_processes: int,
     shard: Callable[[SwitchTransformer, Mesh], None],
 ) -> Iterator[tuple[SwitchTransformer, Mesh]]:
-    """Be process 0 of a job, as in `fake_job`; yield its part of a model, and its mesh.
+    """Become process 0 of a `fake_job`; yield its shards of a model, and its mesh.
 
     Tensors are fake in the body of the block, and every expert has the same load.
 
-    shard: leaves of the model, which has no memory yet, what this process holds.
+    shard: shards the model, which is on the meta device.
     """
     with fake_job(mesh_config, num_processes) as mesh:
         with torch.device("meta"):
             model = SwitchTransformer(config)
         shard(model, mesh)
-        balance(model)
-        mesh.all_reduce_sum(torch.zeros(1))  # makes its group, impossible among fake tensors
+        balance_experts(model)
+        mesh.all_reduce_sum(torch.zeros(1))  # creates its group, impossible with fake tensors
         with _torch.FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             yield model, mesh
@@ -160,10 +161,11 @@ def fake_model(
 class Simulation:
     """A simulated step.
 
+    parameters: of the full model.
     rows: of the batch, in each micro-batch of a process.
-    peak: bytes in memory at the fullest moment.
-    collectives: in order, all of the step.
-    seconds: it took to simulate.
+    peak: bytes in memory at the peak.
+    collectives: of the step, in order.
+    seconds: that the simulation took.
     """
 
     parameters: int
@@ -181,7 +183,7 @@ def simulate(config: RunConfig, ranks: int) -> Simulation:
     started = time.perf_counter()
     shard = functools.partial(apply, wire_dtype=wire_dtype(config))
     with fake_model(config.model, config.mesh, ranks, shard) as (model, mesh):
-        rows = rows_of_a_share(config.data.batch_size, mesh.data_size)
+        rows = rows_per_process(config.data.batch_size, mesh.data_size)
         batches = [blank_batch(config.data, rows)] * config.training.accumulate
         peak, collectives = measure_step(model, batches, config, mesh)
     return Simulation(
@@ -196,7 +198,7 @@ def simulate(config: RunConfig, ranks: int) -> Simulation:
 def measure_step(
     model: SwitchTransformer, batches: Sequence[Batch], config: RunConfig, mesh: Mesh
 ) -> tuple[Bytes, tuple[Collective, ...]]:
-    """Train one step, real or fake; return its peak of memory and its collectives, in order."""
+    """Run one training step, real or fake; return its peak memory and its collectives in order."""
     training = config.training
     optimizer: Optimizer = build_optimizer(model, training)
     prepare_for_training(model, training.precision, training.activation_checkpointing)
@@ -215,20 +217,20 @@ def measure_step(
     return memory.peak, tuple(recorder.collectives)
 
 
-def rows_of_a_share(batch_size: int, num_shares: int) -> int:
-    """Return the rows of a batch that each share has; raises ConfigError if it is not whole."""
-    if batch_size % num_shares:
+def rows_per_process(batch_size: int, num_processes: int) -> int:
+    """Return the rows of a batch per process; raises ConfigError if they do not divide evenly."""
+    if batch_size % num_processes:
         raise ConfigError(
-            f"data.batch_size {batch_size} cannot be shared out evenly among {num_shares} shares "
-            "of the batch (mesh.replicas x data x expert); use a multiple."
+            f"data.batch_size {batch_size} cannot be shared out evenly among {num_processes} "
+            "processes (mesh.replicas x data x expert); use a multiple."
         )
-    return batch_size // num_shares
+    return batch_size // num_processes
 
 
 def row_lengths(config: DataConfig) -> tuple[int, int, bool]:
-    """Return the lengths of inputs and targets, and whether rows come with segments.
+    """Return the lengths of inputs and targets, and whether rows have segments.
 
-    Packed rows whose target length is left open get what one long example needs.
+    The default target length of packed rows is that of one long example.
     """
     noise = Noise(density=config.noise_density, mean_span=config.mean_span)
     raw_length = noise.raw_length(config.input_length)
@@ -238,7 +240,7 @@ def row_lengths(config: DataConfig) -> tuple[int, int, bool]:
 
 
 def blank_batch(config: DataConfig, rows: int) -> Batch:
-    """Return rows of the shape that the data section makes, with nothing in them."""
+    """Return a batch of zeros in the shape that the data section gives."""
     inputs, targets, segments = row_lengths(config)
     return Batch(
         inputs_BS=torch.zeros(rows, inputs, dtype=torch.int64),

@@ -1,1 +1,1 @@
-"""Complete runs as short functions that yield what happens, for whoever shows it."""
+"""Complete runs as short functions that yield events and metrics."""

@@ -1,8 +1,8 @@
 """Train a Switch Transformer and its FLOP-matched dense twin on the same batches, side by side.
 
-The two runs share the machine in the same seconds, so that whatever slows it slows both, and take
-the same number of steps. What the paper's section 3.1 measures comes out: how much earlier, in
-steps and in time, the sparse model reaches the dense model's final held-out loss.
+The two runs share the machine at the same time, so that load from outside slows both, and take the
+same number of steps. The result is that of the paper's section 3.1: how much earlier, in steps and
+in time, the sparse model reaches the dense model's final held-out loss.
 """
 
 import dataclasses
@@ -36,13 +36,13 @@ from switchlm.training.run_folder import RunFolder
 Event = dict[str, Any]
 Line = Mapping[str, Any]
 Speed = dict[str, float | None]
-ENDLESS = 10**9  # steps: more than any budget of time allows
-LAST_WORK = 0.04  # share of the budget kept for the last evaluation, the models and the report
+ENDLESS = 10**9  # steps: more than any time budget allows
+FINAL_SHARE = 0.04  # of the budget, for the last evaluation, the models and the report
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two configurations: they differ in the experts, and where the dense twin is better off."""
+    """The two configurations; they differ in the experts and in settings of the section `dense`."""
 
     sparse: RunConfig
     dense: RunConfig
@@ -59,11 +59,10 @@ def configure(
 ) -> Comparison:
     """Resolve both configurations.
 
-    The base is the demo's (compare.yaml). Its section `dense`, or that of the file at `path`, holds
-    what the dense twin does better with, such as a learning rate of its own; dense_overrides come
-    last.
+    The base is the demo's (compare.yaml). Its section `dense`, or that of the file at `path`, has
+    settings of the dense twin alone, such as its learning rate; dense_overrides come last.
 
-    by_time: a budget of time will end the runs, so that no number of steps does.
+    by_time: whether a time budget ends the runs instead of a number of steps.
     """
     text = files("switchlm.recipes").joinpath("compare.yaml").read_text(encoding="utf-8")
     values = yaml.safe_load(text)
@@ -98,7 +97,7 @@ def compare(
     last `{"result": {...}}`, which compare.json holds too. Writes OUT/dense and OUT/sparse (run
     folders), OUT/compare.json and OUT/report.html.
 
-    report: called with a line now and then while text is prepared.
+    report: called with lines of progress while text is prepared.
     """
     started = time.monotonic()
     yield {"phase": "reading text"}
@@ -108,7 +107,7 @@ def compare(
         sparse=with_vocabulary(config.sparse, loader.tokenizer),
         dense=with_vocabulary(config.dense, loader.tokenizer),
     )
-    # On a CPU both run at once, each on its share of the cores; an accelerator they take in turns.
+    # On a CPU both run at once, each on half of the cores; on an accelerator they take turns.
     together = default_device().type == "cpu"
     threads = max(1, torch.get_num_threads() // (2 if together else 1))
     with ExitStack() as opened:
@@ -118,15 +117,15 @@ def compare(
             workers[name] = CompareWorker(run, loader.tokenizer, folder, threads)
             opened.callback(workers[name].close)
         yield {"phase": "training"}
-        deadline = started + (math.inf if seconds is None else seconds * (1 - LAST_WORK))
+        deadline = started + (math.inf if seconds is None else seconds * (1 - FINAL_SHARE))
         step = 0
         while step == 0 or (step < training.steps and time.monotonic() < deadline):
             if should_stop():
                 break
             step = min(step + training.log_every, training.steps)
-            yield from _ask(workers, f"advance {step}", together)
+            yield from _run_command(workers, f"advance {step}", together)
         yield {"phase": "evaluating and saving"}
-        yield from _ask(workers, "finish", together)
+        yield from _run_command(workers, "finish", together)
     result = _result(config, workers, loader)
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     out.joinpath("compare.json").write_text(text, encoding="utf-8")
@@ -134,7 +133,7 @@ def compare(
         out / "report.html",
         title="Switch Transformer against its dense twin",
         headline=headline(result),
-        runs=[_run_of(name, workers[name]) for name in ("sparse", "dense")],
+        runs=[_report_run(name, workers[name]) for name in ("sparse", "dense")],
         sources=result["sources"],
         table=result_table(result),
         target_loss=result["dense_loss"],
@@ -145,22 +144,24 @@ def compare(
     yield {"result": result}
 
 
-def _run_of(name: str, worker: CompareWorker) -> ReportRun:
-    """Return a run of the report; a dense one recorded no routing."""
+def _report_run(name: str, worker: CompareWorker) -> ReportRun:
+    """Return a run for the report; a dense one has no routing."""
     file = worker.folder.routing
     routing = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     return ReportRun(name=name, metrics=worker.metrics, routing=routing)
 
 
-def _ask(workers: Mapping[str, CompareWorker], command: str, together: bool) -> Iterator[Event]:
-    """Let both runs do as told, at once or one after the other, and yield their lines."""
+def _run_command(
+    workers: Mapping[str, CompareWorker], command: str, together: bool
+) -> Iterator[Event]:
+    """Send a command to both runs, at once or in turn, and yield their metrics."""
     if together:
         for worker in workers.values():
-            worker.ask(command)
+            worker.send(command)
     for name, worker in workers.items():
         if not together:
-            worker.ask(command)
-        for line in worker.answers():
+            worker.send(command)
+        for line in worker.read_lines():
             yield {"run": name, **line}
 
 
@@ -208,7 +209,7 @@ def _example(workers: Mapping[str, CompareWorker], loader: Loader) -> dict[str, 
 
 
 def headline(result: Event) -> str:
-    """Return the result in a sentence."""
+    """Return the result as one sentence."""
     if result["step_ratio"] is None:
         return (
             f"After {result['steps']} steps the sparse model has not reached the dense twin's "
@@ -222,7 +223,7 @@ def headline(result: Event) -> str:
 
 
 def result_table(result: Event) -> list[dict[str, str]]:
-    """Return the closing table: a row a figure, a column a model, text in every cell."""
+    """Return the table of results: one row per metric, one column per model, all text."""
     names = ("dense", "sparse")
 
     def row(label: str, cells: dict[str, str]) -> dict[str, str]:
@@ -258,17 +259,16 @@ def result_table(result: Event) -> list[dict[str, str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Crossing:
-    """Where a run first reached a loss: the step and the seconds of training until then."""
+    """The step, and the seconds of training, at which a run first reached a loss."""
 
     step: float
     seconds: float
 
 
 def crossing(evaluations: Sequence[Line], target: float) -> Crossing | None:
-    """Return where the held-out loss first came down to `target`, or None if it never did.
+    """Return where the held-out loss first reached `target`, by linear interpolation, or None.
 
-    evaluations: lines with `step`, `seconds` and `evaluation_loss`, in order. Between two of them
-        the loss is taken as a straight line.
+    evaluations: lines with `step`, `seconds` and `evaluation_loss`, in order.
     """
     before: Line | None = None
     for line in evaluations:
@@ -288,10 +288,11 @@ def crossing(evaluations: Sequence[Line], target: float) -> Crossing | None:
 def speed_by_source(dense: Sequence[Line], sparse: Sequence[Line]) -> dict[str, Speed]:
     """Return how the two runs compare on each source of the text (section 4.3).
 
-    dense, sparse: lines as of `crossing` that also have `evaluation_loss_by_source`. For each
-        source: `dense_loss` and `sparse_loss` at the end, and `step_ratio` and `time_ratio`, the
-        share of the dense run after which the sparse one had reached the dense run's last loss;
-        None if it never did.
+    Of each source: `dense_loss` and `sparse_loss` at the end, and `step_ratio` and `time_ratio`,
+    the share of the dense run after which the sparse run had reached the dense run's last loss,
+    None if it never did.
+
+    dense, sparse: lines as of `crossing` that also have `evaluation_loss_by_source`.
     """
     return {
         name: _speed(_of_source(dense, name), _of_source(sparse, name))
@@ -304,7 +305,7 @@ def _of_source(lines: Sequence[Line], name: str) -> list[Line]:
 
 
 def _speed(dense: Sequence[Line], sparse: Sequence[Line]) -> Speed:
-    """Return both last losses, and after which share of the dense run sparse had reached it."""
+    """Return the losses and ratios of `speed_by_source`, of one source or of all text."""
     last = dense[-1]
     reached = crossing(sparse, last["evaluation_loss"])
     return {

@@ -1,9 +1,9 @@
 """One run of a comparison in a process of its own, advanced a few steps at a time.
 
-Two models of this size share the cores best with one process each: their products are too small to
-split. The parent writes `advance STEP` or `finish` to the child's standard input; the child answers
-with JSON lines on its standard output, metrics lines first and `{"done": true}` last. A child whose
-parent is gone reads the end of its input and stops.
+Two models of this size share the cores best with one process each: their matmuls are too small to
+split. The parent writes `advance STEP` or `finish` to the child's standard input; the child writes
+JSON lines to its standard output, metrics first and `{"done": true}` last. The child stops at the
+end of its input, so it also stops when the parent dies.
 """
 
 import json
@@ -24,7 +24,7 @@ from switchlm.errors import WorkerError
 from switchlm.huggingface.load import save
 from switchlm.parallel.mesh import ALONE
 from switchlm.recipes.config import RunConfig, from_sections
-from switchlm.recipes.pretrain import begin, build_model, record_routing
+from switchlm.recipes.pretrain import build_model, init_run_folder, record_routing
 from switchlm.training.loop import train
 from switchlm.training.run_folder import RunFolder
 
@@ -32,14 +32,14 @@ Event = dict[str, Any]
 
 
 class CompareWorker:
-    """The parent's end: starts the child on a run folder and asks it for steps."""
+    """Starts the child process on a run folder, sends it commands and reads its metrics."""
 
     def __init__(
         self, config: RunConfig, tokenizer: Tokenizer, folder: RunFolder, threads: int
     ) -> None:
         self.folder = folder
         self.metrics: list[Event] = []
-        begin(folder, config, tokenizer, ALONE)
+        init_run_folder(folder, config, tokenizer, ALONE)
         self._child = subprocess.Popen(
             [
                 sys.executable,
@@ -54,15 +54,15 @@ class CompareWorker:
             encoding="utf-8",
         )
 
-    def ask(self, command: str) -> None:
-        """Send a command; `answers` gives what comes back."""
+    def send(self, command: str) -> None:
+        """Send a command; `read_lines` returns its output."""
         assert self._child.stdin is not None
-        with suppress(BrokenPipeError):  # `answers` says what happened
+        with suppress(BrokenPipeError):  # `read_lines` raises the error
             self._child.stdin.write(command + "\n")
             self._child.stdin.flush()
 
-    def answers(self) -> Iterator[Event]:
-        """Yield the metrics lines of the last command, as they come."""
+    def read_lines(self) -> Iterator[Event]:
+        """Yield the metrics lines of the last command, as they arrive."""
         assert self._child.stdout is not None
         for text in self._child.stdout:
             line = json.loads(text)
@@ -72,11 +72,11 @@ class CompareWorker:
             yield line
         raise WorkerError(
             f"The process of {str(self.folder.root)!r} ended with status {self._child.wait()} "
-            "before its run did; what it said stands above."
+            "before its run did; its error is printed above."
         )
 
     def close(self) -> None:
-        """End the child: it stops at the end of its input, or now if it must."""
+        """Close the child's input, and kill the child if it does not stop within 10 s."""
         if self._child.stdin is not None:
             self._child.stdin.close()
         try:
@@ -91,8 +91,8 @@ class CompareWorker:
         return [line for line in self.metrics if "evaluation_loss" in line]
 
 
-def _serve(folder: RunFolder, commands: TextIO, answers: TextIO) -> None:
-    """Be the child's end: obey until told to finish, or until the commands end."""
+def _serve(folder: RunFolder, commands: TextIO, output: TextIO) -> None:
+    """Run the commands in the child process, until `finish` or the end of its input."""
     config = from_sections(read_yaml(folder.config))
     tokenizer = Tokenizer.load(folder.tokenizer)
     loader = open_data(config.data, seed=config.training.seed, tokenizer=tokenizer)
@@ -100,8 +100,8 @@ def _serve(folder: RunFolder, commands: TextIO, answers: TextIO) -> None:
     stopping = False
 
     def send(line: Event) -> None:
-        answers.write(json.dumps(line) + "\n")
-        answers.flush()
+        output.write(json.dumps(line) + "\n")
+        output.flush()
 
     lines = train(
         model,
@@ -125,7 +125,7 @@ def _serve(folder: RunFolder, commands: TextIO, answers: TextIO) -> None:
 
 
 def _main(root: str, threads: str) -> None:
-    # Ctrl-C reaches the whole group of processes; the parent alone decides what it means.
+    # Ctrl-C reaches all processes of the group; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(int(threads))
     _serve(RunFolder(Path(root)), sys.stdin, sys.stdout)

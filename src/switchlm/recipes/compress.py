@@ -1,4 +1,4 @@
-"""Make a model smaller, and measure on the user's text what that costs."""
+"""Prune, merge and quantise a model, and measure the loss after each step on the user's text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,14 +24,17 @@ from switchlm.huggingface.quantised import (
 )
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
-from switchlm.recipes.config import open_whole
+from switchlm.recipes.config import load_with_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What to do, in this order: prune to `keep_experts`, merge to `merge_experts`, quantise.
+class CompressionPlan:
+    """The steps, in this order.
 
-    by: which experts stay, see prune.py.
+    keep_experts: prune to this number of experts per layer.
+    by: the importance by which experts are kept, see prune.py.
+    merge_experts: merge to this number of experts per layer.
+    quantisation: None for none.
     calibrate: fit the codes to the text (GPTQ).
     """
 
@@ -42,7 +45,7 @@ class Plan:
     calibrate: bool = False
 
     def check(self, config: ModelConfig) -> None:
-        """Raise ConfigError where it asks for nothing, or for what the model cannot give."""
+        """Raise ConfigError for a plan without steps, or with steps that do not fit the model."""
         if self.calibrate and self.quantisation is None:
             raise ConfigError("--calibrate fits codes to a text: say how many --bits they have.")
         if (self.keep_experts, self.merge_experts, self.quantisation) == (None, None, None):
@@ -58,29 +61,32 @@ class Plan:
 
     @property
     def needs_text(self) -> bool:
-        """Whether it cannot be done without a text."""
+        """Whether a step reads text."""
         return self.calibrate or self.keep_experts is not None or self.merge_experts is not None
 
 
 @dataclass(frozen=True)
-class Texts:
-    """calibration: what the model is fitted to.
-    measured: what its loss is measured on.
+class CompressionData:
+    """Batches of text or tasks.
 
-    sources: the names that `Batch.source_B` indexes.
+    calibration: that steps are fitted to.
+    held_out: that the loss is measured on.
+    sources: names that `Batch.source_B` indexes.
     """
 
     calibration: Sequence[Batch]
-    measured: Sequence[Batch]
+    held_out: Sequence[Batch]
     sources: tuple[str, ...]
 
 
 @dataclass
-class Compressed:
-    """What was done: the loss and the bytes of the weights before and after every step.
+class CompressionResult:
+    """The steps and their results.
 
-    kept, merged: by Switch layer, the experts left, and those merged into each.
-    too_few: experts that saw too few rows of the text to be calibrated.
+    steps: loss, and bytes of the weights, before and after every step.
+    kept: experts kept in each Switch layer.
+    merged: experts merged into each one, in each Switch layer.
+    too_few: experts that got too few rows of the text to be calibrated.
     """
 
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -91,7 +97,7 @@ class Compressed:
 
 def quantise_folder(
     name: str, out: Path, quantisation: Quantisation, *, report: Report
-) -> Compressed:
+) -> CompressionResult:
     """Round the weights of a saved model to the nearest codes; return its size before and after.
 
     One matrix is in memory at a time, so that models larger than memory can be quantised.
@@ -103,7 +109,7 @@ def quantise_folder(
     files = {description.file for description in weights.tensors.values()}
     before = sum(path.stat().st_size for path in files)
     after = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    return Compressed(
+    return CompressionResult(
         [
             {"step": "as it was", "bytes": before},
             {"step": _rounded(quantisation), "bytes": after},
@@ -114,38 +120,38 @@ def quantise_folder(
 def compress(
     name: str,
     out: Path,
-    plan: Plan,
-    read: Callable[[Tokenizer], Texts],
+    plan: CompressionPlan,
+    read: Callable[[Tokenizer], CompressionData],
     *,
     report: Report,
-) -> Compressed:
-    """Make a saved model smaller and write it to `out`; return what every step cost.
+) -> CompressionResult:
+    """Compress a saved model and write it to `out`; return the loss and size after every step.
 
-    read: gives the text, for the tokenizer of the model.
-    report: told of what was left undone.
+    read: returns the text, tokenized.
+    report: called with a line about experts that were not calibrated.
 
     Raises ConfigError for a plan that does not fit the model, CheckpointError for a model that is
     quantised already, or without a tokenizer.
     """
     plan.check(load_config(name, report=report, to_train=True))
-    model, tokenizer = open_whole(name, "model", report, dtype=torch.float32)
-    texts = read(tokenizer)
-    done = Compressed()
+    model, tokenizer = load_with_tokenizer(name, "model", report, dtype=torch.float32)
+    data = read(tokenizer)
+    done = CompressionResult()
 
     def measure(step: str, changed: SwitchTransformer, num_bytes: int) -> None:
-        loss = held_out_loss(changed, texts.measured, texts.sources)["loss"]
+        loss = held_out_loss(changed, data.held_out, data.sources)["loss"]
         done.steps.append({"step": step, "loss": loss, "bytes": num_bytes})
 
     measure("as it was", model, _float_bytes(model))
     if plan.keep_experts is not None:
         before = model.config.num_experts
-        scores = importance(model, texts.calibration, plan.by)
+        scores = importance(model, data.calibration, plan.by)
         model, done.kept = prune(model, scores, plan.keep_experts)
         step = f"{plan.keep_experts} of {before} experts kept, by {plan.by}"
         measure(step, model, _float_bytes(model))
     if plan.merge_experts is not None:
         before = model.config.num_experts
-        scores = importance(model, texts.calibration, "load")
+        scores = importance(model, data.calibration, "load")
         model, done.merged = merge(model, scores, plan.merge_experts)
         step = f"{before} experts merged to {plan.merge_experts}"
         measure(step, model, _float_bytes(model))
@@ -155,11 +161,11 @@ def compress(
     codes = quantise_all(model, plan.quantisation, round_to_nearest(plan.quantisation))
     measure(_rounded(plan.quantisation), codes.model(model), codes.num_bytes(model))
     if plan.calibrate:
-        found = calibrate(model, texts.calibration, plan.quantisation)
+        found = calibrate(model, data.calibration, plan.quantisation)
         codes, done.too_few = found.codes, found.too_few
         if found.too_few:
             report(
-                f"{len(found.too_few)} experts saw fewer than {LEAST_ROWS} rows of the text and "
+                f"{len(found.too_few)} experts got fewer than {LEAST_ROWS} rows of the text and "
                 f"were rounded to nearest, such as {found.too_few[0]}. More --batches may reach "
                 "them."
             )

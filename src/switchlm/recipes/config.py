@@ -1,6 +1,6 @@
 """The configuration of a run: all sections, from a preset, a YAML file and dotted overrides.
 
-Below it, the models that a run begins with: they must bring their tokenizer, and theirs must agree.
+Also loads the models that a run starts from, whose tokenizers must exist and agree.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides a run. In YAML the router stands in a section of its own.
+    """The configuration of a run. In YAML the router is a section of its own.
 
-    The size of the vocabulary is the tokenizer's; what a preset says of it is replaced.
+    The size of the vocabulary is the tokenizer's, whatever the preset has.
 
-    init_from: the model whose weights and vocabulary the run starts with: a run, a model folder, or
+    init_from: the model whose weights and vocabulary the run starts from: a run, a model folder, or
         a name on the hub.
     """
 
@@ -55,9 +55,9 @@ def run_config(
 ) -> RunConfig:
     """Resolve a configuration: base, then preset, then values, then sources and overrides.
 
-    values: sections as they stand in a YAML file, which may name a `preset` of its own.
+    values: sections as in a YAML file, which may name a `preset` of its own.
 
-    Raises ConfigError for whatever does not fit.
+    Raises ConfigError for invalid values.
     """
     resolved = to_sections(base or RunConfig())
     stated = dict(values or {})
@@ -65,14 +65,14 @@ def run_config(
     preset = preset or named
     if preset is not None:
         resolved.update(_split_router(to_mapping(find_preset(preset))))
-    resolved = put_over(resolved, stated)
+    resolved = merge_sections(resolved, stated)
     if sources:
         resolved["data"]["sources"] = list(sources)
     return from_sections(override(resolved, overrides))
 
 
-def put_over(sections: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
-    """Return sections with what is stated of each in the place of what they had."""
+def merge_sections(sections: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sections updated, key by key, with those of `stated`."""
     result = dict(sections)
     for name, content in stated.items():
         if isinstance(content, Mapping) and isinstance(result.get(name), Mapping):
@@ -83,7 +83,7 @@ def put_over(sections: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str
 
 
 def to_sections(config: Any) -> dict[str, Any]:
-    """Return plain mappings as they stand in YAML, the router in a section of its own.
+    """Return plain mappings as in YAML, the router in a section of its own.
 
     config: RunConfig, or another configuration of a run that has a `model`.
     """
@@ -92,12 +92,12 @@ def to_sections(config: Any) -> dict[str, Any]:
 
 
 def from_sections(values: dict[str, Any]) -> RunConfig:
-    """Build a configuration from what `to_sections` gives."""
+    """Build a configuration from the sections that `to_sections` returns."""
     return build_config(RunConfig, values)
 
 
 def build_config(cls: type[Config], values: Mapping[str, Any]) -> Config:
-    """Build a configuration that has a `model` from sections, the router being one of them."""
+    """Build a configuration that has a `model` from sections, of which the router is one."""
     values = dict(values)
     model = values.pop("model", {})
     if not isinstance(model, dict):
@@ -120,7 +120,7 @@ def with_vocabulary(config: RunConfig, other: Tokenizer | ModelConfig) -> RunCon
 
 
 def wire_dtype(config: RunConfig) -> torch.dtype | None:
-    """Return the dtype in which sharded weights are gathered; None is their own."""
+    """Return the dtype in which sharded weights are gathered; None for their own."""
     return None if config.training.precision == "float32" else torch.bfloat16
 
 
@@ -130,48 +130,51 @@ def sections_of_run(folder: Path) -> dict[str, Any]:
     return read_yaml(path) if path.is_file() else {}
 
 
-def open_whole(
+def load_with_tokenizer(
     name: str,
     role: str,
     report: Report,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> tuple[SwitchTransformer, Tokenizer]:
-    """Load a model that must bring its tokenizer; role: what it is to the run, for the error."""
+    """Load a model and its tokenizer; raises CheckpointError if it has none.
+
+    role: of the model in the run, for the error.
+    """
     model, tokenizer = load(name, device=device, dtype=dtype, report=report)
-    return model, required(tokenizer, name, role)
+    return model, require_tokenizer(tokenizer, name, role)
 
 
 def open_tokenizer(name: str, role: str) -> Tokenizer:
-    """Load the tokenizer of a model that must have one."""
-    return required(load_tokenizer(name, report=lambda line: None), name, role)
+    """Load the tokenizer of a model; raises CheckpointError if it has none."""
+    return require_tokenizer(load_tokenizer(name, report=lambda line: None), name, role)
 
 
-def required(tokenizer: Tokenizer | None, name: str, role: str) -> Tokenizer:
-    """Return the tokenizer; raises CheckpointError where the model has none."""
+def require_tokenizer(tokenizer: Tokenizer | None, name: str, role: str) -> Tokenizer:
+    """Return the tokenizer; raises CheckpointError if it is None."""
     if tokenizer is None:
         raise CheckpointError(
-            f"The {role} {name!r} has no tokenizer.json, so there is no telling its tokens from "
-            "text. Copy the one it was trained with into its folder."
+            f"The {role} {name!r} has no tokenizer.json, so text cannot be turned into its tokens. "
+            "Copy the one it was trained with into its folder."
         )
     return tokenizer
 
 
 def check_vocabulary(own: Tokenizer, other: Tokenizer, own_name: str, other_name: str) -> None:
-    """Raise CheckpointError unless the same ids mean the same in both."""
+    """Raise CheckpointError unless both have the same vocabulary."""
     mine, theirs = (one.backend.get_vocab(with_added_tokens=True) for one in (own, other))
     if mine == theirs:
         return
     example = sorted(mine.items() ^ theirs.items())[0][0]
     raise CheckpointError(
         f"{other_name} and {own_name} have different vocabularies ({len(theirs):,} and "
-        f"{len(mine):,} tokens; {example!r} is not the same in both), so what one says of a token "
-        "means nothing to the other. Take models that were trained with one tokenizer."
+        f"{len(mine):,} tokens; {example!r} is not the same in both), so their token ids do "
+        "not mean the same. Take models that were trained with one tokenizer."
     )
 
 
 def check_stated(stated: str, own: Tokenizer, own_name: str) -> None:
-    """Raise ConfigError unless `data.tokenizer`, as stated, is the vocabulary of the weights."""
+    """Raise an error unless `data.tokenizer`, as stated, is the vocabulary of the weights."""
     if stated == "unigram":
         raise ConfigError(
             "data.tokenizer is 'unigram', a vocabulary to be trained, but the vocabulary is that "

@@ -1,7 +1,7 @@
 """Distil a model into a smaller one: a sparse teacher into its dense twin (section 4.2).
 
-A student reads text or the examples of tasks, with what its teacher says of each. What the paper
-reports comes out: the share of the teacher's gain over a dense model that the student keeps, and
+A student learns from text or the examples of tasks, and from its teacher's logits. The result is
+that of the paper: the share of the teacher's gain over a dense model that the student keeps, and
 how much smaller than the teacher it is.
 """
 
@@ -28,10 +28,15 @@ from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import gather_model
 from switchlm.parallel.mesh import Mesh, default_device, joined
-from switchlm.recipes.config import check_vocabulary, open_tokenizer, open_whole, to_sections
+from switchlm.recipes.config import (
+    check_vocabulary,
+    load_with_tokenizer,
+    open_tokenizer,
+    to_sections,
+)
 from switchlm.recipes.distill_config import SETTINGS, DistillationConfig, DistillRun, stored
-from switchlm.recipes.finetune import Examples, read_tasks, scorer
-from switchlm.recipes.pretrain import begin, build_model, open_folder, record_routing
+from switchlm.recipes.finetune import Examples, make_scorer, read_tasks
+from switchlm.recipes.pretrain import build_model, init_run_folder, open_run_folder, record_routing
 from switchlm.report.write import ReportRun, write_report
 from switchlm.training.distillation import (
     CacheKey,
@@ -52,10 +57,11 @@ RESULT = "distill.json"
 ROLES = ("teacher", "student", "baseline")
 
 
-class Reading:
+class DistillationData:
     """The data of a distillation.
 
-    loader: the batches of all processes together. examples: of the tasks; None where it is text.
+    loader: the batches of all processes together.
+    examples: of the tasks; None for text.
     """
 
     def __init__(self, config: DistillRun, tokenizer: Tokenizer, report: Report) -> None:
@@ -70,38 +76,34 @@ class Reading:
             self.loader = self.examples.loader(config.finetune, tokenizer, seed, report)
 
     def measure(self, model: SwitchTransformer, mesh: Mesh) -> Result:
-        """Return the held-out loss of a model in nats per target token.
+        """Return the held-out `loss` of a model in nats per target token.
 
-        On tasks also score and scores, in per cent.
+        On tasks also `score` and `scores`, in per cent.
         """
         settings, num_batches = self.config.finetune, self.config.run.training.evaluate_batches
         if settings is None or self.examples is None:
             share = self.loader.share(mesh.data_rank, mesh.data_size)
-            figures = held_out_loss(model, share.held_out(num_batches), share.sources, mesh)
-            return {"loss": figures["loss"]}
+            metrics = held_out_loss(model, share.held_out(num_batches), share.sources, mesh)
+            return {"loss": metrics["loss"]}
         assert isinstance(self.loader, PairLoader)
-        score = scorer(settings, self.examples, self.loader, mesh, num_batches)
-        figures = score(gather_model(model))
-        return {
-            "loss": figures["evaluation_loss"],
-            "score": figures["score"],
-            "scores": figures["scores"],
-        }
+        score = make_scorer(settings, self.examples, self.loader, mesh, num_batches)
+        metrics = score(gather_model(model))
+        return {"loss": metrics.pop("evaluation_loss"), **metrics}
 
 
-def taught(
-    reading: Reading,
+def teacher_batches(
+    data: DistillationData,
     model: SwitchTransformer,
     mesh: Mesh,
     should_stop: Callable[[], bool],
     report: Report,
 ) -> BatchSource | None:
-    """Return this process's share of the batches, with what the teacher says of them.
+    """Return this process's share of the batches, with the teacher's logits.
 
-    A cache that is not there yet is made first; None if the user stopped that.
+    A missing cache is built first; returns None if the user stopped that.
     """
-    settings, training = reading.config.distillation, reading.config.run.training
-    loader = reading.loader
+    settings, training = data.config.distillation, data.config.run.training
+    loader = data.loader
     share = loader.share(mesh.data_rank, mesh.data_size)
     if not settings.soft_weight:
         return share
@@ -109,11 +111,11 @@ def taught(
         model,
         temperature=settings.temperature,
         precision=training.precision,
-        top_k=settings.num_words,
+        top_k=settings.effective_top_k,
     )
     if settings.cache_logits is None:
         return TeacherLoader(share, lambda number, batch: teacher(batch))
-    assert settings.num_words is not None, "a cache implies it"
+    assert settings.effective_top_k is not None, "a cache implies it"
     folder = Path(settings.cache_logits)
     num_batches = training.steps * training.accumulate
     key = CacheKey(
@@ -122,7 +124,7 @@ def taught(
         seed=training.seed,
         temperature=settings.temperature,
         precision=training.precision,
-        top_k=settings.num_words,
+        top_k=settings.effective_top_k,
     )
     with mesh.local_rank_zero_first("logits"):
         build(folder, key, teacher, loader, num_batches, should_stop, report)
@@ -137,15 +139,15 @@ def taught(
     )
     source = TeacherLoader(share, cache.teach)
     batches = source.iterate(0)
-    next(batches)  # other text is refused now, before there is a run
+    next(batches)  # raises an error for other text now, before the run folder exists
     batches.close()
     return source
 
 
 def share_kept(student: float, teacher: float, baseline: float) -> float | None:
-    """Return (student - baseline) / (teacher - baseline) of qualities, the more the better.
+    """Return (student - baseline) / (teacher - baseline) of qualities, higher being better.
 
-    None where the teacher is no better than the baseline.
+    None if the teacher is no better than the baseline.
     """
     if teacher <= baseline:
         return None
@@ -155,27 +157,29 @@ def share_kept(student: float, teacher: float, baseline: float) -> float | None:
 def summarise(
     config: DistillRun,
     teacher: ModelConfig,
-    figures: Mapping[str, Mapping[str, Any]],
+    metrics: Mapping[str, Mapping[str, Any]],
     folder: RunFolder,
 ) -> Result:
-    """Return all that distill.json holds.
+    """Return the content of distill.json.
 
-    figures: of each role, `loss` (held out, nats per target), and `score` and `scores` (per cent)
-        on tasks. Quality is the score where there are tasks and the baseline has one, else the loss
-        negated, the paper's measure.
+    Quality is the score if there are tasks and the baseline has one, else the negated loss, as in
+    the paper.
+
+    metrics: of each role, `loss` (held out, nats per target), and `score` and `scores` (per cent)
+        on tasks.
     """
-    loss = {role: figures[role]["loss"] if role in figures else None for role in ROLES}
-    score = {role: figures[role]["score"] for role in ROLES if "score" in figures.get(role, {})}
+    loss = {role: metrics[role]["loss"] if role in metrics else None for role in ROLES}
+    score = {role: metrics[role]["score"] for role in ROLES if "score" in metrics.get(role, {})}
     quality = {role: -value for role, value in loss.items() if value is not None}
     by = "loss"
-    if config.finetune is not None and ("baseline" in score or "baseline" not in figures):
+    if config.finetune is not None and ("baseline" in score or "baseline" not in metrics):
         quality, by = score, "score"
     sizes = {
         "student": count.parameters(config.run.model),
         "teacher": count.parameters(teacher),
     }
     trained = [line for line in read_metrics(folder.metrics) if "loss" in line]
-    scores = {role: figures[role]["scores"] for role in score}
+    scores = {role: metrics[role]["scores"] for role in score}
     return {
         **{f"{role}_loss": value for role, value in loss.items()},
         **{f"{role}_score": value for role, value in score.items()},
@@ -192,11 +196,11 @@ def summarise(
 
 
 def headline(result: Result) -> str:
-    """Return the result in the line that the paper reports."""
+    """Return the result as one sentence, as the paper reports it."""
     by, sizes = result["quality"], result["parameters"]
     form, unit = (".2f", "%") if by == "score" else (".4f", " nats per target")
     found = {role: result.get(f"{role}_{by}") for role in ("student", "teacher", "baseline")}
-    said = ", ".join(
+    values = ", ".join(
         f"{'dense baseline' if role == 'baseline' else role} {value:{form}}{unit}"
         for role, value in found.items()
         if value is not None
@@ -206,17 +210,17 @@ def headline(result: Result) -> str:
         "parameters)"
     )
     if found["baseline"] is None:
-        return f"{'Score' if by == 'score' else 'Held-out loss'}: {said}; {compression}."
+        return f"{'Score' if by == 'score' else 'Held-out loss'}: {values}; {compression}."
     if result["quality_kept"] is None:
-        return f"The teacher is no better than the dense baseline: {said}; {compression}."
+        return f"The teacher is no better than the dense baseline: {values}; {compression}."
     return (
         f"Quality kept: {result['quality_kept']:.0%} of the teacher's gain over the dense baseline "
-        f"({said}); {compression}."
+        f"({values}); {compression}."
     )
 
 
 def result_table(result: Result) -> list[dict[str, str]]:
-    """Return the result as a row a model, text in every cell."""
+    """Return the result with one row per model, all text."""
     rows = []
     for role in ROLES:
         loss, score = result[f"{role}_loss"], result.get(f"{role}_score")
@@ -239,30 +243,32 @@ def distill(
 ) -> Iterator[Result]:
     """Train a student; yield `{"phase": text}`, metrics lines, and last `{"result": {...}}`.
 
-    Text is read, or the examples of tasks. Writes the run folder OUT, with distillation.yaml beside
-    config.yaml, and the result in distill.json; neither if the user stops the making of a cache.
-    With `resume` it goes on from the newest checkpoint there. Started by torchrun, the student is
-    spread over the mesh; the teacher is whole in each process.
+    Writes the run folder OUT, with distillation.yaml beside config.yaml, and the result in
+    distill.json; nothing if the user stops while the cache is built. With `resume` it continues
+    from the newest checkpoint there. Started by torchrun, the student is sharded over the mesh, and
+    each process has the full teacher.
     """
     settings, run = config.distillation, config.run
     with joined(run.mesh) as mesh:
         resume = resume or mesh.restarted
-        folder = open_folder(out, resume)
+        folder = open_run_folder(out, resume)
         yield {"phase": "loading the teacher"}
-        teacher, tokenizer = open_whole(settings.teacher, "teacher", report, default_device())
-        _check_others(settings, tokenizer)
+        teacher, tokenizer = load_with_tokenizer(
+            settings.teacher, "teacher", report, default_device()
+        )
+        _check_vocabularies(settings, tokenizer)
         yield {"phase": "reading text"}
         with mesh.local_rank_zero_first("text"):
-            reading = Reading(config, tokenizer, report)
-        source = taught(reading, teacher, mesh, should_stop, report)
+            data = DistillationData(config, tokenizer, report)
+        source = teacher_batches(data, teacher, mesh, should_stop, report)
         if source is None:
             return
-        begin(folder, run, tokenizer, mesh)
+        init_run_folder(folder, run, tokenizer, mesh)
         if mesh.is_main:
             write_yaml(out / SETTINGS, stored(config))
         student = build_model(run, mesh)
         if not folder.has_checkpoint():
-            _start(settings, teacher, student, reading.loader, report)
+            init_student(settings, teacher, student, data.loader, report)
         objective: Objective = target_cross_entropy
         if settings.soft_weight:
             objective = Distillation(
@@ -285,50 +291,49 @@ def distill(
         yield {"phase": "saving and measuring"}
         save(student, tokenizer, folder.model, group=mesh.storage)
         routing = record_routing(student, source, tokenizer, folder, mesh)
-        figures = {
-            "student": reading.measure(student, mesh),
-            "teacher": reading.measure(teacher, mesh),
+        metrics = {
+            "student": data.measure(student, mesh),
+            "teacher": data.measure(teacher, mesh),
         }
         if settings.baseline_loss is not None:
-            figures["baseline"] = {"loss": settings.baseline_loss}
+            metrics["baseline"] = {"loss": settings.baseline_loss}
         elif settings.baseline_model is not None:
             baseline, _ = load(settings.baseline_model, device=default_device(), report=report)
-            figures["baseline"] = reading.measure(baseline, mesh)
+            metrics["baseline"] = data.measure(baseline, mesh)
         if not mesh.is_main:
             return
-        result = summarise(config, teacher.config, figures, folder)
+        result = summarise(config, teacher.config, metrics, folder)
         text = json.dumps(result, indent=2, allow_nan=False) + "\n"
         replace_file(out / RESULT, text.encode("utf-8"))
-        metrics = read_metrics(folder.metrics)
         write_report(
             folder.report,
             title=f"Distillation: {out.name}",
             headline=headline(result),
-            runs=[ReportRun(name=out.name, metrics=metrics, routing=routing)],
+            runs=[ReportRun(name=out.name, metrics=read_metrics(folder.metrics), routing=routing)],
             table=result_table(result),
             configuration=result["configuration"],
         )
         yield {"result": result}
 
 
-def _check_others(settings: DistillationConfig, tokenizer: Tokenizer) -> None:
-    """Refuse a student or baseline of another vocabulary before any work is done."""
-    others = {"student": settings.trained_student, "baseline": settings.baseline_model}
-    for role, name in others.items():
+def _check_vocabularies(settings: DistillationConfig, tokenizer: Tokenizer) -> None:
+    """Raise CheckpointError for a student or baseline of another vocabulary."""
+    names = {"student": settings.trained_student, "baseline": settings.baseline_model}
+    for role, name in names.items():
         if name is not None:
             other = open_tokenizer(name, role)
             teacher = f"the teacher {settings.teacher!r}"
             check_vocabulary(tokenizer, other, teacher, f"The {role} {name!r}")
 
 
-def _start(
+def init_student(
     settings: DistillationConfig,
     teacher: SwitchTransformer,
     student: SwitchTransformer,
     loader: Loader | PairLoader,
     report: Report,
 ) -> None:
-    """Give a student its first weights, where they are not to be random."""
+    """Set the student's initial weights, if they are not random."""
     if settings.trained_student is not None:
         transplant(load(settings.trained_student)[0], student)
     elif settings.start == "teacher":

@@ -1,4 +1,4 @@
-"""The configuration of a distillation: who teaches whom, from what start, by which loss."""
+"""The configuration of a distillation: teacher, student, initial weights and loss."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,29 +28,29 @@ from switchlm.training.run_folder import RunFolder
 SETTINGS = "distillation.yaml"  # in the run's folder, beside config.yaml
 TOP_K = 32
 _DISTILLATION, _FINETUNE = "distillation", "finetune"
-# What other tasks take from a fine-tuned teacher's run.
-_LIMITS = ("input_length", "target_length", "batch_size", "pack")
+# Settings of a fine-tuned teacher's run that other tasks take over.
+_ROW_SETTINGS = ("input_length", "target_length", "batch_size", "pack")
 
 Section = TypeVar("Section")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """The section `distillation`, which stands in a file of its own.
+    """The section `distillation`, in a file of its own.
 
     teacher: a run, a model folder, or a name on the hub.
     student: `dense`, the teacher's twin of equal FLOPs; a preset; or a model like the teacher,
         which then starts from its own weights.
     baseline: a dense model that was trained without a teacher, or its held-out loss in nats.
-    start: from the teacher's weights wherever they fit (all but the experts, for a dense student),
+    start: initial weights: `teacher`, wherever they fit (all but the experts, for a dense student),
         or `random`.
-    feedforward: what the networks in place of the teacher's experts start from: `random`, the
+    feedforward: initial weights of the networks in place of the teacher's experts: `random`, the
         `mean` of the experts, or the `most_used` one over load_batches of the data.
-    load_batches: how many batches `most_used` counts.
+    load_batches: number of batches that `most_used` counts.
     hard_weight, soft_weight: of the loss against the text, and against the teacher.
     temperature: softens both distributions; the soft loss is multiplied by its square.
-    top_k: the teacher names so many tokens for each target; None names all.
-    cache_logits: a folder that keeps what it says; top_k is 32 then, unless stated.
+    top_k: number of the teacher's most probable tokens that are used per target; None uses all.
+    cache_logits: a folder that the teacher's logits are cached in; top_k is then 32 by default.
     """
 
     teacher: str
@@ -67,7 +67,7 @@ class DistillationConfig:
 
     @property
     def trained_student(self) -> str | None:
-        """The model that the student is, if it is one and not an architecture."""
+        """The student, if it is a trained model and not an architecture."""
         return None if self.student in ("dense", *PRESETS) else self.student
 
     @property
@@ -84,8 +84,8 @@ class DistillationConfig:
         return self.baseline if self.baseline_loss is None else None
 
     @property
-    def num_words(self) -> int | None:
-        """How many tokens the teacher names for each target; None for all."""
+    def effective_top_k(self) -> int | None:
+        """The number of the teacher's tokens used per target; None for all."""
         return TOP_K if self.top_k is None and self.cache_logits is not None else self.top_k
 
     def __post_init__(self) -> None:
@@ -116,8 +116,8 @@ class DistillationConfig:
 class DistillRun:
     """A distillation, and the run of its student.
 
-    finetune: the tasks whose examples are read in place of `run.data`, and how; of its fields those
-        that are about training a model count for nothing here.
+    finetune: the tasks that are read instead of `run.data`; its fields about training a model are
+        ignored.
     """
 
     distillation: DistillationConfig
@@ -136,25 +136,26 @@ def configure(
 ) -> DistillRun:
     """Resolve a new distillation.
 
-    sources: text; with tasks, the folder or file of the task. Where both are left out the student
-        reads what the teacher, if it is a run, was trained on: its text, or its tasks.
+    The default data is what the teacher, if it is a run, was trained on: its text, or its tasks.
+    Batches have the shape of the teacher's run; the vocabulary is always the teacher's.
+
+    sources: text; with tasks, the folder or file of the task.
     overrides: dotted, of any section.
-    settings: more of the section `distillation`. The shape of the batches is that of the teacher's
-        run; the vocabulary is always the teacher's.
+    settings: other fields of the section `distillation`.
     """
     values = {"teacher": teacher, "student": student, **settings}
     distillation = _section(DistillationConfig, _DISTILLATION, values, overrides)
-    taught_as = load_config(teacher, report=lambda line: None)
+    teacher_model = load_config(teacher, report=lambda line: None)
     before = sections_of_run(Path(teacher))
     finetune = _finetune(teacher, before.get(_FINETUNE), sources, tasks, overrides)
     base = RunConfig(
-        model=_student(distillation.student, taught_as),
+        model=_student(distillation.student, teacher_model),
         data=from_mapping(DataConfig, before.get("data", {}), "data"),
         training=TrainingConfig() if finetune is None else paper_training(),
     )
     texts = sources if finetune is None else ()
     run = run_config(base, sources=texts, overrides=_others(overrides))
-    _check(distillation, taught_as, run)
+    _check(distillation, teacher_model, run)
     tokenizer = open_tokenizer(teacher, "teacher")
     if run.data.tokenizer != base.data.tokenizer:
         check_stated(run.data.tokenizer, tokenizer, f"the teacher {teacher!r}")
@@ -162,7 +163,7 @@ def configure(
 
 
 def stored(config: DistillRun) -> dict[str, Any]:
-    """Return what distillation.yaml holds: all but the run, which is config.yaml."""
+    """Return the content of distillation.yaml: all but the run, which is in config.yaml."""
     values = {_DISTILLATION: to_mapping(config.distillation)}
     if config.finetune is not None:
         values[_FINETUNE] = to_mapping(config.finetune)
@@ -170,7 +171,7 @@ def stored(config: DistillRun) -> dict[str, Any]:
 
 
 def resumed(out: Path, overrides: Sequence[str] = (), **settings: Any) -> DistillRun:
-    """Return the distillation that was begun in a folder, some settings changed."""
+    """Return the distillation that was started in a folder, with some settings changed."""
     before = read_yaml(out / SETTINGS)
     values = {**before[_DISTILLATION], **settings}
     finetune = before.get(_FINETUNE)
@@ -201,7 +202,7 @@ def _finetune(
     tasks: Sequence[str],
     overrides: Sequence[str],
 ) -> FinetuneConfig | None:
-    """Return which tasks are read: those named, or the teacher's own; None for text."""
+    """Return the tasks to read: those named, or the teacher's own; None for text."""
     if not tasks and (sources or before is None):
         return None
     values = {**(before or {}), "model": teacher}
@@ -212,7 +213,7 @@ def _finetune(
                 "or file, or none for the hub."
             )
         own = {"tasks": list(tasks), "data": sources[0] if sources else None}
-        limits = {name: values[name] for name in _LIMITS if name in values}
+        limits = {name: values[name] for name in _ROW_SETTINGS if name in values}
         values = {**limits, "model": teacher, **own}
     return _section(FinetuneConfig, _FINETUNE, values, overrides)
 
@@ -240,8 +241,8 @@ def _check(distillation: DistillationConfig, teacher: ModelConfig, run: RunConfi
         )
     if distillation.start == "teacher" and distillation.trained_student is None:
         check_fit(teacher, run.model, feedforward=distillation.feedforward)
-    if distillation.num_words is not None and distillation.num_words > size:
+    if distillation.effective_top_k is not None and distillation.effective_top_k > size:
         raise ConfigError(
-            f"distillation.top_k is {distillation.num_words:,}, but the teacher's vocabulary has "
-            f"only {size:,} tokens. Choose at most so many."
+            f"distillation.top_k is {distillation.effective_top_k:,}, but the teacher's vocabulary "
+            f"has only {size:,} tokens. Choose at most {size:,}."
         )

@@ -1,7 +1,7 @@
-"""Fine-tune a model on tasks: the best checkpoint by the tasks' own metrics is what stays.
+"""Fine-tune a model on tasks, and keep the best checkpoint by the tasks' own metrics.
 
-The model is loaded, its dropout and routing set, and in part frozen; written are the whole model,
-and adapters by themselves where a run trains some.
+Dropout and routing of the loaded model are set, and parts of it frozen. A run writes the full
+model, and the adapters alone if it trains some.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.mesh import Mesh, default_device, joined
 from switchlm.recipes.config import RunConfig, open_tokenizer, to_sections
 from switchlm.recipes.finetune_config import FinetuneConfig, FinetuneRun
-from switchlm.recipes.pretrain import build_model, open_folder, record_routing
+from switchlm.recipes.pretrain import build_model, open_run_folder, record_routing
 from switchlm.report.write import ReportRun, write_report
 from switchlm.training.evaluation import BestCheckpoint
 from switchlm.training.loop import train
@@ -44,7 +44,7 @@ from switchlm.training.run_folder import RunFolder
 def open_model(
     config: FinetuneRun, mesh: Mesh, report: Report
 ) -> tuple[SwitchTransformer, Tokenizer]:
-    """Load the model as configured, on the default device, with only what shall train unfrozen.
+    """Load the model as configured, on the default device, with all but the trained part frozen.
 
     On many processes it is sharded over the mesh, and all of it trains.
     """
@@ -56,7 +56,7 @@ def open_model(
         fill(model, settings.model, report=report, group=mesh.storage)
         return model, tokenizer
     model, _ = load(settings.model, dtype=torch.float32, device=default_device(), report=report)
-    model = reconfigured(model, config.model)
+    model = with_config(model, config.model)
     if settings.lora_rank is None:
         train_only(model, settings.trainable)
     else:
@@ -64,31 +64,31 @@ def open_model(
     return model, tokenizer
 
 
-def reconfigured(model: SwitchTransformer, config: ModelConfig) -> SwitchTransformer:
-    """Return a model of that configuration with the weights of `model`, which it takes over."""
+def with_config(model: SwitchTransformer, config: ModelConfig) -> SwitchTransformer:
+    """Return a model of that configuration which shares the weights of `model`."""
     state = model.state_dict()
     with torch.device("meta"):
         other = SwitchTransformer(config)
     for name, place in other.state_dict().items():
-        if name not in state:  # selection biases, where the router is to be balanced by them now
+        if name not in state:  # expert biases, if the router is now balanced by them
             state[name] = torch.zeros(place.shape, device=model.embedding.weight.device)
     other.load_state_dict({name: state[name] for name in other.state_dict()}, assign=True)
     return other
 
 
-def check_base(model: SwitchTransformer, folder: RunFolder, name: str) -> None:
-    """Note what of the model stays as it is, which no checkpoint of the run holds.
+def check_frozen_weights(model: SwitchTransformer, folder: RunFolder, name: str) -> None:
+    """Record a hash of the frozen weights, which the run's checkpoints do not contain.
 
-    Raises CheckpointError where a resumed run finds something else under the name of its model.
+    Raises CheckpointError if a resumed run finds other weights under the name of its model.
     """
     digest = hashlib.sha256()
     for key, parameter in model.named_parameters():
         if not parameter.requires_grad:
             digest.update(f"{key} {int(torch.hash_tensor(parameter).view(torch.int64))}\n".encode())
-    noted = {"frozen": digest.hexdigest()}
+    record = {"frozen": digest.hexdigest()}
     if not folder.base.exists():
-        replace_file(folder.base, json.dumps(noted).encode())
-    elif read_json(folder.root, folder.base.name) != noted:
+        replace_file(folder.base, json.dumps(record).encode())
+    elif read_json(folder.root, folder.base.name) != record:
         raise CheckpointError(
             f"The model {name!r} is not the one that the run in {str(folder.root)!r} began with: "
             "its weights have changed since, and the run's checkpoints hold only what it trains. "
@@ -96,22 +96,22 @@ def check_base(model: SwitchTransformer, folder: RunFolder, name: str) -> None:
         )
 
 
-def check_spelling(tasks: Sequence[Task], tokenizer: Tokenizer, model: str) -> None:
-    """Raise DataError for a label that the tokenizer cannot write: no answer would be right."""
+def check_labels(tasks: Sequence[Task], tokenizer: Tokenizer, model: str) -> None:
+    """Raise DataError for a label that the tokenizer cannot represent."""
     for task in tasks:
         for label in task.labels or ():
-            spelt = tokenizer.decode(tokenizer.encode(label)).strip()
-            if spelt != label:
+            decoded = tokenizer.decode(tokenizer.encode(label)).strip()
+            if decoded != label:
                 raise DataError(
                     f"The model {model!r} cannot learn the task {task.name!r}: its tokenizer turns "
-                    f"the label {label!r} into {spelt!r}. Take a model whose vocabulary covers the "
-                    "task, or a file with other words for the labels."
+                    f"the label {label!r} into {decoded!r}. Take a model whose vocabulary covers "
+                    "the task, or a file with other labels."
                 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """What a run learns from and is scored on, by task."""
+    """The training and validation examples by task."""
 
     tasks: tuple[Task, ...]
     train: Mapping[str, Sequence[Example]]
@@ -120,8 +120,8 @@ class Examples:
     def loader(
         self, settings: FinetuneConfig, tokenizer: Tokenizer, seed: int, report: Report
     ) -> PairLoader:
-        """Return the batches; raises DataError for tasks that the tokenizer cannot write."""
-        check_spelling(self.tasks, tokenizer, settings.model)
+        """Return the batches; raises DataError for labels that the tokenizer cannot represent."""
+        check_labels(self.tasks, tokenizer, settings.model)
         return PairLoader(
             self.train,
             tokenizer,
@@ -148,18 +148,17 @@ def finetune(
 
     A line of evaluation has score (per cent, the mean over tasks of each task's metric), scores (by
     task and metric), evaluation_loss (nats per target token), best_score and best_step. Writes the
-    run folder OUT: `model` is the best so far at any time, and with adapters `adapters` is too.
-    With `resume`, goes on from the newest valid checkpoint in it, and so it does when a job was
-    started anew after it failed.
+    run folder OUT, where `model` and `adapters` are always the best so far. With `resume`, and
+    after torchrun restarted a failed job, it continues from the newest valid checkpoint.
 
-    report: told of what a user should know.
+    report: called with lines about the data and the model.
 
-    Started by torchrun, each process calls this and trains its part of the mesh. To be scored the
-    model is put together in each of them, and the examples are shared out.
+    Started by torchrun, each process calls this and trains its part of the mesh. For scoring, the
+    model is gathered in each process and the examples are divided among them.
     """
     with joined(config.mesh) as mesh:
         resume = resume or mesh.restarted
-        folder = open_folder(out, resume)
+        folder = open_run_folder(out, resume)
         _check(config, folder, mesh)
         settings = config.finetune
         yield {"phase": "reading the tasks"}
@@ -169,15 +168,15 @@ def finetune(
         model, tokenizer = open_model(config, mesh, report)
         loader = examples.loader(settings, tokenizer, config.training.seed, report)
         share = loader.share(mesh.data_rank, mesh.data_size)
-        mesh.barrier()  # until all have found the folder as it was
+        mesh.barrier()  # all processes have checked the folder
         if mesh.is_main:
             folder.create()
-            check_base(model, folder, settings.model)
+            check_frozen_weights(model, folder, settings.model)
             write_yaml(folder.config, to_sections(config))
         mesh.barrier()
 
         def keep(best: SwitchTransformer) -> None:
-            """Write the best model, adapters both alone and merged into it."""
+            """Write the best model, with adapters merged, and the adapters alone."""
             if not mesh.is_main:
                 return
             if settings.lora_rank is not None:
@@ -188,7 +187,7 @@ def finetune(
                 best = lora.merged(best)
             save(best, tokenizer, folder.model, report=report)
 
-        score = scorer(settings, examples, loader, mesh, config.training.evaluate_batches)
+        score = make_scorer(settings, examples, loader, mesh, config.training.evaluate_batches)
         yield {"phase": "training"}
         yield from train(
             model,
@@ -211,7 +210,7 @@ def finetune(
 
 
 def read_tasks(settings: FinetuneConfig) -> Examples:
-    """Return the examples of the configured tasks, at least one of each to learn and to score."""
+    """Return the examples of the configured tasks, at least one per task and split."""
     tasks = find_tasks(settings.tasks, settings.columns)
     if settings.data is not None and all(task.path for task in tasks):
         raise ConfigError(
@@ -230,22 +229,22 @@ def read_tasks(settings: FinetuneConfig) -> Examples:
         train=read(settings.train_split),
         validation=read(settings.validation_split, settings.evaluation_examples),
     )
-    for task in tasks:  # what is wrong with a metric is told now, not at the first evaluation
+    for task in tasks:  # a wrong metric is an error now, not at the first evaluation
         right = examples.validation[task.name]
         measure(task.metrics, [one.target for one in right], right, task.labels, resamples=1)
     return examples
 
 
-def scorer(
+def make_scorer(
     settings: FinetuneConfig,
     examples: Examples,
     loader: PairLoader,
     mesh: Mesh,
     evaluate_batches: int,
 ) -> Callable[[SwitchTransformer], dict[str, Any]]:
-    """Return what gives the figures, all but the best so far, of a model whole in each process.
+    """Return a function that scores a model which is gathered in each process.
 
-    evaluate_batches: on how many held-out batches its loss is taken.
+    evaluate_batches: number of held-out batches for the loss.
     """
     batches = loader.share(mesh.data_rank, mesh.data_size).held_out(evaluate_batches)
 
@@ -275,7 +274,7 @@ def scorer(
 
 
 def _check(config: FinetuneRun, folder: RunFolder, mesh: Mesh) -> None:
-    """Refuse what one process alone can do, and to go on with other settings than the run's."""
+    """Raise ConfigError for partial training on many processes, or resuming with other settings."""
     settings = config.finetune
     if mesh.is_distributed and (settings.trainable != "all" or settings.lora_rank is not None):
         raise ConfigError(
@@ -287,7 +286,7 @@ def _check(config: FinetuneRun, folder: RunFolder, mesh: Mesh) -> None:
     before = read_yaml(folder.config).get("finetune")
     if not isinstance(before, dict):
         raise ConfigError(
-            f"The run in {str(folder.root)!r} is no fine-tuning: choose another --out."
+            f"The run in {str(folder.root)!r} is not a fine-tuning run: choose another --out."
         )
     now = to_sections(config)["finetune"]
     for name in sorted(now.keys() - {"patience"}):

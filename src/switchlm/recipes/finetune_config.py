@@ -13,7 +13,7 @@ from switchlm.files import Report
 from switchlm.huggingface.load import load_config
 from switchlm.model.config import ModelConfig
 from switchlm.parallel.mesh import MeshConfig
-from switchlm.recipes.config import build_config, put_over, to_sections
+from switchlm.recipes.config import build_config, merge_sections, to_sections
 from switchlm.training.config import KernelsConfig, TrainingConfig
 from switchlm.training.optimizer import Trainable
 
@@ -22,24 +22,24 @@ DROPOUT, EXPERT_DROPOUT = 0.1, 0.4  # the last row of Table 4
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """The `finetune` section: which model learns which tasks, and which part of it does.
+    """The `finetune` section: the model, the tasks, and the part of the model that is trained.
 
     model: a run, a model folder, or a name on the hub.
     tasks: names of tasks or of mixtures, or paths of JSONL, TSV or CSV files; several are mixed in
-        proportion to their tokens, and count alike in the score.
+        proportion to their tokens, and have equal weight in the score.
     data: the folder or file of the named tasks; None reads the hub.
-    columns: how to read a file of one's own.
-    train_split, validation_split: what is learnt, and what the score is taken on.
+    columns: how to read your own file.
+    train_split, validation_split: the splits to train on, and to score on.
     input_length, target_length: tokens in a row, the end token included.
     batch_size: examples in the batch of a step.
     pack: put several short examples into a row.
     truncate_targets: cut targets that are too long instead of refusing them.
-    evaluation_examples: score on at most that many examples of each task, spread evenly over its
-        split; None takes all.
-    patience: end the run after so many evaluations without a better score; None never does.
+    evaluation_examples: score on at most this number of examples of each task, spread evenly over
+        its split; None takes all.
+    patience: number of evaluations without a better score after which the run ends; None is never.
     trainable: `all`, `non-expert`, `expert` or `router` parameters.
-    lora_rank, lora_alpha: with a rank only low-rank adapters train (model/lora.py), and lora_alpha
-        / lora_rank is what they are multiplied with.
+    lora_rank, lora_alpha: with a rank only low-rank adapters train (model/lora.py), scaled by
+        lora_alpha / lora_rank.
     """
 
     model: str = ""
@@ -86,7 +86,7 @@ class FinetuneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneRun:
-    """Everything that decides a run. The model's shape is the checkpoint's."""
+    """The configuration of a fine-tuning run. The model's shape is the checkpoint's."""
 
     finetune: FinetuneConfig
     model: ModelConfig
@@ -98,15 +98,14 @@ class FinetuneRun:
         if self.training.evaluate_every is None:
             raise ConfigError(
                 "training.evaluate_every is null, but a fine-tuning run keeps the model of the "
-                "best score: set after how many steps to evaluate; the paper takes 200."
+                "best score: set it to a number of steps; the paper takes 200."
             )
 
 
 def paper_training(lora: bool = False) -> TrainingConfig:
     """Return the settings of section 4.1: T5's optimizer and rate, evaluation every 200 steps.
 
-    lora: adapters start at zero, where Adafactor's steps relative to a parameter's size are too
-        small, so they take AdamW.
+    lora: take AdamW; adapters start at zero, where Adafactor's relative steps are too small.
     """
     return TrainingConfig(
         steps=16_000,
@@ -128,35 +127,35 @@ def finetune_run(
 ) -> FinetuneRun:
     """Resolve a configuration: the paper's settings, then a file, then what is stated.
 
-    values: sections as they stand in a YAML file.
-    stated: of the `finetune` section; overrides: dotted.
+    values: sections as in a YAML file.
+    stated: fields of the `finetune` section.
+    overrides: dotted.
 
-    Raises ConfigError for whatever does not fit, such as another shape than the model's.
+    Raises ConfigError for invalid values, such as a shape other than the model's.
     """
-    asked = put_over(values, {"finetune": stated} if stated else {})
-    asked = override(asked, overrides)
-    finetune = from_mapping(FinetuneConfig, asked.get("finetune", {}), "finetune")
+    sections = merge_sections(values, {"finetune": stated} if stated else {})
+    sections = override(sections, overrides)
+    finetune = from_mapping(FinetuneConfig, sections.get("finetune", {}), "finetune")
     checkpoint = load_config(finetune.model, report=report, to_train=True)
-    usual = FinetuneRun(
+    default = FinetuneRun(
         finetune=finetune,
         model=dataclasses.replace(checkpoint, dropout=DROPOUT, expert_dropout=EXPERT_DROPOUT),
         training=paper_training(lora=finetune.lora_rank is not None),
     )
-    config = build_config(FinetuneRun, put_over(to_sections(usual), asked))
+    config = build_config(FinetuneRun, merge_sections(to_sections(default), sections))
     _refuse_another_shape(config.model, checkpoint)
     return config
 
 
 def _refuse_another_shape(model: ModelConfig, checkpoint: ModelConfig) -> None:
-    """Dropout and routing may be others than in the checkpoint; what shapes weights may not."""
+    """Raise ConfigError for a model that differs in more than dropout and routing."""
     free = ("dropout", "expert_dropout", "router")
     for one in dataclasses.fields(ModelConfig):
         found, saved = getattr(model, one.name), getattr(checkpoint, one.name)
         if one.name not in free and found != saved:
             raise ConfigError(
-                f"model.{one.name} is {found}, but the model to fine-tune has {saved}, which its "
-                f"weights are made for. Of the model only {', '.join(free[:2])} and the router can "
-                "be set."
+                f"model.{one.name} is {found}, but the model to fine-tune has {saved}. Of the "
+                f"model only {', '.join(free[:2])} and the router can be set."
             )
     for decoder in (False, True):
         layers = range(model.num_decoder_layers if decoder else model.num_encoder_layers)

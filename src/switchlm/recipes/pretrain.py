@@ -1,6 +1,6 @@
 """Pre-train a model on text with span corruption, from random weights or those of another model.
 
-At its end a run records its expert assignment on held-out text, RUN/routing.json.
+At its end a run records the expert assignment of held-out text in RUN/routing.json.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from switchlm.parallel.mesh import ALONE, Mesh, default_device, joined
 from switchlm.recipes.config import (
     RunConfig,
     check_stated,
-    open_whole,
+    load_with_tokenizer,
     to_sections,
     wire_dtype,
     with_vocabulary,
@@ -47,16 +47,16 @@ def record_routing(
     folder: RunFolder,
     mesh: Mesh = ALONE,
 ) -> list[dict[str, Any]]:
-    """Write RUN/routing.json, a record for every Switch layer, and return them as plain values.
+    """Write RUN/routing.json, one record per Switch layer, and return the records.
 
-    There are none for a dense model, nor where no text is held out. All processes of a mesh call
-    this; the main one writes.
+    There are none for a dense model or without held-out text. All processes of a mesh call this;
+    the main one writes.
     """
     if not model.config.num_experts:
         return []
     try:
         first = loader.held_out(1)[0]
-    except DataError:  # nothing is held out: a run may want that
+    except DataError:  # nothing is held out, which is allowed
         return []
     tokens = first.inputs_BS.numel() * mesh.data_size
     batches = loader.held_out(min(max(MOST_TOKENS // tokens, 1), MOST_BATCHES))
@@ -70,7 +70,7 @@ def record_routing(
 def build_model(config: RunConfig, mesh: Mesh = ALONE) -> SwitchTransformer:
     """Return a new model on the default device, sharded over the mesh.
 
-    Its parameters are a pure function of the configuration and the seed, whatever the mesh.
+    Its parameters depend on the configuration and the seed only, not on the mesh.
     """
     with torch.device("meta"):
         model = SwitchTransformer(config.model)
@@ -90,22 +90,22 @@ def pretrain(
 ) -> Iterator[dict[str, Any]]:
     """Train as configured; yield `{"phase": text}` and every line of metrics.jsonl.
 
-    Writes the run folder OUT. With `resume`, goes on from the newest valid checkpoint in it, with
-    the run's own tokenizer; so it does when a job was started anew after it failed.
+    Writes the run folder OUT. With `resume`, and after torchrun restarted a failed job, it
+    continues from the newest valid checkpoint, with the run's own tokenizer.
 
-    report: called with a line now and then while text is prepared.
+    report: called with lines of progress while text is prepared.
 
     Started by torchrun, each process calls this and trains its part of the mesh (docs/guides/
     parallel.md); OUT is on a file system that all of them see.
     """
     with joined(config.mesh) as mesh:
         resume = resume or mesh.restarted
-        folder = open_folder(out, resume)
+        folder = open_run_folder(out, resume)
         tokenizer = Tokenizer.load(folder.tokenizer) if folder.tokenizer.exists() else None
         start: SwitchTransformer | None = None
         if config.init_from is not None and not folder.has_checkpoint():
             yield {"phase": f"loading {config.init_from}"}
-            start, theirs = open_whole(config.init_from, "model to start from", report)
+            start, theirs = load_with_tokenizer(config.init_from, "model to start from", report)
             if tokenizer is None and config.data.tokenizer != "bytes":
                 check_stated(config.data.tokenizer, theirs, config.init_from)
             tokenizer = tokenizer or theirs
@@ -118,7 +118,7 @@ def pretrain(
         config = with_vocabulary(config, loader.tokenizer)
         if start is not None:
             check_fit(start.config, config.model)
-        begin(folder, config, loader.tokenizer, mesh)
+        init_run_folder(folder, config, loader.tokenizer, mesh)
         model = build_model(config, mesh)
         if start is not None:
             transplant(start, model)
@@ -150,8 +150,8 @@ def pretrain(
         )
 
 
-def open_folder(out: Path, resume: bool) -> RunFolder:
-    """Return the folder of a run; ConfigError if one is there that is not to be resumed."""
+def open_run_folder(out: Path, resume: bool) -> RunFolder:
+    """Return the folder of a run; ConfigError if a run exists there and `resume` is False."""
     folder = RunFolder(out)
     if folder.exists() and not resume:
         raise ConfigError(
@@ -161,8 +161,8 @@ def open_folder(out: Path, resume: bool) -> RunFolder:
     return folder
 
 
-def begin(folder: RunFolder, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> None:
-    """Let the main process make the folder and write what a run is resumed with."""
+def init_run_folder(folder: RunFolder, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> None:
+    """Create the folder, and write tokenizer and configuration, in the main process."""
     mesh.barrier()
     if mesh.is_main:
         folder.create()

@@ -1,8 +1,7 @@
-"""Every layout of so many processes against one process: the same losses, the same gradients.
+"""Compare every layout of a number of processes with one process: equal losses and gradients.
 
-The model is the user's own; noise and dropout are off, and every `router.group_rows` rows share
-capacity and a balance loss, so that what a step computes does not depend on the layout, only its
-rounding does.
+The model is the user's own, without noise and dropout; every `router.group_rows` rows share
+capacity and a balance loss, so that a step depends on the layout by rounding only.
 """
 
 import dataclasses
@@ -33,7 +32,7 @@ from switchlm.training.optimizer import build_optimizer, set_learning_rate
 from switchlm.training.step import prepare_for_training, training_step
 
 Tensors = dict[str, Tensor]
-# What rounding may do: relative differences of the loss and of each gradient, as vectors.
+# Allowed relative differences, by rounding, of the loss and of each gradient as a vector.
 TOLERANCES = {"float32": (1e-5, 1e-4), "selective": (1e-3, 0.05), "bfloat16": (1e-3, 0.05)}
 
 
@@ -41,10 +40,11 @@ TOLERANCES = {"float32": (1e-5, 1e-4), "selective": (1e-3, 0.05), "bfloat16": (1
 class LayoutResult:
     """How one layout compares with one process.
 
-    loss: the largest relative difference of any step's losses.
-    gradient: of any parameter's gradient in the first step, as vectors, and that parameter's name.
+    loss: the largest relative difference of the losses of a step.
+    gradient: the largest relative difference of gradients, as vectors, in the first step.
+    parameter: the parameter with that gradient.
     does_not_fit: why the layout is impossible for this model, else None.
-    equal: whether both are within rounding.
+    equal: whether both differences are within rounding.
     """
 
     mesh: MeshConfig
@@ -59,24 +59,24 @@ class LayoutResult:
 def verify_parallel(
     config: RunConfig, num_processes: int, *, steps: int = 3, tokens: int = 48
 ) -> Iterator[LayoutResult]:
-    """Train a few steps in one process, then in every layout, and yield how each compares.
+    """Train a few steps in one process, then in every layout, and yield the comparisons.
 
-    Batches are random: 2 rows per process, or a group of them, of up to `tokens` inputs. The
-    processes run on GPUs if there is one for each, else on CPUs over gloo.
+    Batches are random, with 2 rows (or one group of rows) per process of up to `tokens` inputs. The
+    processes run on GPUs if there are enough, else on CPUs over gloo.
     """
-    config = _comparable(config)
+    config = _deterministic(config)
     device_type = "cuda" if torch.cuda.device_count() >= num_processes else "cpu"
     rows = max(config.model.router.group_rows or 1, 2) * num_processes
     with tempfile.TemporaryDirectory(prefix="switchlm-verify-") as folder:
         device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
         train = partial(_train, config, steps, rows, tokens)
-        whole = train(ALONE, device)
-        save_file(whole, f"{folder}/whole.safetensors")
-        del whole
+        reference = train(ALONE, device)
+        save_file(reference, f"{folder}/reference.safetensors")
+        del reference
         context = multiprocessing.get_context("spawn")
         results: SimpleQueue[LayoutResult] = context.SimpleQueue()
         workers = torch.multiprocessing.spawn(
-            _work,
+            _worker,
             (num_processes, device_type, folder, train, config.training.precision, results),
             nprocs=num_processes,
             join=False,
@@ -94,8 +94,8 @@ def verify_parallel(
                 process.kill()
 
 
-def _comparable(config: RunConfig) -> RunConfig:
-    """Return the configuration without noise, its groups independent of the layout."""
+def _deterministic(config: RunConfig) -> RunConfig:
+    """Return the configuration without noise, with groups that do not depend on the layout."""
     router = dataclasses.replace(
         config.model.router,
         exploration="argmax",
@@ -105,7 +105,7 @@ def _comparable(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, model=model)
 
 
-def _work(
+def _worker(
     rank: int,
     num_processes: int,
     device_type: str,
@@ -114,7 +114,7 @@ def _work(
     precision: Precision,
     results: "SimpleQueue[LayoutResult]",
 ) -> None:
-    """Be one of the processes: train in every layout; the first one tells."""
+    """Train in every layout, in one of the processes; the first one sends the results."""
     torch.set_num_threads(max(torch.get_num_threads() // num_processes, 1))
     if device_type == "cuda":
         torch.cuda.set_device(rank)
@@ -124,8 +124,8 @@ def _work(
         rank=rank,
         world_size=num_processes,
     )
-    whole = load_file(f"{folder}/whole.safetensors")
-    for result in _every_layout(num_processes, device_type, train, whole, precision):
+    reference = load_file(f"{folder}/reference.safetensors")
+    for result in _every_layout(num_processes, device_type, train, reference, precision):
         if rank == 0:
             results.put(result)
     dist.barrier()
@@ -136,7 +136,7 @@ def _every_layout(
     num_processes: int,
     device_type: str,
     train: Callable[[Mesh, torch.device], Tensors],
-    whole: Tensors,
+    reference: Tensors,
     precision: Precision,
 ) -> Iterator[LayoutResult]:
     """Train in every layout of the processes that are connected, and yield how each compares."""
@@ -150,7 +150,7 @@ def _every_layout(
         except ConfigError as error:
             result = LayoutResult(mesh=layout, does_not_fit=str(error))
         else:
-            result = compare(layout, found, whole, precision)
+            result = compare(layout, found, reference, precision)
             result = dataclasses.replace(result, seconds=time.perf_counter() - started)
         yield result
 
@@ -158,7 +158,7 @@ def _every_layout(
 def _train(
     config: RunConfig, steps: int, rows: int, tokens: int, mesh: Mesh, device: torch.device
 ) -> Tensors:
-    """Return `losses` [steps, 3] and the gradients of the first step by name, whole, on the CPU."""
+    """Return `losses` [steps, 3] and the full gradients of the first step by name, on the CPU."""
     training = config.training
     model = build_model(config, mesh).to(device)
     prepare_for_training(model, training.precision, training.activation_checkpointing)
@@ -167,8 +167,8 @@ def _train(
     losses, gradients = [], {}
     for step in range(steps):
         batches = [
-            _share(_batch(config, step * training.accumulate + part, rows, tokens), mesh).to(device)
-            for part in range(training.accumulate)
+            _local_rows(_batch(config, number, rows, tokens), mesh).to(device)
+            for number in range(step * training.accumulate, (step + 1) * training.accumulate)
         ]
         record = training_step(
             model,
@@ -180,12 +180,12 @@ def _train(
         )
         losses.append(record.figures[:3].cpu())
         if step == 0:
-            gradients = _whole_gradients(model)
+            gradients = _full_gradients(model)
     return {"losses": torch.stack(losses), **gradients}
 
 
 def _batch(config: RunConfig, number: int, rows: int, tokens: int) -> Batch:
-    """Return random rows; some are shorter, so that padding is there too."""
+    """Return random rows, some of them padded."""
     noise = torch.Generator().manual_seed(number)
 
     def draw(length: int) -> tuple[Tensor, Tensor]:
@@ -205,8 +205,8 @@ def _batch(config: RunConfig, number: int, rows: int, tokens: int) -> Batch:
     )
 
 
-def _share(batch: Batch, mesh: Mesh) -> Batch:
-    """Return the rows of a batch that fall to this process."""
+def _local_rows(batch: Batch, mesh: Mesh) -> Batch:
+    """Return this process's rows of a batch."""
     parts = {
         name: None if value is None else value.chunk(mesh.data_size)[mesh.data_rank]
         for name, value in vars(batch).items()
@@ -214,24 +214,24 @@ def _share(batch: Batch, mesh: Mesh) -> Batch:
     return Batch(**cast(dict[str, Tensor], parts))
 
 
-def _whole_gradients(model: SwitchTransformer) -> Tensors:
+def _full_gradients(model: SwitchTransformer) -> Tensors:
     gradients = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             gradient = parameter.grad
-            whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-            gradients[name] = whole.float().cpu().contiguous().clone()
+            full = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            gradients[name] = full.float().cpu().contiguous().clone()
     return gradients
 
 
-def compare(layout: MeshConfig, found: Tensors, whole: Tensors, precision: str) -> LayoutResult:
-    """Compare what `_train` gave in a layout with what it gave in one process."""
-    differences = {name: _difference(tensor, whole[name]) for name, tensor in found.items()}
-    loss = max(map(_difference, found["losses"].sum(1), whole["losses"].sum(1)))
+def compare(layout: MeshConfig, found: Tensors, reference: Tensors, precision: str) -> LayoutResult:
+    """Compare the result of `_train` in a layout with that of one process."""
+    differences = {name: _difference(tensor, reference[name]) for name, tensor in found.items()}
+    loss = max(map(_difference, found["losses"].sum(1), reference["losses"].sum(1)))
     del differences["losses"]
     parameter = max(differences, key=lambda name: differences[name])
     gradient = differences[parameter]
-    same_names = found.keys() == whole.keys()
+    same_names = found.keys() == reference.keys()
     loss_tolerance, gradient_tolerance = TOLERANCES[precision]
     return LayoutResult(
         mesh=layout,

@@ -1,8 +1,8 @@
-"""Write report.html: metrics and results go in as JSON, the page's scripts draw them.
+"""Write report.html: metrics and results as JSON, which the page's scripts draw.
 
-What goes in is bounded, ordered, in few digits, and all finite. Experts and classes are put in an
-order in which neighbours are similar, so that families show in a heat map. Curves have no more
-points than a page shows.
+The data is limited in size and digits, and finite. Experts and sources are ordered so that
+neighbours are similar, which shows clusters in a heat map. Curves have at most as many points as a
+page shows.
 
 Shapes: E experts shown, M sources (or classes), L layers.
 """
@@ -27,12 +27,12 @@ MOST_CELLS = 200_000  # of all heat maps of a run together
 MOST_EXPERTS = 128  # shown of a layer, the busiest
 LEAST_EXPERTS = 16
 MOST_SOURCES = 256
-MOST_LISTED = 32  # experts described in words
-DEAD = 0.05  # of an even share of the tokens: an expert with less serves next to nothing
-PARTS = 10_000  # shares are whole numbers of so many parts
+MOST_LISTED = 32  # experts with a description
+DEAD = 0.05  # of an even load: an expert with less counts as dead
+PARTS = 10_000  # shares are integers in units of 1 / PARTS
 MAX_POINTS = 400  # of a curve: more than the page has pixels for
 MOST_NUMBERS = 100_000  # of all curves of a run together
-FIGURES = ("gate", "kept_expert", "router_entropy", "load_entropy", "dead_experts")
+LAYER_METRICS = ("gate", "kept_expert", "router_entropy", "load_entropy", "dead_experts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +59,13 @@ def write_report(
 ) -> None:
     """Write the report.
 
-    headline: the result in a sentence.
-    table: one mapping of column to text a row.
-    sources: how two runs compare on each source of the text, see `speed_by_source`.
+    headline: the result as one sentence.
+    table: one mapping of column to text per row.
+    sources: comparison of two runs on each source of the text, see `speed_by_source`.
     target_loss: a held-out loss drawn as a line (the dense twin's last).
-    crossing: where the sparse model reached it, `step` and `seconds`.
+    crossing: `step` and `seconds` at which the sparse model reached it.
     example: label to text, shown as code.
-    configuration: shown as is.
+    configuration: shown as it is.
     """
     data = {
         "title": title,
@@ -86,13 +86,13 @@ def write_report(
         "example": example,
         "configuration": configuration,
     }
-    # No tag, nor "<!--", may end or stretch the script element that holds the data.
+    # No "<" of the data may end or extend the script element that contains it.
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     replace_file(path, _page().replace("__DATA__", text).encode("utf-8"))
 
 
 def _page() -> str:
-    """Return the page with its style and scripts in it: one file that needs no other."""
+    """Return the page with its style and scripts inlined."""
     parts = files("switchlm.report").joinpath("page")
     page = parts.joinpath("page.html").read_text(encoding="utf-8")
     for name in ("style.css", "charts.js", "layers.js", "routing.js", "page.js"):
@@ -101,7 +101,7 @@ def _page() -> str:
 
 
 def _series(metrics: Sequence[Line]) -> dict[str, Any]:
-    """Split metric lines into training and evaluation points, thinned evenly, NaN left out."""
+    """Return training and evaluation points of metric lines, thinned evenly, without NaN."""
     training = [line for line in metrics if "loss" in line]
     evaluation = [line for line in metrics if "evaluation_loss" in line]
     keys = ("step", "seconds", "loss", "tokens_per_second", "dropped_by_layer", "gate", "load")
@@ -121,10 +121,10 @@ def _pick(line: Line, keys: Iterable[str]) -> dict[str, Any]:
 
 
 def similarity_order(vectors_NF: Floats) -> list[int]:
-    """Return the numbers 0 to N-1 so that similar rows stand beside each other.
+    """Return the numbers 0 to N-1 in an order in which similar rows are neighbours.
 
-    The two closest groups are joined again and again, by the mean distance of their members; of
-    the ways to lay two groups end to end, the one whose ends are closest is taken.
+    Hierarchical clustering with average linkage; of the ways to concatenate two clusters, the one
+    whose touching ends are closest is taken.
     """
     square_N = (vectors_NF**2).sum(1)
     squared_NN = square_N[:, None] + square_N[None] - 2 * vectors_NF @ vectors_NF.T
@@ -147,10 +147,9 @@ def similarity_order(vectors_NF: Floats) -> list[int]:
 
 
 def routing_data(layers: Sequence[Record]) -> dict[str, Any] | None:
-    """Return what the page draws of a run's Switch layers; None without any.
+    """Return the page's data of a run's Switch layers; None without any.
 
-    Sources stand in one order for all layers, experts in one of each layer's own, so that those
-    which serve alike are neighbours.
+    Sources have one order for all layers, experts one per layer; similar ones are neighbours.
     """
     if not layers:
         return None
@@ -168,7 +167,7 @@ def routing_data(layers: Sequence[Record]) -> dict[str, Any] | None:
 
 
 def _shares(loads: Mapping[str, Sequence[int]], names: Sequence[str], num_experts: int) -> Floats:
-    """Return [M, E]: of the tokens of each name, the share that wanted each expert."""
+    """Return [M, E]: the share of the tokens of each name that chose each expert."""
     if not names:
         return np.zeros((0, num_experts))
     counts_ME = np.array([loads[name] for name in names], dtype=np.float64)
@@ -181,7 +180,7 @@ def _layer(layer: Record, sources: Sequence[str], most: int) -> dict[str, Any]:
     shown = np.sort(np.argsort(-share_E, kind="stable")[:most])
     by_source_ME = _shares(layer["source_load"], sources, len(load_E))
     by_class_CE = _shares(layer["class_load"], list(layer["class_load"]), len(load_E))
-    # What an expert is for is what it serves more than the others do.
+    # An expert is characterised by its tokens relative to those of all experts.
     profile_ME = np.concatenate([by_source_ME, by_class_CE])[:, shown]
     profile_ME = np.sqrt(profile_ME / np.maximum(share_E[shown], 1e-9))
     experts = shown[similarity_order(profile_ME.T)]
@@ -213,10 +212,11 @@ def _layer(layer: Record, sources: Sequence[str], most: int) -> dict[str, Any]:
 
 
 def describe_expert(layer: Record, expert: int, sources: Sequence[str]) -> dict[str, Any]:
-    """Return an expert's share of the tokens, and what it serves most.
+    """Return an expert's share of all tokens, and its most frequent kinds of tokens.
 
-    `classes`: up to three of the largest shares of its own tokens, as (name, share). `sources`: up
-    to four of those it serves most beyond its share of all tokens, as (name, times).
+    `classes`: up to three of the largest shares of its own tokens, as (name, share).
+    `sources`: up to four of which it takes most, relative to its share of all tokens, as (name,
+    ratio).
     """
     load = layer["load_E"][expert]
     total = sum(layer["load_E"])
@@ -233,19 +233,19 @@ def describe_expert(layer: Record, expert: int, sources: Sequence[str]) -> dict[
         "expert": expert,
         "share": round(load / total, 4),
         "classes": [(name, round(share, 3)) for name, share in classes[:3] if share >= 0.05],
-        "sources": [(name, round(times, 2)) for name, times in lifts[:4] if times >= 1.2],
+        "sources": [(name, round(ratio, 2)) for name, ratio in lifts[:4] if ratio >= 1.2],
         "tokens": [text for text, _ in layer["top_tokens"][expert]][:8],
     }
 
 
 def dead_experts(load_E: Sequence[int]) -> list[int]:
-    """Return the experts that serve less than a twentieth of an even share."""
+    """Return the experts with less than a twentieth of an even load."""
     even = sum(load_E) / len(load_E)
     return [expert for expert, load in enumerate(load_E) if load < DEAD * even]
 
 
 def short_name(name: str) -> str:
-    """`encoder.blocks.3.feedforward` is `encoder 3` to a reader, as is its `attention`."""
+    """Return `encoder 3` for `encoder.blocks.3.feedforward` or its `attention`."""
     return name.replace(".blocks.", " ").removesuffix(".feedforward").removesuffix(".attention")
 
 
@@ -254,11 +254,12 @@ def _parts(shares: Floats) -> Any:
 
 
 def layers_data(metrics: Sequence[Line]) -> dict[str, Any] | None:
-    """Return the curves of a run's lines of evaluation; None where no line measured the layers.
+    """Return the curves of a run's lines of evaluation; None if no line measured the layers.
 
-    `step`: of every point. `stacks`: for each stack its layers, a layer having a name and `near`, a
-    curve per head. `switches`: for each Switch layer its name, number of experts, and a curve for
-    each of its figures (see `training.loop.train`).
+    `step`: of every point.
+    `stacks`: the layers of each stack, with a name and `near`, a curve per head.
+    `switches`: for each Switch layer its name, number of experts, and a curve per metric (see
+    `training.loop.train`).
     """
     lines = [line for line in metrics if "attention_near" in line]
     if not lines:
@@ -267,7 +268,7 @@ def layers_data(metrics: Sequence[Line]) -> dict[str, Any] | None:
     loads = next((line["load"] for line in metrics if line.get("load")), None)
     numbers = sum(map(len, last["attention_near"].values()))
     names: Sequence[str] = last.get("layers", ())
-    numbers += len(FIGURES) * len(names)
+    numbers += len(LAYER_METRICS) * len(names)
     lines = list(thin(lines, max(min(MAX_POINTS, MOST_NUMBERS // numbers), 2)))
     stacks: dict[str, list[dict[str, Any]]] = {}
     for name, heads in last["attention_near"].items():
@@ -283,7 +284,7 @@ def layers_data(metrics: Sequence[Line]) -> dict[str, Any] | None:
             {
                 "name": short_name(name),
                 "experts": None if loads is None else len(loads[i]),
-                **{key: rounded([line[key][i] for line in lines], 4) for key in FIGURES},
+                **{key: rounded([line[key][i] for line in lines], 4) for key in LAYER_METRICS},
             }
             for i, name in enumerate(names)
         ],
@@ -291,7 +292,7 @@ def layers_data(metrics: Sequence[Line]) -> dict[str, Any] | None:
 
 
 def rounded(value: Any, digits: int = 6) -> Any:
-    """Return numbers in so many significant digits; what is not finite has no place on paper."""
+    """Return numbers rounded to significant digits, and None for those that are not finite."""
     if isinstance(value, (list, tuple)):
         return [rounded(item, digits) for item in value]
     if isinstance(value, float):
@@ -300,7 +301,7 @@ def rounded(value: Any, digits: int = 6) -> Any:
 
 
 def thin(lines: Sequence[Any], most: int = MAX_POINTS) -> Sequence[Any]:
-    """Return at most so many (2 or more) of the lines, evenly, the first and the last included."""
+    """Return at most `most` (2 or more) of the lines, evenly, with the first and the last."""
     if len(lines) <= most:
         return lines
     last = len(lines) - 1

@@ -51,7 +51,7 @@ def decode_misfit(
         return "not plain tensors"
     if bias is not None and not (type(bias) is Tensor and bias.is_cpu):
         return "a bias that is not plain, in main memory"
-    if _torch.is_watched():
+    if _torch.has_dispatch_mode():
         return "somebody watches operators"
     return None if native.native().library is not None else native.native().reason
 

@@ -224,7 +224,7 @@ def _fits(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> bool:
             (b_KN.stride(1) == 1 and outputs % native.WIDTH == 0)
             or (b_KN.stride(0) == 1 and not transposed and inputs % native.WIDTH == 0)
         )
-        and not _torch.is_watched()
+        and not _torch.has_dispatch_mode()
         and native.native().library is not None
     )
 

@@ -59,7 +59,7 @@ def few(x_RK: Tensor, most: int) -> bool:
         and x_RK.is_cpu
         and 0 < x_RK.numel() <= most * x_RK.shape[-1]
         and x_RK.shape[-1] % _WIDTH == 0
-        and not _torch.is_watched()
+        and not _torch.has_dispatch_mode()
         and native.native().library is not None
     )
 

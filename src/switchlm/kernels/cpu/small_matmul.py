@@ -98,7 +98,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 @cache
 def is_slow(dtype: torch.dtype) -> bool:
     """Whether PyTorch's products in this dtype are slow in main memory, on this machine."""
-    return dtype in DTYPES and not _torch.multiplies_quickly(dtype)
+    return dtype in DTYPES and not _torch.has_fast_matmul(dtype)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -19,7 +19,7 @@ def parallel_for(work: Callable[[Sequence[Item]], None], parts: Sequence[Sequenc
     Threads record no gradients. Under a dispatch mode (a FLOP counter, say), which lives in one
     thread, everything runs here.
     """
-    if len(parts) == 1 or _torch.is_watched():
+    if len(parts) == 1 or _torch.has_dispatch_mode():
         for part in parts:
             work(part)
         return

@@ -1,4 +1,4 @@
-// Small pieces: elements, numbers, line charts, bars, and the load of experts over time.
+// Elements, numbers, line charts, bars, and the load of experts over time.
 const WIDTH = 560, HEIGHT = 250, LEFT = 52, RIGHT = 12, TOP = 10, BOTTOM = 38;
 
 function element(tag, attributes = {}, ...children) {
@@ -26,8 +26,8 @@ function ticks(low, high, count) {
   return marks;
 }
 
-// A line chart. series: [{name, color, points: [[x, y], ...]}]; a name stands in the legend, `told` is
-// what the mouse is told instead. level: a dashed line with a label. top: the end of an axis from 0.
+// A line chart. series: [{name, color, points: [[x, y], ...]}]; the name is shown in the legend, and
+// `hoverText` instead of it under the mouse. level: a dashed line with a label. top: end of an axis from 0.
 function chart(title, small, series, {x, level = null, mark = null, fromZero = false, top = null, narrow = false} = {}) {
   const wide = narrow ? 384 : WIDTH, high = narrow ? 190 : HEIGHT, left = narrow ? 38 : LEFT;
   series = series.map(s => ({...s, points: s.points.filter(p => p[0] != null && p[1] != null)}))
@@ -36,7 +36,7 @@ function chart(title, small, series, {x, level = null, mark = null, fromZero = f
   const xs = series.flatMap(s => s.points.map(p => p[0]));
   const ys = series.flatMap(s => s.points.map(p => p[1])).sort((a, b) => a - b);
   const highX = Math.max(...xs), lowX = Math.min(0, ...xs);
-  // The first steps would squeeze the rest of a loss curve into a line.
+  // The high losses of the first steps are cut off.
   let highY = fromZero ? ys[ys.length - 1] : ys[Math.floor(0.93 * (ys.length - 1))];
   let lowY = fromZero ? 0 : Math.min(ys[0], level ? level.value : Infinity);
   if (fromZero) highY = Math.max(highY, level ? level.value : 0, top || 0);
@@ -78,9 +78,9 @@ function chart(title, small, series, {x, level = null, mark = null, fromZero = f
     const height = (event.clientY - box.top) / box.height * high;
     let found = series.map(s => {
       const near = s.points.reduce((a, b) => Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a);
-      return {text: `${s.told || s.name} ${format(near[1])}`, away: Math.abs(py(near[1]) - height)};
+      return {text: `${s.hoverText || s.name} ${format(near[1])}`, away: Math.abs(py(near[1]) - height)};
     });
-    // There is room for a few; of many, or of long names, the line nearest to the mouse.
+    // Show all of a few series, else the one nearest to the mouse.
     if (narrow || found.length > 6) found = [found.reduce((a, b) => b.away < a.away ? b : a)];
     hover.textContent = found.map(one => one.text).join("   ") + `   at ${format(at)}`;
   });
@@ -90,20 +90,20 @@ function chart(title, small, series, {x, level = null, mark = null, fromZero = f
   return element("figure", {}, caption, svg);
 }
 
-// Blue is idle, the paper's white (or dark) is an even share, orange is overloaded.
+// Blue is idle, the background is an even load, orange is overloaded.
 const SHADES = {
   light: [[92, 132, 205], [176, 198, 232], [244, 243, 238], [240, 166, 86], [176, 58, 8]],
   dark: [[20, 42, 100], [42, 70, 128], [92, 97, 107], [196, 120, 56], [255, 178, 96]],
 };
 const dark = matchMedia("(prefers-color-scheme: dark)");
-const painters = [];  // draw again what has colours of its own when the theme changes
+const painters = [];  // redraw canvases when the theme changes
 dark.addEventListener("change", () => painters.forEach(draw => draw()));
 function paint(draw) {
   painters.push(draw);
   draw();
 }
 
-// A colour and its name, never parted by a line end.
+// A colour and its name, without a line break between them.
 function named(name, color) {
   return element("span", {class: "named"}, element("span", {class: "key", style: `background:${color}`}),
                  element("small", {}, name));
@@ -113,7 +113,7 @@ function hue(index, count) {
   return `hsl(${Math.round(360 * index / count)} 60% 50%)`;
 }
 
-// Colours of a few lines that are told apart by any eye, and of many from blue to orange.
+// Colour-blind safe colours for a few lines, and a range from blue to orange for many.
 const TONES = ["#1d5fd1", "#d9730d", "#12805c", "#8e44ad", "#c2255c", "#0e8ba0", "#8a6d1b", "#6b7686"];
 function tone(index, count) {
   if (count <= TONES.length) return TONES[index];
@@ -152,7 +152,7 @@ function heatmap(name, lines, layer) {
   return element("figure", {}, caption, canvas);
 }
 
-// Each source's loss under both models, sorted by the gain: a dot each, a line between.
+// Each source's loss under both models as two dots with a line, sorted by the gain.
 function gainBySource(sources, names) {
   const rows = [...sources].sort((a, b) => (b.dense_loss - b.sparse_loss) - (a.dense_loss - a.sparse_loss));
   const wide = 1180, left = 46, longest = Math.max(...rows.map(row => row.name.length));
@@ -185,7 +185,7 @@ function gainBySource(sources, names) {
     ...names.map((name, i) => named(name, `var(--run-${i})`))), svg);
 }
 
-// How many sources reached the dense twin's last loss how many times as fast.
+// Histogram over sources of the speed-up to the dense twin's last loss.
 function speedUps(sources) {
   const reached = sources.filter(one => one.step_ratio).map(one => 1 / one.step_ratio);
   const never = sources.length - reached.length;

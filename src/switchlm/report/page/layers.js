@@ -1,10 +1,10 @@
-// What the layers do at every evaluation: where heads look, and what routers decide.
+// Metrics of layers at every evaluation: attention of heads, and routing.
 function nearCharts({step, stacks}) {
   return stacks.map(({name, layers}) => {
     const series = layers.flatMap((layer, at) => layer.near.map((curve, head) => {
-      const alone = layers.length === 1;  // then heads have the colours, otherwise layers
+      const alone = layers.length === 1;  // then colours are of heads, otherwise of layers
       const named = alone ? layer.near.length <= 8 : layers.length <= 8 && head === 0;
-      return {name: named ? (alone ? `head ${head}` : layer.name) : "", told: `${layer.name}, head ${head}:`,
+      return {name: named ? (alone ? `head ${head}` : layer.name) : "", hoverText: `${layer.name}, head ${head}:`,
         color: alone ? tone(head, layer.near.length) : tone(at, layers.length),
         opacity: alone ? 1 : .65, points: step.map((s, i) => [s, curve[i]])};
     }));
@@ -15,12 +15,12 @@ function nearCharts({step, stacks}) {
 
 function switchCharts({step, switches}) {
   const lines = (key, more = {}) => switches.map((layer, i) => ({
-    name: switches.length <= 8 ? layer.name : "", told: `${layer.name}:`, color: tone(i, switches.length),
+    name: switches.length <= 8 ? layer.name : "", hoverText: `${layer.name}:`, color: tone(i, switches.length),
     opacity: .9, points: step.map((s, j) => [s, layer[key][j]]), ...more}));
   const experts = switches[0].experts, even = experts && {value: Math.log(experts),
-    label: `ln ${experts} = ${Math.log(experts).toFixed(2)}: all alike`};
+    label: `ln ${experts} = ${Math.log(experts).toFixed(2)}: uniform`};
   const options = {x: "step", fromZero: true, narrow: true};
-  const load = lines("load_entropy", {dashes: "2 3"}).map(line => ({...line, name: "", told: `load, ${line.told}`}));
+  const load = lines("load_entropy", {dashes: "2 3"}).map(line => ({...line, name: "", hoverText: `load, ${line.hoverText}`}));
   return [
     chart("Mean gate", "router probability of the chosen expert", lines("gate"), options),
     chart("Kept expert", "tokens with the expert of one evaluation ago", lines("kept_expert"), {...options, top: 1}),
@@ -33,10 +33,10 @@ function switchCharts({step, switches}) {
 function layersSection(runs) {
   runs = runs.filter(run => run.inside);
   if (!runs.length) return;
-  main.append(element("h2", {}, "What the layers do"), element("p", {class: "note"},
+  main.append(element("h2", {}, "Metrics of layers"), element("p", {class: "note"},
     "Measured at every evaluation on the first held-out batch. " + (runs.some(run => run.inside.switches.length)
-      ? "A router that decides gives each token a low entropy and its expert a high gate, while the entropy of the load stays " +
-        "near its most; an expert learns what it is for once tokens keep it. " : "") +
+      ? "A decided router has a low entropy per token and a high gate, while the entropy of the load stays near its " +
+        "maximum; experts specialise once tokens keep them. " : "") +
     (runs.some(run => Math.max(run.inside.switches.length, ...run.inside.stacks.map(stack => stack.layers.length)) > TONES.length)
       ? "Many layers are coloured from blue, the first, to orange, the last." : "")));
   for (const run of runs) {

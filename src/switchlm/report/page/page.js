@@ -48,7 +48,7 @@ for (const run of data.runs) {
   if (!lines.length) continue;
   const names = run.layers.length ? run.layers : lines[0].load.map((_, i) => `layer ${i}`);
   section(`Load of every expert over time: ${run.name}`,
-    "One row an expert, time from left to right. Grey or white is an even share, blue is idle, orange is crowded (four times the mean).",
+    "One row per expert, time from left to right. Grey or white is an even load, blue is idle, orange is overloaded (four times the mean).",
     names.map((name, layer) => heatmap(name, lines, layer)));
   const perLayer = key => names.map((name, i) => ({
     name: names.length <= 8 ? name : "", color: hue(i, names.length), opacity: .9,

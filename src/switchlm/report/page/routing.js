@@ -1,13 +1,13 @@
-// Who goes to which expert, at the end of a run: heat maps with a layer to choose, and words.
-const PARTS = 10000, PANEL_ROWS = 64, MANY_EXPERTS = 48;  // more take the whole width of the page
+// Expert assignment at the end of a run: heat maps of a layer, and a table of experts.
+const PARTS = 10000, PANEL_ROWS = 64, MANY_EXPERTS = 48;  // more take the full width of the page
 
 function percent(share) {
   return share >= 0.0995 ? `${Math.round(100 * share)}%` : `${(100 * share).toFixed(1)}%`;
 }
 
 // A map of rows by columns of ratios to an even share, with names for both. Cells are reached by
-// the mouse or, once the map has the focus, by the arrow keys; `say(row, column)` words a cell.
-function ratioMap(label, rows, columns, ratio, say, longest = 0) {
+// the mouse or, once the map has the focus, by the arrow keys; `describe(row, column)` is the text of a cell.
+function ratioMap(label, rows, columns, ratio, describe, longest = 0) {
   const room = columns.length > MANY_EXPERTS ? 900 : 430;
   const cellWidth = Math.max(5, Math.min(26, Math.floor(room / columns.length)));
   const cellHeight = 13, top = 18, width = cellWidth * columns.length, height = cellHeight * rows.length;
@@ -31,16 +31,16 @@ function ratioMap(label, rows, columns, ratio, say, longest = 0) {
     {x: left - 6, y: top + (row + .5) * cellHeight + 3.5, "text-anchor": "end", class: "row"}, shorten(name, 28))));
   const cursor = element("rect", {width: cellWidth, height: cellHeight, class: "cursor", visibility: "hidden"});
   svg.append(cursor);
-  const told = element("p", {class: "told", "aria-live": "polite"}, " ");
+  const hoverText = element("p", {class: "hover-text", "aria-live": "polite"}, " ");
   let at = [0, 0];
   const show = (row, column) => {
     at = [Math.max(0, Math.min(rows.length - 1, row)), Math.max(0, Math.min(columns.length - 1, column))];
     cursor.setAttribute("x", left + at[1] * cellWidth);
     cursor.setAttribute("y", top + at[0] * cellHeight);
     cursor.setAttribute("visibility", "visible");
-    told.textContent = say(...at);
+    hoverText.textContent = describe(...at);
   };
-  const hide = () => { cursor.setAttribute("visibility", "hidden"); told.textContent = " "; };
+  const hide = () => { cursor.setAttribute("visibility", "hidden"); hoverText.textContent = " "; };
   svg.addEventListener("mousemove", event => {
     const box = svg.getBoundingClientRect(), scale = (left + width + 4) / box.width;
     const column = Math.floor(((event.clientX - box.left) * scale - left) / cellWidth);
@@ -58,14 +58,14 @@ function ratioMap(label, rows, columns, ratio, say, longest = 0) {
     event.preventDefault();
     show(at[0] + move[0], at[1] + move[1]);
   });
-  return element("div", {}, svg, told);
+  return element("div", {}, svg, hoverText);
 }
 
 function shorten(text, most) {
   return text.length > most ? text.slice(0, most - 1) + "…" : text;
 }
 
-// The key of the colours: how many times an expert's even share.
+// The legend of colours: multiples of an expert's share.
 function legend() {
   const bar = element("canvas", {width: 97, height: 1, class: "scale", "aria-hidden": "true"});
   paint(() => {
@@ -118,10 +118,10 @@ function expertTable(layer, bySource) {
   const left = layer.total - layer.dead.length - layer.listed.length;
   return element("div", {class: "wide"}, element("table", {class: "words"},
     element("thead", {}, element("tr", {}, ...heads.map(head => element("th", {scope: "col"}, head)))),
-    element("tbody", {}, ...rows)), ...(left > 0 ? [element("p", {class: "note"}, `and ${left} experts that serve less`)] : []));
+    element("tbody", {}, ...rows)), ...(left > 0 ? [element("p", {class: "note"}, `and ${left} experts with a lower load`)] : []));
 }
 
-// Spaces and line ends would not be seen.
+// Make spaces and line ends visible.
 function shown(text) {
   return text.replace(/^ +| +$/g, spaces => "␣".repeat(spaces.length)).replace(/\n/g, "⏎").replace(/\t/g, "⇥")
              .replace(/[\u0000-\u001f\u007f]/g, "·") || "␣";
@@ -130,16 +130,16 @@ function shown(text) {
 function summary(layer) {
   const dead = layer.dead.length
     ? `${layer.dead.length} of ${layer.total} experts are dead (${layer.dead.slice(0, 12).join(", ")}${layer.dead.length > 12 ? ", …" : ""}): ` +
-      "each serves less than a twentieth of an even share."
-    : `No expert is dead: each of the ${layer.total} serves at least a twentieth of an even share.`;
+      "each has less than a twentieth of an even load."
+    : `No expert is dead: each of the ${layer.total} has at least a twentieth of an even load.`;
   return `${dead} Mean gate ${format(layer.gate)}; ${percent(layer.dropped)} dropped.`;
 }
 
 function routingSection(run) {
   const {sources, layers} = run.routing, several = sources.length > 1;
-  main.append(element("h2", {}, `Who goes where: ${run.name}`), element("p", {class: "note"},
-    "On held-out text, at the end. Columns are experts; those that serve alike stand side by side" +
-    (several ? ", and so do sources that are served alike." : ".")), legend());
+  main.append(element("h2", {}, `Expert assignment: ${run.name}`), element("p", {class: "note"},
+    "On held-out text, at the end. Columns are experts; similar experts are neighbours" +
+    (several ? ", and so are similar sources." : ".")), legend());
   const view = element("div", {});
   const select = element("select", {id: `layer-${run.name}`}, ...layers.map((layer, i) => element("option", {value: i}, layer.name)));
   const show = () => {
@@ -154,7 +154,7 @@ function routingSection(run) {
   const places = layers.map((layer, i) => ({name: layers.length <= 8 ? layer.name : "", color: hue(i, layers.length),
     points: layer.dropped_by_place.map((share, place, all) => [100 * (place + .5) / all.length, 100 * share])}));
   const dropping = places.some(one => one.points.some(point => point[1] > 0));
-  if (dropping) section("", null, [chart(`Drops by position: ${run.name}`, "percent of the tokens there that no expert took",
-    places, {x: "place in the row, percent", fromZero: true})]);
+  if (dropping) section("", null, [chart(`Drops by position: ${run.name}`, "percent of the tokens at that position",
+    places, {x: "position in the row, percent", fromZero: true})]);
   else main.append(element("p", {class: "note"}, "No token was dropped at any position."));
 }

@@ -65,7 +65,7 @@ def misfit(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> str | None:
             return "not plain tensors in main memory"
         if tensor.dtype != dtype:
             return f"it takes {dtype}, not {tensor.dtype}"
-    if _torch.is_watched() or _torch.is_transformed():
+    if _torch.has_dispatch_mode() or _torch.is_transformed():
         return "somebody watches operators"
     return None if native().library is not None else native().reason
 

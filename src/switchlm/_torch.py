@@ -1,6 +1,6 @@
-"""Everything private of PyTorch that this package uses: what for, and what it stands in for.
+"""All private names of PyTorch that this package uses, behind functions with public names.
 
-Such names may change with any release; pyproject.toml bounds the releases that are tried.
+They may change with any release; pyproject.toml bounds the releases that are tested.
 """
 
 from typing import Any
@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_iter
 __all__ = ["FakeTensor", "FakeTensorMode", "TorchDispatchMode", "tree_iter"]
 
 
-def is_watched() -> bool:
-    """Whether a mode sees every operator here, such as a FLOP counter: no kernel may bypass it."""
+def in_dispatch_mode() -> bool:
+    """Whether a mode (such as a FLOP counter) sees every operator here: no kernel may bypass it."""
     return bool(torch._C._len_torch_dispatch_stack())
 
 
 def is_transformed() -> bool:
-    """Whether functions are transformed here (vmap, forward gradients), as no kernel can be."""
+    """Whether functions are transformed here (vmap, forward gradients), which kernels cannot be."""
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
@@ -29,14 +29,14 @@ def is_transformed() -> bool:
 
 
 def active_fake_mode() -> FakeTensorMode | None:
-    """Return the fake mode in which operators run here, if any."""
+    """Return the active fake tensor mode, if any."""
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     assert mode is None or isinstance(mode, FakeTensorMode)
     return mode
 
 
 def start_fake_job(num_processes: int) -> None:
-    """Be process 0 of a job whose collectives return at once and move nothing."""
+    """Become process 0 of a job whose collectives return at once and move nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group(
@@ -44,15 +44,15 @@ def start_fake_job(num_processes: int) -> None:
     )
 
 
-def forget_sharding() -> None:
-    """Drop what DTensor remembers of operators: it holds the groups of the job that was."""
+def clear_sharding_cache() -> None:
+    """Clear DTensor's cache of operators, which refers to the groups of a job that has ended."""
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     _clear_sharding_prop_cache()
 
 
 def local_shape_and_offset(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return shape and offset of the part of a tensor that this process holds, which may be all."""
+    """Return shape and offset of the part of a tensor (or all of it) that this process holds."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -70,7 +70,7 @@ def flatten(mesh: Any, name: str) -> Any:
 
 
 def all_to_all(x_RD: Tensor, received: list[int], sent: list[int], group: Any) -> Tensor:
-    """Send rows to every process of a group, with gradients; the public one has none."""
+    """Send rows to every process of a group, with gradients; the public function has none."""
     from torch.distributed._functional_collectives import all_to_all_single_autograd
 
     rows: Tensor = all_to_all_single_autograd(x_RD, received, sent, group)
@@ -78,7 +78,7 @@ def all_to_all(x_RD: Tensor, received: list[int], sent: list[int], group: Any) -
 
 
 def group_of_name(name: str) -> Any:
-    """Return the process group that functional collectives know by this name."""
+    """Return the process group of this name in functional collectives."""
     return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
@@ -98,12 +98,12 @@ def int4_matmul(x_RK: Tensor, codes: Tensor, group_size: int, scale_GN2: Tensor)
 
 
 def multiplies_quickly(dtype: torch.dtype) -> bool:
-    """Whether this processor has instructions for products in bfloat16 or float16."""
+    """Whether this processor has instructions for matmul in bfloat16 or float16."""
     names = {
         torch.bfloat16: "_is_mkldnn_bf16_supported",
         torch.float16: "_is_mkldnn_fp16_supported",
     }
     try:
         return bool(getattr(torch.ops.mkldnn, names[dtype])())
-    except (AttributeError, RuntimeError):  # another build, for another processor
+    except (AttributeError, RuntimeError):  # a build for another processor
         return True

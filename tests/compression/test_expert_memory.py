@@ -63,7 +63,7 @@ def make(path):
 def take(memory, experts):
     """Return the experts in the order in which they come, each checked to be itself."""
     order = []
-    with memory.want([("layer", expert) for expert in experts]) as ready:
+    with memory.acquire([("layer", expert) for expert in experts]) as ready:
         for (_, expert), tensors in ready:
             assert torch.equal(tensors["up"], torch.full((NUMBERS,), float(expert)))
             order.append(expert)
@@ -94,7 +94,7 @@ def test_what_is_in_memory_comes_first_and_the_oldest_is_evicted(make):
 
 def test_the_next_is_read_while_one_is_used(make):
     memory, files = make(2, readers=1)
-    with memory.want([("layer", 1), ("layer", 2)]) as ready:
+    with memory.acquire([("layer", 1), ("layer", 2)]) as ready:
         next(ready)
         for _ in range(500):
             if len(files.read_offsets) == 2:
@@ -105,7 +105,7 @@ def test_the_next_is_read_while_one_is_used(make):
 
 def test_memory_in_use_is_not_used_for_another(make):
     memory, files = make(2)
-    with memory.want([("layer", 1)]) as ready:
+    with memory.acquire([("layer", 1)]) as ready:
         _, tensors = next(ready)
         for expert in range(2, 12):
             take(memory, [expert])
@@ -126,7 +126,7 @@ def test_many_threads_get_what_they_want_within_the_budget(make, experts):
         try:
             for _ in range(20):
                 wanted = torch.randperm(16, generator=generator)[:4].tolist()
-                memory.guess("layer", torch.randperm(16, generator=generator)[:3].tolist())
+                memory.prefetch("layer", torch.randperm(16, generator=generator)[:3].tolist())
                 assert sorted(take(memory, wanted)) == sorted(wanted)
         except BaseException as error:
             failures.append(error)
@@ -150,7 +150,7 @@ def test_readers_that_end_for_want_of_work_are_replaced(make, monkeypatch):
         for turn in range(300):
             take(memory, [turn % 16, (turn + 5) % 16])
             time.sleep(0.0005 * (turn % 3))
-        with memory.want([("layer", 1), ("layer", 2), ("layer", 3)]) as ready:
+        with memory.acquire([("layer", 1), ("layer", 2), ("layer", 3)]) as ready:
             for _ in ready:  # there is no memory for the third, for longer than readers wait
                 time.sleep(0.05)
 
@@ -163,7 +163,7 @@ def test_readers_that_end_for_want_of_work_are_replaced(make, monkeypatch):
 
 def test_right_guesses_are_hits_and_wrong_ones_are_counted(make):
     memory, _ = make(8)
-    memory.guess("layer", [5, 6])
+    memory.prefetch("layer", [5, 6])
     for _ in range(500):
         if memory.counters.experts_read == 2:
             break
@@ -179,10 +179,10 @@ def test_right_guesses_are_hits_and_wrong_ones_are_counted(make):
 def test_needs_come_before_guesses_and_the_latest_guess_counts(make):
     memory, files = make(8, readers=1)
     files.gate.clear()
-    memory.guess("layer", [1])  # a reader takes it, and stands at the gate
+    memory.prefetch("layer", [1])  # a reader takes it, and stands at the gate
     threading.Event().wait(0.1)
-    memory.guess("layer", [2])
-    memory.guess("layer", [3])
+    memory.prefetch("layer", [2])
+    memory.prefetch("layer", [3])
     threading.Timer(0.1, files.gate.set).start()
     take(memory, [4])
     take(memory, [3])
@@ -192,13 +192,13 @@ def test_needs_come_before_guesses_and_the_latest_guess_counts(make):
 
 def test_guesses_leave_half_of_the_memory_alone(make):
     memory, _ = make(4)
-    memory.guess("layer", range(16))
+    memory.prefetch("layer", range(16))
     assert memory.counters.guesses == 2
 
 
 def test_numbers_are_converted_once_as_they_are_read(make):
     memory, _ = make(0, dtype=torch.bfloat16, num_bytes=4 * SIZE)
-    with memory.want([("layer", 7)]) as ready:
+    with memory.acquire([("layer", 7)]) as ready:
         for _, tensors in ready:
             assert tensors["up"].dtype == torch.bfloat16
             assert torch.equal(tensors["up"].float(), torch.full((NUMBERS,), 7.0))
@@ -211,7 +211,7 @@ def test_long_parts_are_converted_a_piece_at_a_time(tmp_path):
     extent = Extent(tmp_path / "long", 0, tuple(numbers.shape), torch.float32)
     long = Recipe({"up": extent}, torch.bfloat16)
     memory = ExpertMemory({("layer", 0): long}, ExpertFiles([extent.file]), 3 * STAGE, 1)
-    with memory.want([("layer", 0)]) as ready:
+    with memory.acquire([("layer", 0)]) as ready:
         assert torch.equal(next(ready)[1]["up"], numbers.bfloat16())
     memory.close()
 

@@ -13,7 +13,7 @@ from switchlm.kernels import reference, registry, select
 from switchlm.kernels.gpu import torch_grouped
 
 KERNELS = {
-    kernel.name: kernel.run for kernel in registry.GROUPED_MATMUL if kernel.name != "few_rows"
+    kernel.name: kernel.run for kernel in registry.GROUPED_MATMUL if kernel.name != "small_batch"
 }
 COUNTS = st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=7), st.integers(0, 4))
 # grouped_mm needs widths of 16 bytes: all kernels are tested at such widths.

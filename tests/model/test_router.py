@@ -315,7 +315,7 @@ def test_bias_balancing_evens_the_load_without_a_loss() -> None:
     for _ in range(100):
         load_E = router(x_ND, None, 512).load_E
         spread.append(int(load_E.max() - load_E.min()))
-        router.nudge_bias(load_E)
+        router.update_expert_bias(load_E)
     assert spread[-1] < 0.2 * spread[0]
     routing = router(x_ND, None, 512)
     softmax_NE = (x_ND @ router.weight.T).softmax(-1)
@@ -327,10 +327,10 @@ def test_bias_balancing_evens_the_load_without_a_loss() -> None:
 
 def test_a_nudge_goes_one_step_against_the_load() -> None:
     router = Router(D, 3, RouterConfig(balance="bias", bias_rate=0.5))
-    router.nudge_bias(torch.tensor([9, 3, 0]))
+    router.update_expert_bias(torch.tensor([9, 3, 0]))
     assert router.bias_E is not None
     assert router.bias_E.tolist() == [-0.5, 0.5, 0.5]
-    router.nudge_bias(torch.tensor([4, 4, 4]))
+    router.update_expert_bias(torch.tensor([4, 4, 4]))
     assert router.bias_E.tolist() == [-0.5, 0.5, 0.5]
 
 

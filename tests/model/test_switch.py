@@ -115,7 +115,7 @@ def test_every_kept_token_sits_in_exactly_one_slot() -> None:
     layer = switch_layer(4, RouterConfig(capacity_factor=0.5, exploration="argmax"))
     x_ND = torch.randn(40, D)
     _, routing = layer(x_ND)
-    order = layer.dispatcher.dispatch(x_ND, routing).way_back
+    order = layer.dispatcher.dispatch(x_ND, routing).state
     assert sorted(order.assignment_R.tolist()) == list(range(40))
     kept = int(routing.kept_A.sum())
     assert 0 < kept < 40

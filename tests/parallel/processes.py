@@ -100,5 +100,5 @@ def _run(
         dist.barrier()
     finally:
         dist.destroy_process_group()
-        _torch.forget_sharding()  # an equal mesh of the next job would be taken for this one's
+        _torch.clear_sharding_cache()  # an equal mesh of the next job would be taken for this one's
         faulthandler.cancel_dump_traceback_later()

@@ -65,7 +65,7 @@ def fake_job(config: MeshConfig, num_processes: int) -> Iterator[Mesh]:
     finally:
         dist.destroy_process_group()
         # An equal mesh of the next job would be taken for this one's.
-        _torch.forget_sharding()
+        _torch.clear_sharding_cache()
 
 
 def balanced_loads(

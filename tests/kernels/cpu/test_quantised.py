@@ -9,7 +9,7 @@ from switchlm.kernels.cpu import quantised, small_batch
 from switchlm.kernels.cpu.quantised import Int4Matrix, Int8Matrix, matrix, pack_int4, quantise_rows
 
 ROWS = (1, 2, 7, 16, quantised.MANY_ROWS + 3)
-CHECKS = ("integer_product", "int4_product")
+CHECKS = ("int8_matmul_works", "int4_matmul_works")
 
 
 def int8_matrix(outputs=96, inputs=128):
@@ -27,7 +27,7 @@ def int4_matrix(outputs=100, inputs=192, groups=3):
 def operators(request, monkeypatch):
     """By C, by PyTorch's private operators, and as if a version of PyTorch had none of them."""
     if request.param != "native":
-        monkeypatch.setattr(small_batch, "few", lambda *_: False)
+        monkeypatch.setattr(small_batch, "is_small", lambda *_: False)
     if request.param == "none":
         for name in CHECKS:
             monkeypatch.setattr(quantised, name, lambda: False)
@@ -35,7 +35,7 @@ def operators(request, monkeypatch):
 
 @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="no instructions for it here")
 def test_the_operators_are_there():
-    assert quantised.integer_product()
+    assert quantised.int8_matmul_works()
 
 
 def test_an_operator_that_is_slow_is_not_used(monkeypatch):
@@ -46,12 +46,12 @@ def test_an_operator_that_is_slow_is_not_used(monkeypatch):
         return quick(x, w)
 
     monkeypatch.setattr(torch, "_int_mm", slow)
-    assert not quantised.integer_product.__wrapped__()
+    assert not quantised.int8_matmul_works.__wrapped__()
 
 
 def test_sums_too_large_for_float32_are_taken_in_exact_parts(monkeypatch):
-    monkeypatch.setattr(quantised, "integer_product", lambda: False)
-    monkeypatch.setattr(small_batch, "few", lambda *_: False)
+    monkeypatch.setattr(quantised, "int8_matmul_works", lambda: False)
+    monkeypatch.setattr(small_batch, "is_small", lambda *_: False)
     codes_NK = torch.full((32, 2048), 127, dtype=torch.int8)
     codes_NK[:, 1] = 126
     y_RN = Int8Matrix(codes_NK, torch.ones(32))(torch.full((3, 2048), 127.0))
@@ -120,13 +120,13 @@ def test_a_missing_operator_is_no_error(monkeypatch):
 
     monkeypatch.setattr(torch, "_int_mm", missing)
     monkeypatch.setattr(torch, "_weight_int4pack_mm_for_cpu", missing)
-    assert not quantised.integer_product.__wrapped__()
-    assert not quantised.int4_product.__wrapped__()
+    assert not quantised.int8_matmul_works.__wrapped__()
+    assert not quantised.int4_matmul_works.__wrapped__()
 
 
 def test_an_operator_that_multiplies_wrongly_is_not_used(monkeypatch):
     monkeypatch.setattr(torch, "_int_mm", lambda x, w: (x.int() @ w.int()).clamp(max=2**15 - 1))
-    assert not quantised.integer_product.__wrapped__()
+    assert not quantised.int8_matmul_works.__wrapped__()
 
 
 @pytest.mark.parametrize(("inputs", "most", "found"), [

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from switchlm.kernels import reference, select
-from switchlm.kernels.cpu import native, quantised, small_batch
+from switchlm.kernels.cpu import native, norm, quantised, small_batch
 
 ROWS = (1, 2, 3, 6, 7, 16, 64)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -85,7 +85,7 @@ def test_int8_gives_the_bits_of_the_plain_product(build, rows, monkeypatch):
     x_RK = torch.randn(rows, 192) * torch.logspace(-6, 3, rows)[:, None]
     x_RK[-1, 3:] = 0
     found = small_batch.int8_matmul(x_RK, one.codes, one.scale_N)
-    monkeypatch.setattr(small_batch, "few", lambda *_: False)
+    monkeypatch.setattr(small_batch, "is_small", lambda *_: False)
     assert torch.equal(found, one(x_RK))
 
 
@@ -101,7 +101,7 @@ def test_int4_is_the_product_with_what_the_codes_mean(build, rows):
 def test_rms_norm(build, shape):
     x, weight_D = torch.randn(shape) * 100, torch.rand(shape[-1])
     expected = torch.nn.functional.rms_norm(x.double(), shape[-1:], weight_D.double(), 1e-6)
-    close(small_batch.rms_norm(x, weight_D, 1e-6), expected)
+    close(norm.rms_norm(x, weight_D, 1e-6), expected)
 
 
 PRODUCTS = {
@@ -177,9 +177,9 @@ def test_a_whole_expert(activation, gated, monkeypatch):
     x_RD, up_EDF = torch.randn(4, 64), torch.randn(3, 64, 128)
     down_EFD, gate_EDF = torch.randn(3, 128, 64), torch.randn(3, 64, 128) if gated else None
     arguments = (x_RD, counts_E, up_EDF, down_EFD, activation, gate_EDF)
-    assert select.explain(x_RD, up_EDF).name == "few_rows"
+    assert select.explain(x_RD, up_EDF).name == "small_batch"
     found = select.expert_feedforward(*arguments)
-    monkeypatch.setattr(small_batch, "few", lambda *_: False)
+    monkeypatch.setattr(small_batch, "is_small", lambda *_: False)
     assert select.explain(x_RD, up_EDF).name == "cpu"
     close(found, select.expert_feedforward(*arguments).double(), torch.bfloat16)
 

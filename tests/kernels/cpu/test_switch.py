@@ -149,12 +149,12 @@ def test_it_is_said_which_way_a_layer_goes(monkeypatch) -> None:
     assert explain_switch(x_ND, 100, 4, 32).name == "native"
     for arguments, reason in (
         ((x_ND, 200, 4, 32), "200 assignments for 100 tokens"),
-        ((x_ND, 100, 4, 32, "gelu"), "not ReLU alone"),
-        ((x_ND, 100, 4, 32, "relu", True), "not ReLU alone"),
-        ((x_ND, 100, 4, 40), "no multiples of 16"),
+        ((x_ND, 100, 4, 32, "gelu"), "gated or not ReLU"),
+        ((x_ND, 100, 4, 32, "relu", True), "gated or not ReLU"),
+        ((x_ND, 100, 4, 40), "no multiple of 16"),
         ((x_ND, 100, 4, 512), "not small"),
         ((x_ND.bfloat16(), 100, 4, 32), "not torch.bfloat16"),
-        ((x_ND.expand(400, 100, 32).reshape(-1, 32), 40000, 4, 32), "to share among threads"),
+        ((x_ND.expand(400, 100, 32).reshape(-1, 32), 40000, 4, 32), "enough for several threads"),
     ):
         choice = explain_switch(*arguments)
         assert choice.name == "separate"

@@ -1,12 +1,11 @@
-/* The router where every token takes one expert: logits, softmax, choice, capacity and losses in one
-   pass over the tokens, float32, one thread. A block of tokens has its numbers in the cache all the
-   way; its tokens lie in the lanes, so that nothing is ever added across lanes but the mean
-   probabilities.
+/* The fused router where every token takes one expert: logits, softmax, choice, capacity and losses
+   in one pass over the tokens, float32, one thread. A block of tokens stays in the cache, with one
+   token per lane, so that only the mean probabilities are sums across lanes.
 
-   Shapes: N tokens, D width, E experts, G groups of S consecutive tokens. Probabilities are kept by
-   block, [E, width] each, a block's tokens filled up to whole vectors; blocks do not span groups. */
+   Shapes: N tokens, D width, E experts, G groups of S consecutive tokens. Probabilities are stored by
+   block, [E, width] each, a block's tokens padded to whole vectors; blocks do not span groups. */
 
-#include "products.h"
+#include "gemm.h"
 #include "vectors.h"
 #include <math.h>
 
@@ -40,9 +39,9 @@ INLINE Floats log_of(Floats x) {
   return f + y + n * 0.693359375f + (x - x);
 }
 
-/* p[E, width]: from logits to probabilities, of some vectors of tokens at once, which wait for no
-   result of each other. lse: the logarithm of the sum of e^logit. chosen: the expert with the most of
-   p + bias, the first of equals; NaN counts as most. */
+/* p[E, width]: from logits to probabilities, for several independent vectors of tokens at once.
+   lse: the logarithm of the sum of e^logit. chosen: the expert with the largest p + bias, the first
+   of equals; NaN counts as largest. */
 INLINE void softmax(float *p, int64_t E, int64_t width, const float *bias, float *lse,
                     int32_t *chosen, const int vectors) {
   Floats top[AT_ONCE], sum[AT_ONCE], best[AT_ONCE];
@@ -77,8 +76,8 @@ INLINE void softmax(float *p, int64_t E, int64_t width, const float *bias, float
   EACH(v, vectors) memcpy(chosen + v * LANES, &index[v], sizeof index[v]);
 }
 
-/* Fills all of what it returns: expert [N], gate [N], kept [N], load [E], fraction and mean
-   probability [G, E], losses (balance, z), and for the backward pass probability and lse [N].
+/* Writes expert [N], gate [N], kept [N], load [E], fraction and mean probability [G, E], the losses
+   (balance, z), and for the backward pass probability and lse [N].
 
    bias: NULL or [E], added for the choice alone. valid: NULL or [N]; padding is neither kept nor
    counted. capacity: of an expert in a group, or -1. workspace: D x 64 + E x 16. */
@@ -103,7 +102,7 @@ void route(const float *x, const float *weight, const float *bias, const uint8_t
       transpose(x + start * D, D, workspace, width, tokens, D);
       for (int64_t d = 0; tokens < width && d < D; d++)
         memset(workspace + d * width + tokens, 0, (width - tokens) * sizeof *workspace);
-      product(weight, D, 1, workspace, width, probability, width, E, D, width, 0, 0);
+      gemm(weight, D, 1, workspace, width, probability, width, E, D, width, 0, 0);
       int64_t done = 0;
 #define SOFTMAX(vectors) \
   softmax(probability + done, E, width, bias, lses + done, chosen + done, vectors)
@@ -192,8 +191,8 @@ void route_backward(const float *x, const float *weight, const uint8_t *valid, i
         }
       }
       for (int64_t n = 0; n < tokens; n++) workspace[expert[start + n] * width + n] += gates[n];
-      if (dx) product(workspace, 1, width, weight, D, dx + start * D, D, tokens, E, D, 0, 0);
-      if (dweight) product(workspace, width, 1, x + start * D, D, dweight, D, E, tokens, D, 1, 0);
+      if (dx) gemm(workspace, 1, width, weight, D, dx + start * D, D, tokens, E, D, 0, 0);
+      if (dweight) gemm(workspace, width, 1, x + start * D, D, dweight, D, E, tokens, D, 1, 0);
       probability += E * width;
     }
   }

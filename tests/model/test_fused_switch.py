@@ -41,7 +41,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         monkeypatch.setitem(select.SWITCHES, name, noted(name))
     monkeypatch.setattr(select, "explain_switch", lambda *_: Choice("triton", "a test"))
     yield taken
-    autotune.forget()
+    autotune.clear_choices()
 
 
 def results(layer: SwitchFeedForward, x_BSD: Tensor) -> list[Tensor]:
@@ -110,7 +110,7 @@ def test_the_first_call_tries_both_ways_and_remembers(
 ) -> None:
     def not_known(*arguments: object) -> Choice:
         key = select._shape_class(arguments[0], arguments[1], arguments[2:6])
-        return autotune.remembered(key) or Choice("trial", "a test")
+        return autotune.cached_choice(key) or Choice("autotune", "a test")
 
     monkeypatch.setattr(select, "explain_switch", not_known)
     monkeypatch.setattr(autotune, "REPEATS", 1)

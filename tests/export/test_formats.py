@@ -48,7 +48,7 @@ def test_exported_programs_are_the_model(build, tmp_path, changes, factor):
         assert_dims_are_free(*open_programs(tmp_path / "x", to), model)
 
 
-def test_a_part_of_a_larger_piece_of_memory_is_saved_alone():
+def test_views_of_larger_storages_are_copied_before_saving():
     whole = torch.arange(8.0)
     weights = {"part": whole[2:5], "whole": whole}
     copy_views(weights)

@@ -201,7 +201,7 @@ def test_exploration_disturbs_training_and_never_evaluation(exploration: str) ->
 
 
 def test_jitter_reaches_experts_in_hf_only() -> None:
-    """With one expert the gate is one, so that the output shows what the expert saw."""
+    """With one expert the gate is one, so that the output shows the expert's input."""
     for mode, disturbed in (("paper", False), ("t5x", False), ("hf", True)):
         config = RouterConfig(mode=mode, exploration_rate=0.1, capacity_factor=None)
         layer = switch_layer(1, config)
@@ -330,7 +330,7 @@ def test_a_projection_is_the_gated_matrix_of_the_chosen_expert() -> None:
 
 
 def test_the_dispatcher_and_the_experts_can_be_replaced() -> None:
-    """The two seams: what parallelism and compression install."""
+    """The two replaceable parts: the dispatcher by parallelism, the experts by compression."""
     layer = switch_layer(2, RouterConfig(exploration="argmax", capacity_factor=None))
 
     class Twice(nn.Module):

@@ -273,8 +273,8 @@ def write_t5(
     if model.config.num_experts:
         raise CheckpointError(
             f"A plain T5 is dense, and this model has {model.config.num_experts} experts per "
-            "Switch layer. Distil it first, `switchlm distill --teacher MODEL --out RUN`, and export "
-            "the student; or keep it sparse with --to onnx or --to torch."
+            "Switch layer. Distil it first, `switchlm distill --teacher MODEL --out RUN`, and "
+            "export the student; or keep it sparse with --to onnx or --to torch."
         )
     load.save(model, tokenizer, folder, report=report)
 

@@ -77,7 +77,7 @@ def build(request, tmp_path, monkeypatch):
     monkeypatch.setattr(native, "native", lambda: built)
 
 
-def test_one_pass_on_every_kind_of_vector(build) -> None:
+def test_every_vector_width(build) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(3, 300, 48, requires_grad=True), torch.rand(48, requires_grad=True)
     gradient = torch.randn(x.shape)
@@ -108,7 +108,7 @@ def test_threads_change_no_bit(build) -> None:
         assert torch.equal(one, two)
 
 
-def test_what_one_pass_does_not_take(monkeypatch) -> None:
+def test_misfit(monkeypatch) -> None:
     x, weight = torch.randn(3, 32), torch.ones(32)
     assert norm.misfit(x[:, :20].contiguous(), weight[:20])
     assert norm.misfit(torch.randn(32, 32).t(), weight)

@@ -1,4 +1,4 @@
-"""Against slow twins: integer sums in int64, and products with the dequantised weight."""
+"""Equal to integer sums in int64, and to matmul with the dequantised weight."""
 
 import time
 
@@ -68,7 +68,7 @@ def test_int8_sums_are_those_of_integers(rows, operators):
     torch.testing.assert_close(plain(x_RK).double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_rows_of_int8_do_not_depend_on_their_neighbours():
+def test_rows_of_int8_do_not_depend_on_other_rows():
     one = int8_matrix()
     x_RK = torch.randn(40, 128) * torch.logspace(-3, 3, 40)[:, None]
     together = one(x_RK)
@@ -85,7 +85,7 @@ def test_quantised_rows_are_within_half_a_step():
     assert not codes_RK[3].any()
 
 
-def test_int4_codes_mean_what_the_layout_says():
+def test_int4_codes_follow_the_layout():
     one, codes_NK, scale_GN2 = int4_matrix()
     for output, source in ((0, 0), (31, 5), (32, 40), (63, 191), (99, 128)):
         scale, offset = scale_GN2[source // 64, output].float()
@@ -98,7 +98,7 @@ def test_int4_codes_mean_what_the_layout_says():
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_int4_products_are_those_of_the_dequantised_weight(rows, operators):
+def test_int4_equals_matmul_with_the_dequantised_weight(rows, operators):
     one, _, _ = int4_matrix()
     x_RK = torch.randn(rows, 192)
     expected = x_RK.to(torch.bfloat16).double() @ one.dequantise().double().t()
@@ -107,7 +107,7 @@ def test_int4_products_are_those_of_the_dequantised_weight(rows, operators):
 
 
 @pytest.mark.parametrize("make", [int8_matrix, lambda: int4_matrix()[0]], ids=["int8", "int4"])
-def test_the_dtype_of_the_rows_comes_back(make):
+def test_the_output_has_the_dtype_of_the_rows(make):
     one = make()
     inputs = one.dequantise().shape[1]
     assert one(torch.randn(2, inputs, dtype=torch.bfloat16)).dtype == torch.bfloat16

@@ -31,7 +31,7 @@ def jitted(kernel: Any) -> Any:
 
 
 def type_of(name: str, dtype: str) -> str:
-    """Return the type of a kernel's parameter, which its name tells."""
+    """Return the type of a kernel's parameter, by its name."""
     if name in FLOATS:
         return "*fp32"
     if name in LONGS:
@@ -63,7 +63,7 @@ def build(kernel: Any, config: triton.Config, dtype: str, known: dict[str, Any],
 
 
 def cases(dtype: str) -> Iterator[tuple[Any, list[triton.Config], dict[str, Any]]]:
-    """Yield each kernel, its configurations, and what else is known when it is compiled."""
+    """Yield each kernel, its configurations, and its other constants."""
     common = {"PRECISION": "tf32" if dtype == "fp32" else "ieee"}
     tiled = {**common, "ROWS": 128, "EVEN": True}
     yield tiles._lay_out, [triton.Config({})], {"EXPERTS": 64, "ROWS": 128}

@@ -36,11 +36,6 @@ def cached_choice(key: Hashable) -> Choice | None:
     return _choices.get(key)
 
 
-def choices() -> list[Choice]:
-    """Return all choices so far."""
-    return list(_choices.values())
-
-
 def clear_choices() -> None:
     """Forget all choices."""
     _choices.clear()

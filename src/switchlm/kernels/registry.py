@@ -55,7 +55,7 @@ def fitting(kernels: Sequence[Kernel], *tensors: Tensor | None) -> Kernel | None
 def run(kernels: Sequence[Kernel], *tensors: Tensor | None, **others: Any) -> Tensor:
     """Compute with the first kernel that takes these tensors; the last one takes all.
 
-    others: arguments of the operation that are no tensors, the same for every kernel.
+    others: arguments that the choice does not depend on.
     """
     kernel = fitting(kernels, *tensors)
     assert kernel is not None
@@ -63,14 +63,9 @@ def run(kernels: Sequence[Kernel], *tensors: Tensor | None, **others: Any) -> Te
     return y
 
 
-def anything(*tensors: Tensor | None) -> None:
-    """Plain kernels take all tensors."""
+def takes_all(*tensors: Tensor | None) -> None:
+    """The misfit of plain kernels, which take all tensors."""
     return None
-
-
-def _small_linear(x: Tensor, weight_NK: Tensor) -> Tensor:
-    y_RN = small_batch.linear(x.reshape(-1, x.shape[-1]), weight_NK)
-    return y_RN.view(*x.shape[:-1], -1)
 
 
 def _traced_misfit(x_RD: Tensor, weight_EDF: Tensor) -> str | None:
@@ -91,11 +86,7 @@ def _memory_misfit(x_RD: Tensor, weight_EDF: Tensor) -> str | None:
     return None if x_RD.is_cpu else "not in main memory"
 
 
-def _few_misfit(x_RD: Tensor, weight_EDF: Tensor) -> str | None:
-    return _memory_misfit(x_RD, weight_EDF) or small_batch.misfit(x_RD, weight_EDF)
-
-
-def _plain_attention(
+def _torch_attention(
     query_BHQK: Tensor,
     key_BHMK: Tensor,
     value_BHMK: Tensor,
@@ -122,10 +113,10 @@ def _torch_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 
 LINEAR = (
-    Kernel("small_batch", small_batch.misfit, _small_linear),
+    Kernel("small_batch", small_batch.misfit, small_batch.linear),
     Kernel("upcast", small_matmul.upcast_misfit, small_matmul.upcast_linear),
     Kernel("small", small_matmul.misfit, small_matmul.linear),
-    Kernel("torch", anything, nn.functional.linear),
+    Kernel("torch", takes_all, nn.functional.linear),
 )
 GROUPED_MATMUL = (
     Kernel(
@@ -142,7 +133,7 @@ GROUPED_MATMUL = (
     ),
     Kernel(
         "small_batch",
-        _few_misfit,
+        small_batch.misfit,
         small_batch.grouped_matmul,
         "few rows: as fast as their experts' weights can be read",
     ),
@@ -154,7 +145,7 @@ GROUPED_MATMUL = (
     ),
     Kernel(
         "reference",
-        anything,
+        takes_all,
         reference.grouped_matmul,
         "no faster kernel for these dtypes and widths there",
     ),
@@ -162,15 +153,15 @@ GROUPED_MATMUL = (
 ATTENTION = (
     Kernel("decode", attention.decode_misfit, attention.decode_attention),
     Kernel("native", attention.misfit, attention.attention),
-    Kernel("torch", anything, _plain_attention),
+    Kernel("torch", takes_all, _torch_attention),
 )
 RMS_NORM = (
     Kernel("small_batch", norm.small_batch_misfit, norm.rms_norm),
     Kernel("native", norm.misfit, norm.rms_norm),
-    Kernel("torch", anything, _torch_rms_norm),
+    Kernel("torch", takes_all, _torch_rms_norm),
 )
 CROSS_ENTROPY = (
     Kernel("native", cross_entropy.misfit, cross_entropy.token_losses),
-    Kernel("torch", anything, _torch_cross_entropy),
+    Kernel("torch", takes_all, _torch_cross_entropy),
 )
 ROUTE = (Kernel("native", router.misfit, router.route),)

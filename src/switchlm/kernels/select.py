@@ -89,11 +89,7 @@ def grouped_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor
 
     Returns y_RF.
     """
-    x_RD, weight_EDF = _autocast(x_RD, weight_EDF)
-    kernel = fitting(GROUPED_MATMUL, x_RD, weight_EDF)
-    assert kernel is not None
-    y_RF: Tensor = kernel.run(x_RD, weight_EDF, counts_E)
-    return y_RF
+    return run(GROUPED_MATMUL, *_autocast(x_RD, weight_EDF), counts_E=counts_E)
 
 
 def expert_feedforward(

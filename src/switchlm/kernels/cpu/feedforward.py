@@ -38,9 +38,9 @@ def _forward(
     y_RD = schedule.empty(x_RD, down_EFD.shape[2])
     y = Sums(schedule, y_RD)
     x_P = schedule.rows(x_RD)
-    inner_weight_P, linear_weight_P = (_cut(schedule, w, 1) for w in (inner_EDF, linear_EDF))
-    down_P = _cut(schedule, down_EFD, 0)
-    inner_P, linear_P = _cut_rows(schedule, inner_RF), _cut_rows(schedule, linear_RF)
+    inner_weight_P, linear_weight_P = (schedule.columns(w, 1) for w in (inner_EDF, linear_EDF))
+    down_P = schedule.columns(down_EFD, 0)
+    inner_P, linear_P = schedule.rows(inner_RF, cut=True), schedule.rows(linear_RF, cut=True)
 
     def compute(p: int, workspace: Workspace) -> None:
         x = workspace.filled("x", x_P[p])
@@ -93,11 +93,11 @@ def _backward(
     )
     dx = None if dx_RD is None else Sums(schedule, dx_RD)
     x_P, dy_P = schedule.rows(x_RD), schedule.rows(dy_RD)
-    inner_P, linear_P = _cut_rows(schedule, inner_RF), _cut_rows(schedule, linear_RF)
-    dinner_P, dlinear_P = _cut(schedule, dinner_EDF, 1), _cut(schedule, dlinear_EDF, 1)
-    ddown_P = _cut(schedule, ddown_EFD, 0)
+    inner_P, linear_P = schedule.rows(inner_RF, cut=True), schedule.rows(linear_RF, cut=True)
+    dinner_P, dlinear_P = schedule.columns(dinner_EDF, 1), schedule.columns(dlinear_EDF, 1)
+    ddown_P = schedule.columns(ddown_EFD, 0)
     inner_weight_P, linear_weight_P, down_P = (
-        _cut(schedule, None if weight is None else weight.mT, dim)
+        schedule.columns(None if weight is None else weight.mT, dim)
         for weight, dim in ((inner_EDF, 0), (linear_EDF, 0), (down_EFD, 1))
     )
 
@@ -134,16 +134,6 @@ def _backward(
     if dx is not None:
         dx.add_up()
     return dx_RD, dinner_EDF, dlinear_EDF, ddown_EFD
-
-
-def _cut(schedule: Schedule, stacked: Tensor | None, dim: int) -> list[Tensor]:
-    """Return each piece's part of its expert's matrix, cut along the hidden dim `dim`."""
-    return [] if stacked is None else schedule.columns(stacked, dim)
-
-
-def _cut_rows(schedule: Schedule, hidden_RF: Tensor | None) -> list[Tensor]:
-    """Return each piece's rows and columns of the hidden rows."""
-    return [] if hidden_RF is None else schedule.rows(hidden_RF, cut=True)
 
 
 class _ExpertFeedForward(torch.autograd.Function):

@@ -92,16 +92,20 @@ class Schedule:
     parts: list[range]
     idle: list[int]
 
-    def rows(self, rows: Tensor, cut: bool = False) -> list[Tensor]:
-        """Return the rows of every piece; `cut`: only its columns of them."""
+    def rows(self, rows: Tensor | None, cut: bool = False) -> list[Tensor]:
+        """Return the rows of every piece, none of None; `cut`: only its columns of them."""
+        if rows is None:
+            return []
         rows_E = rows.split_with_sizes(self.sizes)
         found = [piece.of_rows(rows_E[piece.expert]) for piece in self.pieces]
         if not cut:
             return found
         return [piece.of_columns(t, 1) for piece, t in zip(self.pieces, found, strict=True)]
 
-    def columns(self, stacked: Tensor, dim: int) -> list[Tensor]:
-        """Return every piece's columns, on the dim `dim`, of its expert's matrix."""
+    def columns(self, stacked: Tensor | None, dim: int) -> list[Tensor]:
+        """Return every piece's columns, on the dim `dim`, of its expert's matrix; none of None."""
+        if stacked is None:
+            return []
         matrix_E = stacked.unbind()
         return [piece.of_columns(matrix_E[piece.expert], dim) for piece in self.pieces]
 

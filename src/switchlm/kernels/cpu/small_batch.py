@@ -63,11 +63,13 @@ def is_small(x_RK: Tensor, most: int) -> bool:
     )
 
 
-def linear(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
-    """Return x w^T, [R, N], for what has no `misfit`."""
+def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
+    """Return x w^T over the last dim, for what has no `misfit`."""
     outputs, inputs = weight_NK.shape
-    counts_1 = _one(x_RK.shape[0])
-    return _matmul(_NK[weight_NK.dtype], x_RK, weight_NK, None, counts_1, (inputs, outputs, 0))
+    x_RK = x.reshape(-1, inputs)
+    counts_1, shape = _one(len(x_RK)), (inputs, outputs, 0)
+    y_RN = _matmul(_NK[weight_NK.dtype], x_RK, weight_NK, None, counts_1, shape)
+    return y_RN.view(*x.shape[:-1], outputs)
 
 
 def grouped_matmul(x_RK: Tensor, weight_EKN: Tensor, counts_E: Tensor) -> Tensor:

@@ -104,6 +104,12 @@ static Rows whole_bias(const Call *c, float *workspace, int64_t b, int64_t h) {
   return (Rows){workspace - queries * places, queries > 1 ? places : 0};
 }
 
+/* How many queries are computed at once: a multiple of 12, for full tiles. */
+static int64_t queries_per_block(const Call *c) {
+  const int64_t queries = BLOCK / WHOLE(c->M) / 12 * 12;
+  return queries ? queries : 12;
+}
+
 /* score = q k^T + bias of `n` queries. */
 static void scores(const Call *c, const float *q, const float *k_columns, Rows bias, float *score,
                    int64_t n) {
@@ -115,11 +121,11 @@ static void scores(const Call *c, const float *q, const float *k_columns, Rows b
 
 static void forward(const Call *c, const Workspace *r, Rows bias, int64_t b, int64_t h) {
   const int64_t places = WHOLE(c->M), width = WHOLE(c->K);
-  const int64_t block = BLOCK / places > 12 ? BLOCK / places / 12 * 12 : 12;
+  const int64_t block = queries_per_block(c);
   transposed(of_head(&c->k, b, h), c->k.place, r->k_columns, c->M, c->K);
   const Rows v = whole(of_head(&c->v, b, h), c->v.place, r->v, c->M, c->K);
   for (int64_t first = 0; first < c->Q; first += block) {
-    const int64_t n = c->Q - first < block ? c->Q - first : block;
+    const int64_t n = minimum(c->Q - first, block);
     const float *q = of_head(&c->q, b, h) + first * c->q.place;
     float *y = of_head(&c->y, b, h) + first * c->y.place;
     float *largest = c->largest + (b * c->H + h) * c->Q + first;
@@ -163,12 +169,12 @@ static float dot(const float *a, const float *b, int64_t K) {
 
 static void backward(const Call *c, const Workspace *r, Rows bias, int64_t b, int64_t h) {
   const int64_t places = WHOLE(c->M), width = WHOLE(c->K);
-  const int64_t block = BLOCK / places > 12 ? BLOCK / places / 12 * 12 : 12;
+  const int64_t block = queries_per_block(c);
   transposed(of_head(&c->k, b, h), c->k.place, r->k_columns, c->M, c->K);
   transposed(of_head(&c->v, b, h), c->v.place, r->v_columns, c->M, c->K);
   const Rows k = whole(of_head(&c->k, b, h), c->k.place, r->k, c->M, c->K);
   for (int64_t first = 0; first < c->Q; first += block) {
-    const int64_t n = c->Q - first < block ? c->Q - first : block;
+    const int64_t n = minimum(c->Q - first, block);
     const float *q_at = of_head(&c->q, b, h) + first * c->q.place;
     const float *y = of_head(&c->y, b, h) + first * c->y.place;
     const float *dy_at = of_head(&c->dy, b, h) + first * c->dy.place;
@@ -205,8 +211,8 @@ static void backward(const Call *c, const Workspace *r, Rows bias, int64_t b, in
 /* Divide memory into the parts of a workspace; return how many numbers they take. */
 static int64_t divide(const Call *c, float *memory, Workspace *r) {
   const int64_t places = WHOLE(c->M), width = WHOLE(c->K);
-  const int64_t block = BLOCK / places > 12 ? BLOCK / places / 12 * 12 : 12;
-  const int64_t queries = c->Q < block ? c->Q : block;
+  const int64_t block = queries_per_block(c);
+  const int64_t queries = minimum(c->Q, block);
   int64_t taken = 0;
 #define TAKE(part, numbers) r->part = memory ? memory + taken : NULL, taken += (numbers)
   TAKE(k_columns, c->K * places), TAKE(v_columns, c->K * places);
@@ -222,7 +228,7 @@ static int64_t divide(const Call *c, float *memory, Workspace *r) {
 static void attend(const Call *c, const Workspace *r, int64_t task, int differentiate) {
   const int64_t places = WHOLE(c->M), parts = c->H / c->shared;
   const int64_t start = task / parts * c->group, part = task % parts;
-  const int64_t stop = start + c->group < c->B ? start + c->group : c->B;
+  const int64_t stop = minimum(start + c->group, c->B);
   const int sums = differentiate && c->dbias;
   if (sums) memset(r->dbias, 0, sizeof(float) * c->Q * places);
   for (int64_t h = part * c->shared; h < (part + 1) * c->shared; h++) {

@@ -43,7 +43,7 @@ void gemm(const float *a, int64_t a_row, int64_t a_column, const float *b, int64
   const int aligned = (uintptr_t)y % sizeof(Floats) == 0 && y_row % LANES == 0;
   const int stream = large && !add && K <= DEPTH && aligned;
   for (int64_t k = 0; k < K; k += DEPTH) {
-    const int64_t depth = K - k < DEPTH ? K - k : DEPTH;
+    const int64_t depth = minimum(K - k, DEPTH);
     int64_t n = 0;
 #define TILE_AT(m, streams, rows, vectors)                                                       \
   tile(a + (m) * a_row + k * a_column, a_row, a_column, b + k * b_row + n, b_row,                \

@@ -48,7 +48,7 @@ void rms_norm_backward(const float *dy, const float *x, const float *weight, con
 #endif
   for (int64_t g = 0; g < groups; g++) {
     float *total = dweight + g * D;
-    const int64_t stop = (g + 1) * GROUP < R ? (g + 1) * GROUP : R;
+    const int64_t stop = minimum((g + 1) * GROUP, R);
     memset(total, 0, sizeof *total * D);
     for (int64_t r = g * GROUP; r < stop; r++) {
       const float *row = x + r * D, *change = dy + r * D;

@@ -15,7 +15,6 @@ enum {
   AT_ONCE = 4 /* vectors */
 };
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE Floats load(const float *from) { return load_float32(from, 0); }
 INLINE void store(float *to, Floats v) { *(LooseFloats *)to = v; }
 INLINE Floats where(Ints chosen, Floats a, Floats b) {
@@ -90,13 +89,13 @@ void route(const float *x, const float *weight, const float *bias, const uint8_t
   int64_t groups = 0;
   memset(loads, 0, E * sizeof *loads);
   for (int64_t first = 0; !first || first < N; first += S, fraction += E, mean += E) {
-    const int64_t last = least(first + S, N);
+    const int64_t last = minimum(first + S, N);
     int64_t real = 0;
     double z_group = 0, balance_group = 0;
     memset(fraction, 0, E * sizeof *fraction);
     memset(totals, 0, E * sizeof(Floats));
     for (int64_t start = first; start < last; start += BLOCK) {
-      const int64_t tokens = least(last - start, BLOCK), width = (tokens + FULL - 1) / FULL * FULL;
+      const int64_t tokens = minimum(last - start, BLOCK), width = (tokens + FULL - 1) / FULL * FULL;
       float lses[BLOCK], counts[BLOCK] = {0};
       int32_t chosen[BLOCK];
       transpose(x + start * D, D, workspace, width, tokens, D);
@@ -160,10 +159,10 @@ void route_backward(const float *x, const float *weight, const uint8_t *valid, i
   float *const dshare = workspace + E * BLOCK;
   int64_t groups = 0;
   for (int64_t first = 0; first < N; first += S)
-    groups += real_tokens(valid, first, least(first + S, N)) > 0;
+    groups += real_tokens(valid, first, minimum(first + S, N)) > 0;
   if (dweight) memset(dweight, 0, E * D * sizeof *dweight);
   for (int64_t first = 0, g = 0; first < N; first += S, g++) {
-    const int64_t last = least(first + S, N), real = real_tokens(valid, first, last);
+    const int64_t last = minimum(first + S, N), real = real_tokens(valid, first, last);
     const float tokens_here = (float)(real ? real : 1);
     const float balance = dbalance ? *dbalance * (float)E / (float)(groups ? groups : 1) : 0;
     const float square = dz ? 2 * *dz / (tokens_here * (float)(groups ? groups : 1)) : 0;
@@ -172,7 +171,7 @@ void route_backward(const float *x, const float *weight, const uint8_t *valid, i
       dshare[e] = (own + balance * fraction[g * E + e]) / tokens_here;
     }
     for (int64_t start = first; start < last; start += BLOCK) {
-      const int64_t tokens = least(last - start, BLOCK), width = (tokens + FULL - 1) / FULL * FULL;
+      const int64_t tokens = minimum(last - start, BLOCK), width = (tokens + FULL - 1) / FULL * FULL;
       float gates[BLOCK] = {0}, counts[BLOCK] = {0}, squares[BLOCK] = {0};
       for (int64_t n = 0; n < tokens; n++) {
         const int64_t token = start + n;

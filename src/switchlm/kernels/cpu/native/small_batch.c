@@ -148,7 +148,7 @@ INLINE void sums(Load load, const float *x, const void *w, float *y, int64_t R, 
   if (R == 2) add_strip(load, x, w, y, K, N, start, stop, 2);
   if (R <= 2) return;
   for (int64_t k = 0; k < K; k += INPUTS) {
-    const int64_t end = k + INPUTS < K ? k + INPUTS : K;
+    const int64_t end = minimum(k + INPUTS, K);
 #define TILE_OF(r, rows)                                                                          \
   {                                                                                               \
     int64_t n = start;                                                                            \

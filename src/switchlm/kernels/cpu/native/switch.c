@@ -10,8 +10,6 @@
 
 enum { ROWS = 128 /* of an expert at a time */ };
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 /* Order assignments by expert, dropped ones last: row r holds assignment[r], and row[] is the
    inverse. */
 void sort_by_expert(const int64_t *expert, const uint8_t *kept, int64_t A, int64_t E,
@@ -47,7 +45,7 @@ void switch_experts(const float *x, const float *gate, const int64_t *token, con
   int64_t done = 0;
   for (int64_t e = 0; e < E; e++)
     for (int64_t left = counts[e], rows; left; left -= rows, done += rows) {
-      rows = least(left, ROWS);
+      rows = minimum(left, ROWS);
       float *const inner = all ? hidden + done * F : hidden;
       gather(x, token + done, rows, D, workspace);
       gemm(workspace, D, 1, up + e * D * F, F, inner, F, rows, D, F, 0, 0);
@@ -85,7 +83,7 @@ void switch_experts_backward(const float *dy, const float *x, const float *gate,
     for (int64_t left = counts[e], rows; left; left -= rows, done += rows) {
       const int add = left < counts[e];
       const float *const active = hidden + done * F;
-      rows = least(left, ROWS);
+      rows = minimum(left, ROWS);
       gather(dy, token + done, rows, D, rows_dy);
       gemm(rows_dy, D, 1, down_columns, F, inner, F, rows, D, F, 0, 0);
       for (int64_t r = 0; r < rows; r++) {

@@ -164,6 +164,8 @@ INLINE void store_sums(const Floats *v, float *y, const int integers, const int 
   EACH(o, outputs) y[o] = sum_of(v[o], integers);
 }
 
+INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+
 /* The larger of each two; b where one is NaN. */
 INLINE Floats larger(Floats a, Floats b) {
 #if LANES == 16

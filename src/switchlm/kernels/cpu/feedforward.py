@@ -20,8 +20,8 @@ from switchlm.kernels.reference import Activation, activate, activate_backward_
 
 # Stacked: the weight before the activation (`up`, or `gate` where gated), `up` where gated, `down`.
 Weights = tuple[Tensor, Tensor | None, Tensor]
-# The hidden rows kept for the backward pass, before the activation; with a ReLU after it, whose
-# gradient can be computed from its output.
+# Hidden rows kept for the backward pass, of both factors where gated: before the activation, or
+# after a ReLU, whose gradient can be computed from its output.
 Hidden = tuple[Tensor, Tensor | None]
 
 

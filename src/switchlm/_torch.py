@@ -105,5 +105,5 @@ def has_fast_matmul(dtype: torch.dtype) -> bool:
     }
     try:
         return bool(getattr(torch.ops.mkldnn, names[dtype])())
-    except (AttributeError, RuntimeError):  # another build, for another processor
+    except (AttributeError, RuntimeError):  # a build for another processor
         return True

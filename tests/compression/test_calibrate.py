@@ -38,7 +38,7 @@ def test_outputs_change_less_than_by_rounding(made, batches, what, changes):
     assert errors[1] < errors[0]
 
 
-def test_the_model_becomes_what_the_codes_stand_for(made, batches):
+def test_the_weights_become_the_dequantised_ones(made, batches):
     model = made()
     found = calibrate(model, batches, Quantisation(bits=4))
     assert not any(isinstance(part, QuantisedExperts) for part in model.modules())
@@ -47,10 +47,10 @@ def test_the_model_becomes_what_the_codes_stand_for(made, batches):
     assert abs(loss - quantised) < 0.01
 
 
-def test_experts_that_saw_few_rows_are_rounded_and_named(made, batches):
+def test_experts_with_few_rows_are_rounded_and_reported(made, batches):
     model = made()
     for block in (model.encoder.blocks[1], model.decoder.blocks[1]):
-        # All tokens go to the first expert: its row of the router is the mean of what comes.
+        # All tokens are routed to the first expert: its row of the router is their mean.
         block.feedforward.router.weight.data.zero_()
     expected = quantise_all(model, Quantisation(bits=4), round_to_nearest(Quantisation(bits=4)))
     found = calibrate(model, batches, Quantisation(bits=4))
@@ -95,7 +95,7 @@ def test_a_block_runs_as_often_however_deep_the_model(made, batches):
 
 
 def correlated(rows, inputs):
-    """Rows that lie near a plane of few dims, as activations do."""
+    """Rows near a subspace of few dims, as activations are."""
     return torch.randn(rows, 12) @ torch.randn(12, inputs) + 0.1 * torch.randn(rows, inputs)
 
 
@@ -133,7 +133,7 @@ def test_a_group_of_equal_weights_keeps_them():
     assert row_K.tolist() == pytest.approx([0.01] * 128, rel=0.01)
 
 
-def test_rows_that_tell_nothing_give_nothing():
+def test_a_singular_gram_matrix_gives_none():
     quantisation = Quantisation(bits=8)
     assert gptq(torch.randn(4, 8), torch.zeros(8, 8), quantisation) is None
     assert gptq(torch.randn(4, 8), torch.full((8, 8), torch.nan), quantisation) is None

@@ -15,8 +15,8 @@ NUMBERS = 1024
 SIZE = 4 * NUMBERS  # bytes of an expert here
 
 
-class WatchedFiles(ExpertFiles):
-    """Notes which experts are read, and reads none while the gate is closed."""
+class RecordingFiles(ExpertFiles):
+    """Records which experts are read, and blocks reads while the gate is closed."""
 
     def __init__(self, paths):
         super().__init__(paths)
@@ -32,7 +32,7 @@ class WatchedFiles(ExpertFiles):
 
 @pytest.fixture
 def path(tmp_path):
-    """A file of 16 experts; all numbers of the n-th are n. They lie in backward order."""
+    """A file of 16 experts, in reverse order; all numbers of the n-th are n."""
     path = tmp_path / "experts"
     numbers = torch.arange(16.0).flip(0).repeat_interleave(NUMBERS)
     path.write_bytes(numbers.numpy().tobytes())
@@ -50,7 +50,7 @@ def make(path):
 
     def make(experts, readers=2, dtype=None, num_bytes=None):
         recipes = {("layer", expert): recipe(path, expert, dtype) for expert in range(16)}
-        files = WatchedFiles([path])
+        files = RecordingFiles([path])
         memory = ExpertMemory(recipes, files, num_bytes or experts * SIZE, readers)
         made.append(memory)
         return memory, files
@@ -61,9 +61,9 @@ def make(path):
 
 
 def take(memory, experts):
-    """Return the experts in the order in which they come, each checked to be itself."""
+    """Return the experts in the order in which they are ready; check their numbers."""
     order = []
-    with memory.want([("layer", expert) for expert in experts]) as ready:
+    with memory.acquire([("layer", expert) for expert in experts]) as ready:
         for (_, expert), tensors in ready:
             assert torch.equal(tensors["up"], torch.full((NUMBERS,), float(expert)))
             order.append(expert)
@@ -94,7 +94,7 @@ def test_what_is_in_memory_comes_first_and_the_oldest_is_evicted(make):
 
 def test_the_next_is_read_while_one_is_used(make):
     memory, files = make(2, readers=1)
-    with memory.want([("layer", 1), ("layer", 2)]) as ready:
+    with memory.acquire([("layer", 1), ("layer", 2)]) as ready:
         next(ready)
         for _ in range(500):
             if len(files.read_offsets) == 2:
@@ -105,7 +105,7 @@ def test_the_next_is_read_while_one_is_used(make):
 
 def test_memory_in_use_is_not_used_for_another(make):
     memory, files = make(2)
-    with memory.want([("layer", 1)]) as ready:
+    with memory.acquire([("layer", 1)]) as ready:
         _, tensors = next(ready)
         for expert in range(2, 12):
             take(memory, [expert])
@@ -117,7 +117,7 @@ def test_memory_in_use_is_not_used_for_another(make):
 
 
 @pytest.mark.parametrize("experts", [1, 2, 5])
-def test_many_threads_get_what_they_want_within_the_budget(make, experts):
+def test_many_threads_get_their_experts_within_the_budget(make, experts):
     memory, _ = make(experts)
     failures = []
 
@@ -126,7 +126,7 @@ def test_many_threads_get_what_they_want_within_the_budget(make, experts):
         try:
             for _ in range(20):
                 wanted = torch.randperm(16, generator=generator)[:4].tolist()
-                memory.guess("layer", torch.randperm(16, generator=generator)[:3].tolist())
+                memory.prefetch("layer", torch.randperm(16, generator=generator)[:3].tolist())
                 assert sorted(take(memory, wanted)) == sorted(wanted)
         except BaseException as error:
             failures.append(error)
@@ -142,7 +142,7 @@ def test_many_threads_get_what_they_want_within_the_budget(make, experts):
     assert memory.counters.most_bytes_held <= experts * SIZE
 
 
-def test_readers_that_end_for_want_of_work_are_replaced(make, monkeypatch):
+def test_idle_readers_end_and_are_replaced(make, monkeypatch):
     monkeypatch.setattr(expert_memory, "PATIENCE", 0.0005)
     memory, _ = make(2)
 
@@ -150,7 +150,7 @@ def test_readers_that_end_for_want_of_work_are_replaced(make, monkeypatch):
         for turn in range(300):
             take(memory, [turn % 16, (turn + 5) % 16])
             time.sleep(0.0005 * (turn % 3))
-        with memory.want([("layer", 1), ("layer", 2), ("layer", 3)]) as ready:
+        with memory.acquire([("layer", 1), ("layer", 2), ("layer", 3)]) as ready:
             for _ in ready:  # there is no memory for the third, for longer than readers wait
                 time.sleep(0.05)
 
@@ -161,9 +161,9 @@ def test_readers_that_end_for_want_of_work_are_replaced(make, monkeypatch):
     assert memory.counters.most_bytes_held <= 2 * SIZE
 
 
-def test_right_guesses_are_hits_and_wrong_ones_are_counted(make):
+def test_right_predictions_are_hits_and_wrong_ones_are_counted(make):
     memory, _ = make(8)
-    memory.guess("layer", [5, 6])
+    memory.prefetch("layer", [5, 6])
     for _ in range(500):
         if memory.counters.experts_read == 2:
             break
@@ -176,13 +176,13 @@ def test_right_guesses_are_hits_and_wrong_ones_are_counted(make):
     assert counters.foreseen == 1
 
 
-def test_needs_come_before_guesses_and_the_latest_guess_counts(make):
+def test_needed_experts_are_read_before_predicted_ones_and_the_latest_prediction_counts(make):
     memory, files = make(8, readers=1)
     files.gate.clear()
-    memory.guess("layer", [1])  # a reader takes it, and stands at the gate
+    memory.prefetch("layer", [1])  # a reader takes it, and waits at the gate
     threading.Event().wait(0.1)
-    memory.guess("layer", [2])
-    memory.guess("layer", [3])
+    memory.prefetch("layer", [2])
+    memory.prefetch("layer", [3])
     threading.Timer(0.1, files.gate.set).start()
     take(memory, [4])
     take(memory, [3])
@@ -190,15 +190,15 @@ def test_needs_come_before_guesses_and_the_latest_guess_counts(make):
     assert files.read_offsets == wanted
 
 
-def test_guesses_leave_half_of_the_memory_alone(make):
+def test_prefetching_takes_at_most_half_of_the_memory(make):
     memory, _ = make(4)
-    memory.guess("layer", range(16))
+    memory.prefetch("layer", range(16))
     assert memory.counters.guesses == 2
 
 
 def test_numbers_are_converted_once_as_they_are_read(make):
     memory, _ = make(0, dtype=torch.bfloat16, num_bytes=4 * SIZE)
-    with memory.want([("layer", 7)]) as ready:
+    with memory.acquire([("layer", 7)]) as ready:
         for _, tensors in ready:
             assert tensors["up"].dtype == torch.bfloat16
             assert torch.equal(tensors["up"].float(), torch.full((NUMBERS,), 7.0))
@@ -211,7 +211,7 @@ def test_long_parts_are_converted_a_piece_at_a_time(tmp_path):
     extent = Extent(tmp_path / "long", 0, tuple(numbers.shape), torch.float32)
     long = Recipe({"up": extent}, torch.bfloat16)
     memory = ExpertMemory({("layer", 0): long}, ExpertFiles([extent.file]), 3 * STAGE, 1)
-    with memory.want([("layer", 0)]) as ready:
+    with memory.acquire([("layer", 0)]) as ready:
         assert torch.equal(next(ready)[1]["up"], numbers.bfloat16())
     memory.close()
 
@@ -219,7 +219,7 @@ def test_long_parts_are_converted_a_piece_at_a_time(tmp_path):
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("before", [2, 4096, 10_001])
-def test_large_parts_are_read_wherever_they_lie(tmp_path, monkeypatch, before, direct, dtype):
+def test_large_parts_are_read_at_any_offset(tmp_path, monkeypatch, before, direct, dtype):
     if not direct:
         monkeypatch.setattr(expert_files, "_open_direct", lambda path: None)
     up, down = torch.randn(700_001).bfloat16(), torch.randn(2 * STAGE).bfloat16()
@@ -246,7 +246,7 @@ def test_large_parts_are_read_wherever_they_lie(tmp_path, monkeypatch, before, d
     files.close()
 
 
-def test_memory_taken_beforehand_is_what_experts_then_use(make, monkeypatch):
+def test_prepared_memory_is_used_by_experts(make, monkeypatch):
     memory, _ = make(4)
     memory.prepare()
     monkeypatch.setattr(expert_memory, "new_buffer", None)  # no more is to be taken
@@ -262,7 +262,7 @@ def test_a_budget_below_one_expert_is_refused_with_what_is_needed(make):
         make(0, num_bytes=2048, dtype=torch.bfloat16)
 
 
-def test_a_file_cut_short_while_in_use_is_told_and_so_is_one_changed(make, path):
+def test_a_truncated_or_changed_file_is_an_error(make, path):
     memory, _ = make(4)
     take(memory, [15])
     os.truncate(path, 3 * SIZE)
@@ -274,6 +274,6 @@ def test_a_file_cut_short_while_in_use_is_told_and_so_is_one_changed(make, path)
         take(memory, [14])
 
 
-def test_a_file_that_is_gone_is_told(tmp_path):
+def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="Cannot open"):
         ExpertFiles([tmp_path / "nothing"])

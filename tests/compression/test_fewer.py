@@ -54,7 +54,7 @@ def test_an_expert_without_effect_has_no_gradient_score(made, batches):
 
 
 @pytest.mark.parametrize("changes", [{}, {"gated": True}, {"attention_experts": True}])
-def test_those_that_score_highest_stay_with_their_rows_of_the_router(made, batches, changes):
+def test_experts_that_score_highest_stay_with_their_rows_of_the_router(made, batches, changes):
     model = made(**changes)
     scores = {name: torch.tensor([0.5, 0.0, 0.0, 0.5]) for name, _ in layers_of(model)}
     small, kept = prune(model, scores, 2)
@@ -108,7 +108,7 @@ def test_the_mean_is_weighted_by_load(made):
     assert cluster(layer, torch.tensor([0.1, 0.2, 0.3, 0.4]), 4) == [[3], [2], [1], [0]]
 
 
-def test_numbers_that_cannot_be(made):
+def test_invalid_numbers_of_experts_are_refused(made):
     scores = {name: torch.ones(4) for name in LAYERS}
     for keep in (0, 4, 9):
         with pytest.raises(ConfigError, match=f"--keep-experts is {keep}"):

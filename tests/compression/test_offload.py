@@ -65,7 +65,7 @@ def test_nothing_of_the_experts_is_loaded_with_the_model(folder):
     offloaded.memory.close()
 
 
-def test_the_decoder_guesses_the_next_layers_experts(tmp_path, prompts_BS):
+def test_the_decoder_predicts_the_next_layers_experts(tmp_path, prompts_BS):
     torch.manual_seed(1)
     shape = {"num_encoder_layers": 6, "num_decoder_layers": 6, "num_experts": 16}
     model = SwitchTransformer(dataclasses.replace(preset("nano"), **shape)).eval()

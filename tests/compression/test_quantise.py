@@ -29,7 +29,7 @@ def test_int4_is_within_half_a_step_of_each_group(group_size):
     low, high = weight_NK.unflatten(1, (-1, group_size)).aminmax(dim=2)
     step_NK = ((high - low) / 15).repeat_interleave(group_size, 1)
     error_NK = (quantised(weight_NK, bits=4, group_size=group_size) - weight_NK).abs()
-    # Scale and offset are bfloat16: a hundredth of what lies furthest from zero.
+    # Scale and offset are bfloat16: a hundredth of the largest absolute weight.
     slack_NK = 0.01 * weight_NK.abs().amax(1, keepdim=True)
     assert (error_NK <= 0.5 * step_NK + slack_NK).all()
     assert not quantised(weight_NK, bits=4, group_size=group_size)[3].any()
@@ -52,7 +52,7 @@ def test_smaller_groups_are_nearer():
     assert errors == sorted(errors)
 
 
-def test_numbers_that_are_none_are_refused():
+def test_weights_that_are_not_finite_are_refused():
     weight_NK = torch.randn(4, 32)
     weight_NK[1, 2] = torch.nan
     with pytest.raises(CheckpointError, match="not finite"):

@@ -9,7 +9,7 @@ import torch
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, MissingExtraError
 from switchlm.export import formats
-from switchlm.export.formats import new_folder, open_programs, take_out, write_programs
+from switchlm.export.formats import copy_views, new_folder, open_programs, write_programs
 from switchlm.generation.decode import dropless
 
 
@@ -48,10 +48,10 @@ def test_exported_programs_are_the_model(build, tmp_path, changes, factor):
         assert_dims_are_free(*open_programs(tmp_path / "x", to), model)
 
 
-def test_a_part_of_a_larger_piece_of_memory_is_saved_alone():
+def test_views_of_larger_storages_are_copied_before_saving():
     whole = torch.arange(8.0)
     weights = {"part": whole[2:5], "whole": whole}
-    take_out(weights)
+    copy_views(weights)
     assert weights["part"].untyped_storage().nbytes() == 3 * 4
     assert weights["part"].tolist() == [2, 3, 4]
     assert weights["whole"] is whole

@@ -85,7 +85,7 @@ def test_the_model_keeps_its_own_weights_and_they_are_not_copied(build):
     assert all(p.requires_grad for p in half.parameters())
 
 
-def test_what_has_no_static_form_is_refused(build):
+def test_models_without_static_shapes_are_refused(build):
     with pytest.raises(ConfigError, match="attention_experts"):
         programs(build(attention_experts=True))
     with pytest.raises(ConfigError, match="expert_choice"):

@@ -21,7 +21,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two threads, and no product too small to share."""
+    """Two threads, for any amount of work."""
     monkeypatch.setattr("switchlm.kernels.cpu.grouped.LEAST_WORK", 0)
     torch.set_num_threads(2)
 

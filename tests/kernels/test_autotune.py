@@ -13,9 +13,9 @@ from switchlm.kernels import autotune
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered() -> Iterator[None]:
-    autotune.forget()
+    autotune.clear_choices()
     yield
-    autotune.forget()
+    autotune.clear_choices()
 
 
 def quick(x: Tensor, weight_EDF: Tensor) -> Tensor:
@@ -60,10 +60,10 @@ def tensors() -> list[Tensor]:
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_the_choice_and_its_reason(candidate, default, taken: str, reason: str) -> None:
-    assert autotune.remembered("key") is None
+    assert autotune.cached_choice("key") is None
     choice = autotune.autotune("key", ("candidate", candidate), ("default", default), tensors())
     assert choice.name == taken
-    assert autotune.remembered("key") == choice
+    assert autotune.cached_choice("key") == choice
     assert re.search(reason, choice.reason)
 
 

@@ -17,7 +17,7 @@ def order_of(expert: list[int], kept: list[bool], num_experts: int) -> permute.E
     assignments=st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=40),
     num_experts=st.sampled_from([6, 300, 70000]),
 )
-def test_rows_stand_by_expert_then_by_token(
+def test_rows_are_in_the_order_of_experts_then_of_tokens(
     assignments: list[tuple[int, bool]], num_experts: int
 ) -> None:
     expert = [chosen for chosen, _ in assignments]
@@ -34,7 +34,7 @@ def test_rows_stand_by_expert_then_by_token(
         assert tensor.dtype == torch.int64
 
 
-def test_both_ways_of_sorting_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_sorts_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     expert_A = torch.randint(0, 7, (500,))
     kept_A = torch.rand(500) < 0.8
     radix = sort_by_expert(expert_A, kept_A, 7)

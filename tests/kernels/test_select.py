@@ -13,7 +13,7 @@ from switchlm.kernels import reference, registry, select
 from switchlm.kernels.gpu import torch_grouped
 
 KERNELS = {
-    kernel.name: kernel.run for kernel in registry.GROUPED_MATMUL if kernel.name != "few_rows"
+    kernel.name: kernel.run for kernel in registry.GROUPED_MATMUL if kernel.name != "small_batch"
 }
 COUNTS = st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=7), st.integers(0, 4))
 # grouped_mm needs widths of 16 bytes: all kernels are tested at such widths.
@@ -148,7 +148,7 @@ def test_inference_mode_works() -> None:
 
 
 @pytest.mark.parametrize("learning", [False, True])
-def test_a_mask_that_float16_cannot_hold_makes_no_row_nan(learning: bool) -> None:
+def test_a_mask_out_of_range_of_float16_makes_no_row_nan(learning: bool) -> None:
     query, key, value = (torch.randn(2, 3, 5, 16).half().requires_grad_(learning) for _ in "qkv")
     allowed = torch.ones(1, 1, 5, 5, dtype=torch.bool)
     allowed[..., 0, :] = False

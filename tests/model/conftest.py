@@ -1,4 +1,4 @@
-"""The dense one-hot Switch layer of appendix F: what the sparse one must equal."""
+"""The dense one-hot Switch layer of appendix F, which the sparse one must equal."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -66,7 +66,7 @@ def test_standard_deviation(weights: dict[str, Tensor], name: str, std: float) -
 @pytest.mark.parametrize("name", [*NORMAL, *TRUNCATED])
 def test_truncated_at_two_standard_deviations_or_not(weights: dict[str, Tensor], name: str) -> None:
     std = (NORMAL | TRUNCATED)[name]
-    # The cut lies at two standard deviations of the normal before it was cut.
+    # Truncated at two standard deviations of the normal distribution before truncation.
     limit = 2 * std / 0.8796256610342398
     assert (weights[name].abs().max().item() <= limit * 1.0001) == (name in TRUNCATED)
 
@@ -101,7 +101,7 @@ def test_every_parameter_is_covered(weights: dict[str, Tensor]) -> None:
     assert rest == kinds
 
 
-def test_experts_start_alike_whatever_their_number() -> None:
+def test_initial_experts_do_not_depend_on_their_number() -> None:
     for experts in (1, 64):
         torch.manual_seed(0)
         layer = SwitchFeedForward(D, F, experts, initialisation=Initialisation(scale=1.0))
@@ -124,7 +124,7 @@ def test_a_seed_makes_a_model() -> None:
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_embedding_and_routers_are_as_wide_as_configured() -> None:
+def test_embedding_and_routers_have_the_configured_scale() -> None:
     torch.manual_seed(0)
     wide = Initialisation(embedding_std=0.3, router_std=0.5)
     weights = SwitchTransformer(dataclasses.replace(CONFIG, initialisation=wide)).state_dict()
@@ -133,7 +133,7 @@ def test_embedding_and_routers_are_as_wide_as_configured() -> None:
 
 
 def attention_by_offset(stack: str, heads: int) -> Tensor:
-    """Return the mean attention of each head by offset, [heads, 129], of a bias that starts local.
+    """Return the mean attention of each head by offset, [heads, 129], of a local initial bias.
 
     Queries and keys are zeros: nothing but the bias decides.
     """
@@ -162,15 +162,15 @@ def test_local_attention_prefers_one_offset_per_head(stack: str, offsets: list[i
     assert mean.max(-1).values.min() > 0.3
 
 
-def test_many_heads_prefer_offsets_that_buckets_tell_apart() -> None:
+def test_many_heads_prefer_offsets_with_a_bucket_of_their_own() -> None:
     for stack in ("encoder", "decoder"):
         mean = attention_by_offset(stack, 64)
         assert ((mean.argmax(-1) - 64).abs() <= BUCKETS // 2).all()
         assert mean.max(-1).values.min() > 0.2
 
 
-def test_where_attention_starts_is_a_function_of_the_seed_and_the_name() -> None:
-    """Drawing a parameter alone gives what the whole model has."""
+def test_initial_attention_is_a_function_of_the_seed_and_the_name() -> None:
+    """A parameter drawn alone equals that of the full model."""
     config = dataclasses.replace(CONFIG, initialisation=Initialisation(positions="local"))
     model = SwitchTransformer(config)
     Initialiser.of(config, seed=5).fill(model)

@@ -62,7 +62,7 @@ def test_the_merged_model_equals_the_adapted_one(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_starts_as_the_model_it_was_made_from(shape):
+def test_an_adapted_model_equals_its_base_before_training(shape):
     model = build(**SHAPES[shape])
     expected = loss_of(model)[1]
     lora.apply(model, 4, 8.0)
@@ -70,7 +70,7 @@ def test_it_starts_as_the_model_it_was_made_from(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradients_are_those_of_the_dense_product(shape):
+def test_gradients_are_those_of_the_dense_weight(shape):
     """dA = s dW B^T and dB = s A^T dW, with dW from the plain model of merged weights."""
     model = adapted(**SHAPES[shape])
     plain = lora.merged(model)

@@ -21,7 +21,7 @@ D = 6
 
 @dataclass
 class Scene:
-    """A router, its input in rows, who is real, and the group of each token."""
+    """A router, its input in rows, which tokens are real, and the group of each."""
 
     router: Router
     x_BSD: Tensor
@@ -90,7 +90,7 @@ def test_no_expert_takes_more_than_its_capacity_and_none_drops_early(scene: Scen
 
 @given(scenes())
 def test_tokens_are_dropped_from_the_end_of_the_queue(scene: Scene) -> None:
-    """First choices in token order, then second choices: nobody is kept behind one dropped."""
+    """First choices in token order, then second choices: none is kept after a dropped one."""
     choices = scene.router.config.experts_per_token
     expert_NK, _, kept_NK = by_choice(scene.route(), choices)
     for group in range(int(scene.group_N.max()) + 1):
@@ -173,7 +173,7 @@ def test_uniform_routing_has_a_balance_loss_of_one(experts: int) -> None:
     assert uniform_routing(experts).balance_loss.item() == pytest.approx(1.0, abs=1e-5)
 
 
-def test_everyone_to_one_expert_has_a_balance_loss_of_the_number_of_experts() -> None:
+def test_all_tokens_on_one_expert_have_a_balance_loss_of_the_number_of_experts() -> None:
     router = Router(4, 8, RouterConfig())
     torch.nn.init.zeros_(router.weight)
     router.weight.data[3] = 50.0
@@ -181,7 +181,7 @@ def test_everyone_to_one_expert_has_a_balance_loss_of_the_number_of_experts() ->
     assert routing.balance_loss.item() == pytest.approx(8.0, rel=1e-5)
 
 
-def test_the_balance_loss_teaches_through_the_probabilities_only() -> None:
+def test_the_balance_loss_has_gradients_by_the_probabilities_only() -> None:
     routing = uniform_routing(4)
     assert routing.probability_GE.requires_grad
     assert not routing.fraction_GE.requires_grad
@@ -250,7 +250,7 @@ def test_sampling_happens_in_training_only() -> None:
 
 
 @given(scenes(experts_per_token=1, reroute_overflow=True, capacity_factor=1.0))
-def test_rerouting_fills_every_seat_and_gates_by_the_expert_taken(scene: Scene) -> None:
+def test_rerouting_fills_every_slot_and_gates_by_the_expert_taken(scene: Scene) -> None:
     routing = scene.route()
     size = int((scene.group_N == 0).sum())
     capacity = scene.router.capacity(size)
@@ -315,7 +315,7 @@ def test_bias_balancing_evens_the_load_without_a_loss() -> None:
     for _ in range(100):
         load_E = router(x_ND, None, 512).load_E
         spread.append(int(load_E.max() - load_E.min()))
-        router.nudge_bias(load_E)
+        router.update_expert_bias(load_E)
     assert spread[-1] < 0.2 * spread[0]
     routing = router(x_ND, None, 512)
     softmax_NE = (x_ND @ router.weight.T).softmax(-1)
@@ -325,12 +325,12 @@ def test_bias_balancing_evens_the_load_without_a_loss() -> None:
     assert "bias_E" in router.state_dict()
 
 
-def test_a_nudge_goes_one_step_against_the_load() -> None:
+def test_an_update_of_the_bias_is_one_step_against_the_load() -> None:
     router = Router(D, 3, RouterConfig(balance="bias", bias_rate=0.5))
-    router.nudge_bias(torch.tensor([9, 3, 0]))
+    router.update_expert_bias(torch.tensor([9, 3, 0]))
     assert router.bias_E is not None
     assert router.bias_E.tolist() == [-0.5, 0.5, 0.5]
-    router.nudge_bias(torch.tensor([4, 4, 4]))
+    router.update_expert_bias(torch.tensor([4, 4, 4]))
     assert router.bias_E.tolist() == [-0.5, 0.5, 0.5]
 
 

@@ -33,7 +33,7 @@ def test_sampling_follows_the_softmax() -> None:
 
 
 @given(scenes, st.integers(1, 8))
-def test_rerouting_leaves_no_token_behind_where_seats_suffice(
+def test_rerouting_drops_no_token_where_slots_suffice(
     scene: tuple[int, int, int, int], capacity: int
 ) -> None:
     tokens, experts, size, seed = scene

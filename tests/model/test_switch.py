@@ -115,7 +115,7 @@ def test_every_kept_token_sits_in_exactly_one_slot() -> None:
     layer = switch_layer(4, RouterConfig(capacity_factor=0.5, exploration="argmax"))
     x_ND = torch.randn(40, D)
     _, routing = layer(x_ND)
-    order = layer.dispatcher.dispatch(x_ND, routing).way_back
+    order = layer.dispatcher.dispatch(x_ND, routing).state
     assert sorted(order.assignment_R.tolist()) == list(range(40))
     kept = int(routing.kept_A.sum())
     assert 0 < kept < 40
@@ -201,7 +201,7 @@ def test_exploration_disturbs_training_and_never_evaluation(exploration: str) ->
 
 
 def test_jitter_reaches_experts_in_hf_only() -> None:
-    """With one expert the gate is one, so that the output shows what the expert saw."""
+    """With one expert the gate is one, so that the output shows the expert's input."""
     for mode, disturbed in (("paper", False), ("t5x", False), ("hf", True)):
         config = RouterConfig(mode=mode, exploration_rate=0.1, capacity_factor=None)
         layer = switch_layer(1, config)
@@ -330,7 +330,7 @@ def test_a_projection_is_the_gated_matrix_of_the_chosen_expert() -> None:
 
 
 def test_the_dispatcher_and_the_experts_can_be_replaced() -> None:
-    """The two seams: what parallelism and compression install."""
+    """The two replaceable parts: the dispatcher by parallelism, the experts by compression."""
     layer = switch_layer(2, RouterConfig(exploration="argmax", capacity_factor=None))
 
     class Twice(nn.Module):

@@ -71,7 +71,7 @@ def test_packed_examples_do_not_see_one_another(
                 picked = segments == 2
                 picked[1] = False
                 tokens[picked] = (tokens[picked] + 7) % 38 + 2
-                # What stands in padding is nobody's either.
+                # The tokens in padding have no effect.
                 tokens[segments == 0] = 33
         shifted = shift_right(target, target_segments, 0)
         return model(source, shifted, source_segments, target_segments).logits_BTV
@@ -96,7 +96,7 @@ def test_a_packed_row_equals_its_examples_alone() -> None:
     target_segments = torch.tensor([segments_of([3, 4], 7)])
     shifted = shift_right(target, target_segments, 0)
     packed = model(source, shifted, source_segments, target_segments).logits_BTV
-    # Relative positions make an example the same wherever it stands in the row.
+    # By relative positions an example gives the same anywhere in the row.
     torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-4, atol=1e-5)
 
 

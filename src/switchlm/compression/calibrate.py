@@ -1,8 +1,8 @@
-"""Quantise a model so that it changes least on a text: GPTQ (Frantar et al. 2023), block by block.
+"""Quantise a model with calibration batch: GPTQ (Frantar et al. 2023), block by block.
 
-Each block sees what the quantised blocks before it make of the text. For that the activations of
-all batches are kept between two blocks, and nothing else: of the rows that reach a matrix only
-their Gram matrix is summed. An expert learns from the rows that are routed to it alone.
+The input of each block is the output of the quantised blocks before it. So the activations of all
+batches between two blocks are kept; of the inputs of a matrix only the Gram matrix. An expert is
+calibrated with the rows that are routed to it.
 
 Shapes: B batch, S positions, D d_model, N outputs, K inputs, R rows of one expert.
 """
@@ -37,15 +37,15 @@ from switchlm.model.experts import FeedForwardExperts, ProjectionExperts
 from switchlm.model.switch import SwitchLayer
 from switchlm.model.transformer import Block, Stack, StackInputs, SwitchTransformer, shift_right
 
-LEAST_ROWS = 64  # an expert that saw fewer is rounded to nearest
-COLUMNS = 128  # rounded before the columns after them are corrected, all at once
-DAMPING = (0.01, 0.1, 1.0)  # of the mean diagonal, added to it; the first that is enough
+LEAST_ROWS = 64  # an expert with fewer is rounded to nearest
+COLUMNS = 128  # rounded before all columns after them are corrected at once
+DAMPING = (0.01, 0.1, 1.0)  # times the mean diagonal, added to it; the first that suffices
 
 Grid = tuple[Tensor, Tensor]  # scale and offset of each output
 
 
 class Gram:
-    """x^T x of the rows x that were added, float32 on the CPU, and how many they were."""
+    """x^T x of the rows x that were added, float32 on the CPU, and their number."""
 
     def __init__(self, width: int) -> None:
         self.sum_KK = torch.zeros(width, width)
@@ -57,16 +57,16 @@ class Gram:
         self.num_rows += rows_RK.shape[0]
 
     def hook(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Add what reaches a module."""
+        """Add the input of a module."""
         self.add(inputs[0])
 
 
 @dataclass
-class Text:
-    """A batch on its way through a stack.
+class Activations:
+    """The activations of a batch between two sublayers of a stack.
 
-    x_BSD: what the next sublayer reads.
-    inputs: makes what the blocks share, each time anew: its biases are larger than x.
+    x_BSD: the input of the next sublayer.
+    inputs: returns what the blocks share; recomputed each time, as its biases are larger than x.
     memory_BSD: the encoder's output, in the decoder.
     """
 
@@ -75,21 +75,21 @@ class Text:
     memory_BSD: Tensor | None = None
 
 
-def _attend(block: Block, text: Text) -> Tensor:
-    return block.attend(text.x_BSD, text.inputs(), memory=text.memory_BSD)[0]
+def _attend(block: Block, batch: Activations) -> Tensor:
+    return block.attend(batch.x_BSD, batch.inputs(), memory=batch.memory_BSD)[0]
 
 
-def _transform(block: Block, text: Text) -> Tensor:
-    return block.transform(text.x_BSD, text.inputs().mask_BS)[0]
+def _transform(block: Block, batch: Activations) -> Tensor:
+    return block.transform(batch.x_BSD, batch.inputs().mask_BS)[0]
 
 
 def calibrate(
     model: SwitchTransformer, batches: Sequence[Batch], quantisation: Quantisation
 ) -> "Calibrated":
-    """Return the codes of the model; its weights become what the codes stand for.
+    """Return the codes of the model, whose weights are replaced by the dequantised ones.
 
-    The vocabulary is rounded to nearest: its rows are looked up, not only multiplied with. Raises
-    CheckpointError for weights that are not finite.
+    The vocabulary is rounded to nearest, since its rows are looked up too. Raises CheckpointError
+    for weights that are not finite.
     """
     found = Calibrated(model, quantisation)
     sources, targets = [], []
@@ -102,17 +102,17 @@ def calibrate(
                 input_segments_BS=batch.input_segments_BS,
                 target_segments_BT=batch.target_segments_BT,
             )
-            sources.append(Text(source().x_BSD, source))
-            targets.append(Text(target().x_BSD, target))
+            sources.append(Activations(source().x_BSD, source))
+            targets.append(Activations(target().x_BSD, target))
         found.run(model.encoder, sources)
-        for text, encoded in zip(targets, sources, strict=True):
-            text.memory_BSD = model.encoder.final_norm(encoded.x_BSD)
+        for decoded, encoded in zip(targets, sources, strict=True):
+            decoded.memory_BSD = model.encoder.final_norm(encoded.x_BSD)
         found.run(model.decoder, targets)
     return found
 
 
 class Calibrated:
-    """The codes; how many matrices were calibrated; and the experts that saw too few rows."""
+    """The codes, the number of calibrated matrices, and the experts with too few rows."""
 
     def __init__(self, model: SwitchTransformer, quantisation: Quantisation) -> None:
         self.codes = quantise_all(model, quantisation, round_to_nearest(quantisation))
@@ -125,24 +125,24 @@ class Calibrated:
             if quantisation.holds(entry)
         }
 
-    def run(self, stack: Stack, texts: Sequence[Text]) -> None:
-        """Run texts through a stack, and quantise its weights on the way."""
+    def run(self, stack: Stack, batches: Sequence[Activations]) -> None:
+        """Quantise the weights of a stack, block by block, and run the batches through it."""
         for block in stack.layers:
             attentions = [block.attention]
             if block.cross_attention is not None:
                 attentions.append(block.cross_attention)
-            self._sublayer(attentions, block.attention_norm, partial(_attend, block), texts)
+            self._sublayer(attentions, block.attention_norm, partial(_attend, block), batches)
             feedforward = [block.feedforward]
-            self._sublayer(feedforward, block.feedforward_norm, partial(_transform, block), texts)
+            self._sublayer(feedforward, block.feedforward_norm, partial(_transform, block), batches)
 
     def _sublayer(
         self,
         parts: Sequence[nn.Module],
         norm: nn.Module,
-        apply: Callable[[Text], Tensor],
-        texts: Sequence[Text],
+        apply: Callable[[Activations], Tensor],
+        batches: Sequence[Activations],
     ) -> None:
-        """Quantise parts of a block, which `apply` runs, and make what the next ones read."""
+        """Quantise parts of a block, and update the activations with `apply`, which runs them."""
         modules = [module for part in parts for module in part.modules()]
         grams = {
             module: Gram(module.in_features)
@@ -152,26 +152,26 @@ class Calibrated:
         }
         if grams:
             hooks = [linear.register_forward_pre_hook(gram.hook) for linear, gram in grams.items()]
-            for text in texts:
-                apply(text)
+            for batch in batches:
+                apply(batch)
             for hook in hooks:
                 hook.remove()
         for linear, gram in grams.items():
             self._put(f"{self._names[linear]}.weight", None, linear.weight, gram)
         for module in modules:
             if isinstance(module, SwitchLayer):
-                self._experts(module, norm, texts)
-        for text in texts:
-            text.x_BSD = apply(text)
+                self._experts(module, norm, batches)
+        for batch in batches:
+            batch.x_BSD = apply(batch)
 
-    def _experts(self, layer: SwitchLayer, norm: nn.Module, texts: Sequence[Text]) -> None:
+    def _experts(self, layer: SwitchLayer, norm: nn.Module, batches: Sequence[Activations]) -> None:
         experts, name = layer.experts, f"{self._names[layer]}.experts"
         assert isinstance(experts, FeedForwardExperts | ProjectionExperts)
-        tokens = [_tokens_of_experts(layer, norm(t.x_BSD), t.inputs().mask_BS) for t in texts]
+        tokens = [_tokens_of_experts(layer, norm(t.x_BSD), t.inputs().mask_BS) for t in batches]
 
         def rows(expert: int) -> Iterator[Tensor]:
-            for text, chosen in zip(texts, tokens, strict=True):
-                yield norm(text.x_BSD.flatten(0, 1)[chosen[expert]])
+            for batch, chosen in zip(batches, tokens, strict=True):
+                yield norm(batch.x_BSD.flatten(0, 1)[chosen[expert]])
 
         for expert in range(experts.num_experts):
             gram = Gram(layer.router.weight.shape[1])
@@ -180,14 +180,14 @@ class Calibrated:
             if gram.num_rows < LEAST_ROWS:
                 self.too_few.append(f"{name}.{expert}")
             for part, weight_EDF in experts.named_parameters():
-                if part == "down":  # the last one; those before are quantised by now
+                if part == "down":  # the last matrix: those before are quantised by now
                     gram = Gram(weight_EDF.shape[1])
                     for rows_RD in rows(expert):
                         gram.add(_hidden(experts, expert, rows_RD))
                 self._put(f"{name}.{part}", expert, weight_EDF[expert].t(), gram)
 
     def _put(self, name: str, expert: int | None, weight_NK: Tensor, gram: Gram) -> None:
-        """Quantise one matrix; it becomes what its codes stand for."""
+        """Quantise one matrix, and replace it by the dequantised one."""
         codes, entry = self.codes, self._entries[name, expert]
         if gram.num_rows >= LEAST_ROWS:
             better = gptq(weight_NK.detach().cpu(), gram.sum_KK, codes.quantisation)
@@ -200,7 +200,7 @@ class Calibrated:
 def _tokens_of_experts(
     layer: SwitchLayer, x_BSD: Tensor, mask_BS: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """Return for each expert which of the B * S tokens it takes, int64."""
+    """Return for each expert the indices of its tokens, of B * S, int64."""
     _, routing = layer(x_BSD, mask_BS)
     order = sort_by_expert(routing.expert_A, routing.kept_A, layer.experts.num_experts)
     if routing.token_A is None:
@@ -212,7 +212,7 @@ def _tokens_of_experts(
 
 
 def _hidden(experts: nn.Module, expert: int, rows_RD: Tensor) -> Tensor:
-    """Return what enters the expert's last matrix, [R, F]."""
+    """Return the input of the expert's last matrix, [R, F]."""
     assert isinstance(experts, FeedForwardExperts)
     up, gate = experts.up[expert], None if experts.gate is None else experts.gate[expert]
     return feed_forward(
@@ -228,10 +228,10 @@ def _hidden(experts: nn.Module, expert: int, rows_RD: Tensor) -> Tensor:
 def gptq(
     weight_NK: Tensor, gram_KK: Tensor, quantisation: Quantisation
 ) -> tuple[Tensor, Tensor] | None:
-    """Return codes and scale of a matrix as they are stored; None where the rows tell nothing.
+    """Return codes and scale of a matrix as they are stored; None if the Gram matrix is singular.
 
-    Rounds an input at a time, and lets the inputs left make up for the error: of all codes those
-    are sought whose outputs are nearest to the weight's, on the rows that the matrix really meets.
+    Rounds an input at a time, and corrects the remaining inputs for the error, so that the outputs
+    on these rows change least.
 
     gram_KK: x^T x of the rows, float32.
     """
@@ -242,8 +242,8 @@ def gptq(
     if quantisation.bits == 8:
         scale_N = int8_scale(weight_NK)
         grid = scale_N, torch.zeros_like(scale_N)
-        limits = -LARGEST_INT8, LARGEST_INT8
-        codes_NK = _round(weight_NK, factor_KK, lambda _: grid, limits, COLUMNS)
+        bounds = -LARGEST_INT8, LARGEST_INT8
+        codes_NK = _round(weight_NK, factor_KK, lambda _: grid, bounds, COLUMNS)
         return codes_NK.to(torch.int8), scale_N
     size = group_size(weight_NK, quantisation)
     grids: list[Tensor] = []
@@ -263,12 +263,12 @@ def _round(
     weight_NK: Tensor,
     factor_KK: Tensor,
     grid_of: Callable[[int], Grid],
-    limits: tuple[int, int],
+    bounds: tuple[int, int],
     columns: int,
 ) -> Tensor:
-    """Return integers, [N, K]; the weight is corrected on the way.
+    """Return integers, [N, K]; the weight is corrected in place.
 
-    grid_of: called with each column in turn, when all corrections of its group are made.
+    grid_of: called with each column in turn, after all corrections of its group.
     """
     codes_NK = torch.empty_like(weight_NK)
     inputs = weight_NK.shape[1]
@@ -278,7 +278,7 @@ def _round(
         for column in range(start, stop):
             scale_N, offset_N = grid_of(column)
             value_N = weight_NK[:, column]
-            code_N = ((value_N - offset_N) / scale_N).round_().clamp_(*limits)
+            code_N = ((value_N - offset_N) / scale_N).round_().clamp_(*bounds)
             codes_NK[:, column] = code_N
             error_N = (value_N - (code_N * scale_N + offset_N)) / factor_KK[column, column]
             errors_NC[:, column - start] = error_N

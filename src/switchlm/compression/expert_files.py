@@ -1,8 +1,8 @@
-"""Reading experts from files into memory that is used again and again.
+"""Reads of experts from files into reused memory.
 
-Plain reads, no maps: a file that is cut short is an error and not the end of the process. Large
-matrices go from the disk to their place without passing through the page cache (O_DIRECT, where the
-file system has it): that leaves the processor to those who compute, and no second copy behind.
+Plain reads, no memory maps: a truncated file is an error instead of the end of the process. Large
+matrices are read without the page cache (O_DIRECT, where the file system has it), which takes less
+processor time and keeps no second copy.
 """
 
 import errno
@@ -21,48 +21,48 @@ from torch import Tensor
 from switchlm.errors import CheckpointError
 from switchlm.huggingface.weights import Extent
 
-ALIGNMENT = 64  # bytes, a line of cache, where tensors begin in memory
-PAGE = 4096  # bytes; where direct reads begin and end, in files and in memory
+ALIGNMENT = 64  # bytes, a cache line, to which tensors in memory are aligned
+PAGE = 4096  # bytes, to which direct reads are aligned, in files and in memory
 LARGE = 2**20  # bytes from which a matrix is read directly
 HUGE = 2**21  # bytes of a large page of memory
-GRAIN = 2**14  # numbers converted at a time: so few that PyTorch leaves its other threads alone
-STAGE = 2**21  # bytes read at a time where numbers are converted on their way
+GRAIN = 2**14  # numbers converted at a time: so few that PyTorch uses one thread
+STAGE = 2**21  # bytes read at a time where numbers are converted
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What makes up one expert: its tensors by name, where they lie, and their dtype in memory.
+    """The tensors of one expert, by name: where they are in files, and their dtype in memory.
 
-    dtype: None keeps that of the files; codes of quantised weights (integers) always keep theirs.
+    dtype: None keeps that of the files, as codes of quantised weights (integers) always do.
     """
 
     parts: Mapping[str, Extent]
     dtype: torch.dtype | None = None
 
     def dtype_of(self, part: Extent) -> torch.dtype:
-        """Return its dtype in memory."""
+        """Return the dtype of a part in memory."""
         if self.dtype is None or not part.dtype.is_floating_point:
             return part.dtype
         return self.dtype
 
     def num_bytes(self) -> int:
-        """Return the bytes it takes in memory."""
+        """Return the bytes of the expert in memory."""
         return self._places()[1]
 
     def file_bytes(self) -> int:
         return sum(part.num_bytes for part in self.parts.values())
 
     def stage_bytes(self) -> int:
-        """Return the bytes that converting numbers on their way takes; zero where there is none."""
+        """Return the bytes of the buffer for conversion; zero if the dtype is that of the file."""
         converted = (part for part in self.parts.values() if self.dtype_of(part) != part.dtype)
         return max(map(_stage, converted), default=0)
 
     def place(self) -> tuple[str, int]:
-        """Return where it begins, for reading in the order of the files."""
+        """Return the file and offset of the expert, for reading in this order."""
         return min((str(part.file), part.offset) for part in self.parts.values())
 
     def tensors(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Return the tensors over that memory: uint8, `num_bytes` of them."""
+        """Return the tensors as views of `buffer`: uint8, of `num_bytes`."""
         found, starts = {}, self._places()[0]
         for name, part in self.parts.items():
             start = starts[name]
@@ -71,7 +71,7 @@ class Recipe:
         return found
 
     def _places(self) -> tuple[dict[str, int], int]:
-        """Return where in memory each part begins, and the length of all."""
+        """Return the offset of each part in memory, and the size of all."""
         starts, end = {}, 0
         for name, part in self.parts.items():
             if is_large(part) and self.dtype_of(part) == part.dtype:
@@ -88,7 +88,7 @@ class Recipe:
 
 
 def is_large(part: Extent) -> bool:
-    """Whether it is read in whole pages, to the same place in a page that it has in the file."""
+    """Whether it is read in full pages, to the offset in a page that it has in the file."""
     return part.num_bytes >= LARGE and part.offset % part.dtype.itemsize == 0
 
 
@@ -97,7 +97,7 @@ def _stage(part: Extent) -> int:
 
 
 def new_buffer(size: int) -> Tensor:
-    """Return memory that begins with a page, uint8."""
+    """Return memory aligned to a page, uint8."""
     if size < LARGE:
         return torch.empty(size, dtype=torch.uint8)
     buffer = mmap.mmap(-1, _padded(size, PAGE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -108,7 +108,7 @@ def new_buffer(size: int) -> Tensor:
 
 @dataclass
 class _Open:
-    """An open file: for any reads, and for direct ones; how it was when it was opened."""
+    """An open file, for plain and for direct reads; `state`: size and time when it was opened."""
 
     plain: int
     direct: int | None
@@ -116,7 +116,7 @@ class _Open:
 
 
 class ExpertFiles:
-    """The open files that experts lie in, and how they were when they were opened."""
+    """The open files of the experts."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._files: dict[Path, _Open] = {}
@@ -129,7 +129,7 @@ class ExpertFiles:
             self._files[path] = _Open(plain, _open_direct(path), _state(plain))
 
     def read(self, recipe: Recipe, buffer: Tensor) -> None:
-        """Fill memory with an expert; CheckpointError where a file is not what it was."""
+        """Read an expert into memory; CheckpointError if a file was changed since it was opened."""
         for name, tensor in recipe.tensors(buffer).items():
             part = recipe.parts[name]
             if tensor.dtype == part.dtype:
@@ -145,10 +145,10 @@ class ExpertFiles:
         self._close()
 
     def _fill(self, part: Extent, start: int, target: Tensor, buffer: Tensor) -> None:
-        """Read from byte `start` of the part as many bytes as the target has.
+        """Fill the target from byte `start` of the part.
 
-        target: a view of `buffer`. What it has around it up to whole pages may be overwritten where
-            the part is large.
+        target: a view of `buffer`. If the part is large, the full pages around it may be
+            overwritten.
         """
         file, offset, size = self._files[part.file], part.offset + start, target.numel()
         first = target.storage_offset() - buffer.storage_offset()
@@ -157,14 +157,14 @@ class ExpertFiles:
         fits = begin >= 0 and begin + length <= buffer.numel()
         aligned = (buffer.data_ptr() + begin) % PAGE == 0
         if file.direct is not None and is_large(part) and fits and aligned:
-            whole = memoryview(cast(Any, buffer[begin : begin + length].numpy()))
-            if _read(part.file, file.direct, whole, offset - shift, shift + size):
+            pages = memoryview(cast(Any, buffer[begin : begin + length].numpy()))
+            if _read(part.file, file.direct, pages, offset - shift, shift + size):
                 return
-            file.direct = None  # the file system opens files so, but does not read them
+            file.direct = None  # the file system opens with O_DIRECT, but does not read
         _read(part.file, file.plain, memoryview(cast(Any, target.numpy())), offset, size)
 
     def _convert(self, part: Extent, target: Tensor) -> None:
-        """Read a part a piece at a time, as numbers of another dtype."""
+        """Read a part a piece at a time, and convert it to the dtype of the target."""
         size, step = part.dtype.itemsize, STAGE // part.dtype.itemsize
         buffer = new_buffer(_stage(part))
         for first in range(0, target.numel(), step):
@@ -179,7 +179,7 @@ class ExpertFiles:
 
 
 def _read(path: Path, descriptor: int, view: memoryview, offset: int, needed: int) -> bool:
-    """Read at least the bytes needed; false where a direct read is not possible at all."""
+    """Read at least `needed` bytes; return false where direct reads are not supported."""
     done = 0
     while done < needed:
         try:

@@ -1,12 +1,12 @@
-"""The experts that are in memory: the last ones used, within a budget of bytes.
+"""The experts in memory: a cache of those used last, within a budget of bytes.
 
-Who needs experts says so for all of them at once (`want`), and takes each as it is ready. Those
-that are missing are read by threads of their own, in the order of the files, while others compute.
-What is only guessed to be needed (`guess`) is read when there is nothing else to do.
+A layer acquires all experts that it needs at once (`acquire`), and computes with each when it is
+ready. Missing ones are read by threads, in the order of the files, while the layer computes.
+Experts that are predicted to be needed (`prefetch`) are read when no other reads are pending.
 
-An expert that somebody wants is never evicted, one that is used last is evicted first. No deadlock:
-readers wait for memory only while everything in memory is wanted, and of those who want it, each
-can take what is ready in any order and then gives it back.
+An expert in use is never evicted; of the others the least recently used is evicted first. There is
+no deadlock: readers wait for memory only while all experts in memory are in use, and every layer
+can take those that are ready in any order and then releases them.
 """
 
 import threading
@@ -30,16 +30,16 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass
 class Counters:
-    """What happened so far, in experts; an expert counts once each time a layer wants it.
+    """Statistics, in experts; an expert counts each time that a layer acquires it.
 
     hits: already in memory.
-    foreseen: of those, read because of a guess and not used before.
-    misses: had to be read, or were still being read.
-    guesses: experts that were not in memory and were guessed to be wanted, of which `wrong_guesses`
-        then were not.
+    foreseen: hits that were prefetched and not used before.
+    misses: not in memory, or still being read.
+    guesses: experts that were not in memory and predicted to be needed.
+    wrong_guesses: of those, not needed.
     bytes_read: from the files.
     bytes_held: by experts now.
-    waited: seconds that computing stood still for want of an expert.
+    waited: seconds that layers waited for experts.
     """
 
     hits: int = 0
@@ -55,21 +55,21 @@ class Counters:
 
     @property
     def hit_rate(self) -> float:
-        """The share of wanted experts that were in memory."""
+        """The fraction of acquired experts that were in memory."""
         return self.hits / max(self.hits + self.misses, 1)
 
 
 @dataclass(eq=False)
 class _Entry:
-    """An expert that is in memory or on its way.
+    """An expert that is in memory or being read.
 
-    wanted: by how many.
+    users: the number of layers that have acquired it.
     buffer: None until a reader begins.
     """
 
     key: Key
-    wanted: int = 0
-    guessed: bool = False
+    users: int = 0
+    predicted: bool = False
     buffer: Tensor | None = None
     tensors: Tensors | None = None
     error: BaseException | None = None
@@ -80,12 +80,12 @@ class _Entry:
 
 
 class ExpertMemory:
-    """All experts of a model, of which those used last are in memory; for any number of threads.
+    """All experts of a model, of which those used last are in memory; thread-safe.
 
     recipes: how to read each.
-    budget: bytes that all experts in memory may take, and what readers need to convert them.
+    budget: bytes of all experts in memory, and of the readers' buffers for conversion.
 
-    Raises ConfigError for a budget that not even the largest expert fits.
+    Raises ConfigError for a budget smaller than the largest expert.
     """
 
     def __init__(
@@ -98,11 +98,11 @@ class ExpertMemory:
         self._readers = readers
         self._running = 0
         self._changed = threading.Condition()
-        self._entries: OrderedDict[Key, _Entry] = OrderedDict()  # the one used last comes last
+        self._entries: OrderedDict[Key, _Entry] = OrderedDict()  # in the order of last use
         self._needed: deque[_Entry] = deque()
-        self._guessed: deque[_Entry] = deque()
-        self._spare: dict[int, list[Tensor]] = {}  # by size
-        self._expected: dict[str, set[Key]] = {}  # by layer, what was not in memory when guessed
+        self._predicted: deque[_Entry] = deque()
+        self._free: dict[int, list[Tensor]] = {}  # by size
+        self._predictions: dict[str, set[Key]] = {}  # by layer, not in memory when predicted
         largest = max((recipe.num_bytes() for recipe in recipes.values()), default=0)
         staging = readers * max((recipe.stage_bytes() for recipe in recipes.values()), default=0)
         if budget < largest + staging:
@@ -115,27 +115,27 @@ class ExpertMemory:
         self._bytes_for_experts = budget - staging
 
     def prepare(self) -> None:
-        """Take the memory that experts will need from the system now, instead of in between."""
+        """Allocate the memory of experts now instead of while computing."""
         left = self._bytes_for_experts
         for recipe in self._recipes.values():
             size = recipe.num_bytes()
             left -= size
             if left < 0:
                 return
-            self._spare.setdefault(size, []).append(new_buffer(size).zero_())
+            self._free.setdefault(size, []).append(new_buffer(size).zero_())
 
     @contextmanager
-    def want(self, keys: Sequence[Key]) -> Iterator[Iterator[tuple[Key, Tensors]]]:
-        """Yield an iterator over (key, its tensors), as they are ready.
+    def acquire(self, keys: Sequence[Key]) -> Iterator[Iterator[tuple[Key, Tensors]]]:
+        """Yield an iterator over (key, tensors), in the order in which they are ready.
 
-        Those in memory come first, the others as they are read, in the order of the files. A key's
-        tensors are valid until the next is taken: then their memory may hold another expert.
+        Those in memory come first, then the others as they are read, in the order of the files. The
+        tensors are valid until the next item: then their memory may hold another expert.
         """
         order = sorted(set(keys), key=lambda key: self._recipes[key].place())
         with self._changed:
-            left = [self._reserve(key) for key in order]
-            self._judge(set(order))
-            self._wake()
+            left = [self._acquire(key) for key in order]
+            self._count_wrong_predictions(set(order))
+            self._start_readers()
         try:
             yield self._take(left)
         finally:
@@ -143,14 +143,14 @@ class ExpertMemory:
                 for entry in left:
                     self._release(entry)
 
-    def guess(self, layer: str, experts: Sequence[int]) -> None:
-        """Read these experts, in this order, when there is nothing better to do.
+    def prefetch(self, layer: str, experts: Sequence[int]) -> None:
+        """Read these experts, in this order, when no other reads are pending.
 
-        What was guessed before and is not yet being read is forgotten. Guesses take at most half of
-        the memory, and do not evict other guesses that their layer has not come to.
+        Earlier predictions that are not yet being read are cancelled. Prefetched experts take at
+        most half of the memory, and do not evict others whose layer has not run since.
         """
         with self._changed:
-            self._forget_guesses()
+            self._cancel_prefetch()
             expected = set()
             left = self._bytes_for_experts // 2
             for key in ((layer, expert) for expert in experts):
@@ -158,24 +158,24 @@ class ExpertMemory:
                     left -= self._recipes[key].num_bytes()
                     if left < 0:
                         break
-                    entry = self._entries[key] = _Entry(key, guessed=True)
-                    self._guessed.append(entry)
+                    entry = self._entries[key] = _Entry(key, predicted=True)
+                    self._predicted.append(entry)
                     expected.add(key)
-            self._expected[layer] = expected
+            self._predictions[layer] = expected
             self.counters.guesses += len(expected)
-            self._wake()
+            self._start_readers()
 
     def close(self) -> None:
-        """Wait for what is being read, and close the files."""
+        """Wait for pending reads, and close the files."""
         with self._changed:
-            self._forget_guesses()
+            self._cancel_prefetch()
             self._readers = 0
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._running)
         self._files.close()
 
     def _take(self, left: list[_Entry]) -> Iterator[tuple[Key, Tensors]]:
-        """Yield the ready ones of `left`, taking them out, until there are none."""
+        """Yield the entries of `left` as they are ready, and remove them from it."""
         while left:
             with self._changed:
                 start = time.perf_counter()
@@ -192,76 +192,76 @@ class ExpertMemory:
                     left.remove(entry)
                     self._release(entry)
 
-    def _reserve(self, key: Key) -> _Entry:
+    def _acquire(self, key: Key) -> _Entry:
         entry = self._entries.get(key)
         if entry is None:
             entry = self._entries[key] = _Entry(key)
             self._needed.append(entry)
-        elif entry in self._guessed:
-            self._guessed.remove(entry)
+        elif entry in self._predicted:
+            self._predicted.remove(entry)
             self._needed.append(entry)
         if entry.tensors is None:
             self.counters.misses += 1
         else:
             self.counters.hits += 1
-            self.counters.foreseen += entry.guessed
-        entry.guessed = False
-        entry.wanted += 1
+            self.counters.foreseen += entry.predicted
+        entry.predicted = False
+        entry.users += 1
         self._entries.move_to_end(key)
         return entry
 
-    def _judge(self, wanted: set[Key]) -> None:
-        """Count the guesses about a layer that were wrong, and give up their memory first."""
+    def _count_wrong_predictions(self, wanted: set[Key]) -> None:
+        """Count the wrong predictions for a layer, and make them the first to be evicted."""
         for layer in {layer for layer, _ in wanted}:
-            for key in self._expected.pop(layer, set()).difference(wanted):
+            for key in self._predictions.pop(layer, set()).difference(wanted):
                 self.counters.wrong_guesses += 1
                 entry = self._entries.get(key)
-                if entry is not None and entry in self._guessed:
-                    self._guessed.remove(entry)
-                    self._forget(entry)
+                if entry is not None and entry in self._predicted:
+                    self._predicted.remove(entry)
+                    self._remove(entry)
                 elif entry is not None:
-                    entry.guessed = False
+                    entry.predicted = False
                     self._entries.move_to_end(key, last=False)
 
     def _release(self, entry: _Entry) -> None:
-        entry.wanted -= 1
-        if not entry.wanted:
-            if entry.buffer is None:  # nobody waits for it any more, nor has it been read
+        entry.users -= 1
+        if not entry.users:
+            if entry.buffer is None:  # not read, and no longer needed
                 if entry in self._needed:
                     self._needed.remove(entry)
-                self._forget(entry)
+                self._remove(entry)
             self._changed.notify_all()
 
-    def _forget(self, entry: _Entry) -> None:
+    def _remove(self, entry: _Entry) -> None:
         if self._entries.get(entry.key) is entry:
             del self._entries[entry.key]
 
-    def _forget_guesses(self) -> None:
-        while self._guessed:
-            self._forget(self._guessed.popleft())
+    def _cancel_prefetch(self) -> None:
+        while self._predicted:
+            self._remove(self._predicted.popleft())
 
-    def _wake(self) -> None:
-        """See to it that there are readers for what is to be read."""
-        while self._running < min(self._readers, len(self._needed) + len(self._guessed)):
+    def _start_readers(self) -> None:
+        """Start readers for the pending reads."""
+        while self._running < min(self._readers, len(self._needed) + len(self._predicted)):
             self._running += 1
             threading.Thread(target=self._run, name="switchlm-expert-reader", daemon=True).start()
         self._changed.notify_all()
 
     def _run(self) -> None:
-        """Read what is needed, then what is guessed, until there is nothing for a while."""
-        for entry in iter(self._await, None):
+        """Read what is needed, then what is predicted, until nothing is pending for `PATIENCE`."""
+        for entry in iter(self._wait_for_work, None):
             self._read(entry)
 
-    def _await(self) -> _Entry | None:
-        """Return what to read next; None after which the reader, no longer counted, ends.
+    def _wait_for_work(self) -> _Entry | None:
+        """Wait for what to read next; None ends the reader, which is no longer counted.
 
-        That is decided under the lock: whoever wants something later then starts another reader.
+        That is decided under the lock, so that a later `acquire` starts another reader.
         """
         with self._changed:
             entry = self._next()
             while entry is None:
                 in_time = self._changed.wait(PATIENCE)
-                idle = not (self._needed or self._guessed)
+                idle = not (self._needed or self._predicted)
                 if not self._readers or (idle and not in_time):
                     self._running -= 1
                     self._changed.notify_all()
@@ -270,30 +270,30 @@ class ExpertMemory:
             return entry
 
     def _next(self) -> _Entry | None:
-        """Return what to read next, with memory for it; None if there is neither."""
-        queue = self._needed or self._guessed
+        """Return what to read next, with memory for it; None if there is none of either."""
+        queue = self._needed or self._predicted
         if not queue:
             return None
         entry = queue[0]
-        entry.buffer = self._make_buffer(self._recipes[entry.key].num_bytes(), entry.guessed)
+        entry.buffer = self._make_buffer(self._recipes[entry.key].num_bytes(), entry.predicted)
         if entry.buffer is not None:
             queue.popleft()
             return entry
-        if entry.guessed:
-            self._forget_guesses()
+        if entry.predicted:
+            self._cancel_prefetch()
         return None
 
-    def _make_buffer(self, size: int, for_guess: bool) -> Tensor | None:
-        """Return memory of that size, that of what was used longest ago if need be."""
+    def _make_buffer(self, size: int, for_prefetch: bool) -> Tensor | None:
+        """Return memory of that size; evict the least recently used experts if needed."""
         counters = self.counters
         while counters.bytes_held + size > self._bytes_for_experts:
             for victim in self._entries.values():
-                idle = not victim.wanted and victim.tensors is not None
-                if idle and not (for_guess and victim.guessed):
+                idle = not victim.users and victim.tensors is not None
+                if idle and not (for_prefetch and victim.predicted):
                     break
             else:
                 return None
-            self._forget(victim)
+            self._remove(victim)
             assert victim.buffer is not None
             buffer, victim.buffer, victim.tensors = victim.buffer, None, None
             if buffer.numel() == size:
@@ -301,9 +301,9 @@ class ExpertMemory:
             counters.bytes_held -= buffer.numel()
         counters.bytes_held += size
         counters.most_bytes_held = max(counters.most_bytes_held, counters.bytes_held)
-        if self._spare.get(size):
-            return self._spare[size].pop()
-        self._spare.clear()  # of other sizes
+        if self._free.get(size):
+            return self._free[size].pop()
+        self._free.clear()  # of other sizes
         return new_buffer(size)
 
     def _read(self, entry: _Entry) -> None:
@@ -325,9 +325,9 @@ class ExpertMemory:
             self._changed.notify_all()
 
     def _fail(self, entry: _Entry, error: BaseException) -> None:
-        """Let those who want an expert know that it cannot be read; the next may try again."""
+        """Raise the error in all users of an expert; a later `acquire` reads it again."""
         assert entry.buffer is not None
         self.counters.bytes_held -= entry.buffer.numel()
         entry.buffer, entry.error = None, error
-        self._forget(entry)
+        self._remove(entry)
         self._changed.notify_all()

@@ -1,8 +1,8 @@
-"""Models larger than memory: everything but the experts is loaded, experts are read when needed.
+"""Models larger than memory: all weights but the experts are loaded, experts are read when needed.
 
 In the encoder all experts that a layer needs are known at once, so each is read once, in the order
-of the files, the next while the one before computes. In the decoder, which needs few, those of the
-next Switch layer are guessed meanwhile, by asking its router about what this one sees.
+of the files, while the one before computes. In the decoder, which needs few, those of the next
+Switch layer are predicted and prefetched: by its router, for the input of the present layer.
 
 Shapes: R rows in the order of their experts, D d_model, E experts.
 """
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """What the next Switch layer will want, judged by what this one sees.
+class ExpertPredictor:
+    """Predicts the experts of the next Switch layer from the input of this one.
 
-    layer: its name.
-    weight_ED: its router's, for the input of this layer. The residual stream changes little from
-        one layer to the next, so the same rows, normed otherwise, are a good guess.
+    layer: the name of the next layer.
+    weight_ED: of its router, scaled for the norm of this layer. The residual stream changes little
+        from one layer to the next.
     """
 
     layer: str
@@ -47,18 +47,18 @@ class Forecast:
     experts_per_token: int
 
     def __call__(self, x_RD: Tensor) -> list[int]:
-        """Return the experts of the rows, those that most of them want first."""
+        """Return the experts of the rows, the most frequent first."""
         logits_RE = nn.functional.linear(x_RD.float(), self.weight_ED)
         chosen = logits_RE.topk(self.experts_per_token, -1).indices.flatten()
         return [expert for expert, _ in Counter(chosen.tolist()).most_common()]
 
 
 class OffloadedExperts(nn.Module):
-    """Experts of one layer (see the `Experts` protocol) that are taken from an ExpertMemory.
+    """Experts of one layer (see the `Experts` protocol) in an ExpertMemory.
 
-    Their matrices are [out, in], as they lie in the files, or codes of such.
+    Their matrices are [out, in], as in the files, or codes of such.
 
-    width, hidden: of the outputs and of what lies between the two matrices.
+    width, hidden: of the outputs, and between the two matrices.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class OffloadedExperts(nn.Module):
         self.hidden = hidden
         self.memory = memory
         self.activation = activation
-        self.forecast: Forecast | None = None
+        self.predictor: ExpertPredictor | None = None
 
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
         counts = counts_E.tolist()
@@ -88,9 +88,9 @@ class OffloadedExperts(nn.Module):
                 total += count
         y_RW = x_RD.new_empty(x_RD.shape[0], self.width)
         y_RW[total:].zero_()
-        with self.memory.want([(self.layer, expert) for expert in starts]) as ready:
-            if self.forecast is not None and total:  # while this layer computes
-                self.memory.guess(self.forecast.layer, self.forecast(x_RD[:total]))
+        with self.memory.acquire([(self.layer, expert) for expert in starts]) as ready:
+            if self.predictor is not None and total:  # while this layer computes
+                self.memory.prefetch(self.predictor.layer, self.predictor(x_RD[:total]))
             for (_, expert), tensors in ready:
                 rows = slice(starts[expert], starts[expert] + counts[expert])
                 y_RW[rows] = self._run(x_RD[rows], tensors)
@@ -114,7 +114,7 @@ class OffloadedExperts(nn.Module):
 
 @dataclass(frozen=True)
 class Offloaded:
-    """A model whose experts are on the disk; `memory` counts what is read."""
+    """A model whose experts stay in their files; `memory` has the statistics."""
 
     model: SwitchTransformer
     tokenizer: "Tokenizer | None"
@@ -133,9 +133,10 @@ def load_offloaded(
 ) -> Offloaded:
     """Load a model whose experts stay in their files, for inference on a CPU.
 
-    expert_memory: bytes for experts, see ExpertMemory. The other arguments are those of
-        `switchlm.load`; experts are kept in `dtype`, so that they are converted once, as they are
-        read.
+    The other arguments are those of `switchlm.load`.
+
+    expert_memory: bytes for experts, see ExpertMemory.
+    dtype: of experts in memory too; they are converted while they are read.
 
     Raises CheckpointError as `load` does and for pickled weights, ConfigError for too few bytes.
     """
@@ -162,7 +163,7 @@ def load_offloaded(
                 layer, config.num_experts, width, config.d_ff, memory, config.activation
             ),
         )
-    _foresee(model)
+    _add_predictors(model)
     return Offloaded(model.requires_grad_(False), tokenizer, memory)
 
 
@@ -172,8 +173,8 @@ def memory_of(model: nn.Module) -> ExpertMemory | None:
     return next((part.memory for part in found), None)
 
 
-def _foresee(model: SwitchTransformer) -> None:
-    """Tell each Switch feed-forward layer of the next one in its stack."""
+def _add_predictors(model: SwitchTransformer) -> None:
+    """Give each Switch feed-forward layer a predictor of the next one in its stack."""
     for stack in (model.encoder, model.decoder):
         sparse = [one for one in stack.layers if isinstance(one.feedforward, SwitchFeedForward)]
         for here, following in pairwise(sparse):
@@ -183,7 +184,7 @@ def _foresee(model: SwitchTransformer) -> None:
                 norm_D.abs() > 1e-3, norm_D, 1.0
             )
             if isinstance(layer.experts, OffloadedExperts):
-                layer.experts.forecast = Forecast(
+                layer.experts.predictor = ExpertPredictor(
                     cast(OffloadedExperts, after.experts).layer,
                     after.router.weight.float() * ratio_D,
                     after.router.config.experts_per_token,

@@ -1,7 +1,7 @@
-"""Models of fewer experts: prune those that matter least, or merge those that are similar.
+"""Models of fewer experts: prune the least important, or merge those that are similar.
 
-How much an expert matters on a text is told by the tokens that it takes, or by what the loss would
-lose without it. Experts are similar by their weights, their hidden units matched first.
+The importance of an expert on a text is its number of tokens, or the change of the loss without it.
+Experts are merged by the mean of their weights, after their hidden units are matched.
 
 Shapes: E experts, N experts that stay, D d_model, F d_ff, R rows in the order of their experts.
 """
@@ -27,9 +27,10 @@ Measure = Literal["load", "gradient"]
 
 
 class MaskedExperts(nn.Module):
-    """Experts whose outputs are multiplied with a mask of ones, for its gradient.
+    """Experts whose outputs are multiplied by a mask of ones, for its gradient.
 
-    mask_R: of the last rows; counts_E: how many of them each expert had.
+    mask_R: of the last rows.
+    counts_E: rows of each expert among them.
     """
 
     mask_R: Tensor
@@ -56,13 +57,13 @@ class MaskedExperts(nn.Module):
 def importance(
     model: SwitchTransformer, batches: Sequence[Batch], by: Measure
 ) -> dict[str, Tensor]:
-    """Return a score per expert for each Switch layer by name, float64 [E]; more matters more.
+    """Return a score per expert for each Switch layer by name, float64 [E]; large is important.
 
-    load: the assignments that the expert took. gradient: by how much the summed loss would change,
-    to first order, if the expert's output were zero for one token, in absolute value, summed over
-    its tokens (after Molchanov et al. 2017). Both as a share of the layer's.
+    The model is run as in evaluation, its capacity included, and is not changed.
 
-    The model is run as in evaluation, its capacity included, and is left as it was.
+    by: `load`, the assignments that the expert took; `gradient`, the absolute change of the summed
+        loss, to first order, if the expert's output were zero for one token, summed over its tokens
+        (after Molchanov et al. 2017). Both as a fraction of the layer's total.
     """
     layers = list(switch_layers(model).values())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -123,26 +124,26 @@ def _run(model: SwitchTransformer, batch: Batch) -> tuple[Tensor, tuple[Routing,
 
 
 def cluster(layer: SwitchLayer, score_E: Tensor, number: int) -> list[list[int]]:
-    """Return groups of experts, each led by its centre: one of the `number` that score highest.
+    """Return groups of experts, first its centre: one of the `number` that score highest.
 
-    Two experts are alike as far as the router gives them the same tokens: by the cosine of their
-    rows in its weight, the mean over all experts taken off.
+    The similarity of two experts is the cosine of their rows of the router's weight, minus the mean
+    over all experts.
     """
     row_ED = layer.router.weight.detach().float().cpu()
     row_ED = nn.functional.normalize(row_ED - row_ED.mean(0), dim=1)
     order = score_E.argsort(descending=True, stable=True).tolist()
     groups = [[centre] for centre in order[:number]]
     for other in order[number:]:
-        closeness = row_ED[order[:number]] @ row_ED[other]
-        groups[int(closeness.argmax())].append(other)
+        similarity = row_ED[order[:number]] @ row_ED[other]
+        groups[int(similarity.argmax())].append(other)
     return groups
 
 
 def align(experts: FeedForwardExperts, centre: int, other: int) -> Tensor:
-    """Return for each hidden unit of the centre the unit of the other that is most like it, [F].
+    """Return for each hidden unit of the centre the most similar unit of the other, [F].
 
-    Each is taken once: of all pairs left, those that prefer each other are matched, again and
-    again. The likeness of two units is the cosine of all their weights, in and out.
+    Each is matched once: repeatedly, of the remaining units, those that are each other's most
+    similar. The similarity of two units is the cosine of all their weights, in and out.
     """
 
     def units(expert: int) -> Tensor:
@@ -152,22 +153,22 @@ def align(experts: FeedForwardExperts, centre: int, other: int) -> Tensor:
         joined_FW = torch.cat([weight.detach().float() for weight in weights], 1)
         return nn.functional.normalize(joined_FW, dim=1)
 
-    likeness_FF = units(centre) @ units(other).t()
-    order_F = torch.full((likeness_FF.shape[0],), -1)
+    similarity_FF = units(centre) @ units(other).t()
+    order_F = torch.full((similarity_FF.shape[0],), -1)
     while (order_F < 0).any():
-        best_F, chosen_F = likeness_FF.argmax(1), likeness_FF.argmax(0)
+        best_F, chosen_F = similarity_FF.argmax(1), similarity_FF.argmax(0)
         unit_F = torch.arange(len(order_F))
         mutual_F = (chosen_F[best_F] == unit_F) & (order_F < 0)
         order_F[mutual_F] = best_F[mutual_F]
-        likeness_FF[mutual_F] = -torch.inf
-        likeness_FF[:, best_F[mutual_F]] = -torch.inf
+        similarity_FF[mutual_F] = -torch.inf
+        similarity_FF[:, best_F[mutual_F]] = -torch.inf
     return order_F
 
 
 def check_number(config: ModelConfig, number: int, most: int, option: str) -> None:
-    """Raise ConfigError unless that many of `most` experts per layer can be left.
+    """Raise ConfigError unless `number` of `most` experts per layer can stay.
 
-    option: what asked for it, for the message.
+    option: the command-line option, for the message.
     """
     least = config.router.experts_per_token
     if not most:
@@ -183,10 +184,11 @@ def check_number(config: ModelConfig, number: int, most: int, option: str) -> No
 def prune(
     model: SwitchTransformer, scores: Mapping[str, Tensor], keep: int
 ) -> tuple[SwitchTransformer, dict[str, list[int]]]:
-    """Return a model of the `keep` experts per layer that score highest, and which they were.
+    """Return a model of the `keep` experts per layer that score highest, and their indices.
 
-    scores: see `importance`. Routers lose the rows of the experts that go, so that their tokens go
-        to the next best of those that stay.
+    Routers lose the rows of the other experts, whose tokens go to the next best that stays.
+
+    scores: see `importance`.
     """
     check_number(model.config, keep, model.config.num_experts, "--keep-experts")
     kept = {
@@ -206,10 +208,11 @@ def merge(
 ) -> tuple[SwitchTransformer, dict[str, list[list[int]]]]:
     """Return a model of `number` experts per layer, and which were merged into each.
 
-    scores: the loads. In every layer the experts that score highest are kept as centres; each other
-        expert joins the centre that is most like it, and a centre becomes the mean of its group,
-        weighted by load, hidden units first brought into the centre's order (Li et al. 2024).
-        Routers' rows are averaged likewise.
+    In every layer the experts that score highest are the centres; each other expert is merged into
+    the most similar centre. A centre becomes the mean of its group, weighted by load, with hidden
+    units in the centre's order (Li et al. 2024). Routers' rows are averaged too.
+
+    scores: the loads.
     """
     check_number(model.config, number, model.config.num_experts, "--merge-experts")
     state = model.state_dict()
@@ -223,7 +226,7 @@ def merge(
 
 
 def _mean(tensor_E: Tensor, group: list[int], score_E: Tensor) -> Tensor:
-    """Return the mean over a group, by score; over experts that nothing chose, the centre's."""
+    """Return the mean over a group, weighted by score; that of the centre if all are zero."""
     weight_G = score_E[group].to(tensor_E)
     if not weight_G.sum() > 0:
         return tensor_E[group[0]].clone()

@@ -1,4 +1,4 @@
-"""Round weights to codes of 8 or 4 bits, each to the nearest; the quantised state of a model.
+"""Round weights to the nearest codes of 8 or 4 bits; the quantised state of a model.
 
 Shapes: N outputs, K inputs, G groups of H inputs.
 """
@@ -24,11 +24,11 @@ from switchlm.kernels.cpu.quantised import BLOCK, group_size_of, pack_int4
 from switchlm.model.transformer import SwitchTransformer
 
 LARGEST_INT8 = 127
-LEVELS = 15  # of 4 bits, above the lowest
+LEVELS = 15  # the largest code of 4 bits
 
 
 def round_to_nearest(quantisation: Quantisation) -> Quantiser:
-    """Return what quantises one matrix at a time, knowing nothing but its weights."""
+    """Return the function that quantises one matrix, without calibration."""
 
     def quantise(entry: Entry, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
         weight_NK = weight_NK.float()
@@ -49,7 +49,7 @@ def round_to_nearest(quantisation: Quantisation) -> Quantiser:
 def group_size(weight_NK: Tensor, quantisation: Quantisation) -> int:
     """Return how many inputs share a scale in 4 bits."""
     size = group_size_of(weight_NK.shape[1], quantisation.group_size)
-    assert size is not None, "room for codes is refused for such widths"
+    assert size is not None, "such widths are refused before"
     return size
 
 
@@ -62,8 +62,8 @@ def int8_scale(weight_NK: Tensor) -> Tensor:
 def int4_grid(weight_NK: Tensor, size: int) -> Tensor:
     """Return scale and offset of each group, [G, N, 2] bfloat16.
 
-    Codes 0 to 15 stand for (code - 8) * scale + offset, from the least weight of a group to its
-    largest. A group of equal weights has them as its offset, and the scale 1.
+    The codes 0 to 15 mean (code - 8) * scale + offset, from the smallest weight of a group to the
+    largest. A group of equal weights has the scale 1 and that weight as its offset.
     """
     weight_NGH = weight_NK.unflatten(1, (-1, size))
     low_NG, high_NG = weight_NGH.aminmax(dim=2)
@@ -83,14 +83,14 @@ def int4_codes(weight_NK: Tensor, grid_GN2: Tensor) -> Tensor:
 
 
 def pad_grid(grid_GN2: Tensor) -> Tensor:
-    """Return the grid with outputs up to a multiple of the block; the added ones give zeros."""
+    """Return the grid padded with zeros to a multiple of the block in outputs."""
     return torch.nn.functional.pad(grid_GN2, (0, 0, 0, -grid_GN2.shape[1] % BLOCK))
 
 
 class Codes:
-    """Room for the codes and scales of every parameter of a model that is quantised.
+    """The codes and scales of every quantised parameter of a model, zeros at first.
 
-    Raises ConfigError for widths that cannot be cut into groups.
+    Raises ConfigError for widths that cannot be divided into groups.
     """
 
     def __init__(self, model: SwitchTransformer, quantisation: Quantisation) -> None:
@@ -103,7 +103,7 @@ class Codes:
         }
 
     def put(self, entry: Entry, codes: Tensor, scale: Tensor) -> None:
-        """Keep what stands for one matrix."""
+        """Set codes and scale of one matrix."""
         for mine, given in zip(self.get(entry), (codes, scale), strict=True):
             mine.copy_(given)
 
@@ -120,7 +120,7 @@ class Codes:
         return sum(one.nbytes for one in self._tensors.values()) + sum(4 * o.numel() for o in kept)
 
     def model(self, of: SwitchTransformer) -> SwitchTransformer:
-        """Return the quantised model; what is not quantised is that of `of`."""
+        """Return the quantised model; other parameters are shared with `of`."""
         state = {name: tensor.detach() for name, tensor in of.state_dict().items()} | self._tensors
 
         def read(keys: Collection[str]) -> Iterator[tuple[str, Tensor]]:
@@ -133,7 +133,7 @@ class Codes:
 def quantise_all(
     model: SwitchTransformer, quantisation: Quantisation, quantise: Quantiser
 ) -> Codes:
-    """Return the codes of a model, a matrix at a time."""
+    """Return the codes of a model, quantised a matrix at a time."""
     codes = Codes(model, quantisation)
     for entry, weight_NK in weights_of_model(model):
         if quantisation.holds(entry):

@@ -1,7 +1,7 @@
 """A model for another runtime: two programs of PyTorch's or in ONNX, or a plain T5.
 
-A folder with programs has export.json, tokenizer.json and README.md beside them. It appears whole
-or not at all, and replaces nothing but an earlier export.
+A folder with programs has export.json, tokenizer.json and README.md too. It is written atomically,
+and replaces only an earlier export.
 """
 
 import inspect
@@ -37,9 +37,9 @@ class Form:
 
     files: of the encoder and of the decoder step.
     save: writes a traced program to a path, with the names of its inputs and outputs.
-    open: gives a program back, which takes and gives arrays. Its source is part of README.md, so
-        it needs nothing of this package.
-    imports: what that source needs.
+    open: returns a program from and to arrays. Its source is part of README.md, so it imports
+        nothing of this package.
+    imports: the imports of that source.
     packages: what writing needs, of the extra `onnx`.
     """
 
@@ -54,19 +54,19 @@ def save_torch(
     program: ExportedProgram, path: Path, _inputs: Names, _outputs: tuple[str, ...]
 ) -> None:
     """Write a .pt2 file, which PyTorch runs without this package."""
-    take_out(program.state_dict)
+    copy_views(program.state_dict)
     torch.export.save(program, path)
 
 
-def take_out(weights: dict[str, Tensor]) -> None:
-    """Copy what is a part of a larger piece of memory: all of the piece would be saved."""
+def copy_views(weights: dict[str, Tensor]) -> None:
+    """Copy views of larger storages, in place: the full storage would be saved."""
     for name, weight in weights.items():
         if weight.untyped_storage().nbytes() > weight.nbytes:
             weights[name] = nn.Parameter(weight.detach().clone(), requires_grad=False)
 
 
 def torch_program(file: str) -> Program:
-    """Return the program of a .pt2 file, which takes and gives arrays."""
+    """Return the program of a .pt2 file, from and to arrays."""
     program = torch.export.load(file).module()
     return lambda *arrays: [y.numpy() for y in program(*map(torch.from_numpy, arrays))]
 
@@ -74,7 +74,7 @@ def torch_program(file: str) -> Program:
 def save_onnx(
     program: ExportedProgram, path: Path, inputs: Names, outputs: tuple[str, ...]
 ) -> None:
-    """Write a file for onnxruntime and whatever else reads ONNX; weights lie beside, in *.data."""
+    """Write an ONNX file; weights are beside it, in *.data."""
     with _quiet():
         torch.onnx.export(
             program,
@@ -90,7 +90,7 @@ def save_onnx(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what the exporter says about packages that it does not need here."""
+    """Suppress the exporter's messages about packages that it does not need here."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -103,7 +103,7 @@ def _quiet() -> Iterator[None]:
 
 
 def onnx_program(file: str) -> Program:
-    """Return the program of a .onnx file, which takes and gives arrays."""
+    """Return the program of a .onnx file, from and to arrays."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file)
@@ -127,7 +127,7 @@ def write_programs(
     *,
     capacity_factor: float | None = None,
 ) -> None:
-    """Write the two programs of a model; batch, source and places are free (see steps.programs).
+    """Write the two programs of a model (see steps.programs).
 
     to: `torch` or `onnx`.
 
@@ -145,17 +145,17 @@ def write_programs(
             SIGNATURES,
             strict=True,
         ):
-            free: Any = tuple(
-                {place: dims[word] for place, word in shape.items()} for shape in inputs.values()
+            dynamic: Any = tuple(
+                {dim: dims[name] for dim, name in shape.items()} for shape in inputs.values()
             )
             with torch.no_grad():
-                traced = torch.export.export(program, example, dynamic_shapes=free)
+                traced = torch.export.export(program, example, dynamic_shapes=dynamic)
             form.save(traced, partial / file, inputs, outputs)
         _describe(partial, model.config, tokenizer, form, capacity_factor)
 
 
 def open_programs(folder: Path, to: str) -> tuple[Program, Program]:
-    """Return the programs of a folder, which take and give arrays."""
+    """Return the programs of a folder, from and to arrays."""
     form = FORMS[to]
     if to == "onnx":
         _need(("onnxruntime",))
@@ -172,7 +172,7 @@ def _need(packages: tuple[str, ...]) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `folder` once all went well."""
+    """Yield an empty folder that replaces `folder` at the end, unless an exception is raised."""
     folder = folder.absolute()
     taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
     if taken and not (folder / ABOUT).is_file():
@@ -191,7 +191,7 @@ def _describe(
     form: Form,
     capacity_factor: float | None,
 ) -> None:
-    """Write all but the programs."""
+    """Write export.json, the tokenizer and README.md."""
     about = {
         "layers": config.num_decoder_layers,
         "heads": config.num_heads,
@@ -212,7 +212,7 @@ def _describe(
             "and outputs then differ from those of the model. The decoder drops none.\n"
         )
     table = "\n".join(
-        f"| `{file}` | {', '.join(map(_say, inputs.items()))} | {', '.join(outputs)} |"
+        f"| `{file}` | {', '.join(map(_describe_input, inputs.items()))} | {', '.join(outputs)} |"
         for file, (inputs, outputs) in zip(form.files, SIGNATURES, strict=True)
     )
     run = form.open.__name__
@@ -225,7 +225,7 @@ def _describe(
 Dims named `batch`, `source` (the input) and `places` (of the cache) are free. Token ids and
 `position` are int64, `mask` is bool and false at padding, all else is float32. The step takes one
 token per row, padding ({config.pad_id}) first, and gives the logits of the next and the cache with
-this one in it; `places` is the longest output that the cache has room for.
+this one in it; `places` is the longest output that fits the cache.
 {routing}
 ```python
 import json
@@ -250,14 +250,14 @@ print(tokenizer.decode(greedy(encode, step, prompt, about, 64), skip_special_tok
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _say(item: tuple[str, dict[int, str]]) -> str:
+def _describe_input(item: tuple[str, dict[int, str]]) -> str:
     name, dims = item
     free = ", ".join(f"{dim}: {word}" for dim, word in dims.items())
     return f"{name} ({free})" if free else name
 
 
 def _source(function: Callable[..., object]) -> str:
-    """Return the source of a function less its annotations' names, which a script lacks."""
+    """Return the source of a function without its annotations, whose names a script lacks."""
     source = inspect.getsource(function).rstrip()
     return source.replace(": Program", "").replace(" -> Program", "")
 
@@ -272,18 +272,17 @@ def write_t5(
     """
     if model.config.num_experts:
         raise CheckpointError(
-            f"A plain T5 is dense, and this model has {model.config.num_experts} experts a Switch "
-            "layer. Distil it first, `switchlm distill --teacher MODEL --out RUN`, and export the "
-            "student; or keep it sparse with --to onnx or --to torch."
+            f"A plain T5 is dense, and this model has {model.config.num_experts} experts per "
+            "Switch layer. Distil it first, `switchlm distill --teacher MODEL --out RUN`, and "
+            "export the student; or keep it sparse with --to onnx or --to torch."
         )
     load.save(model, tokenizer, folder, report=report)
 
 
 def t5_tokens(folder: Path, text: str, max_new_tokens: int) -> list[int]:
-    """Return the tokens that transformers generates from the folder by itself, greedily.
+    """Return the tokens that transformers generates greedily, without the end token.
 
-    Everything comes from the folder: the model by AutoModelForSeq2SeqLM, the input by its
-    AutoTokenizer. The end token and what follows are left out.
+    The model is loaded from the folder by AutoModelForSeq2SeqLM, its tokenizer by AutoTokenizer.
     """
     if find_spec("transformers") is None:
         raise MissingExtraError("transformers", "transformers", "Checking a T5 with transformers")

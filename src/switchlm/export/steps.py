@@ -1,8 +1,8 @@
 """The two programs of a model: its encoder, and a step of its decoder. Tensors in, tensors out.
 
-The KV cache is an input and an output of the step, as long as the caller wants outputs to become;
-places from `position` on may hold anything. `greedy` decodes with the two in numpy alone; its
-source is part of the README.md of every exported folder, so it needs nothing of this package.
+The KV cache is an input and an output of the step, of the longest output's length; places from
+`position` on may hold anything. `greedy` decodes with the two and numpy only: its source is part of
+the README.md of every exported folder.
 
 Shapes: B batch, S source, M places of the cache, L decoder layers, H heads, K head width,
 D d_model, V vocabulary.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from switchlm.errors import CheckpointError, ConfigError
-from switchlm.export.static_switch import StaticSwitch, Way, gathered, padded_to, tiled
+from switchlm.export.static_switch import Method, StaticSwitch, gathered, padded_to, tiled
 from switchlm.huggingface.config import family_of
 from switchlm.huggingface.names import entries
 from switchlm.model.attention import Attention, KeysValues, KeyValueStore
@@ -26,7 +26,7 @@ from switchlm.model.config import ModelConfig
 from switchlm.model.switch import SwitchFeedForward
 from switchlm.model.transformer import Stack, SwitchTransformer
 
-# Names of the inputs, with the names of their dims that a caller chooses; and of the outputs.
+# Names of the inputs with their dynamic dims, and of the outputs.
 _ROW, _MEMORY, _CACHE = (
     {0: "batch", 1: "source"},
     {1: "batch", 3: "source"},
@@ -49,10 +49,10 @@ SIGNATURES = ((ENCODER_INPUTS, ENCODER_OUTPUTS), (STEP_INPUTS, STEP_OUTPUTS))
 
 
 class Encoder(nn.Module):
-    """tokens_BS (int64) and mask_BS (bool, false at padding) to what the decoder attends to."""
+    """tokens_BS (int64) and mask_BS (bool, false at padding) to the memory of the decoder."""
 
     def __init__(self, model: SwitchTransformer, attentions: Iterable[Attention]) -> None:
-        """attentions: the decoder's cross-attention, of which keys and values are made here."""
+        """attentions: the decoder's cross-attention, whose keys and values are computed here."""
         super().__init__()
         self.model = model
         self.attentions = nn.ModuleList(attentions)
@@ -67,7 +67,7 @@ class Encoder(nn.Module):
 
 
 class DecoderStep(nn.Module):
-    """One token a row, to the logits of the next and the cache with this one in it."""
+    """One token per row to the logits of the next one, and the cache with the token in it."""
 
     def __init__(self, model: SwitchTransformer) -> None:
         super().__init__()
@@ -86,8 +86,9 @@ class DecoderStep(nn.Module):
         """Return logits_BV, keys_LBHMK, values_LBHMK.
 
         token_B1: int64, the padding token at first.
-        position: int64 scalar, how many came before.
-        mask_BS: the encoder's, and so are cross_*.
+        position: int64 scalar, the number of tokens before.
+        mask_BS: of the encoder.
+        cross_keys_LBHSK, cross_values_LBHSK: from the encoder.
         """
         place_M = torch.arange(keys_LBHMK.shape[3], device=token_B1.device)
         here_M1 = (place_M == position)[:, None]
@@ -98,7 +99,7 @@ class DecoderStep(nn.Module):
         memories = list(zip(cross_keys_LBHSK.unbind(0), cross_values_LBHSK.unbind(0), strict=True))
         output = self.model.decode(
             token_B1,
-            cross_keys_LBHSK,  # of which the decoder, given its keys and values, asks the device
+            cross_keys_LBHSK,  # only its device is read: keys and values are in the cache
             input_segments_BS=mask_BS.long(),
             cache=_Cache([*stores], memories, position.view(1), place_M),
         )
@@ -109,7 +110,7 @@ class DecoderStep(nn.Module):
 
 @dataclass
 class _Store:
-    """A layer's keys and values, replaced instead of written to."""
+    """A layer's keys and values, replaced instead of written in place."""
 
     keys_BHMK: Tensor
     values_BHMK: Tensor
@@ -140,11 +141,10 @@ def programs(
 ) -> tuple[Encoder, DecoderStep]:
     """Return the two programs of a model, with static shapes and the model's own weights.
 
-    capacity_factor: of the encoder's experts, which then drop tokens past it; without it nothing is
-        dropped. The decoder never drops.
+    capacity_factor: of the encoder's experts, which drop tokens past it; None is dropless, as the
+        decoder always is.
 
-    Raises ConfigError for layers that have no such form, and CheckpointError for weights that have
-    none.
+    Raises ConfigError for layers, and CheckpointError for weights, that cannot be exported.
     """
     config = model.config
     if config.num_experts and (config.attention_experts or config.router.selection != "token"):
@@ -163,19 +163,19 @@ def programs(
         )
     if capacity_factor is not None and not capacity_factor >= 0.01:
         raise ConfigError(f"A capacity factor is at least 0.01, got {capacity_factor}.")
-    encoder_way = tiled if capacity_factor is None else padded_to(capacity_factor)
+    encoder_method = tiled if capacity_factor is None else padded_to(capacity_factor)
     first, second = _copy(model), _copy(model)
     attentions = [block.cross_attention for block in first.decoder.layers]
-    # Each program keeps no more than it needs.
+    # Each program keeps only what it needs.
     del first.decoder, first.head, second.encoder
-    _replace(first.encoder, encoder_way)
+    _replace(first.encoder, encoder_method)
     _replace(second.decoder, gathered)
     encoder = Encoder(first, [attention for attention in attentions if attention is not None])
     return encoder.eval(), DecoderStep(second).eval()
 
 
 def _copy(model: SwitchTransformer) -> SwitchTransformer:
-    """Return another model in float32, to be taken apart; it shares what is float32 already."""
+    """Return a copy of the model in float32 that shares weights that are float32 already."""
     shared = {
         id(parameter): nn.Parameter(parameter.data, requires_grad=False)
         for parameter in model.parameters()
@@ -184,14 +184,14 @@ def _copy(model: SwitchTransformer) -> SwitchTransformer:
     return copy.deepcopy(model, shared).float().requires_grad_(False)
 
 
-def _replace(stack: Stack, way: Way) -> None:
+def _replace(stack: Stack, method: Method) -> None:
     for block in stack.layers:
         if isinstance(block.feedforward, SwitchFeedForward):
-            block.feedforward = StaticSwitch(block.feedforward, way)  # type: ignore[assignment]
+            block.feedforward = StaticSwitch(block.feedforward, method)  # type: ignore[assignment]
 
 
 def examples(config: ModelConfig) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return inputs of the two programs; no two dims that a caller chooses are equal."""
+    """Return inputs of the two programs; all dynamic dims differ."""
     batch, source, places = 2, 37, 11
     mask_BS = torch.ones(batch, source, dtype=torch.bool)
     layers, heads, width = config.num_decoder_layers, config.num_heads, config.d_kv

@@ -1,1 +1,1 @@
-"""What costs time: grouped products, permutations, attention, norms. Tensors in, tensors out."""
+"""Kernels: grouped matmul, permutation, attention, norms. Tensors in, tensors out."""

@@ -1,10 +1,9 @@
-"""Choose between two ways to compute the same by trying both, once for each shape.
+"""Autotuning: time two implementations of the same function once per shape, and keep the faster.
 
-Which is faster depends on the GPU, the shapes and the versions, and no table written elsewhere
-knows all of them. So the first call of a shape computes with both, compares the results, times
-them, and the process remembers. The candidate is taken if it agrees and is clearly faster; a
-candidate that fails is not taken, and the reason says why. The first call waits for the device,
-later ones do not.
+Which one is faster depends on the GPU, the shapes and the versions. So the first call with a shape
+computes with both, compares the results, times them and caches the choice for this process. The
+candidate is taken if it agrees and is clearly faster; if it fails, it is not taken, and the reason
+says why. The first call waits for the device, later ones do not.
 """
 
 import time
@@ -15,15 +14,15 @@ import torch
 from torch import Tensor
 
 REPEATS = 5
-CLEARLY_FASTER = 0.97  # of the time; below noise nothing is gained
-TOLERANCE = 2e-2  # of the norm: bfloat16 and TF32 round so, a wrong kernel is off by more
+CLEARLY_FASTER = 0.97  # of the default's time; smaller gains are noise
+TOLERANCE = 2e-2  # of the norm: rounding of bfloat16 and TF32 is below, a wrong kernel above
 
 Function = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The name of what is taken, and the reason in one sentence."""
+    """The name of the implementation that is used, and the reason in one sentence."""
 
     name: str
     reason: str
@@ -32,18 +31,13 @@ class Choice:
 _choices: dict[Hashable, Choice] = {}
 
 
-def remembered(key: Hashable) -> Choice | None:
-    """Return what was chosen for this key, None if it was not tried yet."""
+def cached_choice(key: Hashable) -> Choice | None:
+    """Return the choice for this key, None if it was not timed yet."""
     return _choices.get(key)
 
 
-def choices() -> list[Choice]:
-    """Return all that was chosen so far."""
-    return list(_choices.values())
-
-
-def forget() -> None:
-    """Try anew."""
+def clear_choices() -> None:
+    """Forget all choices."""
     _choices.clear()
 
 
@@ -53,28 +47,28 @@ def autotune(
     default: tuple[str, Function],
     tensors: Sequence[Tensor],
 ) -> Choice:
-    """Try both on `tensors`, with gradients if they are wanted now, and remember the choice."""
-    (ours, candidate_way), (theirs, default_way) = candidate, default
-    expected = _run(default_way, tensors)
+    """Time both on `tensors`, with gradients if they are enabled, and cache the choice."""
+    (ours, run_candidate), (theirs, run_default) = candidate, default
+    expected = _run(run_default, tensors)
     taken = theirs
     try:
-        error = _error(_run(candidate_way, tensors, expected[0]), expected)
+        error = _error(_run(run_candidate, tensors, expected[0]), expected)
         del expected
         if error <= TOLERANCE:
-            fast, slow = _best_seconds((candidate_way, default_way), tensors)
+            fast, slow = _best_seconds((run_candidate, run_default), tensors)
             taken = ours if fast < CLEARLY_FASTER * slow else theirs
             reason = f"timed here: {ours} {fast * 1e3:.3g} ms, {theirs} {slow * 1e3:.3g} ms"
         else:
             reason = f"{ours} is off by {error:.1%} here"
     except _failures() as failure:
-        said = str(failure).strip().splitlines() or [""]
-        reason = f"{ours} failed here: {type(failure).__name__}: {said[0]}"
+        lines = str(failure).strip().splitlines() or [""]
+        reason = f"{ours} failed here: {type(failure).__name__}: {lines[0]}"
     _choices[key] = choice = Choice(taken, reason)
     return choice
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """Return what a kernel that does not suit this device raises; to run out of memory too."""
+    """Return the exceptions of a kernel that does not suit this device, or runs out of memory."""
     try:
         from triton.errors import TritonError
     except ImportError:
@@ -85,9 +79,9 @@ def _failures() -> tuple[type[Exception], ...]:
 def _run(
     function: Function, tensors: Sequence[Tensor], gradient: Tensor | None = None
 ) -> list[Tensor]:
-    """Return the output and the gradients, stacks of weights summed over their last dim.
+    """Return the output and the gradients, those of stacked weights summed over their last dim.
 
-    gradient: of the output; the output itself if there is none.
+    gradient: of the output; None takes the output itself.
     """
     learning = torch.is_grad_enabled()
     leaves = [t.detach().requires_grad_(learning and t.requires_grad) for t in tensors]
@@ -109,7 +103,7 @@ def _error(actual: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def _best_seconds(functions: Sequence[Function], tensors: Sequence[Tensor]) -> list[float]:
-    """Return the least time of each function, taking turns."""
+    """Return the shortest time of each function, run alternately."""
     device = tensors[0].device
     best = [float("inf")] * len(functions)
     for _ in range(REPEATS):

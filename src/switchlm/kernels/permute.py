@@ -1,4 +1,4 @@
-"""Bring tokens into the order of their experts, and back.
+"""Permute tokens into the order of their experts, and back.
 
 Both directions gather, forwards and backwards, by the permutation or its inverse: nothing scatters,
 so the result never depends on the order of threads.
@@ -80,7 +80,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Weighted rows back in the order of tokens, one pass over them each way."""
+    """Weighted rows in the order of tokens again, one pass over them each way."""
 
     @staticmethod
     def forward(
@@ -126,8 +126,7 @@ def gather_rows(x_ND: Tensor, order: ExpertOrder, per_token: int) -> Tensor:
 def combine_rows(y_RD: Tensor, weight_A: Tensor, order: ExpertOrder, per_token: int) -> Tensor:
     """Return y_ND: the sum of a token's rows, each times its weight.
 
-    weight_A is zero for dropped assignments; what their rows hold does not matter as long as it is
-    finite.
+    weight_A: zero for dropped assignments, whose rows may hold any finite numbers.
     """
     if not torch.is_grad_enabled():
         return _combined(y_RD, weight_A, order, per_token)

@@ -1,7 +1,6 @@
-"""The obviously right grouped product and feed-forward network, and the activations of experts.
+"""The reference grouped matmul and feed-forward network, and the activations of experts.
 
-One matrix product per expert, in a loop: every fast kernel is tested against it, gradients too.
-`activate` works in place, or into memory that is there already.
+One matmul per expert, in a loop: every fast kernel is tested against it, gradients too.
 
 Shapes: R rows, D in, F out, E experts.
 """
@@ -59,7 +58,7 @@ def feed_forward(
 def activate(inner: Tensor, activation: Activation, workspace: Tensor | None = None) -> Tensor:
     """Return the activated rows: ReLU in place, GELU (tanh, T5 v1.1) in `workspace`, or new.
 
-    ReLU may forget its input: its gradient reads the same from its output.
+    ReLU may overwrite its input: its gradient can be computed from its output.
     """
     if activation == "relu":
         return inner.clamp_min_(0)

@@ -1,8 +1,8 @@
-"""Every kernel, by what it computes: whether it takes given tensors, and why not.
+"""Every kernel, by operation: whether it takes given tensors, and if not, why.
 
-The kernels of an operation stand in order; the first without a misfit is taken, and the last, the
-plain one, takes everything. Routers have theirs in model/router.py, and kernels of whole Switch
-layers are chosen in select.py, where a trial has a say.
+The kernels of an operation are in order of preference; the first without a misfit runs, and the
+last, the plain one, takes all tensors. The plain router is model/router.py. Kernels of whole Switch
+layers are chosen in select.py, where autotuning may decide.
 
 Shapes: R rows, K inputs, N outputs or tokens, E experts, D and F the sides of a weight, V
 vocabulary, B batch, H heads, Q queries, M keys.
@@ -30,11 +30,11 @@ from switchlm.kernels.gpu import torch_grouped
 
 @dataclass(frozen=True)
 class Kernel:
-    """One way to compute something.
+    """One implementation of an operation.
 
-    name: what choices and figures call it.
-    misfit: called with the tensors, says why the kernel does not take them, None if it does.
-    run: computes; called with the tensors and whatever else the operation needs.
+    name: its name in choices and results.
+    misfit: called with the tensors, returns why the kernel does not take them, None if it does.
+    run: called with the tensors and whatever else the operation needs, computes.
     good_for: when it is taken, in a sentence, for `select.explain`.
     """
 
@@ -55,7 +55,7 @@ def fitting(kernels: Sequence[Kernel], *tensors: Tensor | None) -> Kernel | None
 def run(kernels: Sequence[Kernel], *tensors: Tensor | None, **others: Any) -> Tensor:
     """Compute with the first kernel that takes these tensors; the last one takes all.
 
-    others: what the operation needs beside tensors, the same for every kernel.
+    others: arguments that the choice does not depend on.
     """
     kernel = fitting(kernels, *tensors)
     assert kernel is not None
@@ -63,14 +63,9 @@ def run(kernels: Sequence[Kernel], *tensors: Tensor | None, **others: Any) -> Te
     return y
 
 
-def anything(*tensors: Tensor | None) -> None:
-    """Plain kernels take all tensors."""
+def takes_all(*tensors: Tensor | None) -> None:
+    """The misfit of plain kernels, which take all tensors."""
     return None
-
-
-def _small_linear(x: Tensor, weight_NK: Tensor) -> Tensor:
-    y_RN = small_batch.linear(x.reshape(-1, x.shape[-1]), weight_NK)
-    return y_RN.view(*x.shape[:-1], -1)
 
 
 def _traced_misfit(x_RD: Tensor, weight_EDF: Tensor) -> str | None:
@@ -81,7 +76,7 @@ def _traced_misfit(x_RD: Tensor, weight_EDF: Tensor) -> str | None:
 def _gpu_misfit(x_RD: Tensor, weight_EDF: Tensor) -> str | None:
     if not x_RD.is_cuda:
         return "not on a GPU"
-    # A loop over experts, which PyTorch takes for other dtypes, cannot be traced.
+    # PyTorch loops over experts in other dtypes, which cannot be traced.
     if x_RD.dtype != torch.bfloat16 and _traced_misfit(x_RD, weight_EDF) is None:
         return f"traced, and {x_RD.dtype} is no bfloat16"
     return torch_grouped.misfit(x_RD, weight_EDF)
@@ -91,11 +86,7 @@ def _memory_misfit(x_RD: Tensor, weight_EDF: Tensor) -> str | None:
     return None if x_RD.is_cpu else "not in main memory"
 
 
-def _few_misfit(x_RD: Tensor, weight_EDF: Tensor) -> str | None:
-    return _memory_misfit(x_RD, weight_EDF) or small_batch.misfit(x_RD, weight_EDF)
-
-
-def _plain_attention(
+def _torch_attention(
     query_BHQK: Tensor,
     key_BHMK: Tensor,
     value_BHMK: Tensor,
@@ -104,7 +95,7 @@ def _plain_attention(
 ) -> Tensor:
     dtype = query_BHQK.dtype
     if bias is not None:
-        if dtype == torch.float16:  # where a mask's lowest number would be infinite, and rows NaN
+        if dtype == torch.float16:  # the mask's -3e38 would be infinite, and rows NaN
             bias = bias.clamp(min=torch.finfo(dtype).min)
         bias = bias.to(dtype)
     y_BHQK = nn.functional.scaled_dot_product_attention(
@@ -122,10 +113,10 @@ def _torch_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 
 LINEAR = (
-    Kernel("few_rows", small_batch.misfit, _small_linear),
+    Kernel("small_batch", small_batch.misfit, small_batch.linear),
     Kernel("upcast", small_matmul.upcast_misfit, small_matmul.upcast_linear),
     Kernel("small", small_matmul.misfit, small_matmul.linear),
-    Kernel("torch", anything, nn.functional.linear),
+    Kernel("torch", takes_all, nn.functional.linear),
 )
 GROUPED_MATMUL = (
     Kernel(
@@ -141,8 +132,8 @@ GROUPED_MATMUL = (
         "traced: the counts have no values yet, so one opaque operator",
     ),
     Kernel(
-        "few_rows",
-        _few_misfit,
+        "small_batch",
+        small_batch.misfit,
         small_batch.grouped_matmul,
         "few rows: as fast as their experts' weights can be read",
     ),
@@ -150,11 +141,11 @@ GROUPED_MATMUL = (
         "cpu",
         _memory_misfit,
         grouped.grouped_matmul,
-        "main memory: one product per expert, results written once",
+        "main memory: one matmul per expert, results written once",
     ),
     Kernel(
         "reference",
-        anything,
+        takes_all,
         reference.grouped_matmul,
         "no faster kernel for these dtypes and widths there",
     ),
@@ -162,15 +153,15 @@ GROUPED_MATMUL = (
 ATTENTION = (
     Kernel("decode", attention.decode_misfit, attention.decode_attention),
     Kernel("native", attention.misfit, attention.attention),
-    Kernel("torch", anything, _plain_attention),
+    Kernel("torch", takes_all, _torch_attention),
 )
 RMS_NORM = (
-    Kernel("few_rows", norm.few_rows_misfit, small_batch.rms_norm),
+    Kernel("small_batch", norm.small_batch_misfit, norm.rms_norm),
     Kernel("native", norm.misfit, norm.rms_norm),
-    Kernel("torch", anything, _torch_rms_norm),
+    Kernel("torch", takes_all, _torch_rms_norm),
 )
 CROSS_ENTROPY = (
     Kernel("native", cross_entropy.misfit, cross_entropy.token_losses),
-    Kernel("torch", anything, _torch_cross_entropy),
+    Kernel("torch", takes_all, _torch_cross_entropy),
 )
 ROUTE = (Kernel("native", router.misfit, router.route),)

@@ -1,4 +1,4 @@
-"""Which kernel multiplies, and why.
+"""The operations of a model, each by the fastest kernel for its tensors, and why that one.
 
 Shapes: N tokens, A assignments (of a token to an expert), R = A rows in the order of their experts,
 D in (d_model), F out (d_ff), E experts.
@@ -15,7 +15,7 @@ from switchlm.kernels import autotune
 from switchlm.kernels.autotune import Choice
 from switchlm.kernels.cpu import feedforward as cpu_feedforward
 from switchlm.kernels.cpu import native, small_batch, switch
-from switchlm.kernels.cpu.small_matmul import product_dtype
+from switchlm.kernels.cpu.small_matmul import matmul_dtype
 from switchlm.kernels.gpu import allows_tf32
 from switchlm.kernels.permute import ExpertOrder, combine_rows, gather_rows, sort_by_expert
 from switchlm.kernels.reference import Activation, Map, feed_forward
@@ -29,12 +29,12 @@ from switchlm.kernels.registry import (
     run,
 )
 
-Way = Literal["auto", "separate", "fused"]
-LEAST_ROWS = 1024  # below which launching dominates, as in decoding; not worth a trial
+Implementation = Literal["auto", "separate", "fused"]
+LEAST_ROWS = 1024  # below which launching dominates, as in decoding; not worth autotuning
 
 
 def explain(x_RD: Tensor, weight_EDF: Tensor) -> Choice:
-    """Return the kernel that `grouped_matmul` takes for such tensors, now."""
+    """Return the kernel that `grouped_matmul` takes for such tensors here."""
     kernel = fitting(GROUPED_MATMUL, x_RD, weight_EDF)
     assert kernel is not None
     return Choice(kernel.name, kernel.good_for)
@@ -59,8 +59,8 @@ def attention(
 ) -> Tensor:
     """Return softmax(q k^T + bias) v, [B, Q, H * K], by the fastest kernel.
 
-    bias: [1 or B, 1 or H, Q, M]; none is a bias of zero.
-    dropout: of attention weights; PyTorch's own kernels alone have it.
+    bias: [1 or B, 1 or H, Q, M]; None is a bias of zero.
+    dropout: of attention weights; only PyTorch's own kernels have it.
     """
     if dropout:
         dropped: Tensor = ATTENTION[-1].run(query_BHQK, key_BHMK, value_BHMK, bias, dropout)
@@ -89,11 +89,7 @@ def grouped_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor
 
     Returns y_RF.
     """
-    x_RD, weight_EDF = _autocast(x_RD, weight_EDF)
-    kernel = fitting(GROUPED_MATMUL, x_RD, weight_EDF)
-    assert kernel is not None
-    y_RF: Tensor = kernel.run(x_RD, weight_EDF, counts_E)
-    return y_RF
+    return run(GROUPED_MATMUL, *_autocast(x_RD, weight_EDF), counts_E=counts_E)
 
 
 def expert_feedforward(
@@ -107,8 +103,8 @@ def expert_feedforward(
 ) -> Tensor:
     """Apply to every row its expert: down(act(up(x))), gated: down(act(gate(x)) * up(x)).
 
-    The same as products by `grouped_matmul` with the activation between, and one pass on a CPU.
-    Rows past the counts give zeros.
+    The same as `grouped_matmul` with the activation between, but one kernel on a CPU. Rows past the
+    counts give zeros.
 
     activation: `relu`, or `gelu` (the tanh form, as T5 v1.1).
     dropout: on the intermediate activation.
@@ -119,8 +115,8 @@ def expert_feedforward(
         return cpu_feedforward.expert_feedforward(
             x_RD, counts_E, up_EDF, down_EFD, activation, gate_EDF
         )
-    # What fits the way up fits the way down; another kernel may be better there.
-    multiply = small_batch.grouped_matmul if kernel == "few_rows" else grouped_matmul
+    # `small_batch` takes `down` wherever it takes `up`; other kernels are chosen for each.
+    multiply = small_batch.grouped_matmul if kernel == "small_batch" else grouped_matmul
 
     def by(weight_EDF: Tensor) -> Map:
         return lambda rows: multiply(rows, weight_EDF, counts_E)
@@ -136,18 +132,18 @@ def explain_switch(
     d_ff: int,
     activation: Activation = "relu",
     gated: bool = False,
-    way: Way = "auto",
+    implementation: Implementation = "auto",
 ) -> Choice:
-    """Return how `switch_feedforward` computes such a layer, now.
+    """Return how `switch_feedforward` computes such a layer here.
 
-    `separate`: rows are gathered, multiplied by `explain`'s kernel, and combined. `native`: all in
-    one call in C, on a CPU. `triton`: all in fused kernels (the extra `triton`, or PyTorch's own on
-    a GPU). `trial`: not known yet, the next call tries both (see autotune.py).
+    `separate`: rows are gathered, multiplied by `explain`'s kernel, and combined. `native`: fused,
+    in C, on a CPU. `triton`: fused kernels in Triton (the extra `triton`, or PyTorch's own on a
+    GPU). `autotune`: not known yet, the next call times both (see autotune.py).
 
-    way: `separate` always; `fused` wherever a fused kernel takes the layer, without a trial.
+    implementation: `separate` always; `fused` wherever a fused kernel takes the layer, untimed.
     """
-    if way == "separate":
-        return Choice("separate", "as kernels.switch says")
+    if implementation == "separate":
+        return Choice("separate", "kernels.switch is `separate`")
     if x_ND.is_cpu:
         misfit = switch.misfit(x_ND, num_assignments, d_ff, activation, gated)
     else:
@@ -155,27 +151,27 @@ def explain_switch(
     if misfit is not None:
         return Choice("separate", f"no fused kernel on {x_ND.device}: {misfit}")
     if x_ND.is_cpu:
-        return Choice("native", "small experts on a CPU: one call for the whole layer")
-    if way == "fused":
-        return Choice("triton", "as kernels.switch says")
+        return Choice("native", "small experts on a CPU: one kernel for the whole layer")
+    if implementation == "fused":
+        return Choice("triton", "kernels.switch is `fused`")
     key = _shape_class(x_ND, num_assignments, (num_experts, d_ff, activation, gated))
-    known = autotune.remembered(key)
+    known = autotune.cached_choice(key)
     if known is None and torch.cuda.is_current_stream_capturing():
-        return Choice("separate", "a graph is being captured, which is no time for a trial")
-    return known or Choice("trial", "not tried yet with such shapes: the next call times both ways")
+        return Choice("separate", "a graph is being captured, during which nothing can be timed")
+    return known or Choice("autotune", "such shapes were not timed yet: the next call times both")
 
 
 def _triton_misfit(x_ND: Tensor, num_assignments: int) -> str | None:
-    """Return why such a layer does not go by Triton's kernels, None if it may."""
+    """Return why Triton's kernels do not take such a layer, None if they do."""
     if x_ND.device.type != "cuda":
-        return "there are none for such devices"
+        return "there are none for this device"
     if torch.compiler.is_compiling() or type(x_ND) is not Tensor:
-        return "traced: fused kernels are chosen by a trial"
-    dtype = product_dtype(x_ND)
+        return "traced: fused kernels need autotuning"
+    dtype = matmul_dtype(x_ND)
     if dtype not in (torch.bfloat16, torch.float32):
         return f"they take bfloat16 and float32, not {dtype}"
     if dtype == torch.float32 and not allows_tf32():
-        return "float32 without TF32 has no use of tensor cores"
+        return "float32 without TF32 does not use tensor cores"
     if num_assignments < LEAST_ROWS:
         return f"{num_assignments} rows are too few for them to pay"
     if find_spec("triton") is None:
@@ -191,19 +187,19 @@ def switch_feedforward(
     down_EFD: Tensor,
     activation: Activation = "relu",
     gate_EDF: Tensor | None = None,
-    way: Way = "auto",
+    implementation: Implementation = "auto",
 ) -> Tensor:
     """Return y_ND: the sum over a token's assignments of weight times expert.
 
     The same as gathering rows, `expert_feedforward` and combining them.
 
-    weight_A: float32, zero where dropped; assignments stand in token order, as many per token.
-    way: see `explain_switch`.
+    weight_A: float32, zero where dropped; in token order, the same number for each token.
+    implementation: see `explain_switch`.
     """
     x_ND, up_EDF, down_EFD, gate_EDF = _autocast(x_ND, up_EDF, down_EFD, gate_EDF)
     num_experts, _, d_ff = up_EDF.shape
     shape = (num_experts, d_ff, activation, gate_EDF is not None)
-    choice = explain_switch(x_ND, weight_A.shape[0], *shape, way)
+    choice = explain_switch(x_ND, weight_A.shape[0], *shape, implementation)
 
     def bound(name: str) -> Callable[..., Tensor]:
         return lambda x, weight, up, down, gate=None: SWITCHES[name](
@@ -211,10 +207,10 @@ def switch_feedforward(
         )
 
     tensors = [x_ND, weight_A, up_EDF, down_EFD] + ([] if gate_EDF is None else [gate_EDF])
-    if choice.name == "trial":
+    if choice.name == "autotune":
         key = _shape_class(x_ND, weight_A.shape[0], shape)
-        ways = (("triton", bound("triton")), ("separate", bound("separate")))
-        choice = autotune.autotune(key, *ways, tensors)
+        both = (("triton", bound("triton")), ("separate", bound("separate")))
+        choice = autotune.autotune(key, *both, tensors)
     return bound(choice.name)(*tensors)
 
 
@@ -225,29 +221,29 @@ def choose_switch(
     d_ff: int,
     activation: Activation = "relu",
     gated: bool = False,
-    way: Way = "auto",
+    implementation: Implementation = "auto",
 ) -> Choice:
-    """Return how a layer is computed as `explain_switch` does, after a trial if one is due.
+    """Return how a layer is computed, as `explain_switch` does, but autotune if that is due.
 
-    The trial is of random weights and even loads, so that it needs no model.
+    Timed with random weights and even loads, so no model is needed.
 
-    x_ND: what the layer is to be tried on; its numbers do not matter.
+    x_ND: the input to time with; its values do not matter.
     """
     num_tokens, d_model = x_ND.shape
-    about = (num_tokens * experts_per_token, num_experts, d_ff, activation, gated, way)
+    about = (num_tokens * experts_per_token, num_experts, d_ff, activation, gated, implementation)
     choice = explain_switch(x_ND, *about)
-    if choice.name != "trial":
+    if choice.name != "autotune":
         return choice
 
-    def drawn(*shape: int) -> Tensor:
+    def random(*shape: int) -> Tensor:
         matrix = torch.randn(shape, dtype=x_ND.dtype, device=x_ND.device)
         return matrix.div_(shape[-2] ** 0.5).requires_grad_()
 
     expert_A = torch.arange(about[0], device=x_ND.device) % num_experts
     order = sort_by_expert(expert_A, torch.ones_like(expert_A, dtype=torch.bool), num_experts)
     weight_A = torch.rand(about[0], device=x_ND.device).requires_grad_()
-    up_EDF, down_EFD = drawn(num_experts, d_model, d_ff), drawn(num_experts, d_ff, d_model)
-    gate_EDF = drawn(num_experts, d_model, d_ff) if gated else None
+    up_EDF, down_EFD = random(num_experts, d_model, d_ff), random(num_experts, d_ff, d_model)
+    gate_EDF = random(num_experts, d_model, d_ff) if gated else None
     switch_feedforward(x_ND, weight_A, order, up_EDF, down_EFD, activation, gate_EDF)
     return explain_switch(x_ND, *about)
 
@@ -277,8 +273,8 @@ def _native(
     gate_EDF: Tensor | None,
 ) -> Tensor:
     readable = native.misfit(weight_A, up_EDF, down_EFD) is None
-    way = switch.switch_feedforward if readable else _separate
-    return way(x_ND, weight_A, order, up_EDF, down_EFD, activation, gate_EDF)
+    compute = switch.switch_feedforward if readable else _separate
+    return compute(x_ND, weight_A, order, up_EDF, down_EFD, activation, gate_EDF)
 
 
 def _triton(*arguments: object) -> Tensor:
@@ -295,10 +291,10 @@ SWITCHES: dict[str, Callable[..., Tensor]] = {
 
 
 def _shape_class(x_ND: Tensor, num_assignments: int, shape: tuple[Hashable, ...]) -> Hashable:
-    """Return what a trial's result holds for: sizes as they are, numbers of rows to a factor 2."""
+    """Return the key of a timed choice: sizes as they are, the number of rows to a factor of 2."""
     num_tokens, d_model = x_ND.shape
     rows = num_assignments.bit_length(), num_assignments // num_tokens
-    return x_ND.device, product_dtype(x_ND), d_model, *shape, rows, torch.is_grad_enabled()
+    return x_ND.device, matmul_dtype(x_ND), d_model, *shape, rows, torch.is_grad_enabled()
 
 
 def _autocast(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
@@ -306,4 +302,4 @@ def _autocast(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
     tensors = (x, *weights)
     if not torch.is_autocast_enabled(x.device.type):
         return tensors
-    return tuple(None if t is None else t.to(product_dtype(t)) for t in tensors)
+    return tuple(None if t is None else t.to(matmul_dtype(t)) for t in tensors)

@@ -20,10 +20,10 @@ Memory = Tensor | KeysValues
 
 
 class KeyValueStore(Protocol):
-    """Where decoding keeps a layer's keys and values, [B, H, M, K]."""
+    """The KV cache of a layer, [B, H, M, K]."""
 
     def update(self, key_BHQK: Tensor, value_BHQK: Tensor) -> KeysValues:
-        """Add the new ones and return all, new ones included."""
+        """Append new keys and values and return all."""
         ...
 
 
@@ -41,7 +41,7 @@ class RelativeBias(nn.Module):
         self.bidirectional = bidirectional
 
     def forward(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        """Return the bias [1 or B, H, Q, M], H of the heads here, for int64 positions.
+        """Return the bias [1 or B, H, Q, M] of this process's heads, for int64 positions.
 
         query_positions: [Q] or [B, Q].
         key_positions: [M].
@@ -67,10 +67,10 @@ class RelativeBias(nn.Module):
 
 
 def segment_mask(query_segments_BQ: Tensor, key_segments_BM: Tensor) -> Tensor:
-    """Return bool [B, 1, Q, M]: who may attend to whom.
+    """Return bool [B, 1, Q, M], true where a query may attend to a key.
 
-    Real tokens see the real tokens of their own segment. Padding (segment 0) sees every real token,
-    as in implementations that mask keys only; what it computes is never used.
+    Real tokens attend to the real tokens of their segment. Padding (segment 0) attends to every
+    real token, as in implementations that mask keys only; its outputs are never used.
     """
     query, key = query_segments_BQ[:, None, :, None], key_segments_BM[:, None, None, :]
     return ((query == key) | (query == 0)) & (key != 0)
@@ -79,8 +79,8 @@ def segment_mask(query_segments_BQ: Tensor, key_segments_BM: Tensor) -> Tensor:
 def masked(bias: Tensor, allowed: Tensor | None) -> Tensor:
     """Return the bias with a very low number where attention is not allowed.
 
-    The number is finite in float32 and in bfloat16, so that a query that may attend to nothing
-    takes the mean of all values instead of NaN.
+    The number is finite in float32 and bfloat16, so that a query that may attend to nothing gives
+    the mean of all values instead of NaN.
     """
     if allowed is None:
         return bias
@@ -88,7 +88,7 @@ def masked(bias: Tensor, allowed: Tensor | None) -> Tensor:
 
 
 def heads(x_BQW: Tensor, d_kv: int) -> Tensor:
-    """Return x_BHQK: as many heads as are here."""
+    """Return x_BHQK, with the heads of this process."""
     return x_BQW.unflatten(2, (-1, d_kv)).transpose(1, 2)
 
 
@@ -106,7 +106,7 @@ class Attention(nn.Module):
         self.dropout = dropout
 
     def keys_values(self, memory_BMD: Tensor) -> KeysValues:
-        """Return key_BHMK and value_BHMK of what is attended to."""
+        """Return key_BHMK and value_BHMK of the memory."""
         return heads(self.key(memory_BMD), self.d_kv), heads(self.value(memory_BMD), self.d_kv)
 
     def forward(
@@ -121,8 +121,8 @@ class Attention(nn.Module):
         """Return (y_BQD, ()).
 
         bias: [1 or B, 1 or H, Q, M], added to the scores.
-        memory: another sequence, or its keys and values (cross-attention); without it x attends to
-            itself, and to the past in `store`.
+        memory: another sequence, or its keys and values (cross-attention); None is self-attention,
+            to the past in `store` too.
         """
         query_BQW = self.query(x_BQD)
         if memory is None:
@@ -179,7 +179,7 @@ class SwitchAttention(nn.Module):
 def _attend(
     layer: Attention | SwitchAttention, query_BQW: Tensor, memory: KeysValues, bias: Tensor | None
 ) -> Tensor:
-    """Return y_BQD: what the queries find in memory, through the output projection."""
+    """Return y_BQD: attention of the queries to the memory, and the output projection."""
     dropout = layer.dropout if layer.training else 0.0
     query_BHQK = heads(query_BQW, layer.d_kv)
     y_BQD: Tensor = layer.output(attention(query_BHQK, *memory, bias, dropout))

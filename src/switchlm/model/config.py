@@ -11,7 +11,7 @@ from switchlm.errors import ConfigError
 from switchlm.model.semantics import SEMANTICS, Mode, Semantics
 
 Activation = Literal["relu", "gelu"]
-LARGEST = 2**31  # no dimension of a real model comes near; stops absurd allocations early
+LARGEST = 2**31  # limit of every dimension, against absurd allocations
 
 
 def _require(
@@ -26,26 +26,26 @@ def _require(
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """How tokens are sent to experts.
+    """How tokens are routed to experts.
 
     mode: which implementation's semantics (see semantics.py).
     capacity_factor, evaluation_capacity_factor: capacity = tokens / experts * factor; None is
-        dropless, every token reaches its expert.
+        dropless: no token is dropped.
     expert_capacity: an absolute capacity per group, instead of the factors (`hf` checkpoints: 64).
     min_capacity: the least capacity; None leaves it to the mode.
-    group_rows: so many rows of a batch share capacity and a balance loss; None leaves it to the
-        mode, which splits the rows of one process (`paper`, `t5x`). With a number that divides the
-        rows of every process, routing does not depend on how many processes share the batch.
+    group_rows: the number of rows of a batch that share capacity and a balance loss; None leaves it
+        to the mode, which splits the rows of one process (`paper`, `t5x`). With a number that
+        divides the rows of every process, routing does not depend on the number of processes.
     experts_per_token: 1 as in the paper; more is the MoE of Shazeer et al. 2017, its gates
         renormalised.
     selection: `token` lets tokens choose experts; `expert_choice` lets the encoder's experts choose
-        their tokens (Zhou et al. 2022), the decoder keeps choosing by token since it is causal.
-    exploration: what the router does in training only (appendix C). `jitter` multiplies its input
+        their tokens (Zhou et al. 2022); in the decoder, which is causal, tokens choose.
+    exploration: of the router, in training only (appendix C). `jitter` multiplies its input
         by U(1 - eps, 1 + eps), eps = `exploration_rate`; `input_dropout` drops with that rate;
         `sample` draws the expert from the softmax; `argmax` does nothing.
     exploration_rate: of `jitter` and `input_dropout`.
     reroute_overflow: No-token-left-behind (appendix B): overflow goes to the next best expert.
-    balance: `loss` (equations 4 to 6), `bias` (a selection bias nudged by load, no loss) or `none`.
+    balance: `loss` (equations 4 to 6), `bias` (a selection bias updated by load, no loss), `none`.
     balance_weight, z_weight: coefficients of the balance loss and of the router z-loss.
     bias_rate: how far `bias` moves each expert's bias per step.
     """
@@ -76,7 +76,7 @@ class RouterConfig:
         if self.experts_per_token > 1 and (self.reroute_overflow or self.exploration == "sample"):
             raise ConfigError(
                 "router.reroute_overflow and router.exploration=sample are defined for one expert "
-                f"a token; router.experts_per_token is {self.experts_per_token}."
+                f"per token; router.experts_per_token is {self.experts_per_token}."
             )
         if self.reroute_overflow and self.dropless:
             raise ConfigError("router.reroute_overflow needs a capacity; set a capacity factor.")
@@ -103,16 +103,16 @@ class Initialisation:
     scale: s in std = sqrt(s / fan_in), of attention, FFNs, experts and an untied head; 0.1 is the
         paper's choice, 1.0 what it compares with (Table 3).
     embedding_std: standard deviation of the embedding. T5 draws N(0, 1), with which a tied head
-        starts by repeating the token just read, and which AdamW moves by 1% of its size per step
-        while it overwrites the queries in two. Small models take 0.3.
+        repeats its input token at first, and which AdamW changes by 1% per step while it overwrites
+        the queries in two. 0.3 is good for small models.
     router_std: standard deviation of router weights. T5X draws N(0, 0.02) whatever the width:
         logits of std 0.55 at d_model 768, but of 0.11 at 32, where every gate starts at 1 / E.
-        Small models take 0.5; transformers' own Switch Transformers 1.0.
-    positions: how relative position biases start. `uniform` is T5X's: small random numbers, so that
-        attention starts even over all positions. `local` adds a preference of each head for one
-        small offset, by which attention starts as a convolution (d'Ascoli et al. 2021, ConViT) and
-        does not have to discover neighbours first, a plateau of uncertain length in small models
-        (Gopalani & Hu 2025). See `local_bias` in initialise.py.
+        0.5 is good for small models; transformers' own Switch Transformers use 1.0.
+    positions: initial relative position biases. `uniform` is T5X's: small random numbers, so that
+        attention is even over all positions. `local` adds a preference of each head for one small
+        offset, so that attention is a convolution at first (d'Ascoli et al. 2021, ConViT). Small
+        models otherwise have a plateau until they attend to neighbours (Gopalani & Hu 2025). See
+        `local_bias` in initialise.py.
     """
 
     scale: float = 0.1
@@ -140,20 +140,20 @@ class ModelConfig:
 
     T5 v1.0 is `activation=relu, gated=false, tied_head=true`; v1.1 is `gelu, true, false`.
 
-    vocabulary_size: ids, special tokens and sentinels included; in a run the tokenizer's.
+    vocabulary_size: number of ids, special tokens and sentinels included; in a run the tokenizer's.
     d_model: the width of the residual stream.
     d_ff: the hidden width of FFNs, and of each expert.
-    d_kv, num_heads: the width of a head of attention, and how many there are.
+    d_kv, num_heads: the width of an attention head, and the number of heads.
     num_encoder_layers, num_decoder_layers: blocks of each stack.
     num_experts: 0 is the dense model: the FLOP-matched twin of every sparse one of the same shape.
     sparse_step: every n-th layer is a Switch layer; 1 makes every layer one, 0 none.
-    decoder_sparse_step: the same for the decoder; None takes sparse_step.
-    attention_experts: Switch layers make queries, and keys and values, too (appendix A).
+    decoder_sparse_step: the same for the decoder; None is sparse_step.
+    attention_experts: queries, and keys and values, are Switch layers too (appendix A).
     initialisation: how parameters are drawn before training.
     activation, gated: of FFNs and experts; a gated one is act(gate(x)) * up(x).
     tied_head: whether the output projection is the embedding, scaled.
-    relative_buckets, relative_distance: of relative positions: how many biases per head, and the
-        distance from which all share one.
+    relative_buckets: number of relative position biases per head.
+    relative_distance: the distance from which all positions share a bias.
     norm_epsilon: added to the mean square in RMSNorm.
     dropout, expert_dropout: rates; expert_dropout acts inside experts only (section 2.4).
     pad_id, end_id: the ids of padding, which also begins outputs, and of the end token.

@@ -7,18 +7,18 @@ from switchlm.model.config import ModelConfig
 
 def parameters(config: ModelConfig) -> int:
     """Return the number of parameters, experts included."""
-    return _parameters(config, experts_a_layer=config.num_experts)
+    return _parameters(config, experts_per_layer=config.num_experts)
 
 
 def active_parameters(config: ModelConfig) -> int:
     """Return the parameters that one token uses: one expert per Switch layer (or top-k)."""
-    return _parameters(config, experts_a_layer=config.router.experts_per_token)
+    return _parameters(config, experts_per_layer=config.router.experts_per_token)
 
 
 def flops_per_token(config: ModelConfig, input_length: int, target_length: int) -> float:
     """Return forward FLOPs (2 per multiply-add) per token, over one row of inputs and targets.
 
-    Counts matrix products: projections, attention scores and sums, FFNs, routers and the head.
+    Counts matmuls: projections, attention scores and sums, FFNs, routers and the head.
     Multiply by 3 for forward and backward.
     """
     width = config.num_heads * config.d_kv
@@ -52,8 +52,8 @@ def flops_per_token(config: ModelConfig, input_length: int, target_length: int) 
     return (stack(source, False) + decoder) / (source + target)
 
 
-def _parameters(config: ModelConfig, experts_a_layer: int) -> int:
-    """Count on the meta device, then scale the experts: the model itself is the only source."""
+def _parameters(config: ModelConfig, experts_per_layer: int) -> int:
+    """Count the parameters of the model itself, on the meta device, and scale the experts."""
     from switchlm.model.transformer import SwitchTransformer
 
     with torch.device("meta"):
@@ -62,6 +62,6 @@ def _parameters(config: ModelConfig, experts_a_layer: int) -> int:
     for name, parameter in model.named_parameters():
         size = parameter.numel()
         if ".experts." in name:
-            size = size // parameter.shape[0] * experts_a_layer
+            size = size // parameter.shape[0] * experts_per_layer
         total += size
     return total

@@ -1,4 +1,4 @@
-"""Bring tokens to their experts and back: the seam where expert parallelism comes in.
+"""Dispatch of tokens to their experts, and combine; expert parallelism replaces the dispatcher.
 
 Shapes: N tokens, D width, A assignments, R rows in the order of their experts, E experts.
 """
@@ -15,21 +15,21 @@ from switchlm.model.routing import Routing
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokens in the order of the experts that are here; rows past the counts were dropped.
+    """Tokens in the order of this process's experts; rows past the counts were dropped.
 
     x_RD: activations.
-    counts_E: int64, rows of every expert here.
-    way_back: what the dispatcher needs to bring them back.
+    counts_E: int64, rows of every expert of this process.
+    state: what the dispatcher needs to combine.
     """
 
     x_RD: Tensor
     counts_E: Tensor
-    way_back: Any
+    state: Any
 
 
 @dataclass(frozen=True)
 class Assignments:
-    """Where tokens that still stand in their own order belong, and what their outputs weigh.
+    """The assignments of tokens that are not permuted yet.
 
     order: of the assignments by expert.
     weight_A: float32, the gate; zero where dropped.
@@ -40,7 +40,7 @@ class Assignments:
 
 
 class Dispatcher(Protocol):
-    """Carries tokens to experts, wherever those live, and their outputs back."""
+    """Sends tokens to their experts, in whatever process, and returns their outputs."""
 
     def dispatch(self, x_ND: Tensor, routing: Routing) -> Rows: ...
 
@@ -48,12 +48,12 @@ class Dispatcher(Protocol):
 
 
 def per_token(routing: Routing, num_tokens: int) -> int:
-    """Return K, the assignments of a token, where they stand in token order."""
+    """Return K, the assignments per token, which are in token order."""
     return max(routing.expert_A.numel() // max(num_tokens, 1), 1)
 
 
 class LocalDispatcher:
-    """All experts are here: a permutation."""
+    """A permutation: all experts are in this process."""
 
     def dispatch(self, x_ND: Tensor, routing: Routing) -> Rows:
         """Return every assignment's token, sorted by expert."""
@@ -66,7 +66,7 @@ class LocalDispatcher:
 
     def combine(self, y_RD: Tensor, rows: Rows, routing: Routing, num_tokens: int) -> Tensor:
         """Return y_ND: gate times output, summed over a token's experts; zero where dropped."""
-        order: ExpertOrder = rows.way_back
+        order: ExpertOrder = rows.state
         weight_A = torch.where(routing.kept_A, routing.gate_A, 0.0)
         if routing.token_A is None:
             return combine_rows(y_RD, weight_A, order, per_token(routing, num_tokens))

@@ -1,4 +1,4 @@
-"""Experts: stacked weights and grouped products. `compression` installs other implementations.
+"""Experts: stacked weights and grouped matmul. `compression` installs other implementations.
 
 Shapes: R rows in the order of their experts, D d_model, F d_ff, P projection width, E experts.
 """
@@ -9,7 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from switchlm.kernels.select import Way, expert_feedforward, grouped_matmul, switch_feedforward
+from switchlm.kernels.select import (
+    Implementation,
+    expert_feedforward,
+    grouped_matmul,
+    switch_feedforward,
+)
 from switchlm.model.config import Activation
 from switchlm.model.dispatch import Assignments
 from switchlm.model.layers import local
@@ -26,13 +31,13 @@ class Experts(Protocol):
 
 
 class FeedForwardExperts(nn.Module):
-    """One feed-forward network an expert, ReLU or gated (GEGLU), without biases.
+    """One feed-forward network per expert, ReLU or gated (GEGLU), without biases.
 
     dropout: expert dropout, on the intermediate activation (section 2.4).
-    way: by fused kernels or by separate products (`kernels.switch`, set by training).
+    implementation: fused kernels or separate steps (`kernels.switch`, set by training).
     """
 
-    way: Way = "auto"
+    implementation: Implementation = "auto"
 
     def __init__(
         self,
@@ -60,13 +65,13 @@ class FeedForwardExperts(nn.Module):
         weights = (up, down, self.activation, gate)
         if assignments is not None:
             order, weight_A = assignments.order, assignments.weight_A
-            return switch_feedforward(x_RD, weight_A, order, *weights, self.way)
+            return switch_feedforward(x_RD, weight_A, order, *weights, self.implementation)
         dropout = self.dropout if self.training else 0.0
         return expert_feedforward(x_RD, counts_E, *weights, dropout)
 
 
 class ProjectionExperts(nn.Module):
-    """One matrix an expert, for Switch layers inside attention (appendix A)."""
+    """One matrix per expert, for Switch layers inside attention (appendix A)."""
 
     def __init__(self, d_model: int, width: int, num_experts: int) -> None:
         super().__init__()

@@ -1,13 +1,12 @@
 """Initialisation: small, by fan-in, and the same whatever the number of experts (section 2.4).
 
-The kinds of distribution are T5X's: truncated normal for FFNs, experts and an untied head, normal
-for attention with queries scaled down by sqrt(d_kv) (the scores are not scaled), for routers and
-for the embedding, uniform by fan average for relative biases. `model.initialisation` says how wide
-they are, and whether attention starts local.
+The distributions are T5X's: truncated normal for FFNs, experts and an untied head, normal for
+attention with queries scaled down by sqrt(d_kv) (the scores are not scaled), for routers and for
+the embedding, uniform by fan average for relative biases. `model.initialisation` has their scales,
+and whether attention is local at first.
 
-Every parameter, and every expert of a stack, is drawn from a generator of its own, seeded by the
-model's seed and the parameter's name. So any part of a model can be drawn alone, by any process,
-and is the same part of the same model.
+Every parameter, and every expert of a stack, has its own generator, seeded by the model's seed and
+the parameter's name. So any process can draw any part of a model alone, with the same result.
 """
 
 import hashlib
@@ -20,15 +19,15 @@ from switchlm.model.config import Initialisation, ModelConfig
 
 # The standard deviation of a unit normal cut at two standard deviations.
 TRUNCATED_STD = 0.87962566103423978
-LOCAL_SLOPE, LOCAL_REACH = 1.5, 4  # of a local bias: how much it falls per position, and how far
+LOCAL_SLOPE, LOCAL_REACH = 1.5, 4  # of a local bias: decrease per position, and positions
 
 
 class Initialiser:
     """Draws the parameters of a model, each as a pure function of the seed and its name.
 
-    initialisation: how wide the distributions are.
-    d_kv: the width of a head, by whose root queries are smaller.
-    seed: None takes one from torch's generator.
+    initialisation: the scales of the distributions.
+    d_kv: the width of a head, by whose root queries are scaled down.
+    seed: None draws one from torch's generator.
     """
 
     def __init__(
@@ -40,7 +39,7 @@ class Initialiser:
 
     @classmethod
     def of(cls, config: ModelConfig, seed: int | None = None) -> "Initialiser":
-        """Return the one of a model."""
+        """Return the initialiser of a model."""
         return cls(config.initialisation, d_kv=config.d_kv, seed=seed)
 
     @torch.no_grad()
@@ -70,7 +69,7 @@ class Initialiser:
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def _fill(self, weight: Tensor, name: str, generator: torch.Generator) -> Tensor:
-        """Fill a whole parameter, or one expert's [D, F], by the distribution of its kind."""
+        """Fill a parameter, or one expert's [D, F], by the distribution of its kind."""
         how = self.initialisation
         kind = name.removesuffix(".weight").rpartition(".")[2]
         if kind.endswith("norm"):
@@ -95,14 +94,14 @@ class Initialiser:
 
 
 def local_bias(buckets: int, heads: int, *, decoder: bool) -> Tensor:
-    """Return bias [buckets, heads] by which every head starts out preferring one offset.
+    """Return bias [buckets, heads] with which every head prefers one offset at first.
 
     -LOCAL_SLOPE times the distance from that offset, but at most LOCAL_REACH of it. The offsets of
     the heads, key position minus query position, are -1, +1, -2, +2 ... in an encoder and 0, -1,
-    -2 ... in a decoder, and start again where buckets cease to hold a single distance.
+    -2 ... in a decoder, and repeat after the last bucket of a single distance.
 
-    Buckets as `RelativeBias` has them: the past first, and in an encoder the future in the second
-    half. A bucket of several distances counts as its number; it is far from every offset.
+    Buckets are those of `RelativeBias`: the past first, and in an encoder the future in the second
+    half. A bucket of several distances counts as its index; it is far from every offset.
     """
     bucket = torch.arange(buckets)
     head = torch.arange(heads)

@@ -49,7 +49,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """y = x w^T over the last dim, as nn.Linear without bias; in decoding as fast as w is read."""
+    """y = x w^T over the last dim, as nn.Linear without bias, by the fastest kernel."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
@@ -61,8 +61,7 @@ class Linear(nn.Linear):
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a sharded tensor that this process holds; any other tensor as it is.
 
-    The one trace that sharding leaves in the model: a module computes with the part that is here.
-    Sharded tensors (DTensor) know how; gradients go back to where they belong.
+    For sharded parameters (DTensor), which receive the gradients.
     """
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else cast(Tensor, to_local())

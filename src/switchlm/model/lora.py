@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) on attention and on experts, put on from outside.
+"""Low-rank adapters (LoRA, Hu et al. 2021) on attention and on experts, added to a built model.
 
-An adapted weight W acts as W + scale * A B, and only A and B train. Dense projections have one
-pair; stacked experts have a pair each, [E, D, K] and [E, K, F], multiplied by grouped products as
-the experts themselves. B starts at zero: an adapted model starts as the model it was made from.
+An adapted weight is W + scale * A B, and only A and B train. Dense projections have one pair;
+stacked experts have a pair each, [E, D, K] and [E, K, F], by grouped matmul. B is zero at first, so
+an adapted model equals its base model before training.
 
 Shapes: D in, F out, K rank, E experts, R rows in the order of their experts.
 """
@@ -40,8 +40,8 @@ class AdaptedLinear(nn.Module):
         return self.base(x) + self.scale * self.b(self.a(x))
 
     def merged(self) -> dict[str, Tensor]:
-        """Return the weights of the plain module that does the same."""
-        return {"weight": _added(self.base.weight, self.scale, self.b.weight, self.a.weight)}
+        """Return the weights of the plain module that computes the same."""
+        return {"weight": _merge(self.base.weight, self.scale, self.b.weight, self.a.weight)}
 
 
 class Pair(nn.Module):
@@ -85,35 +85,34 @@ class AdaptedExperts(nn.Module):
         )
 
     def _map(self, name: str, counts_E: Tensor) -> Map:
-        """Return what one of the stacked weights and its pair do together."""
+        """Return the map of one of the stacked weights plus its pair."""
         weight, pair = local(getattr(self.base, name)), self.pairs[name]
         return lambda rows: (
             grouped_matmul(rows, weight, counts_E) + self.scale * pair(rows, counts_E)
         )
 
     def merged(self) -> dict[str, Tensor]:
-        """Return the weights of the plain module that does the same."""
+        """Return the weights of the plain module that computes the same."""
         found = {}
         for name, weight in self.base.named_parameters():
             pair = cast(Pair, self.pairs[name])
-            found[name] = _added(weight, self.scale, pair.a, pair.b)
+            found[name] = _merge(weight, self.scale, pair.a, pair.b)
         return found
 
 
 Adapted = AdaptedLinear | AdaptedExperts
 
 
-def _added(weight: Tensor, scale: float, left: Tensor, right: Tensor) -> Tensor:
-    """Return the weight and its scaled low-rank product, added in float32 and rounded once."""
+def _merge(weight: Tensor, scale: float, left: Tensor, right: Tensor) -> Tensor:
+    """Return weight + scale * left @ right, computed in float32 and rounded once."""
     return (weight.float() + scale * (left.float() @ right.float())).to(weight.dtype)
 
 
 def apply(model: SwitchTransformer, rank: int, alpha: float, seed: int = 0) -> None:
-    """Freeze the model and put adapters on its attention projections and experts, in place.
+    """Freeze the model and add adapters to its attention projections and experts, in place.
 
-    rank: K; ConfigError where it is larger than a width, for then a pair has more numbers than its
-        weight needs.
-    alpha: what A B is multiplied with, times the rank.
+    rank: K; ConfigError where it is larger than a width of a weight.
+    alpha: the scale of A B, times the rank.
     seed: of A.
     """
     model.requires_grad_(False)
@@ -140,7 +139,7 @@ def apply(model: SwitchTransformer, rank: int, alpha: float, seed: int = 0) -> N
 
 
 def adapters(model: SwitchTransformer) -> dict[str, Tensor]:
-    """Return the pairs by name, all that an adapted model has learnt: live tensors."""
+    """Return the pairs by name, all trained parameters of an adapted model; not copied."""
     return {
         f"{name}.{inner}": parameter
         for name, part in _adapted(model)
@@ -151,7 +150,7 @@ def adapters(model: SwitchTransformer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def merged(model: SwitchTransformer) -> SwitchTransformer:
-    """Return a plain model that computes the same; what has no adapter is shared, not copied."""
+    """Return a plain model that computes the same; weights without adapter are shared."""
     parts = dict(_adapted(model))
     state = {
         name: tensor

@@ -1,4 +1,4 @@
-"""Losses: cross-entropy over target tokens, and what keeps routers balanced and small.
+"""Losses: cross-entropy over target tokens, balance loss and router z-loss.
 
 Shapes: B batch, T target, V vocabulary, L layers, G groups, E experts.
 """
@@ -15,9 +15,9 @@ from switchlm.model.routing import ModelOutput, Routing
 def cross_entropy(
     logits_BTV: Tensor, targets_BT: Tensor, mask_BT: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the summed negative log likelihood in nats (float32) and how many targets counted.
+    """Return the summed negative log likelihood in nats (float32) and the number of targets.
 
-    mask_BT: bool, true where a target counts; None counts all.
+    mask_BT: bool, true where a target counts; None is all.
     """
     losses_BT = token_losses(logits_BTV, targets_BT)
     if mask_BT is None:
@@ -65,7 +65,7 @@ def routing_losses(output: ModelOutput, config: ModelConfig) -> tuple[Tensor, Te
         z_loss_X = torch.stack([layer.z_loss for layers in stacks for layer in layers])
     over_layers = torch.mean if semantics.balance_over_layers == "mean" else torch.sum
     weight = router.balance_weight if router.balance == "loss" else 0.0
-    # Without a weight, the backward pass is spared.
+    # Without a weight, no backward pass is needed.
     balance_loss = weight * over_layers(balance_X) if weight else zero
     z_loss = router.z_weight * over_layers(z_loss_X) if router.z_weight else zero
     return balance_loss, z_loss

@@ -1,4 +1,4 @@
-"""Named models: those of the paper, as released, and small ones for laptops and tests.
+"""Presets: the models of the paper, as released, and small ones for laptops and tests.
 
 `dense-*` is the FLOP-matched twin of a preset: `dense-base` of every `switch-base-*`, `dense-tiny`
 of `tiny`, and so on.
@@ -12,16 +12,16 @@ from switchlm.model.config import Initialisation, ModelConfig, RouterConfig
 
 BYTES = 384  # 3 special tokens, 256 bytes, 100 sentinels, filled up to a multiple of 128
 
-# What models learn from in minutes, see `Initialisation`; those of the paper keep T5X's values. The
-# logits of a router start with a standard deviation of 3, at 32 dimensions as at 512. At 512 they
-# are hardly tried: Adafactor learns faster there than AdamW, under which most experts died early.
+# With these small models learn in minutes, see `Initialisation`; those of the paper keep T5X's. The
+# initial logits of a router have a standard deviation of 3 at both 32 and 512 dimensions. At 512
+# they are hardly tested: there Adafactor learns faster than AdamW, with which most experts died.
 _SMALL = Initialisation(embedding_std=0.3, router_std=0.5, positions="local")
 _WIDER = dataclasses.replace(_SMALL, router_std=0.125)
 _DROPLESS = RouterConfig(capacity_factor=None, evaluation_capacity_factor=None)
 
 
 def _layers(number: int, **shape: Any) -> ModelConfig:
-    """Return a model with that many layers in each stack."""
+    """Return a model with `number` layers in each stack."""
     return ModelConfig(num_encoder_layers=number, num_decoder_layers=number, **shape)
 
 
@@ -101,7 +101,7 @@ PRESETS: tuple[str, ...] = (*_SPARSE, *_DENSE)
 
 
 def preset(name: str) -> ModelConfig:
-    """Return the configuration of that name; ConfigError names the near miss."""
+    """Return the configuration of that name; ConfigError suggests the nearest."""
     if name in _SPARSE:
         return _SPARSE[name]
     if name in _DENSE:

@@ -1,6 +1,6 @@
-"""A model whose weights are codes of 8 or 4 bits: other experts, projections and vocabulary.
+"""Modules whose weights are codes of 8 or 4 bits: experts, projections and vocabulary.
 
-Only inference: codes have no gradients. Parameters that are not quantised stay what they are.
+For inference only: codes have no gradients. Parameters that are not quantised stay as they are.
 
 Shapes: R rows in the order of their experts, D d_model, E experts.
 """
@@ -18,7 +18,7 @@ from switchlm.model.experts import FeedForwardExperts, ProjectionExperts
 from switchlm.model.transformer import SwitchTransformer
 
 Matrices = Mapping[str, Sequence[Matrix]]
-ExpertMap = Callable[[int, Tensor], Tensor]  # an expert and its rows to what it makes of them
+ExpertMap = Callable[[int, Tensor], Tensor]  # expert and its rows to its outputs
 
 
 class QuantisedExperts(nn.Module):
@@ -42,7 +42,7 @@ class QuantisedExperts(nn.Module):
             up, down = self.up[expert], self.down[expert]
             return feed_forward(rows, up, gate, down, self.activation, 0.0)
 
-        return each_expert(run, x_RD, counts_E, self.down[0].num_outputs)
+        return map_experts(run, x_RD, counts_E, self.down[0].num_outputs)
 
 
 class QuantisedProjectionExperts(nn.Module):
@@ -55,11 +55,11 @@ class QuantisedProjectionExperts(nn.Module):
 
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
         width = self.projection[0].num_outputs
-        return each_expert(lambda e, rows: self.projection[e](rows), x_RD, counts_E, width)
+        return map_experts(lambda e, rows: self.projection[e](rows), x_RD, counts_E, width)
 
 
 class _Quantised(nn.Module):
-    """What has one matrix, whose codes are its weight: where they are is where the model is."""
+    """A module with one matrix. `weight`, the codes, is read for its device."""
 
     def __init__(self, matrix: Matrix) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class QuantisedLinear(_Quantised):
 
 
 class QuantisedEmbedding(_Quantised):
-    """The vocabulary as codes: looked up a row at a time. float32 comes out."""
+    """The vocabulary as codes, dequantised row by row to float32."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         matrix, index_I = cast(Int8Matrix | Int4Matrix, self.matrix), tokens.reshape(-1)
@@ -90,7 +90,7 @@ class QuantisedEmbedding(_Quantised):
         return rows_ID.view(*tokens.shape, -1)
 
 
-def each_expert(run: ExpertMap, x_RD: Tensor, counts_E: Tensor, width: int) -> Tensor:
+def map_experts(run: ExpertMap, x_RD: Tensor, counts_E: Tensor, width: int) -> Tensor:
     """Return y_RW: every expert's run of rows mapped by `run`; rows past the counts give zeros."""
     parts = []
     start = 0
@@ -104,14 +104,14 @@ def each_expert(run: ExpertMap, x_RD: Tensor, counts_E: Tensor, width: int) -> T
 
 
 def put_in(model: SwitchTransformer, matrices: Matrices) -> None:
-    """Replace what is quantised, in place: experts, and linear maps and vocabulary if they are.
+    """Replace experts, and quantised linear maps and vocabulary, in place.
 
-    matrices: by the name of the parameter that they stand for; one per expert where it is stacked.
+    matrices: by the name of the parameter; one per expert where it is stacked.
     """
     for name, module in list(model.named_modules()):
-        made = _made(name, module, matrices)
-        if made is not None:
-            model.set_submodule(name, made)
+        replacement = _replacement(name, module, matrices)
+        if replacement is not None:
+            model.set_submodule(name, replacement)
     vocabulary = "embedding.weight" if model.head is None else "head.weight"
     if vocabulary in matrices:
         matrix = matrices[vocabulary][0]
@@ -124,8 +124,8 @@ def quantised_modules(model: nn.Module) -> Iterator[nn.Module]:
     return (module for module in model.modules() if isinstance(module, kinds))
 
 
-def _made(name: str, module: nn.Module, matrices: Matrices) -> nn.Module | None:
-    """Return the quantised module that takes the place of `module`, None to keep it."""
+def _replacement(name: str, module: nn.Module, matrices: Matrices) -> nn.Module | None:
+    """Return the quantised module that replaces `module`, None to keep it."""
     if isinstance(module, FeedForwardExperts):
         up, gate, down = (matrices.get(f"{name}.{part}") for part in ("up", "gate", "down"))
         if up is None or down is None:

@@ -23,9 +23,9 @@ from switchlm.model.selection import (
 class Router(nn.Module):
     """A linear map to expert logits, a softmax, a choice, and a capacity.
 
-    `dtype` is float32 (selective precision); the experiment of Table 2 sets it to bfloat16.
-    `causal` says that a token may not look at later ones, so that experts may not choose.
-    `measures` is false where nobody asks for losses and means, as in decoding: they are zeros then.
+    dtype: float32 (selective precision); bfloat16 in the experiment of Table 2.
+    causal: a token may not depend on later ones, so experts may not choose.
+    measures: false where losses and means are not needed, as in decoding: they are zeros then.
     """
 
     bias_E: Tensor | None
@@ -59,26 +59,26 @@ class Router(nn.Module):
     ) -> Routing:
         """Route tokens.
 
-        x_ND: any floating dtype, as the exploration left it.
-        valid_N: bool, false at padding; None says all tokens are real.
+        x_ND: any floating dtype, after exploration.
+        valid_N: bool, false at padding; None where all tokens are real.
         row_tokens: tokens per row, for semantics that group by row.
         activation_dtype: what the experts compute in, for semantics that choose in that dtype.
         """
         semantics = self.config.semantics
         if semantics.padding_takes_capacity and not self.experts_choose:
             valid_N = None
-        tokens_a_group = group_size(x_ND.shape[0], row_tokens, semantics, self.config.group_rows)
+        tokens_per_group = group_size(x_ND.shape[0], row_tokens, semantics, self.config.group_rows)
         x_ND = x_ND.to(self.dtype)
         if self._may_fuse(activation_dtype):
             kernel = fitting(ROUTE, x_ND, self.weight, self.bias_E, valid_N)
             if kernel is not None:
-                return self._fused(kernel, x_ND, valid_N, tokens_a_group)
+                return self._fused(kernel, x_ND, valid_N, tokens_per_group)
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE, probability_NE = self.scores(x_ND)
             if self.experts_choose:
-                return self._experts_choose(logits_NE, probability_NE, valid_N, tokens_a_group)
+                return self._experts_choose(logits_NE, probability_NE, valid_N, tokens_per_group)
             dtype = activation_dtype if semantics.gate_in_activation_dtype else self.dtype
-            return self._tokens_choose(logits_NE, probability_NE, valid_N, tokens_a_group, dtype)
+            return self._tokens_choose(logits_NE, probability_NE, valid_N, tokens_per_group, dtype)
 
     def scores(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits_NE and probability_NE, in the router's dtype."""
@@ -86,7 +86,7 @@ class Router(nn.Module):
         return logits_NE, logits_NE.softmax(-1)
 
     def choose(self, probability_NE: Tensor) -> Tensor:
-        """Return expert_NK, the experts that each token asks for, int64."""
+        """Return expert_NK, the experts that each token chooses, int64."""
         if self.training and self.config.exploration == "sample":
             return selection.sample(probability_NE)
         return selection.choose(probability_NE, self.config.experts_per_token, self.bias_E)
@@ -99,24 +99,24 @@ class Router(nn.Module):
         return gate_NK
 
     @torch.no_grad()
-    def nudge_bias(self, load_E: Tensor) -> None:
-        """Move each expert's selection bias one step against its load (balance: bias)."""
+    def update_expert_bias(self, load_E: Tensor) -> None:
+        """Update each expert's selection bias by one step against its load (balance: bias)."""
         assert self.bias_E is not None, "only routers balanced by `bias` have one"
         load_E = load_E.float()
         self.bias_E += self.config.bias_rate * (load_E.mean() - load_E).sign()
 
-    def capacity(self, tokens_a_group: int) -> int | None:
-        """Return how many tokens an expert takes from a group, None when dropless."""
+    def capacity(self, tokens_per_group: int) -> int | None:
+        """Return how many tokens of a group an expert takes, None if dropless."""
         config = self.config
         if config.expert_capacity is not None:
             return config.expert_capacity
         factor = config.capacity_factor if self.training else config.evaluation_capacity_factor
         if factor is None:
             return None
-        return expert_capacity(tokens_a_group, factor, self.num_experts, config.semantics)
+        return expert_capacity(tokens_per_group, factor, self.num_experts, config.semantics)
 
     def _may_fuse(self, activation_dtype: torch.dtype) -> bool:
-        """Whether tokens take the one expert they find most probable, all in float32."""
+        """Whether each token takes its most probable expert, all in float32."""
         config = self.config
         return (
             config.experts_per_token == 1
@@ -128,11 +128,11 @@ class Router(nn.Module):
         )
 
     def _fused(
-        self, kernel: Kernel, x_ND: Tensor, valid_N: Tensor | None, tokens_a_group: int
+        self, kernel: Kernel, x_ND: Tensor, valid_N: Tensor | None, tokens_per_group: int
     ) -> Routing:
         """The same as `_tokens_choose`, in one kernel."""
-        capacity = self.capacity(tokens_a_group)
-        found = kernel.run(x_ND, self.weight, self.bias_E, valid_N, tokens_a_group, capacity)
+        capacity = self.capacity(tokens_per_group)
+        found = kernel.run(x_ND, self.weight, self.bias_E, valid_N, tokens_per_group, capacity)
         if not self.measures and capacity is None:
             return self._unmeasured(found.expert_A, found.gate_A, found.kept_A)
         return Routing(token_A=None, **found._asdict())
@@ -142,38 +142,40 @@ class Router(nn.Module):
         logits_NE: Tensor,
         probability_NE: Tensor,
         valid_N: Tensor | None,
-        tokens_a_group: int,
+        tokens_per_group: int,
         dtype: torch.dtype,
     ) -> Routing:
-        """Every token asks for its experts, in that dtype; those with capacity left take it."""
-        capacity = self.capacity(tokens_a_group)
-        asked_NE = probability_NE.to(dtype)
-        expert_NK = self.choose(asked_NE)
-        # Before overflow asks elsewhere: loads and losses are of what was wanted.
-        wanted_GE = None
+        """Every token chooses its experts, in that dtype; past their capacity it is dropped."""
+        capacity = self.capacity(tokens_per_group)
+        choice_NE = probability_NE.to(dtype)
+        expert_NK = self.choose(choice_NE)
+        # Before rerouting and dropping: loads and losses are of the choices.
+        chosen_GE = None
         if self.measures or capacity is not None:
-            wanted_GE = count_by_group(expert_NK, valid_N, tokens_a_group, self.num_experts)
+            chosen_GE = count_by_group(expert_NK, valid_N, tokens_per_group, self.num_experts)
         kept_NK = torch.ones_like(expert_NK, dtype=torch.bool)
         if valid_N is not None:
             kept_NK = kept_NK & valid_N[:, None]
         if capacity is not None:
-            group_N = torch.arange(len(logits_NE), device=logits_NE.device) // tokens_a_group
+            group_N = torch.arange(len(logits_NE), device=logits_NE.device) // tokens_per_group
             if self.config.reroute_overflow:
                 expert_NK, kept_NK = selection.reroute_overflow(
-                    asked_NE, expert_NK, kept_NK, group_N, capacity
+                    choice_NE, expert_NK, kept_NK, group_N, capacity
                 )
             else:
                 queued_NK = torch.where(kept_NK, expert_NK, self.num_experts)
                 place_NK = position_in_expert(queued_NK, group_N, self.num_experts)
                 kept_NK = kept_NK & (place_NK < capacity)
-        gate_NK = self.gates(asked_NE, expert_NK)
+        gate_NK = self.gates(choice_NE, expert_NK)
         choice = expert_NK.flatten(), gate_NK.flatten(), kept_NK.flatten()
-        if wanted_GE is None:
+        if chosen_GE is None:
             return self._unmeasured(*choice)
-        return self._record(logits_NE, probability_NE, valid_N, tokens_a_group, wanted_GE, *choice)
+        return self._record(
+            logits_NE, probability_NE, valid_N, tokens_per_group, chosen_GE, *choice
+        )
 
     def _unmeasured(self, expert_A: Tensor, gate_A: Tensor, kept_A: Tensor) -> Routing:
-        """Return a decision that drops nothing; losses and means are zeros."""
+        """Return a routing that drops nothing; losses and means are zeros."""
         load_E = torch.zeros(self.num_experts, dtype=torch.int64, device=expert_A.device)
         zeros_GE = gate_A.new_zeros(1, self.num_experts)
         return Routing(
@@ -193,22 +195,22 @@ class Router(nn.Module):
         logits_NE: Tensor,
         probability_NE: Tensor,
         valid_N: Tensor | None,
-        tokens_a_group: int,
+        tokens_per_group: int,
     ) -> Routing:
-        """Every expert takes as many of its most probable tokens as it has capacity for."""
-        capacity = self.capacity(tokens_a_group)
+        """Every expert takes its most probable tokens, up to its capacity."""
+        capacity = self.capacity(tokens_per_group)
         assert capacity is not None, "experts that choose have a capacity"
         num_tokens = probability_NE.shape[0]
         real_N = valid_N
         if real_N is None:
             real_N = torch.ones(num_tokens, dtype=torch.bool, device=logits_NE.device)
         place_GEC, kept_GEC = selection.expert_choice(
-            grouped(probability_NE, tokens_a_group),
-            grouped(real_N[:, None], tokens_a_group)[..., 0],
+            grouped(probability_NE, tokens_per_group),
+            grouped(real_N[:, None], tokens_per_group)[..., 0],
             capacity,
         )
         num_groups, num_experts, capacity = place_GEC.shape
-        first_G = torch.arange(num_groups, device=place_GEC.device) * tokens_a_group
+        first_G = torch.arange(num_groups, device=place_GEC.device) * tokens_per_group
         token_A = (place_GEC + first_G[:, None, None]).clamp(max=num_tokens - 1).reshape(-1)
         expert_A = torch.arange(num_experts, device=place_GEC.device)
         expert_A = expert_A[None, :, None].expand(num_groups, -1, capacity).reshape(-1)
@@ -216,7 +218,7 @@ class Router(nn.Module):
             logits_NE,
             probability_NE,
             valid_N,
-            tokens_a_group,
+            tokens_per_group,
             kept_GEC.sum(-1).float(),
             expert_A,
             probability_NE[token_A, expert_A].float(),
@@ -229,32 +231,32 @@ class Router(nn.Module):
         logits_NE: Tensor,
         probability_NE: Tensor,
         valid_N: Tensor | None,
-        tokens_a_group: int,
-        wanted_GE: Tensor,
+        tokens_per_group: int,
+        chosen_GE: Tensor,
         expert_A: Tensor,
         gate_A: Tensor,
         kept_A: Tensor,
         token_A: Tensor | None = None,
     ) -> Routing:
-        """Add loads and losses to a decision; padding stays out of every mean."""
+        """Return the routing with loads and losses; padding is left out of every mean."""
         logits_NE, probability_NE = logits_NE.float(), probability_NE.float()
         real_N = torch.ones_like(logits_NE[:, 0])
         if valid_N is not None:
             real_N = valid_N.float()
             probability_NE = probability_NE * real_N[:, None]
-        tokens_G1 = grouped(real_N[:, None], tokens_a_group).sum(1)
-        probability_GE = grouped(probability_NE, tokens_a_group).sum(1) / tokens_G1.clamp(min=1)
-        fraction_GE = wanted_GE / wanted_GE.sum(-1, keepdim=True).clamp(min=1)
+        tokens_G1 = grouped(real_N[:, None], tokens_per_group).sum(1)
+        probability_GE = grouped(probability_NE, tokens_per_group).sum(1) / tokens_G1.clamp(min=1)
+        fraction_GE = chosen_GE / chosen_GE.sum(-1, keepdim=True).clamp(min=1)
         balance_G = (fraction_GE * probability_GE).sum(-1) * self.num_experts
         groups = (tokens_G1 > 0).sum().clamp(min=1)
         z_N1 = (logits_NE.logsumexp(-1).square() * real_N)[:, None]
-        z_G1 = grouped(z_N1, tokens_a_group).sum(1) / tokens_G1.clamp(min=1)
+        z_G1 = grouped(z_N1, tokens_per_group).sum(1) / tokens_G1.clamp(min=1)
         return Routing(
             expert_A=expert_A,
             gate_A=gate_A,
             kept_A=kept_A,
             token_A=token_A,
-            load_E=wanted_GE.sum(0).long(),
+            load_E=chosen_GE.sum(0).long(),
             fraction_GE=fraction_GE,
             probability_GE=probability_GE,
             balance_loss=balance_G.sum() / groups,

@@ -1,4 +1,4 @@
-"""The record of one Switch layer's decision, and the output of the model that carries it.
+"""The routing of one Switch layer, and the output of the model with all of them.
 
 Shapes: N tokens, E experts, G groups, A assignments (of a token to an expert).
 """
@@ -10,17 +10,17 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """Where the tokens of one Switch layer went.
+    """The assignments of tokens to experts in one Switch layer, and its statistics.
 
     An assignment sends one token to one expert. With one expert per token there are N assignments
-    in token order, so `expert_A` is each token's expert; with K experts per token, K of them stand
-    together for each token.
+    in token order, so `expert_A` is each token's expert; with K experts per token, the K of a token
+    are consecutive.
 
     expert_A: int64, the expert of each assignment.
-    gate_A: float32, the weight of the expert's output: the softmax value, where the router learns.
+    gate_A: float32, the weight of the expert's output: the softmax value, with gradients.
     kept_A: bool, false where capacity dropped the token (its output is zero) or it is padding.
-    token_A: int64, the token of each assignment; None where they stand in token order.
-    load_E: int64, assignments that wanted each expert, before dropping.
+    token_A: int64, the token of each assignment; None where they are in token order.
+    load_E: int64, assignments of each expert, before dropping.
     fraction_GE, probability_GE: float32, a group's share of tokens by expert (f in equation 5), and
         its mean router probability (P in equation 6); only the second carries gradients.
     balance_loss: float32 scalar, E times the sum of f * P, mean over groups: 1 when uniform. Not
@@ -41,9 +41,9 @@ class Routing:
 
     @property
     def dropped(self) -> Tensor:
-        """The share of wanted assignments that capacity dropped, a float32 scalar."""
-        wanted = self.load_E.sum()
-        return (wanted - self.kept_A.sum()) / wanted.clamp(min=1)
+        """The fraction of assignments that capacity dropped, a float32 scalar."""
+        total = self.load_E.sum()
+        return (total - self.kept_A.sum()) / total.clamp(min=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,7 @@
-"""Which experts a token goes to, and which tokens an expert has capacity for.
+"""Selection of experts by tokens, or of tokens by experts, within capacity.
 
-Functions take probability_NE (float32) and return choices; none carries gradients, the gate that is
-read off the probabilities afterwards does. In training the router's input may be disturbed so that
-experts get explored (appendix C).
+Functions take probability_NE (float32) and return choices, without gradients: gates are taken from
+the probabilities afterwards. In training noise on the router's input explores experts (appendix C).
 
 Shapes: N tokens, K choices per token, A = N * K assignments, E experts, G groups of S tokens, C
 capacity.
@@ -27,7 +26,7 @@ def group_size(
     number of groups that divides the tokens; in Flaxformer it is a multiple of the experts times
     their replicas, so that no group spans devices.
 
-    group_rows: that many rows are a group instead, however many rows a process has.
+    group_rows: the number of rows per group instead.
     """
     if group_rows is not None:
         return max(row_tokens * group_rows, 1)
@@ -43,24 +42,24 @@ def expert_capacity(tokens: int, factor: float, num_experts: int, semantics: Sem
     return max(min(tokens, capacity), semantics.min_capacity)
 
 
-def grouped(values_NX: Tensor, tokens_a_group: int) -> Tensor:
-    """Return values_GSX, a short last group filled up with zeros; at least one group."""
+def grouped(values_NX: Tensor, tokens_per_group: int) -> Tensor:
+    """Return values_GSX, the last group padded with zeros; at least one group."""
     num_tokens = values_NX.shape[0]
-    num_groups = max(math.ceil(num_tokens / tokens_a_group), 1)
-    missing = num_groups * tokens_a_group - num_tokens
+    num_groups = max(math.ceil(num_tokens / tokens_per_group), 1)
+    missing = num_groups * tokens_per_group - num_tokens
     if missing:
         values_NX = nn.functional.pad(values_NX, (0, 0, 0, missing))
-    return values_NX.view(num_groups, tokens_a_group, values_NX.shape[1])
+    return values_NX.view(num_groups, tokens_per_group, values_NX.shape[1])
 
 
 @torch.no_grad()
 def count_by_group(
-    expert_NK: Tensor, valid_N: Tensor | None, tokens_a_group: int, num_experts: int
+    expert_NK: Tensor, valid_N: Tensor | None, tokens_per_group: int, num_experts: int
 ) -> Tensor:
-    """Return float32 count_GE: how often the real tokens of a group named each expert."""
+    """Return float32 count_GE: how often the real tokens of a group chose each expert."""
     num_tokens = expert_NK.shape[0]
-    num_groups = max(math.ceil(num_tokens / tokens_a_group), 1)
-    group_N = torch.arange(num_tokens, device=expert_NK.device) // tokens_a_group
+    num_groups = max(math.ceil(num_tokens / tokens_per_group), 1)
+    group_N = torch.arange(num_tokens, device=expert_NK.device) // tokens_per_group
     cell_NK = group_N[:, None] * num_experts + expert_NK
     weight_NK = torch.ones(expert_NK.shape, device=expert_NK.device)
     if valid_N is not None:
@@ -73,8 +72,8 @@ def count_by_group(
 def position_in_expert(expert_NK: Tensor, group_N: Tensor, num_experts: int) -> Tensor:
     """Return each assignment's place in the queue of its expert within its group, from 0.
 
-    Tokens queue in token order; every first choice stands before any second choice. An expert of
-    `num_experts` (padding) queues apart. All int64; returns position_NK.
+    Tokens queue in token order, all first choices before any second choice. An expert of
+    `num_experts` (padding) has its own queue. All int64; returns position_NK.
     """
     num_tokens, num_choices = expert_NK.shape
     key_A = (group_N[:, None] * (num_experts + 1) + expert_NK).T.reshape(-1)
@@ -101,24 +100,25 @@ def choose(probability_NE: Tensor, num_choices: int, bias_E: Tensor | None = Non
 def sample(probability_NE: Tensor) -> Tensor:
     """Return expert_NK, K = 1, drawn from the softmax (appendix C).
 
-    Of exponential variables divided by rates the least is each with the probability of its rate;
-    torch.multinomial does the same, but makes the host wait to see that probabilities are valid.
+    The largest of probability / exponential noise is each with its probability. torch.multinomial
+    does the same, but the host waits for it to check the probabilities.
     """
     probability_NE = probability_NE.float()
-    waiting_NE = torch.empty_like(probability_NE).exponential_()
-    return (probability_NE / waiting_NE).argmax(-1, keepdim=True)
+    noise_NE = torch.empty_like(probability_NE).exponential_()
+    return (probability_NE / noise_NE).argmax(-1, keepdim=True)
 
 
 @torch.no_grad()
 def reroute_overflow(
     probability_NE: Tensor, first_N1: Tensor, valid_N1: Tensor, group_N: Tensor, capacity: int
 ) -> tuple[Tensor, Tensor]:
-    """No-token-left-behind (appendix B): overflow asks the next best expert, round by round.
+    """No-token-left-behind (appendix B): overflow goes to the next best expert, round by round.
 
-    first_N1: int64, the expert that each token asks first; then it goes by probability. Tokens that
-        found capacity keep it; the others queue for their next choice in token order.
+    In each round the tokens without a slot queue for their next expert in token order.
 
-    Returns expert_N1 (the one that took the token, or the last one asked) and kept_N1.
+    first_N1: int64, the first choice of each token; further ones are by probability.
+
+    Returns expert_N1 (the one that took the token, or the last choice) and kept_N1.
     """
     num_experts = probability_NE.shape[1]
     num_groups = int(group_N.max()) + 1 if group_N.numel() else 0
@@ -127,14 +127,14 @@ def reroute_overflow(
     kept_N = torch.zeros_like(valid_N)
     taken = torch.zeros(num_groups * (num_experts + 1), dtype=torch.long, device=group_N.device)
     for _ in range(num_experts):
-        standing_N = valid_N & ~kept_N
-        if not standing_N.any():
+        overflow_N = valid_N & ~kept_N
+        if not overflow_N.any():
             break
-        expert_N = torch.where(standing_N, next_N, expert_N)
-        asked_N = torch.where(standing_N, next_N, num_experts)
-        place_N = position_in_expert(asked_N[:, None], group_N, num_experts)[:, 0]
-        slot_N = group_N * (num_experts + 1) + asked_N
-        placed_N = standing_N & (place_N + taken[slot_N] < capacity)
+        expert_N = torch.where(overflow_N, next_N, expert_N)
+        queued_N = torch.where(overflow_N, next_N, num_experts)
+        place_N = position_in_expert(queued_N[:, None], group_N, num_experts)[:, 0]
+        slot_N = group_N * (num_experts + 1) + queued_N
+        placed_N = overflow_N & (place_N + taken[slot_N] < capacity)
         kept_N = kept_N | placed_N
         taken = taken + torch.bincount(slot_N[placed_N], minlength=taken.numel())
         left_NE.scatter_(1, next_N[:, None], -torch.inf)
@@ -148,8 +148,8 @@ def expert_choice(
 ) -> tuple[Tensor, Tensor]:
     """Every expert picks its `capacity` most probable tokens of a group (Zhou et al. 2022).
 
-    Returns token_GEC, int64 places within the group, and kept_GEC, false where padding was picked
-    for want of tokens. Not causal: for encoders only.
+    Returns token_GEC, int64 positions in the group, and kept_GEC, false where padding was picked
+    since there were too few tokens. Not causal: for encoders only.
     """
     score_GES = probability_GSE.masked_fill(~valid_GS[..., None], -1.0).transpose(1, 2)
     top = score_GES.topk(min(capacity, score_GES.shape[-1]), dim=-1)
@@ -157,10 +157,10 @@ def expert_choice(
 
 
 def explore(x_ND: Tensor, kind: str, rate: float) -> Tensor:
-    """Return what the router sees in training.
+    """Return the router's input in training.
 
     `jitter` multiplies every element with U(1 - rate, 1 + rate), in float32; `input_dropout` drops
-    elements with that rate; other kinds act elsewhere and leave the input alone.
+    elements with that rate; other kinds do not change the input.
     """
     if rate == 0 or kind not in ("jitter", "input_dropout"):
         return x_ND

@@ -2,7 +2,7 @@
 
 `paper` is Mesh TensorFlow's `transformer/moe.py` (the code of Fedus et al. 2021), `t5x` is T5X with
 Flaxformer (the code of the released checkpoints), `hf` is transformers' `switch_transformers`
-(the format and the logits of most users). The router reads these fields; it never asks for a name.
+(the format and the logits of most users). The router reads these fields, never the name.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Mode = Literal["paper", "t5x", "hf"]
 
 @dataclass(frozen=True, kw_only=True)
 class Semantics:
-    """What one implementation does where implementations differ.
+    """The behaviour of one implementation where they differ.
 
     group_tokens: tokens share capacity in groups of at most this many; None: a row is a group.
     capacity_rounding: applied to tokens * factor / experts.

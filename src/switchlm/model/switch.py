@@ -1,8 +1,8 @@
-"""The Switch layer: route, dispatch, compute, combine (section 2.2). It reads like the paper.
+"""The Switch layer: route, dispatch, compute, combine (section 2.2).
 
-Where all experts are in this process, the last three are one call (kernels/select.py), which may
-be one kernel (on GPUs, and for small experts on CPUs): fused kernels gather tokens while they
-multiply, and scatter the results, so that rows in the order of experts never exist.
+Where all experts are in this process, `fused_switch` does the last three (kernels/select.py), on
+GPUs and for small experts on CPUs in fused kernels: they gather tokens while they multiply, and
+scatter the results, so that permuted rows are never stored.
 """
 
 from typing import cast
@@ -23,8 +23,8 @@ from switchlm.model.selection import explore
 class SwitchLayer(nn.Module):
     """Sends every token to an expert and returns the expert's output times its gate.
 
-    router, experts: see router.py and experts.py. `dispatch` is local until parallelism or another
-        owner of experts replaces it.
+    router, experts: see router.py and experts.py.
+    dispatcher: local, unless parallelism replaces it.
     """
 
     def __init__(self, router: Router, experts: Experts) -> None:
@@ -42,7 +42,7 @@ class SwitchLayer(nn.Module):
         """Map x [..., S, D] to (y [..., S, width], routing).
 
         mask: bool [..., S], false at padding, which gives zeros where the semantics leave it out;
-            None says that every token is real.
+            None where every token is real.
         """
         x_ND = x.reshape(-1, x.shape[-1])
         valid_N = None if mask is None else mask.reshape(-1)
@@ -56,8 +56,8 @@ class SwitchLayer(nn.Module):
         routing = self.router(seen_ND, valid_N, row_tokens, x_ND.dtype)
         if torch.is_autocast_enabled(x.device.type):
             x_ND = x_ND.to(torch.get_autocast_dtype(x.device.type))
-        if one_call_misfit(self) is None:
-            y_ND = in_one_call(self.experts, x_ND, routing)
+        if fused_switch_misfit(self) is None:
+            y_ND = fused_switch(self.experts, x_ND, routing)
         else:
             rows = self.dispatcher.dispatch(x_ND, routing)
             y_RD = self.experts(rows.x_RD, rows.counts_E)
@@ -115,12 +115,12 @@ class SwitchProjection(SwitchLayer):
         self.initialise(initialisation)
 
 
-def one_call_misfit(layer: SwitchLayer) -> str | None:
-    """Return why a layer goes step by step whatever the kernels, None if it may be one call."""
+def fused_switch_misfit(layer: SwitchLayer) -> str | None:
+    """Return why `fused_switch` does not take a layer, None if it does."""
     if not isinstance(layer.dispatcher, LocalDispatcher):
-        return "its experts are spread over processes"
+        return "its experts are distributed over processes"
     if not isinstance(layer.experts, FeedForwardExperts):
-        return "its experts are no plain feed-forward networks"
+        return "its experts are not plain feed-forward networks"
     if layer.router.experts_choose:
         return "its experts choose their tokens"
     if layer.experts.training and layer.experts.dropout:
@@ -128,11 +128,11 @@ def one_call_misfit(layer: SwitchLayer) -> str | None:
     return None
 
 
-def in_one_call(experts: Experts, x_ND: Tensor, routing: Routing) -> Tensor:
-    """Return y_ND, gate times output, of a layer without `one_call_misfit`."""
+def fused_switch(experts: Experts, x_ND: Tensor, routing: Routing) -> Tensor:
+    """Return y_ND, gate times output, for a layer without `fused_switch_misfit`."""
     order = sort_by_expert(routing.expert_A, routing.kept_A, experts.num_experts)
     weight_A = torch.where(routing.kept_A, routing.gate_A, 0.0)
-    # Called as a module: sharding gathers its weights then.
+    # Called as a module, so that FSDP gathers its weights.
     y_ND: Tensor = cast(FeedForwardExperts, experts)(
         x_ND, order.counts_E, Assignments(order, weight_A)
     )

@@ -33,7 +33,7 @@ from switchlm.model.switch import SwitchFeedForward
 
 
 class DecodingCache(Protocol):
-    """What decoding step by step keeps (see generation/decode.py).
+    """The KV cache of decoding (see generation/decode.py).
 
     self_attention: a store per layer.
     cross_attention: the encoder's keys and values per layer.
@@ -49,10 +49,10 @@ class DecodingCache(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StackInputs:
-    """What the first block of a stack reads, and what all of its blocks share.
+    """The input of the first block of a stack, and what all of its blocks share.
 
     x_BSD: the embedded tokens.
-    bias, memory_bias: added to the scores of self- and cross-attention, very low where attention is
+    bias, memory_bias: added to the scores of self- and cross-attention; very low where attention is
         not allowed.
     mask_BS: bool, false at padding; None where all tokens are real.
     """
@@ -108,7 +108,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Return (y_BSD, the routing of this block's Switch layers).
 
-        x_BSD: of the block before.
+        x_BSD: the output of the block before.
         inputs: what all blocks of the stack share; its x_BSD is not read.
         memory: the encoder's output, or its keys and values.
         store: a decoding cache.
@@ -167,7 +167,7 @@ class Stack(nn.Module):
 
     @property
     def layers(self) -> list[Block]:
-        """The blocks, as what they are."""
+        """The blocks, with their type."""
         return [cast(Block, block) for block in self.blocks]
 
     def memories(self, encoded_BSD: Tensor) -> list[KeysValues]:
@@ -183,10 +183,10 @@ class Stack(nn.Module):
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Return (y_BSD, the routing of all Switch layers).
 
-        memory_BSD: the encoder's output, for a decoder.
-        cache: of decoding step by step; memory_BSD is not read then.
-
         Recomputes the activations of each block in the backward pass if so configured.
+
+        memory_BSD: the encoder's output, for a decoder.
+        cache: the KV cache of decoding; memory_BSD is not read then.
         """
         x_BSD = inputs.x_BSD
         routing: tuple[Routing, ...] = ()
@@ -231,8 +231,10 @@ class SwitchTransformer(nn.Module):
     ) -> ModelOutput:
         """Return logits for every target position, and the routing.
 
-        inputs_BS, decoder_inputs_BT: int64; the latter are the targets shifted right (shift_right).
-            Segments: int, 0 at padding; None where rows are full and hold one example.
+        inputs_BS: int64.
+        decoder_inputs_BT: int64, the targets shifted right (`shift_right`).
+        input_segments_BS, target_segments_BT: int, 0 at padding; None where rows are full and hold
+            one example.
         """
         encoded_BSD, encoder_routing = self.encode(inputs_BS, input_segments_BS)
         output = self.decode(
@@ -251,7 +253,7 @@ class SwitchTransformer(nn.Module):
         return encoded_BSD, routing
 
     def encoder_inputs(self, inputs_BS: Tensor, segments_BS: Tensor | None = None) -> StackInputs:
-        """Return what the blocks of the encoder read."""
+        """Return the inputs of the encoder."""
         stack = self.encoder
         position_S = torch.arange(inputs_BS.shape[1], device=inputs_BS.device)
         bias = stack.relative_bias(position_S, position_S)
@@ -273,7 +275,7 @@ class SwitchTransformer(nn.Module):
     ) -> ModelOutput:
         """Return the logits of the decoder and its routing.
 
-        With a cache the tokens follow those already in it, and keys and values are taken from it.
+        With a cache the tokens follow those already in it.
         """
         inputs = self.decoder_inputs(
             decoder_inputs_BT,
@@ -294,7 +296,7 @@ class SwitchTransformer(nn.Module):
         target_segments_BT: Tensor | None = None,
         cache: DecodingCache | None = None,
     ) -> StackInputs:
-        """Return what the blocks of the decoder read, the encoder's output left out."""
+        """Return the inputs of the decoder, without the encoder's output."""
         stack = self.decoder
         if cache is None:
             query_positions = key_positions = torch.arange(
@@ -346,7 +348,7 @@ def _memory_bias(input_segments: Tensor | None, target_segments: Tensor | None) 
     if input_segments is None:
         return None
     if target_segments is None:
-        # One example a row: every target belongs to the row's only segment.
+        # One example per row: every target belongs to the row's only segment.
         allowed = (input_segments != 0)[:, None, None, :]
     else:
         allowed = segment_mask(target_segments, input_segments)

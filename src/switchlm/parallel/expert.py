@@ -69,11 +69,11 @@ class AllToAllDispatcher:
             x_QD, counts_L = gather_rows(x_QD, receive_order, 1), receive_order.counts_E
         if self.tensor is not None:
             x_QD = copy_to_tensor_parallel(x_QD, self.tensor)
-        return Rows(x_QD, counts_L, DispatchState(own.way_back, receive_order, sent, received))
+        return Rows(x_QD, counts_L, DispatchState(own.state, receive_order, sent, received))
 
     def combine(self, y_QD: Tensor, rows: Rows, routing: Routing, num_tokens: int) -> Tensor:
         """Return y_ND: gate times output, summed over a token's experts; zero where dropped."""
-        state: DispatchState = rows.way_back
+        state: DispatchState = rows.state
         if self.tensor is not None:
             y_QD = reduce_from_tensor_parallel(y_QD, self.tensor)
         if state.receive_order is not None:

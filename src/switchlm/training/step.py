@@ -21,12 +21,12 @@ from switchlm.data.batch import Batch
 from switchlm.data.order import mix
 from switchlm.errors import ConfigError
 from switchlm.kernels import select
-from switchlm.kernels.select import Choice, Way
+from switchlm.kernels.select import Choice, Implementation
 from switchlm.model.experts import FeedForwardExperts
 from switchlm.model.losses import cross_entropy, routing_losses
 from switchlm.model.router import Router
 from switchlm.model.routing import ModelOutput, Routing
-from switchlm.model.switch import SwitchFeedForward, one_call_misfit
+from switchlm.model.switch import SwitchFeedForward, fused_switch_misfit
 from switchlm.model.transformer import SwitchTransformer, forward_batch
 from switchlm.parallel.apply import losses_of, send_gradients
 from switchlm.parallel.mesh import ALONE, Mesh
@@ -56,7 +56,7 @@ def choose_switch(
     model: SwitchTransformer,
     config: TrainingConfig,
     num_tokens: int,
-    way: Way = "auto",
+    way: Implementation = "auto",
     mesh: Mesh = ALONE,
 ) -> Choice | None:
     """Tell the Switch feed-forwards of a model how to run, and return what they will do.
@@ -73,13 +73,13 @@ def choose_switch(
     layers = [part for part in model.modules() if isinstance(part, SwitchFeedForward)]
     if not layers:
         return None
-    fitting = [layer for layer in layers if one_call_misfit(layer) is None]
+    fitting = [layer for layer in layers if fused_switch_misfit(layer) is None]
     if config.compile:
         choice = Choice("separate", "the model is compiled (training.compile)")
     elif fitting:
         choice = _choose_for(fitting[0], config, num_tokens, way, mesh)
     else:
-        choice = Choice("separate", str(one_call_misfit(layers[0])))
+        choice = Choice("separate", str(fused_switch_misfit(layers[0])))
     found = mesh.gather(choice)
     choice = next((one for one in found if one.name == "separate"), found[0])
     if way == "fused" and choice.name == "separate":
@@ -90,14 +90,18 @@ def choose_switch(
     if mesh.is_distributed:
         way = "separate" if choice.name == "separate" else "fused"
     for layer in fitting:
-        cast(FeedForwardExperts, layer.experts).way = way
+        cast(FeedForwardExperts, layer.experts).implementation = way
     return choice
 
 
 def _choose_for(
-    layer: SwitchFeedForward, config: TrainingConfig, num_tokens: int, way: Way, mesh: Mesh
+    layer: SwitchFeedForward,
+    config: TrainingConfig,
+    num_tokens: int,
+    way: Implementation,
+    mesh: Mesh,
 ) -> Choice:
-    """Return how a layer without `one_call_misfit` runs; `trial` if the main process is to try."""
+    """Return how a layer without `fused_switch_misfit` runs; `autotune`: the main one times it."""
     experts, router = cast(FeedForwardExperts, layer.experts), layer.router
     num_experts, d_model, d_ff = experts.up.shape
     about = (num_experts, d_ff, experts.activation, experts.gate is not None, way)
@@ -219,7 +223,7 @@ def training_step(
             None if gradient_clip is None else (norm / gradient_clip).clamp(min=1.0)
         )
         optimizer.step()
-        nudge_biases(model, routing, finite, mesh)
+        update_expert_biases(model, routing, finite, mesh)
         figures = torch.cat([losses, torch.stack([norm, skipped]), counts[:1]])
     return StepRecord(figures=figures, stops=counts[1], routing=routing)
 
@@ -255,7 +259,7 @@ def backward(
     return mesh.all_reduce_sum(losses), routing
 
 
-def nudge_biases(
+def update_expert_biases(
     model: SwitchTransformer, routing: Sequence[Routings], finite: Tensor, mesh: Mesh = ALONE
 ) -> None:
     """Move the selection biases of routers balanced by `bias`; not at all after a bad batch.
@@ -268,7 +272,7 @@ def nudge_biases(
     for router, load_E in zip(routers, _loads(routing, mesh), strict=True):
         if router.weight.requires_grad:
             # Equal loads move no bias.
-            router.nudge_bias(torch.where(finite, load_E, 0))
+            router.update_expert_bias(torch.where(finite, load_E, 0))
 
 
 @torch.no_grad()

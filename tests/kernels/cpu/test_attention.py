@@ -48,7 +48,7 @@ def plain(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Ten
 
 
 def gradients(function, tensors: list[Tensor | None]) -> list[Tensor]:
-    """Return y, and the gradients of all that wants one."""
+    """Return y, and the gradients of all that require one."""
     y = function(*tensors)
     torch.manual_seed(1)
     wanted = [x for x in tensors if x is not None and x.requires_grad]
@@ -82,7 +82,7 @@ def test_a_bias_without_a_gradient(build, bias):
     agree([*tensors, of_keys])
 
 
-def test_a_bias_whose_heads_are_neighbours(build):
+def test_a_bias_whose_heads_are_contiguous(build):
     """As the embedding of relative positions gives it."""
     *tensors, _ = scene((20, 4, 9, 20, 8))
     agree([*tensors, torch.randn(9, 20, 4).movedim(-1, 0)[None].requires_grad_()])
@@ -126,7 +126,7 @@ def test_gradients_of_layout_and_no_gradients(build):
 
 
 @pytest.mark.parametrize("low", [LOW, -math.inf], ids=str)
-def test_what_is_masked_has_no_weight(build, low):
+def test_masked_keys_have_no_weight(build, low):
     *tensors, _ = scene((2, 2, 6, 20, 8))
     allowed = torch.ones(6, 20).tril(3).bool()
     bias = torch.where(allowed, torch.randn(1, 2, 6, 20), low).requires_grad_()
@@ -137,7 +137,7 @@ def test_what_is_masked_has_no_weight(build, low):
     assert dbias[:, :, ~allowed].eq(0).all()
 
 
-def test_a_row_that_may_see_nothing_takes_the_mean(build):
+def test_a_row_that_may_attend_to_nothing_gives_the_mean(build):
     query, key, value, _ = scene((2, 2, 3, 18, 8))
     nothing = torch.full((1, 1, 3, 18), LOW, requires_grad=True)
     y_BQW = attend(query, key, value, nothing)
@@ -157,7 +157,7 @@ def test_large_scores(build):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", range(4))
-def test_what_is_not_finite_stays_so(build, bad, where):
+def test_non_finite_inputs_give_non_finite_outputs(build, bad, where):
     tensors = scene((2, 2, 6, 20, 8), (1, 2))
     with torch.no_grad():
         tensors[where][0, 0, 2, 3] = bad
@@ -185,7 +185,7 @@ def test_threads_change_no_bit(build, bias):
     "case",
     ["another width", "bfloat16", "empty", "meta", "no library", "bias"],
 )
-def test_what_does_not_fit(case, monkeypatch):
+def test_unsupported_inputs(case, monkeypatch):
     query, key, value, bias = (x.detach() for x in scene((1, 2, 4, 6, 8), (1, 2)))
     assert misfit(query, key, value, bias) is None
     if case == "another width":
@@ -203,7 +203,7 @@ def test_what_does_not_fit(case, monkeypatch):
     assert misfit(query, key, value, bias)
 
 
-def test_autocast_and_modes_that_watch_operators_get_pytorchs():
+def test_autocast_and_dispatch_modes_run_pytorchs():
     tensors = [x.detach() for x in scene((1, 2, 4, 6, 8), (1, 2))]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert misfit(*tensors)

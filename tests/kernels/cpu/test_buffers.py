@@ -1,4 +1,4 @@
-"""Kept memory is handed out again when its last tensor is gone, and never before."""
+"""Memory is reused after its last tensor is freed, and never before."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ SHAPE = (2, 1024, 1024)
 
 
 def free_bytes() -> int:
-    """The bytes that wait for the next step."""
+    """Return the free bytes of the pool."""
     return sum(size * len(blocks) for size, blocks in memory._free.items())
 
 
@@ -23,7 +23,7 @@ def _nothing_free() -> Iterator[None]:
     memory.release()
 
 
-def test_a_dead_tensors_memory_comes_back() -> None:
+def test_the_memory_of_a_freed_tensor_is_reused() -> None:
     first = memory.empty_reused(SHAPE, torch.float32)
     address = first.data_ptr()
     del first
@@ -43,7 +43,7 @@ def test_a_view_keeps_the_memory() -> None:
     assert torch.equal(row, torch.full((1024,), 3.0))
 
 
-def test_a_gradient_keeps_it_until_it_is_dropped() -> None:
+def test_a_gradient_keeps_the_memory_until_it_is_freed() -> None:
     weight = torch.zeros(SHAPE, requires_grad=True)
 
     class Fill(torch.autograd.Function):
@@ -66,7 +66,7 @@ def test_a_gradient_keeps_it_until_it_is_dropped() -> None:
     assert len(addresses) == 1
 
 
-def test_sizes_that_no_longer_occur_are_given_up() -> None:
+def test_blocks_of_unused_sizes_are_released() -> None:
     del_me = memory.empty_reused(SHAPE, torch.float32)
     del del_me
     kept = memory.empty_reused((3, 1024, 1024), torch.float32)
@@ -74,7 +74,7 @@ def test_sizes_that_no_longer_occur_are_given_up() -> None:
     assert kept.shape == (3, 1024, 1024)
 
 
-def test_lengths_that_vary_a_little_share_a_block() -> None:
+def test_similar_lengths_share_a_block() -> None:
     addresses = set()
     for rows in (1500, 1400, 1530):
         tensor = memory.empty_reused((rows, 1024), torch.float32)

@@ -1,4 +1,4 @@
-"""The fused expert equals three products of the reference with the activation between."""
+"""The fused expert feed-forward equals matmuls of the reference with the activation between."""
 
 import pytest
 import torch
@@ -94,7 +94,7 @@ def test_low_precision(gated: bool, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("counts", [[17, 0, 40, 1], [300, 3], [0, 2500, 30]], ids=str)
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("gated", [False, True])
-def test_low_precision_with_rows_filled_up(
+def test_low_precision_with_padded_rows(
     gated: bool, activation: Activation, counts: list[int]
 ) -> None:
     inputs = make(counts, 2, gated, torch.bfloat16)

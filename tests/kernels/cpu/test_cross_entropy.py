@@ -1,4 +1,4 @@
-"""Cross-entropy in one pass each way, against PyTorch's."""
+"""Cross-entropy in C equals PyTorch's."""
 
 import pytest
 import torch
@@ -63,8 +63,8 @@ def test_numbers_that_are_not_finite_stay_so_in_their_row():
     torch.testing.assert_close(change_NV[2:], expected_NV[2:])
 
 
-def test_large_logits_keep_their_digits():
-    """The logarithm of a sum has none to spare beside a logit of 1e8."""
+def test_large_logits_keep_precision():
+    """The logarithm of a sum would be rounded away next to a logit of 1e8."""
     logits_NV = torch.full((1, 16), 1e8)
     loss_N, change_NV = outcome(logits_NV, torch.tensor([3]), torch.ones(1), token_losses)
     expected_N, expected_NV = outcome(logits_NV, torch.tensor([3]), torch.ones(1), plain)
@@ -79,12 +79,12 @@ def test_losses_may_be_changed_in_place():
 
 
 @pytest.mark.parametrize("target", [-1, 32, -101])
-def test_a_target_that_is_no_logit_is_named(target):
+def test_a_target_out_of_range_is_an_error_with_its_value(target):
     with pytest.raises(IndexError, match=f"Target {target} is out of bounds of 32"):
         token_losses(torch.zeros(3, 32), torch.tensor([0, target, 1]))
 
 
-def test_what_does_not_fit_goes_the_plain_way():
+def test_unsupported_inputs_run_by_pytorch():
     logits_NV, targets_N = torch.randn(5, 40), torch.randint(40, (5,))
     assert misfit(logits_NV, targets_N)
     assert torch.equal(select.token_losses(logits_NV, targets_N), plain(logits_NV, targets_N))

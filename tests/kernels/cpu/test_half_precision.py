@@ -1,4 +1,4 @@
-"""Where a processor multiplies no 16 bits, products are widened: as right, and told apart here."""
+"""Matmul in 16 bits is upcast on processors without instructions for it."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_linear_maps_and_their_gradients(dtype):
         torch.testing.assert_close(ours.grad.float(), theirs.grad, rtol=0.02, atol=0.02)
 
 
-def test_under_autocast_numbers_are_rounded_as_it_rounds_them():
+def test_autocast_rounds_as_pytorch_does():
     x, weight = torch.randn(70, 64), torch.randn(96, 64, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, expected = select.linear(x, weight), torch.nn.functional.linear(x, weight)
@@ -54,7 +54,7 @@ def test_under_autocast_numbers_are_rounded_as_it_rounds_them():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("add", [False, True])
-def test_products_of_an_expert(dtype, add):
+def test_matmul_of_an_expert(dtype, add):
     a, b, y = (torch.randn(*shape).to(dtype) for shape in ((70, 64), (64, 96), (70, 96)))
     product = a.float() @ b.float()
     expected = (y.float() + product if add else product).to(dtype)

@@ -1,4 +1,4 @@
-"""The library is compiled when needed, whole or not at all; without it PyTorch does it all."""
+"""The library is compiled when needed, atomically; without it PyTorch's operators run."""
 
 import os
 import subprocess
@@ -14,10 +14,7 @@ from switchlm.kernels.cpu import native, small_batch
 here = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
 
 
-QUICKLY = (
-    "-O0",
-    *native._FLAGS[1:],
-)  # as right as what is optimised, and compiled ten times sooner
+QUICKLY = ("-O0", *native._FLAGS[1:])  # compiled in a tenth of the time
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +29,7 @@ def home(tmp_path, monkeypatch):
 
 
 def compiler(folder: Path, script: str) -> None:
-    """Put a compiler of that shell script into the folder."""
+    """Write a compiler into the folder, which runs that shell script."""
     place = folder / "gcc"
     place.write_text(f"#!/bin/sh\n{script}\n")
     place.chmod(0o755)

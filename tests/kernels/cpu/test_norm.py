@@ -60,7 +60,7 @@ def test_a_compiled_model_takes_the_formula() -> None:
     torch.testing.assert_close(compiled(x, torch.ones(8), 1e-6), rms_norm(x, torch.ones(8), 1e-6))
 
 
-def test_one_pass_on_every_kind_of_vector(build) -> None:
+def test_every_vector_width(build) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(3, 300, 48, requires_grad=True), torch.rand(48, requires_grad=True)
     gradient = torch.randn(x.shape)
@@ -91,7 +91,7 @@ def test_threads_change_no_bit(build) -> None:
         assert torch.equal(one, two)
 
 
-def test_what_one_pass_does_not_take(monkeypatch) -> None:
+def test_misfit(monkeypatch) -> None:
     x, weight = torch.randn(3, 32), torch.ones(32)
     assert norm.misfit(x[:, :20].contiguous(), weight[:20])
     assert norm.misfit(torch.randn(32, 32).t(), weight)

@@ -1,4 +1,4 @@
-"""Against slow twins: integer sums in int64, and products with the dequantised weight."""
+"""Equal to integer sums in int64, and to matmul with the dequantised weight."""
 
 import time
 
@@ -9,7 +9,7 @@ from switchlm.kernels.cpu import quantised, small_batch
 from switchlm.kernels.cpu.quantised import Int4Matrix, Int8Matrix, matrix, pack_int4, quantise_rows
 
 ROWS = (1, 2, 7, 16, quantised.MANY_ROWS + 3)
-CHECKS = ("integer_product", "int4_product")
+CHECKS = ("int8_matmul_works", "int4_matmul_works")
 
 
 def int8_matrix(outputs=96, inputs=128):
@@ -27,7 +27,7 @@ def int4_matrix(outputs=100, inputs=192, groups=3):
 def operators(request, monkeypatch):
     """By C, by PyTorch's private operators, and as if a version of PyTorch had none of them."""
     if request.param != "native":
-        monkeypatch.setattr(small_batch, "few", lambda *_: False)
+        monkeypatch.setattr(small_batch, "is_small", lambda *_: False)
     if request.param == "none":
         for name in CHECKS:
             monkeypatch.setattr(quantised, name, lambda: False)
@@ -35,7 +35,7 @@ def operators(request, monkeypatch):
 
 @pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="no instructions for it here")
 def test_the_operators_are_there():
-    assert quantised.integer_product()
+    assert quantised.int8_matmul_works()
 
 
 def test_an_operator_that_is_slow_is_not_used(monkeypatch):
@@ -46,12 +46,12 @@ def test_an_operator_that_is_slow_is_not_used(monkeypatch):
         return quick(x, w)
 
     monkeypatch.setattr(torch, "_int_mm", slow)
-    assert not quantised.integer_product.__wrapped__()
+    assert not quantised.int8_matmul_works.__wrapped__()
 
 
 def test_sums_too_large_for_float32_are_taken_in_exact_parts(monkeypatch):
-    monkeypatch.setattr(quantised, "integer_product", lambda: False)
-    monkeypatch.setattr(small_batch, "few", lambda *_: False)
+    monkeypatch.setattr(quantised, "int8_matmul_works", lambda: False)
+    monkeypatch.setattr(small_batch, "is_small", lambda *_: False)
     codes_NK = torch.full((32, 2048), 127, dtype=torch.int8)
     codes_NK[:, 1] = 126
     y_RN = Int8Matrix(codes_NK, torch.ones(32))(torch.full((3, 2048), 127.0))
@@ -68,7 +68,7 @@ def test_int8_sums_are_those_of_integers(rows, operators):
     torch.testing.assert_close(plain(x_RK).double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_rows_of_int8_do_not_depend_on_their_neighbours():
+def test_rows_of_int8_do_not_depend_on_other_rows():
     one = int8_matrix()
     x_RK = torch.randn(40, 128) * torch.logspace(-3, 3, 40)[:, None]
     together = one(x_RK)
@@ -85,7 +85,7 @@ def test_quantised_rows_are_within_half_a_step():
     assert not codes_RK[3].any()
 
 
-def test_int4_codes_mean_what_the_layout_says():
+def test_int4_codes_follow_the_layout():
     one, codes_NK, scale_GN2 = int4_matrix()
     for output, source in ((0, 0), (31, 5), (32, 40), (63, 191), (99, 128)):
         scale, offset = scale_GN2[source // 64, output].float()
@@ -98,7 +98,7 @@ def test_int4_codes_mean_what_the_layout_says():
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_int4_products_are_those_of_the_dequantised_weight(rows, operators):
+def test_int4_equals_matmul_with_the_dequantised_weight(rows, operators):
     one, _, _ = int4_matrix()
     x_RK = torch.randn(rows, 192)
     expected = x_RK.to(torch.bfloat16).double() @ one.dequantise().double().t()
@@ -107,7 +107,7 @@ def test_int4_products_are_those_of_the_dequantised_weight(rows, operators):
 
 
 @pytest.mark.parametrize("make", [int8_matrix, lambda: int4_matrix()[0]], ids=["int8", "int4"])
-def test_the_dtype_of_the_rows_comes_back(make):
+def test_the_output_has_the_dtype_of_the_rows(make):
     one = make()
     inputs = one.dequantise().shape[1]
     assert one(torch.randn(2, inputs, dtype=torch.bfloat16)).dtype == torch.bfloat16
@@ -120,13 +120,13 @@ def test_a_missing_operator_is_no_error(monkeypatch):
 
     monkeypatch.setattr(torch, "_int_mm", missing)
     monkeypatch.setattr(torch, "_weight_int4pack_mm_for_cpu", missing)
-    assert not quantised.integer_product.__wrapped__()
-    assert not quantised.int4_product.__wrapped__()
+    assert not quantised.int8_matmul_works.__wrapped__()
+    assert not quantised.int4_matmul_works.__wrapped__()
 
 
 def test_an_operator_that_multiplies_wrongly_is_not_used(monkeypatch):
     monkeypatch.setattr(torch, "_int_mm", lambda x, w: (x.int() @ w.int()).clamp(max=2**15 - 1))
-    assert not quantised.integer_product.__wrapped__()
+    assert not quantised.int8_matmul_works.__wrapped__()
 
 
 @pytest.mark.parametrize(("inputs", "most", "found"), [

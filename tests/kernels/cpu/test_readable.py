@@ -1,4 +1,4 @@
-"""What native code may not read goes to PyTorch, which says what is wrong, or does it right."""
+"""Tensors that C code may not read are PyTorch's, which computes or raises the error."""
 
 import pytest
 import torch
@@ -109,7 +109,7 @@ def test_what_was_kept_must_be_as_long_as_the_experts():
         sort_by_expert(torch.zeros(6, dtype=torch.int64), torch.ones(4, dtype=torch.bool), 2)
 
 
-def test_nothing_is_read_while_somebody_traces_or_transforms():
+def test_nothing_is_read_while_tracing_or_in_a_transform():
     x = torch.randn(4, 32)
     assert misfit(x) is None
     assert misfit(x, dtype=torch.float64)

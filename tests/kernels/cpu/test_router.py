@@ -1,4 +1,4 @@
-"""The router in one call against the router operator by operator: decisions, losses, gradients."""
+"""The fused router equals the plain one: choices, losses, gradients."""
 
 from dataclasses import replace
 
@@ -78,7 +78,7 @@ def agree(
 @pytest.mark.parametrize("factor", [None, 0.5, 1.25], ids=str)
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("experts", [1, 5, 64])
-def test_equals_step_by_step(mode, factor, padded, experts, taken, monkeypatch) -> None:
+def test_equals_separate_kernels(mode, factor, padded, experts, taken, monkeypatch) -> None:
     config = RouterConfig(mode=mode, capacity_factor=factor, exploration="argmax")
     router = make(config, experts)
     for rows, row in ((1, 1), (3, 14), (2, 64), (9, 131)):  # 1179 tokens: two groups in `paper`

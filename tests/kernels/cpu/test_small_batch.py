@@ -1,4 +1,4 @@
-"""Against plain twins: PyTorch's linear, the reference for experts, and the quantised matrices."""
+"""Equal to PyTorch's linear, the reference for experts, and the quantised matrices."""
 
 import subprocess
 
@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from switchlm.kernels import reference, select
-from switchlm.kernels.cpu import native, quantised, small_batch
+from switchlm.kernels.cpu import native, norm, quantised, small_batch
 
 ROWS = (1, 2, 3, 6, 7, 16, 64)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -40,7 +40,7 @@ def test_linear(build, rows, dtype, outputs):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("counts", [[1], [0, 1, 0], [2, 0, 3, 1], [7, 16, 0, 30], [0, 0]], ids=str)
 @pytest.mark.parametrize("shape", [(64, 64), (640, 192), (1088, 448)], ids=str)
-def test_experts_and_rows_that_are_nobodys(build, dtype, counts, shape):
+def test_experts_and_rows_past_the_counts(build, dtype, counts, shape):
     x_RK = torch.randn(sum(counts) + 2, shape[0]).to(dtype)
     weight_EKN = torch.randn(len(counts), *shape).to(dtype)
     y_RN = small_batch.grouped_matmul(x_RK, weight_EKN, torch.tensor(counts))
@@ -61,17 +61,17 @@ def int4_matrix(outputs=100, inputs=192, groups=3):
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_int8_gives_the_bits_of_the_plain_product(build, rows, monkeypatch):
+def test_int8_gives_the_bits_of_the_plain_matmul(build, rows, monkeypatch):
     one = int8_matrix()
     x_RK = torch.randn(rows, 192) * torch.logspace(-6, 3, rows)[:, None]
     x_RK[-1, 3:] = 0
     found = small_batch.int8_matmul(x_RK, one.codes, one.scale_N)
-    monkeypatch.setattr(small_batch, "few", lambda *_: False)
+    monkeypatch.setattr(small_batch, "is_small", lambda *_: False)
     assert torch.equal(found, one(x_RK))
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_int4_is_the_product_with_what_the_codes_mean(build, rows):
+def test_int4_equals_matmul_with_the_dequantised_weight(build, rows):
     one = int4_matrix()
     x_RK = torch.randn(rows, 192)
     found = small_batch.int4_matmul(x_RK, one.codes, one.scale_GN2)[:, :100]
@@ -82,7 +82,7 @@ def test_int4_is_the_product_with_what_the_codes_mean(build, rows):
 def test_rms_norm(build, shape):
     x, weight_D = torch.randn(shape) * 100, torch.rand(shape[-1])
     expected = torch.nn.functional.rms_norm(x.double(), shape[-1:], weight_D.double(), 1e-6)
-    close(small_batch.rms_norm(x, weight_D, 1e-6), expected)
+    close(norm.rms_norm(x, weight_D, 1e-6), expected)
 
 
 PRODUCTS = {
@@ -116,7 +116,7 @@ def test_a_row_gives_the_same_bits_beside_any_others_and_on_any_threads(build, n
             assert torch.equal(found, together[first : first + rows])
 
 
-def test_what_it_fits():
+def test_misfit():
     x_RK, weight_NK = torch.randn(4, 64), torch.randn(96, 64)
     assert small_batch.misfit(x_RK, weight_NK) is None
     assert small_batch.misfit(x_RK[None], torch.nn.Parameter(weight_NK)) is None
@@ -144,7 +144,7 @@ def test_experts_with_more_rows_than_there_are_read_no_others():
         small_batch.grouped_matmul(torch.randn(3, 64), torch.randn(2, 64, 64), torch.tensor([2, 2]))
 
 
-def test_products_that_somebody_counts_are_pytorchs():
+def test_in_a_dispatch_mode_pytorchs_operators_run():
     x_RK, weight_NK = torch.randn(4, 64), torch.randn(96, 64)
     with FlopCounterMode(display=False) as counter:
         select.linear(x_RK, weight_NK)
@@ -153,19 +153,19 @@ def test_products_that_somebody_counts_are_pytorchs():
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("gated", [False, True])
-def test_a_whole_expert(activation, gated, monkeypatch):
+def test_an_expert_feedforward(activation, gated, monkeypatch):
     counts_E = torch.tensor([1, 0, 3])
     x_RD, up_EDF = torch.randn(4, 64), torch.randn(3, 64, 128)
     down_EFD, gate_EDF = torch.randn(3, 128, 64), torch.randn(3, 64, 128) if gated else None
     arguments = (x_RD, counts_E, up_EDF, down_EFD, activation, gate_EDF)
-    assert select.explain(x_RD, up_EDF).name == "few_rows"
+    assert select.explain(x_RD, up_EDF).name == "small_batch"
     found = select.expert_feedforward(*arguments)
-    monkeypatch.setattr(small_batch, "few", lambda *_: False)
+    monkeypatch.setattr(small_batch, "is_small", lambda *_: False)
     assert select.explain(x_RD, up_EDF).name == "cpu"
     close(found, select.expert_feedforward(*arguments).double(), torch.bfloat16)
 
 
-def test_threads_do_not_fight_with_pytorchs():
+def test_there_is_one_openmp_library():
     """One OpenMP for both: the library names none of its own (or has no threads)."""
     built = native.native()
     if not built.threads or not native.shutil.which("readelf"):

@@ -1,4 +1,4 @@
-"""A Switch layer of small experts in one call against step by step."""
+"""The fused Switch layer of small experts equals separate kernels."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("build")
 
 
 def make(counts, width=32, hidden=48, dropped=3):
-    """Tokens in any order, and what an expert gets is dropped here and there."""
+    """Tokens in any order, some of each expert dropped."""
     torch.manual_seed(0)
     expert_N = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     expert_N = torch.cat([expert_N, torch.zeros(dropped, dtype=torch.int64)])
@@ -40,7 +40,7 @@ SCENES = [[5, 0, 1, 70, 300], [128, 129, 0], [1], [0, 0], [17, 16, 15]]
 @pytest.mark.parametrize("counts", SCENES, ids=str)
 @pytest.mark.parametrize("dropped", [0, 3])
 @pytest.mark.parametrize("hidden", [16, 48])
-def test_equals_step_by_step(counts, dropped, hidden) -> None:
+def test_equals_separate_kernels(counts, dropped, hidden) -> None:
     tensors, order, kept_N = make(counts, hidden=hidden, dropped=dropped)
     assert order.counts_E.tolist() == counts
     for _ in range(3):  # uninitialised memory is often zero the first time
@@ -69,7 +69,7 @@ def test_without_gradients_it_is_the_same() -> None:
 
 
 @pytest.mark.parametrize("frozen", range(4))
-def test_what_is_frozen_gets_no_gradient(frozen) -> None:
+def test_frozen_tensors_get_no_gradient(frozen) -> None:
     tensors, order, _ = make([5, 2, 0])
     whole = outcome(select.SWITCHES["native"], tensors, order)[1:]
     inputs = [t.detach().requires_grad_(i != frozen) for i, t in enumerate(tensors)]
@@ -83,7 +83,7 @@ def test_what_is_frozen_gets_no_gradient(frozen) -> None:
             assert torch.equal(tensor.grad, expected)
 
 
-def test_what_is_not_a_number_stays_with_its_token_and_expert() -> None:
+def test_nan_stays_in_its_token_and_expert() -> None:
     (x_ND, *others), order, _ = make([4, 4], dropped=0)
     bad = int(order.assignment_R[5])
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_what_is_not_a_number_stays_with_its_token_and_expert() -> None:
     assert not dup_EDF[0].isnan().any()
 
 
-def test_a_gate_that_is_not_a_number_leaves_no_trace_where_dropped() -> None:
+def test_a_nan_gate_has_no_effect_where_dropped() -> None:
     (x_ND, gate_N, *weights), order, kept_N = make([4, 4])
     with torch.no_grad():
         gate_N[~kept_N] = torch.nan
@@ -125,19 +125,19 @@ def test_threads_change_no_bit() -> None:
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
-def test_it_is_said_which_way_a_layer_goes(monkeypatch) -> None:
+def test_explain_switch_names_kernel_and_reason(monkeypatch) -> None:
     x_ND = torch.randn(100, 32)
     assert explain_switch(x_ND, 100, 4, 32).name == "native"
     torch.set_num_threads(2)
     assert explain_switch(x_ND, 100, 4, 32).name == "native"
     for arguments, reason in (
         ((x_ND, 200, 4, 32), "200 assignments for 100 tokens"),
-        ((x_ND, 100, 4, 32, "gelu"), "not ReLU alone"),
-        ((x_ND, 100, 4, 32, "relu", True), "not ReLU alone"),
-        ((x_ND, 100, 4, 40), "no multiples of 16"),
+        ((x_ND, 100, 4, 32, "gelu"), "gated or not ReLU"),
+        ((x_ND, 100, 4, 32, "relu", True), "gated or not ReLU"),
+        ((x_ND, 100, 4, 40), "no multiple of 16"),
         ((x_ND, 100, 4, 512), "not small"),
         ((x_ND.bfloat16(), 100, 4, 32), "not torch.bfloat16"),
-        ((x_ND.expand(400, 100, 32).reshape(-1, 32), 40000, 4, 32), "to share among threads"),
+        ((x_ND.expand(400, 100, 32).reshape(-1, 32), 40000, 4, 32), "enough for several threads"),
     ):
         choice = explain_switch(*arguments)
         assert choice.name == "separate"

@@ -1,4 +1,4 @@
-"""Each part of the work has a thread of its own, and errors come back."""
+"""Each part of the work runs on its own thread, and errors are raised."""
 
 import threading
 

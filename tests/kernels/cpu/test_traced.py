@@ -1,4 +1,4 @@
-"""Under torch.compile, and with fake tensors, the kernels give what they give eagerly."""
+"""Under torch.compile, and with fake tensors, the kernels compute the same as eagerly."""
 
 import pytest
 import torch

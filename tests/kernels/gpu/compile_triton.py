@@ -31,7 +31,7 @@ def jitted(kernel: Any) -> Any:
 
 
 def type_of(name: str, dtype: str) -> str:
-    """Return the type of a kernel's parameter, which its name tells."""
+    """Return the type of a kernel's parameter, by its name."""
     if name in FLOATS:
         return "*fp32"
     if name in LONGS:
@@ -63,14 +63,14 @@ def build(kernel: Any, config: triton.Config, dtype: str, known: dict[str, Any],
 
 
 def cases(dtype: str) -> Iterator[tuple[Any, list[triton.Config], dict[str, Any]]]:
-    """Yield each kernel, its configurations, and what else is known when it is compiled."""
+    """Yield each kernel, its configurations, and its other constants."""
     common = {"PRECISION": "tf32" if dtype == "fp32" else "ieee"}
     tiled = {**common, "ROWS": 128, "EVEN": True}
     yield tiles._lay_out, [triton.Config({})], {"EXPERTS": 64, "ROWS": 128}
     absent = dict.fromkeys(("linear_EVW", "inner_RW", "linear_RW"))
     plain = {**tiled, "ACTIVATION": "relu", "GATED": False}
     gated = {**tiled, "ACTIVATION": "gelu", "GATED": True}
-    forward = kernels.PRODUCTS
+    forward = kernels.MATMUL_CONFIGS
     yield kernels._hidden, forward, {**plain, **absent, "KEEP": False}
     yield kernels._hidden, forward[1:], {**gated, "KEEP": True}
     absent = dict.fromkeys(("more_RV", "more_EVW"))
@@ -78,12 +78,12 @@ def cases(dtype: str) -> Iterator[tuple[Any, list[triton.Config], dict[str, Any]
     back = {**tiled, "SCALED": False, "TWO": True, "scale_A": None, "stride_V": 1}
     yield kernels._scatter, forward, down
     yield kernels._scatter, forward[1:], back
-    configs = backward.HIDDEN
+    configs = backward.HIDDEN_CONFIGS
     columns = {"BLOCK_W": backward.COLUMNS}
     absent = dict.fromkeys(("linear_RW", "middle_RW", "dlinear_RW"))
     yield backward._hidden_gradients, configs, {**plain, **columns, **absent, "KEPT": False}
     yield backward._hidden_gradients, configs, {**gated, **columns, "KEPT": True}
-    configs = backward.WEIGHTS
+    configs = backward.WEIGHT_CONFIGS
     yield backward._weight_gradient, configs, {**common, "SCALED": True}
     yield backward._weight_gradient, configs, {**common, "SCALED": False, "scale_A": None}
 

@@ -35,7 +35,7 @@ D, F = 24, 40  # no multiples of any block
     ]
 )
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Fill what is allocated with NaN, so that nothing unwritten goes unnoticed."""
+    """Fill allocated memory with NaN, so that unwritten results are noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield request.param
@@ -44,7 +44,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @dataclass
 class Case:
-    """Tensors of one call, and who is kept; gate_EDF is None where the experts are not gated."""
+    """Tensors of one layer, and which assignments are kept; gate_EDF is None if not gated."""
 
     x_ND: Tensor
     weight_A: Tensor
@@ -106,7 +106,7 @@ def slow(
     activation: Activation,
     gate_EDF: Tensor | None,
 ) -> Tensor:
-    """Compute the same with the reference's products, one step after the other."""
+    """Compute the same with the reference, one step after the other."""
     per_token = weight_A.shape[0] // x_ND.shape[0]
     x_RD = x_ND[order.assignment_R // per_token]
     inner_EDF = up_EDF if gate_EDF is None else gate_EDF
@@ -122,7 +122,7 @@ def slow(
 
 
 def both(case: Case, activation: Activation) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what the kernels compute beside what the reference does, output and gradients."""
+    """Yield the results of the kernels and of the reference, output and gradients."""
     dy_ND = torch.linspace(-1, 1, case.x_ND.numel(), device=case.x_ND.device)
     dy_ND = dy_ND.view(case.x_ND.shape).to(case.x_ND.dtype)
     results = []
@@ -193,7 +193,7 @@ def test_without_gradients_the_bits_are_the_same(gated: bool, device: str) -> No
         assert torch.equal(switch_feedforward(*case.arguments(), "gelu", case.gate_EDF), y_ND)
 
 
-def test_what_is_frozen_gets_no_gradient(device: str) -> None:
+def test_frozen_tensors_get_no_gradient(device: str) -> None:
     case = make([9, 12], 3, device)
     case.up_EDF.requires_grad_(False)
     case.x_ND.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: what is compiled and timed, and how products are taken."""
+"""What the Triton kernels share: which configurations are timed, and the precision of matmul."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ def test_without_tensor_cores_the_smallest_is_taken_untried() -> None:
 
 @pytest.fixture
 def matmul() -> Iterator[Any]:
-    """PyTorch's settings of products on a GPU; monkeypatch cannot put these back."""
+    """PyTorch's precision of matmul on a GPU; monkeypatch cannot restore it."""
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision
     yield settings
@@ -55,7 +55,7 @@ def matmul() -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("setting", "taken"), [("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")]
 )
-def test_products_are_taken_as_pytorch_is_set(setting: str, taken: str, matmul: Any) -> None:
+def test_precision_follows_pytorchs_setting(setting: str, taken: str, matmul: Any) -> None:
     # The flag of before, allow_tf32, cannot be read once the present one is set.
     matmul.fp32_precision = setting
     assert precision(SimpleNamespace(is_cuda=True)) == taken

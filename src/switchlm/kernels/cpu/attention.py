@@ -3,11 +3,11 @@
 The plain twin is `nn.functional.scaled_dot_product_attention`, whose fused kernel gives no gradient
 of a bias on a CPU, and whose fallback passes more than a dozen times over all scores.
 
-`attention`: training, and many queries; native/attention.c, forward and backward. The scores of
-some queries of one head are made, used and forgotten while they are in the cache; for backward two
-numbers per query are kept.
-`decode_attention`: one query per head, as in decoding; native/one_query.c, once over keys and
-values. What a row gets depends on no other row, and not on how many masked places follow.
+`attention`: training, and many queries; native/attention.c, forward and backward. The scores of a
+block of queries of one head stay in the cache and are not stored; two numbers per query are kept
+for the backward pass.
+`decode_attention`: one query per head, as in decoding; native/decode_attention.c, in one pass over
+keys and values. A row's result depends neither on other rows nor on masked places after its own.
 
 Both give the same bits with any number of threads.
 
@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from switchlm import _torch
 from switchlm.kernels.cpu import native
 
-_LEAST_NUMBERS = 2**16  # of keys below which waking a thread does not pay
+_LEAST_NUMBERS = 2**16  # of keys below which another thread does not pay
 
 
 def decode_misfit(
@@ -33,10 +33,10 @@ def decode_misfit(
 ) -> str | None:
     """Return why `decode_attention` does not take these, None if it does.
 
-    One query, in main memory, and nobody wants gradients.
+    One query, in main memory, and no gradient is needed.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return "gradients are wanted, or somebody traces"
+        return "a gradient is needed, or traced"
     if query_BH1K.shape[2] != 1 or not query_BH1K.is_cpu:
         return "more than one query, or not in main memory"
     if not query_BH1K.dtype == key_BHMK.dtype == value_BHMK.dtype:
@@ -46,13 +46,13 @@ def decode_misfit(
     if query_BH1K.shape[3] % native.WIDTH:
         return "heads of no whole vectors"
     if key_BHMK.stride() != value_BHMK.stride() or key_BHMK.stride(3) != 1:
-        return "keys and values that do not lie alike, or not in rows"
+        return "keys and values of different strides, or not in rows"
     if not type(query_BH1K) is type(key_BHMK) is type(value_BHMK) is Tensor:
         return "not plain tensors"
     if bias is not None and not (type(bias) is Tensor and bias.is_cpu):
         return "a bias that is not plain, in main memory"
     if _torch.has_dispatch_mode():
-        return "somebody watches operators"
+        return "in a dispatch mode"
     return None if native.native().library is not None else native.native().reason
 
 
@@ -72,7 +72,7 @@ def decode_attention(
         bias_at = bias.data_ptr()
         row, head, _, place = bias.stride()
         bias_strides = (row * (bias.shape[0] > 1), head * (bias.shape[1] > 1), place)
-    failed = native.library().one_query(
+    failed = native.library().decode_attention(
         key_BHMK.dtype == torch.bfloat16,
         query32.data_ptr(),
         key_BHMK.data_ptr(),
@@ -92,9 +92,9 @@ def decode_attention(
     return y_B1W.to(query_BH1K.dtype)
 
 
-_MOST_GROUPS, _ROWS_OF_A_GROUP = 16, 8  # each sums its own gradient of the bias
-_LEAST_SCORES = 2**16  # below which waking a thread does not pay
-_NOTHING = (0, 0, 0, 0)
+_MOST_GROUPS, _ROWS_PER_GROUP = 16, 8  # each group sums its own gradient of the bias
+_LEAST_SCORES = 2**16  # below which another thread does not pay
+_NULL = (0, 0, 0, 0)
 
 
 def misfit(
@@ -102,8 +102,8 @@ def misfit(
 ) -> str | None:
     """Return why `attention` does not take these, None if it does.
 
-    Plain tensors, float32, in main memory. Under autocast, a tracer or a mode that watches
-    operators, PyTorch's own are the right ones.
+    Plain tensors, float32, in main memory. PyTorch's operators run under autocast, while tracing
+    and in a dispatch mode.
     """
     tensors = (query_BHQK, key_BHMK, value_BHMK, *(() if bias is None else (bias,)))
     reason = native.misfit(*tensors)
@@ -115,13 +115,13 @@ def misfit(
         key_BHMK.shape != value_BHMK.shape
         or query_BHQK.shape[:2] != key_BHMK.shape[:2]
         or query_BHQK.shape[3] != key_BHMK.shape[3]
-        or not (bias is None or _agrees(bias, query_BHQK, key_BHMK))
+        or not (bias is None or _bias_fits(bias, query_BHQK, key_BHMK))
     ):
         return "shapes that do not agree"
     return "autocast is on" if torch.is_autocast_enabled("cpu") else None
 
 
-def _agrees(bias: Tensor, query_BHQK: Tensor, key_BHMK: Tensor) -> bool:
+def _bias_fits(bias: Tensor, query_BHQK: Tensor, key_BHMK: Tensor) -> bool:
     """Whether the bias is of a documented shape."""
     batch, heads, queries, _ = query_BHQK.shape
     return (
@@ -138,20 +138,21 @@ def attention(
 ) -> Tensor:
     """Return softmax(q k^T + bias) v, [B, Q, W], with gradients, for what has no `misfit`.
 
-    bias: [1 or B, 1 or H, Q, M], or none. Queries, keys and values are read where they lie, and
-        their gradients lie in memory as [B, Q or M, H, K].
+    Queries, keys and values are not copied; their gradients are in memory as [B, Q or M, H, K].
+
+    bias: [1 or B, 1 or H, Q, M], or None.
     """
     tensors = (query_BHQK, key_BHMK, value_BHMK, bias)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         y_BQW: Tensor = _Attention.apply(*tensors)
         return y_BQW
-    return _forward(*_neighbours(*tensors))[0]
+    return _forward(*_last_dim_contiguous(*tensors))[0]
 
 
-def _neighbours(
+def _last_dim_contiguous(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the inputs, with the numbers of a place, and the biases of a query, side by side."""
+    """Return the inputs with their last dim contiguous."""
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     if bias is not None and bias.stride(3) != 1:
         bias = bias.contiguous()
@@ -165,7 +166,7 @@ def _forward(
     batch, heads, queries, width = query.shape
     y_BQW = query.new_empty(batch, queries, heads * width)
     kept_2BHQ = query.new_empty(2, batch, heads, queries)
-    places = (*map(_heads, (query, key, value, _split(y_BQW, heads))), *[_NOTHING] * 4)
+    places = (*map(_heads, (query, key, value, _split(y_BQW, heads))), *[_NULL] * 4)
     _call(query, key, bias, places, kept_2BHQ, None)
     return y_BQW, kept_2BHQ
 
@@ -173,7 +174,7 @@ def _forward(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        query, key, value, bias = _neighbours(query, key, value, bias)
+        query, key, value, bias = _last_dim_contiguous(query, key, value, bias)
         y_BQW, kept_2BHQ = _forward(query, key, value, bias)
         ctx.save_for_backward(query, key, value, bias, y_BQW, kept_2BHQ)
         return y_BQW
@@ -204,7 +205,7 @@ class _Attention(torch.autograd.Function):
 
 def _group(batch: int) -> int:
     """Return the rows of the batch that share a bias and are one task."""
-    return math.ceil(batch / min(math.ceil(batch / _ROWS_OF_A_GROUP), _MOST_GROUPS))
+    return math.ceil(batch / min(math.ceil(batch / _ROWS_PER_GROUP), _MOST_GROUPS))
 
 
 def _split(x_BQW: Tensor, heads: int) -> Tensor:
@@ -230,7 +231,7 @@ def _call(
     """
     batch, heads, queries, width = query.shape
     keys = key.shape[2]
-    of_bias, group = _NOTHING, _group(batch)
+    of_bias, group = _NULL, _group(batch)
     if bias is not None:
         row, head, query_stride, _ = (
             stride * (size > 1) for size, stride in zip(bias.shape, bias.stride(), strict=True)
@@ -248,7 +249,7 @@ def _call(
     )
     failed = native.library().attention(
         (ctypes.c_int64 * len(numbers))(*numbers),
-        places[-1] != _NOTHING,
+        places[-1] != _NULL,
         native.threads_for(batch * heads * queries * keys, _LEAST_SCORES),
     )
     if failed:

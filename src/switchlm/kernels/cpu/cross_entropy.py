@@ -1,7 +1,7 @@
 """Cross-entropy per token: native/cross_entropy.c on a CPU, forward and backward.
 
-PyTorch writes the logarithm of the softmax and reads it again twice, and fills a gradient with
-zeros first. The plain twin is `nn.functional.cross_entropy`.
+The plain twin is `nn.functional.cross_entropy`, which stores the logarithm of the softmax, reads it
+twice, and fills the gradient with zeros first.
 
 Shapes: N tokens, V vocabulary.
 """
@@ -14,21 +14,17 @@ from torch.autograd.function import once_differentiable
 
 from switchlm.kernels.cpu import native
 
-_LEAST_LOGITS = 2**18  # below which waking a thread does not pay
+_LEAST_LOGITS = 2**18  # below which another thread does not pay
 
 
 def token_losses(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Return loss_N, float32, for what has no `misfit`: the negative log likelihoods, in nats.
-
-    logits_NV: float32.
-    targets_N: int64; where it is -100, the loss is zero.
-    """
+    """Return loss_N, for what has no `misfit`: see select.py."""
     loss_N: Tensor = _CrossEntropy.apply(logits_NV, targets_N)
     return loss_N
 
 
 def misfit(logits_NV: Tensor, targets_N: Tensor) -> str | None:
-    """Return why the native kernel does not take these, None if it does.
+    """Return why the kernel does not take these, None if it does.
 
     Plain, in main memory, rows of whole vectors.
     """

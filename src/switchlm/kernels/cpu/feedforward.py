@@ -1,8 +1,7 @@
-"""A whole expert at once: up, activation and down, while its hidden rows are still in the cache.
+"""The expert feed-forward on a CPU: up, activation and down while hidden rows are in the cache.
 
-Three separate calls write and read all hidden rows of all experts again and again, and pass over
-them once more for the activation and its gradient. Here each expert runs to its end before the next
-begins; its output and its weight gradients are written once.
+Three separate calls write and read the hidden rows of all experts several times. Here each expert
+is finished before the next begins; its output and its weight gradients are written once.
 
 Shapes: R rows, D d_model, F d_ff, E experts, P pieces (see grouped.py).
 """
@@ -19,10 +18,10 @@ from switchlm.kernels.cpu.grouped import Schedule, Sums, matmul_into, schedule_f
 from switchlm.kernels.cpu.memory import Workspace, keep
 from switchlm.kernels.reference import Activation, activate, activate_backward_
 
-# Stacked: what meets the activation (`up`, or `gate` where gated), `up` where gated, and `down`.
+# Stacked: the weight before the activation (`up`, or `gate` where gated), `up` where gated, `down`.
 Weights = tuple[Tensor, Tensor | None, Tensor]
-# What backward needs of the hidden rows. The first are stored activated where the activation allows
-# it (ReLU: its gradient and itself read the same from its output).
+# Hidden rows kept for the backward pass, of both factors where gated: before the activation, or
+# after a ReLU, whose gradient can be computed from its output.
 Hidden = tuple[Tensor, Tensor | None]
 
 
@@ -33,15 +32,15 @@ def _forward(
     activation: Activation,
     hidden: Hidden | None,
 ) -> Tensor:
-    """Return y_RD. Fills `hidden`, or forgets each expert's hidden rows when there is none."""
+    """Return y_RD. Fills `hidden`; None keeps no hidden rows."""
     inner_EDF, linear_EDF, down_EFD = weights
     inner_RF, linear_RF = hidden or (None, None)
     y_RD = schedule.empty(x_RD, down_EFD.shape[2])
     y = Sums(schedule, y_RD)
     x_P = schedule.rows(x_RD)
-    inner_weight_P, linear_weight_P = (_cut(schedule, w, 1) for w in (inner_EDF, linear_EDF))
-    down_P = _cut(schedule, down_EFD, 0)
-    inner_P, linear_P = _cut_rows(schedule, inner_RF), _cut_rows(schedule, linear_RF)
+    inner_weight_P, linear_weight_P = (schedule.columns(w, 1) for w in (inner_EDF, linear_EDF))
+    down_P = schedule.columns(down_EFD, 0)
+    inner_P, linear_P = schedule.rows(inner_RF, cut=True), schedule.rows(linear_RF, cut=True)
 
     def compute(p: int, workspace: Workspace) -> None:
         x = workspace.filled("x", x_P[p])
@@ -53,8 +52,8 @@ def _forward(
             return matmul_into(x, weight_P[p], workspace.output_for(name, stored_P[p], rows))
 
         inner = multiply("inner", inner_weight_P, inner_P)
-        apart = None if activation == "relu" else workspace("middle", rows, width)
-        middle = activate(inner, activation, apart)
+        separate = None if activation == "relu" else workspace("middle", rows, width)
+        middle = activate(inner, activation, separate)
         if inner_P:
             keep(inner, inner_P[p])
         if linear_weight_P:
@@ -85,7 +84,7 @@ def _backward(
     activation: Activation,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, inner, linear and down, those that `needs` asks for."""
+    """Return the gradients of x, inner, linear and down; None where not in `needs`."""
     (inner_EDF, linear_EDF, down_EFD), (inner_RF, linear_RF) = weights, hidden
     dx_RD = schedule.empty(x_RD, x_RD.shape[1]) if needs[0] else None
     dinner_EDF, dlinear_EDF, ddown_EFD = (
@@ -94,11 +93,11 @@ def _backward(
     )
     dx = None if dx_RD is None else Sums(schedule, dx_RD)
     x_P, dy_P = schedule.rows(x_RD), schedule.rows(dy_RD)
-    inner_P, linear_P = _cut_rows(schedule, inner_RF), _cut_rows(schedule, linear_RF)
-    dinner_P, dlinear_P = _cut(schedule, dinner_EDF, 1), _cut(schedule, dlinear_EDF, 1)
-    ddown_P = _cut(schedule, ddown_EFD, 0)
+    inner_P, linear_P = schedule.rows(inner_RF, cut=True), schedule.rows(linear_RF, cut=True)
+    dinner_P, dlinear_P = schedule.columns(dinner_EDF, 1), schedule.columns(dlinear_EDF, 1)
+    ddown_P = schedule.columns(ddown_EFD, 0)
     inner_weight_P, linear_weight_P, down_P = (
-        _cut(schedule, None if weight is None else weight.mT, dim)
+        schedule.columns(None if weight is None else weight.mT, dim)
         for weight, dim in ((inner_EDF, 0), (linear_EDF, 0), (down_EFD, 1))
     )
 
@@ -135,16 +134,6 @@ def _backward(
     if dx is not None:
         dx.add_up()
     return dx_RD, dinner_EDF, dlinear_EDF, ddown_EFD
-
-
-def _cut(schedule: Schedule, stacked: Tensor | None, dim: int) -> list[Tensor]:
-    """Return every piece's part of its expert's matrix, by the dim of the hidden columns."""
-    return [] if stacked is None else schedule.columns(stacked, dim)
-
-
-def _cut_rows(schedule: Schedule, hidden_RF: Tensor | None) -> list[Tensor]:
-    """Return every piece's rows and columns of the hidden rows."""
-    return [] if hidden_RF is None else schedule.rows(hidden_RF, cut=True)
 
 
 class _ExpertFeedForward(torch.autograd.Function):

@@ -1,21 +1,20 @@
-"""Grouped products in main memory: one product per expert, experts shared out among the threads.
+"""Grouped matmul in main memory: one matmul per expert, experts divided among the threads.
 
 Autograd over a loop that indexes the stacked weight builds one full-size gradient per expert, and
 `torch.nn.functional.grouped_mm` leaves the rows past the counts undefined. Here the loop is inside
-one autograd function: every product writes its slice of the result, an expert without rows costs
-the zeroing of its weight gradient, and rows past the counts are zero.
+one autograd function: every matmul writes its slice of the result, an expert without rows costs the
+zeroing of its weight gradient, and rows past the counts are zero.
 
-Products of 64 rows are too small to split among threads: each thread taking whole experts is
-faster, and does not wait at a barrier after every product. Experts are laid out in a row, each as
-long as its cost, and the row is cut into equal lengths, one per thread (McNaughton's rule): an
-expert that a cut goes through is shared by two threads, column by column. So loads may be as skewed
-as they like.
+A matmul of 64 rows is too small to split among threads: threads that take full experts are faster,
+since they do not wait at a barrier after every matmul. The costs of the experts are laid end to end
+and cut into equal lengths, one per thread (McNaughton's rule). Two threads share an expert that is
+cut, by columns. So threads have equal work however skewed the loads.
 
-One product is PyTorch's, or native/products.c where rows are few: libraries for large products pack
-their factors first, which costs as much as it saves where one factor has some ten to a hundred
-rows. The plain twins are `torch.mm` and `addmm_`.
+A matmul is PyTorch's, or native/gemm.c where rows are few: BLAS libraries pack their factors first,
+which costs as much as it saves where one factor has some ten to a hundred rows. The plain twins are
+`torch.mm` and `addmm_`.
 
-Shapes: R rows, D in, F out, E experts, P pieces (see `Piece`); of one product, M x K times K x N.
+Shapes: R rows, D in, F out, E experts, P pieces (see `Piece`); of one matmul, M x K times K x N.
 """
 
 from collections.abc import Sequence
@@ -31,21 +30,23 @@ from switchlm import _torch
 from switchlm.kernels.cpu import memory, native, small_matmul, threads
 from switchlm.kernels.cpu.memory import Workspace, compiles_shapes, keep
 
-FIXED_ROWS = 48  # reading an expert's weights costs as much as multiplying about so many rows
-LEAST_WORK = 2**25  # multiply-adds a product below which waking a thread does not pay
-BLOCK_ROWS = 2048  # of a busy expert at a time, so that its hidden rows stay in the cache
-LEAST_GAIN = 0.02  # of a thread's time; a cut that evens out less is moved to an expert's end
+FIXED_ROWS = 48  # cost of reading an expert's weights, in rows
+LEAST_WORK = 2**25  # multiply-adds below which another thread does not pay
+BLOCK_ROWS = 2048  # of an expert at a time, so that hidden rows stay in the cache
+LEAST_GAIN = 0.02  # of a thread's time; a cut that gains less is moved to an expert's end
 ALIGNMENT = 16  # columns
 FEW_WIDTHS = 4  # how many widths a cut expert's columns may have where shapes are compiled
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of an expert, all of them or a block, and columns, all or those between two shares.
+    """Rows of an expert, all or a block, and its columns, all or a part.
 
     The pieces of the same columns follow each other on one thread.
 
-    few_shapes: columns are cut coarsely, so that products have few shapes (see memory.py).
+    first, rows: the block; None is all rows.
+    start, stop: the part of the columns, from 0 to 1.
+    few_shapes: columns are cut coarsely, so that matmuls have few shapes (see memory.py).
     """
 
     expert: int
@@ -57,14 +58,14 @@ class Piece:
 
     @property
     def begins(self) -> bool:
-        """Whether no other block of these columns comes before: results start, others are added."""
+        """Whether this is the first block of its columns: it writes the sum that others add to."""
         return self.first == 0
 
     def of_rows(self, rows: Tensor) -> Tensor:
         return rows if self.rows is None else rows.narrow(0, self.first, self.rows)
 
     def of_columns(self, matrix: Tensor, dim: int) -> Tensor:
-        """Return the piece's slices of a matrix; an expert's pieces tile it."""
+        """Return the piece's columns of a matrix, which are on the dim `dim`."""
         if self.start == 0 and self.stop == 1:
             return matrix
         width = matrix.shape[dim]
@@ -78,11 +79,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which rows are whose, and which thread takes whom.
+    """The rows of every expert, and the pieces of every thread.
 
-    sizes: rows of every expert, and last the rows of none.
+    sizes: the number of rows of every expert, and last those of no expert.
     pieces: of experts with rows, in order.
-    parts: for every thread its pieces; one part where sharing does not pay.
+    parts: the pieces of every thread; one part where several threads do not pay.
     idle: the experts without rows.
     """
 
@@ -91,16 +92,20 @@ class Schedule:
     parts: list[range]
     idle: list[int]
 
-    def rows(self, rows: Tensor, cut: bool = False) -> list[Tensor]:
-        """Return every piece's rows; `cut`: its columns of them alone."""
+    def rows(self, rows: Tensor | None, cut: bool = False) -> list[Tensor]:
+        """Return the rows of every piece, none of None; `cut`: only its columns of them."""
+        if rows is None:
+            return []
         rows_E = rows.split_with_sizes(self.sizes)
         found = [piece.of_rows(rows_E[piece.expert]) for piece in self.pieces]
         if not cut:
             return found
         return [piece.of_columns(t, 1) for piece, t in zip(self.pieces, found, strict=True)]
 
-    def columns(self, stacked: Tensor, dim: int) -> list[Tensor]:
-        """Return every piece's columns, in this dim, of its expert's matrix."""
+    def columns(self, stacked: Tensor | None, dim: int) -> list[Tensor]:
+        """Return every piece's columns, on the dim `dim`, of its expert's matrix; none of None."""
+        if stacked is None:
+            return []
         matrix_E = stacked.unbind()
         return [piece.of_columns(matrix_E[piece.expert], dim) for piece in self.pieces]
 
@@ -113,7 +118,7 @@ class Schedule:
 
 
 class Sums:
-    """Rows to which all pieces of an expert add: the first writes, the others wait their turn."""
+    """Rows summed over the pieces of an expert: the first writes, the others add at the end."""
 
     def __init__(self, schedule: Schedule, rows: Tensor) -> None:
         self.out_P = schedule.rows(rows)
@@ -124,7 +129,7 @@ class Sums:
                 self._later.append((total, self.out_P[number]))
 
     def add_up(self) -> None:
-        """Add what the later pieces found, in order."""
+        """Add the results of the later pieces, in order."""
         for total, part in self._later:
             total.add_(part)
 
@@ -132,10 +137,10 @@ class Sums:
 def make_schedule(
     counts: list[int], num_rows: int, work_per_row: int, *, few_shapes: bool = False
 ) -> Schedule:
-    """Share experts out, evenly to within a few percent whatever their loads.
+    """Divide experts among threads, evenly to within a few percent whatever their loads.
 
     counts: rows of each expert.
-    work_per_row: multiply-adds of one row in one product.
+    work_per_row: multiply-adds of one row in one matmul.
     few_shapes: cut columns coarsely (see Piece).
     """
     total = sum(counts)
@@ -172,7 +177,7 @@ def make_schedule(
 def _blocks(
     expert: int, count: int, start: float, stop: float, few_shapes: bool = False
 ) -> list[Piece]:
-    """Return the pieces of these columns: the rows in equal blocks."""
+    """Return the pieces of these columns, rows in equal blocks."""
     number = -(-count // BLOCK_ROWS)
     if number == 1:
         return [Piece(expert, 0, None, start, stop, few_shapes)]
@@ -183,22 +188,22 @@ def _blocks(
 
 
 def _snap(cut: float, length: float, tolerance: float) -> float:
-    """Return the cut, moved to an end of the length that is nearer than the tolerance."""
+    """Return the cut, moved to an end of the length if one is within the tolerance."""
     if cut <= tolerance:
         return 0.0
     return length if length - cut <= tolerance else cut
 
 
-# Tokens of an expert; measured at 256 x 1,024, on an EPYC with AVX-512 and on one without.
+# Tokens of an expert; measured at 256 x 1,024, on an EPYC with and one without AVX-512.
 MOST_ROWS = 256 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 
 
 def matmul_into(
     a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, *, add: bool = False, large: bool = False
 ) -> Tensor:
-    """Write the product into `out_MN`, or add it, and return that.
+    """Write a @ b into `out_MN`, or add it, and return that.
 
-    large: the result is more than the cache holds, and nobody reads it soon.
+    large: the result exceeds the cache and is not read soon.
     """
     if a_MK.is_cpu and small_matmul.is_slow(a_MK.dtype):
         wide_MN = torch.empty(out_MN.shape)
@@ -213,7 +218,7 @@ def matmul_into(
 
 
 def _fits(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> bool:
-    """Whether products.c takes these: few rows of float32, all in main memory, in whole vectors."""
+    """Whether gemm.c takes these: few rows of float32, all in main memory, in whole vectors."""
     (rows, inputs), outputs = a_MK.shape, b_KN.shape[1]
     transposed = a_MK.stride(1) != 1  # of a gradient of weights, whose inputs are tokens
     return (
@@ -235,12 +240,10 @@ def _multiply(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, add: bool, large: bool
     shape, y_row = (rows, inputs, outputs), out_MN.stride(0)
     if b_KN.stride(1) == 1 and outputs % native.WIDTH == 0:
         a_row, a_column = a_MK.stride()
-        native.library().product(
-            a, a_row, a_column, b, b_KN.stride(0), y, y_row, *shape, add, large
-        )
+        native.library().gemm(a, a_row, a_column, b, b_KN.stride(0), y, y_row, *shape, add, large)
     else:
         a_row, b_column = a_MK.stride(0), b_KN.stride(1)
-        native.library().product_of_columns(a, a_row, b, b_column, y, y_row, *shape, add)
+        native.library().gemm_nt(a, a_row, b, b_column, y, y_row, *shape, add)
 
 
 def weight_gradient(weight_EDF: Tensor, schedule: Schedule) -> Tensor:
@@ -268,11 +271,6 @@ def forward(x_RD: Tensor, weight_EDF: Tensor, schedule: Schedule) -> Tensor:
 
     threads.parallel_for(multiply, schedule.parts)
     return y_RF
-
-
-def backward_rows(dy_RF: Tensor, weight_EDF: Tensor, schedule: Schedule) -> Tensor:
-    """Return dx_RD, the gradient of the rows; zeros past the counts."""
-    return forward(dy_RF, weight_EDF.mT, schedule)
 
 
 def backward_weight(dy_RF: Tensor, x_RD: Tensor, weight_EDF: Tensor, schedule: Schedule) -> Tensor:
@@ -305,14 +303,14 @@ class _GroupedMatmul(torch.autograd.Function):
         dy_RF = gradients[0].contiguous()
         dx_RD = dweight_EDF = None
         if ctx.needs_input_grad[0]:
-            dx_RD = backward_rows(dy_RF, weight_EDF, ctx.schedule)
+            dx_RD = forward(dy_RF, weight_EDF.mT, ctx.schedule)
         if ctx.needs_input_grad[1]:
             dweight_EDF = backward_weight(dy_RF, x_RD, weight_EDF, ctx.schedule)
         return dx_RD, dweight_EDF, None
 
 
 def schedule_for(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Schedule:
-    """Return how these rows are shared out; waits for the counts."""
+    """Return the schedule of these rows; waits for the counts."""
     few_shapes = compiles_shapes(x_RD.dtype)
     work_per_row = weight_EDF[0].numel()
     return make_schedule(counts_E.tolist(), x_RD.shape[0], work_per_row, few_shapes=few_shapes)
@@ -325,21 +323,21 @@ def grouped_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor
 
 
 def traced_matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
-    """Do the same as one opaque operator with a shape rule, for torch.compile and fake tensors.
+    """`grouped_matmul` as an opaque operator with a shape rule, for torch.compile and fake tensors.
 
-    How many rows an expert has is known only at run time, so the loop cannot be traced. Calling an
-    operator takes tens of microseconds more, which is why nothing else does.
+    The number of rows per expert is known only at run time, so the loop cannot be traced. Used only
+    then, since calling an operator takes tens of microseconds more.
     """
-    y_RF: Tensor = _product(x_RD, weight_EDF, counts_E)
+    y_RF: Tensor = _matmul(x_RD, weight_EDF, counts_E)
     return y_RF
 
 
 @torch.library.custom_op("switchlm::grouped_matmul", mutates_args=())
-def _product(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
+def _matmul(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
     return forward(x_RD, weight_EDF, schedule_for(x_RD, weight_EDF, counts_E))
 
 
-@_product.register_fake
+@_matmul.register_fake
 def _(x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
     return x_RD.new_empty(x_RD.shape[0], weight_EDF.shape[2])
 
@@ -351,7 +349,7 @@ def _gradients(
     schedule = schedule_for(x_RD, weight_EDF, counts_E)
     dy_RF = dy_RF.contiguous()
     dweight_EDF = backward_weight(dy_RF, x_RD, weight_EDF, schedule)
-    return backward_rows(dy_RF, weight_EDF, schedule), dweight_EDF
+    return forward(dy_RF, weight_EDF.mT, schedule), dweight_EDF
 
 
 @_gradients.register_fake
@@ -359,7 +357,7 @@ def _(dy_RF: Tensor, x_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> tupl
     return x_RD.new_empty(x_RD.shape), weight_EDF.new_empty(weight_EDF.shape)
 
 
-def _remember(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -367,4 +365,4 @@ def _backward(ctx: Any, dy_RF: Tensor) -> tuple[Tensor, Tensor, None]:
     return *_gradients(dy_RF, *ctx.saved_tensors), None
 
 
-_product.register_autograd(_backward, setup_context=_remember)
+_matmul.register_autograd(_backward, setup_context=_save)

@@ -1,7 +1,7 @@
-"""The root mean square norm in one pass each way, for a CPU: native/norm.c.
+"""RMSNorm on a CPU, in one pass each way: native/norm.c.
 
-PyTorch, the plain twin, has one kernel for it on a GPU; on a CPU it takes the formula apart, and
-autograd again.
+The plain twin is `nn.functional.rms_norm`, which is several operators on a CPU, forward and
+backward.
 
 Shapes: R rows, D width.
 """
@@ -15,16 +15,19 @@ from torch.autograd.function import once_differentiable
 
 from switchlm.kernels.cpu import native, small_batch
 
-_GROUP = 256  # rows that norm.c sums together
-_LEAST_NUMBERS = 2**16  # below which waking a thread does not pay
+_GROUP = 256  # rows per gradient of the weight, as in norm.c
+_LEAST_NUMBERS = 2**16  # below which another thread does not pay
 
 
-def few_rows_misfit(x: Tensor, weight_D: Tensor) -> str | None:
-    """Return why x is not normed as in decoding, where autograd's wrapping takes the longest."""
-    if _wants_autograd():
-        return "gradients are wanted, or autocast is on"
-    few = small_batch.few(x, small_batch.MOST_ROWS[torch.float32])
-    return None if few else "many rows, or not plain ones in main memory of whole vectors"
+def small_batch_misfit(x: Tensor, weight_D: Tensor) -> str | None:
+    """Return why these are not the few rows of a decoding step, None if they are.
+
+    A cheaper check than `misfit`, which would take longer than the norm of one row.
+    """
+    if _needs_autograd():
+        return "a gradient is needed, or autocast is on"
+    small = small_batch.is_small(x, small_batch.MOST_ROWS[torch.float32])
+    return None if small else "many rows, or not plain ones in main memory of whole vectors"
 
 
 def misfit(x: Tensor, weight_D: Tensor) -> str | None:
@@ -42,32 +45,34 @@ def misfit(x: Tensor, weight_D: Tensor) -> str | None:
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-    """Return x / sqrt(mean(x^2) + epsilon) * weight by norm.c, for what has no `misfit`."""
-    if not _wants_autograd():
-        return _forward(x, weight_D, epsilon)[0]
+    """Return x / sqrt(mean(x^2) + epsilon) * weight, for what has no `misfit`."""
+    if not _needs_autograd():
+        return _forward(x.contiguous(), weight_D.contiguous(), epsilon, None)
     y: Tensor = _RMSNorm.apply(x, weight_D, epsilon)
     return y
 
 
-def _wants_autograd() -> bool:
+def _needs_autograd() -> bool:
     return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
 
 
-def _forward(x: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Return the norm of x [..., D], and scale_R, by norm.c."""
-    width = x.shape[-1]
-    y, scale_R = torch.empty_like(x), x.new_empty(x.numel() // width)
-    native.library().norm(
-        x.data_ptr(), weight_D.data_ptr(), y.data_ptr(), scale_R.data_ptr(),
-        len(scale_R), width, epsilon, native.threads_for(x.numel(), _LEAST_NUMBERS),
+def _forward(x: Tensor, weight_D: Tensor, epsilon: float, scale_R: Tensor | None) -> Tensor:
+    """Return the norm of x [..., D], and write the scale of each row if that is needed."""
+    width, numbers = x.shape[-1], x.numel()
+    y = torch.empty_like(x)
+    native.library().rms_norm(
+        x.data_ptr(), weight_D.data_ptr(), y.data_ptr(),
+        None if scale_R is None else scale_R.data_ptr(),
+        numbers // width, width, epsilon, native.threads_for(numbers, _LEAST_NUMBERS),
     )  # fmt: skip
-    return y, scale_R
+    return y
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-        y, scale_R = _forward(x, weight_D, epsilon)
+        scale_R = x.new_empty(x.numel() // x.shape[-1])
+        y = _forward(x, weight_D, epsilon, scale_R)
         ctx.save_for_backward(x, weight_D, scale_R)
         return y
 
@@ -78,10 +83,10 @@ class _RMSNorm(torch.autograd.Function):
         dy, dx = gradients[0].contiguous(), torch.empty_like(x)
         rows, width = len(scale_R), x.shape[-1]
         dweight_GD = x.new_empty(math.ceil(rows / _GROUP), width)
-        native.library().norm_backward(
+        native.library().rms_norm_backward(
             dy.data_ptr(), x.data_ptr(), weight_D.data_ptr(), scale_R.data_ptr(),
             dx.data_ptr(), dweight_GD.data_ptr(), rows, width,
             native.threads_for(x.numel(), _LEAST_NUMBERS),
         )  # fmt: skip
-        # A view of the first group would keep them all in memory.
+        # A view of the first group would keep all of them in memory.
         return dx, dweight_GD[0].clone() if len(dweight_GD) > 1 else dweight_GD[0], None

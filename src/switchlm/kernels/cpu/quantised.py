@@ -1,10 +1,9 @@
-"""Products with weights of 8 or 4 bits, few rows and many; docs/guides/compress.md has the layout.
+"""Matmul with weights of 8 or 4 bits; docs/guides/compress.md has the layout.
 
-8 bits: the rows are quantised too, each by itself, and products are summed in integers, so that a
-row's result is the same bit for bit whatever rows stand beside it. 4 bits: rows are rounded to
-bfloat16, products summed in float32. PyTorch's operators for both are private: that they are there
-and right is tried out once (see `integer_product`, `int4_product`). Few rows go another way, where
-there is one (small_batch.py).
+8 bits: each row is quantised too, and sums are of integers, so that a row's result is the same bit
+for bit whatever the other rows. 4 bits: rows are rounded to bfloat16, sums are in float32.
+PyTorch's operators for both are private, so they are tested once (`int8_matmul_works`,
+`int4_matmul_works`). Few rows are multiplied by small_batch.py where it has a library.
 
 Shapes: R rows, K inputs, N outputs, B blocks of 64 outputs, G inputs that share a scale.
 """
@@ -20,17 +19,17 @@ from torch import Tensor
 from switchlm import _torch
 from switchlm.kernels.cpu import small_batch, small_matmul
 
-BLOCK = 64  # outputs whose codes of 4 bits stand together
-GROUP_SIZES = (256, 128, 64, 32)  # that the operator for 4 bits knows
-MANY_ROWS = 96  # from which undoing the packing of 4 bits pays; measured at 768 x 3072
-EXACT = 1024  # products of two codes that float32 sums without rounding: 1024 * 127^2 < 2^24
+BLOCK = 64  # outputs whose codes of 4 bits are stored together
+GROUP_SIZES = (256, 128, 64, 32)  # of the operator for 4 bits
+MANY_ROWS = 96  # from which dequantising 4 bits first pays; measured at 768 x 3072
+EXACT = 1024  # inputs that float32 sums without rounding: 1024 * 127^2 < 2^24
 _FAILURES = (RuntimeError, AttributeError, NotImplementedError, TypeError)
 
 
 class Matrix(Protocol):
     """A quantised weight: maps rows x_RK to y_RN, in the dtype of x.
 
-    codes: in whatever order.
+    codes: in any order.
     """
 
     num_outputs: int
@@ -39,14 +38,14 @@ class Matrix(Protocol):
     def __call__(self, x_RK: Tensor) -> Tensor: ...
 
     def dequantise(self) -> Tensor:
-        """Return the weight that the codes stand for, [N, K] float32."""
+        """Return the weight, [N, K] float32."""
         ...
 
 
 def matrix(codes: Tensor, scale: Tensor, num_outputs: int) -> Matrix:
     """Return a matrix over stored tensors: int8 codes, or uint8 pairs of 4 bits; nothing is copied.
 
-    codes, scale: of one matrix, as in the layout; views of mapped files are welcome.
+    codes, scale: of one matrix, as in the layout; may be views of mapped files.
     """
     if codes.dtype == torch.int8:
         return Int8Matrix(codes, scale)
@@ -65,10 +64,10 @@ class Int8Matrix:
         self.num_outputs = codes_NK.shape[0]
 
     def __call__(self, x_RK: Tensor) -> Tensor:
-        if small_batch.few(x_RK, small_batch.MOST_ROWS_OF_INT8):
+        if small_batch.is_small(x_RK, small_batch.MOST_ROWS_OF_INT8):
             return small_batch.int8_matmul(x_RK, self.codes, self.scale_N)
         codes_RK, scale_R1 = quantise_rows(x_RK)
-        if x_RK.device.type == "cpu" and integer_product():
+        if x_RK.device.type == "cpu" and int8_matmul_works():
             sums_RN = _torch.int8_matmul(codes_RK, self.codes.t()).float()
         else:
             parts = zip(codes_RK.split(EXACT, 1), self.codes.split(EXACT, 1), strict=True)
@@ -94,11 +93,11 @@ class Int4Matrix:
         self.group_size = codes_BKJ.shape[1] // scale_GN2.shape[0]
 
     def __call__(self, x_RK: Tensor) -> Tensor:
-        if small_batch.few(x_RK, small_batch.MOST_ROWS_OF_INT4):
+        if small_batch.is_small(x_RK, small_batch.MOST_ROWS_OF_INT4):
             y_RN = small_batch.int4_matmul(x_RK, self.codes, self.scale_GN2)
             return y_RN[:, : self.num_outputs]
         rounded_RK = x_RK.to(torch.bfloat16)
-        if x_RK.device.type == "cpu" and x_RK.shape[0] < MANY_ROWS and int4_product():
+        if x_RK.device.type == "cpu" and x_RK.shape[0] < MANY_ROWS and int4_matmul_works():
             blocks, inputs, half = self.codes.shape
             y_RN = _torch.int4_matmul(
                 rounded_RK,
@@ -119,7 +118,7 @@ class Int4Matrix:
         return w_NK[: self.num_outputs].contiguous()
 
     def rows(self, index_I: Tensor) -> Tensor:
-        """Return some rows of the weight, [I, K] float32: for looking up embeddings."""
+        """Return rows of the weight, [I, K] float32: for looking up embeddings."""
         place_I = index_I % BLOCK
         low_I1 = (place_I < BLOCK // 2)[:, None]
         pair_IK = self.codes[index_I // BLOCK, :, place_I % (BLOCK // 2)]
@@ -158,13 +157,13 @@ def group_size_of(inputs: int, most: int) -> int | None:
 
 
 def _extreme(rows: int, inputs: int) -> Tensor:
-    """Return codes whose products would overflow 16 bits, where a processor sums in those."""
+    """Return codes whose sums would overflow where a processor sums in 16 bits."""
     codes = torch.arange(rows * inputs).view(rows, inputs) % 3 - 1
     return (127 * codes.sign()).to(torch.int8).fill_diagonal_(127)
 
 
 @cache
-def integer_product() -> bool:
+def int8_matmul_works() -> bool:
     """Whether torch._int_mm multiplies int8 exactly on this machine, and no slower than float32."""
     x, weight = _extreme(3, 64), _extreme(32, 64).abs()
     try:
@@ -172,7 +171,7 @@ def integer_product() -> bool:
     except _FAILURES:
         return False
     exact = torch.equal(found.long(), x.long() @ weight.long().t())
-    # Processors without instructions for it take thirty times as long.
+    # Thirty times as slow on processors without instructions for it.
     many, square = _extreme(64, 512), _extreme(512, 512)
     return exact and _seconds(lambda: _torch.int8_matmul(many, square.t())) < _seconds(
         lambda: many.float() @ square.float().t()
@@ -180,7 +179,7 @@ def integer_product() -> bool:
 
 
 def _seconds(work: Callable[[], Tensor]) -> float:
-    """Return the least time of a few."""
+    """Return the shortest time of four."""
     taken = []
     for _ in range(4):
         start = time.perf_counter()
@@ -190,8 +189,8 @@ def _seconds(work: Callable[[], Tensor]) -> float:
 
 
 @cache
-def int4_product() -> bool:
-    """Whether PyTorch's product for 4 bits is there and reads our order (AVX-512)."""
+def int4_matmul_works() -> bool:
+    """Whether PyTorch has the operator for 4 bits, and it reads this layout (AVX-512)."""
     codes_NK = (torch.arange(128 * 32).view(128, 32) * 7) % 16
     x = (torch.arange(2 * 32).view(2, 32) % 5).to(torch.bfloat16)
     scale = torch.tensor([1.0, 8.0], dtype=torch.bfloat16).expand(1, 128, 2).contiguous()

@@ -1,13 +1,12 @@
 """Linear maps that PyTorch is slow at on a CPU: small ones, and 16 bits without instructions.
 
-Libraries for large products arrange their factors in memory first, which takes longer than the
-arithmetic where a matrix has some thousand numbers, however many rows there are: `linear` is
-native/products.c, forward and backward.
+BLAS libraries pack their factors first, which takes longer than the arithmetic where a matrix has
+some thousand numbers, however many rows there are: `linear` is native/gemm.c, forward and backward.
 
-On a processor that has no instructions for numbers of 16 bits PyTorch multiplies one after the
-other, twenty to a hundred times as slowly as in float32: `upcast_linear` converts the factors
-first. Products and sums are then exact in float32, and the result is rounded once, as processors do
-that can multiply them.
+On a processor without instructions for 16-bit numbers PyTorch multiplies one after the other,
+twenty to a hundred times as slowly as in float32: `upcast_linear` converts the factors to float32
+first. Sums are then in float32, and the result is rounded once, as by processors with such
+instructions.
 
 The plain twin of both is `nn.functional.linear`. Shapes: R rows, K inputs, N outputs.
 """
@@ -23,23 +22,23 @@ from switchlm import _torch
 from switchlm.kernels.cpu import native
 
 LARGEST = 2**14  # numbers of a matrix: as measured, at least twice as fast as PyTorch up to it
-MOST_WORK = 2**25  # multiply-adds above which PyTorch's threads are worth waking
+MOST_WORK = 2**25  # multiply-adds above which PyTorch's threads pay
 
 
 def misfit(x: Tensor, weight_NK: Tensor) -> str | None:
     """Return why `linear` does not take these, None if it does.
 
-    Float32, in main memory, small, and a gradient is wanted. The number of threads does not matter,
-    so that it changes no result. Under autocast, a tracer or a mode that watches operators,
-    PyTorch's own are the right ones.
+    Float32, in main memory, small, and a gradient is needed. The number of threads plays no part,
+    so it changes no result. PyTorch's operators run under autocast, while tracing and in a dispatch
+    mode.
     """
     if not torch.is_grad_enabled():
-        return "no gradients are wanted"
+        return "no gradient is needed"
     reason = native.misfit(x, weight_NK)
     if reason is not None:
         return reason
     if weight_NK.numel() > LARGEST or not 0 < x.numel() * weight_NK.shape[0] <= MOST_WORK:
-        return "no small product"
+        return "not small"
     if x.shape[-1] != weight_NK.shape[1] or any(width % native.WIDTH for width in weight_NK.shape):
         return "other widths, or no whole vectors"
     if not (x.is_contiguous() and weight_NK.is_contiguous()):
@@ -60,7 +59,7 @@ class _Linear(torch.autograd.Function):
         outputs, inputs = weight_NK.shape
         y = x.new_empty(*x.shape[:-1], outputs)
         weight_KN = weight_NK.t().contiguous()
-        _product(x, (inputs, 1), weight_KN, y, (x.numel() // inputs, inputs, outputs))
+        _matmul(x, (inputs, 1), weight_KN, y, (x.numel() // inputs, inputs, outputs))
         return y
 
     @staticmethod
@@ -72,14 +71,14 @@ class _Linear(torch.autograd.Function):
         rows = x.numel() // inputs
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         if dx is not None:
-            _product(dy, (outputs, 1), weight_NK, dx, (rows, outputs, inputs))
+            _matmul(dy, (outputs, 1), weight_NK, dx, (rows, outputs, inputs))
         dweight_NK = torch.empty_like(weight_NK) if ctx.needs_input_grad[1] else None
         if dweight_NK is not None:
-            _product(dy, (1, outputs), x, dweight_NK, (outputs, rows, inputs))
+            _matmul(dy, (1, outputs), x, dweight_NK, (outputs, rows, inputs))
         return dx, dweight_NK
 
 
-def _product(
+def _matmul(
     a: Tensor, strides: tuple[int, int], b_KN: Tensor, y_MN: Tensor, shape: tuple[int, int, int]
 ) -> None:
     """Write a [M, K], whose strides are given, times b into y.
@@ -87,7 +86,7 @@ def _product(
     shape: M, K, N.
     """
     width = shape[2]
-    native.library().product(
+    native.library().gemm(
         a.data_ptr(), *strides, b_KN.data_ptr(), width, y_MN.data_ptr(), width, *shape, 0, 0
     )
 
@@ -97,11 +96,11 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 @cache
 def is_slow(dtype: torch.dtype) -> bool:
-    """Whether PyTorch's products in this dtype are slow in main memory, on this machine."""
+    """Whether PyTorch is slow at matmul in this dtype in main memory, on this machine."""
     return dtype in DTYPES and not _torch.has_fast_matmul(dtype)
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
+def matmul_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype that nn.functional.linear would multiply x in."""
     device = x.device.type
     casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
@@ -112,13 +111,13 @@ def upcast_misfit(x: Tensor, weight_NK: Tensor) -> str | None:
     """Return why `upcast_linear` is not the faster one for x, None if it is."""
     if not x.is_cpu or torch.compiler.is_compiling():
         return "not in main memory, or traced"
-    dtype = product_dtype(x)
-    return None if is_slow(dtype) else f"products in {dtype} are fast here"
+    dtype = matmul_dtype(x)
+    return None if is_slow(dtype) else f"matmul in {dtype} is fast here"
 
 
 def upcast_linear(x: Tensor, weight_NK: Tensor) -> Tensor:
-    """Return nn.functional.linear(x, w), with gradients, by a product in float32."""
-    dtype = product_dtype(x)
+    """Return nn.functional.linear(x, w), with gradients, computed in float32."""
+    dtype = matmul_dtype(x)
     with torch.autocast("cpu", enabled=False):
         wide = nn.functional.linear(x.to(dtype).float(), weight_NK.to(dtype).float())
         return wide.to(dtype)

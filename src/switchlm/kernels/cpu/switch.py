@@ -1,7 +1,7 @@
-"""A Switch layer of small experts in one call of native/switch.c: gather, experts, gate, combine.
+"""The fused Switch layer of small experts, native/switch.c: gather, experts, gate, combine.
 
-The plain twin is `separate` in select.py. Rows in the order of the experts never exist but those of
-one expert, in the cache.
+The plain twin is `separate` in select.py. Permuted rows exist for one expert at a time, in the
+cache.
 
 Shapes: N tokens, one expert each, D d_model, F d_ff, E experts.
 """
@@ -13,33 +13,33 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from switchlm.kernels.cpu import memory, native
-from switchlm.kernels.cpu.small_matmul import product_dtype
+from switchlm.kernels.cpu.small_matmul import matmul_dtype
 from switchlm.kernels.permute import ExpertOrder
 
-SMALL = 2**13  # numbers of a matrix up to which starting operators takes longer than its products
-MOST_WORK = 2**25  # multiply-adds a product above which threads are worth waking
+SMALL = 2**13  # weights of a matrix up to which starting an operator takes longer than the matmul
+MOST_WORK = 2**25  # multiply-adds per matmul above which more threads pay
 _ROWS = 128  # as in switch.c
 
 
 def misfit(
     x_ND: Tensor, num_assignments: int, d_ff: int, activation: str, gated: bool
 ) -> str | None:
-    """Return why such a layer does not go this way, None if it does.
+    """Return why the kernel does not take such a layer, None if it does.
 
-    The number of threads does not matter, so that it changes no result.
+    The number of threads plays no part, so it changes no result.
     """
     if torch.compiler.is_compiling() or type(x_ND) is not Tensor:
         return "traced"
     num_tokens, d_model = x_ND.shape
     if activation != "relu" or gated:
-        return "its experts are not ReLU alone"
+        return "its experts are gated or not ReLU"
     if num_assignments != num_tokens:
         return f"{num_assignments} assignments for {num_tokens} tokens"
     if d_model * d_ff > SMALL or d_model % native.WIDTH or d_ff % native.WIDTH:
-        return f"experts of {d_model} x {d_ff} are not small, or no multiples of {native.WIDTH}"
+        return f"experts of {d_model} x {d_ff} are not small, or no multiple of {native.WIDTH}"
     if num_tokens * d_model * d_ff > MOST_WORK:
-        return f"{num_tokens} rows are enough to share among threads"
-    dtype = product_dtype(x_ND)
+        return f"{num_tokens} rows are enough for several threads"
+    dtype = matmul_dtype(x_ND)
     if dtype != torch.float32 or x_ND.dtype != torch.float32:
         return f"it takes float32, not {dtype}"
     return native.misfit(x_ND)
@@ -74,7 +74,7 @@ def _forward(
     counts_E: Tensor,
     hidden_RF: Tensor | None = None,
 ) -> Tensor:
-    """Return y_ND. Fills `hidden_RF` with what the activation gave, if there is one."""
+    """Return y_ND. Fills `hidden_RF`, if given, with the activated rows."""
     (num_tokens, d_model), d_ff = x_ND.shape, up_EDF.shape[2]
     y_ND, workspace = torch.empty_like(x_ND), x_ND.new_empty(_ROWS, d_model)
     hidden = x_ND.new_empty(_ROWS, d_ff) if hidden_RF is None else hidden_RF
@@ -109,7 +109,7 @@ class _Switch(torch.autograd.Function):
         x_ND, weight_N, up_EDF, down_EFD, token_R, counts_E, hidden_RF = ctx.saved_tensors
         dy_ND = gradients[0].contiguous()
         (num_tokens, d_model), d_ff = x_ND.shape, up_EDF.shape[2]
-        into = [
+        results = [
             memory.empty_reused(tuple(tensor.shape), tensor.dtype) if needed else None
             for tensor, needed in zip(
                 (x_ND, weight_N, up_EDF, down_EFD), ctx.needs_input_grad, strict=False
@@ -120,6 +120,6 @@ class _Switch(torch.autograd.Function):
             dy_ND.data_ptr(), x_ND.data_ptr(), weight_N.data_ptr(), token_R.data_ptr(),
             counts_E.data_ptr(), num_tokens, *up_EDF.shape, up_EDF.data_ptr(),
             down_EFD.data_ptr(), hidden_RF.data_ptr(), workspace.data_ptr(),
-            *(None if gradient is None else gradient.data_ptr() for gradient in into),
+            *(None if gradient is None else gradient.data_ptr() for gradient in results),
         )  # fmt: skip
-        return *into, None, None
+        return *results, None, None

@@ -1,4 +1,4 @@
-"""Threads that each do a part of a layer's work, with PyTorch's own threads out of the way."""
+"""Threads that each do a part of a layer's work, while PyTorch itself uses one thread."""
 
 import os
 import threading
@@ -16,8 +16,8 @@ Item = TypeVar("Item")
 def parallel_for(work: Callable[[Sequence[Item]], None], parts: Sequence[Sequence[Item]]) -> None:
     """Call `work` once per part, each on its own thread; the first runs on this one.
 
-    Threads record no gradients. Under a dispatch mode (a FLOP counter, say), which lives in one
-    thread, everything runs here.
+    Threads record no gradients. Under a dispatch mode (such as a FLOP counter), which belongs to
+    one thread, everything runs here.
     """
     if len(parts) == 1 or _torch.has_dispatch_mode():
         for part in parts:
@@ -26,9 +26,7 @@ def parallel_for(work: Callable[[Sequence[Item]], None], parts: Sequence[Sequenc
     threads = torch.get_num_threads()
     pool = _pool(len(parts) - 1)
     inference = torch.is_inference_mode_enabled()
-    futures: list[Future[None]] = [
-        pool.submit(_quietly, work, part, inference) for part in parts[1:]
-    ]
+    futures: list[Future[None]] = [pool.submit(_run, work, part, inference) for part in parts[1:]]
     torch.set_num_threads(1)
     try:
         work(parts[0])
@@ -39,7 +37,7 @@ def parallel_for(work: Callable[[Sequence[Item]], None], parts: Sequence[Sequenc
         future.result()
 
 
-def _quietly(work: Callable[[Sequence[Item]], None], part: Sequence[Item], inference: bool) -> None:
+def _run(work: Callable[[Sequence[Item]], None], part: Sequence[Item], inference: bool) -> None:
     with torch.inference_mode(inference), torch.no_grad():
         work(part)
 
@@ -60,7 +58,7 @@ def _pool(size: int) -> ThreadPoolExecutor:
         return _pools[size]
 
 
-def _forget() -> None:
+def _reset_pools() -> None:
     """Threads do not survive a fork: the child starts its own."""
     global _lock
     _lock = threading.Lock()
@@ -68,4 +66,4 @@ def _forget() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_reset_pools)

@@ -1,9 +1,9 @@
 """The backward kernels: gradients of hidden rows and gates in one, of weights in another.
 
-The gradient of a gate is the product of a token's gradient with its expert's output. That output
-was never stored; the same number is the product of the hidden row with the token's gradient taken
-back through the second matrix, which is at hand. The gradient of the tokens is
-`scatter_product` again.
+The gradient of a gate is the dot product of a token's gradient with its expert's output, which is
+not stored. It equals the dot product of the hidden row with the token's gradient times the
+transposed second matrix, which is computed here anyway. The gradient of the tokens is
+`scatter_matmul` again.
 
 Shapes: N tokens, K assignments per token, A = N * K assignments, R = A rows in the order of their
 experts, D d_model, F d_ff, V and W the sides of a weight, E experts, T tiles.
@@ -20,7 +20,7 @@ from switchlm.kernels.gpu.tiles import (
     Tiles,
     activate,
     activate_backward,
-    add_product,
+    add_matmul,
     autotune,
     configs,
     even,
@@ -30,11 +30,10 @@ from switchlm.kernels.gpu.tiles import (
     tile_and_column,
 )
 
-COLUMNS = 32 if INTERPRETED else 128  # of hidden rows a program; each sums its part of the gate
+COLUMNS = 32 if INTERPRETED else 128  # of hidden rows per program, which sums its part of the gate
 
-
-HIDDEN = configs(("BLOCK_V",), [(64, 8, 3), (64, 8, 4), (32, 8, 4)], (16, 4, 1))
-WEIGHTS = configs(
+HIDDEN_CONFIGS = configs(("BLOCK_V",), [(64, 8, 3), (64, 8, 4), (32, 8, 4)], (16, 4, 1))
+WEIGHT_CONFIGS = configs(
     ("BLOCK_V", "BLOCK_W", "BLOCK_R"),
     [(128, 256, 64, 8, 5), (128, 128, 64, 8, 5), (128, 128, 32, 4, 4), (64, 128, 64, 4, 4)],
     (16, 32, 16, 4, 1),
@@ -50,7 +49,7 @@ def hidden_gradients(
     tiles: Tiles,
     activation: str,
 ) -> tuple[Hidden, Tensor]:
-    """Return the gradients of inner and linear, with middle computed anew, and dweight_A.
+    """Return the gradients of inner and linear, with middle recomputed, and dweight_A.
 
     Rows of dropped assignments stay uninitialised; the gradients of their weights are zeros.
     """
@@ -93,7 +92,7 @@ def hidden_gradients(
     return gradients, dweight_CA.sum(0)
 
 
-@autotune(HIDDEN, key=["V", "W", "ROWS", "GATED", "KEPT", "PRECISION"])
+@autotune(HIDDEN_CONFIGS, key=["V", "W", "ROWS", "GATED", "KEPT", "PRECISION"])
 @even
 @triton.jit
 def _hidden_gradients(
@@ -123,7 +122,7 @@ def _hidden_gradients(
         left = v < V - start
         dy = load(dy_at + start, left[None, :], EVEN)
         down = load(down_EWV + down_at + start, left[:, None] & (w < W)[None, :], EVEN)
-        gradient = add_product(dy, down, gradient, PRECISION)
+        gradient = add_matmul(dy, down, gradient, PRECISION)
     at = row[:, None] * W + w[None, :]
     mask = here[:, None] & (w < W)[None, :]
     inner = tl.load(inner_RW + first * W + at, mask=mask, other=0.0).to(tl.float32)
@@ -154,8 +153,8 @@ def weight_gradient(
 ) -> Tensor:
     """Return dweight_EVW: for each expert left^T @ right over its rows; zeros without rows.
 
-    One of left [., V] and right [., W] has hidden rows, [R, F], the other tokens to gather, [N, D]:
-    right is gathered if it is to be scaled, left otherwise.
+    left [., V] and right [., W]: one has hidden rows, [R, F], the other tokens to gather, [N, D].
+        right is gathered if there is a scale, left otherwise.
     """
     num_experts, v, w = tiles.end_E.shape[0], left.shape[1], right.shape[1]
     num_rows, scaled = assignment_R.shape[0], scale_A is not None
@@ -182,7 +181,7 @@ def weight_gradient(
     return dweight_EVW
 
 
-@autotune(WEIGHTS, key=["V", "W", "SCALED", "PRECISION"])
+@autotune(WEIGHT_CONFIGS, key=["V", "W", "SCALED", "PRECISION"])
 @triton.jit
 def _weight_gradient(
     dweight_EVW, left, right, scale_A, assignment_R, end_E, V, W, K,
@@ -190,9 +189,9 @@ def _weight_gradient(
     BLOCK_V: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     columns = tl.cdiv(W, BLOCK_W)
-    an_expert = tl.cdiv(V, BLOCK_V) * columns
-    expert = tl.program_id(0) // an_expert
-    within = tl.program_id(0) % an_expert
+    per_expert = tl.cdiv(V, BLOCK_V) * columns
+    expert = tl.program_id(0) // per_expert
+    within = tl.program_id(0) % per_expert
     v = within // columns * BLOCK_V + tl.arange(0, BLOCK_V)
     w = within % columns * BLOCK_W + tl.arange(0, BLOCK_W)
     first = tl.load(end_E + expert - 1, mask=expert > 0, other=0)
@@ -219,7 +218,7 @@ def _weight_gradient(
         if SCALED:
             scale = tl.load(scale_A + assignment, mask=here, other=0.0)
             b = (b.to(tl.float32) * scale[:, None]).to(b.dtype)
-        dweight = add_product(a, b, dweight, PRECISION)
+        dweight = add_matmul(a, b, dweight, PRECISION)
     at = expert.to(tl.int64) * V * W + v[:, None] * W + w[None, :]
     tl.store(
         dweight_EVW + at,

@@ -1,10 +1,10 @@
-"""A whole Switch feed-forward in Triton: two kernels forwards, five at most backwards.
+"""The fused Switch feed-forward in Triton: two kernels forward, at most five backward.
 
-Gathering is part of the first product, the activation of its end, gates and scattering of the
-second: what separate kernels write and read again, permuted tokens and outputs of every row, never
-exists. What backward keeps of the hidden rows: R x F numbers for a ReLU (its output) or a GELU (its
-input), twice that where gated. Backward itself needs R x F more for a ReLU, twice that for a GELU,
-three times where gated.
+The first matmul gathers tokens and activates, the second applies gates and scatters: permuted
+tokens and the outputs of every row, which separate kernels write and read again, are never stored.
+Kept for the backward pass: R x F numbers for a ReLU (its output) or a GELU (its input), twice that
+where gated. Backward itself needs R x F more for a ReLU, twice that for a GELU, three times where
+gated.
 
 Shapes: N tokens, K assignments per token, A = N * K assignments, R = A rows, D d_model, F d_ff,
 E experts.
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from switchlm.kernels.gpu.backward import hidden_gradients, weight_gradient
-from switchlm.kernels.gpu.forward import Hidden, hidden_rows, scatter_product
+from switchlm.kernels.gpu.forward import Hidden, hidden_rows, scatter_matmul
 from switchlm.kernels.gpu.tiles import Tiles, lay_out
 from switchlm.kernels.permute import ExpertOrder
 from switchlm.kernels.reference import Activation
@@ -34,7 +34,7 @@ def switch_feedforward(
 ) -> Tensor:
     """Return y_ND: each token's experts applied to it, times their weights: see select.py.
 
-    All of one dtype, bfloat16 or float32, and at least one token.
+    All of one dtype, bfloat16 or float32; at least one token.
     """
     inner_EDF, linear_EDF = (up_EDF, None) if gate_EDF is None else (gate_EDF, up_EDF)
     inputs = (x_ND, weight_A.float(), inner_EDF, linear_EDF, down_EFD)
@@ -62,7 +62,7 @@ def _forward(
     hidden = hidden_rows(
         x_ND.contiguous(), inner_EDF, linear_EDF, order.assignment_R, tiles, activation, keep
     )
-    y_AD = scatter_product(hidden.middle_RF, down_EFD, order.assignment_R, tiles, weight_A)
+    y_AD = scatter_matmul(hidden.middle_RF, down_EFD, order.assignment_R, tiles, weight_A)
     return _by_token(y_AD, x_ND.shape[0]), hidden, tiles
 
 
@@ -117,6 +117,6 @@ class _SwitchFeedForward(torch.autograd.Function):
             more = None
             if dlinear_RF is not None:
                 more = (dlinear_RF, linear_EDF.contiguous().mT)
-            dx_AD = scatter_product(dinner_RF, inner_EDF.mT, assignment_R, tiles, more=more)
+            dx_AD = scatter_matmul(dinner_RF, inner_EDF.mT, assignment_R, tiles, more=more)
             dx_ND = _by_token(dx_AD, x_ND.shape[0])
         return dx_ND, dweight_A, dinner_EDF, dlinear_EDF, ddown_EFD, None, None

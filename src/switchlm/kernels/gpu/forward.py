@@ -1,7 +1,6 @@
-"""The forward kernels: tokens gathered into the first product, outputs scattered by the second.
+"""The forward kernels: the first matmul gathers tokens, the second scatters outputs.
 
-Neither permuted tokens nor unweighted outputs ever exist in memory; only hidden rows do. Products
-are summed in float32.
+Neither permuted tokens nor unweighted outputs are stored, only hidden rows. Sums are in float32.
 
 Shapes: N tokens, K assignments per token, A = N * K assignments, R = A rows in the order of their
 experts, D d_model, F d_ff, V summed over, W out, E experts, T tiles.
@@ -17,7 +16,7 @@ from torch import Tensor
 from switchlm.kernels.gpu.tiles import (
     Tiles,
     activate,
-    add_product,
+    add_matmul,
     autotune,
     configs,
     even,
@@ -27,7 +26,7 @@ from switchlm.kernels.gpu.tiles import (
     tile_and_column,
 )
 
-PRODUCTS = configs(
+MATMUL_CONFIGS = configs(
     ("BLOCK_W", "BLOCK_V"),
     [(256, 64, 8, 3), (128, 64, 8, 3), (128, 64, 4, 4), (128, 32, 4, 4), (64, 64, 4, 4)],
     (32, 16, 4, 1),
@@ -36,10 +35,11 @@ PRODUCTS = configs(
 
 @dataclass(frozen=True)
 class Hidden:
-    """Hidden rows, [R, F]. middle: what the second product reads.
+    """Hidden rows, [R, F].
 
-    inner and linear: the two factors before the activation; None where backward can do without
-    (a ReLU alone reads the same from its output) or there will be none.
+    middle: the input of the second matmul.
+    inner, linear: the two factors before the activation; None where the backward pass does not need
+        them (that of an ungated ReLU needs its output only) or there is none.
     """
 
     middle_RF: Tensor
@@ -58,7 +58,9 @@ def hidden_rows(
 ) -> Hidden:
     """Gather tokens, multiply and activate. Rows of dropped assignments stay uninitialised.
 
-    keep: whether backward follows. All contiguous.
+    All tensors are contiguous.
+
+    keep: whether a backward pass follows.
     """
     num_rows, (num_experts, d_model, d_ff) = assignment_R.shape[0], inner_EDF.shape
     gated = linear_EDF is not None
@@ -92,7 +94,7 @@ def hidden_rows(
     return hidden
 
 
-@autotune(PRODUCTS, key=["V", "W", "ROWS", "GATED", "KEEP", "PRECISION"])
+@autotune(MATMUL_CONFIGS, key=["V", "W", "ROWS", "GATED", "KEEP", "PRECISION"])
 @even
 @triton.jit
 def _hidden(
@@ -122,12 +124,12 @@ def _hidden(
         mask = left[:, None] & (w < W)[None, :]
         x = load(x_at + start, left[None, :], EVEN)
         weight = load(inner_EVW + weight_at, mask, EVEN)
-        inner = add_product(x, weight, inner, PRECISION)
+        inner = add_matmul(x, weight, inner, PRECISION)
         if GATED:
             weight = load(linear_EVW + weight_at, mask, EVEN)
-            linear = add_product(x, weight, linear, PRECISION)
+            linear = add_matmul(x, weight, linear, PRECISION)
         weight_at += BLOCK_V * W
-    # Rounded before the activation, as backward will read it.
+    # Rounded before the activation, as the backward pass reads it.
     dtype = middle_RW.dtype.element_ty
     inner = inner.to(dtype)
     middle = activate(inner.to(tl.float32), ACTIVATION)
@@ -143,7 +145,7 @@ def _hidden(
     tl.store(middle_RW + first * W + at, middle.to(dtype), mask=mask)
 
 
-def scatter_product(
+def scatter_matmul(
     rows_RV: Tensor,
     weight_EVW: Tensor,
     assignment_R: Tensor,
@@ -156,7 +158,7 @@ def scatter_product(
     Dropped assignments give zeros.
 
     weight_EVW: any strides.
-    more: rows and weights, of the same strides, of a second product to add.
+    more: rows and weights, of the same strides, of a second matmul to add.
     """
     (num_rows, summed), (num_experts, _, width) = rows_RV.shape, weight_EVW.shape
     y_AW = rows_RV.new_empty(num_rows, width)
@@ -183,7 +185,7 @@ def scatter_product(
     return y_AW
 
 
-@autotune(PRODUCTS, key=["V", "W", "stride_V", "ROWS", "SCALED", "TWO", "PRECISION"])
+@autotune(MATMUL_CONFIGS, key=["V", "W", "stride_V", "ROWS", "SCALED", "TWO", "PRECISION"])
 @even
 @triton.jit
 def _scatter(
@@ -215,11 +217,11 @@ def _scatter(
         mask = left[:, None] & (w < W)[None, :]
         rows = load(rows_RV + row_at, left[None, :], EVEN)
         weight = load(weight_EVW + weight_at, mask, EVEN)
-        y = add_product(rows, weight, y, PRECISION)
+        y = add_matmul(rows, weight, y, PRECISION)
         if TWO:
             rows = load(more_RV + row_at, left[None, :], EVEN)
             weight = load(more_EVW + weight_at, mask, EVEN)
-            y = add_product(rows, weight, y, PRECISION)
+            y = add_matmul(rows, weight, y, PRECISION)
         row_at += BLOCK_V
         weight_at += BLOCK_V * stride_V
     if SCALED:

@@ -1,9 +1,9 @@
 """What the Triton kernels share: tiles of rows, laid out on the device.
 
-How many rows an expert has is known to the GPU alone, and asking would make the host wait for it.
-So as many programs start as the rows could need at worst, and each looks up which rows of which
-expert are its own. Dropped rows count as those of one expert more, whose products are zeros; tiles
-past all rows belong to nobody.
+The host does not know how many rows an expert has, and would have to wait for the GPU. So the
+number of programs is the largest that may be needed, and each looks up the rows and the expert of
+its tile. Dropped rows are those of one more expert, whose results are zeros; the tiles after it
+have no rows.
 
 Shapes: R rows in the order of their experts, E experts, T tiles.
 """
@@ -22,7 +22,7 @@ from switchlm.kernels.gpu import allows_tf32
 
 # Without a GPU, Triton's interpreter runs the kernels program by program: small tiles, no tuning.
 INTERPRETED: bool = triton.knobs.runtime.interpret
-_WIDEN = tl.constexpr(INTERPRETED)
+_UPCAST = tl.constexpr(INTERPRETED)
 LARGEST_TILE, SMALLEST_TILE = 128, 16  # rows; a tensor core multiplies no fewer
 GROUPED_TILES = tl.constexpr(8)
 
@@ -33,8 +33,8 @@ def configs(
     """Return what the autotuner tries.
 
     names: of block sizes.
-    tried: each their values, then warps and stages.
-    interpreted: the only one where kernels are interpreted.
+    tried: for each configuration the block sizes, then warps and stages.
+    interpreted: the configuration where kernels are interpreted.
     """
     return [
         triton.Config(dict(zip(names, sizes, strict=True)), num_warps=warps, num_stages=stages)
@@ -43,7 +43,7 @@ def configs(
 
 
 def _is_even(known: dict[str, Any]) -> bool:
-    """Whether blocks fit the matrix without a rest, so that nothing needs a mask."""
+    """Whether blocks divide the matrix, so that no mask is needed."""
     return all(known[size] % known[f"BLOCK_{size}"] == 0 for size in ("V", "W"))
 
 
@@ -69,8 +69,8 @@ def worth_compiling(
 ) -> list[triton.Config]:
     """Return the configurations that can be the best: no block wider than the matrix needs.
 
-    Compiling takes most of the tuning. Without tensor cores, float32 products unroll into so much
-    code that only the last configuration, that of the smallest tiles, is compiled at all.
+    Compiling takes most of the tuning. Without tensor cores, float32 matmul unrolls into so much
+    code that only the last configuration, that of the smallest tiles, is compiled.
     """
     values = {**arguments, **known}
     tensors = [value for value in values.values() if isinstance(value, Tensor)]
@@ -91,12 +91,12 @@ def _bench(call: Callable[[], None], quantiles: Sequence[float]) -> Any:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Which rows every tile has: [first, end) of an expert; E means dropped, E + 1 none at all.
+    """The rows of every tile: [first, end) of an expert; E means dropped, E + 1 no rows.
 
     expert_T: int32.
     first_T, end_T: int64.
     end_E: int64, where each expert's rows end.
-    rows: of a full tile.
+    rows: the size of a full tile.
     """
 
     expert_T: Tensor
@@ -111,12 +111,12 @@ class Tiles:
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        """What kernels take of them: expert_T, first_T, end_T and their number."""
+        """The arguments of kernels: expert_T, first_T, end_T and the number of tiles."""
         return self.expert_T, self.first_T, self.end_T, self.number
 
 
 def lay_out(counts_E: Tensor, num_rows: int) -> Tiles:
-    """Cut the rows of every expert into tiles, as large as an expert's mean share fills."""
+    """Cut the rows of every expert into tiles, no larger than the mean load of an expert."""
     num_experts = counts_E.shape[0]
     rows = LARGEST_TILE
     while rows > SMALLEST_TILE and (INTERPRETED or num_rows < rows * num_experts):
@@ -146,7 +146,7 @@ def _lay_out(
     counts_E, expert_T, first_T, end_T, end_E, num_rows, most, E,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program an expert writes its tiles, and the last those of nobody."""
+    """One program per expert writes its tiles; the last writes the dropped and the empty ones."""
     expert = tl.program_id(0)
     lane = tl.arange(0, EXPERTS)
     count_E = tl.load(counts_E + lane, mask=lane < E, other=0)
@@ -169,20 +169,20 @@ def _lay_out(
 
 @triton.jit
 def tile_and_column(program, num_tiles, num_columns):
-    """Return what a program computes; those that run together share rows and weights in cache."""
-    a_group = GROUPED_TILES * num_columns
-    first = program // a_group * GROUPED_TILES
+    """Return the tile and column of a program; neighbouring programs share rows and weights."""
+    group_size = GROUPED_TILES * num_columns
+    first = program // group_size * GROUPED_TILES
     size = tl.minimum(num_tiles - first, GROUPED_TILES)
-    within = program % a_group
+    within = program % group_size
     return first + within % size, within // size
 
 
 @triton.jit
 def rows_of_tile(first, end, ROWS: tl.constexpr):
-    """Return the places of a tile's rows after its first, int32, and which are its own.
+    """Return the index of each row from the tile's first, int32, and which rows exist.
 
-    Where others would stand its last row does again: what is loaded there is valid, and not stored.
-    Places from the tile's start are short numbers, which take half the registers of long ones.
+    Past the last row, its index is repeated: loads there are valid, and nothing is stored. int32
+    takes half the registers of int64.
     """
     number = (end - first).to(tl.int32)
     row = tl.arange(0, ROWS)
@@ -199,13 +199,13 @@ def load(pointers, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
-def add_product(a, b, sum, PRECISION: tl.constexpr):
+def add_matmul(a, b, sum, PRECISION: tl.constexpr):
     """Return sum + a @ b, in float32.
 
-    The interpreter multiplies bfloat16 as if its bits were whole numbers, so there it is widened
-    first, which changes no product.
+    The interpreter multiplies bfloat16 as if its bits were integers, so there it is upcast first,
+    which is exact.
     """
-    if _WIDEN:
+    if _UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sum)
     else:
         return tl.dot(a, b, sum, input_precision=PRECISION)
@@ -238,5 +238,5 @@ def _gate(x):
 
 
 def precision(like: Tensor) -> str:
-    """Return how float32 products are taken: as PyTorch is set to take its own."""
+    """Return the precision of float32 matmul: that of PyTorch's setting."""
     return "tf32" if like.is_cuda and allows_tf32() else "ieee"

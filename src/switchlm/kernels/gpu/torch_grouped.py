@@ -1,6 +1,6 @@
-"""Grouped products by `torch.nn.functional.grouped_mm`, with its traps closed.
+"""Grouped matmul by `torch.nn.functional.grouped_mm`.
 
-It leaves rows past the last offset uninitialised, in the output and in the gradient; it refuses
+That leaves rows past the last offset uninitialised, in the output and in the gradient; it refuses
 expanded incoming gradients, float64, and rows of weights that are no multiple of 16 bytes.
 
 Shapes: R rows, D in, F out, E experts.

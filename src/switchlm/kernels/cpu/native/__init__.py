@@ -1,7 +1,7 @@
-"""The part in C: compiled where it runs, for the processor that it runs on, when first needed.
+"""The kernels in C: compiled for this machine's processor when first needed.
 
-A compiler knows what no operator of PyTorch offers: products of few rows that read weights of any
-format at the speed of memory. Without one everything works all the same, by PyTorch alone.
+They do what PyTorch's operators do not, such as matmul of few rows that reads weights of any format
+at the speed of memory. Without a compiler PyTorch's operators are used.
 """
 
 import ctypes
@@ -21,23 +21,23 @@ from torch import Tensor, nn
 
 from switchlm import _torch
 
-WIDTH = 16  # what rows come in multiples of: whole vectors on every processor
+WIDTH = 16  # rows are multiples of it: whole vectors on every processor
 COMPILERS = ("gcc", "cc", "clang")
 UNITS = (
-    "few_rows.c",
-    "one_query.c",
-    "products.c",
+    "small_batch.c",
+    "decode_attention.c",
+    "gemm.c",
     "attention.c",
     "norm.c",
     "router.c",
     "switch.c",
     "cross_entropy.c",
 )
-HEADERS = ("vectors.h", "products.h")
+HEADERS = ("vectors.h", "gemm.h")
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _PROCESSOR = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native"}
 _OPENMP = "-fopenmp"
-_SECONDS = 120  # that a compiler may take; it takes three
+_SECONDS = 120  # limit for the compiler, which takes three
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,18 @@ class Native:
 def misfit(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> str | None:
     """Return why the library may not read these tensors, None if it may.
 
-    They are plain, in main memory, of `dtype`, and nobody traces, watches or transforms operators,
-    who would not see a call into C.
+    They are plain, in main memory, of `dtype`. Tracing, dispatch modes and function transforms do
+    not see a call into C, so PyTorch's operators run there.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return "somebody traces"
+        return "traced"
     for tensor in tensors:
         if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_cpu:
             return "not plain tensors in main memory"
         if tensor.dtype != dtype:
             return f"it takes {dtype}, not {tensor.dtype}"
     if _torch.has_dispatch_mode() or _torch.is_transformed():
-        return "somebody watches operators"
+        return "in a dispatch mode or a function transform"
     return None if native().library is not None else native().reason
 
 
@@ -78,23 +78,23 @@ def library() -> ctypes.CDLL:
 
 
 def threads_for(size: int, least: int) -> int:
-    """Return how many threads share work of a size; one below the least that pays waking others.
+    """Return how many threads share work of this size; one if it is below `least`.
 
-    It changes no bit of a result.
+    The number changes no bit of a result.
     """
     return torch.get_num_threads() if size >= least and native().threads else 1
 
 
 @cache
 def native() -> Native:
-    """Return the library, compiled by whoever asked first on this machine; never raises."""
+    """Return the library, compiled at the first call on this machine; never raises."""
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         return Native(None, f"there is no C compiler ({', '.join(COMPILERS)})")
     files = resources.files(__package__)
     source = {name: files.joinpath(name).read_bytes() for name in (*UNITS, *HEADERS)}
     reason = ""
-    # PyTorch's own OpenMP threads, if it has any of the compiler's kind: two kinds would fight.
+    # With PyTorch's OpenMP threads if the compiler has the same library: two would compete.
     for threads in (True, False):
         try:
             built = _loaded(compiler, source, threads)
@@ -117,29 +117,29 @@ def _loaded(compiler: str, source: dict[str, bytes], threads: bool) -> ctypes.CD
     flags = [*_FLAGS, *([_OPENMP] if threads else [])]
     if processor := _PROCESSOR.get(platform.machine()):
         flags.append(processor)
-    made_of = (*source.values(), version.encode(), _processor(), repr(flags).encode())
-    name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:24] + ".so"
+    contents = (*source.values(), version.encode(), _processor(), repr(flags).encode())
+    name = hashlib.sha256(b"\0".join(contents)).hexdigest()[:24] + ".so"
     try:
         place = Path.home() / ".cache" / "switchlm" / "native" / name
         place.parent.mkdir(parents=True, exist_ok=True)
         if not place.exists():
             _compile([compiler, *flags], source, place)
         return ctypes.CDLL(str(place))
-    except (OSError, RuntimeError):  # no home, one that cannot be written, or runs no programs
+    except (OSError, RuntimeError):  # no home, not writable, or mounted noexec
         with tempfile.TemporaryDirectory() as folder:
             _compile([compiler, *flags], source, Path(folder) / name)
             return ctypes.CDLL(str(Path(folder) / name))
 
 
 def _compile(command: list[str], source: dict[str, bytes], place: Path) -> None:
-    """Write the library to `place`, whole or not at all.
+    """Write the library to `place` atomically.
 
     command: the compiler and its flags.
     """
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
         for name, content in source.items():
             (Path(folder) / name).write_bytes(content)
-        # Linked without OpenMP, so that its names mean the library that PyTorch has loaded.
+        # Linked without OpenMP, so that its symbols resolve to the library that PyTorch loaded.
         objects = [Path(name).with_suffix(".o").name for name in UNITS]
         for step in ([*command, "-c", *UNITS], [command[0], "-shared", *objects, "-lm"]):
             subprocess.run(
@@ -149,7 +149,7 @@ def _compile(command: list[str], source: dict[str, bytes], place: Path) -> None:
 
 
 def _processor() -> bytes:
-    """Return what tells this kind of processor from another that shares the home folder."""
+    """Return what identifies this kind of processor, since machines may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
@@ -161,16 +161,15 @@ def _processor() -> bytes:
 # Arguments and result of every function: pointer, long (int64), int, float.
 _KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 _SIGNATURES: dict[str, tuple[str, str | None]] = {
-    "few_rows": ("i pp llll pp l p l i", "i"),
-    "rms_norm": ("ppp ll f", None),
+    "small_batch_matmul": ("i pp llll pp l p l i", "i"),
     "cross_entropy": ("pppp ll i", "l"),
     "cross_entropy_backward": ("ppppp ll i", None),
-    "norm": ("pppp ll f i", None),
-    "norm_backward": ("pppppp ll i", None),
-    "one_query": ("i ppppp lllllll lll i", "i"),
+    "rms_norm": ("pppp ll f i", None),
+    "rms_norm_backward": ("pppppp ll i", None),
+    "decode_attention": ("i ppppp lllllll lll i", "i"),
     "attention": ("p i i", "i"),
-    "product": ("p ll p l p l lll i i", None),
-    "product_of_columns": ("p l p l p l lll i", None),
+    "gemm": ("p ll p l p l lll i i", None),
+    "gemm_nt": ("p l p l p l lll i", None),
     "route": ("pppp lllll p pppppppppp", None),
     "route_backward": ("ppp llll pppp pppp p pp", None),
     "sort_by_expert": ("pp ll ppp", None),
@@ -187,11 +186,11 @@ def _declare(built: ctypes.CDLL) -> None:
 
 
 def _works(built: ctypes.CDLL, threads: bool) -> bool:
-    """Try a product of small integers, which is exact."""
+    """Test with small integers, whose matmul is exact."""
     x = torch.arange(3 * 64, device="cpu").remainder(7).float().view(3, 64)
     weight = torch.arange(32 * 64, device="cpu").remainder(5).float().view(32, 64)
     y, counts = x.new_empty(3, 32), torch.tensor([3], device="cpu")
-    failed = built.few_rows(
+    failed = built.small_batch_matmul(
         0, weight.data_ptr(), None, 0, 64, 32, 0,
         x.data_ptr(), y.data_ptr(), 3, counts.data_ptr(), 1, 2 if threads else 1,
     )  # fmt: skip
@@ -199,5 +198,5 @@ def _works(built: ctypes.CDLL, threads: bool) -> bool:
     if failed or not torch.equal(y, expected):
         return False
     y.zero_()
-    built.product(x.data_ptr(), 64, 1, columns.data_ptr(), 32, y.data_ptr(), 32, 3, 64, 32, 0, 0)
+    built.gemm(x.data_ptr(), 64, 1, columns.data_ptr(), 32, y.data_ptr(), 32, 3, 64, 32, 0, 0)
     return torch.equal(y, expected)

@@ -1,27 +1,26 @@
 /* Attention in training: y = softmax(q k^T + bias) v, and its gradients, float32, for heads and
-   sequences so small that the scores of some queries stay in the cache.
+   sequences so small that the scores of a block of queries stay in the cache.
 
-   Forward keeps two numbers per query, the largest score and 1 / sum(e^(score - largest)); backward
-   computes the weights from them again. Scores lie in rows of whole vectors; the places past the
-   last key have a bias of -inf, and so a weight of zero.
+   The forward pass keeps two numbers per query, the largest score and 1 / sum(e^(score - largest)),
+   from which the backward pass recomputes the weights. Rows of scores are padded to whole vectors;
+   padding has a bias of -inf, and so a weight of zero.
 
-   A task is one head for a group of rows of the batch (all heads, where they share their bias). It
-   belongs to one thread and sums its own gradient of the bias; the sums of all groups are added in
-   order. So results have the same bits with any number of threads.
+   A task is one head for a group of rows of the batch (all heads, where they share their bias). One
+   thread runs it and sums its own gradient of the bias; the sums of all groups are added in order.
+   So results have the same bits with any number of threads.
 
    Shapes: B batch, H heads, Q queries, M keys and values (memory), K head width, W = H * K. */
 
 #include <math.h>
 
-#include "products.h"
+#include "gemm.h"
 #include "vectors.h"
 
 enum { BLOCK = 1 << 13 }; /* scores at once: 32 KiB */
 
 #define WHOLE(n) (((n) + LANES - 1) / LANES * LANES)
 
-/* Strides are in numbers: of a row of the batch, of a head, of a place. The K numbers of a place are
-   neighbours. */
+/* Strides are in numbers: of a row of the batch, a head, a position. The last dim is contiguous. */
 typedef struct {
   float *at;
   int64_t row, head, place;
@@ -29,7 +28,7 @@ typedef struct {
 
 typedef struct {
   const float *at; /* or NULL */
-  int64_t row, head, query; /* strides; keys are neighbours */
+  int64_t row, head, query; /* strides; keys are contiguous */
 } Bias;
 
 typedef struct {
@@ -42,10 +41,10 @@ typedef struct {
   float *dbias;             /* [groups, H / shared, Q, M], or NULL */
 } Call;
 
-/* What a task needs besides its inputs; all rows are of whole vectors. */
+/* The workspace of a task; all rows are of whole vectors. */
 typedef struct {
   float *k_columns, *v_columns; /* [K, M] */
-  float *q, *k, *v, *dy;        /* [places, K], where K is no whole vectors */
+  float *q, *k, *v, *dy;        /* [places, K], where K is not whole vectors */
   float *result;                /* [places, K] */
   float *dk, *dv;               /* [M, K] */
   float *bias, *dbias;          /* [Q, M] */
@@ -63,8 +62,8 @@ static float *of_head(const Heads *x, int64_t b, int64_t h) {
   return x->at + b * x->row + h * x->head;
 }
 
-/* y[k][m] = x[m][k], zeros in the places after M. */
-static void turn(const float *x, int64_t row, float *y, int64_t M, int64_t K) {
+/* y[k][m] = x[m][k], zeros after M. */
+static void transposed(const float *x, int64_t row, float *y, int64_t M, int64_t K) {
   const int64_t places = WHOLE(M);
   transpose(x, row, y, places, M, K);
   for (int64_t k = 0; places > M && k < K; k++)
@@ -78,7 +77,7 @@ INLINE void copy(float *to, const float *from, int64_t count) {
   for (; i < count; i++) to[i] = from[i];
 }
 
-/* Rows of whole vectors: as they are, or a copy in `workspace` with zeros after K. */
+/* Rows of whole vectors: the rows themselves, or a copy in `workspace` with zeros after K. */
 static Rows whole(const float *x, int64_t row, float *workspace, int64_t places, int64_t K) {
   const int64_t width = WHOLE(K);
   if (width == K) return (Rows){x, row};
@@ -105,22 +104,28 @@ static Rows whole_bias(const Call *c, float *workspace, int64_t b, int64_t h) {
   return (Rows){workspace - queries * places, queries > 1 ? places : 0};
 }
 
+/* How many queries are computed at once: a multiple of 12, for full tiles. */
+static int64_t queries_per_block(const Call *c) {
+  const int64_t queries = BLOCK / WHOLE(c->M) / 12 * 12;
+  return queries ? queries : 12;
+}
+
 /* score = q k^T + bias of `n` queries. */
 static void scores(const Call *c, const float *q, const float *k_columns, Rows bias, float *score,
                    int64_t n) {
   const int64_t places = WHOLE(c->M);
   for (int64_t i = 0; i < n; i++)
     memcpy(score + i * places, bias.at + i * bias.row, sizeof *score * places);
-  product(q, c->q.place, 1, k_columns, places, score, places, n, c->K, places, 1, 0);
+  gemm(q, c->q.place, 1, k_columns, places, score, places, n, c->K, places, 1, 0);
 }
 
 static void forward(const Call *c, const Workspace *r, Rows bias, int64_t b, int64_t h) {
   const int64_t places = WHOLE(c->M), width = WHOLE(c->K);
-  const int64_t block = BLOCK / places > 12 ? BLOCK / places / 12 * 12 : 12;
-  turn(of_head(&c->k, b, h), c->k.place, r->k_columns, c->M, c->K);
+  const int64_t block = queries_per_block(c);
+  transposed(of_head(&c->k, b, h), c->k.place, r->k_columns, c->M, c->K);
   const Rows v = whole(of_head(&c->v, b, h), c->v.place, r->v, c->M, c->K);
   for (int64_t first = 0; first < c->Q; first += block) {
-    const int64_t n = c->Q - first < block ? c->Q - first : block;
+    const int64_t n = minimum(c->Q - first, block);
     const float *q = of_head(&c->q, b, h) + first * c->q.place;
     float *y = of_head(&c->y, b, h) + first * c->y.place;
     float *largest = c->largest + (b * c->H + h) * c->Q + first;
@@ -139,7 +144,7 @@ static void forward(const Call *c, const Workspace *r, Rows bias, int64_t b, int
       }
       inverse[i] = 1 / sum(total);
     }
-    product(r->score, places, 1, v.at, v.row, r->result, width, n, c->M, width, 0, 0);
+    gemm(r->score, places, 1, v.at, v.row, r->result, width, n, c->M, width, 0, 0);
     for (int64_t i = 0; i < n; i++) {
       for (int64_t k = 0; k < width; k += LANES)
         *(LooseFloats *)(r->result + i * width + k) *= inverse[i];
@@ -164,12 +169,12 @@ static float dot(const float *a, const float *b, int64_t K) {
 
 static void backward(const Call *c, const Workspace *r, Rows bias, int64_t b, int64_t h) {
   const int64_t places = WHOLE(c->M), width = WHOLE(c->K);
-  const int64_t block = BLOCK / places > 12 ? BLOCK / places / 12 * 12 : 12;
-  turn(of_head(&c->k, b, h), c->k.place, r->k_columns, c->M, c->K);
-  turn(of_head(&c->v, b, h), c->v.place, r->v_columns, c->M, c->K);
+  const int64_t block = queries_per_block(c);
+  transposed(of_head(&c->k, b, h), c->k.place, r->k_columns, c->M, c->K);
+  transposed(of_head(&c->v, b, h), c->v.place, r->v_columns, c->M, c->K);
   const Rows k = whole(of_head(&c->k, b, h), c->k.place, r->k, c->M, c->K);
   for (int64_t first = 0; first < c->Q; first += block) {
-    const int64_t n = c->Q - first < block ? c->Q - first : block;
+    const int64_t n = minimum(c->Q - first, block);
     const float *q_at = of_head(&c->q, b, h) + first * c->q.place;
     const float *y = of_head(&c->y, b, h) + first * c->y.place;
     const float *dy_at = of_head(&c->dy, b, h) + first * c->dy.place;
@@ -179,7 +184,7 @@ static void backward(const Call *c, const Workspace *r, Rows bias, int64_t b, in
     const Rows q = whole(q_at, c->q.place, r->q, n, c->K);
     const Rows dy = whole(dy_at, c->dy.place, r->dy, n, c->K);
     scores(c, q_at, r->k_columns, (Rows){bias.at + first * bias.row, bias.row}, r->score, n);
-    product(dy_at, c->dy.place, 1, r->v_columns, places, r->dscore, places, n, c->K, places, 0, 0);
+    gemm(dy_at, c->dy.place, 1, r->v_columns, places, r->dscore, places, n, c->K, places, 0, 0);
     for (int64_t i = 0; i < n; i++) {
       float *score = r->score + i * places, *dscore = r->dscore + i * places;
       float *dbias = c->dbias ? r->dbias + (first + i) * places : NULL;
@@ -192,9 +197,9 @@ static void backward(const Call *c, const Workspace *r, Rows bias, int64_t b, in
         if (dbias) *(LooseFloats *)(dbias + m) += change;
       }
     }
-    product(r->score, 1, places, dy.at, dy.row, r->dv, width, c->M, n, width, first > 0, 0);
-    product(r->dscore, 1, places, q.at, q.row, r->dk, width, c->M, n, width, first > 0, 0);
-    product(r->dscore, places, 1, k.at, k.row, r->result, width, n, c->M, width, 0, 0);
+    gemm(r->score, 1, places, dy.at, dy.row, r->dv, width, c->M, n, width, first > 0, 0);
+    gemm(r->dscore, 1, places, q.at, q.row, r->dk, width, c->M, n, width, first > 0, 0);
+    gemm(r->dscore, places, 1, k.at, k.row, r->result, width, n, c->M, width, 0, 0);
     for (int64_t i = 0; i < n; i++) copy(dq + i * c->dq.place, r->result + i * width, c->K);
   }
   for (int64_t m = 0; m < c->M; m++) {
@@ -203,11 +208,11 @@ static void backward(const Call *c, const Workspace *r, Rows bias, int64_t b, in
   }
 }
 
-/* Divide memory into the parts of a workspace; return the numbers that they take together. */
+/* Divide memory into the parts of a workspace; return how many numbers they take. */
 static int64_t divide(const Call *c, float *memory, Workspace *r) {
   const int64_t places = WHOLE(c->M), width = WHOLE(c->K);
-  const int64_t block = BLOCK / places > 12 ? BLOCK / places / 12 * 12 : 12;
-  const int64_t queries = c->Q < block ? c->Q : block;
+  const int64_t block = queries_per_block(c);
+  const int64_t queries = minimum(c->Q, block);
   int64_t taken = 0;
 #define TAKE(part, numbers) r->part = memory ? memory + taken : NULL, taken += (numbers)
   TAKE(k_columns, c->K * places), TAKE(v_columns, c->K * places);
@@ -219,11 +224,11 @@ static int64_t divide(const Call *c, float *memory, Workspace *r) {
   return taken;
 }
 
-/* One task. Where rows of the batch have a bias each that learns, groups are of one row. */
+/* One task. If every row of the batch has its own learned bias, groups are of one row. */
 static void attend(const Call *c, const Workspace *r, int64_t task, int differentiate) {
   const int64_t places = WHOLE(c->M), parts = c->H / c->shared;
   const int64_t start = task / parts * c->group, part = task % parts;
-  const int64_t stop = start + c->group < c->B ? start + c->group : c->B;
+  const int64_t stop = minimum(start + c->group, c->B);
   const int sums = differentiate && c->dbias;
   if (sums) memset(r->dbias, 0, sizeof(float) * c->Q * places);
   for (int64_t h = part * c->shared; h < (part + 1) * c->shared; h++) {
@@ -240,7 +245,7 @@ static void attend(const Call *c, const Workspace *r, int64_t task, int differen
     memcpy(c->dbias + (task * c->Q + i) * c->M, r->dbias + i * places, sizeof(float) * c->M);
 }
 
-/* See attention.py for the arguments. Returns 0, or 1 for want of memory. */
+/* See attention.py for the arguments. Returns 0, or 1 if memory runs out. */
 int attention(const Call *call, int differentiate, int threads) {
   const Call c = *call;
   const int64_t tasks = (c.B + c.group - 1) / c.group * (c.H / c.shared);

@@ -1,5 +1,5 @@
-/* Cross-entropy in training, float32: one pass over the logits of a row while they are in the cache,
-   forward, and one backward, which makes the softmax again instead of reading it from memory.
+/* Cross-entropy in training, float32: one pass over the logits of a row forward, while they are in the
+   cache, and one backward, which recomputes the softmax instead of reading it from memory.
 
    Shapes: N rows, V logits, a multiple of 16. targets: a logit of each row, or IGNORED. */
 
@@ -9,10 +9,10 @@
 
 enum { IGNORED = -100 };
 
-/* loss [N]: log(sum(e^logit)) - logit of the target, 0 where ignored; the largest logit is taken off
-   first, since large ones leave no digits for the logarithm. kept [2, N], for backward: the largest
-   logit, and 1 / sum(e^(logit - largest)). Returns the first row whose target is no logit, N if there
-   is none. */
+/* loss [N]: log(sum(e^logit)) - logit of the target, 0 where ignored; the largest logit is subtracted
+   first, for precision. kept [2, N], for the backward pass: the largest logit, and
+   1 / sum(e^(logit - largest)). Returns the first row whose target is out of range, N if there is
+   none. */
 int64_t cross_entropy(const float *logits, const int64_t *targets, float *loss, float *kept,
                       int64_t N, int64_t V, int threads) {
   for (int64_t n = 0; n < N; n++)
@@ -44,7 +44,7 @@ void cross_entropy_backward(const float *logits, const int64_t *targets, const f
     const int ignored = targets[n] == IGNORED;
     const float *row = logits + n * V;
     float *change = dlogits + n * V;
-    const Floats size = spread(dloss[n] * kept[N + n]), most = spread(kept[n]);
+    const Floats size = broadcast(dloss[n] * kept[N + n]), most = broadcast(kept[n]);
     for (int64_t v = 0; v < V; v += LANES)
       *(LooseFloats *)(change + v) =
           ignored ? (Floats){0} : exponential(load_float32(row, v) - most) * size;

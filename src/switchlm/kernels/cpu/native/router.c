@@ -1,12 +1,11 @@
-/* The router where every token takes one expert: logits, softmax, choice, capacity and losses in one
-   pass over the tokens, float32, one thread. A block of tokens has its numbers in the cache all the
-   way; its tokens lie in the lanes, so that nothing is ever added across lanes but the mean
-   probabilities.
+/* The fused router where every token takes one expert: logits, softmax, choice, capacity and losses
+   in one pass over the tokens, float32, one thread. A block of tokens stays in the cache, with one
+   token per lane, so that only the mean probabilities are sums across lanes.
 
-   Shapes: N tokens, D width, E experts, G groups of S consecutive tokens. Probabilities are kept by
-   block, [E, width] each, a block's tokens filled up to whole vectors; blocks do not span groups. */
+   Shapes: N tokens, D width, E experts, G groups of S consecutive tokens. Probabilities are stored by
+   block, [E, width] each, a block's tokens padded to whole vectors; blocks do not span groups. */
 
-#include "products.h"
+#include "gemm.h"
 #include "vectors.h"
 #include <math.h>
 
@@ -16,7 +15,6 @@ enum {
   AT_ONCE = 4 /* vectors */
 };
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE Floats load(const float *from) { return load_float32(from, 0); }
 INLINE void store(float *to, Floats v) { *(LooseFloats *)to = v; }
 INLINE Floats where(Ints chosen, Floats a, Floats b) {
@@ -40,9 +38,9 @@ INLINE Floats log_of(Floats x) {
   return f + y + n * 0.693359375f + (x - x);
 }
 
-/* p[E, width]: from logits to probabilities, of some vectors of tokens at once, which wait for no
-   result of each other. lse: the logarithm of the sum of e^logit. chosen: the expert with the most of
-   p + bias, the first of equals; NaN counts as most. */
+/* p[E, width]: from logits to probabilities, for several independent vectors of tokens at once.
+   lse: the logarithm of the sum of e^logit. chosen: the expert with the largest p + bias, the first
+   of equals; NaN counts as largest. */
 INLINE void softmax(float *p, int64_t E, int64_t width, const float *bias, float *lse,
                     int32_t *chosen, const int vectors) {
   Floats top[AT_ONCE], sum[AT_ONCE], best[AT_ONCE];
@@ -77,8 +75,8 @@ INLINE void softmax(float *p, int64_t E, int64_t width, const float *bias, float
   EACH(v, vectors) memcpy(chosen + v * LANES, &index[v], sizeof index[v]);
 }
 
-/* Fills all of what it returns: expert [N], gate [N], kept [N], load [E], fraction and mean
-   probability [G, E], losses (balance, z), and for the backward pass probability and lse [N].
+/* Writes expert [N], gate [N], kept [N], load [E], fraction and mean probability [G, E], the losses
+   (balance, z), and for the backward pass probability and lse [N].
 
    bias: NULL or [E], added for the choice alone. valid: NULL or [N]; padding is neither kept nor
    counted. capacity: of an expert in a group, or -1. workspace: D x 64 + E x 16. */
@@ -91,19 +89,19 @@ void route(const float *x, const float *weight, const float *bias, const uint8_t
   int64_t groups = 0;
   memset(loads, 0, E * sizeof *loads);
   for (int64_t first = 0; !first || first < N; first += S, fraction += E, mean += E) {
-    const int64_t last = least(first + S, N);
+    const int64_t last = minimum(first + S, N);
     int64_t real = 0;
     double z_group = 0, balance_group = 0;
     memset(fraction, 0, E * sizeof *fraction);
     memset(totals, 0, E * sizeof(Floats));
     for (int64_t start = first; start < last; start += BLOCK) {
-      const int64_t tokens = least(last - start, BLOCK), width = (tokens + FULL - 1) / FULL * FULL;
+      const int64_t tokens = minimum(last - start, BLOCK), width = (tokens + FULL - 1) / FULL * FULL;
       float lses[BLOCK], counts[BLOCK] = {0};
       int32_t chosen[BLOCK];
       transpose(x + start * D, D, workspace, width, tokens, D);
       for (int64_t d = 0; tokens < width && d < D; d++)
         memset(workspace + d * width + tokens, 0, (width - tokens) * sizeof *workspace);
-      product(weight, D, 1, workspace, width, probability, width, E, D, width, 0, 0);
+      gemm(weight, D, 1, workspace, width, probability, width, E, D, width, 0, 0);
       int64_t done = 0;
 #define SOFTMAX(vectors) \
   softmax(probability + done, E, width, bias, lses + done, chosen + done, vectors)
@@ -161,10 +159,10 @@ void route_backward(const float *x, const float *weight, const uint8_t *valid, i
   float *const dshare = workspace + E * BLOCK;
   int64_t groups = 0;
   for (int64_t first = 0; first < N; first += S)
-    groups += real_tokens(valid, first, least(first + S, N)) > 0;
+    groups += real_tokens(valid, first, minimum(first + S, N)) > 0;
   if (dweight) memset(dweight, 0, E * D * sizeof *dweight);
   for (int64_t first = 0, g = 0; first < N; first += S, g++) {
-    const int64_t last = least(first + S, N), real = real_tokens(valid, first, last);
+    const int64_t last = minimum(first + S, N), real = real_tokens(valid, first, last);
     const float tokens_here = (float)(real ? real : 1);
     const float balance = dbalance ? *dbalance * (float)E / (float)(groups ? groups : 1) : 0;
     const float square = dz ? 2 * *dz / (tokens_here * (float)(groups ? groups : 1)) : 0;
@@ -173,7 +171,7 @@ void route_backward(const float *x, const float *weight, const uint8_t *valid, i
       dshare[e] = (own + balance * fraction[g * E + e]) / tokens_here;
     }
     for (int64_t start = first; start < last; start += BLOCK) {
-      const int64_t tokens = least(last - start, BLOCK), width = (tokens + FULL - 1) / FULL * FULL;
+      const int64_t tokens = minimum(last - start, BLOCK), width = (tokens + FULL - 1) / FULL * FULL;
       float gates[BLOCK] = {0}, counts[BLOCK] = {0}, squares[BLOCK] = {0};
       for (int64_t n = 0; n < tokens; n++) {
         const int64_t token = start + n;
@@ -192,8 +190,8 @@ void route_backward(const float *x, const float *weight, const uint8_t *valid, i
         }
       }
       for (int64_t n = 0; n < tokens; n++) workspace[expert[start + n] * width + n] += gates[n];
-      if (dx) product(workspace, 1, width, weight, D, dx + start * D, D, tokens, E, D, 0, 0);
-      if (dweight) product(workspace, width, 1, x + start * D, D, dweight, D, E, tokens, D, 1, 0);
+      if (dx) gemm(workspace, 1, width, weight, D, dx + start * D, D, tokens, E, D, 0, 0);
+      if (dweight) gemm(workspace, width, 1, x + start * D, D, dweight, D, E, tokens, D, 1, 0);
       probability += E * width;
     }
   }

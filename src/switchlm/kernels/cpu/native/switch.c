@@ -1,19 +1,16 @@
-/* A Switch layer of small experts, one expert per token: gather, y = relu(x up) down, times the gate,
-   and back in the order of tokens, expert by expert, while its rows are in the cache. float32, one
-   thread.
+/* The fused Switch layer of small experts, one expert per token: gather, y = relu(x up) down, times
+   the gate, and scatter, expert by expert, while its rows are in the cache. float32, one thread.
 
    Shapes: N tokens, E experts, D inputs, F hidden numbers, both multiples of 16. Rows are tokens in
-   the order of their experts: row r is token[r], counts[e] rows are expert e's, and those of none
-   come last. */
+   the order of their experts: row r is token[r], counts[e] rows are those of expert e, and rows of
+   no expert come last. */
 
-#include "products.h"
+#include "gemm.h"
 #include "vectors.h"
 
 enum { ROWS = 128 /* of an expert at a time */ };
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* Orders assignments by expert, those not kept last: row r holds assignment[r], and row[] is its
+/* Order assignments by expert, dropped ones last: row r holds assignment[r], and row[] is the
    inverse. */
 void sort_by_expert(const int64_t *expert, const uint8_t *kept, int64_t A, int64_t E,
                     int64_t *assignment, int64_t *row, int64_t *counts) {
@@ -21,7 +18,7 @@ void sort_by_expert(const int64_t *expert, const uint8_t *kept, int64_t A, int64
   for (int64_t a = 0; a < A; a++)
     if (kept[a]) counts[expert[a]]++;
   int64_t end = 0;
-  for (int64_t e = 0; e < E; e++) { /* where the next row of each expert goes */
+  for (int64_t e = 0; e < E; e++) { /* the next row of each expert */
     const int64_t start = end;
     end += counts[e];
     counts[e] = start;
@@ -48,15 +45,15 @@ void switch_experts(const float *x, const float *gate, const int64_t *token, con
   int64_t done = 0;
   for (int64_t e = 0; e < E; e++)
     for (int64_t left = counts[e], rows; left; left -= rows, done += rows) {
-      rows = least(left, ROWS);
+      rows = minimum(left, ROWS);
       float *const inner = all ? hidden + done * F : hidden;
       gather(x, token + done, rows, D, workspace);
-      product(workspace, D, 1, up + e * D * F, F, inner, F, rows, D, F, 0, 0);
+      gemm(workspace, D, 1, up + e * D * F, F, inner, F, rows, D, F, 0, 0);
       for (int64_t i = 0; i < rows * F; i++) inner[i] = inner[i] < 0 ? 0 : inner[i];
-      product(inner, F, 1, down + e * F * D, D, workspace, D, rows, F, D, 0, 0);
+      gemm(inner, F, 1, down + e * F * D, D, workspace, D, rows, F, D, 0, 0);
       for (int64_t r = 0; r < rows; r++) {
         const int64_t n = token[done + r];
-        const Floats weight = spread(gate[n]);
+        const Floats weight = broadcast(gate[n]);
         for (int64_t d = 0; d < D; d += LANES)
           *(LooseFloats *)(y + n * D + d) = weight * load_float32(workspace, r * D + d);
       }
@@ -71,7 +68,8 @@ void switch_experts_backward(const float *dy, const float *x, const float *gate,
                              int64_t D, int64_t F, const float *up, const float *down,
                              const float *hidden, float *workspace, float *dx, float *dgate, float *dup,
                              float *ddown) {
-  float *const rows_x = workspace, *const rows_dy = workspace + ROWS * D, *const inner = workspace + 2 * ROWS * D;
+  float *const rows_x = workspace, *const rows_dy = rows_x + ROWS * D;
+  float *const inner = rows_dy + ROWS * D;
   float *const up_columns = inner + ROWS * F, *const down_columns = up_columns + D * F;
   int64_t done = 0;
   for (int64_t e = 0; e < E; e++) {
@@ -85,12 +83,12 @@ void switch_experts_backward(const float *dy, const float *x, const float *gate,
     for (int64_t left = counts[e], rows; left; left -= rows, done += rows) {
       const int add = left < counts[e];
       const float *const active = hidden + done * F;
-      rows = least(left, ROWS);
+      rows = minimum(left, ROWS);
       gather(dy, token + done, rows, D, rows_dy);
-      product(rows_dy, D, 1, down_columns, F, inner, F, rows, D, F, 0, 0);
+      gemm(rows_dy, D, 1, down_columns, F, inner, F, rows, D, F, 0, 0);
       for (int64_t r = 0; r < rows; r++) {
         const int64_t n = token[done + r];
-        const Floats weight = spread(gate[n]);
+        const Floats weight = broadcast(gate[n]);
         Floats dot = {0};
         for (int64_t f = r * F; f < (r + 1) * F; f += LANES) {
           const Floats value = load_float32(active, f), gradient = load_float32(inner, f);
@@ -103,13 +101,13 @@ void switch_experts_backward(const float *dy, const float *x, const float *gate,
           for (int64_t d = r * D; d < (r + 1) * D; d += LANES)
             *(LooseFloats *)(rows_dy + d) = weight * load_float32(rows_dy, d);
       }
-      if (ddown) product(active, 1, F, rows_dy, D, ddown + matrix, D, F, rows, D, add, 0);
+      if (ddown) gemm(active, 1, F, rows_dy, D, ddown + matrix, D, F, rows, D, add, 0);
       if (dup) {
         gather(x, token + done, rows, D, rows_x);
-        product(rows_x, 1, D, inner, F, dup + matrix, F, D, rows, F, add, 0);
+        gemm(rows_x, 1, D, inner, F, dup + matrix, F, D, rows, F, add, 0);
       }
       if (dx) {
-        product(inner, F, 1, up_columns, D, rows_x, D, rows, F, D, 0, 0);
+        gemm(inner, F, 1, up_columns, D, rows_x, D, rows, F, D, 0, 0);
         for (int64_t r = 0; r < rows; r++)
           memcpy(dx + token[done + r] * D, rows_x + r * D, D * sizeof *dx);
       }

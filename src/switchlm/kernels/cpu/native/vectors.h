@@ -16,8 +16,8 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* What differs by processor. LANES: float32 numbers in a vector. TILE: vectors of a result in
-   registers. HOLD: use a loaded vector from its register for all rows, instead of loading it again
-   for each, as compilers like to. */
+   registers. HOLD: keep a loaded vector in its register for all rows; compilers load it again for
+   each row otherwise. */
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #define LANES 16
 #define TILE 24
@@ -55,23 +55,23 @@ typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
 #define LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
 #define STREAM(p, v) _mm512_stream_ps(p, (__m512)(v))
 #define FENCE() _mm_sfence()
-#define WIDEN_HALVES(p) (Ints) _mm512_cvtepu16_epi32(_mm256_loadu_si256(p))
-#define WIDEN_CODES(p) (Ints) _mm512_cvtepu8_epi32(_mm_loadu_si128(p))
-#define WIDEN_BYTES(p) (Shorts) _mm512_cvtepi8_epi16(_mm256_loadu_si256(p))
+#define UPCAST_HALVES(p) (Ints) _mm512_cvtepu16_epi32(_mm256_loadu_si256(p))
+#define UPCAST_CODES(p) (Ints) _mm512_cvtepu8_epi32(_mm_loadu_si128(p))
+#define UPCAST_BYTES(p) (Shorts) _mm512_cvtepi8_epi16(_mm256_loadu_si256(p))
 #elif LANES == 8
 #define LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7
 #define STREAM(p, v) _mm256_stream_ps(p, (__m256)(v))
 #define FENCE() _mm_sfence()
-#define WIDEN_HALVES(p) (Ints) _mm256_cvtepu16_epi32(_mm_loadu_si128(p))
-#define WIDEN_CODES(p) (Ints) _mm256_cvtepu8_epi32(_mm_loadl_epi64(p))
-#define WIDEN_BYTES(p) (Shorts) _mm256_cvtepi8_epi16(_mm_loadu_si128(p))
+#define UPCAST_HALVES(p) (Ints) _mm256_cvtepu16_epi32(_mm_loadu_si128(p))
+#define UPCAST_CODES(p) (Ints) _mm256_cvtepu8_epi32(_mm_loadl_epi64(p))
+#define UPCAST_BYTES(p) (Shorts) _mm256_cvtepi8_epi16(_mm_loadu_si128(p))
 #else
 #define LANE_NUMBERS 0, 1, 2, 3
 #define STREAM(p, v) (*(Floats *)(p) = (v))
 #define FENCE() (void)0
-#define WIDEN_HALVES(p) __builtin_convertvector(*(const LooseHalves *)(p), Ints)
-#define WIDEN_CODES(p) __builtin_convertvector(*(const LooseCodes *)(p), Ints)
-#define WIDEN_BYTES(p) __builtin_convertvector(*(const LooseBytes *)(p), Shorts)
+#define UPCAST_HALVES(p) __builtin_convertvector(*(const LooseHalves *)(p), Ints)
+#define UPCAST_CODES(p) __builtin_convertvector(*(const LooseCodes *)(p), Ints)
+#define UPCAST_BYTES(p) __builtin_convertvector(*(const LooseBytes *)(p), Shorts)
 #endif
 
 typedef Floats Load(const void *, int64_t);
@@ -81,16 +81,16 @@ INLINE Floats load_float32(const void *from, int64_t at) {
   return *(const LooseFloats *)AT(float, from, at);
 }
 
-/* The same number in all lanes; held, or compilers prepare so many at once that results have no
-   registers left. */
-INLINE Floats spread(float x) {
+/* The same number in all lanes. HOLD, since compilers else broadcast so many at once that none of
+   the registers is left for results. */
+INLINE Floats broadcast(float x) {
   Floats all = x - (Floats){0};
   HOLD(all);
   return all;
 }
 
 INLINE Floats load_bfloat16(const void *from, int64_t at) {
-  return (Floats)(WIDEN_HALVES(AT(uint16_t, from, at)) << 16);
+  return (Floats)(UPCAST_HALVES(AT(uint16_t, from, at)) << 16);
 }
 
 /* Lanes are float32, or int32 where `integers`. */
@@ -114,8 +114,8 @@ INLINE float sum_of(Floats v, const int integers) {
 
 INLINE float sum(Floats v) { return sum_of(v, 0); }
 
-/* y[o] = the sum of all lanes of v[o], in the same order however many there are. Some at once share
-   their shuffles. */
+/* y[o] = the sum of all lanes of v[o], in the same order for any number of outputs. Several outputs
+   share their shuffles. */
 INLINE void store_sums(const Floats *v, float *y, const int integers, const int outputs) {
 #if LANES == 16
   if (outputs == 4) {
@@ -164,6 +164,8 @@ INLINE void store_sums(const Floats *v, float *y, const int integers, const int 
   EACH(o, outputs) y[o] = sum_of(v[o], integers);
 }
 
+INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+
 /* The larger of each two; b where one is NaN. */
 INLINE Floats larger(Floats a, Floats b) {
 #if LANES == 16
@@ -197,7 +199,7 @@ INLINE float largest_of(Floats v) {
    that is nearest to it. */
 INLINE Floats exponential(Floats x) {
   const Ints exists = ~(x < -87.0f);
-  x = larger(spread(-87.0f), x);
+  x = larger(broadcast(-87.0f), x);
   const Floats shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: n is in the last bits */
   const Floats n = shifted - 12582912.0f;
   const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts */

@@ -1,4 +1,4 @@
-"""Rows are filled up to few sizes, and results come back without what was filled in."""
+"""Rows are padded to few sizes, and results have no padding."""
 
 import pytest
 import torch
@@ -21,19 +21,19 @@ def test_there_are_few_sizes_and_little_is_wasted() -> None:
         assert padded(size, torch.bfloat16) == size
 
 
-def test_nothing_is_filled_up_where_shapes_are_not_compiled() -> None:
+def test_no_padding_where_shapes_are_not_compiled() -> None:
     rows = torch.randn(33, 4)
     assert Workspace(rows).filled("x", rows) is rows
 
 
-def test_nothing_is_filled_up_where_products_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_padding_where_matmul_is_upcast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small_matmul, "is_slow", lambda dtype: dtype == torch.bfloat16)
     rows = torch.ones(33, 4, dtype=torch.bfloat16)
     assert Workspace(rows).filled("x", rows) is rows
 
 
 @pytest.mark.parametrize("rows", [1, 16])
-def test_few_rows_stay_as_they_are(rows: int) -> None:
+def test_few_rows_are_not_padded(rows: int) -> None:
     x = torch.ones(rows, 3, dtype=torch.bfloat16)
     assert Workspace(x).filled("x", x) is x
 

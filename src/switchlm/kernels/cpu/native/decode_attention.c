@@ -1,23 +1,12 @@
-/* What else a decoding step does for every row: normalise, and attend with one query per head.
+/* Attention of a decoding step: one query per head.
 
-Shapes: B batch, H heads, M keys and values (memory), K head width, R rows, D width. */
+Shapes: B batch, H heads, M keys and values (memory), K head width. */
 
 #include <math.h>
 
 #include "vectors.h"
 
-/* y_RD = x / sqrt(mean(x^2) + epsilon) * weight. D: a multiple of LANES. */
-void rms_norm(const float *x, const float *weight, float *y, int64_t R, int64_t D, float epsilon) {
-  for (int64_t r = 0; r < R; r++, x += D, y += D) {
-    Floats squares = {0};
-    for (int64_t d = 0; d < D; d += LANES) squares += load_float32(x, d) * load_float32(x, d);
-    const float scale = 1 / sqrtf(sum(squares) / (float)D + epsilon);
-    for (int64_t d = 0; d < D; d += LANES)
-      *(LooseFloats *)(y + d) = load_float32(x, d) * scale * load_float32(weight, d);
-  }
-}
-
-/* softmax(q k^T + bias) v of one head. weight: memory for M, up to whole vectors. */
+/* softmax(q k^T + bias) v of one head. weight: memory for M, padded to whole vectors. */
 INLINE void attend(Load load, const float *q, const void *k, const void *v, const float *bias,
                    float *y, float *weight, int64_t M, int64_t K, int64_t place,
                    int64_t bias_place) {
@@ -47,10 +36,11 @@ INLINE void attend(Load load, const float *q, const void *k, const void *v, cons
 
 /* y_BHK for queries q_BHK. k, v: [B, H, M, K] float32, or bfloat16 where `half`, the same strides
    of B, H and M (in numbers). bias: float32 [B, H, M] by its strides, or none. K: a multiple of
-   LANES. Returns 0, or 1 for want of memory. */
-int one_query(int half, const float *q, const void *k, const void *v, const float *bias, float *y,
-              int64_t B, int64_t H, int64_t M, int64_t K, int64_t row, int64_t head, int64_t place,
-              int64_t bias_row, int64_t bias_head, int64_t bias_place, int threads) {
+   LANES. Returns 0, or 1 if memory runs out. */
+int decode_attention(int half, const float *q, const void *k, const void *v, const float *bias,
+                     float *y, int64_t B, int64_t H, int64_t M, int64_t K, int64_t row,
+                     int64_t head, int64_t place, int64_t bias_row, int64_t bias_head,
+                     int64_t bias_place, int threads) {
   int failed = 0;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads) reduction(| : failed) if (threads > 1)

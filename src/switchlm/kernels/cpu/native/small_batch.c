@@ -1,11 +1,10 @@
-/* Products of few rows with large matrices on a CPU: y = x w, w in any of five formats.
+/* Matmul of few rows with large matrices on a CPU: y = x w, w in any of six formats.
 
-Few rows leave nothing to hide memory behind: such a product takes as long as reading its matrix,
-provided that every number is read from memory once and used for all rows while it is in a register.
-So a tile of the result stays in registers while the inputs go by.
+With few rows it takes as long as reading the matrix, provided that every weight is read from memory
+once and used for all rows while it is in a register. So a tile of the result stays in registers.
 
 The order in which a result is summed depends on neither the other rows nor the number of threads: a
-row gives the same bits whatever stands beside it.
+row gives the same bits whatever the other rows.
 
 Shapes: R rows, K inputs, N outputs, E experts. All row-major; x and y are float32. */
 
@@ -17,11 +16,11 @@ Shapes: R rows, K inputs, N outputs, E experts. All row-major; x and y are float
 enum { OUTPUTS = TILE / MOST_ROWS };
 enum { BLOCK = 64, HALF = BLOCK / 2 / LANES }; /* of 4 bits: outputs, and vectors of codes */
 enum { STEP = 8 };     /* inputs that a strip adds at once */
-enum { INPUTS = 512 }; /* that a tile adds before the next tile's turn: they stay in the cache */
-enum { AHEAD = 8 };    /* inputs whose weights a tile asks for early, as they lie far apart */
+enum { INPUTS = 512 }; /* that a tile adds before the next tile does: they stay in the cache */
+enum { AHEAD = 8 };    /* inputs whose weights a tile prefetches, as they are far apart */
 
-/* w_NK, as of a linear layer: a result is a dot product, of float32 numbers or of what multiplies
-   faster: pairs of bfloat16, or 16-bit integers, which are vectors of as many bytes. */
+/* w_NK, as of a linear layer: a result is a dot product of float32 numbers, or of what multiplies
+   faster: pairs of bfloat16, or of 16-bit integers, in vectors of as many bytes. */
 
 INLINE uint32_t bits_of(float x) {
   uint32_t bits;
@@ -34,11 +33,11 @@ INLINE Floats load_int16(const void *from, int64_t at) {
 }
 
 INLINE Floats load_int8(const void *from, int64_t at) {
-  return (Floats)WIDEN_BYTES(AT(int8_t, from, at));
+  return (Floats)UPCAST_BYTES(AT(int8_t, from, at));
 }
 
-/* Have numbers brought nearer that will be read soon; where there are none, nothing happens. */
-INLINE void ask_for(Load load, const void *from, int64_t at) {
+/* Prefetch numbers; an address past the end does no harm. */
+INLINE void prefetch(Load load, const void *from, int64_t at) {
   const int size = load == load_float32 ? 4 : load == load_int8 ? 1 : 2;
   __builtin_prefetch((const char *)from + at * size, 0, 2);
 }
@@ -78,7 +77,7 @@ INLINE void dot_tile(Load load_row, Load load_weight, Multiply multiply, const i
     EACH(o, outputs) {
       weight[o] = load_weight(w, (first + o) * K + k);
       HOLD(weight[o]);
-      ask_for(load_weight, w, (first + OUTPUTS + o) * K + k);
+      prefetch(load_weight, w, (first + OUTPUTS + o) * K + k);
     }
     EACH(r, rows) {
       Floats input = load_row(x + r * row, k);
@@ -107,8 +106,8 @@ INLINE void dots(Load load_row, Load load_weight, Multiply multiply, const int i
 }
 
 /* w_KN, as of stacked experts: inputs add their weights to results, a vector of outputs at once.
-   One or two rows go along whole rows of w, several inputs at a time, since reading is all there is
-   to do; more rows use what was read in a tile. The order of the sums is the same. */
+   One or two rows read full rows of w, several inputs at a time, since reading takes all the time;
+   more rows are computed in tiles. The order of the sums is the same. */
 
 INLINE void add_strip(Load load, const float *x, const void *w, float *y, int64_t K, int64_t N,
                       int64_t start, int64_t stop, const int rows) {
@@ -118,7 +117,7 @@ INLINE void add_strip(Load load, const float *x, const void *w, float *y, int64_
       EACH(i, STEP) {
         weight[i] = load(w, (k + i) * N + n);
         HOLD(weight[i]);
-        ask_for(load, w, (k + STEP + i) * N + n);
+        prefetch(load, w, (k + STEP + i) * N + n);
       }
       EACH(r, rows) {
         Floats total = k ? load_float32(y, r * N + n) : (Floats){0};
@@ -136,8 +135,8 @@ INLINE void add_tile(Load load, const float *x, const void *w, float *y, int64_t
   for (; k < end; k++) EACH(v, vectors) {
       Floats weight = load(w, k * N + n + v * LANES);
       HOLD(weight);
-      ask_for(load, w, (k + AHEAD) * N + n + v * LANES);
-      EACH(r, rows) total[r * vectors + v] += spread(x[r * K + k]) * weight;
+      prefetch(load, w, (k + AHEAD) * N + n + v * LANES);
+      EACH(r, rows) total[r * vectors + v] += broadcast(x[r * K + k]) * weight;
     }
   EACH(r, rows) EACH(v, vectors)
     *(LooseFloats *)(y + r * N + n + v * LANES) = total[r * vectors + v];
@@ -149,7 +148,7 @@ INLINE void sums(Load load, const float *x, const void *w, float *y, int64_t R, 
   if (R == 2) add_strip(load, x, w, y, K, N, start, stop, 2);
   if (R <= 2) return;
   for (int64_t k = 0; k < K; k += INPUTS) {
-    const int64_t end = k + INPUTS < K ? k + INPUTS : K;
+    const int64_t end = minimum(k + INPUTS, K);
 #define TILE_OF(r, rows)                                                                          \
   {                                                                                               \
     int64_t n = start;                                                                            \
@@ -163,7 +162,7 @@ INLINE void sums(Load load, const float *x, const void *w, float *y, int64_t R, 
   }
 }
 
-/* 8 bits: w_NK = code * scale_N. Rows are codes too, and products are summed in integers: exact. */
+/* 8 bits: w_NK = code * scale_N. Rows are codes too, and sums are of integers: exact. */
 
 /* Round each row to codes from -127 to 127, of its largest number. */
 static void round_rows(const float *x, int16_t *codes, float *scale, int64_t R, int64_t K) {
@@ -188,11 +187,11 @@ static void scale_sums(float *y, const float *scale, const float *x_scale, int64
 }
 
 /* 4 bits: codes [N / 64, K, 32], a byte the outputs j (low bits) and j + 32 of a block. Every group
-   of inputs has a scale and an offset an output, [G, N, 2] bfloat16:
+   of inputs has a scale and an offset per output, [G, N, 2] bfloat16:
      w = (code - 8) * scale + offset
    so that a group's sum is scale * sum(x * code) + (offset - 8 * scale) * sum(x). */
 
-/* Add what a group gives to a vector of results; the first one writes them. all: sum(x). */
+/* Add the sums of a group to a vector of results; the first group writes. all: sum(x). */
 INLINE void add_group(Floats total, float all, const uint16_t *scale, float *y, int64_t g) {
   const Ints two = (Ints)load_float32(scale, 0);
   const Floats size = (Floats)(two << 16), offset = (Floats)(two & (int32_t)0xffff0000);
@@ -200,7 +199,7 @@ INLINE void add_group(Floats total, float all, const uint16_t *scale, float *y, 
   *(LooseFloats *)y = before + size * total + (offset - 8 * size) * all;
 }
 
-/* Code vectors at once: each gives two vectors of results a row, all of which stay in registers. */
+/* Code vectors at once: each gives two vectors of results per row, which stay in registers. */
 #define PART(rows) \
   (2 * HALF * (rows) <= TILE ? HALF : 8 * (rows) <= TILE ? 4 : 4 * (rows) <= TILE ? 2 : 1)
 
@@ -214,13 +213,13 @@ INLINE void block_tile(const float *x, const float *x_sum, const uint8_t *codes,
       for (int64_t k = g * group; k < (g + 1) * group; k++)
         EACH(v, part) {
           const Ints wide =
-              WIDEN_CODES(AT(uint8_t, codes, (b * K + k) * (BLOCK / 2) + (first + v) * LANES));
+              UPCAST_CODES(AT(uint8_t, codes, (b * K + k) * (BLOCK / 2) + (first + v) * LANES));
           Floats code = __builtin_convertvector(wide & 15, Floats);
           Floats other = __builtin_convertvector(wide >> 4, Floats);
           HOLD(code);
           HOLD(other);
           EACH(r, rows) {
-            const Floats input = spread(x[r * K + k]);
+            const Floats input = broadcast(x[r * K + k]);
             low[r][v] += input * code;
             high[r][v] += input * other;
           }
@@ -251,7 +250,7 @@ static void round_and_sum(const float *x, float *rounded, float *sums, int64_t R
   }
 }
 
-/* The columns from start to stop of one matrix's product, by the format of its weight. */
+/* The columns from start to stop of one matmul, by the format of the weight. */
 
 typedef enum { FLOAT32_NK, BFLOAT16_NK, FLOAT32_KN, BFLOAT16_KN, INT8_NK, INT4_BLOCKS } Format;
 
@@ -261,14 +260,14 @@ typedef struct {
   int64_t inputs, outputs, group;
 } Matrix;
 
-/* The outputs that belong to one thread together. */
+/* Outputs are divided among threads in multiples of this. */
 static int64_t unit(Format format) {
   if (format == INT4_BLOCKS) return BLOCK;
   return format == FLOAT32_KN || format == BFLOAT16_KN ? LANES : OUTPUTS;
 }
 
-/* workspace: memory for what a thread makes of the rows, unless it reads them as they are. Every thread
-   makes it for itself: that is less work than waiting for each other. */
+/* workspace: memory for the converted rows. Every thread converts all rows, which takes less time than
+   waiting for each other. */
 static size_t workspace_size(const Matrix *m, int64_t R) {
   const size_t rows = R, inputs = m->inputs;
   switch (m->format) {
@@ -321,13 +320,12 @@ static void columns(const Matrix *m, const float *x, float *y, void *workspace, 
   }
 }
 
-/* y_RN = x_RK w, the first counts[0] rows with the first of E matrices, and so on; they lie
-   `stride` bytes apart. Rows that are nobody's give zeros. Every thread takes its share of the
-   columns of all matrices. Returns 0, 1 for want of memory, or 2 where experts have more rows than
-   there are. */
-int few_rows(int format, const void *weight, const void *scale, int64_t stride, int64_t inputs,
-             int64_t outputs, int64_t group, const float *x, float *y, int64_t rows,
-             const int64_t *counts, int64_t experts, int threads) {
+/* y_RN = x_RK w, the first counts[0] rows with the first of E matrices, and so on. Rows past the
+   counts give zeros. Each thread computes some columns for all matrices. Returns 0, 1 if memory runs
+   out, or 2 where experts have more rows than there are. stride: bytes between two matrices. */
+int small_batch_matmul(int format, const void *weight, const void *scale, int64_t stride,
+                       int64_t inputs, int64_t outputs, int64_t group, const float *x, float *y,
+                       int64_t rows, const int64_t *counts, int64_t experts, int threads) {
   int failed = 0;
   int64_t all = 0;
   for (int64_t e = 0; e < experts; e++) all += counts[e];

@@ -1,4 +1,4 @@
-"""In one pass or step by step, a Switch layer computes the same, and says which it takes."""
+"""Fused and separate Switch layers compute the same, and report which was chosen."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -41,7 +41,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         monkeypatch.setitem(select.SWITCHES, name, noted(name))
     monkeypatch.setattr(select, "explain_switch", lambda *_: Choice("triton", "a test"))
     yield taken
-    autotune.forget()
+    autotune.clear_choices()
 
 
 def results(layer: SwitchFeedForward, x_BSD: Tensor) -> list[Tensor]:
@@ -53,7 +53,7 @@ def results(layer: SwitchFeedForward, x_BSD: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("router", [TIGHT, TOPK], ids=["one expert", "two experts"])
-def test_equals_step_by_step(
+def test_equals_separate_kernels(
     router: RouterConfig, gated: bool, fused: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = SwitchFeedForward(16, 24, 4, router=router, gated=gated, activation="gelu")
@@ -110,7 +110,7 @@ def test_the_first_call_tries_both_ways_and_remembers(
 ) -> None:
     def not_known(*arguments: object) -> Choice:
         key = select._shape_class(arguments[0], arguments[1], arguments[2:6])
-        return autotune.remembered(key) or Choice("trial", "a test")
+        return autotune.cached_choice(key) or Choice("autotune", "a test")
 
     monkeypatch.setattr(select, "explain_switch", not_known)
     monkeypatch.setattr(autotune, "REPEATS", 1)
@@ -120,7 +120,7 @@ def test_the_first_call_tries_both_ways_and_remembers(
     first = len(fused)
     assert set(fused) == {"triton", "separate"}
     results(layer, x_BSD)
-    assert fused[first:] == ["separate"]  # the interpreter is slow: step by step is chosen
+    assert fused[first:] == ["separate"]  # the interpreter is slow
 
 
 def test_explain_says_why_not() -> None:
@@ -143,7 +143,7 @@ def step_by_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 @pytest.mark.parametrize("mode", ["paper", "t5x", "hf"])
 @pytest.mark.parametrize("factor", [None, 0.5], ids=["dropless", "dropping"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_small_experts_on_a_cpu_go_in_one_call(
+def test_small_experts_on_a_cpu_are_fused(
     mode: str, factor: float | None, training: bool, step_by_step, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = []

@@ -33,7 +33,7 @@ def test_equals_float64_with_gradients(shape, outputs):
         torch.testing.assert_close(mine.double(), other.double(), rtol=1e-5, atol=1e-4)
 
 
-def test_only_gradients_that_are_wanted():
+def test_only_needed_gradients_are_computed():
     x, weight_NK, dy = make((5, 32), 48)
     for wanted in (x, weight_NK):
         other = weight_NK if wanted is x else x
@@ -52,7 +52,7 @@ def test_gradients_need_not_be_contiguous():
     torch.testing.assert_close(found, dy @ weight_NK)
 
 
-def test_large_maps_and_other_numbers_are_pytorchs():
+def test_large_maps_and_other_dtypes_run_by_pytorch():
     x, weight_NK, _ = make((4, 512), 512)
     assert small_matmul.misfit(x, weight_NK)
     x, weight_NK, _ = make((4, 32), 16)
@@ -65,7 +65,7 @@ def test_large_maps_and_other_numbers_are_pytorchs():
         assert small_matmul.misfit(x, weight_NK)
 
 
-def test_the_number_of_threads_decides_nothing():
+def test_the_choice_does_not_depend_on_the_number_of_threads():
     x, weight_NK, _ = make((4096, 32), 32)
     threads = torch.get_num_threads()
     results = []

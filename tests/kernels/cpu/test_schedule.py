@@ -1,4 +1,4 @@
-"""Every column of every busy expert is one thread's, and threads have equal work."""
+"""Every column of every expert with rows belongs to one thread, and threads have equal work."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ COUNTS = st.lists(st.integers(0, 500), min_size=1, max_size=80)
 
 
 @given(counts=COUNTS, threads=st.integers(1, 8), width=st.sampled_from([1, 40, 1024]))
-def test_every_number_is_someones_once(counts: list[int], threads: int, width: int) -> None:
+def test_pieces_cover_every_number_once(counts: list[int], threads: int, width: int) -> None:
     torch.set_num_threads(threads)
     counts = [count * 4 for count in counts]  # some of several blocks
     plan = make_schedule(counts, sum(counts) + 3, work_per_row=2**22)
@@ -62,7 +62,7 @@ def test_two_threads_have_equal_work_whatever_the_loads(counts: list[int]) -> No
     assert first == pytest.approx(second, rel=0.05)
 
 
-def test_little_work_stays_on_one_thread() -> None:
+def test_little_work_runs_on_one_thread() -> None:
     torch.set_num_threads(2)
     assert len(make_schedule([10, 10], 20, 16).parts) == 1
 

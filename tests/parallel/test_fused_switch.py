@@ -1,4 +1,4 @@
-"""Fused kernels work on weights that FSDP gathers: a step is the same as step by step."""
+"""Fused kernels run on weights that FSDP gathers: a step equals that of separate kernels."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Against torch.mm in float64, for every order of memory that experts come in."""
+"""Equals torch.mm in float64, for every memory layout of experts."""
 
 import pytest
 import torch
@@ -53,10 +53,11 @@ def ours(monkeypatch):
     ],
 )
 @pytest.mark.parametrize("large", [False, True])
-def test_it_is_a_product(shape, a, b, y, large, ours):
+def test_equals_torch_mm(shape, a, b, y, large, ours):
     rows, inputs, outputs = shape
     if b in (transposed, cut_and_transposed) and inputs % 16:
         pytest.skip("no whole vectors: PyTorch's")
+    torch.manual_seed(0)
     a_MK, b_KN, y_MN = a(rows, inputs), b(inputs, outputs), y(rows, outputs)
     expected = a_MK.double() @ b_KN.double()
     assert matmul_into(a_MK, b_KN, y_MN, large=large) is y_MN
@@ -105,7 +106,7 @@ def test_another_dtype_of_any_factor_is_not_read_as_float32(other, add):
         matmul_into(a_MK, b_KN, y_MN, add=add)
 
 
-def test_products_that_somebody_counts_are_pytorchs():
+def test_in_a_dispatch_mode_pytorchs_operators_run():
     with FlopCounterMode(display=False) as counter:
         matmul_into(torch.randn(4, 32), torch.randn(32, 48), torch.empty(4, 48))
     assert counter.get_total_flops() == 2 * 4 * 32 * 48

@@ -1,15 +1,15 @@
-/* Products as an expert needs them in training: float32, some ten to a hundred rows, one thread. So
-   few rows that packing the factors first, as libraries for large products do, costs more than it
-   saves; a tile of the result stays in registers while the factors come from the cache.
+/* Matmul of an expert in training: float32, some ten to a hundred rows, one thread. With so few rows
+   packing the factors first, as BLAS libraries do, costs more than it saves. A tile of the result
+   stays in registers while the factors come from the cache.
 
    Shapes: M x K times K x N. Strides are in numbers, from one row, or column, to the next. */
 
-#include "products.h"
+#include "gemm.h"
 #include "vectors.h"
 
 enum { VECTORS = TILE / MOST_ROWS, DEPTH = 512 /* of a, so that b stays in the cache */ };
 
-/* stream: write past the cache, what nobody reads soon. */
+/* stream: write past the cache, for results that are not read soon. */
 INLINE void tile(const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row,
                  float *y, int64_t y_row, int64_t K, int add, const int stream, const int rows,
                  const int vectors) {
@@ -23,7 +23,7 @@ INLINE void tile(const float *a, int64_t a_row, int64_t a_column, const float *b
       HOLD(input[v]);
     }
     EACH(r, rows) {
-      const Floats factor = spread(a[r * a_row + k * a_column]);
+      const Floats factor = broadcast(a[r * a_row + k * a_column]);
       EACH(v, vectors) total[r * vectors + v] += factor * input[v];
     }
   }
@@ -36,14 +36,14 @@ INLINE void tile(const float *a, int64_t a_row, int64_t a_column, const float *b
   }
 }
 
-/* y = a b, or y += a b where `add`. N: a multiple of LANES; the numbers of a row of b and y are
-   neighbours. large: the result, if it is written at once, goes past the cache. */
-void product(const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row,
-             float *y, int64_t y_row, int64_t M, int64_t K, int64_t N, int add, int large) {
+/* y = a b, or y += a b where `add`. Rows of b and y are contiguous, N is a multiple of LANES.
+   large: write past the cache if the result is written once. */
+void gemm(const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row, float *y,
+          int64_t y_row, int64_t M, int64_t K, int64_t N, int add, int large) {
   const int aligned = (uintptr_t)y % sizeof(Floats) == 0 && y_row % LANES == 0;
   const int stream = large && !add && K <= DEPTH && aligned;
   for (int64_t k = 0; k < K; k += DEPTH) {
-    const int64_t depth = K - k < DEPTH ? K - k : DEPTH;
+    const int64_t depth = minimum(K - k, DEPTH);
     int64_t n = 0;
 #define TILE_AT(m, streams, rows, vectors)                                                       \
   tile(a + (m) * a_row + k * a_column, a_row, a_column, b + k * b_row + n, b_row,                \
@@ -57,7 +57,7 @@ void product(const float *a, int64_t a_row, int64_t a_column, const float *b, in
         EACH_TILE(M, STREAMED)
       else
         EACH_TILE(M, STORED)
-    /* Narrow tiles are high: sums in progress fill the time that one takes. */
+    /* Narrow tiles are high, so that enough independent sums are in progress. */
 #define HIGH(body)                                                           \
   {                                                                          \
     int64_t m = 0;                                                           \
@@ -98,10 +98,9 @@ INLINE void dot_tile(const float *a, int64_t a_row, const float *b, int64_t b_co
   }
 }
 
-/* The same where the numbers of a row of a, and of a column of b, are neighbours. K: a multiple of
-   LANES. */
-void product_of_columns(const float *a, int64_t a_row, const float *b, int64_t b_column, float *y,
-                        int64_t y_row, int64_t M, int64_t K, int64_t N, int add) {
+/* The same where rows of a and columns of b are contiguous. K: a multiple of LANES. */
+void gemm_nt(const float *a, int64_t a_row, const float *b, int64_t b_column, float *y,
+             int64_t y_row, int64_t M, int64_t K, int64_t N, int add) {
   int64_t n = 0;
 #define DOTS_OF(m, rows, columns)                                                                \
   dot_tile(a + (m) * a_row, a_row, b + n * b_column, b_column, y + (m) * y_row + n, y_row, K, add, \

@@ -1,4 +1,4 @@
-"""Against PyTorch's attention in float64, padding and neighbours included."""
+"""Equals PyTorch's attention in float64, padding included; other rows change no bit."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_it_is_attention(shape, dtype, kind):
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_scores_far_apart():
+def test_large_differences_of_scores():
     query, key, value = tensors(2, 2, 100, 32)
     found = attention.decode_attention(query * 100, key, value, None)
     torch.testing.assert_close(
@@ -57,7 +57,7 @@ def test_scores_far_apart():
     )
 
 
-def test_what_is_masked_takes_no_part_and_leaves_no_trace():
+def test_masked_places_have_no_effect():
     query, key, value = tensors(2, 3, 40, 16)
     bias = torch.randn(1, 3, 1, 40)
     short = attention.decode_attention(query, key[:, :, :23], value[:, :, :23], bias[..., :23])
@@ -69,7 +69,7 @@ def test_what_is_masked_takes_no_part_and_leaves_no_trace():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("place", [0, 5, 16, 22])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_key_that_is_not_a_number_makes_its_own_head_so(bad, place, dtype):
+def test_a_nan_key_affects_its_own_head_only(bad, place, dtype):
     query, key, value = (x.to(dtype) for x in tensors(2, 3, 23, 16))
     key[1, 2, place] = bad
     found = attention.decode_attention(query, key, value, None).view(2, 3, 16)
@@ -78,7 +78,7 @@ def test_a_key_that_is_not_a_number_makes_its_own_head_so(bad, place, dtype):
     assert found.isfinite().all()
 
 
-def test_a_query_that_may_attend_to_nothing_takes_the_mean():
+def test_a_query_that_may_attend_to_nothing_gives_the_mean():
     query, key, value = tensors(1, 2, 9, 16)
     found = attention.decode_attention(query, key, value, torch.full((1, 1, 1, 9), LOW))
     torch.testing.assert_close(found.view(2, 16), value[0].mean(1))
@@ -95,7 +95,7 @@ def test_rows_and_threads_change_no_bit(monkeypatch):
     assert torch.equal(alone, together[2:3])
 
 
-def test_what_it_fits():
+def test_misfit():
     query, key, value = tensors(2, 3, 8, 16)
     assert attention.decode_misfit(query, key, value, None) is None
     assert attention.decode_misfit(torch.randn(2, 3, 2, 16), key, value, None), "two queries"
@@ -106,7 +106,7 @@ def test_what_it_fits():
         assert attention.decode_misfit(query, key, value, None)
 
 
-def test_the_model_takes_it(monkeypatch):
+def test_the_model_uses_it(monkeypatch):
     query, key, value = tensors(2, 3, 8, 16)
     bias = torch.randn(1, 3, 1, 8)
     ours = attend(query, key, value, bias, 0.0)

@@ -92,12 +92,12 @@ def plan_offload(
     layers: dict[str, set[str]] = {"encoder": set(), "decoder": set()}
     sizes: dict[str, int] = {}
     for kind in kinds:
-        stack = kind.ours.partition(".")[0]
+        stack = kind.name.partition(".")[0]
         numbers = math.prod(kind.shape)
         if kind.expert is None:
             dense[stack if stack in layers else ""] += numbers
             continue
-        layer = kind.ours.rpartition(".")[0]
+        layer = kind.name.rpartition(".")[0]
         layers[stack].add(layer)
         expert_numbers += numbers
         sizes[layer] = sizes.get(layer, 0) + _bytes(kind, config, number_bytes, quantisation)

@@ -37,7 +37,7 @@ class Numbers:
         size = math.prod(entry.shape)
         self._start = (self._start + 15_485_863) % BLOCK
         piece = self._block[self._start : self._start + size].view(entry.shape)
-        scale = 1.0 if entry.ours == "embedding.weight" else entry.shape[1] ** -0.5
+        scale = 1.0 if entry.name == "embedding.weight" else entry.shape[1] ** -0.5
         return piece * scale
 
 
@@ -58,7 +58,7 @@ def write_floats(config: ModelConfig, folder: Path, seed: int = 0) -> int:
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         _write_shard(folder / name, shard, numbers)
-        places |= {entry.theirs: name for entry, _ in shard}
+        places |= {entry.hf_name: name for entry, _ in shard}
         total += sum(size for _, size in shard)
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -105,7 +105,7 @@ def _write_shard(path: Path, shard: Shard, numbers: Numbers) -> None:
     header, start = {}, 0
     for entry, size in shard:
         offsets = [start, start + size]
-        header[entry.theirs] = {
+        header[entry.hf_name] = {
             "dtype": "BF16",
             "shape": list(entry.shape),
             "data_offsets": offsets,

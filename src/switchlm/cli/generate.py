@@ -189,7 +189,7 @@ class _Job:
                 "Attention takes memory with the square of the length: shorten the text, or raise "
                 "--max-input-tokens."
             )
-        return self.max_new_tokens or filling.TOKENS_A_BLANK * num_blanks
+        return self.max_new_tokens or filling.TOKENS_PER_BLANK * num_blanks
 
     def stream(self, record: Record) -> Record:
         """Print the output as it comes."""

@@ -249,7 +249,7 @@ def read_spans(
 
 
 BLANK = re.compile(r"<extra_id_(\d+)>")
-TOKENS_A_BLANK = 32
+TOKENS_PER_BLANK = 32
 
 
 def put_into_blanks(text: str, spans: dict[int, str]) -> str:
@@ -291,6 +291,6 @@ def fill(
 
     Raises DataError for a text without blanks.
     """
-    limit = max_new_tokens or TOKENS_A_BLANK * count_blanks(text, tokenizer)
+    limit = max_new_tokens or TOKENS_PER_BLANK * count_blanks(text, tokenizer)
     said = answer(model, tokenizer, text, max_new_tokens=limit, sampling=sampling, seed=seed)
     return put_into_blanks(text, said.spans)

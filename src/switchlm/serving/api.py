@@ -21,7 +21,7 @@ from starlette.routing import Route as FixedRoute
 
 from switchlm import __version__
 from switchlm.errors import DataError, UserError
-from switchlm.generation.answer import TOKENS_A_BLANK, count_blanks, put_into_blanks, read_spans
+from switchlm.generation.answer import TOKENS_PER_BLANK, count_blanks, put_into_blanks, read_spans
 from switchlm.generation.decode import check_vocabulary
 from switchlm.generation.route import route
 from switchlm.serving.engine import Engine, EventBridge, events
@@ -145,7 +145,7 @@ class _Interface:
     async def fill(self, body: Fill, request: Request) -> Response:
         self._check_model(body.model)
         blanks = count_blanks(body.text, self._engine.tokenizer)
-        (asked,) = await self._requests(body, [body.text], TOKENS_A_BLANK * blanks)
+        (asked,) = await self._requests(body, [body.text], TOKENS_PER_BLANK * blanks)
         told = self._events([asked])
 
         def result(output: Output) -> dict[str, Any]:

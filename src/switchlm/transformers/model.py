@@ -264,15 +264,15 @@ def load_saved(model: SwitchTransformer, tensors: Mapping[str, Tensor], strict: 
     missing: list[str] = []
     known = {alias for names in ALIASES.values() for alias in names}
     for entry in entries(model.config, family_of(model.config)):
-        known.add(entry.theirs)
-        if entry.theirs not in tensors:
-            missing.append(entry.theirs)
+        known.add(entry.hf_name)
+        if entry.hf_name not in tensors:
+            missing.append(entry.hf_name)
             continue
-        tensor = tensors[entry.theirs]
-        place = places[entry.ours] if entry.expert is None else places[entry.ours][entry.expert].t()
+        tensor = tensors[entry.hf_name]
+        place = places[entry.name] if entry.expert is None else places[entry.name][entry.expert].t()
         if place.shape != tensor.shape:
             raise CheckpointError(
-                f"{entry.theirs} is {list(tensor.shape)} there and {list(place.shape)} here: the "
+                f"{entry.hf_name} is {list(tensor.shape)} there and {list(place.shape)} here: the "
                 "weights are those of another model."
             )
         place.copy_(tensor)

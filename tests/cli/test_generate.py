@@ -127,7 +127,7 @@ def test_a_file_that_is_not_there_is_told(refuse, nano, tmp_path):
         ([""], "The text is empty"),
         (["  \n "], "The text is empty"),
         (["no blank", "--fill"], "no blank to fill"),
-        (["<extra_id_4711>", "--fill"], "knows only <extra_id_0> to <extra_id_99>"),
+        (["<extra_id_4711>", "--fill"], "has only <extra_id_0> to <extra_id_99>"),
         (["text", "--temperature", "-1"], "temperature must be 0"),
         (["text", "--temperature", "nan"], "temperature must be 0"),
         (["text", "--top-p", "0"], "top-p must lie"),

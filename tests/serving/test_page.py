@@ -225,7 +225,7 @@ def test_the_server_s_errors_are_shown_as_text(visit, url):
     page.fill("#text", "<extra_id_100>")
     page.click("#submit")
     page.wait_for_selector("#error:not([hidden])")
-    assert "knows only <extra_id_0> to <extra_id_99>" in page.inner_text("#error")
+    assert "has only <extra_id_0> to <extra_id_99>" in page.inner_text("#error")
     page.fill("#text", " ")
     page.click("#submit")
     assert "Type a text first" in page.inner_text("#error")

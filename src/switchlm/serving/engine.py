@@ -163,7 +163,7 @@ class Engine:
                     self._calls.popleft()()
                 with evaluation_mode(self.model, drop=False):
                     self._advance(slots)
-                    while not self._calls and (slots.names or self._waiting):
+                    while not self._calls and (slots.requests or self._waiting):
                         self._advance(slots)
         finally:
             self._abandon(slots)
@@ -172,7 +172,7 @@ class Engine:
         """Let nobody wait for ever, should this thread end by a mistake of its own."""
         with self._changed:
             self._closing = True
-            left = [*slots.names, *self._waiting]
+            left = [*slots.requests, *self._waiting]
             self._waiting.clear()
         while self._calls:
             self._calls.popleft()()
@@ -182,7 +182,7 @@ class Engine:
     def _wait_for_work(self, slots: Slots) -> bool:
         """Return False when all is done and nothing more will come."""
         with self._changed:
-            while not (slots.names or self._waiting or self._calls):
+            while not (slots.requests or self._waiting or self._calls):
                 if self._closing:
                     return False
                 self._changed.wait()
@@ -191,14 +191,14 @@ class Engine:
     def _advance(self, slots: Slots) -> None:
         self._sweep(slots)
         self._admit(slots)
-        if slots.names:
+        if slots.requests:
             self._step(slots)
 
     def _sweep(self, slots: Slots) -> None:
         """Let go of what nobody waits for any more, in slots and in the queue."""
         now = time.monotonic()
-        for row in reversed(range(len(slots.names))):
-            reason = _given_up(slots.names[row], now)
+        for row in reversed(range(len(slots.requests))):
+            reason = _given_up(slots.requests[row], now)
             if reason:
                 self._leave(slots, row, reason)
         with self._changed:
@@ -234,7 +234,7 @@ class Engine:
         request = pending.request
         try:
             stream = TextStream(self.tokenizer, request.stops)
-            slots.join(
+            slots.add(
                 pending,
                 encoded_SD,
                 sampling=request.sampling,
@@ -259,14 +259,14 @@ class Engine:
     def _step(self, slots: Slots) -> None:
         """Add a token to every row, and tell of it."""
         begin = time.monotonic()
-        tokens = self._tokens(slots, 0, len(slots.names))
+        tokens = self._tokens(slots, 0, len(slots.requests))
         now = time.monotonic()
         self.statistics.stepped(len(tokens), now - begin)
         # From the last row on, since a row that leaves is replaced by the last.
         for row in reversed(range(len(tokens))):
-            pending, token = slots.names[row], tokens[row]
+            pending, token = slots.requests[row], tokens[row]
             if isinstance(token, Exception):
-                slots.leave(row)
+                slots.remove(row)
                 self._fail(pending, token)
                 continue
             if pending.first_token is None:
@@ -276,7 +276,7 @@ class Engine:
             try:
                 self._tell(slots, row, pending, token)
             except Exception as error:
-                slots.leave(row)
+                slots.remove(row)
                 self._fail(pending, error)
 
     def _tokens(self, slots: Slots, first: int, last: int) -> list[int | Exception]:
@@ -302,8 +302,8 @@ class Engine:
     def _leave(
         self, slots: Slots, row: int, reason: Reason, piece: str = "", token: int | None = None
     ) -> None:
-        pending = slots.names[row]
-        slots.leave(row)
+        pending = slots.requests[row]
+        slots.remove(row)
         try:
             rest = self._streams[pending].finish()
         except Exception as error:

@@ -130,7 +130,7 @@ def test_a_file_that_is_not_there_is_told(refuse, nano, tmp_path):
         (["<extra_id_4711>", "--fill"], "has only <extra_id_0> to <extra_id_99>"),
         (["text", "--temperature", "-1"], "temperature must be 0"),
         (["text", "--temperature", "nan"], "temperature must be 0"),
-        (["text", "--top-p", "0"], "top-p must lie"),
+        (["text", "--top-p", "0"], "top-p must be"),
         (["text", "--top-k", "0"], "top-k must be at least 1"),
         (["text", "--greedy", "--top-k", "5"], "--greedy goes"),
         (["a long text", "--max-input-tokens", "3"], "11 tokens, more than 3"),

@@ -1,4 +1,4 @@
-"""How Switch-Base, -XXL and -C scale from 8 to 2,048 GPUs, on paper: docs/scaling.md and .png.
+"""How Switch-Base, -XXL and -C scale from 8 to 2,048 GPUs, estimated: docs/scaling.md and .png.
 
     python benchmarks/scaling.py [--no-simulation]
 
@@ -25,12 +25,12 @@ from switchlm.recipes.config import RunConfig, run_config
 DOCS = Path(__file__).parents[1] / "docs"
 GPU = "h200"
 SIZES = [8, 16, 32, 64, 128, 256, 512, 1024, 2048]
-# Rows of 512 inputs and 114 targets per GPU: as many as fill it well, and fit.
+# Rows of 512 inputs and 114 targets per GPU: enough to utilise it, and they fit.
 MODELS = {"switch-base-128": 32, "switch-xxl-128": 8, "switch-c-2048": 8}
 
 
 def main() -> None:
-    """Plan every point, simulate what was chosen, and write record, page and plot."""
+    """Plan every point, simulate the chosen layout, and write record, page and plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-simulation", action="store_true", help="on paper only")
     arguments = parser.parse_args()
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def judge(name: str, rows: int, size: int, simulates: bool) -> dict[str, Any]:
-    """Return the figures of the fastest layout of a model on so many GPUs."""
+    """Return the results of the fastest layout of a model on a number of GPUs."""
     started = time.perf_counter()
     cluster = Cluster(gpu=GPUS[GPU], nodes=size // 8, gpus_per_node=8)
     config = run_config(
@@ -78,7 +78,7 @@ def meshes(cluster: Cluster) -> Iterator[MeshConfig]:
 
 
 def figures(best: Layout) -> dict[str, Any]:
-    """Return what is told of a layout."""
+    """Return the record of a layout."""
     return {
         "layout": words(best.mesh),
         "memory": best.took.peak.total,
@@ -100,7 +100,7 @@ def simulated(config: RunConfig, best: Layout, size: int) -> dict[str, Any]:
 
 
 def page(points: list[dict[str, Any]]) -> str:
-    """Return the page: assumptions, and a table a model."""
+    """Return the page: assumptions, and a table per model."""
     gpu = GPUS[GPU]
     lines = [
         "# How the models scale, on paper",

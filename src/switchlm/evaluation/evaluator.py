@@ -47,8 +47,11 @@ def held_out_loss(
     with evaluation_mode(model), losses_of(mesh):
         for batch in batches:
             source_B = batch.source_B.long().cpu()
-            loss_B, tokens_B = row_losses(model, batch.to(device))
-            loss_B, tokens_B = loss_B.double().cpu(), tokens_B.cpu()
+            batch = batch.to(device)
+            loss_BT = token_losses(forward_batch(model, batch).logits_BTV, batch.targets_BT)
+            mask_BT = batch.target_mask_BT
+            loss_B = torch.where(mask_BT, loss_BT, 0.0).sum(1).double().cpu()
+            tokens_B = mask_BT.sum(1).cpu()
             loss_S.index_add_(0, source_B, loss_B)
             tokens_S.index_add_(0, source_B, tokens_B)
             rows.append((source_B, loss_B, tokens_B))
@@ -77,10 +80,3 @@ def held_out_loss(
 def _interval(statistics_N2: Floats, resamples: int) -> list[float]:
     found = bootstrap(statistics_N2, ratio, resamples=resamples)
     return [found.low, found.high]
-
-
-def row_losses(model: SwitchTransformer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return each row's summed negative log likelihood (float32) and its number of targets."""
-    loss_BT = token_losses(forward_batch(model, batch).logits_BTV, batch.targets_BT)
-    mask_BT = batch.target_mask_BT
-    return torch.where(mask_BT, loss_BT, 0.0).sum(1), mask_BT.sum(1)

@@ -105,7 +105,8 @@ def beam_search(
                 if cache.length == 1:
                     check_finite(logits_BWV)
                 score_BW = torch.tensor([prompt.scores for prompt in prompts], device=device)
-                score_BC, place_BC = _candidates(logits_BWV, score_BW)
+                total_BWV = logits_BWV.log_softmax(-1) + score_BW[:, :, None]
+                score_BC, place_BC = total_BWV.flatten(1).topk(2 * width)  # place: beam * V + token
                 for prompt, scores, places in zip(
                     prompts, score_BC.tolist(), place_BC.tolist(), strict=True
                 ):
@@ -117,13 +118,6 @@ def beam_search(
                 cache.reorder((source_BW + first_B1).flatten())
                 last = [output[-1] for prompt in prompts for output in prompt.open]
                 tokens = torch.tensor(last, device=device)[:, None]
-
-
-def _candidates(logits_BWV: Tensor, score_BW: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the log probabilities of the most probable continuations, and beam * V + token."""
-    total_BWV = logits_BWV.log_softmax(-1) + score_BW[:, :, None]
-    score_BC, place_BC = total_BWV.flatten(1).topk(2 * score_BW.shape[1])
-    return score_BC, place_BC
 
 
 class _Prompt:

@@ -5,15 +5,14 @@ layers, sparse layers, experts, gating or the head, the weights decide and the r
 Nothing in the file is imported or run: `auto_map` is ignored.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from typing import Any, Literal
 
 from switchlm.config import from_mapping, to_mapping
 from switchlm.errors import CheckpointError, ConfigError
 from switchlm.files import Report
-from switchlm.huggingface.match import Architecture, StackArchitecture
+from switchlm.huggingface.match import Architecture
 from switchlm.huggingface.names import STACKS, Family
 from switchlm.model.config import (
     Initialisation,
@@ -274,8 +273,8 @@ def _sparse_steps(
         if step is None:
             step = num_layers // num_sparse if num_sparse > 0 else num_layers
         actual = found.stacks[stack]
-        fitting = find_step(
-            step, len(actual.layers), extra.router.semantics, partial(_fits, actual)
+        fitting = _find_step(
+            step, len(actual.layers), extra.router.semantics, actual.sparse, actual.dense
         )
         if fitting is None:
             raise CheckpointError(
@@ -293,16 +292,13 @@ def _sparse_steps(
     return encoder, None if same else decoder
 
 
-def _fits(found: StackArchitecture, layers: frozenset[int]) -> bool:
-    return found.sparse <= layers and not found.dense & layers
-
-
-def find_step(
-    first: int, num_layers: int, semantics: Semantics, fits: Callable[[frozenset[int]], bool]
+def _find_step(
+    first: int, num_layers: int, semantics: Semantics, sparse: Set[int], dense: Set[int]
 ) -> int | None:
-    """Return a sparse step whose sparse layers fit, `first` if it fits; None if none does."""
+    """Return a sparse step for these sparse and dense layers, `first` if it fits; None: no step."""
     for step in (first, *range(num_layers + 2)):
-        if step >= 0 and fits(sparse_layers(step, num_layers, semantics)):
+        layers = sparse_layers(step, num_layers, semantics)
+        if step >= 0 and sparse <= layers and not dense & layers:
             return step
     return None
 
@@ -389,4 +385,5 @@ def transformers_step(config: ModelConfig, stack: str) -> int | None:
     num_layers = config.num_decoder_layers if stack == "decoder" else config.num_encoder_layers
     sparse = stack_layers(config, stack)
     own = config.sparse_step_of(decoder=stack == "decoder")
-    return find_step(own, num_layers, SEMANTICS["hf"], lambda layers: layers == sparse)
+    dense = frozenset(range(num_layers)) - sparse
+    return _find_step(own, num_layers, SEMANTICS["hf"], sparse, dense)

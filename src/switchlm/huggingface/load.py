@@ -31,6 +31,7 @@ from switchlm.huggingface.weights import (
     CONFIG,
     TensorOffset,
     Weights,
+    empty,
     find_model,
     find_tensor_offsets,
     inside,
@@ -38,7 +39,6 @@ from switchlm.huggingface.weights import (
     read_json,
     set_tensor,
 )
-from switchlm.kernels.cpu import memory
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
 
@@ -292,10 +292,7 @@ def _build(
     for name, meta in model.state_dict(keep_vars=True).items():
         if name not in dtypes:
             continue
-        if torch.device(device).type == "cpu":
-            places[name] = memory.empty_on_large_pages(meta.shape, dtypes[name])
-        else:
-            places[name] = torch.empty(meta.shape, dtype=dtypes[name], device=device)
+        places[name] = empty(meta.shape, dtypes[name], device)
         set_tensor(model, name, places[name])
     _copy(places, matched, weights)
     return model.eval()

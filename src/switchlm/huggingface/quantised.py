@@ -21,7 +21,7 @@ from torch import Tensor
 from switchlm.config import from_mapping, to_mapping
 from switchlm.errors import CheckpointError, ConfigError
 from switchlm.huggingface.config import family_of, read_config, write_config
-from switchlm.huggingface.match import infer_architecture, match, mismatch
+from switchlm.huggingface.match import infer_architecture, mismatch
 from switchlm.huggingface.names import Entry, Family, entries
 from switchlm.huggingface.save import (
     Contents,
@@ -38,11 +38,11 @@ from switchlm.huggingface.weights import (
     Description,
     TensorOffset,
     Weights,
+    empty,
     find_tensor_offsets,
     open_weights,
     set_tensor,
 )
-from switchlm.kernels.cpu import memory
 from switchlm.kernels.cpu.quantised import BLOCK, GROUP_SIZES, Matrix, group_size_of, matrix
 from switchlm.model.config import ModelConfig
 from switchlm.model.quantised import put_in
@@ -226,17 +226,12 @@ def _matrices(
 ) -> list[Matrix]:
     """Return the matrices of a parameter, one per expert, copied from the file."""
     outputs = entry.shape[0]
-    codes, scale = _copy(codes, device), _copy(scale, device)
+    codes, scale = (
+        empty(tensor.shape, tensor.dtype, device).copy_(tensor) for tensor in (codes, scale)
+    )
     if entry.expert is None:
         return [matrix(codes, scale, outputs)]
     return [matrix(*expert, outputs) for expert in zip(codes, scale, strict=True)]
-
-
-def _copy(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Return a copy of a tensor of a mapped file."""
-    if torch.device(device).type == "cpu":
-        return memory.empty_on_large_pages(tensor.shape, tensor.dtype).copy_(tensor)
-    return tensor.to(device, copy=True)
 
 
 def _refuse(message: str) -> None:
@@ -266,11 +261,6 @@ def weights_of_model(model: SwitchTransformer) -> Source:
     for entry in entries(model.config, family_of(model.config)):
         tensor = state[entry.name].detach().cpu()
         yield entry, tensor if entry.expert is None else tensor[entry.expert].t()
-
-
-def weights_of_files(config: ModelConfig, family: Family, weights: Weights) -> Source:
-    """Yield every weight of a model folder, [outputs, inputs]; one is in memory at a time."""
-    return match(config, family, weights, lambda _message: None).read(weights)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from switchlm.checkpoint.format import CODES
 from switchlm.errors import CheckpointError, MissingExtraError
+from switchlm.kernels.cpu import memory
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
@@ -338,6 +339,13 @@ def _changed(path: Path) -> CheckpointError:
         f"{path.name} changed while it was being opened. Try again when the program that writes "
         "it has finished."
     )
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Return an uninitialised tensor, on large pages in main memory."""
+    if torch.device(device).type == "cpu":
+        return memory.empty_on_large_pages(shape, dtype)
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -16,10 +16,10 @@ from switchlm.errors import ConfigError
 from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.files import Report
 from switchlm.huggingface.load import load_config, load_tokenizer, open_unquantised, save
+from switchlm.huggingface.match import match
 from switchlm.huggingface.quantised import (
     Quantisation,
     save_quantised,
-    weights_of_files,
     weights_of_model,
 )
 from switchlm.model.config import ModelConfig
@@ -98,7 +98,7 @@ def quantise_folder(
     """
     config, family, weights = open_unquantised(name, report=report)
     tokenizer = load_tokenizer(name, report=report)
-    source = weights_of_files(config, family, weights)
+    source = match(config, family, weights, report).read(weights)
     save_quantised(source, config, tokenizer, out, quantisation, round_to_nearest(quantisation))
     files = {description.file for description in weights.tensors.values()}
     before = sum(path.stat().st_size for path in files)

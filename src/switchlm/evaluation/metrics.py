@@ -274,11 +274,11 @@ def _answer_f1(prediction: str, references: Sequence[str]) -> float:
     return max(_f1_of_words(predicted, normalise_answer(text).split()) for text in references)
 
 
-def _f1_of_words(predicted: list[str], wanted: list[str]) -> float:
-    if not predicted or not wanted:
-        return float(predicted == wanted)
-    common = (Counter(predicted) & Counter(wanted)).total()
-    return 2 * common / (len(predicted) + len(wanted))
+def _f1_of_words(predicted: list[str], reference: list[str]) -> float:
+    if not predicted or not reference:
+        return float(predicted == reference)
+    common = (Counter(predicted) & Counter(reference)).total()
+    return 2 * common / (len(predicted) + len(reference))
 
 
 def _rouge(

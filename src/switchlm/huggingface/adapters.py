@@ -1,4 +1,4 @@
-"""Save LoRA adapters in a folder of their own, so that many tasks share one base model.
+"""Save LoRA adapters in a separate folder, so that many tasks share one base model.
 
 FOLDER/adapters.safetensors   the low-rank matrices by name (model/lora.py)
 FOLDER/adapters.json          rank, alpha and the name of the base model

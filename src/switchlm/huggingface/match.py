@@ -116,11 +116,11 @@ class Match:
         self, weights: Weights, keep: Callable[[Entry], bool] = lambda entry: True
     ) -> Iterator[tuple[Entry, Tensor]]:
         """Yield the entries that `keep` selects and their tensors, file by file."""
-        wanted: dict[str, list[Entry]] = {}
+        entries_of: dict[str, list[Entry]] = {}
         for entry in filter(keep, self.entries):
-            wanted.setdefault(self.sources[entry.hf_name], []).append(entry)
-        for key, tensor in weights.read(wanted.keys()):
-            for entry in wanted[key]:
+            entries_of.setdefault(self.sources[entry.hf_name], []).append(entry)
+        for key, tensor in weights.read(entries_of.keys()):
+            for entry in entries_of[key]:
                 yield entry, tensor
 
 

@@ -238,7 +238,7 @@ _TEMPLATES = _templates()
 def parse_key(key: str) -> ParsedKey | None:
     """Parse a key of the Hugging Face format or of quantised folders; None for an unknown key.
 
-    Keys of quantised folders stand for all experts: their expert is None.
+    Keys of quantised folders are of all experts: their expert is None.
     """
     found = _TEMPLATES.get(_NUMBERS.sub("#", key))
     if found is None:

@@ -161,10 +161,10 @@ def read_quantised_config(
     expected: set[str] = set()
     for entry in first_entries(config, family):
         try:
-            wanted = parts(entry, config.num_experts, quantisation)
+            expected_parts = parts(entry, config.num_experts, quantisation)
         except ConfigError as error:
             raise CheckpointError(f"Cannot use this config.json: {error}") from None
-        for part in wanted:
+        for part in expected_parts:
             _check(part, weights.tensors.get(part.key))
             expected.add(part.key)
     extra = weights.tensors.keys() - expected

@@ -192,26 +192,26 @@ def _gather(
     tensor: Tensor, entry: Entry, holders: list[StoredRegion], writer: int, ranks: Ranks
 ) -> Tensor | None:
     """Gather a tensor, as it is stored, on the rank that writes it; the others send their part."""
-    wanted = full_region(tuple(tensor.shape))
+    region = full_region(tuple(tensor.shape))
     if entry.expert is not None:
-        wanted = ((entry.expert, entry.expert + 1), *wanted[1:])
+        region = ((entry.expert, entry.expert + 1), *region[1:])
     target = None
     if ranks.rank == writer:
-        target = torch.empty([stop - start for start, stop in wanted], dtype=tensor.dtype)
+        target = torch.empty([stop - start for start, stop in region], dtype=tensor.dtype)
     for held in holders:
-        common = overlap(held.box, wanted)
+        common = overlap(held.box, region)
         if common is None:
             continue
         if ranks.rank == held.rank:
             part = part_of(tensor)[slices(common, region_of(tensor))]
             if target is not None:
-                target[slices(common, wanted)].copy_(part)
+                target[slices(common, region)].copy_(part)
             else:
                 ranks.send(part.cpu().contiguous(), writer)
         elif target is not None:
             part = torch.empty([stop - start for start, stop in common], dtype=tensor.dtype)
             ranks.receive(part, held.rank)
-            target[slices(common, wanted)].copy_(part)
+            target[slices(common, region)].copy_(part)
     if target is None:
         return None
     return target if entry.expert is None else target[0].t().contiguous()

@@ -201,7 +201,7 @@ class _Interface:
         queue, max_tokens = self._engine.queue, self._engine.max_target
         if len(prompts) * copies > queue:
             raise DataError(
-                f"This asks for {len(prompts) * copies} outputs at once, but the server's queue "
+                f"The request is for {len(prompts) * copies} outputs, but the server's queue "
                 f"takes {queue}: send fewer prompts at a time, or a smaller n."
             )
         limit = body.max_tokens or min(default_limit, max_tokens)

@@ -58,7 +58,7 @@ export class StackFigure {
     this.node = element("figure", {class: "stack"}, element("figcaption", {}, title, " ", this.small));
     this.popover = element("div", {class: "popover", "aria-hidden": "true", hidden: ""});
     this.tokens = element("div", {class: "tokens", role: "listbox", "aria-orientation": "horizontal",
-      "aria-label": `tokens of the ${title.toLowerCase()}; left and right choose a token, up and down a layer`});
+      "aria-label": `tokens of the ${title.toLowerCase()}; left and right: other tokens, up and down: other layers`});
     this.loads = element("div", {class: "loads", role: "toolbar", "aria-label": `load of the ${title.toLowerCase()}'s experts`});
     this.names = element("div", {class: "names", "aria-hidden": "true"});
     this.key = element("p", {class: "note key"});

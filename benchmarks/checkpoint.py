@@ -1,12 +1,11 @@
-"""How long training pauses for a checkpoint, against a step of the same run.
+"""The pause of training for a checkpoint, compared with a step.
 
     python benchmarks/checkpoint.py [--experts 16 --rows 8 --inputs 256] [--repeats 3]
 
 Preset `small` (d_model 512, 6 + 6 layers), float32; with all its 64 experts and AdamW, weights,
 gradients, optimizer state and the copies take 28 bytes per parameter, 24 GB, and half of that with
-32 experts. Every repeat takes steps with nothing else going on, saves, and goes on taking steps
-until the checkpoint is on the disk. The pause is the call of `save`; the memory of its copies was
-got beforehand, by `prepare`.
+32 experts. Every repeat takes steps, saves, and takes steps until the checkpoint is on the disk.
+The pause is the call of `save`; `prepare` has allocated the memory of its copies before.
 """
 
 import argparse
@@ -34,7 +33,7 @@ from switchlm.training.step import training_step
 
 
 def build(options: argparse.Namespace) -> tuple[Callable[[], None], Callable[[], dict[str, Any]]]:
-    """Return a training step, and what gives the state to save."""
+    """Return a training step, and a function that returns the state to save."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     config = dataclasses.replace(preset("small"), num_experts=options.experts)
     model = SwitchTransformer(config).to(device).train()
@@ -73,7 +72,7 @@ def measure(
     state: Callable[[], dict[str, Any]],
     number: int,
 ) -> dict[str, Any]:
-    """Return the seconds of quiet steps, of the pause, of busy steps, and of the whole save."""
+    """Return the seconds of steps, of the pause, of steps while saving, and of the save."""
     quiet = [seconds_of(step) for _ in range(2)]
     started = time.perf_counter()
     pause = seconds_of(lambda: store.save(number, state()))

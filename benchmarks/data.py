@@ -1,10 +1,10 @@
-"""How many tokens per second the data pipeline makes, against what training consumes.
+"""Tokens per second of the data pipeline, compared with those of training.
 
     python benchmarks/data.py [--preset tiny] [--repeats 7] [--threads 2]
 
-Each case makes batches of 64 rows of 192 inputs from the standard library of Python, tokens
-already in the cache, on one thread; training takes whole steps on such batches with all threads.
-Tokenizing (done once for a corpus) is measured beside it.
+Each case makes batches of 64 rows of 192 inputs from the standard library of Python, tokens already
+in the cache, on one thread; training takes whole steps on such batches with all threads. Tokenizing
+(done once for a corpus) is measured beside it.
 """
 
 import argparse
@@ -40,7 +40,7 @@ TRAINING = "training step"
 
 
 def make_batches(loader: Loader) -> Callable[[], None]:
-    """Return what makes the next BATCHES batches."""
+    """Return a function that makes the next BATCHES batches."""
     step = 0
 
     def run() -> None:
@@ -71,7 +71,7 @@ def tokenizing(repeats: int) -> dict[str, float]:
 
 
 def figures(tokens: int, seconds: list[float], batches: int) -> dict[str, float]:
-    """Return tokens per second of a case that makes so many batches of so many tokens."""
+    """Return the tokens per second of a case."""
     times = harness.summary(seconds)
     return {
         "tokens_a_second_median": batches * tokens / times["median"],

@@ -2,12 +2,12 @@
 
     python benchmarks/decode.py [--batch 1 16] [--new-tokens 32] [--variant int8=FOLDER ...]
 
-The shape is switch-base-8's, the Weights are random (drawn so that outputs are varied), unless
---model names a folder. A step's time is that of `new tokens` more tokens than one, over their
-number, so that the encoder is left out; whole requests are given beside it. The limit of a step is
-the bytes that it must read (the decoder's weights, of the experts those that are routed to, the
-head, and the keys and values) over the read bandwidth of `torch.sum` on as many threads. Every
-variant is another folder whose model is timed beside, with transformers' as the baseline of all.
+The model has the shape of switch-base-8 and random weights, scaled so that outputs are varied,
+unless --model names a folder. The time of a step is that of `new tokens` tokens after the first,
+divided by their number, so that the encoder is excluded; the time of whole requests is given too.
+The limit of a step is the bytes that it must read (the decoder's weights, with the routed experts
+only, the head, and the keys and values) over the read bandwidth of `torch.sum` on as many threads.
+Every variant is another folder; transformers is the baseline of all.
 """
 
 import argparse
@@ -35,7 +35,7 @@ THEIRS = "transformers"
 
 
 def random_model(seed: int) -> SwitchTransformer:
-    """Return a model whose greedy output is varied: layers speak louder than the last token."""
+    """Return a model whose greedy output is varied: the layers outweigh the last token."""
     config = preset("switch-base-8")
     router = dataclasses.replace(config.router, mode="hf", expert_capacity=4096)
     with torch.device("meta"):
@@ -59,7 +59,7 @@ def random_model(seed: int) -> SwitchTransformer:
 
 
 def step_bytes(model: SwitchTransformer, experts: float, rows: int, source: int, new: int) -> float:
-    """Return what a step reads. experts: distinct ones routed to, over all layers."""
+    """Return the bytes that a step reads; experts: distinct routed ones, over all layers."""
     config = model.config
     dense, all_experts = 0, 0
     for name, part in model.decoder.named_modules():
@@ -77,7 +77,7 @@ def step_bytes(model: SwitchTransformer, experts: float, rows: int, source: int,
 
 
 def own_bytes(part: torch.nn.Module) -> int:
-    """Return the bytes of a module's own parameters, not its parts', or of its codes."""
+    """Return the bytes of a module's own parameters, without submodules, or of its codes."""
     if isinstance(part, QuantisedLinear | QuantisedEmbedding):
         return part.matrix.num_bytes
     if isinstance(part, QuantisedExperts):
@@ -90,7 +90,7 @@ CROSS = ("cross_attention.key", "cross_attention.value")
 
 
 def routed(model: SwitchTransformer, inputs_BS: torch.Tensor, new: int) -> float:
-    """Return how many different experts per step routes to, over all layers, in the mean."""
+    """Return the mean number of distinct routed experts per step, over all layers."""
     found, decode = [], model.decode
 
     def watched(*arguments: Any, **options: Any) -> Any:
@@ -119,7 +119,7 @@ def their_generate(model: Any, inputs_BS: torch.Tensor, new: int) -> torch.Tenso
 def cases_of(
     ours: dict[str, SwitchTransformer], theirs: Any, inputs_BS: torch.Tensor, new: int
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """Return every model's work, for one token and for `new` more."""
+    """Return the cases of every model, for one token and for `new` more."""
     cases: dict[str, Callable[[], torch.Tensor]] = {}
     for tokens in (1, new + 1):
         cases[f"{THEIRS} {tokens}"] = lambda t=tokens: their_generate(theirs, inputs_BS, t)
@@ -191,7 +191,7 @@ def measured(
     repeats: int,
     read: float,
 ) -> list[dict[str, Any]]:
-    """Return a record a model for this batch."""
+    """Return a record per model for this batch."""
     batch = inputs_BS.shape[0]
     cases = cases_of(ours, theirs, inputs_BS, new)
     # These runs are the warm-up, too.
@@ -217,7 +217,7 @@ def measured(
             "step_ratio": harness.ratio(steps[THEIRS], times),
             "whole_ratio": harness.ratio(seconds[f"{THEIRS} {new + 1}"], whole),
         }
-        # The baseline reads what ours on the same weights reads.
+        # The baseline reads the same bytes as our model of the same weights.
         same = name if name in ours else "switchlm"
         needed = step_bytes(ours[same], experts[same], batch, inputs_BS.shape[1], new)
         case |= {

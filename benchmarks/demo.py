@@ -1,12 +1,12 @@
-"""The demo, seed by seed and on two instruction sets: is sparse ahead of dense every time?
+"""The demo with several seeds and two instruction sets: sparse against dense.
 
     python benchmarks/demo.py [--seeds 0 1 2 3 4] [--budget 6m] [--instructions native avx2]
         [--runs FOLDER] [--name demo] [--set SECTION.KEY=VALUE] [--write]
 
-Each run is `switchlm compare --budget 6m` with a seed of its own, alone on the machine, once as the
-machine is and once with nothing newer than AVX2: PyTorch, its libraries and our own C code. A run
+Each run is `switchlm compare --budget 6m` with its own seed, alone on the machine, once with all
+instructions and once with none newer than AVX2, in PyTorch, its libraries and our C code. A run
 that is finished is not repeated. Writes results/NAME.json and .md, with every run, and the picture
-docs/NAME.png (--write: from the runs that are there). It takes seeds x instruction sets x budget.
+docs/NAME.png (--write: from the existing runs). It takes seeds x instruction sets x budget.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 KEPT = ("dense_loss", "sparse_loss", "step_ratio", "time_ratio", "steps", "seconds", "crossing")
 NOT_KEPT = ("curves", "configuration")
 COLOURS = {"dense": "#1d5fd1", "sparse": "#c2570c"}
-# A compiler that builds for AVX2 whatever the processor; its version tells the two builds apart.
+# A compiler that builds for AVX2 on any processor; its version distinguishes the two builds.
 COMPILER = """#!/bin/sh
 if [ "$1" = --version ]; then echo "for AVX2"; fi
 exec {compiler} "$@" -march=x86-64-v3
@@ -36,7 +36,7 @@ exec {compiler} "$@" -march=x86-64-v3
 
 
 def main() -> None:
-    """Run what is not finished, and write what is there."""
+    """Run what is not finished, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--budget", default="6m")
@@ -61,7 +61,7 @@ def main() -> None:
     record = {
         "environment": harness.environment(arguments.seeds[0]),
         "budget": arguments.budget,
-        "configuration": runs[0]["configuration"],  # the seeds differ, nothing else
+        "configuration": runs[0]["configuration"],  # only the seeds differ
         "runs": [{key: run[key] for key in run if key not in NOT_KEPT} for run in runs],
     }
     if not arguments.draft:
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def race(out: Path, seed: int, instructions: str, arguments: argparse.Namespace) -> None:
-    """Run the command that a user types."""
+    """Run `switchlm compare`."""
     command = [sys.executable, "-m", "switchlm", "compare", "--out", str(out), "--overwrite"]
     command += ["--budget", arguments.budget, "--set", f"training.seed={seed}", "--json"]
     for setting in arguments.set:
@@ -98,7 +98,7 @@ def only_avx2(folder: Path) -> dict[str, str]:
 
 
 def read(out: Path, seed: int, instructions: str) -> dict[str, Any]:
-    """Return the figures of a finished run, and both curves."""
+    """Return the results of a finished run, and both curves."""
     result = json.loads((out / "compare.json").read_text())
     curves = {
         name: [line for line in read_metrics(out / name / "metrics.jsonl") if is_evaluation(line)]
@@ -116,7 +116,7 @@ def read(out: Path, seed: int, instructions: str) -> dict[str, Any]:
 
 
 def is_evaluation(line: Mapping[str, Any]) -> bool:
-    """Whether a line of metrics has a held-out loss."""
+    """Return whether a line of metrics has a held-out loss."""
     return "evaluation_loss" in line
 
 
@@ -163,7 +163,7 @@ def page(record: Mapping[str, Any]) -> str:
 
 
 def spread(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a sentence per figure: mean, smallest and largest over the runs."""
+    """Return a sentence per metric: mean, smallest and largest over the runs."""
     sentences = []
     for key, name in (("step_ratio", "steps"), ("time_ratio", "time")):
         ratios = [run[key] for run in runs]

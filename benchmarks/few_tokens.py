@@ -1,12 +1,11 @@
-"""How long the forward of a Switch layer takes for 1 to 64 tokens, as in decoding.
+"""The forward pass of a Switch layer for 1 to 64 tokens, as in decoding.
 
     python benchmarks/few_tokens.py [--tokens 1 4 16 64] [--experts 64] [--repeats 32]
 
-Inference mode, dropless, and no losses of the router, as in decoding. Then the layer can be no
-faster than reading the routed experts' weights once: the limit is their bytes over the read
-bandwidth, which is that of `torch.sum` over a large tensor on as many threads. Every repeat takes
-other tokens, so other experts, whose weights the repeats before left in no cache: all experts
-together are many times as large.
+Inference mode, dropless, without router losses. The limit is the time to read the weights of the
+routed experts once: their bytes over the read bandwidth of `torch.sum` over a large tensor on as
+many threads. Every repeat has other tokens, and so other experts, whose weights are in no cache:
+all experts together are much larger.
 """
 
 import argparse
@@ -116,7 +115,7 @@ def main() -> None:
 
 
 def _turns(layer: SwitchFeedForward, inputs: list[torch.Tensor]) -> Callable[[], object]:
-    """Return the forward of the next of the inputs."""
+    """Return a forward pass of the next input."""
     turn = itertools.cycle(inputs)
     return lambda: layer(next(turn))
 

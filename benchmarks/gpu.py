@@ -1,13 +1,13 @@
-"""What a Switch layer and a Switch model cost on a GPU, against their dense twins and peers.
+"""A Switch layer and a Switch model on a GPU, compared with dense twins and other libraries.
 
     python benchmarks/gpu.py parity | layer | step | profile | decode  (all, and more: gpu.sh)
 
-parity: the fused kernels against separate products, output and gradients. layer: forward and
-backward in bfloat16, D 1024, F 4096, N 65,536, against the dense FFN, peers, and what the GPU
-multiplies and copies at best. step: a whole training step of switch-base-64 against its dense twin.
-profile: where the time of such a step goes, on the GPU and before it. decode: greedy decoding of
-both, batch 1, 16 and 64. Each writes results/gpu_NAME.json and .md.
-Without a GPU every figure is named, none is written.
+parity: the fused kernels against separate matmuls, output and gradients. layer: forward and
+backward in bfloat16, D 1024, F 4096, N 65,536, against the dense FFN, other libraries, and the peak
+rates of the GPU. step: a training step of switch-base-64 against its dense twin. profile: the time
+of such a step by kernel, and the GPU's idle time. decode: greedy decoding of both, batch 1, 16 and
+64. Each writes results/gpu_NAME.json and .md. Without a GPU the metrics are named, but nothing is
+written.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) 
 
 
 def limits(repeats: int) -> dict[str, float]:
-    """Return the best rates of bfloat16 products and of copies, read and written."""
+    """Return the best rates of bfloat16 matmuls and of copies, read and written."""
     a, b = drawn(8192, 8192).detach(), drawn(8192, 8192).detach()
     source = torch.ones(1 << 28, device="cuda")
     target = torch.empty_like(source)
@@ -84,7 +84,7 @@ def limits(repeats: int) -> dict[str, float]:
 
 
 def forward_backward(layer: nn.Module, x_ND: Tensor, dy_ND: Tensor) -> Case:
-    """Return one pass each way; gradients to the input and all weights."""
+    """Return a forward and backward pass, with gradients of the input and all weights."""
     inputs = [x_ND, *layer.parameters()]
 
     def run() -> None:
@@ -96,7 +96,7 @@ def forward_backward(layer: nn.Module, x_ND: Tensor, dy_ND: Tensor) -> Case:
 
 
 def parts(layer: SwitchFeedForward, x_ND: Tensor, dy_ND: Tensor) -> dict[str, Case]:
-    """Return the layer's parts as cases of their own, forward and backward."""
+    """Return the parts of the layer as separate cases, forward and backward."""
     up, down = layer.experts.up, layer.experts.down
     with torch.no_grad():
         routing = layer.router(x_ND, None, TOKENS, x_ND.dtype)
@@ -140,7 +140,7 @@ def measure_layer(experts: int, repeats: int, bounds: dict[str, float]) -> tuple
     for name, peer in PEERS.items():
         try:
             layers[name] = peer(*shape).to("cuda", torch.bfloat16)
-        except (ImportError, AssertionError) as error:  # a library, or what it needs, is missing
+        except (ImportError, AssertionError) as error:  # a library or a dependency is missing
             missing[name] = f"not there: {error}"
     cases = {name: forward_backward(layer, x_ND, dy_ND) for name, layer in layers.items()}
     seconds = timed(cases | parts(ours, x_ND, dy_ND), repeats)
@@ -234,7 +234,7 @@ def make_step(config: ModelConfig) -> tuple[Case, SwitchTransformer]:
 
 
 def waits(run: Case) -> str:
-    """Return what makes the host wait in a step, by PyTorch's own watch."""
+    """Return the synchronisations of the host in a step, as PyTorch detects them."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         run()
@@ -246,7 +246,7 @@ def waits(run: Case) -> str:
 
 
 def step(options: argparse.Namespace) -> tuple[dict, list[str]]:
-    """Measure a training step, one model after the other: both do not fit."""
+    """Measure a training step, one model after the other, since both do not fit."""
     bounds = limits(options.repeats)
     record: dict[str, Any] = {"limits": bounds}
     rows, seconds = [], {}
@@ -276,7 +276,7 @@ def step(options: argparse.Namespace) -> tuple[dict, list[str]]:
 
 
 def profile(options: argparse.Namespace) -> tuple[dict, list[str]]:
-    """Name the kernels that a training step spends its time in, and how busy the GPU is."""
+    """Measure the time of a training step by kernel, and the utilisation of the GPU."""
     record: dict[str, Any] = {}
     tables = []
     for name in ("dense-base", "switch-base-64"):

@@ -1,4 +1,4 @@
-"""The headline on a GPU: a sparse model of 64 experts against its dense twin on the same text.
+"""A sparse model of 64 experts against its dense twin, on a GPU and on the same text.
 
     python benchmarks/gpu_compare.py [--budget 120s] [--runs DIR]
 
@@ -26,10 +26,10 @@ SETTINGS = (
     "model.vocabulary_size=384",
     "model.num_experts=64",
     "training.precision=selective",
-    # Bytes are few, and frequent ones would fill their expert's capacity from the first step.
+    # There are few byte tokens: frequent ones would exceed the capacity from the first step.
     "router.capacity_factor=null",
     "router.evaluation_capacity_factor=null",
-    # At 512 dimensions AdamW learns slower and lets more experts die: see docs/log.md.
+    # With d_model 512, AdamW learns more slowly and more experts die: see docs/log.md.
     "training.optimizer=adafactor",
     "training.learning_rate=0.01",
     "training.evaluate_every=100",
@@ -52,15 +52,15 @@ def main() -> None:
     for setting in SETTINGS:
         command += ["--set", setting]
     command += ["--set-dense", "training.learning_rate=0.01"]
-    # A limit of time ends the whole group of processes: the comparison stops then, and this writes
-    # what it found.
+    # A time limit ends the process group: the comparison stops, and this process writes
+    # its results.
     signal.signal(signal.SIGTERM, lambda *_: None)
     done = subprocess.run(command, stdout=subprocess.DEVNULL)
     finished = Path(options.runs) / "compare.json"
     if not finished.exists():
         raise SystemExit(f"The comparison ended with status {done.returncode} before its end.")
     result = json.loads(finished.read_text())
-    del result["example"]  # figures are published, text is not
+    del result["example"]  # results are published, text is not
     record = {
         "environment": harness.environment(0),
         "repeats": 1,

@@ -1,7 +1,7 @@
-"""Other Switch layers for GPUs: what a user would write, and libraries where they are installed.
+"""Other implementations of a Switch layer for GPUs: plain PyTorch, and installed libraries.
 
-Building one raises ImportError or AssertionError where its library is missing. Shapes: N tokens,
-D d_model.
+Building one raises ImportError or AssertionError if its library is missing. Shapes: N tokens, D
+d_model.
 """
 
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class MegaBlocks(nn.Module):
 
 
 class ScatterMoE(nn.Module):
-    """ScatterMoE's layer (Tan et al. 2024), with a router of one expert per token before it."""
+    """ScatterMoE's layer (Tan et al. 2024), with a top-1 router."""
 
     def __init__(self, d_model: int, d_ff: int, num_experts: int) -> None:
         super().__init__()

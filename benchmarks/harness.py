@@ -1,8 +1,8 @@
-"""Time several cases fairly, and write what was measured as JSON and Markdown.
+"""Time several cases fairly, and write the results as JSON and Markdown.
 
-Cases take turns within every repeat, so that a busy moment of the machine hits all of them. Ratios
-are only formed within one run. A record holds the command, the hardware, the versions, the commit,
-the seed, and every single time.
+Cases are interleaved in every repeat, so that other load on the machine affects all of them. Ratios
+are computed within one run only. A record holds the command, the hardware, the versions, the
+commit, the seed, and every time.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-# `cpu` counts the seconds of all threads of this process: for one thread on a busy machine.
+# `cpu` is the CPU time of all threads of this process: for one thread on a busy machine.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -47,7 +47,7 @@ def summary(seconds: list[float]) -> dict[str, float]:
 
 
 def ratio(seconds: list[float], baseline: list[float]) -> dict[str, float]:
-    """Return how many times as long as the baseline: by repeat (median, quartiles), by minima."""
+    """Return the ratio to the baseline: by repeat (median, quartiles), and of the minima."""
     pairs = [ours / theirs for ours, theirs in zip(seconds, baseline, strict=True)]
     found = summary(pairs)
     return {
@@ -67,14 +67,14 @@ def copy_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
 
 
 def matrix_peak(dtype: torch.dtype = torch.float32, size: int = 2048, repeats: int = 9) -> float:
-    """Return the FLOPs per second of a large product, the best of `repeats`."""
+    """Return the FLOPs per second of a large matmul, the best of `repeats`."""
     a, b = torch.randn(2, size, size).to(dtype)
     best = min(measure({"product": lambda: torch.mm(a, b)}, repeats)["product"])
     return 2 * size**3 / best
 
 
 def environment(seed: int) -> dict[str, Any]:
-    """Return what a reader needs to run it again and to know what it ran on."""
+    """Return command, hardware, versions, commit and seed."""
     return {
         "command": " ".join(["python", *sys.argv]),
         "processor": _processor(),

@@ -1,15 +1,15 @@
-"""How long a Switch layer takes against the dense FFN of equal FLOPs, its peers, and the limit.
+"""A Switch layer compared with the dense FFN of equal FLOPs, other implementations, and the limit.
 
     python benchmarks/layer.py [--tokens 4096 16384] [--experts 8 64 256] [--dtypes float32]
                                [--repeats 7] [--threads 2] [--no-peers] [--growth]
 
-Forward and backward of the whole layer, router, sort, gather, expert products, combine; gradients
-to the input and to all weights. Tokens are made so that the router sends them where the case wants
-them: evenly, or skewed as 1 / rank (Zipf); or each to a random expert, as many to each as it comes
-out, other tokens every step, as in training. The limit is the dense FFN's time plus that of moving
-the experts' bytes three times (read forwards, read backwards, gradients written) at the bandwidth
-of a copy. All cases run in one process, which keeps freed memory as training does; peak memory is
-that of a process with the one layer. --growth: instead, the cost of 8 to 512 experts.
+Forward and backward of the layer (router, sort, gather, expert matmuls, combine), with gradients of
+the input and all weights. The load is uniform, or skewed as 1 / rank (Zipf), by constructing the
+tokens; or random, with other tokens at every step, as in training. The limit is the dense FFN's
+time plus that of moving the experts' bytes three times (read forwards, read backwards, gradients
+written) at the bandwidth of a copy. All cases run in one process, which keeps freed memory as
+training does; peak memory is that of a process with the one layer. --growth: instead, the cost of 8
+to 512 experts.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def router_config(capacity: float | None) -> RouterConfig:
 
 
 class Ours(nn.Module):
-    """Our layer without its record, as the peers are."""
+    """Our layer without its routing record, like the others."""
 
     def __init__(self, num_experts: int, capacity: float | None = None) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Ours(nn.Module):
 
 
 class NoExperts(nn.Module):
-    """Gives back what it gets: what is left is the router and the two permutations."""
+    """Identity in place of experts: only the router and the two permutations remain."""
 
     num_experts = 0
 
@@ -68,7 +68,7 @@ class NoExperts(nn.Module):
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens whose experts are known: each lies along its expert's direction_ED."""
+    """Tokens of known experts: each is near the direction_ED of its expert."""
 
     x_ND: Tensor
     dy_ND: Tensor
@@ -84,19 +84,19 @@ class Tokens:
 
     @staticmethod
     def of(expert_N: Tensor, direction_ED: Tensor, dtype: torch.dtype) -> "Tokens":
-        """Return tokens that go to these experts."""
+        """Return tokens that are routed to these experts."""
         x_ND = torch.randn(len(expert_N), D_MODEL) / 4 + 8 * direction_ED[expert_N]
         return Tokens(
             x_ND.to(dtype).requires_grad_(), torch.randn_like(x_ND).to(dtype), direction_ED
         )
 
     def drawn(self) -> "Tokens":
-        """Return as many tokens for the same experts, each for a random one."""
+        """Return as many tokens, each routed to a random expert."""
         expert_N = torch.randint(len(self.direction_ED), (len(self.x_ND),))
         return Tokens.of(expert_N, self.direction_ED, self.x_ND.dtype)
 
     def steer(self, layer: nn.Module) -> nn.Module:
-        """Give the layer's router the directions, whatever it calls its weight."""
+        """Set the directions as weights of the layer's router."""
         for name, parameter in layer.named_parameters():
             if "router" in name:
                 parameter.data.copy_(self.direction_ED)
@@ -131,7 +131,7 @@ def forward(layer: nn.Module, tokens: Tokens) -> Step:
 
 
 def layers(num_experts: int, peers: bool) -> dict[str, Callable[[], nn.Module]]:
-    """Return what makes each layer that is compared."""
+    """Return a constructor of each layer that is compared."""
     made: dict[str, Callable[[], nn.Module]] = {DENSE: partial(FeedForward, D_MODEL, D_FF)}
     for capacity in (None, 1.25, 1.0):
         name = f"{OURS}, {'dropless' if capacity is None else f'capacity {capacity}'}"
@@ -196,7 +196,7 @@ def _record(
 def peak_memory(
     make: Callable[[], nn.Module], number: int, num_experts: int, dtype: torch.dtype
 ) -> int:
-    """Return the bytes that three steps add at most to a process of their own."""
+    """Return the peak memory of three steps in a separate process, in bytes."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     arguments = (there, make, number, num_experts, dtype)
@@ -225,7 +225,7 @@ def _measure_memory(
 
 
 def _status(field: str) -> int:
-    """Return bytes that Linux counts of this process."""
+    """Return a memory counter of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) << 10

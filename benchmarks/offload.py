@@ -1,14 +1,14 @@
-"""Models whose experts stay on the disk: against the disk's own rate, and against main memory.
+"""Models with offloaded experts, compared with the rate of the disk and with main memory.
 
     python benchmarks/offload.py hot   --folder FOLDER     # switch-base-8, all experts fit
     python benchmarks/offload.py cold  --folder FOLDER     # switch-base-256, 29 GB in bfloat16
     python benchmarks/offload.py scale --folder FOLDER     # switch-c of 64 experts per layer, int4
 
-Weights are random (random_weights.py) and written into FOLDER where they are not there yet; only
-what is measured afterwards is timed. Each part replaces its own section of results/offload.json.
-Before everything cold the files are dropped from the page cache (posix_fadvise). `hot`: decoding
-and encoding by `switchlm.load` and by `load_offloaded`, taking turns. `cold`: what one process
-sees, from loading to the last token, tokens sampled so that they differ.
+Weights are random (random_weights.py) and written into FOLDER if missing, which is not timed. Each
+part replaces its own section of results/offload.json. Before cold runs the files are dropped from
+the page cache (posix_fadvise). `hot`: decoding and encoding by `switchlm.load` and by
+`load_offloaded`, interleaved. `cold`: one process, from loading to the last token, with sampled
+tokens.
 """
 
 import argparse
@@ -40,7 +40,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def drop_cache(folder: Path) -> None:
-    """Have the files of a folder leave the page cache."""
+    """Drop the files of a folder from the page cache."""
     for path in folder.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -49,7 +49,7 @@ def drop_cache(folder: Path) -> None:
 
 
 def disk_rates(path: Path, size: int) -> dict[str, float]:
-    """Return bytes per second of reading the file from its start, by how it is read."""
+    """Return bytes per second of reading the file from its start, by method."""
     found = {}
     for name, flags, readers in (
         ("direct, 1 thread", os.O_DIRECT, 1),
@@ -96,7 +96,7 @@ def encode(model: SwitchTransformer, inputs_BS: torch.Tensor) -> torch.Tensor:
 
 
 def decode(model: SwitchTransformer, encoded_BSD: torch.Tensor, steps: int, seed: int) -> int:
-    """Sample so many tokens per row; return how many different ones there were."""
+    """Sample tokens for every row; return the number of distinct ones."""
     generator = torch.Generator().manual_seed(seed)
     token_B1 = torch.zeros(encoded_BSD.shape[0], 1, dtype=torch.int64)
     seen = set()
@@ -115,7 +115,7 @@ def prompts(batch: int, length: int, vocabulary: int, seed: int) -> torch.Tensor
 
 
 def hot(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Time a model that fits, in memory and with all its experts in their budget."""
+    """Time a model that fits in memory, loaded and with all experts in the budget."""
     name = "switch-base-8"
     home = folder / name
     if not home.exists():
@@ -155,7 +155,7 @@ def hot(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def cold(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Encode and generate with a model that is larger than memory, from nothing cached."""
+    """Encode and generate with a model that is larger than memory, with nothing cached."""
     name = "switch-base-256"
     home = folder / name
     if not home.exists():
@@ -189,7 +189,7 @@ def scale(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 def _from_nothing(
     home: Path, options: argparse.Namespace, dtype: str, length: int, steps: int
 ) -> dict[str, Any]:
-    """Load, encode and decode in a process of its own, whose memory is then its alone."""
+    """Load, encode and decode in a separate process, to measure its memory."""
     drop_cache(home)
     receiving, sending = multiprocessing.get_context("spawn").Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(
@@ -240,13 +240,13 @@ def _watch(
 
 
 def _page_cache() -> int:
-    """Return the bytes of files that the system holds in memory."""
+    """Return the bytes of the page cache."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("Cached:")).split()[1])
 
 
 def sections(record: dict[str, Any]) -> list[str]:
-    """Return the tables of what is in the record."""
+    """Return the tables of the record."""
     found = []
     if "hot" in record:
         rows = [

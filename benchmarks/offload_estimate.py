@@ -1,11 +1,10 @@
-"""What a model with its experts on the disk will take: bytes read, seconds, memory, on paper.
+"""Estimate bytes read, seconds and memory of a model with offloaded experts.
 
-Tokens are taken to spread evenly over the experts, which is the worst case: n tokens then touch
-E (1 - (1 - 1/E)^n) of E experts. What is wanted is in memory as often as the part of the experts
-that is held, as with any policy where all are equally likely.
+Uniform load is assumed, the worst case: n tokens then need E (1 - (1 - 1/E)^n) of E experts. The
+hit rate is the share of experts in memory, as with any policy if all are equally likely.
 
-Reading and the products of experts overlap; the rest of the model (attention, dense layers, the
-vocabulary) does not, nor, in the decoder, does an expert that was not predicted.
+Reading and the matmuls of experts overlap; the rest of the model (attention, dense layers, the
+vocabulary) does not, nor, in the decoder, do experts that were not predicted.
 """
 
 import math
@@ -21,7 +20,7 @@ FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Rates in a second: bytes from the disk, bytes from main memory, and FLOPs in products."""
+    """Rates per second: bytes from the disk, bytes from main memory, and FLOPs of matmuls."""
 
     disk: float
     memory: float = 20e9
@@ -30,7 +29,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class OffloadPlan:
-    """Bytes, experts and seconds; those of encoding and decoding are of the whole batch.
+    """Bytes, experts and seconds; encoding and decoding are those of the batch.
 
     expert_bytes: of one. experts: in all layers. dense_bytes: of everything else, which is resident
     beside `budget`. encoded_experts: touched by encoding. decoded_experts: read by all steps.
@@ -61,7 +60,7 @@ class OffloadPlan:
 
     @property
     def memory_bytes(self) -> int:
-        """Resident: everything but the experts, and the budget for those."""
+        """Resident memory: everything but the experts, and their budget."""
         return self.dense_bytes + self.budget
 
 
@@ -76,9 +75,11 @@ def plan_offload(
     dtype: str = "bfloat16",
     quantisation: Quantisation | None = None,
 ) -> OffloadPlan:
-    """Return what encoding a batch of inputs and generating from it take, starting with nothing.
+    """Return the estimate for encoding a batch and generating from it, with nothing cached.
 
-    input_tokens, new_tokens: a row. dtype: of what is not quantised, in files and memory.
+    input_tokens, new_tokens: per row.
+    dtype: of parameters that are not quantised, in files and memory.
+
     Raises ConfigError for a model without experts, or a budget that one does not fit.
     """
     if not config.num_experts:
@@ -92,12 +93,12 @@ def plan_offload(
     layers: dict[str, set[str]] = {"encoder": set(), "decoder": set()}
     sizes: dict[str, int] = {}
     for kind in kinds:
-        stack = kind.ours.partition(".")[0]
+        stack = kind.name.partition(".")[0]
         numbers = math.prod(kind.shape)
         if kind.expert is None:
             dense[stack if stack in layers else ""] += numbers
             continue
-        layer = kind.ours.rpartition(".")[0]
+        layer = kind.name.rpartition(".")[0]
         layers[stack].add(layer)
         expert_numbers += numbers
         sizes[layer] = sizes.get(layer, 0) + _bytes(kind, config, number_bytes, quantisation)
@@ -139,7 +140,7 @@ def plan_offload(
 
 
 def _touched(tokens: int, config: ModelConfig) -> float:
-    """Return the expected number of experts of a layer that so many tokens go to."""
+    """Return the expected number of experts of a layer with at least one of the tokens."""
     choices = tokens * config.router.experts_per_token
     return config.num_experts * (1 - (1 - 1 / config.num_experts) ** choices)
 
@@ -147,7 +148,7 @@ def _touched(tokens: int, config: ModelConfig) -> float:
 def _bytes(
     kind: Entry, config: ModelConfig, number_bytes: int, quantisation: Quantisation | None
 ) -> int:
-    """Return what a matrix of one expert takes."""
+    """Return the bytes of a matrix of one expert."""
     if quantisation is None:
         return math.prod(kind.shape) * number_bytes
     stored = parts(kind, config.num_experts, quantisation)

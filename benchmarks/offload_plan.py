@@ -1,7 +1,7 @@
-"""The plan of `plan_offload` against a run at 1/32 scale, and what it says of switch-c-2048.
+"""The estimate of `plan_offload` for a measured run at 1/32 scale, and for switch-c-2048.
 
 The run is of switch-c with 64 experts per layer instead of 2,048 and five layers in each stack
-instead of 15, all else as it is, experts of 4 bits. Weights are random (random_weights.py).
+instead of 15, otherwise equal, experts of 4 bits. Weights are random (random_weights.py).
 """
 
 import argparse
@@ -22,7 +22,7 @@ INT4 = Quantisation(bits=4)
 SCALE = 32
 LAYERS = 5
 WHOLE = "switch-c-2048"
-NVME = (3.5e9, 7e9)  # bytes per second that disks of the third and fourth PCIe generation promise
+NVME = (3.5e9, 7e9)  # bytes per second of disks of the third and fourth PCIe generation
 BUDGET = 16 * 10**9
 
 
@@ -43,7 +43,7 @@ def write(home: Path, seed: int) -> None:
 def predictions(
     disk: float, options: argparse.Namespace, cases: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return the plans of the cases that ran, and of the whole model on several disks."""
+    """Return the estimates of the measured cases, and of the full model on several disks."""
     machine = Machine(disk=disk, memory=few_tokens.read_bandwidth(), flops=harness.matrix_peak())
     planned = []
     for case in cases:

@@ -1,4 +1,4 @@
-"""How long a step of the optimizers takes, against plain copies of the bytes that it must move.
+"""A step of the optimizers, compared with copies of the bytes that it must move.
 
     python benchmarks/optimizer.py [--experts 256 --d-model 256 --d-ff 1024] [--repeats 7]
 
@@ -6,9 +6,9 @@ One step over the expert weights of a Switch layer in float32, set up as trainin
 and `grad_scale` set, and the norm of the gradients measured before. A pass is all weights' bytes
 once. AdamW must read weights, gradients and two moments, and write all but the gradients: 7 passes.
 Adafactor, its moments factored, must read weights and gradients twice, since both root mean squares
-of the whole stack are needed before the first weight is written, and write the weights: 5 passes;
-3 where root mean squares are taken by expert, as one expert fits the cache. The norm: 1 pass.
-With `grad_scale`, PyTorch's AdamW also writes the scaled gradients: an eighth pass, not counted.
+of the whole stack are needed before the first weight is written, and write the weights: 5 passes; 3
+where root mean squares are taken by expert, as one expert fits the cache. The norm: 1 pass. With
+`grad_scale`, PyTorch's AdamW also writes the scaled gradients: an eighth pass, not counted.
 
 The limit of n passes is n / 2 times the time of a copy, which reads once and writes once.
 """
@@ -27,7 +27,7 @@ from switchlm.training.optimizer import build_optimizer, set_learning_rate
 
 COPY = "copy"
 NORM = "norm of the gradients"
-# name: the settings, and passes over all weights' bytes at least
+# name: the settings, and the minimum passes over the bytes of all weights
 OPTIMIZERS = {
     "AdamW, fused": (TrainingConfig(optimizer="adamw"), 7),
     "Adafactor": (TrainingConfig(optimizer="adafactor"), 5),
@@ -40,7 +40,7 @@ SCALED = ", found_inf and grad_scale set"
 
 
 class _Layer(nn.Module):
-    """Names its weights as a model does, so that they count as experts."""
+    """Has the weight names of a model, so that they are experts."""
 
     def __init__(self, experts: FeedForwardExperts) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class _Layer(nn.Module):
 
 
 def stepping(layer: nn.Module, config: TrainingConfig, scaled: bool) -> Callable[[], object]:
-    """Return one step; its learning rate is too small to change the numbers' size."""
+    """Return one step; its learning rate is too small to change the magnitudes."""
     optimizer = build_optimizer(layer, config)
     set_learning_rate(optimizer, 1e-6)
     if scaled:

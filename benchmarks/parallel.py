@@ -1,14 +1,13 @@
-"""What parallelism costs on one machine of CPUs: the expert-parallel path, and gloo itself.
+"""The cost of parallelism on CPUs of one machine: the expert-parallel path, and gloo.
 
     python benchmarks/parallel.py [--repeats 9]
 
 1. The layer (D 256, F 1024, E 64, 4,096 tokens, forward and backward) on one process of two
-   threads: the local dispatcher; the one that expert parallelism installs, with nothing to send
-   (mesh.expert=1); and, for what the path itself costs, with an all-to-all over one process.
+   threads: the local dispatcher; that of expert parallelism, with nothing to send
+   (mesh.expert=1); and the same with an all-to-all over one process.
 2. A training step (d_model 256, 4 + 4 layers, E 64, 16 rows of 256 inputs and 64 targets) on one
    process of two threads against two processes of one thread each, in three layouts.
-3. Of the two processes: where the time goes, and how much of the communication is hidden behind
-   computation, from a profile.
+3. A profile of the two processes: time, and communication overlapped with computation.
 """
 
 import argparse
@@ -108,7 +107,7 @@ def training(mesh: Mesh) -> Callable[[], None]:
 
 
 def work(rank: int, folder: str, repeats: int) -> None:
-    """Be one of two processes of one thread; take turns with the single process, by files."""
+    """Run one of two processes of one thread; alternate with the single process, by files."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     steps = {name: training(Mesh.of(layout, "cpu")) for name, layout in LAYOUTS.items()}
@@ -142,7 +141,7 @@ def work(rank: int, folder: str, repeats: int) -> None:
 
 
 def sleep_until_all() -> None:
-    """Wait for the other process without holding a core."""
+    """Wait for the other process without using a core."""
     handle = dist.barrier(async_op=True)
     while not handle.is_completed():
         time.sleep(0.001)
@@ -158,8 +157,8 @@ def timed(step: Callable[[], None]) -> float:
 def profiled(step: Callable[[], None]) -> Tensor:
     """Return seconds [3] of a step: all, communication under way, the main thread not computing.
 
-    The main thread computes alone; when it does not, it waits for communication. What is under way
-    while it computes is hidden.
+    The main thread computes, or waits for communication. Communication while it computes is
+    overlapped.
     """
     sleep_until_all()
     with profile(activities=[ProfilerActivity.CPU]) as trace:

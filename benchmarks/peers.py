@@ -1,8 +1,8 @@
-"""Other ways to compute a Switch layer: what a user would write, or has already.
+"""Other implementations of a Switch layer: plain PyTorch and transformers.
 
 All route to the most probable expert and scale by its probability; none drops a token except the
-one-hot einsum, whose capacity is the paper's. Shapes: N tokens, D d_model, F d_ff, E experts,
-C capacity, G groups of S tokens.
+one-hot einsum, whose capacity is the paper's. Shapes: N tokens, D d_model, F d_ff, E experts, C
+capacity, G groups of S tokens.
 """
 
 import math
@@ -38,7 +38,7 @@ class PlainGroupedMM(_Peer):
 
 
 class PaddedBMM(_Peer):
-    """Experts padded to the largest load, and batched products."""
+    """Experts padded to the largest load, and batched matmuls."""
 
     def forward(self, x_ND: Tensor) -> Tensor:
         gate_N, expert_N = self.route(x_ND)
@@ -55,7 +55,7 @@ class PaddedBMM(_Peer):
 
 
 class OneHotEinsum(_Peer):
-    """The paper's own form (Mesh TensorFlow): dispatch and combine tensors, in groups."""
+    """The form of the paper (Mesh TensorFlow): dispatch and combine tensors, in groups."""
 
     def forward(self, x_ND: Tensor) -> Tensor:
         tokens = math.gcd(1024, x_ND.shape[0])

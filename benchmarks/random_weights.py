@@ -1,8 +1,8 @@
-"""Folders of models with random weights, in the layout and shards that a trained one would have.
+"""Write folders of models with random weights, in the layout and shards of trained ones.
 
-They are written tensor by tensor from one block of random numbers, so that a model much larger than
-memory takes no longer than the disk does. Every tensor is another piece of the block, scaled so
-that activations neither vanish nor explode.
+Tensors are written one by one from one block of random numbers, so that the disk is the limit for a
+model much larger than memory. Every tensor is another piece of the block, scaled so that
+activations neither vanish nor explode.
 """
 
 import json
@@ -31,18 +31,18 @@ class Numbers:
         self._start = 0
 
     def tensor(self, entry: Entry) -> torch.Tensor:
-        """Return the weights of an entry: norms of ones, matrices that keep the scale of rows."""
+        """Return the weights of an entry: norms of ones, matrices that preserve the scale."""
         if len(entry.shape) == 1:
             return torch.ones(entry.shape, dtype=self._block.dtype)
         size = math.prod(entry.shape)
         self._start = (self._start + 15_485_863) % BLOCK
         piece = self._block[self._start : self._start + size].view(entry.shape)
-        scale = 1.0 if entry.ours == "embedding.weight" else entry.shape[1] ** -0.5
+        scale = 1.0 if entry.name == "embedding.weight" else entry.shape[1] ** -0.5
         return piece * scale
 
 
 def write_floats(config: ModelConfig, folder: Path, seed: int = 0) -> int:
-    """Write a model in bfloat16 as the Hugging Face format has it; return the bytes."""
+    """Write a model in bfloat16 in the Hugging Face format; return the bytes."""
     folder.mkdir(parents=True)
     numbers = Numbers(seed, _largest(config))
     shards: list[Shard] = [[]]
@@ -58,7 +58,7 @@ def write_floats(config: ModelConfig, folder: Path, seed: int = 0) -> int:
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         _write_shard(folder / name, shard, numbers)
-        places |= {entry.theirs: name for entry, _ in shard}
+        places |= {entry.hf_name: name for entry, _ in shard}
         total += sum(size for _, size in shard)
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -67,7 +67,7 @@ def write_floats(config: ModelConfig, folder: Path, seed: int = 0) -> int:
 
 
 def write_int4(config: ModelConfig, folder: Path, seed: int = 0) -> int:
-    """Write a model whose experts have 4 bits, random codes as well; return the bytes."""
+    """Write a model whose experts have 4 bits, as random codes; return the bytes."""
     numbers = Numbers(seed, _largest(config))
     quantisation = Quantisation(bits=4)
     generator = torch.Generator().manual_seed(seed)
@@ -93,7 +93,7 @@ def write_int4(config: ModelConfig, folder: Path, seed: int = 0) -> int:
 
 
 def group_size(inputs: int) -> int:
-    """Return the group that the default of 64 gives for so many inputs."""
+    """Return the group size for a number of inputs, with the default of 64."""
     return next(size for size in (64, 32) if inputs % size == 0)
 
 
@@ -105,7 +105,7 @@ def _write_shard(path: Path, shard: Shard, numbers: Numbers) -> None:
     header, start = {}, 0
     for entry, size in shard:
         offsets = [start, start + size]
-        header[entry.theirs] = {
+        header[entry.hf_name] = {
             "dtype": "BF16",
             "shape": list(entry.shape),
             "data_offsets": offsets,

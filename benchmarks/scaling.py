@@ -1,4 +1,4 @@
-"""How Switch-Base, -XXL and -C scale from 8 to 2,048 GPUs, on paper: docs/scaling.md and .png.
+"""How Switch-Base, -XXL and -C scale from 8 to 2,048 GPUs, estimated: docs/scaling.md and .png.
 
     python benchmarks/scaling.py [--no-simulation]
 
@@ -25,12 +25,12 @@ from switchlm.recipes.config import RunConfig, run_config
 DOCS = Path(__file__).parents[1] / "docs"
 GPU = "h200"
 SIZES = [8, 16, 32, 64, 128, 256, 512, 1024, 2048]
-# Rows of 512 inputs and 114 targets per GPU: as many as fill it well, and fit.
+# Rows of 512 inputs and 114 targets per GPU: enough to utilise it, and they fit.
 MODELS = {"switch-base-128": 32, "switch-xxl-128": 8, "switch-c-2048": 8}
 
 
 def main() -> None:
-    """Plan every point, simulate what was chosen, and write record, page and plot."""
+    """Plan every point, simulate the chosen layout, and write record, page and plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-simulation", action="store_true", help="on paper only")
     arguments = parser.parse_args()

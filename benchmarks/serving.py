@@ -1,11 +1,11 @@
-"""What `switchlm serve` gives its clients: a real server process, asked over HTTP.
+"""Throughput and latency of `switchlm serve`: a server process and clients over HTTP.
 
     python benchmarks/serving.py [--preset switch-base-8] [--clients 1 8 32] [--repeats 4]
 
-The model has the shape of the preset and random weights, so that it never ends an output by
-itself. Every client streams one request after another: 64 tokens in, 32 new ones, greedy. The
-numbers of clients take turns within every repeat. Then 200 clients come at once, to 32 slots and a
-queue of 32. /health is asked some 50 times per second all along.
+The model has the shape of the preset and random weights, and never generates the end token. Every
+client streams one request after another: 64 tokens in, 32 new ones, greedy. The numbers of clients
+are interleaved in every repeat. Then 200 clients connect at the same time, to 32 slots and a queue
+of 32. /health is requested about 50 times per second throughout.
 """
 
 import argparse
@@ -46,7 +46,7 @@ LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=None)
 
 
 def build(name: str, seed: int, folder: Path) -> None:
-    """Save a model that only ever says printable characters, and does not stop."""
+    """Save a model that generates printable characters only, and no end token."""
     torch.manual_seed(seed)
     model, tokenizer = SwitchTransformer(preset(name)), Tokenizer.bytes()
     head = model.embedding if model.head is None else model.head
@@ -58,14 +58,14 @@ def build(name: str, seed: int, folder: Path) -> None:
 
 
 class Clients:
-    """Streams requests to the server, and notes when tokens came."""
+    """Streams requests to the server, and records when tokens arrived."""
 
     def __init__(self, address: str, *, tokens: int, new: int, seed: int) -> None:
         self._address, self._tokens, self._new = address, tokens, new
         self._draw = random.Random(seed)
 
     def run(self, work: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> tuple[Any, list[float]]:
-        """Return what the work returns, and how long /health took meanwhile."""
+        """Return the result of the work, and the seconds of /health meanwhile."""
 
         async def run() -> Any:
             async with httpx.AsyncClient(
@@ -73,7 +73,7 @@ class Clients:
             ) as client:
                 return await work(client)
 
-        # A process of its own: what the clients do here would else count as the server's delay.
+        # A separate process, so that the work of the clients is not measured as the server's delay.
         spawn = multiprocessing.get_context("spawn")
         here, there = spawn.Pipe()
         watching = spawn.Process(target=watch, args=(self._address, there))
@@ -109,7 +109,7 @@ class Clients:
         }
 
     def busy(self, number: int, rounds: int) -> dict[str, Any]:
-        """Return what so many clients see, each with so many requests one after another."""
+        """Return the results of a number of clients, each with consecutive requests."""
 
         async def one(client: httpx.AsyncClient) -> list[dict[str, Any]]:
             return [await self.ask(client) for _ in range(rounds)]
@@ -133,7 +133,7 @@ class Clients:
         }
 
     def crowd(self) -> dict[str, Any]:
-        """Return what CROWD clients see that come at once."""
+        """Return the results of CROWD clients that connect at the same time."""
 
         async def work(client: httpx.AsyncClient) -> list[dict[str, Any]]:
             return await asyncio.gather(*(self.ask(client) for _ in range(CROWD)))
@@ -150,7 +150,7 @@ class Clients:
 
 
 def watch(address: str, pipe: Connection) -> None:
-    """Ask /health over one connection until told to stop; send the seconds of every answer."""
+    """Request /health over one connection until the end; send the seconds of every response."""
     connection = http.client.HTTPConnection(address.removeprefix("http://"))
     seconds: list[float] = []
     pipe.send("ready")
@@ -167,20 +167,20 @@ def watch(address: str, pipe: Connection) -> None:
 
 
 def counted(address: str) -> dict[str, float]:
-    """Return what /metrics says, by name with labels."""
+    """Return the values of /metrics by name with labels."""
     text = httpx.get(f"{address}/metrics").text
     lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
     return {name: float(value) for name, value in lines}
 
 
 def resident(process: int) -> int:
-    """Return the bytes that a process holds in memory."""
+    """Return the resident memory of a process, in bytes."""
     status = Path(f"/proc/{process}/status").read_text()
     return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) << 10
 
 
 def place(values: list[float], part: float) -> float:
-    """Return the value that this part of all does not exceed."""
+    """Return a quantile."""
     return sorted(values)[min(int(part * len(values)), len(values) - 1)]
 
 

@@ -1,9 +1,9 @@
-"""How long `import switchlm` and `switchlm --help` take, each in a process of its own.
+"""The time of `import switchlm` and `switchlm --help`, each in a separate process.
 
     python benchmarks/start.py [--repeats 5]
 
-Wall seconds, and the CPU seconds of the process (user and system), which a busy machine disturbs
-less. A bare `python -c pass` and `import torch` stand beside them.
+Wall seconds, and the CPU seconds of the process (user and system), which other load affects less;
+compared with `python -c pass` and `import torch`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How long a whole training step takes: against transformers, and against the dense twin.
+"""A training step, compared with transformers and with the dense twin.
 
     python benchmarks/step.py [--experts 8 64] [--presets tiny] [--repeats 5]
     python benchmarks/step.py --experts 256 --presets --routers dropless --name step_256
@@ -8,9 +8,9 @@ Against transformers: d_model 256, 4 + 4 layers, 8 heads of 32, d_ff 1024, every
 sparse, 32 rows of 256 inputs and 64 targets, float32. Presets: as they are, with 64 experts, and
 their dense twins. A step is forward, backward with the balance loss, and fused AdamW; ours also
 clips gradients and guards against bad batches. Random weights and tokens, no dropout. All run in
-one process, which keeps freed memory as our training does (transformers gains from it too); 256
-experts, and `small`, need 20 GB. The part of the machine's matrix peak counts the model's FLOPs
-(three times those of a forward pass) against the best product found.
+one process, which keeps freed memory as our training does (transformers benefits too); 256 experts,
+and `small`, need 20 GB. The share of the machine's matrix peak is the model's FLOPs (three times
+those of a forward pass) over those of the best matmul.
 """
 
 import argparse
@@ -149,7 +149,7 @@ def measured(
     size: tuple[int, int, int],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Return the seconds of all cases, their ratios, and what they make of the machine."""
+    """Return the seconds of all cases, their ratios, and the share of the matrix peak."""
     rows, inputs, targets = size
     seconds = harness.measure(cases, options.repeats, clock=options.clock)
     peak = harness.matrix_peak()

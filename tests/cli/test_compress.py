@@ -70,7 +70,7 @@ def test_commands_that_need_float_weights_are_errors(refuse, compressed, text_fi
     tune = ("finetune", "--model", out, "--task", text_file, "--out", tmp_path / "run")
     assert "quantised to 4 bits" in refuse(*tune)
     with pytest.raises(CheckpointError, match="training it needs floating-point"):
-        load.fill(SwitchTransformer(preset("nano")), out)
+        load.load_weights(SwitchTransformer(preset("nano")), out)
     model, tokenizer = switchlm.load(out)
     with pytest.raises(CheckpointError, match="quantised"):
         switchlm.save(model, tokenizer, tmp_path / "x")

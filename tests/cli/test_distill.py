@@ -217,6 +217,6 @@ def test_upcycling_takes_the_shape_of_the_dense_model(run, refuse, texts, tmp_pa
     assert load.load_config(tmp_path / "sparse").d_model == 32
     sparse = ["pretrain", "--init-from", tmp_path / "sparse", "--data", texts, *SMALL]
     message = refuse(*sparse, "--set", "model.num_experts=4", "--out", tmp_path / "more")
-    assert "have 2 experts a Switch layer" in message
+    assert "have 2 experts per Switch layer" in message
     assert not (tmp_path / "more").exists()
     assert "no-such" in refuse("pretrain", "--init-from", "./no-such", "--out", tmp_path / "x")

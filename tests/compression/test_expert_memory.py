@@ -9,7 +9,7 @@ from switchlm.compression import expert_files, expert_memory
 from switchlm.compression.expert_files import STAGE, ExpertFiles, Recipe
 from switchlm.compression.expert_memory import ExpertMemory
 from switchlm.errors import CheckpointError, ConfigError
-from switchlm.huggingface.weights import Extent
+from switchlm.huggingface.weights import TensorOffset
 
 NUMBERS = 1024
 SIZE = 4 * NUMBERS  # bytes of an expert here
@@ -40,8 +40,8 @@ def path(tmp_path):
 
 
 def recipe(path, expert, dtype=None):
-    extent = Extent(path, (15 - expert) * SIZE, (NUMBERS,), torch.float32)
-    return Recipe({"up": extent}, dtype)
+    offset = TensorOffset(path, (15 - expert) * SIZE, (NUMBERS,), torch.float32)
+    return Recipe({"up": offset}, dtype)
 
 
 @pytest.fixture
@@ -208,9 +208,9 @@ def test_numbers_are_converted_once_as_they_are_read(make):
 def test_long_parts_are_converted_a_piece_at_a_time(tmp_path):
     numbers = torch.randn(STAGE // 4 + 5)
     (tmp_path / "long").write_bytes(numbers.numpy().tobytes())
-    extent = Extent(tmp_path / "long", 0, tuple(numbers.shape), torch.float32)
-    long = Recipe({"up": extent}, torch.bfloat16)
-    memory = ExpertMemory({("layer", 0): long}, ExpertFiles([extent.file]), 3 * STAGE, 1)
+    offset = TensorOffset(tmp_path / "long", 0, tuple(numbers.shape), torch.float32)
+    long = Recipe({"up": offset}, torch.bfloat16)
+    memory = ExpertMemory({("layer", 0): long}, ExpertFiles([offset.file]), 3 * STAGE, 1)
     with memory.acquire([("layer", 0)]) as ready:
         assert torch.equal(next(ready)[1]["up"], numbers.bfloat16())
     memory.close()
@@ -229,8 +229,8 @@ def test_large_parts_are_read_at_any_offset(tmp_path, monkeypatch, before, direc
         data += tensor.view(torch.uint8).numpy().tobytes()
     path.write_bytes(data)  # the last part ends with the file
     parts = {
-        "up": Extent(path, before, (700_001,), torch.bfloat16),
-        "down": Extent(path, before + 2 * 700_001, (2 * STAGE,), torch.bfloat16),
+        "up": TensorOffset(path, before, (700_001,), torch.bfloat16),
+        "down": TensorOffset(path, before + 2 * 700_001, (2 * STAGE,), torch.bfloat16),
     }
     recipe = Recipe(parts, dtype)
     buffer = expert_files.new_buffer(recipe.num_bytes())

@@ -21,8 +21,8 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
     assert found.high == pytest.approx(found.value + half, abs=0.03)
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says():
-    """Of 300 samples of 100 throws of a coin, 95% of the intervals should hold one half."""
+def test_the_interval_has_its_nominal_coverage():
+    """Of 300 samples of 100 coin flips, 95% of the intervals should contain one half."""
     chance = np.random.default_rng(0)
     held = 0
     for _ in range(300):
@@ -31,8 +31,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     assert 0.91 <= held / 300 <= 0.98
 
 
-def test_examples_that_say_the_same_count_as_one():
-    """Forty copies of each of ten values know no more than the ten."""
+def test_examples_of_a_group_count_as_one():
+    """Forty copies of ten values have the interval of the ten."""
     values = np.arange(10.0)
     alone = bootstrap(with_ones(values), mean)
     copies = with_ones(np.repeat(values, 40))
@@ -41,7 +41,7 @@ def test_examples_that_say_the_same_count_as_one():
     assert bootstrap(copies, mean).low > together.low + 0.5
 
 
-def test_draws_depend_on_the_seed_alone():
+def test_resamples_depend_on_the_seed_only():
     values = with_ones(np.arange(30.0))
     assert bootstrap(values, mean, seed=1) == bootstrap(values, mean, seed=1)
     assert bootstrap(values, mean, seed=1) != bootstrap(values, mean, seed=2)

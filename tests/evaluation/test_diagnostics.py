@@ -1,4 +1,4 @@
-"""What the layers do: against transformers, against loops, and on cases made for one answer."""
+"""Diagnostics against transformers, against loops, and on cases with a known result."""
 
 import dataclasses
 import math
@@ -9,8 +9,8 @@ import torch
 from switchlm.data.batch import Batch
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.evaluation.diagnostics import (
-    MOST_SAMPLED,
-    MOST_TOKENS,
+    MAX_SAMPLED,
+    MAX_TOKENS,
     NEAR,
     diagnose,
     entropy,
@@ -72,7 +72,7 @@ def near_by_loops(weights_BHQM, segments_BS):
 @pytest.mark.parametrize("segments", ["full", "padded"])
 @pytest.mark.parametrize("name", ["dense-nano", "nano"])
 def test_near_attention_is_that_of_transformers(tmp_path, name, segments):
-    """The weights that their model gives out, summed by loops; theirs knows padding, not packs."""
+    """Attention weights of transformers, summed by loops; it supports padding, not packing."""
     transformers = pytest.importorskip("transformers")
     router = {"mode": "hf", "expert_capacity": 64}
     model = build(name, router, num_encoder_layers=3, num_decoder_layers=3).eval()
@@ -109,8 +109,8 @@ def test_near_attention_is_that_of_transformers(tmp_path, name, segments):
         assert all(0.05 < near < 1 for near in near_H), "a test of nothing"
 
 
-def test_packed_examples_are_measured_as_if_alone():
-    """Two examples in a row, and the same two in rows of their own, padding between."""
+def test_packed_examples_have_the_metrics_of_separate_rows():
+    """Two examples in one row, and the same two in separate rows."""
     packed = make_batch(rows=1, source=12, target=8, segments="packed")
     marks = {"input": packed.input_segments_BS, "target": packed.target_segments_BT}
     alone = Batch(
@@ -142,7 +142,7 @@ ROUTERS = {
 @pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS.keys())
 @pytest.mark.parametrize("attention_experts", [False, True])
 def test_loads_and_gates_are_those_of_the_models_own_forward_pass(router, attention_experts):
-    """So the blocks ran as the model runs them: the last layer's routing depends on all before."""
+    """The routing of the last layer depends on all blocks before it."""
     model = build(router=router, attention_experts=attention_experts, num_decoder_layers=4)
     batch = make_batch(segments="packed")
     found = diagnose(model, batch)
@@ -167,7 +167,7 @@ def test_loads_and_gates_are_those_of_the_models_own_forward_pass(router, attent
 
 
 def test_entropy_of_the_router_is_that_of_its_probabilities():
-    """One expert layer, first in the encoder, whose input is easy to write down."""
+    """One Switch layer, first in the encoder, whose input is easy to compute."""
     model = build("tiny").eval()
     batch = make_batch()
     block, real_BS = model.encoder.blocks[0], batch.input_segments_BS != 0
@@ -183,7 +183,7 @@ def test_entropy_of_the_router_is_that_of_its_probabilities():
     assert 0.5 < layer.router_entropy < math.log(64) - 0.5
 
 
-def test_a_router_of_zeros_is_even_and_sends_all_to_one_expert():
+def test_a_router_of_zeros_has_equal_probabilities_and_chooses_one_expert():
     model = build()
     for layer in (model.encoder.blocks[1], model.decoder.blocks[1]):
         torch.nn.init.zeros_(layer.feedforward.router.weight)
@@ -195,20 +195,20 @@ def test_a_router_of_zeros_is_even_and_sends_all_to_one_expert():
         assert set(layer.expert_T.tolist()) == {0}
 
 
-def test_an_expert_that_nobody_may_choose_is_dead():
+def test_an_expert_that_is_never_chosen_is_dead():
     model = build(router={"balance": "bias"})
     before = diagnose(model, make_batch())
     bias_E = model.encoder.blocks[1].feedforward.router.bias_E
     bias_E[2] = -10
     after = diagnose(model, make_batch())
     assert (before.layers[0].dead_experts, after.layers[0].dead_experts) == (0, 1)
-    kept = after.figures(before.experts())["kept_expert"]
+    kept = after.metrics(before.experts())["kept_expert"]
     stayed = (before.layers[0].expert_T != 2).double().mean().item()
     assert kept[0] == pytest.approx(stayed)
     assert 0 < stayed < 1
 
 
-def test_padding_counts_nowhere():
+def test_padding_is_not_counted():
     batch = make_batch()
     changed = dataclasses.replace(
         batch, inputs_BS=batch.inputs_BS.clone(), targets_BT=batch.targets_BT.clone()
@@ -216,16 +216,16 @@ def test_padding_counts_nowhere():
     changed.inputs_BS[0, 8:] = 7
     changed.targets_BT[1, 3:] = 7
     model = build()
-    assert diagnose(model, batch).figures({}) == diagnose(model, changed).figures({})
+    assert diagnose(model, batch).metrics({}) == diagnose(model, changed).metrics({})
 
 
-def test_dense_models_have_the_attention_alone():
-    figures = diagnose(build("dense-nano"), make_batch()).figures({})
+def test_dense_models_have_attention_metrics_only():
+    figures = diagnose(build("dense-nano"), make_batch()).metrics({})
     assert figures.keys() == {"attention_near"}
     assert len(figures["attention_near"]) == 4
 
 
-def test_model_and_generator_are_left_as_they_were():
+def test_model_and_random_state_are_not_changed():
     model = build(dropout=0.1, expert_dropout=0.1, router={"balance": "bias"})
     model.train()
     model.encoder.blocks[0].eval()
@@ -238,19 +238,19 @@ def test_model_and_generator_are_left_as_they_were():
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert diagnose(model, batch).figures({}) == first.figures({})
+    assert diagnose(model, batch).metrics({}) == first.metrics({})
 
 
 def test_the_sample_and_the_rows_are_bounded():
     model = build()
-    batch = make_batch(rows=2 * MOST_TOKENS // 128, source=128, target=16, segments="full")
-    rows = MOST_TOKENS // 128
+    batch = make_batch(rows=2 * MAX_TOKENS // 128, source=128, target=16, segments="full")
+    rows = MAX_TOKENS // 128
     first = Batch(
         **{name: part if part is None else part[:rows] for name, part in vars(batch).items()}
     )
     large, small = diagnose(model, batch), diagnose(model, first)
-    assert large.figures({}) == small.figures({})
-    assert [len(layer.expert_T) for layer in large.layers] == [MOST_SAMPLED, MOST_SAMPLED]
+    assert large.metrics({}) == small.metrics({})
+    assert [len(layer.expert_T) for layer in large.layers] == [MAX_SAMPLED, MAX_SAMPLED]
 
 
 @pytest.mark.parametrize(
@@ -266,5 +266,5 @@ def test_kept_share(now, before, share):
     assert kept_share(now, before) == share
 
 
-def test_entropy_takes_zeros():
+def test_entropy_with_zeros():
     assert entropy(torch.tensor([0.5, 0.5, 0.0])).item() == pytest.approx(math.log(2))

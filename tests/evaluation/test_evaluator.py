@@ -32,7 +32,7 @@ def make_batch(rows=4, source=(0, 1, 0, 1), padded=True, seed=1):
     )
 
 
-def test_total_is_the_training_loss_a_token(model):
+def test_total_is_the_training_loss_per_token(model):
     batch = make_batch()
     result = held_out_loss(model, [batch], ("en", "de"))
     model.eval()
@@ -60,7 +60,7 @@ def test_padding_does_not_count(model):
     assert held_out_loss(model, [batch], ("a", "b")) == held_out_loss(model, [changed], ("a", "b"))
 
 
-def test_evaluation_is_the_same_twice_although_training_explores(model):
+def test_evaluation_has_no_exploration(model):
     model.train()
     batch = make_batch()
     assert held_out_loss(model, [batch], ("a", "b")) == held_out_loss(model, [batch], ("a", "b"))
@@ -71,7 +71,7 @@ def test_no_target_is_an_error(model):
         held_out_loss(model, [], ("a",))
 
 
-def test_the_interval_holds_the_loss_and_shrinks_with_rows(model):
+def test_the_interval_contains_the_loss_and_shrinks_with_rows(model):
     batches = [make_batch(seed=seed) for seed in range(12)]
     few = held_out_loss(model, batches[:2], ("en", "de"), resamples=400)
     many = held_out_loss(model, batches, ("en", "de"), resamples=400)

@@ -5,7 +5,7 @@ import torch
 
 from switchlm.data.batch import Batch
 from switchlm.data.text.tokenizer import Tokenizer
-from switchlm.evaluation.routing import PLACES, routing_statistics
+from switchlm.evaluation.routing import PARTS, routing_statistics
 from switchlm.model.presets import preset
 from switchlm.model.router import Router
 from switchlm.model.switch import switch_layers
@@ -53,7 +53,7 @@ ROUTERS = {
 
 
 @pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS.keys())
-def test_every_real_token_is_counted_once_an_expert(batch, tokenizer, router):
+def test_every_token_but_padding_is_counted_once_per_choice(batch, tokenizer, router):
     model = build(router)
     layers = routing_statistics(model, [batch, batch], tokenizer, NAMES, top=300)
     assert [layer.name for layer in layers] == list(switch_layers(model))
@@ -67,7 +67,7 @@ def test_every_real_token_is_counted_once_an_expert(batch, tokenizer, router):
             columns = zip(*loads_by_name.values(), strict=True)
             assert [sum(loads) for loads in columns] == by_tokens
         assert "unused" not in layer.source_load
-        assert len(layer.dropped_by_place) == PLACES
+        assert len(layer.dropped_by_place) == PARTS
         if router.get("selection") != "expert_choice" or stack == "decoder":
             assert sum(layer.load_E) == 2 * choices * real[stack]
         assert 0 < layer.gate <= 1
@@ -90,7 +90,7 @@ def test_counts_equal_the_routing_record(batch, tokenizer):
     assert "d" in [text for text, _ in layers[0].top_tokens[expert]]
 
 
-def test_decoder_layers_see_the_targets_shifted_right(batch, tokenizer):
+def test_the_inputs_of_decoder_layers_are_the_targets_shifted_right(batch, tokenizer):
     layers = routing_statistics(build(), [batch], tokenizer, NAMES, top=300)
     tokens = {text for tokens in layers[-1].top_tokens for text, _ in tokens}
     assert "<pad>" in tokens
@@ -98,7 +98,7 @@ def test_decoder_layers_see_the_targets_shifted_right(batch, tokenizer):
     assert sum(layers[-1].class_load["start or end"]) == len(TEXTS)
 
 
-def test_switch_attention_layers_have_names_of_their_own(batch, tokenizer):
+def test_switch_attention_layers_have_names(batch, tokenizer):
     model = build(attention_experts=True)
     names = [layer.name for layer in routing_statistics(model, [batch], tokenizer, NAMES)]
     assert names[:3] == [
@@ -112,8 +112,8 @@ def test_a_dense_model_has_no_layers(batch, tokenizer):
     assert routing_statistics(build(num_experts=0), [batch], tokenizer, NAMES) == []
 
 
-def test_drops_are_told_by_place(tokenizer):
-    """With a capacity of one per expert and one group, whoever comes late is dropped."""
+def test_drops_are_counted_by_place(tokenizer):
+    """With a capacity of one slot and one group, all tokens after the first are dropped."""
     inputs_BS = torch.tensor([tokenizer.encode("a" * 32)])
     batch = Batch(
         inputs_BS=inputs_BS,
@@ -126,7 +126,7 @@ def test_drops_are_told_by_place(tokenizer):
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, Router):
-                layer.weight.zero_()  # ties: all tokens want the first expert
+                layer.weight.zero_()  # ties: all tokens choose the first expert
     encoder = routing_statistics(model, [batch], tokenizer, ("a",))[0]
-    assert encoder.dropped_by_place == (0.5, *[1.0] * (PLACES - 1))
+    assert encoder.dropped_by_place == (0.5, *[1.0] * (PARTS - 1))
     assert encoder.dropped == pytest.approx(31 / 32)

@@ -1,4 +1,4 @@
-"""Scoring on a task of which a tiny model has learnt a part, in a few seconds."""
+"""Evaluation on a task that a tiny model was trained on in part."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ MOODS = [example("x" * n + "ab"[n % 2], LABELS[n % 2]) for n in range(1, 9)]
 
 @pytest.fixture(scope="module")
 def model():
-    """A model that has learnt by heart the mood of texts that end in a or b."""
+    """A model trained on the mood of texts that end in a or b."""
     torch.manual_seed(0)
     model = SwitchTransformer(preset("nano"))
     data = PairLoader(
@@ -50,7 +50,7 @@ def model():
 
 
 @pytest.mark.parametrize("rank_labels", [False, True])
-def test_what_was_learnt_is_right_and_the_rest_is_not(model, rank_labels):
+def test_only_trained_examples_are_right(model, rank_labels):
     wrong = [example(one.input, LABELS[one.target == "bad"]) for one in MOODS[:2]]
     found = score_task(model, BYTES, TASK, MOODS + wrong, batch_size=3, rank_labels=rank_labels)
     assert found.predictions == (*(one.target for one in MOODS), "good", "bad")
@@ -60,14 +60,14 @@ def test_what_was_learnt_is_right_and_the_rest_is_not(model, rank_labels):
     assert (found.unfinished, found.truncated_inputs) == (0, 0)
 
 
-def test_the_order_and_size_of_batches_change_nothing(model):
+def test_scores_do_not_depend_on_batches(model):
     one = score_task(model, BYTES, TASK, MOODS, batch_size=1)
     assert one == score_task(model, BYTES, TASK, MOODS, batch_size=8)
     turned = score_task(model, BYTES, TASK, MOODS[::-1], batch_size=5)
     assert turned.predictions == one.predictions[::-1]
 
 
-def test_label_losses_are_those_of_the_whole_model(model):
+def test_label_losses_are_those_of_the_model(model):
     prompts, _ = encode_texts([one.input for one in MOODS], BYTES, 32)
     labels, _ = encode_texts(LABELS, BYTES, 32)
     inputs_BS, segments_BS = pad_prompts([prompt.tolist() for prompt in prompts], 0)
@@ -82,7 +82,7 @@ def test_label_losses_are_those_of_the_whole_model(model):
             assert losses[row, column].item() == pytest.approx(total.item(), abs=2e-4)
 
 
-def test_cut_inputs_and_answers_are_counted(model):
+def test_truncated_inputs_and_answers_are_counted(model):
     found = score_task(model, BYTES, TASK, MOODS, input_length=6, max_new_tokens=2)
     assert found.truncated_inputs == 4, "of 2 to 9 bytes, those of more than 5"
     assert found.unfinished == len(MOODS)
@@ -95,12 +95,12 @@ def test_progress_is_reported(model):
     assert done == [3, 6, 8]
 
 
-def test_mistakes_are_told(model):
+def test_errors(model):
     free = Task(name="talk", input="{text}", metrics=("f1",))
     with pytest.raises(ConfigError, match="'talk' has no labels to rank"):
         score_task(model, BYTES, free, MOODS, rank_labels=True)
     with pytest.raises(DataError, match="no examples to score"):
         score_task(model, BYTES, TASK, [])
     beyond = np.array([model.config.vocabulary_size])
-    with pytest.raises(DataError, match="another model's"):
+    with pytest.raises(DataError, match="that of another model"):
         label_losses(model, torch.ones(1, 1, dtype=torch.int64), torch.ones(1, 1), [beyond])

@@ -56,7 +56,7 @@ def test_classes_of_tokens(text, kind):
         ("ि", "क", "inside a word"),
     ],
 )
-def test_the_token_before_tells_where_words_start(before, text, kind):
+def test_the_token_before_decides_where_words_start(before, text, kind):
     assert token_class(text, before) == kind
 
 
@@ -64,14 +64,14 @@ def test_a_piece_with_a_mark_starts_a_word_although_its_text_lacks_the_space():
     assert token_class("the", "a", marked=True) == "word start"
 
 
-def test_bytes_are_of_the_class_of_their_character(tokenizer):
+def test_bytes_have_the_class_of_their_character(tokenizer):
     found = [kind for _, kind in classes(tokenizer, " да,9。")]
     inside = "inside a word"
     assert found[:5] == ["space", "word start", inside, inside, inside]
     assert found[5:] == ["punctuation", "number", "punctuation", "punctuation", "punctuation"]
 
 
-def test_cut_characters_and_what_follows_a_sentinel_are_not_guessed(tokenizer):
+def test_incomplete_characters_and_letters_after_a_sentinel(tokenizer):
     ids = [*tokenizer.encode("д")[:1], tokenizer.sentinel_ids[0], *tokenizer.encode("b c")]
     found = TokenClasses(tokenizer).of_rows(torch.tensor([ids]))[0]
     assert [CLASSES[kind] for kind in found] == [

@@ -11,7 +11,7 @@ from switchlm.model.transformer import SwitchTransformer
 
 @pytest.fixture
 def build():
-    """Build a nano model whose greedy output is long and varied, with router options of choice."""
+    """Build a nano model whose greedy output is long and varied."""
 
     def build(seed=0, scale=4.0, router=None, tied_head=False, **changes):
         torch.manual_seed(seed)
@@ -39,10 +39,10 @@ def prompts():
 
 
 @pytest.fixture
-def saying():
-    """Make a model say this, whatever it is asked, in the tokens of UTF-8 bytes."""
+def generating():
+    """Make a model generate a given text, as UTF-8 byte tokens, for any input."""
 
-    def saying(model, text):
+    def generating(model, text):
         ids = [*Tokenizer.bytes().encode(text), 1]
         original, calls = model.decode, []
 
@@ -56,4 +56,4 @@ def saying():
         model.decode = decode
         return model
 
-    return saying
+    return generating

@@ -20,9 +20,9 @@ def drain(pieces):
             return found, end.value
 
 
-def test_pieces_add_up_to_the_answer_and_hold_whole_characters(build, saying):
+def test_pieces_joined_are_the_answer_and_have_complete_characters(build, generating):
     text = "<extra_id_0>größe<extra_id_1>€!"
-    found, said = drain(stream(saying(build(), text), TOKENIZER, "x", max_new_tokens=50))
+    found, said = drain(stream(generating(build(), text), TOKENIZER, "x", max_new_tokens=50))
     assert found == ["<extra_id_0>", "g", "r", "ö", "ß", "e", "<extra_id_1>", "€", "!"]
     assert said.output == text
     assert said.spans == {0: "größe", 1: "€!"}
@@ -30,7 +30,7 @@ def test_pieces_add_up_to_the_answer_and_hold_whole_characters(build, saying):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.5)])
-def test_streaming_changes_nothing(build, sampling):
+def test_streamed_output_is_the_same(build, sampling):
     model = build()
     options = {"max_new_tokens": 40, "sampling": sampling, "seed": 3}
     whole = answer(model, TOKENIZER, TEXT, **options)
@@ -44,8 +44,8 @@ def test_streaming_changes_nothing(build, sampling):
     assert said.finished
 
 
-def test_a_stop_string_ends_the_work_and_stays_out(build, saying):
-    model = saying(build(), "<extra_id_0>one two<extra_id_1>three")
+def test_a_stop_string_ends_generation_and_is_not_part_of_the_output(build, generating):
+    model = generating(build(), "<extra_id_0>one two<extra_id_1>three")
     calls, decode = [], model.decode
     model.decode = lambda *inputs, **options: calls.append(1) or decode(*inputs, **options)
     said = answer(model, TOKENIZER, "x", max_new_tokens=50, stops=["zzz", " tw", "three"])
@@ -66,12 +66,12 @@ def test_a_stop_string_ends_the_work_and_stays_out(build, saying):
         (5, {}),
     ],
 )
-def test_spans_end_where_the_output_was_cut(length, spans):
+def test_spans_end_at_the_stop_string(length, spans):
     output = TOKENIZER.encode("x<extra_id_0>ab<extra_id_1>c<extra_id_0>d")
     assert read_spans(output, TOKENIZER, length) == spans
 
 
-def test_mistakes_are_told(build):
+def test_errors(build):
     model = build()
     with pytest.raises(DataError, match="text is empty"):
         answer(model, TOKENIZER, "", max_new_tokens=1)
@@ -79,7 +79,7 @@ def test_mistakes_are_told(build):
         answer(model, TOKENIZER, "a", max_new_tokens=1, stops=[""])
 
 
-def test_gradients_still_flow_after_a_stream_was_left_alone(build):
+def test_gradients_are_enabled_while_a_stream_is_paused(build):
     model = build().train()
     pieces = stream(model, TOKENIZER, "a", max_new_tokens=30)
     next(pieces)
@@ -93,7 +93,7 @@ TEXTS = ["def <extra_id_0>(self)", "x", "größe <extra_id_0>", "a <extra_id_0> 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_p=0.9)])
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 10])
-def test_many_texts_get_what_each_gets_alone(build, batch_size, sampling):
+def test_many_texts_have_the_same_answers_as_each_alone(build, batch_size, sampling):
     model = build(router={"mode": "hf", "expert_capacity": 1})
     limits = [9, 30, 12, 20, 30, 1]
     options = {"sampling": sampling, "seed": 5, "stops": ["e", "7"]}
@@ -123,7 +123,7 @@ def test_texts_of_a_batch_are_of_similar_length(build):
     assert shapes == [(2, 10), (2, 3)]
 
 
-def test_beams_find_for_many_texts_what_they_find_for_each_alone(build):
+def test_beam_search_of_many_texts_equals_that_of_each_alone(build):
     model = build()
     limits = [9, 12, 12, 6, 12, 1]
     options = {"beams": Beams(width=3), "stops": ["e", "7"]}
@@ -142,12 +142,12 @@ def test_beams_find_for_many_texts_what_they_find_for_each_alone(build):
         assert not any("e" in each.output.replace("extra", "") for each in expected)
 
 
-def test_an_empty_text_is_told_by_its_number(build):
+def test_the_error_of_an_empty_text_has_its_number(build):
     with pytest.raises(DataError, match="Text 2 is empty"):
         list(answer_all(build(), TOKENIZER, ["a", ""], max_new_tokens=1, batch_size=2))
 
 
-def test_an_empty_stop_string_is_told(build):
+def test_an_empty_stop_string_is_an_error(build):
     options = {"max_new_tokens": 1, "batch_size": 2, "beams": Beams(), "stops": [""]}
     with pytest.raises(ConfigError, match="stop string is empty"):
         list(best_answers(build(), TOKENIZER, ["a"], **options))

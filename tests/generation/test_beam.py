@@ -31,7 +31,7 @@ MODELS = {
 
 
 def ending_often(model, by=5.0):
-    """Make the end token as likely as others, so that beams end at all lengths."""
+    """Make the end token as likely as others, so that outputs end at all lengths."""
     original = model.decode
 
     def decode(token_B1, encoded_BSD, **options):
@@ -54,7 +54,7 @@ class EndingOften(transformers.LogitsProcessor):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """A model and its twin in transformers, made once."""
+    """A model here and in transformers."""
     made = {}
 
     def pair(name, build):
@@ -111,8 +111,8 @@ def test_tokens_are_those_of_transformers(
     assert any(output.finished for output in ours), "a test in which nothing ends is none"
 
 
-def test_a_wide_enough_search_finds_the_most_probable_of_all(build):
-    """The slow twin tries every output of two tokens."""
+def test_a_wide_search_finds_the_most_probable_outputs(build):
+    """Compare with all outputs of two tokens."""
     model = build(vocabulary_size=16)
     inputs_BS = torch.tensor([[3, 5, 7]])
     beams = Beams(width=8, length_penalty=0.0)
@@ -137,7 +137,7 @@ def test_one_beam_is_greedy(build, prompts):
     assert [[token for token in outputs[0].tokens if token != 1] for outputs in found] == greedy
 
 
-def test_a_prompt_alone_in_a_batch_and_padded_gives_the_same(build, prompts):
+def test_a_prompt_alone_in_a_batch_and_padded_has_the_same_output(build, prompts):
     model = ending_often(build(router={"mode": "hf", "expert_capacity": 2}))
     inputs_BS, segments_BS = pad_prompts(prompts, 0)
     limits = [8, 3, 8, 5]

@@ -54,7 +54,7 @@ def test_every_row_of_a_padded_batch_equals_the_row_alone(build, prompts):
 
 
 @torch.no_grad()
-def test_buffers_keep_their_shape_and_place(build):
+def test_buffers_keep_their_shape_and_memory(build):
     model = build()
     encoded_BSD, _ = model.encode(torch.arange(3, 9)[None])
     cache = StaticCache(model, encoded_BSD, 4)
@@ -67,7 +67,7 @@ def test_buffers_keep_their_shape_and_place(build):
 
 
 @torch.no_grad()
-def test_the_cache_follows_the_dtype_of_the_model(build):
+def test_the_cache_has_the_dtype_of_the_model(build):
     model = build().bfloat16()
     encoded_BSD, _ = model.encode(torch.arange(3, 9)[None])
     cache = StaticCache(model, encoded_BSD, 2)

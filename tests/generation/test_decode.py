@@ -19,7 +19,7 @@ ROUTERS = {
 @pytest.mark.parametrize("encoder_capacity", [False, True])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS.keys())
-def test_a_prompt_alone_in_a_batch_and_padded_gives_the_same(
+def test_a_prompt_alone_in_a_batch_and_padded_has_the_same_output(
     build, prompts, router, sampling, encoder_capacity
 ):
     model = build(router=router)
@@ -55,7 +55,7 @@ def test_greedy_takes_the_argmax_of_the_uncached_model(build, prompts):
 
 
 def ending(model, at):
-    """Make the model say: a token after each, the end token after `at` tokens."""
+    """Make the model generate the end token after `at` tokens."""
     original = model.decode
     calls = []
 
@@ -72,7 +72,7 @@ def ending(model, at):
     return calls
 
 
-def test_rows_stop_at_their_end_token_and_the_batch_when_all_have(build, prompts):
+def test_rows_stop_at_their_end_token_and_the_batch_after_the_last(build, prompts):
     model = build()
     calls = ending(model, at=[2, 0, 4, 1])
     generated = generate(model, *pad_prompts(prompts, 0), max_new_tokens=30)
@@ -87,7 +87,7 @@ def test_rows_stop_at_their_end_token_and_the_batch_when_all_have(build, prompts
     assert generated.rows(1) == [[50, 50], [], [52] * 4, [53]]
 
 
-def test_the_limit_cuts_off_and_says_so(build, prompts):
+def test_the_limit_ends_outputs_that_are_then_unfinished(build, prompts):
     model = build()
     ending(model, at=[2, 9, 9, 9])
     generated = generate(model, *pad_prompts(prompts, 0), max_new_tokens=4)
@@ -103,7 +103,7 @@ def test_every_row_has_its_own_limit(build, prompts):
     assert generated.finished_B.tolist() == [True, False, False, False]
 
 
-def test_a_row_ends_where_the_caller_says_so(build, prompts):
+def test_the_caller_may_end_a_row(build, prompts):
     model, seen = build(), []
     ending(model, at=[9, 1, 9, 9])
 
@@ -117,7 +117,7 @@ def test_a_row_ends_where_the_caller_says_so(build, prompts):
     assert seen == [(0, 50), (1, 51), (2, 52), (3, 53), (0, 50), (1, 1), (3, 53), (0, 50)]
 
 
-def test_between_steps_gradients_are_as_before_and_a_closed_iterator_leaves_no_trace(build):
+def test_gradients_are_restored_between_steps_and_the_mode_by_closing(build):
     model = build().train()
     iterator = steps(model, torch.tensor([[3]]), max_new_tokens=5)
     next(iterator)
@@ -128,7 +128,7 @@ def test_between_steps_gradients_are_as_before_and_a_closed_iterator_leaves_no_t
     assert model.training
 
 
-def test_seeds_decide_the_sample(build, prompts):
+def test_samples_depend_on_seeds(build, prompts):
     model = build(scale=1.0)
     inputs_BS = torch.tensor([prompts[0]] * 3)
     options = {"max_new_tokens": 12, "sampling": Sampling(temperature=1.0)}
@@ -139,7 +139,7 @@ def test_seeds_decide_the_sample(build, prompts):
     assert torch.equal(short[0], rows[0, :5])
 
 
-def test_generation_leaves_no_trace_on_the_model(build, prompts):
+def test_generation_does_not_change_the_model(build, prompts):
     model = build().train()
     before = [m.config for m in model.modules() if hasattr(m, "experts_choose")]
     generated = generate(model, *pad_prompts(prompts, 0), max_new_tokens=2)
@@ -169,14 +169,14 @@ def test_empty_prompts_are_refused(build, prompts):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
-def test_damaged_weights_are_told(build, sampling):
+def test_damaged_weights_are_an_error(build, sampling):
     model = build()
     model.head.weight.data[7] = float("nan")
     with pytest.raises(CheckpointError, match="not finite"):
         generate(model, torch.tensor([[3]]), max_new_tokens=2, sampling=sampling)
 
 
-def test_the_mode_of_every_module_is_put_back(build):
+def test_the_mode_of_every_module_is_restored(build):
     model = build().train()
     model.decoder.eval()
     with evaluation_mode(model):
@@ -197,7 +197,7 @@ def test_the_mode_of_every_module_is_put_back(build):
     ],
     ids=["factor", "rerouting", "absolute"],
 )
-def test_dropless_drops_nothing_and_puts_the_capacity_back(build, router):
+def test_dropless_drops_nothing_and_restores_the_capacity(build, router):
     model = build(router=router)
     inputs_BS = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(1))
     configured = [m.config for m in model.modules() if hasattr(m, "experts_choose")]

@@ -14,17 +14,17 @@ def encoded(text):
     return TOKENIZER.encode(text)
 
 
-def test_spans_stand_after_their_sentinels():
+def test_spans_are_the_text_after_sentinels():
     output = encoded("<extra_id_0>size<extra_id_1>self._size<extra_id_2>")
     assert read_spans(output, TOKENIZER) == {0: "size", 1: "self._size", 2: ""}
 
 
-def test_what_precedes_the_first_sentinel_belongs_to_no_blank():
+def test_text_before_the_first_sentinel_is_ignored():
     assert read_spans(encoded("oops<extra_id_3>x"), TOKENIZER) == {3: "x"}
     assert read_spans(encoded("oops"), TOKENIZER) == {}
 
 
-def test_the_first_span_of_a_blank_counts():
+def test_the_first_span_of_a_blank_is_used():
     output = encoded("<extra_id_0>a<extra_id_1>b<extra_id_0>c")
     assert read_spans(output, TOKENIZER) == {0: "a", 1: "b"}
 
@@ -48,29 +48,29 @@ def test_a_blank_without_a_span_stays():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("nothing to do", "no blank"), ("<extra_id_100>", "knows only <extra_id_0> to <extra_id_99>")],
+    [("nothing to do", "no blank"), ("<extra_id_100>", "has only <extra_id_0> to <extra_id_99>")],
 )
-def test_texts_that_cannot_be_filled(text, message):
+def test_texts_that_cannot_be_filled_are_errors(text, message):
     with pytest.raises(DataError, match=message):
         count_blanks(text, TOKENIZER)
 
 
-def test_fill_puts_the_model_s_spans_into_the_text(build, saying):
-    model = saying(build(), "<extra_id_0>größe<extra_id_1>1")
+def test_fill_inserts_the_model_s_spans_into_the_text(build, generating):
+    model = generating(build(), "<extra_id_0>größe<extra_id_1>1")
     text = "def <extra_id_0>(self): return <extra_id_1>  # <extra_id_0>"
     assert fill(model, TOKENIZER, text) == "def größe(self): return 1  # größe"
 
 
-def test_the_limit_follows_the_number_of_blanks(build, saying):
-    model = saying(build(), "x" * 200)
+def test_the_limit_depends_on_the_number_of_blanks(build, generating):
+    model = generating(build(), "x" * 200)
     fill(model, TOKENIZER, "<extra_id_0> <extra_id_1> <extra_id_0>")
     rest = answer(model, TOKENIZER, "text", max_new_tokens=200)
     assert rest.output == "x" * (200 - 64)
     assert rest.finished
 
 
-def test_an_output_cut_off_says_so(build, saying):
-    said = answer(saying(build(), "x" * 9), TOKENIZER, "text", max_new_tokens=3)
+def test_an_output_at_the_limit_is_not_finished(build, generating):
+    said = answer(generating(build(), "x" * 9), TOKENIZER, "text", max_new_tokens=3)
     assert said.output == "xxx"
     assert not said.finished
 

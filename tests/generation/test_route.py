@@ -18,13 +18,13 @@ def inputs(text):
 
 
 def forward(model, text, output):
-    """The model's own record for a text and an output."""
+    """Return the routing of the model for a text and an output."""
     with evaluation_mode(model):
         return model(inputs(text), torch.tensor([[0, *TOKENIZER.encode(output)]]))
 
 
 @pytest.mark.parametrize("changes", [{}, {"sparse_step": 1, "num_encoder_layers": 3}])
-def test_layers_are_the_model_s_own_routing(build, changes):
+def test_layers_are_the_model_s_routing(build, changes):
     model = build(**changes)
     routed = route(model, TOKENIZER, TEXT, "<extra_id_0>size")
     with dropless(model):
@@ -51,13 +51,13 @@ def test_layers_are_the_model_s_own_routing(build, changes):
             assert len(layer.expert) == len(stack.tokens) == sum(layer.load)
 
 
-def test_tokens_are_the_text_and_what_the_decoder_read(build):
+def test_tokens_are_the_text_and_the_decoder_s_input(build):
     routed = route(build(), TOKENIZER, TEXT, "<extra_id_0>g b")
     assert "".join(routed.encoder.tokens) == TEXT + "</s>"
     assert routed.decoder.tokens == ["<pad>", "<extra_id_0>", "g", " ", "b"]
 
 
-def test_without_an_output_the_model_s_greedy_one_is_routed(build):
+def test_without_an_output_the_greedy_one_is_routed(build):
     model = build()
     tokens = generate(model, inputs(TEXT), max_new_tokens=9).rows(1)[0]
     own = route(model, TOKENIZER, TEXT, max_new_tokens=9)
@@ -80,7 +80,7 @@ def test_capacity_drops_only_where_it_is_enforced(build):
         assert sum(layer.load) == len(layer.kept)
 
 
-def test_of_several_experts_a_token_the_first_choice_is_told(build):
+def test_of_several_experts_per_token_the_first_choice_is_recorded(build):
     model = build(router={"experts_per_token": 2})
     layer = route(model, TOKENIZER, TEXT, "abc").encoder.layers[0]
     with dropless(model):
@@ -90,7 +90,7 @@ def test_of_several_experts_a_token_the_first_choice_is_told(build):
     assert sum(layer.load) == 2 * len(layer.expert)
 
 
-def test_where_experts_choose_a_token_has_its_strongest_or_none(build):
+def test_with_expert_choice_a_token_has_the_expert_of_largest_gate_or_none(build):
     model = build(router={"selection": "expert_choice", "evaluation_capacity_factor": 0.5})
     layer = route(model, TOKENIZER, TEXT, "abc").encoder.layers[0]
     routing = forward(model, TEXT, "abc").encoder_routing[0]
@@ -103,7 +103,7 @@ def test_where_experts_choose_a_token_has_its_strongest_or_none(build):
     assert NO_EXPERT in layer.expert
 
 
-def test_experts_in_the_attention_are_layers_of_their_own(build):
+def test_experts_in_attention_are_separate_layers(build):
     routed = route(build(attention_experts=True), TOKENIZER, TEXT, "abc")
     parts = [layer.part for layer in routed.encoder.layers]
     assert parts[:3] == ["attention.query", "attention.key_value", "feedforward"]
@@ -117,19 +117,19 @@ def test_a_dense_model_has_tokens_and_no_layers(build):
     assert routed.decoder.tokens == ["<pad>", "a", "b", "c"]
 
 
-def test_the_record_is_json_as_it_is(build):
+def test_the_record_can_be_written_as_json(build):
     routed = dataclasses.asdict(route(build(), TOKENIZER, TEXT, ""))
     assert json.loads(json.dumps(routed)) == routed
 
 
-def test_the_model_is_left_as_it_was(build):
+def test_the_model_is_not_changed(build):
     model = build(router={"evaluation_capacity_factor": 0.5}).train()
     route(model, TOKENIZER, TEXT, "abc")
     assert all(module.training for module in model.modules())
     assert forward(model, TEXT, "abc").encoder_routing[0].dropped > 0
 
 
-def test_texts_that_cannot_be_routed(build):
+def test_errors(build):
     with pytest.raises(DataError, match="The text is empty"):
         route(build(), TOKENIZER, "")
     small = build(vocabulary_size=128)

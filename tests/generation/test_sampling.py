@@ -30,7 +30,7 @@ def test_frequencies_follow_the_softmax(temperature):
 
 
 @given(logits=LOGITS, k=st.integers(1, 14))
-def test_top_k_leaves_the_k_most_probable(logits, k):
+def test_top_k_keeps_the_k_most_probable(logits, k):
     probability_BV, token_BV = candidates(
         torch.tensor([logits]), Sampling(temperature=1.0, top_k=k)
     )
@@ -42,7 +42,7 @@ def test_top_k_leaves_the_k_most_probable(logits, k):
 
 
 @given(logits=LOGITS, p=st.floats(0.01, 0.99))
-def test_top_p_leaves_the_fewest_that_reach_p(logits, p):
+def test_top_p_keeps_the_fewest_that_reach_p(logits, p):
     full = torch.tensor(logits).softmax(0)
     probability_BV, token_BV = candidates(
         torch.tensor([logits]), Sampling(temperature=1.0, top_p=p)
@@ -61,14 +61,14 @@ def test_top_p_leaves_the_fewest_that_reach_p(logits, p):
     temperature=st.floats(1e-3, 50),
     uniform=st.floats(0, 1, exclude_max=True, width=32),
 )
-def test_what_is_drawn_was_a_candidate(logits, k, p, temperature, uniform):
+def test_a_sampled_token_is_a_candidate(logits, k, p, temperature, uniform):
     sampling = Sampling(temperature=temperature, top_k=k, top_p=p)
     probability_BV, token_BV = candidates(torch.tensor([logits]), sampling)
     token = next_tokens(torch.tensor([logits]), sampling, torch.tensor([uniform]))
     assert int(token) in token_BV[probability_BV > 0].tolist()
 
 
-def test_top_p_acts_on_what_top_k_left():
+def test_top_p_is_applied_after_top_k():
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
     # Of 4/7 and 3/7 the first alone reaches a half; of all four it would take two.
     probability_BV, _ = candidates(logits, Sampling(temperature=1.0, top_k=2, top_p=0.5))
@@ -81,7 +81,7 @@ def test_a_tiny_temperature_is_nearly_greedy_and_finite():
     assert draw([80.0, 90.0, -90.0], Sampling(temperature=1e-4)).unique().tolist() == [1]
 
 
-def test_streams_depend_on_the_seed_alone():
+def test_random_numbers_depend_on_the_seed_only():
     together = uniforms([7, 8, 7], 40)
     assert torch.equal(together[0], together[2])
     assert torch.equal(uniforms([8], 40)[0], together[1])
@@ -100,6 +100,6 @@ def test_streams_depend_on_the_seed_alone():
         ({"top_p": 1.5}, "top-p"),
     ],
 )
-def test_nonsense_is_refused(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         Sampling(**options)

@@ -1,4 +1,4 @@
-"""Whatever joins and leaves meanwhile, a request gets the tokens that it gets alone."""
+"""A request has the same tokens alone and in a batch, whatever is added and removed."""
 
 import random
 
@@ -37,33 +37,33 @@ def requests(model, number):
     ]
 
 
-def run(slots, asked, joins):
-    """Serve all requests; `joins` says how many may join before each step."""
+def run(slots, asked, num_added):
+    """Serve all requests; `num_added`: how many may be added before each step."""
     found = {number: [] for number in range(len(asked))}
     waiting = list(range(len(asked)))
-    while waiting or slots.names:
-        new = waiting[: min(next(joins), slots.num_free)]
+    while waiting or slots.requests:
+        new = waiting[: min(next(num_added), slots.num_free)]
         waiting = waiting[len(new) :]
         if new:
             encoded = slots.encode([asked[number]["ids"] for number in new])
             for number, encoded_SD in zip(new, encoded, strict=True):
                 one = asked[number]
-                slots.join(
+                slots.add(
                     number,
                     encoded_SD,
                     sampling=one["sampling"],
                     seed=one["seed"],
                     limit=one["limit"],
                 )
-        if not slots.names:
+        if not slots.requests:
             continue
-        names = slots.names
-        for number, token in zip(names, slots.step(), strict=True):
+        running = slots.requests
+        for number, token in zip(running, slots.step(), strict=True):
             found[number].append(token)
-        for row in reversed(range(len(names))):
-            tokens, one = found[names[row]], asked[names[row]]
+        for row in reversed(range(len(running))):
+            tokens, one = found[running[row]], asked[running[row]]
             if tokens[-1] == slots.model.config.end_id or len(tokens) == one["limit"]:
-                slots.leave(row)
+                slots.remove(row)
     return found
 
 
@@ -71,11 +71,11 @@ def run(slots, asked, joins):
 def test_tokens_are_those_of_the_request_alone(model, num_slots) -> None:
     asked = requests(model, 12)
     draw = random.Random(num_slots)
-    joins = iter(lambda: draw.randrange(0, 4), None)
+    num_added = iter(lambda: draw.randrange(0, 4), None)
     with evaluation_mode(model, drop=False):
         slots = Slots(model, num_slots=num_slots, max_source=40, max_target=20)
         memory = slots.num_bytes
-        found = run(slots, asked, joins)
+        found = run(slots, asked, num_added)
         assert slots.num_bytes == memory
         assert slots.num_free == num_slots
     for number, one in enumerate(asked):
@@ -90,31 +90,31 @@ def test_a_step_may_be_repeated_row_by_row(model) -> None:
         for slots in (whole, parts):
             for number, encoded_SD in enumerate(slots.encode([one["ids"] for one in asked])):
                 one = asked[number]
-                slots.join(number, encoded_SD, sampling=one["sampling"], seed=one["seed"], limit=10)
+                slots.add(number, encoded_SD, sampling=one["sampling"], seed=one["seed"], limit=10)
         for _ in range(10):
             together = whole.step()
             assert together == [parts.step(row, row + 1)[0] for row in range(3)]
 
 
-def test_no_number_is_told_of_its_row_alone(model) -> None:
+def test_nan_is_reported_for_its_row_only(model) -> None:
     with evaluation_mode(model, drop=False):
         slots = Slots(model, num_slots=2, max_source=8, max_target=4)
         good, bad = slots.encode([[5, 6, 1], [7, 8, 1]])
-        slots.join("bad", bad * float("nan"), sampling=GREEDY, seed=0, limit=4)
-        slots.join("good", good, sampling=GREEDY, seed=0, limit=4)
+        slots.add("bad", bad * float("nan"), sampling=GREEDY, seed=0, limit=4)
+        slots.add("good", good, sampling=GREEDY, seed=0, limit=4)
         first = slots.step()
         assert first[0] is None
         assert first[1] is not None
-        slots.leave(0)
+        slots.remove(0)
         assert all(t[0].isfinite().all() for pair in slots.own + slots.cross for t in pair)
         again = slots.encode([[7, 8, 1]])[0]
-        slots.join("again", again, sampling=GREEDY, seed=0, limit=4)
+        slots.add("again", again, sampling=GREEDY, seed=0, limit=4)
         assert None not in slots.step()
 
 
-def test_memory_is_known_before_the_first_request(model) -> None:
+def test_memory_is_allocated_before_the_first_request(model) -> None:
     config = model.config
     with evaluation_mode(model, drop=False):
         slots = Slots(model, num_slots=4, max_source=16, max_target=8)
-    a_place = 2 * config.num_heads * config.d_kv * torch.float32.itemsize
-    assert slots.num_bytes == 4 * (16 + 8) * config.num_decoder_layers * a_place
+    position_bytes = 2 * config.num_heads * config.d_kv * torch.float32.itemsize
+    assert slots.num_bytes == 4 * (16 + 8) * config.num_decoder_layers * position_bytes

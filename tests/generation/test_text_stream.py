@@ -28,7 +28,7 @@ def pieces(tokenizer, tokens, stops=()):
 
 
 def cut(text, stops):
-    """Return the text before the stop string that is complete first: the slow twin."""
+    """Return the text before the stop string that is complete first: a simple implementation."""
     for end in range(1, len(text) + 1):
         starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
         if starts:
@@ -42,7 +42,7 @@ ANY = st.text(st.characters(codec="utf-8"), max_size=90)
 @given(ANY)
 @example("größe 1 € 😀 " * 12)
 @example("中文字符" * 30)
-def test_the_pieces_of_any_text_add_up_and_hold_no_half_character(unigram, text):
+def test_the_pieces_joined_are_the_text_and_have_complete_characters(unigram, text):
     text = text.replace("�", "")
     for tokenizer in (BYTES, unigram):
         tokens = tokenizer.encode_plain([text])[0].tolist()
@@ -52,11 +52,11 @@ def test_the_pieces_of_any_text_add_up_and_hold_no_half_character(unigram, text)
 
 
 @given(st.lists(st.integers(0, 383), max_size=150))
-def test_any_bytes_at_all_give_what_decoding_at_once_gives(tokens):
+def test_any_bytes_have_the_text_of_decoding_at_once(tokens):
     assert "".join(pieces(BYTES, tokens)[0]) == BYTES.decode(tokens)
 
 
-def test_sentinels_come_as_text_and_end_tokens_do_not(unigram):
+def test_sentinels_have_text_and_end_tokens_do_not(unigram):
     for tokenizer in (BYTES, unigram):
         tokens = tokenizer.encode("<extra_id_0> größe<extra_id_1>  x")
         assert "".join(pieces(tokenizer, [*tokens, tokenizer.end_id, tokenizer.pad_id])[0]) == (
@@ -64,20 +64,20 @@ def test_sentinels_come_as_text_and_end_tokens_do_not(unigram):
         )
 
 
-def test_text_comes_as_early_as_it_can():
+def test_text_is_returned_as_early_as_possible():
     stream = TextStream(BYTES, stops=["xy"])
     seen = [stream.push(3 + byte) for byte in "a€xzx".encode()]
     assert seen == ["a", "", "", "€", "", "xz", ""]
     assert stream.finish() == "x"
 
 
-def test_a_character_cut_off_shows_as_decoding_shows_it():
+def test_an_incomplete_character_is_decoded_as_at_once():
     tokens = [3 + byte for byte in b"a\xe2\x82"]
     assert pieces(BYTES, tokens)[0] == ["a", "", "", "�"]
     assert pieces(BYTES, [*tokens, 3 + ord("b")])[0] == ["a", "", "", "�b", ""]
 
 
-def test_broken_runs_of_byte_pieces_take_nothing_back(unigram):
+def test_invalid_runs_of_byte_pieces_do_not_change_earlier_text(unigram):
     heart = unigram.encode_plain(["❤"])[0].tolist()
     assert len(heart) == 3
     found, _ = pieces(unigram, [*heart, heart[0], *unigram.encode(" x")])
@@ -93,7 +93,7 @@ def test_broken_runs_of_byte_pieces_take_nothing_back(unigram):
     ),
 )
 @example(["return", "return"], ["nre", "eturnret"])
-def test_stop_strings_cut_alike_whatever_the_borders(unigram, words, stops):
+def test_stop_strings_do_not_depend_on_token_borders(unigram, words, stops):
     text = "".join(words)
     for tokenizer in (BYTES, unigram):
         tokens = tokenizer.encode_plain([text])[0].tolist()
@@ -111,13 +111,13 @@ def test_a_stop_string_may_span_tokens_and_sentinels(unigram):
         assert stream.push(tokens[0]) == stream.finish() == ""
 
 
-def test_a_beginning_that_stops_nothing_is_given_out_at_the_end():
+def test_an_incomplete_stop_string_is_returned_at_the_end():
     found, stream = pieces(BYTES, BYTES.encode("one tw"), ["two", "w!"])
     assert "".join(found) == "one tw"
     assert not stream.stopped
 
 
-def test_long_outputs_are_not_decoded_anew_at_every_token(unigram):
+def test_long_outputs_are_not_decoded_in_full_at_every_token(unigram):
     text = "def f(x): return größer 中文 😀 " * 40
     for tokenizer in (BYTES, unigram):
         stream = TextStream(tokenizer)
@@ -134,7 +134,7 @@ def test_an_empty_stop_string_is_refused():
         TextStream(BYTES, stops=["x", ""])
 
 
-def test_the_space_before_the_first_word_alone_is_left_out_as_sentencepiece_does():
+def test_only_the_space_before_the_first_word_is_dropped_as_in_sentencepiece():
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0), ("▁b", -1.0)]
     backend = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, 2))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()

@@ -15,7 +15,7 @@ PIECES = ("▁", "▁self", "▁return", "self", ".", "size", "▁=", "▁x", "e
 
 
 def pieces_with_bytes():
-    """A vocabulary like the released models': words with their space, the rest in bytes."""
+    """A vocabulary like the released models': words with their space, and bytes."""
     names = ["<pad>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES]
     scores = [(name, 0.0 if len(name) == 1 else len(name) - 12.0) for name in names]
     backend = tokenizers.Tokenizer(models.Unigram(scores, unk_id=2, byte_fallback=True))
@@ -36,14 +36,14 @@ TEXT = st.text(
 
 @BOTH
 @given(text=TEXT)
-def test_the_texts_of_a_text_are_the_text_a_text_for_each_token(tokenizer, text):
+def test_there_is_a_text_per_token_and_joined_they_are_the_text(tokenizer, text):
     ids, texts = tokens_of_text(text, tokenizer)
     assert ids == tokenizer.encode(text)
     assert len(texts) == len(ids)
     assert "".join(texts) == (text if ids else "")
 
 
-def test_spaces_stay_and_a_character_belongs_to_its_first_byte():
+def test_spaces_are_kept_and_the_first_byte_has_the_character():
     assert tokens_of_text("a é<extra_id_1> b", BYTES)[1] == [
         "a", " ", "é", "", "<extra_id_1>", " ", "b",
     ]  # fmt: skip
@@ -53,7 +53,7 @@ def test_spaces_stay_and_a_character_belongs_to_its_first_byte():
 
 
 def by_prefixes(ids, tokenizer):
-    """The slow twin: what each token adds to all before it."""
+    """Return what each token adds to the decoded text: a simple implementation."""
     decoded = [tokenizer.decode(ids[:length]) for length in range(len(ids) + 1)]
     return [after[len(before) :] for before, after in pairwise(decoded)]
 
@@ -75,7 +75,7 @@ def test_decoded_tokens_joined_are_the_decoded_text(tokenizer, text):
 
 
 @given(st.lists(st.integers(3, 258), max_size=12))
-def test_bytes_that_are_no_characters_are_still_one_text_each(ids):
+def test_invalid_bytes_have_one_text_each(ids):
     texts = texts_of_tokens(ids, BYTES)
     assert len(texts) == len(ids)
     assert "".join(texts) == BYTES.decode(ids)
@@ -86,6 +86,6 @@ def test_tokens_without_a_text_are_named():
     assert texts_of_tokens(ids, BYTES) == ["<pad>", "é", "", "<extra_id_3>", "</s>"]
 
 
-def test_half_a_surrogate_pair_is_the_users_mistake():
+def test_half_a_surrogate_pair_is_an_error():
     with pytest.raises(DataError, match="surrogate"):
         tokens_of_text("\ud800", BYTES)

@@ -1,4 +1,4 @@
-"""Models of transformers, small and random, and how to compare them with ours."""
+"""Small random models of transformers, and how to compare them with ours."""
 
 import os
 from collections.abc import Callable
@@ -44,10 +44,10 @@ def their_switch() -> Callable[..., nn.Module]:
         }
         config = transformers.SwitchTransformersConfig(**{**defaults, **fields})
         model = transformers.SwitchTransformersForConditionalGeneration(config)
-        # Where the head is untied, transformers unties the embeddings of the stacks as well.
+        # With an untied head, transformers unties the embeddings of the stacks too.
         model.set_input_embeddings(model.shared)
         model.encoder.embed_tokens = model.decoder.embed_tokens = model.shared
-        return shake(model)
+        return perturb(model)
 
     return build
 
@@ -76,14 +76,14 @@ def their_t5() -> Callable[..., nn.Module]:
             model.lm_head.weight = nn.Parameter(
                 torch.randn(fields["vocab_size"], fields["d_model"])
             )
-        return shake(model)
+        return perturb(model)
 
     return build
 
 
 @torch.no_grad()
-def shake(model: nn.Module) -> nn.Module:
-    """Move every weight off its initial value, norms too, so that no mix-up stays unseen."""
+def perturb(model: nn.Module) -> nn.Module:
+    """Change every weight, norms included, so that swapped tensors are detected."""
     for parameter in model.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()

@@ -26,14 +26,14 @@ from tests.checkpoint.ranks_on_stage import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from switchlm.huggingface.load import fill, save
+from switchlm.huggingface.load import load_weights, save
 
-# transformers knows no gated experts.
+# transformers has no gated experts.
 PLAIN = dataclasses.replace(CONFIG, gated=False)
 
 
 class Allocations(TorchDispatchMode):
-    """Records the largest tensor that was made, in float32 numbers; views make none."""
+    """Record the largest tensor allocated, in float32 numbers; views are not counted."""
 
     largest = 0
 
@@ -57,11 +57,11 @@ def export(folder: Path) -> dict[str, Any]:
 
     def scene() -> dict[str, Any]:
         group = dist.new_group(backend="gloo")
-        found: dict[str, Any] = {"wrong": {}, "filling": [], "saving": []}
+        found: dict[str, Any] = {"wrong": {}, "loading": [], "saving": []}
         for mesh in FOUR[1:3]:
             run = Run(mesh, 99, config=PLAIN)
-            with Allocations() as filling:
-                fill(run.model, folder / "single", group=group)
+            with Allocations() as loading:
+                load_weights(run.model, folder / "single", group=group)
             full = {
                 name.removeprefix("model/"): tensor
                 for name, tensor in run.full().items()
@@ -70,13 +70,15 @@ def export(folder: Path) -> dict[str, Any]:
             found["wrong"][name_of(mesh)] = differences(full, weights)
             with Allocations() as saving:
                 save(run.model, None, folder / name_of(mesh), group=group)
-            found["filling"].append(filling.largest)
+            found["loading"].append(loading.largest)
             found["saving"].append(saving.largest)
         fsync = os.fsync
         os.fsync = only_on(1, OSError(5, "Input/output error"))
         found["disk"] = message_of(lambda: save(run.model, None, folder / "bad", group=group))
         os.fsync = fsync
-        found["elsewhere"] = message_of(lambda: fill(run.model, folder / "twisted", group=group))
+        found["elsewhere"] = message_of(
+            lambda: load_weights(run.model, folder / "twisted", group=group)
+        )
         return found
 
     ranks = play(folder, 4, scene)

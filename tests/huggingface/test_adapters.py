@@ -17,7 +17,7 @@ def nano():
 
 @pytest.fixture
 def saved(tmp_path):
-    """A folder of adapters that have learnt something, and the model with them."""
+    """A folder of adapters that are not zero, and the model with them."""
     model = nano()
     lora.apply(model, 2, 4.0)
     with torch.no_grad():
@@ -27,7 +27,7 @@ def saved(tmp_path):
     return tmp_path / "adapters", model
 
 
-def test_adapters_go_onto_their_base(saved):
+def test_adapters_are_added_to_their_base_model(saved):
     folder, model = saved
     again = nano()
     assert load_adapters(again, folder) == AdapterConfig(rank=2, alpha=4.0, base="nano")
@@ -41,7 +41,7 @@ def test_they_are_a_small_part_of_the_model(saved):
     assert (folder / "adapters.safetensors").stat().st_size == pytest.approx(4 * size, abs=8192)
 
 
-def test_a_model_of_another_shape_is_refused_and_untouched(saved):
+def test_a_model_of_another_shape_is_refused_and_unchanged(saved):
     folder, _ = saved
     model = SwitchTransformer(preset("dense-nano"))
     before = list(model.state_dict())
@@ -62,7 +62,7 @@ def test_a_model_of_another_shape_is_refused_and_untouched(saved):
         ("adapters.safetensors", None, "is missing"),
     ],
 )
-def test_damaged_adapters_are_told(saved, file, content, message):
+def test_damaged_adapters_are_errors(saved, file, content, message):
     folder, _ = saved
     (folder / file).unlink()
     if content is not None:

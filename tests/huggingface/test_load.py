@@ -1,4 +1,4 @@
-"""Models saved here load here and in transformers; every key of a file is accounted for."""
+"""Saved models load here and in transformers; missing and unexpected tensors are errors."""
 
 import dataclasses
 import json
@@ -56,12 +56,12 @@ CASES = {
     ),
     "t5 gelu": dataclasses.replace(NANO, num_experts=0, activation="gelu"),
 }
-# What transformers cannot load, or computes otherwise; "paper step 3" has no such schedule there.
+# What transformers cannot load, or computes differently.
 NOT_THERE = ("paper step 3", "xxl", "gated relu", "attention", "bias", "top 2", "expert choice")
 
 
 def quiet(message: str) -> None:
-    """Take the reports that are not the point of a test."""
+    """Ignore reports."""
 
 
 def build(config: ModelConfig) -> SwitchTransformer:
@@ -94,7 +94,7 @@ def edit_weights(folder: Path, change) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_own_models_come_back_exactly(name, tmp_path):
+def test_saved_models_load_exactly(name, tmp_path):
     model = build(CASES[name])
     said: list[str] = []
     switchlm.save(model, None, tmp_path / "model", max_shard_bytes=20_000, report=said.append)
@@ -129,12 +129,12 @@ def test_transformers_loads_what_is_saved(name, tmp_path, assert_close):
 
 
 @pytest.mark.parametrize("name", NOT_THERE)
-def test_what_transformers_cannot_say_is_said(name, tmp_path):
+def test_features_that_transformers_lacks_are_reported(name, tmp_path):
     with pytest.warns(UserWarning, match="transformers"):
         switchlm.save(build(CASES[name]), None, tmp_path / "model")
 
 
-def test_tokenizer_comes_along(tmp_path):
+def test_the_tokenizer_is_saved_and_loaded(tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizer = Tokenizer.bytes()
     switchlm.save(build(NANO), tokenizer, tmp_path)
@@ -177,7 +177,7 @@ def test_saving_replaces_a_model_and_nothing_else(nano):
     assert sorted(nano.parent.iterdir()) == [nano]
 
 
-def test_relative_folders_are_saved_to(tmp_path, monkeypatch):
+def test_relative_folders_work(tmp_path, monkeypatch):
     model = build(NANO)
     monkeypatch.chdir(tmp_path)
     switchlm.save(model, None, "deep/model")
@@ -185,7 +185,7 @@ def test_relative_folders_are_saved_to(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["model"]
 
 
-def test_a_failing_save_leaves_no_trace(nano, monkeypatch):
+def test_a_failing_save_changes_nothing(nano, monkeypatch):
     before = {path.name: path.read_bytes() for path in nano.iterdir()}
 
     def full(*args: object, **kwargs: object) -> None:
@@ -198,7 +198,7 @@ def test_a_failing_save_leaves_no_trace(nano, monkeypatch):
     assert sorted(nano.parent.iterdir()) == [nano]
 
 
-def test_altered_models_are_not_saved(tmp_path):
+def test_models_with_replaced_layers_are_not_saved(tmp_path):
     model = build(NANO)
     model.encoder.blocks[0].feedforward = torch.nn.Linear(16, 16)
     with pytest.raises(CheckpointError, match=r"encoder\.blocks\.0\.feedforward"):
@@ -261,7 +261,7 @@ def test_a_missing_last_expert_or_layer_is_named(nano):
     with pytest.raises(CheckpointError, match=r"missing '.*expert_1\.wi\.weight'.* and more"):
         switchlm.load(nano)
     edit_weights(nano, drop("encoder.block.2."))
-    with pytest.raises(CheckpointError, match=r"encoder\.block\.3, but nothing of number 2"):
+    with pytest.raises(CheckpointError, match=r"encoder\.block\.3, but not number 2"):
         switchlm.load(nano)
 
 
@@ -275,7 +275,7 @@ def test_a_missing_last_expert_or_layer_is_named(nano):
         "encoder.block.1.layer.1.mlp.wo.weight",
     ],
 )
-def test_extra_tensors_are_named(key, nano):
+def test_unexpected_tensors_are_named(key, nano):
     edit_weights(nano, lambda tensors: tensors.update({key: torch.ones(16)}))
     with pytest.raises(CheckpointError, match=rf"{key}|not every n-th"):
         switchlm.load(nano)
@@ -300,7 +300,7 @@ def test_the_embedding_under_another_name(name, nano):
     same_tensors(model, switchlm.load(nano)[0])
 
 
-def test_cross_attention_bias_of_old_t5_is_left_out(tmp_path):
+def test_cross_attention_bias_of_old_t5_is_ignored(tmp_path):
     switchlm.save(build(CASES["t5 1.0"]), None, tmp_path)
     key = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
     edit_weights(tmp_path, lambda tensors: tensors.update({key: torch.ones(32, 2)}))
@@ -308,7 +308,7 @@ def test_cross_attention_bias_of_old_t5_is_left_out(tmp_path):
         switchlm.load(tmp_path)
 
 
-def test_tied_but_unscaled_t5_gets_a_head_of_its_own(their_t5, theirs_on_disk, assert_close):
+def test_tied_but_unscaled_t5_gets_a_separate_head(their_t5, theirs_on_disk, assert_close):
     """transformers 5 saves such models where `tie_word_embeddings` was false at the start."""
     transformers = pytest.importorskip("transformers")
     theirs = their_t5()
@@ -321,7 +321,7 @@ def test_tied_but_unscaled_t5_gets_a_head_of_its_own(their_t5, theirs_on_disk, a
     assert transformers.__version__
 
 
-def test_folders_that_are_no_models(tmp_path):
+def test_folders_without_a_model(tmp_path):
     with pytest.raises(CheckpointError, match="neither a model folder"):
         switchlm.load(tmp_path)
     with pytest.raises(CheckpointError, match="no folder"):
@@ -332,7 +332,7 @@ def test_folders_that_are_no_models(tmp_path):
         switchlm.load(tmp_path)
 
 
-def test_an_index_that_disagrees_with_its_files(tmp_path):
+def test_an_index_that_differs_from_its_files(tmp_path):
     switchlm.save(build(NANO), None, tmp_path, max_shard_bytes=20_000)
     path = tmp_path / "model.safetensors.index.json"
     index = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""The table names every tensor of every model, both ways."""
+"""The table has every tensor of every model, in both formats."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchlm.huggingface.names import entries, locate
+from switchlm.huggingface.names import entries, parse_key
 from switchlm.model.config import ModelConfig, RouterConfig
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
@@ -36,14 +36,14 @@ configs = st.builds(
 
 
 def shapes(config: ModelConfig, family: str) -> dict[str, list[int]]:
-    """Return our names and shapes as the table implies them."""
+    """Return the names and shapes of parameters according to the table."""
     found: dict[str, list[int]] = {}
     for entry in entries(config, family):
         if entry.expert is None:
-            assert entry.ours not in found
-            found[entry.ours] = list(entry.shape)
+            assert entry.name not in found
+            found[entry.name] = list(entry.shape)
         else:
-            found[entry.ours] = [entry.expert + 1, *reversed(entry.shape)]
+            found[entry.name] = [entry.expert + 1, *reversed(entry.shape)]
     return found
 
 
@@ -56,23 +56,23 @@ def test_the_table_has_every_tensor_of_the_model(config, family):
 
 
 @given(config=configs, family=st.sampled_from(["switch", "t5"]))
-def test_every_key_is_read_back(config, family):
+def test_every_key_is_parsed(config, family):
     keys = set()
     for entry in entries(config, family):
-        assert entry.theirs not in keys
-        keys.add(entry.theirs)
-        place = locate(entry.theirs)
-        assert place is not None
-        assert place.expert == entry.expert
-        if ".blocks." in entry.ours:
-            stack, _, layer = entry.ours.split(".")[:3]
-            assert (place.stack, place.layer) == (stack, int(layer))
-        if place.family is not None:
-            assert place.family == family
+        assert entry.hf_name not in keys
+        keys.add(entry.hf_name)
+        parsed = parse_key(entry.hf_name)
+        assert parsed is not None
+        assert parsed.expert == entry.expert
+        if ".blocks." in entry.name:
+            stack, _, layer = entry.name.split(".")[:3]
+            assert (parsed.stack, parsed.layer) == (stack, int(layer))
+        if parsed.family is not None:
+            assert parsed.family == family
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"),
+    ("name", "hf_name"),
     [
         ("embedding.weight", "shared.weight"),
         (
@@ -93,14 +93,14 @@ def test_every_key_is_read_back(config, family):
         ),
     ],
 )
-def test_the_released_names(ours, theirs):
-    found = {entry.theirs: entry.ours for entry in entries(preset("switch-base-8"), "switch")}
-    assert found[theirs] == ours
+def test_the_released_names(name, hf_name):
+    found = {entry.hf_name: entry.name for entry in entries(preset("switch-base-8"), "switch")}
+    assert found[hf_name] == name
 
 
 def test_gated_names_follow_t5():
     config = dataclasses.replace(preset("dense-nano"), gated=True)
-    found = {entry.theirs: entry.ours for entry in entries(config, "t5")}
+    found = {entry.hf_name: entry.name for entry in entries(config, "t5")}
     stem = "encoder.block.0.layer.1.DenseReluDense"
     assert found[f"{stem}.wi_0.weight"] == "encoder.blocks.0.feedforward.gate.weight"
     assert found[f"{stem}.wi_1.weight"] == "encoder.blocks.0.feedforward.up.weight"
@@ -120,5 +120,5 @@ def test_gated_names_follow_t5():
         "encoder.block.0.layer.1.mlp.experts.expert_x.wi.weight",
     ],
 )
-def test_strange_keys_are_nowhere(key):
-    assert locate(key) is None
+def test_unknown_keys_are_not_parsed(key):
+    assert parse_key(key) is None

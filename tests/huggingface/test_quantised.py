@@ -1,4 +1,4 @@
-"""Quantised folders: what is read back, what memory holds, and what damaged ones do."""
+"""Quantised folders: round trips, memory, and errors for damaged ones."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ SHAPES = {
 }
 
 
-def made(**changes):
+def build(**changes):
     torch.manual_seed(0)
     return SwitchTransformer(dataclasses.replace(preset("nano"), **changes)).eval()
 
@@ -59,7 +59,7 @@ def write(model, folder, bits=8, what="experts", **options):
 
 @torch.no_grad()
 def dequantised(model, folder, bits, what):
-    """Return a float model with the weights that the codes of the folder stand for."""
+    """Return a floating-point model with the dequantised weights of the folder."""
     stored = {}
     for path in folder.glob("*.safetensors"):
         stored |= load_file(path)
@@ -67,11 +67,11 @@ def dequantised(model, folder, bits, what):
     copy = SwitchTransformer(model.config).eval()
     state = copy.state_dict()
     for entry in entries(model.config, family_of(model.config)):
-        place = state[entry.ours]
-        if not quantisation.holds(entry):
-            place.copy_(stored[entry.ours])
+        place = state[entry.name]
+        if not quantisation.includes(entry):
+            place.copy_(stored[entry.name])
             continue
-        both = stored[entry.ours], stored[f"{entry.ours}.scale"]
+        both = stored[entry.name], stored[f"{entry.name}.scale"]
         if entry.expert is not None:
             both = tuple(tensor[entry.expert] for tensor in both)
             place = place[entry.expert].t()
@@ -82,7 +82,7 @@ def dequantised(model, folder, bits, what):
 @pytest.mark.parametrize(("bits", "what"), WAYS)
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_the_loaded_model_is_the_dequantised_one(tmp_path, bits, what, shape):
-    model = made(**SHAPES[shape])
+    model = build(**SHAPES[shape])
     folder = write(model, tmp_path / "q", bits, what)
     loaded, tokenizer = switchlm.load(folder)
     assert tokenizer is not None
@@ -101,8 +101,8 @@ def test_the_loaded_model_is_the_dequantised_one(tmp_path, bits, what, shape):
 
 
 @pytest.mark.parametrize(("bits", "what"), WAYS)
-def test_memory_holds_codes(tmp_path, bits, what):
-    model = made()
+def test_weights_in_memory_are_codes(tmp_path, bits, what):
+    model = build()
     loaded, _ = switchlm.load(write(model, tmp_path / "q", bits, what))
     experts = [part for part in loaded.modules() if isinstance(part, QuantisedExperts)]
     assert len(experts) == 2
@@ -110,7 +110,7 @@ def test_memory_holds_codes(tmp_path, bits, what):
         assert not list(part.parameters())
         assert not list(part.buffers())
         for one in (*part.up, *part.down):
-            # 32 x 64: a byte each and a scale an output; at 4 bits outputs are filled up to 64.
+            # 32 x 64: bytes and a scale per output; at 4 bits outputs are padded to 64.
             limit = 2048 + 4 * 64 if bits == 8 else 64 * 64 // 2 + 4 * 64 * 2
             assert sum(t.nbytes for t in vars(one).values() if isinstance(t, torch.Tensor)) <= limit
     floats = sum(parameter.nbytes for parameter in loaded.parameters())
@@ -120,7 +120,7 @@ def test_memory_holds_codes(tmp_path, bits, what):
 
 
 def test_a_folder_of_several_files_is_the_same(tmp_path):
-    model = made()
+    model = build()
     one = write(model, tmp_path / "one", 4, "all")
     several = write(model, tmp_path / "several", 4, "all", max_shard_bytes=20_000)
     files = sorted(several.glob("*.safetensors"))
@@ -135,7 +135,7 @@ def test_a_folder_of_several_files_is_the_same(tmp_path):
 
 
 def test_experts_are_contiguous_and_files_aligned(tmp_path):
-    folder = write(made(), tmp_path / "q", 4)
+    folder = write(build(), tmp_path / "q", 4)
     content = (folder / FILE).read_bytes()
     length = int.from_bytes(content[:8], "little")
     table = json.loads(content[8 : 8 + length])
@@ -147,7 +147,7 @@ def test_experts_are_contiguous_and_files_aligned(tmp_path):
 
 
 def test_a_scale_may_not_be_narrower_than_its_inputs():
-    entry = next(e for e in entries(made(d_model=24).config, "switch") if e.expert == 0)
+    entry = next(e for e in entries(build(d_model=24).config, "switch") if e.expert == 0)
     with pytest.raises(switchlm.errors.ConfigError, match="24 inputs"):
         parts(entry, 4, Quantisation(bits=4))
 
@@ -177,8 +177,8 @@ UP = "encoder.blocks.1.feedforward.experts.up"
     (lambda t: t.update({"embedding.weight": t["embedding.weight"].to(torch.int8)}), "int8"),
     (lambda t: t.update({"encoder.blocks.9.attention_norm.weight": torch.ones(32)}), "layers"),
 ])  # fmt: skip
-def test_tensors_that_do_not_fit_are_refused(tmp_path, change, words):
-    folder = write(made(), tmp_path / "q")
+def test_mismatched_tensors_are_refused(tmp_path, change, words):
+    folder = write(build(), tmp_path / "q")
     change_tensors(folder, change)
     with pytest.raises(CheckpointError) as caught:
         switchlm.load(folder)
@@ -191,12 +191,12 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, change, words):
     ({"quant_method": "switchlm", "bits": 8, "group_size": 7}, "group size is 7"),
     ({"quant_method": "switchlm", "bits": 8, "what": "norms"}, "what"),
     ({"quant_method": "switchlm", "bits": 8, "extra": 1}, "extra"),
-    ({"quant_method": "switchlm", "bits": 4}, "asks for"),
+    ({"quant_method": "switchlm", "bits": 4}, "needs"),
     ("int8", "'int8'"),
     ([], "[]"),
 ])  # fmt: skip
-def test_sections_that_make_no_sense_are_refused(tmp_path, section, words):
-    folder = write(made(), tmp_path / "q")
+def test_invalid_sections_are_refused(tmp_path, section, words):
+    folder = write(build(), tmp_path / "q")
     change_config(folder, **{KEY: section})
     with pytest.raises(CheckpointError) as caught:
         switchlm.load(folder)
@@ -208,7 +208,7 @@ def test_sections_that_make_no_sense_are_refused(tmp_path, section, words):
     {"vocab_size": 10**9}, {"num_layers": 1}, {"d_ff": -1}, {"tie_word_embeddings": False},
 ])  # fmt: skip
 def test_hostile_configurations_are_refused_at_once(tmp_path, values):
-    folder = write(made(), tmp_path / "q")
+    folder = write(build(), tmp_path / "q")
     change_config(folder, **values)
     start = time.perf_counter()
     with pytest.raises(CheckpointError):
@@ -217,7 +217,7 @@ def test_hostile_configurations_are_refused_at_once(tmp_path, values):
 
 
 def test_mutated_files_give_errors_of_our_own(tmp_path):
-    folder = write(made(), tmp_path / "q", 4, "all")
+    folder = write(build(), tmp_path / "q", 4, "all")
     content = (folder / FILE).read_bytes()
     length = int.from_bytes(content[:8], "little")
     draw = random.Random(0)
@@ -237,7 +237,7 @@ def test_mutated_files_give_errors_of_our_own(tmp_path):
 
 
 def test_the_old_folder_stays_when_writing_fails(tmp_path):
-    model = made()
+    model = build()
     folder = write(model, tmp_path / "q")
     before = (folder / FILE).read_bytes()
     model.encoder.blocks[1].feedforward.experts.up.data[2, 3, 4] = torch.inf

@@ -1,4 +1,4 @@
-"""config.json against the weights: what is believed, what is repaired, what is refused."""
+"""config.json against the weights: what is repaired and what is refused."""
 
 import dataclasses
 import json
@@ -61,7 +61,7 @@ def read(values: dict[str, Any], keys: Any, differs: bool = False) -> tuple[Mode
 
 def keys_of(config: ModelConfig) -> list[str]:
     family = "switch" if config.num_experts else "t5"
-    return [entry.theirs for entry in entries(config, family)]
+    return [entry.hf_name for entry in entries(config, family)]
 
 
 def without_extra(config: ModelConfig, **changes: Any) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def without_extra(config: ModelConfig, **changes: Any) -> dict[str, Any]:
 
 
 def hf(name: str, **changes: Any) -> ModelConfig:
-    """A model of which a config.json of transformers says everything."""
+    """Return a model that a config.json of transformers describes in full."""
     plain = {"router": HF, "initialisation": Initialisation()}
     return dataclasses.replace(preset(name), **plain, **changes)
 
@@ -125,7 +125,7 @@ def test_released_shapes_need_no_repair(config):
     for key in ("encoder_sparse_step", "decoder_sparse_step"):
         values.pop(key, None)  # derived from num_sparse_*_layers then
     found, said = read(values, keys_of(config), differs=True)
-    # Dense models keep no router of their own without the extra key.
+    # Without the extra key, dense models have no router configuration.
     assert dataclasses.replace(found, router=config.router) == config
     assert not said
 
@@ -142,7 +142,7 @@ def test_released_shapes_need_no_repair(config):
         ({"decoder_sparse_step": 0}, "decoder sparse step"),
     ],
 )
-def test_the_weights_are_believed(changes, word):
+def test_the_weights_decide(changes, word):
     config = hf("nano")
     found, said = read(without_extra(config, **changes), keys_of(config))
     assert found == config
@@ -150,7 +150,7 @@ def test_the_weights_are_believed(changes, word):
     assert word in said[0]
 
 
-def test_gating_is_read_off_the_weights():
+def test_gating_is_inferred_from_the_weights():
     config = hf("nano", gated=True, activation="gelu")
     values = without_extra(config, dense_act_fn="relu")
     assert read(values, keys_of(config)) == (config, [])
@@ -165,7 +165,7 @@ def test_a_head_equal_to_the_embedding_is_tied():
     assert read(without_extra(config), [*keys_of(config), "lm_head.weight"]) == (config, [])
 
 
-def test_own_router_settings_survive():
+def test_router_settings_are_kept():
     router = RouterConfig(mode="t5x", capacity_factor=None, experts_per_token=2, z_weight=0.5)
     config = dataclasses.replace(
         preset("nano"), router=router, expert_dropout=0.4, initialisation=Initialisation(scale=0.3)

@@ -20,7 +20,7 @@ models = pytest.mark.parametrize("seed", range(12))
 
 
 def quiet(message: str) -> None:
-    """Take the reports of a load that are not the point of a test."""
+    """Ignore reports."""
 
 
 def batch(seed: int, rows: int = 3, source: int = 11, target: int = 7) -> dict[str, torch.Tensor]:
@@ -66,11 +66,11 @@ def compare(theirs: Any, ours: Any, data: dict[str, torch.Tensor], check: Any, *
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     family = "t5" if theirs.config.model_type == "t5" else "switch"
     for entry in entries(ours.config, family):
-        gradient = ours.get_parameter(entry.ours).grad
+        gradient = ours.get_parameter(entry.name).grad
         if entry.expert is not None:
             gradient = gradient[entry.expert].t()
-        expected = gradients.pop(entry.theirs)
-        check(gradient, torch.zeros_like(gradient) if expected is None else expected, entry.theirs)
+        expected = gradients.pop(entry.hf_name)
+        check(gradient, torch.zeros_like(gradient) if expected is None else expected, entry.hf_name)
     assert not gradients
 
 
@@ -101,7 +101,7 @@ def drawn(fields: dict[str, Sequence[Any]], seed: int) -> dict[str, Any]:
 
 
 def has_router_losses(fields: dict[str, Any]) -> bool:
-    """transformers fails where it looks for routers of a stack that has none."""
+    """Return whether transformers can compute them: it fails for a stack without routers."""
     return all(
         step == 1 or (step > 1 and fields[layers] > 1)
         for step, layers in (
@@ -167,7 +167,7 @@ def test_training_with_jitter_agrees(their_switch, theirs_on_disk, assert_close)
 
 
 def test_labels_alone_agree(their_switch, theirs_on_disk, assert_close):
-    """Without masks transformers routes and attends to padding like to any token."""
+    """Without masks transformers routes padding, and attends to it, as to any token."""
     theirs = their_switch(expert_capacity=3)
     ours, _ = load(theirs_on_disk(theirs), report=quiet)
     data = batch(3)
@@ -191,7 +191,7 @@ def test_dense_models_agree(seed, their_t5, theirs_on_disk, assert_close):
 
 
 class GatedFeedForward(torch.nn.Module):
-    """What Switch-XXL has and transformers has not: GEGLU, in experts and dense layers."""
+    """What Switch-XXL has and transformers lacks: GEGLU, in experts and dense layers."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ def test_switch_xxl_agrees(their_switch, theirs_on_disk, assert_close, monkeypat
 
 @pytest.mark.parametrize("capacity", [1, 2, 4])
 def test_capacity_counts_row_by_row(capacity):
-    """The layer against a loop over rows and tokens, whatever version of transformers is there."""
+    """The layer against a loop over rows and tokens, for any version of transformers."""
     torch.manual_seed(1)
     router = RouterConfig(mode="hf", expert_capacity=capacity)
     layer = SwitchFeedForward(

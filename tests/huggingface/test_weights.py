@@ -1,4 +1,4 @@
-"""Weight files of strangers: refused with the project's own errors, quickly, with nothing run.
+"""Untrusted weight files: refused with the project's own errors, quickly, and no code is run.
 
 At the end names on the hub, over a cache made by hand: nothing here goes to the network.
 """
@@ -98,7 +98,7 @@ def test_links_may_not_leave_the_folder(folder):
     outside = folder.parent / "secret.safetensors"
     shard.rename(outside)
     shard.symlink_to(outside)
-    refused(folder, "leads out of the model folder")
+    refused(folder, "outside of the model folder")
     shard.unlink()
     inside = folder / "elsewhere.safetensors"
     outside.rename(inside)
@@ -107,14 +107,14 @@ def test_links_may_not_leave_the_folder(folder):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-def test_small_files_may_not_be_links_out_either(name, folder):
+def test_small_files_may_not_be_links_out_of_the_folder(name, folder):
     outside = folder.parent / name
     (folder / name).rename(outside)
     (folder / name).symlink_to(outside)
-    refused(folder, "leads out of the model folder")
+    refused(folder, "outside of the model folder")
 
 
-def test_the_cache_of_the_hub_is_made_of_links(folder, tmp_path):
+def test_links_in_the_cache_of_the_hub_are_followed(folder, tmp_path):
     snapshot = tmp_path / "models--me--nano" / "snapshots" / "abc"
     blobs = tmp_path / "models--me--nano" / "blobs"
     snapshot.mkdir(parents=True)
@@ -157,7 +157,7 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(changes, folder):
     refused(folder)
 
 
-def test_code_named_by_a_config_is_not_looked_at(folder, tmp_path, monkeypatch):
+def test_code_named_by_a_config_is_not_run(folder, tmp_path, monkeypatch):
     marker = tmp_path / "ran"
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
     monkeypatch.syspath_prepend(folder)
@@ -195,7 +195,7 @@ def test_broken_indexes(weight_map, folder):
     refused(folder, "weight_map|safetensors")
 
 
-def test_numbers_that_are_no_weights(folder):
+def test_integer_weights_are_refused(folder):
     from safetensors.torch import save_file
 
     path = folder / "model-00001-of-00002.safetensors"
@@ -225,7 +225,7 @@ MUTATED = (
 def test_damaged_files_give_only_own_errors(name, seed, kind, folder, saved):
     content = bytearray(saved[name])
     rng = random.Random(seed)
-    # The head of a weight file, where names, shapes and offsets stand, is what can confuse.
+    # The header of a weight file has names, shapes and offsets: mutations there matter most.
     reach = min(len(content), 3000)
     place = rng.randrange(reach)
     if kind == "flip":
@@ -309,17 +309,17 @@ def test_code_in_pickles_is_not_run(plain, folder, tmp_path):
     path = to_pickle(folder, lambda tensors: tensors.update(evil=Evil(marker)))
     if plain:
         path.write_bytes(pickle.dumps({"evil": Evil(marker)}))
-    refused(folder, "damaged, or holds more than tensors")
+    refused(folder, "damaged, or has objects other than tensors")
     assert not marker.exists()
 
 
-def test_pickles_may_not_claim_more_than_they_hold(folder):
+def test_pickles_with_sizes_beyond_the_file_are_refused(folder):
     huge = torch.zeros(1).expand(384, 2**40)
     to_pickle(folder, lambda tensors: tensors.update({"shared.weight": huge}))
     refused(folder, "'shared.weight' in pytorch_model.bin claims more than the file holds")
 
 
-def test_pickles_may_not_use_one_memory_for_many_tensors(folder):
+def test_pickles_with_many_tensors_of_one_storage_are_refused(folder):
     memory = torch.zeros(10_000)
     to_pickle(folder, lambda tensors: tensors.update({f"{i}": memory for i in range(1000)}))
     refused(folder, "claims more than the file holds")
@@ -357,7 +357,7 @@ REVISION = "a" * 40
 
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the hub that holds me/nano in one revision; returns the snapshot."""
+    """A cache of the hub with me/nano in one revision; returns the snapshot."""
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -381,18 +381,18 @@ def test_cached_models_load_without_a_network(revision, cached):
 @pytest.mark.parametrize(
     ("name", "revision"), [("me/other", None), ("me/nano", "b" * 40), ("a name with spaces", None)]
 )
-def test_what_the_hub_has_not_is_named(name, revision, cached):
+def test_a_model_missing_on_the_hub_is_named(name, revision, cached):
     with pytest.raises(CheckpointError, match=f"no folder '{name}'"):
         switchlm.load(name, revision=revision, local_files_only=True)
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "/nowhere/at/all", "../up", ".", "a//b", "~/model"])
-def test_paths_are_never_asked_of_the_hub(name, cached, monkeypatch):
+def test_paths_are_never_requested_from_the_hub(name, cached, monkeypatch):
     def asked(*args: object, **kwargs: object) -> None:
         raise AssertionError("asked the hub")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", asked)
-    with pytest.raises(CheckpointError, match=r"no name on the hub|neither a model folder"):
+    with pytest.raises(CheckpointError, match=r"not a name on the hub|neither a model folder"):
         switchlm.load(name)
 
 

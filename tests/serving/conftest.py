@@ -25,7 +25,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 
 @pytest.fixture(scope="session")
 def model():
-    """A nano model whose output is varied and never ends by itself."""
+    """A nano model whose output is varied and has no end token."""
     torch.manual_seed(0)
     config = dataclasses.replace(
         preset("nano"), initialisation=Initialisation(scale=4.0), tied_head=False
@@ -43,7 +43,7 @@ def tokenizer():
 
 @pytest.fixture
 def alone(model):
-    """The tokens that a prompt gets by itself, of a copy: a model serves one thread at a time."""
+    """Generate the tokens of a prompt alone, with a copy of the model for this thread."""
     own = copy.deepcopy(model)
 
     def alone(ids, limit, sampling=GREEDY, seed=0):
@@ -56,7 +56,7 @@ def alone(model):
 
 @pytest.fixture
 def engine(model, tokenizer):
-    """Start an engine; all are closed in the end."""
+    """Start an engine; all are closed at the end."""
     engines = []
 
     def start(**options):
@@ -71,7 +71,7 @@ def engine(model, tokenizer):
 
 
 class Collector:
-    """A listener that keeps what it is told."""
+    """A listener that collects events."""
 
     def __init__(self):
         self.events, self.done, self.began = [], threading.Event(), threading.Event()
@@ -83,7 +83,7 @@ class Collector:
             self.done.set()
 
     def end(self):
-        """Wait for the end; return the tokens and why it ended."""
+        """Wait for the end; return the tokens and the reason."""
         assert self.done.wait(60), "no end came"
         tokens = [event.token for event in self.events if event.token is not None]
         return tokens, self.events[-1].reason
@@ -96,13 +96,13 @@ def collector():
 
 @dataclasses.dataclass
 class Served:
-    """A server that is up: `address` without a slash in the end."""
+    """A running server; address: without a slash at the end."""
 
     address: str
     engine: Engine
 
     def metrics(self):
-        """What /metrics says, by name with labels."""
+        """Return the values of /metrics by name with labels."""
         text = httpx.get(f"{self.address}/metrics").text
         lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
         return {name: float(value) for name, value in lines}
@@ -136,7 +136,7 @@ def serve(engine):
 
 @pytest.fixture
 def soon():
-    """Wait until something is true, at most some seconds."""
+    """Wait until a condition is true, for some seconds."""
 
     def soon(condition, seconds=10.0):
         end = time.monotonic() + seconds
@@ -149,7 +149,7 @@ def soon():
 
 @pytest.fixture(scope="module")
 def browser():
-    """A real browser; the tests that want it are skipped where there is none."""
+    """A browser; tests that need it are skipped without one."""
     playwright = pytest.importorskip("playwright.sync_api")
     arguments = pytest.importorskip("tests.serving.screenshot").ARGUMENTS
     with playwright.sync_playwright() as driver:
@@ -160,7 +160,7 @@ def browser():
 
 @pytest.fixture
 def visit(browser):
-    """Open an address; at the end, no request has left it and nothing was complained of."""
+    """Open an address; check at the end for requests to other origins, and for errors."""
     contexts, complaints, requests = [], [], []
 
     def visit(address, expected=(), **settings):

@@ -1,4 +1,4 @@
-"""Take the picture of the page for the docs, from a server that runs.
+"""Take the screenshot of the page for the docs, from a running server.
 
 switchlm serve --model RUN --port 8000
 python -m tests.serving.screenshot http://127.0.0.1:8000/ docs/page.png
@@ -16,7 +16,7 @@ ARGUMENTS = [
 
 
 def pose(page: Page, text: str | None, layer: int, token: int) -> None:
-    """Fill a text (the page's own example without one), choose a layer, point at a token."""
+    """Fill a text (None: the example of the page), choose a layer, point at a token."""
     if text is not None:
         page.fill("#text", text)
     page.click("#submit")

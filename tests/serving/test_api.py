@@ -1,4 +1,4 @@
-"""The interface over a real socket, with httpx and with OpenAI's own client."""
+"""The interface over a socket, with httpx and with OpenAI's client."""
 
 import json
 
@@ -12,12 +12,12 @@ TEXT = "A <extra_id_0> text of <extra_id_1> things."
 
 
 def text_alone(alone, tokenizer, prompt, limit):
-    """What the model says to a prompt by itself."""
+    """Return the output for a prompt alone."""
     return tokenizer.decode(alone([*tokenizer.encode(prompt), tokenizer.end_id], limit))
 
 
 def events(response):
-    """The JSON of server-sent events, which end as OpenAI's do."""
+    """Return the JSON of server-sent events, which end with [DONE]."""
     lines = [line for line in response.text.split("\n\n") if line]
     assert lines[-1] == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
@@ -79,7 +79,7 @@ def test_openai_s_client_lists_models_and_reads_errors(client):
         client.with_options(api_key="another").completions.create(model="nano", prompt="hello")
 
 
-def test_fill_puts_spans_into_blanks(serve):
+def test_fill_inserts_spans_into_blanks(serve):
     address = serve().address
     found = httpx.post(f"{address}/v1/fill", json={"text": TEXT, "max_tokens": 30}).json()
     assert found["text"] == TEXT
@@ -97,7 +97,7 @@ def test_fill_puts_spans_into_blanks(serve):
     assert found["output"].startswith(outputs[-1])
 
 
-def test_route_tells_who_took_each_token(serve, model):
+def test_route_returns_the_expert_of_each_token(serve, model):
     address = serve().address
     found = httpx.post(f"{address}/v1/route", json={"text": "ab", "output": "c"}).json()
     assert (found["model"], found["num_experts"]) == ("nano", model.config.num_experts)
@@ -124,7 +124,7 @@ def test_the_page_needs_no_key_and_the_report_does(serve):
     assert httpx.get(f"{address}/v1/models", headers=headers).json()["data"][0]["report"] is True
 
 
-def test_pages_that_load_from_elsewhere_are_not_there(serve):
+def test_there_are_no_pages_that_load_from_other_origins(serve):
     address = serve().address
     assert httpx.get(f"{address}/docs").status_code == 404
     assert httpx.get(f"{address}/redoc").status_code == 404
@@ -134,7 +134,7 @@ def test_pages_that_load_from_elsewhere_are_not_there(serve):
     }  # fmt: skip
 
 
-def test_a_failing_request_says_so_and_the_next_succeeds(serve, monkeypatch):
+def test_a_failing_request_is_an_error_and_the_next_succeeds(serve, monkeypatch):
     served = serve()
     monkeypatch.setattr(served.engine.model, "encode", None)
     for stream in (False, True):
@@ -149,7 +149,7 @@ def test_a_failing_request_says_so_and_the_next_succeeds(serve, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_that_ended_is_told_by_health_and_keeps_nobody_waiting(serve, monkeypatch):
+def test_health_reports_an_engine_that_ended_and_requests_fail(serve, monkeypatch):
     served = serve()
     monkeypatch.setattr(served.engine, "_step", None)
     body = {"prompt": "hello", "max_tokens": 4}

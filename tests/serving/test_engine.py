@@ -1,4 +1,4 @@
-"""The engine without HTTP: the same tokens in any company, order, failures, ends."""
+"""The engine without HTTP: tokens, order, failures, ends."""
 
 import queue
 import random
@@ -43,19 +43,19 @@ def test_first_come_first_served(engine, collector):
     for number in range(6):
         listener = collector()
 
-        def hear(event, number=number, listener=listener):
+        def on_event(event, number=number, listener=listener):
             if event.reason:
                 ends.append(number)
             listener(event)
 
-        running.submit(Request(ids=IDS, limit=3), hear)
+        running.submit(Request(ids=IDS, limit=3), on_event)
         heard.append(listener)
     for listener in heard:
         listener.end()
     assert ends == list(range(6))
 
 
-def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(engine, collector):
+def test_a_full_queue_refuses_at_once_with_a_time_to_retry(engine, collector):
     running = engine(num_slots=1, queue=2, max_target=512)
     first = collector()
     running.submit(Request(ids=IDS, limit=512), first)
@@ -63,33 +63,33 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(engine, collect
     waiting = [collector(), collector()]
     for listener in waiting:
         running.submit(Request(ids=IDS, limit=1), listener)
-    with pytest.raises(BusyError, match="2 requests wait already") as caught:
+    with pytest.raises(BusyError, match="2 requests are waiting") as caught:
         running.submit(Request(ids=IDS, limit=1), collector())
     assert caught.value.retry_after >= 1
     assert [listener.end()[1] for listener in (first, *waiting)] == ["length"] * 3
     assert running.statistics.value("switchlm_requests_total", outcome="refused") == 1
 
 
-def test_a_cancelled_request_leaves_its_slot_within_one_step(engine, collector, soon):
+def test_a_cancelled_request_frees_its_slot_within_one_step(engine, collector, soon):
     running = engine(num_slots=1, max_target=512)
     running.submit(Request(ids=IDS, limit=512), listener := collector()).cancel()
     assert listener.end()[1] == "cancelled"
     for _ in range(5):
         listener, submitted, cancelled_at = collector(), queue.Queue(), []
 
-        def hear(event, listener=listener, submitted=submitted, cancelled_at=cancelled_at):
+        def on_event(event, listener=listener, submitted=submitted, cancelled_at=cancelled_at):
             listener(event)
             if len(listener.events) == 3:
                 submitted.get().cancel()
                 cancelled_at.append(running.statistics.value("switchlm_steps_total"))
 
-        submitted.put(running.submit(Request(ids=IDS, limit=512), hear))
+        submitted.put(running.submit(Request(ids=IDS, limit=512), on_event))
         assert listener.end()[1] == "cancelled"
         assert running.statistics.value("switchlm_steps_total") - cancelled_at[0] <= 1
         soon(lambda: running.num_active == 0)
 
 
-def test_what_is_cancelled_or_late_in_the_queue_never_takes_a_slot(engine, collector):
+def test_requests_cancelled_or_overdue_in_the_queue_never_have_a_slot(engine, collector):
     running = engine(num_slots=1, max_target=512)
     running.submit(Request(ids=IDS, limit=512), first := collector())
     assert first.began.wait(10)
@@ -111,11 +111,11 @@ def test_a_request_out_of_time_ends(engine, collector):
 
 
 def failing(original, bad):
-    """Raise where `bad` says that the odd request takes part."""
+    """Raise if `bad` finds the failing request in the arguments."""
 
     def call(*arguments, **options):
         if bad(*arguments, **options):
-            raise RuntimeError("made up")
+            raise RuntimeError("deliberate")
         return original(*arguments, **options)
 
     return call
@@ -124,23 +124,23 @@ def failing(original, bad):
 ODD = 57
 STAGES = {
     "encode": (Slots, "encode", lambda _, prompts: any(ODD in ids for ids in prompts)),
-    "join": (Slots, "join", lambda _, pending, *__, **___: ODD in pending.request.ids),
+    "add": (Slots, "add", lambda _, pending, *__, **___: ODD in pending.request.ids),
     "step": (
         Slots,
         "step",
         lambda slots, first=0, last=None: any(
             ODD in pending.request.ids and pending.num_tokens == 3
-            for pending in slots.names[first:last]
+            for pending in slots.requests[first:last]
         ),
     ),
 }
 
 
 @pytest.mark.parametrize("stage", [*STAGES, "text", "listener"])
-def test_an_exception_fails_its_request_alone(stage, engine, collector, alone, monkeypatch):
+def test_an_exception_fails_its_request_only(stage, engine, collector, alone, monkeypatch):
     running = engine(num_slots=4)
     odd = collector()
-    hear = odd
+    on_event = odd
     if stage in STAGES:
         owner, name, bad = STAGES[stage]
         monkeypatch.setattr(owner, name, failing(getattr(owner, name), bad))
@@ -149,19 +149,19 @@ def test_an_exception_fails_its_request_alone(stage, engine, collector, alone, m
         monkeypatch.setattr(TextStream, "push", push)
     else:
 
-        def hear(event):
+        def on_event(event):
             odd(event)
             if event.reason is None:
-                raise RuntimeError("made up")
+                raise RuntimeError("deliberate")
 
     good = [(8, 9, 1), (10, 11, 12, 1), (13, 1)]
     heard = [collector() for _ in good]
     for ids, listener in zip(good, heard, strict=True):
         running.submit(Request(ids=ids, limit=12), listener)
-    running.submit(Request(ids=(9, ODD, 1), limit=12, stops=("odd stop",)), hear)
+    running.submit(Request(ids=(9, ODD, 1), limit=12, stops=("odd stop",)), on_event)
     tokens, reason = odd.end()
     assert reason == "error"
-    assert "made up" in odd.events[-1].message
+    assert "deliberate" in odd.events[-1].message
     assert len(tokens) == {"step": 3, "listener": 1}.get(stage, 0)
     for ids, listener in zip(good, heard, strict=True):
         assert listener.end() == (alone(ids, 12), "length")
@@ -169,7 +169,7 @@ def test_an_exception_fails_its_request_alone(stage, engine, collector, alone, m
     assert after.end() == (alone(IDS, 5), "length")
 
 
-def test_stop_strings_end_the_output_and_stay_out_of_it(engine, collector, alone, tokenizer):
+def test_stop_strings_end_the_output_and_are_not_part_of_it(engine, collector, alone, tokenizer):
     ids = alone(IDS, 40)
     text = tokenizer.decode(ids)
     stop = text[6:8]
@@ -180,7 +180,7 @@ def test_stop_strings_end_the_output_and_stay_out_of_it(engine, collector, alone
     assert "".join(event.piece for event in listener.events) == text[: text.index(stop)]
 
 
-def test_closing_finishes_what_was_accepted_and_takes_nothing_new(engine, collector, alone):
+def test_closing_finishes_accepted_requests_and_refuses_new_ones(engine, collector, alone):
     running = engine(num_slots=2)
     heard = [collector() for _ in range(6)]
     for listener in heard:
@@ -193,7 +193,7 @@ def test_closing_finishes_what_was_accepted_and_takes_nothing_new(engine, collec
         running.submit(Request(ids=IDS, limit=20), collector())
 
 
-def test_calls_run_between_steps_and_their_errors_come_back(engine, collector):
+def test_calls_run_between_steps_and_their_errors_are_returned(engine, collector):
     running = engine(max_target=512)
     running.submit(Request(ids=IDS, limit=512), listener := collector())
     assert running.call(lambda: threading.current_thread().name).result(10) == "switchlm-engine"

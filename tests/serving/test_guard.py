@@ -1,4 +1,4 @@
-"""The key and the bounds on bodies, before any route: the guard alone, by the ASGI protocol."""
+"""The guard alone, by the ASGI protocol: the key and the limits on bodies."""
 
 import asyncio
 import base64
@@ -17,7 +17,7 @@ OPEN = ("/", "/health", "/page/page.js", "/page/nothing")
 
 
 def ask(path="/v1/models", parts=(b"",), headers=(), key=KEY, seconds=5.0, slow=0.0):
-    """Return (status, headers, content, what the application behind got as its body)."""
+    """Return (status, headers, content, the body that the application received)."""
     sent, reached, parts = [], [], list(parts)
 
     async def receive():
@@ -47,7 +47,7 @@ def bearing(value):
 
 
 @pytest.mark.parametrize("path", ROUTES)
-def test_every_other_route_asks_for_the_key(path):
+def test_every_other_route_needs_the_key(path):
     status, headers, content, reached = ask(path)
     assert status == 401
     assert headers[b"www-authenticate"] == b"Bearer"
@@ -73,7 +73,7 @@ def test_the_page_and_health_are_open(path):
         b"Bearer " + b"a" * 100_000,
     ],
 )  # fmt: skip
-def test_a_wrong_key_is_refused_however_it_comes(value):
+def test_a_wrong_key_is_refused(value):
     assert ask(headers=bearing(value))[0] == 401
 
 
@@ -95,7 +95,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch):
     assert compared == [(b"wrong", KEY.encode())]
 
 
-def test_the_application_gets_the_whole_body_in_one():
+def test_the_application_receives_the_body_in_one_message():
     assert ask(parts=(b"a", b"", b"bc"), key=None)[3] == [b"abc"]
     whole = b"x" * LARGEST_BODY
     assert ask(parts=(whole[:100], whole[100:]), key=None)[3] == [whole]
@@ -109,7 +109,7 @@ def test_the_application_gets_the_whole_body_in_one():
         [b"x" * LARGEST_BODY] * (LARGEST_REFUSED // LARGEST_BODY + 9),
     ],
 )
-def test_a_large_body_is_refused_and_reaches_nothing(parts):
+def test_a_large_body_is_refused_before_the_application(parts):
     status, headers, content, reached = ask(parts=parts, key=None)
     assert (status, reached) == (413, [])
     assert headers[b"connection"] == b"close"
@@ -122,5 +122,5 @@ def test_a_slow_body_is_refused():
     assert "0.1 s" in json.loads(content)["error"]["message"]
 
 
-def test_a_client_gone_before_its_body_came_is_no_request():
+def test_a_client_that_disconnects_before_its_body_makes_no_request():
     assert ask(parts=(), key=None) is None

@@ -1,4 +1,4 @@
-"""What comes from outside is bounded: bodies, fields, keys, time."""
+"""Limits on requests: bodies, fields, keys, time."""
 
 import json
 import socket
@@ -51,7 +51,7 @@ def test_the_key_is_compared_in_constant_time_and_written_nowhere(serve, monkeyp
     assert KEY not in "".join(capfd.readouterr())
 
 
-def test_a_field_of_one_type_or_another_says_both(serve):
+def test_the_error_of_a_field_of_two_types_names_both(serve):
     answer = httpx.post(f"{serve().address}/v1/completions", json={"prompt": 3})
     assert answer.status_code == 400
     error = answer.json()["error"]
@@ -84,7 +84,7 @@ BAD = {
 }
 
 
-def test_bad_bodies_get_fixed_answers(serve):
+def test_invalid_bodies_have_fixed_responses(serve):
     address = serve().address
     headers = {"Content-Type": "application/json"}
     with httpx.Client() as client:
@@ -112,7 +112,7 @@ def test_10_megabytes_are_refused_before_they_are_read(serve):
         assert answer.status_code == 413
 
 
-def test_a_body_that_comes_slowly_is_given_up(serve, monkeypatch):
+def test_a_slow_body_is_refused(serve, monkeypatch):
     monkeypatch.setattr(
         "switchlm.serving.middleware.Guard.__init__.__kwdefaults__", {"seconds": 0.3}
     )
@@ -153,7 +153,7 @@ filled = st.fixed_dictionaries(
 )
 
 
-def test_no_body_whatever_breaks_the_server(serve):
+def test_no_body_breaks_the_server(serve):
     served = serve(max_target=4)
     with httpx.Client(base_url=served.address) as client:
 

@@ -1,4 +1,4 @@
-"""Many clients at once: refused, gone, counted."""
+"""Many clients at a time: refused, disconnected, counted."""
 
 import asyncio
 import contextlib
@@ -52,12 +52,12 @@ def test_200_clients_against_a_queue_of_32(serve):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_clients_that_go_away_free_their_slots(serve, soon, stream):
-    go_away(serve(num_slots=8, queue=256, max_target=4096), soon, 40, stream)
+def test_clients_that_disconnect_free_their_slots(serve, soon, stream):
+    disconnect(serve(num_slots=8, queue=256, max_target=4096), soon, 40, stream)
 
 
-def go_away(served, soon, number, stream):
-    """Let so many clients ask for much and leave; look that nothing is left of them."""
+def disconnect(served, soon, number, stream):
+    """Start many long requests, disconnect, and check that their slots are free."""
     engine, asked = served.engine, threading.Event()
     body = {"prompt": "hello", "max_tokens": engine.max_target, "stream": stream}
 
@@ -82,7 +82,7 @@ def go_away(served, soon, number, stream):
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.gather(*going)
 
-    engine.call(asked.wait)  # nobody is served before all have asked
+    engine.call(asked.wait)  # no request is served before all are sent
     try:
         asyncio.run(run())
     finally:
@@ -153,18 +153,18 @@ def check_counts(served, number, soon):
         assert found[f'switchlm_http_responses_total{{status="{status}"}}'] == counts[status]
     for outcome in ("stop", "error", "deadline"):
         assert found[f'switchlm_requests_total{{outcome="{outcome}"}}'] == 0
-    # Those who went away counted no tokens; what the server made for them is on top.
+    # Clients that disconnected counted no tokens; the server has counted theirs too.
     assert found["switchlm_new_tokens_total"] >= counts["new"]
     assert found["switchlm_request_seconds_count"] == counts["length"] + counts["cancelled"]
     assert found["switchlm_waiting_requests"] == found["switchlm_active_requests"] == 0
     assert min(counts["length"], counts["cancelled"], counts["refused"]) > 0
 
 
-def test_the_server_counts_what_its_clients_count(serve, soon):
+def test_the_server_and_its_clients_count_the_same(serve, soon):
     check_counts(serve(num_slots=4, queue=12, max_target=4096), 150, soon)
 
 
-def test_a_client_that_never_reads_holds_up_nobody(serve):
+def test_a_client_that_never_reads_does_not_block_others(serve):
     served = serve(num_slots=2, max_target=64)
     body = b'{"prompt": "hello", "max_tokens": 64, "stream": true}'
     address = httpx.URL(served.address)
@@ -187,11 +187,11 @@ def test_a_client_that_never_reads_holds_up_nobody(serve):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
-def test_200_clients_that_go_away_free_their_slots(serve, soon, stream):
+def test_200_clients_that_disconnect_free_their_slots(serve, soon, stream):
     served = serve(num_slots=32, queue=256, max_target=512)
-    go_away(served, soon, 200, stream)
+    disconnect(served, soon, 200, stream)
 
 
 @pytest.mark.slow
-def test_the_server_counts_what_its_clients_count_of_1000_requests(serve, soon):
+def test_the_server_and_its_clients_count_the_same_for_1000_requests(serve, soon):
     check_counts(serve(num_slots=4, queue=12, max_target=4096), 1000, soon)

@@ -1,4 +1,4 @@
-"""The page in a real browser, against a real server with a real model of nano size."""
+"""The page in a browser, with a server and a model of nano size."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ KEY = "a key of the test"
 
 
 def nano():
-    """A model whose output is varied, with two Switch layers a stack and a tight capacity."""
+    """A model whose output is varied, with two Switch layers per stack and a tight capacity."""
     torch.manual_seed(3)
     shape = {"initialisation": Initialisation(scale=4.0), "num_encoder_layers": 4}
     config = dataclasses.replace(preset("nano"), **shape, num_decoder_layers=4)
@@ -48,7 +48,7 @@ def report(tmp_path_factory):
 
 @contextmanager
 def serving(report, key=None):
-    """Serve the nano model on a thread of its own; gives the address."""
+    """Serve the nano model in a thread; yield the address."""
     engine = Engine(nano(), Tokenizer.bytes(), num_slots=2, max_source=256, max_target=256, queue=8)
     engine.start()
     app = api.create_app(engine, name="nano", key=key, report=report)
@@ -96,7 +96,7 @@ def colours(page, stack=0):
     )  # fmt: skip
 
 
-def test_a_text_is_filled_and_its_tokens_coloured_by_their_experts(visit, url):
+def test_a_text_is_filled_and_its_tokens_are_coloured_by_expert(visit, url):
     page = visit(url)
     fill(page)
     options = {"temperature": 0, "top_p": 1, "seed": 0, "max_tokens": 12}
@@ -117,7 +117,7 @@ def test_a_text_is_filled_and_its_tokens_coloured_by_their_experts(visit, url):
         assert [int(load or 0) for load in loads] == layer["load"]
 
 
-def test_the_layer_slider_changes_the_colours_of_its_stack_alone(visit, url):
+def test_the_layer_slider_changes_the_colours_of_its_stack_only(visit, url):
     page = visit(url)
     fill(page)
     encoder, decoder = colours(page, 0), colours(page, 1)
@@ -130,7 +130,7 @@ def test_the_layer_slider_changes_the_colours_of_its_stack_alone(visit, url):
     assert colours(page, 0) == encoder
 
 
-def test_all_is_done_by_keyboard_alone(visit, url):
+def test_everything_works_by_keyboard(visit, url):
     page = visit(url)
     for _ in range(12):
         page.keyboard.press("Tab")
@@ -164,7 +164,7 @@ def test_all_is_done_by_keyboard_alone(visit, url):
     assert popover.is_hidden()
 
 
-# Paints the colours over one another, as the browser does, and compares their luminance.
+# Blends the colours, as the browser does, and compares their luminance.
 CONTRASTS = """() => {
   const context = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
   const luminance = colours => {
@@ -199,7 +199,7 @@ def url_with_key(report):
         yield address
 
 
-def test_the_key_is_asked_for_and_kept_in_memory_alone(visit, url_with_key):
+def test_the_key_is_requested_and_kept_in_memory_only(visit, url_with_key):
     page = visit(url_with_key, expected=("401",))
     page.wait_for_selector("#key:focus")
     assert "API key" in page.inner_text("#error")
@@ -225,7 +225,7 @@ def test_the_server_s_errors_are_shown_as_text(visit, url):
     page.fill("#text", "<extra_id_100>")
     page.click("#submit")
     page.wait_for_selector("#error:not([hidden])")
-    assert "knows only <extra_id_0> to <extra_id_99>" in page.inner_text("#error")
+    assert "has only <extra_id_0> to <extra_id_99>" in page.inner_text("#error")
     page.fill("#text", " ")
     page.click("#submit")
     assert "Type a text first" in page.inner_text("#error")
@@ -233,12 +233,12 @@ def test_the_server_s_errors_are_shown_as_text(visit, url):
     assert page.locator("#error").is_hidden()
 
 
-def test_failures_on_the_way_are_told_in_words(visit, url):
+def test_failed_requests_have_messages(visit, url):
     page = visit(url, expected=("ERR_FAILED", "429"))
     busy = {"error": {"message": "The queue is full.", "type": "busy", "param": None, "code": None}}
     stumble = 'data: {"output": "<extra_id_0>a"}\n\ndata: {"error": {"message": "It broke."}}\n\n'
     for answer, message in (
-        ({}, "The server does not answer. Is it still running?"),
+        ({}, "The server does not respond. Is it still running?"),
         (
             {"status": 429, "json": busy, "headers": {"Retry-After": "7"}},
             "The queue is full. Try again in 7 s.",
@@ -260,7 +260,7 @@ def test_failures_on_the_way_are_told_in_words(visit, url):
 
 def test_stop_ends_a_request_that_takes_long(visit, url):
     page = visit(url)
-    page.route("**/v1/fill", lambda route: None)  # no answer ever comes
+    page.route("**/v1/fill", lambda route: None)  # never responds
     page.fill("#text", TEXT)
     page.click("#submit")
     page.click("#stop")
@@ -270,7 +270,7 @@ def test_stop_ends_a_request_that_takes_long(visit, url):
     assert page.locator("#error").is_hidden()
 
 
-def test_the_blanks_fill_up_while_the_output_comes(visit, url):
+def test_blanks_are_filled_while_the_output_is_generated(visit, url):
     page = visit(url)
     output = "<extra_id_0>size<extra_id_1>1"
     last = {"output": output, "filled": "", "finished": True, "spans": {"0": "size", "1": "1"}}
@@ -288,7 +288,7 @@ def test_the_blanks_fill_up_while_the_output_comes(visit, url):
     assert "Done in" in page.inner_text("#status")
 
 
-def test_what_comes_from_the_server_is_never_taken_for_html(visit, url):
+def test_responses_are_never_inserted_as_html(visit, url):
     page = visit(url)
     evil = "<img src=x onerror='document.title=1'>"
     page.route("**/v1/fill", lambda route: route.fulfill(
@@ -302,15 +302,15 @@ def test_what_comes_from_the_server_is_never_taken_for_html(visit, url):
     assert evil in page.locator(".tokens").nth(1).inner_text()
 
 
-def test_the_report_of_the_run_is_a_view_that_an_address_leads_to(visit, url):
+def test_the_report_of_the_run_is_a_view_with_an_address(visit, url):
     page = visit(url + "#report")
     report = page.frame_locator("#report")
     assert report.locator("h1").inner_text() == "a run"
     assert report.locator("svg").count() >= 1  # its scripts run
     assert page.locator("#text-view").is_hidden()
-    page.click("text=Experts at work")
+    page.click("text=Expert assignment")
     page.wait_for_selector("#text-view")  # visible, once the address has changed
-    assert page.locator("nav [aria-current]").inner_text() == "Experts at work"
+    assert page.locator("nav [aria-current]").inner_text() == "Expert assignment"
 
 
 def test_capacity_shows_the_dropped_tokens(visit, url):
@@ -324,7 +324,7 @@ def test_capacity_shows_the_dropped_tokens(visit, url):
     assert f"{dropped} dropped" in text
 
 
-def test_a_bar_shows_its_expert_s_tokens_alone(visit, url):
+def test_a_bar_shows_the_tokens_of_its_expert_only(visit, url):
     page = visit(url)
     fill(page)
     bar = page.locator(".loads").first.locator("button").filter(has_text="1").first
@@ -340,7 +340,7 @@ def test_a_bar_shows_its_expert_s_tokens_alone(visit, url):
 
 
 def routed_by(experts, tokens=120):
-    """The answer of a layer of so many experts, of which about forty are used."""
+    """The routing of a layer with many experts, of which about forty are used."""
     expert = [
         place * place * 7 % min(experts, 41) * (experts // min(experts, 41))
         for place in range(tokens)
@@ -375,7 +375,7 @@ def test_a_dense_model_and_a_text_without_blanks(visit, url):
     page.route("**/v1/route", lambda route: route.fulfill(json=answer))
     page.evaluate(WATCH)
     fill(page, "translate: a")
-    assert len(set(page.evaluate("seen"))) > 3  # it is shown while it comes
+    assert len(set(page.evaluate("seen"))) > 3  # shown while it is generated
     assert page.inner_text("#result-title") == "Answer"
     assert page.inner_text("#result")
     assert "dense" in page.inner_text("#routing-note")
@@ -391,7 +391,7 @@ def test_the_picture_for_the_docs_shows_a_token_s_expert(visit, url):
     assert page.screenshot().startswith(b"\x89PNG")
 
 
-def test_motion_is_reduced_where_that_is_asked_for(visit, url):
+def test_motion_is_reduced_on_request(visit, url):
     page = visit(url, reduced_motion="reduce")
     fill(page)
     page.locator(".token").first.hover()

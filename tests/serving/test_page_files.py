@@ -7,7 +7,7 @@ from switchlm.report.write import ReportRun, write_report
 from switchlm.serving.middleware import page_files, page_headers
 
 
-def test_every_file_that_the_page_names_is_there():
+def test_every_file_named_by_the_page_exists():
     found = page_files()
     assert found["/"].headers["content-type"] == "text/html; charset=utf-8"
     text = found["/"].body.decode()
@@ -22,14 +22,14 @@ def test_files_are_short():
         assert file.body.count(b"\n") <= 400
 
 
-def test_nothing_is_loaded_from_elsewhere_and_no_html_is_written():
+def test_nothing_is_loaded_from_other_origins_and_no_html_is_inserted():
     for address, file in page_files().items():
         for forbidden in ("innerHTML", "outerHTML", "insertAdjacentHTML", "http://", "https://",
                           "eval(", "localStorage", "sessionStorage"):  # fmt: skip
             assert forbidden not in file.body.decode(), f"{address} has {forbidden}"
 
 
-def test_a_report_s_scripts_are_allowed_by_their_hashes_and_nothing_else_inline(tmp_path):
+def test_scripts_of_a_report_are_allowed_by_hash_and_no_other_inline_scripts(tmp_path):
     assert "script-src 'self';" in page_headers()["Content-Security-Policy"]
     path = Path(tmp_path) / "report.html"
     write_report(path, title="a", headline="b", runs=[ReportRun(name="a", metrics=[])])

@@ -1,4 +1,4 @@
-"""What /metrics says: a text that a strict reader of Prometheus' format takes, and right counts."""
+"""/metrics: text in the format of Prometheus, strictly parsed, and correct counts."""
 
 import math
 import re
@@ -11,7 +11,7 @@ SAMPLE = re.compile(rf'({NAME})(?:\{{((?:{NAME}="[^"\\\n]*",?)*)\}})? (\S+)')
 
 
 def parse(text):
-    """Read the format strictly: return {family: (kind, {(name, labels): value})}."""
+    """Parse the format strictly: return {family: (kind, {(name, labels): value})}."""
     assert text.endswith("\n")
     families, family = {}, None
     for line in text.splitlines():
@@ -34,12 +34,12 @@ def parse(text):
     return families
 
 
-def test_the_text_is_prometheus_format_and_histograms_add_up():
+def test_the_text_has_prometheus_format_and_consistent_histograms():
     statistics = Statistics()
     for reason in OUTCOMES:
-        statistics.finished(reason)
+        statistics.count_request(reason)
     for seconds in (0.0001, 0.3, 1e6):
-        statistics.began(seconds)
+        statistics.count_first_token(seconds)
     families = parse(statistics.text({"switchlm_slots": ("Slots.", 32)}))
     assert families["switchlm_slots"] == ("gauge", {("switchlm_slots", None): 32})
     _, requests = families["switchlm_requests_total"]
@@ -61,8 +61,8 @@ def test_no_count_is_lost_among_threads():
 
     def add():
         for _ in range(2000):
-            statistics.finished("stop", 0.1, prompt=3, new=2)
-            statistics.stepped(4, 0.01)
+            statistics.count_request("stop", 0.1, prompt=3, new=2)
+            statistics.count_step(4, 0.01)
 
     threads = [threading.Thread(target=add) for _ in range(4)]
     for thread in threads:
@@ -77,11 +77,11 @@ def test_no_count_is_lost_among_threads():
     assert statistics.value("switchlm_rows_total") == 32000
 
 
-def test_the_time_to_wait_grows_with_the_queue_and_has_bounds():
+def test_the_estimated_wait_grows_with_the_queue_and_is_bounded():
     statistics = Statistics()
     assert statistics.seconds_for(1, 32) == 1
     for _ in range(10):
-        statistics.finished("length", 4.0)
+        statistics.count_request("length", 4.0)
     assert statistics.seconds_for(32, 32) == 4
     assert statistics.seconds_for(64, 32) == 8
     assert statistics.seconds_for(10**6, 1) == 600

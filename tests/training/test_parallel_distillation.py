@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from switchlm.data.batch import Batch
-from switchlm.huggingface.init_from import transplant
+from switchlm.huggingface.init_from import init_from
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply, materialise
@@ -44,9 +44,9 @@ def built(config: object, mesh: Mesh, seed: int) -> SwitchTransformer:
 def distil(mesh: Mesh) -> dict[str, Tensor]:
     """Upcycle a dense model over the mesh, and teach a dense student for a step; all that came."""
     teacher, student = built(SPARSE, ALONE, 0), built(DENSE, mesh, 1)
-    transplant(teacher, student, feedforward="mean")
+    init_from(teacher, student, feedforward="mean")
     grown = built(SPARSE, mesh, 2)
-    transplant(built(DENSE, ALONE, 3), grown)
+    init_from(built(DENSE, ALONE, 3), grown)
     optimizer = build_optimizer(student, TrainingConfig(optimizer="adafactor"))
     set_learning_rate(optimizer, 1e-3)
     batch = Teacher(teacher, top_k=9)(rows(mesh))

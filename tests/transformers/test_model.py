@@ -1,4 +1,4 @@
-"""Code that switches by one import: against the class of transformers on the same weights."""
+"""The class against that of transformers, on the same weights."""
 
 import dataclasses
 import importlib
@@ -43,7 +43,7 @@ def save(folder, **changes):
 
 
 def pair_of(folder):
-    """Return our model and theirs of the same files."""
+    """Return our model and that of transformers from the same files."""
     config = load.load_config(folder)
     name = "SwitchTransformers" if config.num_experts else "T5"
     theirs = getattr(transformers, f"{name}ForConditionalGeneration").from_pretrained(folder)
@@ -95,7 +95,7 @@ def test_generate_gives_the_tokens_of_transformers(pair, batch, way):
     assert len(outputs[0].unique()) > 5
 
 
-def test_greedy_is_our_own(pair, batch):
+def test_greedy_tokens_are_those_of_generation(pair, batch):
     inputs, mask = batch[0].values()
     ours = generate(pair[0].model, inputs, mask, max_new_tokens=12)
     theirs = pair[0].generate(**batch[0], max_new_tokens=12, do_sample=False)
@@ -126,7 +126,7 @@ def test_generate_drops_nothing_where_forward_does(tmp_path, batch):
 
 
 @pytest.mark.parametrize("with_mask", [False, True])
-def test_the_loss_is_theirs_with_router_losses(pair, batch, with_mask):
+def test_the_loss_is_that_of_transformers_with_router_losses(pair, batch, with_mask):
     inputs, labels = batch
     if with_mask:
         inputs = {**inputs, "decoder_attention_mask": (labels != -100).long()}
@@ -143,7 +143,7 @@ def test_the_loss_is_theirs_with_router_losses(pair, batch, with_mask):
     assert torch.equal(logits, got.logits)
 
 
-def test_a_cache_of_theirs_carries_on_where_it_was(pair, batch):
+def test_generation_continues_from_a_cache_of_transformers(pair, batch):
     ours, _ = pair
     tokens = torch.tensor([[0, 20, 30, 40]] * 3)
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -163,7 +163,7 @@ def test_a_cache_of_theirs_carries_on_where_it_was(pair, batch):
     torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_saved_is_loaded_by_both(ours, batch, tmp_path):
+def test_saved_models_are_loaded_by_both(ours, batch, tmp_path):
     ours.generation_config.num_beams = 2
     ours.save_pretrained(tmp_path / "copy")
     copy, theirs = pair_of(tmp_path / "copy")
@@ -180,7 +180,7 @@ def test_what_is_saved_is_loaded_by_both(ours, batch, tmp_path):
     assert not half.training
 
 
-def test_saving_leaves_other_files_and_mends_the_weights(ours, tmp_path):
+def test_saving_keeps_other_files_and_replaces_the_weights(ours, tmp_path):
     (tmp_path / "optimizer.pt").write_text("momentum")
     (tmp_path / "model-00001-of-00002.safetensors").write_text("old")
     Tokenizer.bytes(50).save(tmp_path)
@@ -214,7 +214,7 @@ def test_saved_tensors_are_loaded_in_place_as_trainer_does(ours, tmp_path):
 
 
 @pytest.mark.slow
-def test_their_trainer_trains_and_resumes(ours, folder, tmp_path):
+def test_trainer_trains_and_resumes(ours, folder, tmp_path):
     pytest.importorskip("accelerate")
     torch.manual_seed(0)
     data = [
@@ -278,16 +278,18 @@ def test_peft_trains_adapters_and_saves_them(ours, folder, batch, tmp_path):
     assert torch.equal(again.generate(**options), adapted.eval().generate(**options))
 
 
-def test_mistakes_are_explained(ours, batch):
+def test_errors(ours, batch):
     load = SwitchTransformersForConditionalGeneration.from_pretrained
-    with pytest.raises(ConfigError, match="from_pretrained does not know quantization_config='x'"):
+    with pytest.raises(
+        ConfigError, match="from_pretrained does not support quantization_config='x'"
+    ):
         load("anything", quantization_config="x")
     with pytest.raises(ConfigError, match="no dtype 'float31'"):
         load("anything", dtype="float31")
     with pytest.raises(ConfigError, match="takes a switchlm model, got T5Config"):
         SwitchTransformersForConditionalGeneration(transformers.T5Config())
     inputs, labels = batch
-    with pytest.raises(ConfigError, match="forward does not know output_attentions='True'"):
+    with pytest.raises(ConfigError, match="forward does not support output_attentions='True'"):
         ours(**inputs, labels=labels, output_attentions=True)
     with pytest.raises(ConfigError, match="neither labels nor decoder_input_ids"):
         ours(**inputs)

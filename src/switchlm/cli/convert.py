@@ -56,7 +56,7 @@ def convert(
 
     from switchlm.huggingface.adapters import load_adapters
     from switchlm.huggingface.load import load, save
-    from switchlm.huggingface.save import limits
+    from switchlm.huggingface.save import unsupported_features
     from switchlm.model import lora
 
     kind = None if dtype is None else getattr(torch, dtype.value)
@@ -66,7 +66,7 @@ def convert(
     if adapters is not None:
         load_adapters(loaded, adapters)
         loaded = lora.merged(loaded).to(kind)
-    obstacles = limits(loaded.config)
+    obstacles = unsupported_features(loaded.config)
     if to is Layout.huggingface and obstacles:
         raise CheckpointError(
             f"{model!r} has no faithful form in transformers. {' '.join(obstacles)} "

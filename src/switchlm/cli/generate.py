@@ -195,7 +195,7 @@ class _Generator:
                 "The memory of attention grows with the square of it: shorten the text, or raise "
                 "--max-input-tokens."
             )
-        return self.max_new_tokens or filling.TOKENS_A_BLANK * num_blanks
+        return self.max_new_tokens or filling.TOKENS_PER_BLANK * num_blanks
 
     def stream(self, record: Record) -> Record:
         """Print the output as it is generated."""

@@ -120,9 +120,9 @@ class Calibrated:
         self.too_few: list[str] = []
         self._names = {module: name for name, module in model.named_modules()}
         self._entries = {
-            (entry.ours, entry.expert): entry
+            (entry.name, entry.expert): entry
             for entry in entries(model.config, family_of(model.config))
-            if quantisation.holds(entry)
+            if quantisation.includes(entry)
         }
 
     def run(self, stack: Stack, batches: Sequence[Activations]) -> None:

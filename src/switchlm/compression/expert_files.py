@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from switchlm.errors import CheckpointError
-from switchlm.huggingface.weights import Extent
+from switchlm.huggingface.weights import TensorOffset
 
 ALIGNMENT = 64  # bytes, a cache line, to which tensors in memory are aligned
 PAGE = 4096  # bytes, to which direct reads are aligned, in files and in memory
@@ -36,10 +36,10 @@ class Recipe:
     dtype: None keeps that of the files, as codes of quantised weights (integers) always do.
     """
 
-    parts: Mapping[str, Extent]
+    parts: Mapping[str, TensorOffset]
     dtype: torch.dtype | None = None
 
-    def dtype_of(self, part: Extent) -> torch.dtype:
+    def dtype_of(self, part: TensorOffset) -> torch.dtype:
         """Return the dtype of a part in memory."""
         if self.dtype is None or not part.dtype.is_floating_point:
             return part.dtype
@@ -83,16 +83,16 @@ class Recipe:
                 end += _padded(self._size(part), ALIGNMENT)
         return starts, end
 
-    def _size(self, part: Extent) -> int:
+    def _size(self, part: TensorOffset) -> int:
         return math.prod(part.shape) * self.dtype_of(part).itemsize
 
 
-def is_large(part: Extent) -> bool:
+def is_large(part: TensorOffset) -> bool:
     """Whether it is read in full pages, to the offset in a page that it has in the file."""
     return part.num_bytes >= LARGE and part.offset % part.dtype.itemsize == 0
 
 
-def _stage(part: Extent) -> int:
+def _stage(part: TensorOffset) -> int:
     return STAGE + 2 * PAGE if is_large(part) else min(STAGE, part.num_bytes)
 
 
@@ -144,7 +144,7 @@ class ExpertFiles:
         """Close the files; nothing can be read any more."""
         self._close()
 
-    def _fill(self, part: Extent, start: int, target: Tensor, buffer: Tensor) -> None:
+    def _fill(self, part: TensorOffset, start: int, target: Tensor, buffer: Tensor) -> None:
         """Fill the target from byte `start` of the part.
 
         target: a view of `buffer`. If the part is large, the full pages around it may be
@@ -163,7 +163,7 @@ class ExpertFiles:
             file.direct = None  # the file system opens with O_DIRECT, but does not read
         _read(part.file, file.plain, memoryview(cast(Any, target.numpy())), offset, size)
 
-    def _convert(self, part: Extent, target: Tensor) -> None:
+    def _convert(self, part: TensorOffset, target: Tensor) -> None:
         """Read a part a piece at a time, and convert it to the dtype of the target."""
         size, step = part.dtype.itemsize, STAGE // part.dtype.itemsize
         buffer = new_buffer(_stage(part))

@@ -21,7 +21,7 @@ from switchlm.compression.expert_memory import READERS, ExpertMemory, Tensors
 from switchlm.files import Report
 from switchlm.huggingface.load import load_without_experts
 from switchlm.huggingface.quantised import SCALE
-from switchlm.huggingface.weights import Extent
+from switchlm.huggingface.weights import TensorOffset
 from switchlm.kernels.cpu.quantised import matrix
 from switchlm.kernels.reference import Map, feed_forward
 from switchlm.kernels.select import linear
@@ -144,12 +144,12 @@ def load_offloaded(
         name, revision=revision, local_files_only=local_files_only, dtype=dtype, report=report
     )
     config = model.config
-    parts: dict[tuple[str, int], dict[str, Extent]] = {}
-    for stacked, extents in experts.items():
+    parts: dict[tuple[str, int], dict[str, TensorOffset]] = {}
+    for stacked, offsets in experts.items():
         before, _, part = stacked.partition(".experts.")
         layer = f"{before}.experts"
-        for expert, extent in enumerate(extents):
-            parts.setdefault((layer, expert), {})[part] = extent
+        for expert, offset in enumerate(offsets):
+            parts.setdefault((layer, expert), {})[part] = offset
     coded = any(part.endswith(SCALE) for part in experts)  # scales keep their dtype
     recipes = {key: Recipe(found, None if coded else dtype) for key, found in parts.items()}
     paths = {part.file for found in parts.values() for part in found.values()}

@@ -34,7 +34,7 @@ def round_to_nearest(quantisation: Quantisation) -> Quantiser:
         weight_NK = weight_NK.float()
         if not weight_NK.isfinite().all():
             raise CheckpointError(
-                f"{entry.theirs} holds numbers that are not finite; the model is damaged."
+                f"{entry.hf_name} holds numbers that are not finite; the model is damaged."
             )
         if quantisation.bits == 8:
             scale_N = int8_scale(weight_NK)
@@ -98,7 +98,7 @@ class Codes:
         self._tensors = {
             part.key: torch.zeros(part.shape, dtype=part.dtype)
             for entry in first_entries(model.config, family_of(model.config))
-            if quantisation.holds(entry)
+            if quantisation.includes(entry)
             for part in parts(entry, model.config.num_experts, quantisation)
         }
 
@@ -109,7 +109,7 @@ class Codes:
 
     def get(self, entry: Entry) -> tuple[Tensor, Tensor]:
         """Return codes and scale of one matrix."""
-        codes, scale = self._tensors[entry.ours], self._tensors[entry.ours + SCALE]
+        codes, scale = self._tensors[entry.name], self._tensors[entry.name + SCALE]
         if entry.expert is None:
             return codes, scale
         return codes[entry.expert], scale[entry.expert]
@@ -136,6 +136,6 @@ def quantise_all(
     """Return the codes of a model, quantised a matrix at a time."""
     codes = Codes(model, quantisation)
     for entry, weight_NK in weights_of_model(model):
-        if quantisation.holds(entry):
+        if quantisation.includes(entry):
             codes.put(entry, *quantise(entry, weight_NK))
     return codes

@@ -1,1 +1,1 @@
-"""How good a model is: held-out loss, and who goes to which expert."""
+"""Evaluate models: held-out loss, task metrics, expert assignment, diagnostics."""

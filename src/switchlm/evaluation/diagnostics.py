@@ -1,8 +1,7 @@
-"""Why a small model learns or does not: where its heads look, and what its routers decide.
+"""Diagnostics of training: locality of attention heads, and decisions of routers.
 
-Both stacks run block by block (`StackInputs`, `Block.attend`, `Block.transform`), so that what
-every sublayer reads is at hand: attention weights and the router's probabilities are computed from
-it with the modules' own parameters, and nothing is hooked into the model.
+Both stacks run block by block (`StackInputs`, `Block.attend`, `Block.transform`). Attention weights
+and router probabilities are computed from the input of each sublayer, without hooks.
 
 Shapes: B batch, S source or target, N tokens (B * S), H heads, Q queries, M keys, K head width,
 D d_model, E experts, A assignments, T tokens of the sample.
@@ -23,23 +22,23 @@ from switchlm.model.routing import Routing
 from switchlm.model.switch import SwitchFeedForward
 from switchlm.model.transformer import Stack, StackInputs, SwitchTransformer, shift_right
 
-NEAR = 3  # positions: the attention of a head to keys no farther away is its near attention
-MOST_TOKENS = 8192  # of the encoder that are measured: whole rows, at least one
-MOST_SAMPLED = 1024  # tokens a Switch layer whose experts are remembered
-MOST_SCORES = 2**22  # of attention at once: 16 MiB
+NEAR = 3  # positions: attention to keys within this distance is near attention
+MAX_TOKENS = 8192  # of the encoder, rounded to full rows, at least one
+MAX_SAMPLED = 1024  # tokens per Switch layer whose experts are recorded
+MAX_SCORES = 2**22  # of attention at a time: 16 MiB
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwitchDiagnosis:
-    """What a Switch layer did with the held-out tokens; padding is left out everywhere.
+    """Metrics of a Switch layer on held-out tokens, without padding.
 
     name: the module, such as `encoder.blocks.1.feedforward`.
-    gate: the mean gate of the assignments that were kept.
-    dead_experts: how many experts no token chose.
-    router_entropy: of a token's probabilities over the experts, mean over tokens; load_entropy: of
-        the share of assignments that wanted each expert; both in nats, at most ln E.
-    expert_T: int64, on the CPU, the first choice of up to 1,024 tokens, always the same for a
-        batch; where experts choose, each token's most probable expert.
+    gate: the mean gate of the assignments that were not dropped.
+    dead_experts: the number of experts that no token chose.
+    router_entropy: of a token's probabilities over the experts, mean over tokens, in nats.
+    load_entropy: of the share of assignments of each expert, in nats; both are at most ln E.
+    expert_T: int64, on the CPU, the first choice of up to 1,024 tokens, the same ones for equal
+        batches; with expert choice, each token's most probable expert.
     """
 
     name: str
@@ -52,21 +51,21 @@ class SwitchDiagnosis:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What the layers of a model did with held-out text.
+    """Metrics of the layers of a model on held-out text.
 
-    attention_near: for each self-attention, by its module's name, a number a head: the sum of the
-        attention weights on keys at most 3 positions away, the query's own included, mean over
-        tokens.
-    layers: the Switch layers, in layer order; none in a dense model.
+    attention_near: for each self-attention, by its module's name, a number per head: the sum of
+        the attention weights on keys at most 3 positions away, the query's own included, mean
+        over tokens.
+    layers: the Switch layers, in order; none in a dense model.
     """
 
     attention_near: dict[str, list[float]]
     layers: list[SwitchDiagnosis]
 
-    def figures(self, before: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-        """Return the figures for a metrics line (see `training.loop.train`).
+    def metrics(self, before: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """Return the fields of a metrics line (see `training.loop.train`).
 
-        before: the experts of the evaluation before, as `experts` gave them.
+        before: the result of `experts` at the previous evaluation.
         """
         found: dict[str, Any] = {"attention_near": self.attention_near}
         if self.layers:
@@ -79,24 +78,24 @@ class Diagnosis:
         return found
 
     def experts(self) -> dict[str, list[int]]:
-        """Return the experts of the sampled tokens by layer, to be remembered."""
+        """Return the experts of the sampled tokens by layer, for the next call of `metrics`."""
         return {layer.name: layer.expert_T.tolist() for layer in self.layers}
 
 
 def kept_share(now: Sequence[int], before: Sequence[int] | None) -> float | None:
-    """Return the share of tokens with the same expert as before; None if that is not known."""
+    """Return the share of tokens with the same expert as before; None: unknown."""
     if before is None or len(before) != len(now) or not now:
         return None
     return sum(one == other for one, other in zip(now, before, strict=True)) / len(now)
 
 
 def diagnose(model: SwitchTransformer, batch: Batch) -> Diagnosis:
-    """Measure the model on the first rows of a batch, as it is in evaluation.
+    """Measure the model on the first rows of a batch, in evaluation mode.
 
-    Capacity is as configured for evaluation. The model is whole on this process: a sharded one has
-    its weights together only while its own forward pass runs.
+    Capacity is as configured for evaluation. The model must not be sharded: its weights are
+    gathered only within its own forward pass.
     """
-    rows = max(MOST_TOKENS // batch.inputs_BS.shape[1], 1)
+    rows = max(MAX_TOKENS // batch.inputs_BS.shape[1], 1)
     first: dict[str, Any] = {
         name: None if value is None else value[:rows] for name, value in vars(batch).items()
     }
@@ -116,38 +115,38 @@ def diagnose(model: SwitchTransformer, batch: Batch) -> Diagnosis:
 
 
 def entropy(probability: Tensor) -> Tensor:
-    """Return the entropy of the last dim, in nats; what is not there adds nothing."""
+    """Return the entropy of the last dim, in nats; zeros add nothing."""
     return torch.special.entr(probability.double()).sum(-1)
 
 
 def _measure(
     name: str, stack: Stack, inputs: StackInputs, memory_BSD: Tensor | None, found: Diagnosis
 ) -> Tensor:
-    """Run a stack block by block, add what each did to `found`, and return y_BSD of the last.
+    """Run a stack block by block, add the metrics of each to `found`, and return the output y_BSD.
 
-    memory_BSD: the encoder's output, in a decoder.
+    memory_BSD: the encoder's output, for a decoder.
 
-    A router reads the normed input of its sublayer, and in SwitchAttention both routers do.
+    The input of a router, and of both in SwitchAttention, is the normed input of its sublayer.
     """
     x_BSD, mask_BS = inputs.x_BSD, inputs.mask_BS
     real_BS = torch.ones(x_BSD.shape[:2], dtype=torch.bool, device=x_BSD.device)
     real_BS = real_BS if mask_BS is None else mask_BS
     for index, block in enumerate(stack.layers):
         place = f"{name}.blocks.{index}"
-        seen_BSD = block.attention_norm(x_BSD)
-        near_H = _near(block.attention, seen_BSD, inputs.bias, mask_BS, real_BS)
+        normed_BSD = block.attention_norm(x_BSD)
+        near_H = _near(block.attention, normed_BSD, inputs.bias, mask_BS, real_BS)
         found.attention_near[f"{place}.attention"] = near_H
         x_BSD, routing = block.attend(x_BSD, inputs, memory=memory_BSD)
         if isinstance(block.attention, SwitchAttention):
             for part, one in zip(("query", "key_value"), routing, strict=True):
                 router = getattr(block.attention, part).router
                 at = f"{place}.attention.{part}"
-                found.layers.append(_switch(at, router, seen_BSD, one, real_BS))
-        seen_BSD = block.feedforward_norm(x_BSD)
+                found.layers.append(_switch(at, router, normed_BSD, one, real_BS))
+        normed_BSD = block.feedforward_norm(x_BSD)
         x_BSD, routing = block.transform(x_BSD, mask_BS)
         if isinstance(block.feedforward, SwitchFeedForward):
             router, at = block.feedforward.router, f"{place}.feedforward"
-            found.layers.append(_switch(at, router, seen_BSD, routing[0], real_BS))
+            found.layers.append(_switch(at, router, normed_BSD, routing[0], real_BS))
     return x_BSD
 
 
@@ -169,15 +168,15 @@ def _near(
     place_S = torch.arange(length, device=x_BSD.device)
     near_QM = (place_S[:, None] - place_S).abs() <= NEAR
     total_H = torch.zeros(num_heads, dtype=torch.float64, device=x_BSD.device)
-    rows = max(MOST_SCORES // (num_heads * length**2), 1)
+    rows = max(MAX_SCORES // (num_heads * length**2), 1)
     for first in range(0, num_rows, rows):
         part = slice(first, first + rows)
         bias_part = bias if bias.shape[0] == 1 else bias[part]
         # T5 does not scale its scores.
         scores_BHQM = query_BHQK[part].float() @ key_BHMK[part].float().mT + bias_part.float()
         weights_BHQM = scores_BHQM.softmax(-1)
-        mass_BHQ = (weights_BHQM * near_QM).sum(-1) * real_BS[part, None]
-        total_H += mass_BHQ.sum((0, 2), dtype=torch.float64)
+        near_BHQ = (weights_BHQM * near_QM).sum(-1) * real_BS[part, None]
+        total_H += near_BHQ.sum((0, 2), dtype=torch.float64)
     return (total_H / real_BS.sum().clamp(min=1)).tolist()
 
 
@@ -191,15 +190,15 @@ def _switch(
     if routing.token_A is None:
         choices = routing.expert_A.numel() // num_tokens
         first_N = routing.expert_A.view(num_tokens, choices)[:, 0][real_N]
-        wanted_A = real_N.repeat_interleave(choices)
+        chosen_A = real_N.repeat_interleave(choices)
     else:
-        # Experts chose: what they did not keep, they did not want.
+        # With expert choice, assignments that were not kept were not chosen.
         first_N = probability_NE.argmax(-1)
-        wanted_A = routing.kept_A & real_N[routing.token_A]
-    load_E = torch.bincount(routing.expert_A[wanted_A], minlength=router.num_experts)
-    kept_A = routing.kept_A & wanted_A
+        chosen_A = routing.kept_A & real_N[routing.token_A]
+    load_E = torch.bincount(routing.expert_A[chosen_A], minlength=router.num_experts)
+    kept_A = routing.kept_A & chosen_A
     gate = routing.gate_A[kept_A].double().sum() / kept_A.sum().clamp(min=1)
-    every = max(-(-first_N.numel() // MOST_SAMPLED), 1)
+    every = max(-(-first_N.numel() // MAX_SAMPLED), 1)
     return SwitchDiagnosis(
         name=name,
         gate=float(gate),

@@ -1,4 +1,4 @@
-"""Held-out loss: what a model pays for each target token, in total and by source.
+"""Held-out loss per target token, in total and by source.
 
 Shapes: B batch, T target, V vocabulary.
 """
@@ -28,16 +28,17 @@ def held_out_loss(
     *,
     resamples: int = 0,
 ) -> dict[str, Any]:
-    """Return the mean negative log likelihood in nats per target token, and how many counted.
+    """Return the mean negative log likelihood, in nats per target token.
 
-    sources: the names that `Batch.source_B` indexes. The result is `loss`, `tokens`, and `sources`:
-        a mapping of each name met to its own `loss` and `tokens`. Capacity is enforced as
-        configured for evaluation (`router.evaluation_capacity_factor`). On many processes each
-        gives its share of the batches, the model being sharded over `mesh`; all get the result.
-    resamples: of the bootstrap over rows; where there are any, a single process adds to every loss
-        its `interval`, the two ends of 95%.
+    batches: of this process; on several processes, each has its share.
+    sources: the names that `Batch.source_B` indexes.
+    mesh: over which the model is sharded; every process returns the result of all.
+    resamples: of the bootstrap over rows; above 0, a single process adds to every loss its 95%
+        `interval` (low, high).
 
-    Raises DataError when there is no target token at all.
+    The result has `loss`, `tokens`, and `sources`: `loss` and `tokens` of each source with target
+    tokens. Capacity is as configured for evaluation (`router.evaluation_capacity_factor`). Raises
+    DataError if there is no target token.
     """
     device = model.embedding.weight.device
     loss_S = torch.zeros(len(sources), dtype=torch.float64)
@@ -46,14 +47,17 @@ def held_out_loss(
     with evaluation_mode(model), losses_of(mesh):
         for batch in batches:
             source_B = batch.source_B.long().cpu()
-            loss_B, tokens_B = row_losses(model, batch.to(device))
-            loss_B, tokens_B = loss_B.double().cpu(), tokens_B.cpu()
+            batch = batch.to(device)
+            loss_BT = token_losses(forward_batch(model, batch).logits_BTV, batch.targets_BT)
+            mask_BT = batch.target_mask_BT
+            loss_B = torch.where(mask_BT, loss_BT, 0.0).sum(1).double().cpu()
+            tokens_B = mask_BT.sum(1).cpu()
             loss_S.index_add_(0, source_B, loss_B)
             tokens_S.index_add_(0, source_B, tokens_B)
             rows.append((source_B, loss_B, tokens_B))
     loss_S, tokens_S = mesh.all_reduce_sum(loss_S), mesh.all_reduce_sum(tokens_S)
     if not tokens_S.sum():
-        raise DataError("There is no held-out text to evaluate on: not one target token.")
+        raise DataError("There is no held-out text to evaluate on: no target token.")
     result: dict[str, Any] = {
         "loss": float(loss_S.sum() / tokens_S.sum()),
         "tokens": int(tokens_S.sum()),
@@ -76,10 +80,3 @@ def held_out_loss(
 def _interval(statistics_N2: Floats, resamples: int) -> list[float]:
     found = bootstrap(statistics_N2, ratio, resamples=resamples)
     return [found.low, found.high]
-
-
-def row_losses(model: SwitchTransformer, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return each row's summed negative log likelihood (float32) and its number of targets."""
-    loss_BT = token_losses(forward_batch(model, batch).logits_BTV, batch.targets_BT)
-    mask_BT = batch.target_mask_BT
-    return torch.where(mask_BT, loss_BT, 0.0).sum(1), mask_BT.sum(1)

@@ -1,10 +1,9 @@
 """The metrics of tasks, in per cent, each with a bootstrap interval.
 
-A metric is two functions: statistics of every example, and the value that their sums make. The name
-of a metric is what `Task.metrics` and `--metric` say. A value that is not defined is 0, such as the
-correlation with a constant. Intervals are percentile intervals of the bootstrap (Efron 1979), over
-groups of examples: since every value is a function of sums, a resample needs only the sums of the
-groups that it drew.
+A metric is two functions: the statistics of every example, and the value computed from their sums.
+`Task.metrics` and `--metric` have its name. An undefined value, such as the correlation with a
+constant, is 0. Intervals are percentile intervals of the bootstrap (Efron 1979) over groups of
+examples: since every value is a function of sums, a resample needs the sums of its groups only.
 
 Shapes: N examples, K statistics, L labels, G groups, R resamples.
 """
@@ -26,17 +25,17 @@ from switchlm.data.tasks.task import Example
 from switchlm.errors import ConfigError, DataError, MissingExtraError, nearest
 
 Floats = NDArray[np.float64]
-Combine = Callable[[Floats], Floats]  # sums [..., K] to figures [...]
+Combine = Callable[[Floats], Floats]  # sums [..., K] to values [...]
 
 RESAMPLES = 1000
-_CHUNK = 2**22  # numbers drawn at once
+_CHUNK = 2**22  # numbers drawn at a time
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A figure, and between which two the same measurement on other examples would mostly lie."""
+    """A value and its confidence interval."""
 
     value: float
     low: float
@@ -54,26 +53,26 @@ def bootstrap(
 ) -> Interval:
     """Return combine(sum over examples) and its interval of the given confidence.
 
-    groups_N: what belongs together and is drawn together, such as all questions about a text; every
-        example is drawn by itself where None. The same seed draws the same groups.
+    groups_N: the group of each example, drawn together, such as all questions about a text; None:
+        every example is a group.
     """
     sums_GK = _group_sums(np.asarray(statistics_NK, dtype=np.float64), groups_N)
     value = float(combine(sums_GK.sum(0)))
     num_groups = len(sums_GK)
-    chance = np.random.default_rng(seed)
-    figures: list[Floats] = []
-    at_once = max(_CHUNK // num_groups, 1)
-    for start in range(0, resamples, at_once):
-        rows = min(at_once, resamples - start)
-        drawn_RG = chance.multinomial(num_groups, np.full(num_groups, 1 / num_groups), size=rows)
-        figures.append(combine(drawn_RG @ sums_GK))
+    generator = np.random.default_rng(seed)
+    values: list[Floats] = []
+    chunk = max(_CHUNK // num_groups, 1)
+    for start in range(0, resamples, chunk):
+        rows = min(chunk, resamples - start)
+        drawn_RG = generator.multinomial(num_groups, np.full(num_groups, 1 / num_groups), size=rows)
+        values.append(combine(drawn_RG @ sums_GK))
     tail = (1 - confidence) / 2
-    low, high = np.quantile(np.concatenate(figures), [tail, 1 - tail]).tolist()
+    low, high = np.quantile(np.concatenate(values), [tail, 1 - tail]).tolist()
     return Interval(value=value, low=low, high=high)
 
 
 def ratio(sums: Floats) -> Floats:
-    """Return the first sum over the second; what is not defined is 0."""
+    """Return the first sum over the second; undefined values are 0."""
     return divide(sums[..., 0], sums[..., 1])
 
 
@@ -94,14 +93,14 @@ def _group_sums(statistics_NK: Floats, groups_N: Sequence[Hashable] | None) -> F
 
 
 Labels = Sequence[str] | None
-NO_NUMBER = -1.0  # what a prediction counts as that should be a number, as in T5
+NO_NUMBER = -1.0  # the value of a prediction that is not a number, as in T5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """statistics: of predictions, examples and labels, float64 [N, K]; combine: their sums to a
-        share.
-    labelled: whether it takes the labels of the task, positive the second one.
+    """statistics: of predictions, examples and labels, float64 [N, K].
+    combine: from their sums to a value from 0 to 1.
+    labelled: whether it needs two labels, of which the second is the positive one.
     """
 
     statistics: Callable[[Sequence[str], Sequence[Example], Labels], Floats]
@@ -120,8 +119,8 @@ def measure(
 ) -> dict[str, Interval]:
     """Return each metric of the predictions in per cent, with its 95% interval.
 
-    Examples of one identity are resampled together. Raises ConfigError for an unknown metric or one
-    that needs two labels where there are others, DataError where there is nothing to score.
+    Examples of equal identity are resampled together. Raises ConfigError for an unknown metric, or
+    one that needs two labels if the task has not two, DataError if there are no examples.
     """
     if not examples:
         raise DataError("There are no examples to score.")
@@ -131,8 +130,8 @@ def measure(
         metric = find_metric(name)
         if metric.labelled and len(labels or ()) != 2:
             raise ConfigError(
-                f"The metric {name!r} needs a task with two labels, of which the second counts; "
-                f"this one has {len(labels) if labels else 'none'}. Take macro_f1 or accuracy."
+                f"The metric {name!r} needs a task with two labels, the second positive; "
+                f"this one has {len(labels) if labels else 'none'}. Use macro_f1 or accuracy."
             )
         interval = bootstrap(
             metric.statistics(predictions, examples, labels),
@@ -146,7 +145,7 @@ def measure(
 
 
 def find_metric(name: str) -> Metric:
-    """Return the metric of that name; raises ConfigError naming the near miss."""
+    """Return the metric of that name. Raises ConfigError with the nearest name."""
     if name not in METRICS:
         raise ConfigError(f"There is no metric {name!r}.{nearest(name, METRICS)}")
     return METRICS[name]
@@ -172,7 +171,7 @@ def _is_one(prediction: str, references: Sequence[str]) -> float:
 def _group_accuracy(
     predictions: Sequence[str], examples: Sequence[Example], labels: Labels
 ) -> Floats:
-    """Of each identity whether all is right, noted at its first example."""
+    """Whether all predictions of an identity are right, at its first example; else zeros."""
     first: dict[str, int] = {}
     statistics_N2 = np.zeros((len(examples), 2))
     for place, (prediction, example) in enumerate(zip(predictions, examples, strict=True)):
@@ -184,22 +183,22 @@ def _group_accuracy(
 
 
 def _counts(predictions: Sequence[str], examples: Sequence[Example], labels: Labels) -> Floats:
-    """For every label whether it is the right one, whether it was said, and whether both."""
+    """For every label: whether it is right, whether it is predicted, and both."""
     right = [example.target for example in examples]
     number = {label: place for place, label in enumerate(labels or sorted(set(right)))}
     true_NL = np.zeros((len(right), len(number)))
-    said_NL = np.zeros_like(true_NL)
+    predicted_NL = np.zeros_like(true_NL)
     for place, (prediction, label) in enumerate(zip(predictions, right, strict=True)):
         true_NL[place, number[label]] = 1.0
-        said = number.get(prediction.strip())  # anything else is wrong, whatever it is
-        if said is not None:
-            said_NL[place, said] = 1.0
-    return np.concatenate([true_NL, said_NL, true_NL * said_NL], axis=1)
+        predicted = number.get(prediction.strip())  # any other prediction is wrong
+        if predicted is not None:
+            predicted_NL[place, predicted] = 1.0
+    return np.concatenate([true_NL, predicted_NL, true_NL * predicted_NL], axis=1)
 
 
 def _f1_of_labels(sums: Floats) -> Floats:
-    true_L, said_L, both_L = np.split(sums, 3, axis=-1)
-    return divide(2 * both_L, true_L + said_L)
+    true_L, predicted_L, both_L = np.split(sums, 3, axis=-1)
+    return divide(2 * both_L, true_L + predicted_L)
 
 
 def _binary_f1(sums: Floats) -> Floats:
@@ -212,13 +211,13 @@ def _macro_f1(sums: Floats) -> Floats:
 
 def _matthews(sums: Floats) -> Floats:
     """The correlation of Matthews 1975, for any number of labels (Gorodkin 2004)."""
-    true_L, said_L, both_L = np.split(sums, 3, axis=-1)
+    true_L, predicted_L, both_L = np.split(sums, 3, axis=-1)
     total = true_L.sum(-1)
-    other = total - said_L.sum(-1)  # predictions that are no label
-    above = both_L.sum(-1) * total - (true_L * said_L).sum(-1)
-    said = total**2 - (said_L**2).sum(-1) - other**2
+    other = total - predicted_L.sum(-1)  # predictions that are not a label
+    above = both_L.sum(-1) * total - (true_L * predicted_L).sum(-1)
+    predicted = total**2 - (predicted_L**2).sum(-1) - other**2
     true = total**2 - (true_L**2).sum(-1)
-    return divide(above, np.sqrt(np.maximum(said * true, 0.0)))
+    return divide(above, np.sqrt(np.maximum(predicted * true, 0.0)))
 
 
 def _to_number(text: str) -> float:
@@ -232,7 +231,7 @@ def _to_number(text: str) -> float:
 def _moments(
     predictions: Sequence[str], examples: Sequence[Example], labels: Labels, *, ranked: bool = False
 ) -> Floats:
-    """What a correlation is made of; values are centred, lest the sums of squares lose digits.
+    """The moments of a correlation; values are centred for the precision of the sums of squares.
 
     Ranks are those among all examples, in resamples too.
     """
@@ -245,7 +244,7 @@ def _moments(
 
 
 def _ranks(values_N: Floats) -> Floats:
-    """Return ranks from 1, equal values sharing the mean of theirs."""
+    """Return ranks from 1, the mean rank for equal values."""
     _, place_N, count = np.unique(values_N, return_inverse=True, return_counts=True)
     last = np.cumsum(count)
     return (last - (count - 1) / 2)[place_N]
@@ -253,10 +252,10 @@ def _ranks(values_N: Floats) -> Floats:
 
 def _correlation(sums: Floats) -> Floats:
     n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
-    spread = np.maximum(n * xx - x * x, 0.0) * np.maximum(n * yy - y * y, 0.0)
-    # Below this a spread is rounding: all values are the same, and correlate with nothing.
-    spread = np.where(spread > 1e-12 * np.maximum(n * xx * n * yy, 1e-300), spread, 0.0)
-    return divide(n * xy - x * y, np.sqrt(spread))
+    variance = np.maximum(n * xx - x * x, 0.0) * np.maximum(n * yy - y * y, 0.0)
+    # Below this, the variance is a rounding error: all values are equal.
+    variance = np.where(variance > 1e-12 * np.maximum(n * xx * n * yy, 1e-300), variance, 0.0)
+    return divide(n * xy - x * y, np.sqrt(variance))
 
 
 def normalise_answer(text: str) -> str:
@@ -271,15 +270,15 @@ def _exact_match(prediction: str, references: Sequence[str]) -> float:
 
 def _answer_f1(prediction: str, references: Sequence[str]) -> float:
     """Return the best harmonic mean of precision and recall of words, after normalising."""
-    said = normalise_answer(prediction).split()
-    return max(_f1_of_words(said, normalise_answer(text).split()) for text in references)
+    predicted = normalise_answer(prediction).split()
+    return max(_f1_of_words(predicted, normalise_answer(text).split()) for text in references)
 
 
-def _f1_of_words(said: list[str], wanted: list[str]) -> float:
-    if not said or not wanted:
-        return float(said == wanted)
-    common = (Counter(said) & Counter(wanted)).total()
-    return 2 * common / (len(said) + len(wanted))
+def _f1_of_words(predicted: list[str], reference: list[str]) -> float:
+    if not predicted or not reference:
+        return float(predicted == reference)
+    common = (Counter(predicted) & Counter(reference)).total()
+    return 2 * common / (len(predicted) + len(reference))
 
 
 def _rouge(
@@ -289,7 +288,7 @@ def _rouge(
     examples: Sequence[Example],
     labels: Labels,
 ) -> Floats:
-    """Of each example the F1 with its best reference (Lin 2004), as rouge-score computes it."""
+    """The F1 of each example with its best reference (Lin 2004), from rouge-score."""
     scorer = _from_extra("rouge_score.rouge_scorer", "ROUGE").RougeScorer([kind], stemmed)
 
     def best(prediction: str, references: Sequence[str]) -> float:
@@ -299,7 +298,7 @@ def _rouge(
 
 
 def _bleu_counts(predictions: Sequence[str], examples: Sequence[Example], labels: Labels) -> Floats:
-    """Of sacrebleu: matches and totals of 1 to 4 words, and the lengths of both sides."""
+    """From sacrebleu: matches and totals of n-grams of 1 to 4 words, and both lengths."""
     bleu = _from_extra("sacrebleu.metrics", "BLEU").BLEU(effective_order=True)
     rows = []
     for prediction, example in zip(predictions, examples, strict=True):
@@ -316,7 +315,7 @@ def _bleu(sums: Floats) -> Floats:
 
 
 def _from_extra(module: str, what: str) -> Any:
-    """Import what a metric needs beyond the core (extra `evaluation`)."""
+    """Import a package of the extra `evaluation`."""
     try:
         return import_module(module)
     except ImportError:

@@ -1,12 +1,11 @@
 """The expert assignment: for every Switch layer, counts by expert and class, source and token.
 
-All of it is read off the `Routing` record of the model's own output. Classes of tokens are letters,
-digits, signs, spaces, sentinels and starts of words. Vocabularies of bytes and of pieces get the
-same ones: a byte of a longer character is of the class of its character, and whether a letter
-starts a word is decided by the token before it.
+The counts come from the `Routing` records of the model's output. Classes of tokens are the same for
+vocabularies of bytes and of pieces: a byte has the class of its character, and the token before a
+letter decides whether it starts a word.
 
 Shapes: B batch, S source, T target, N tokens, K experts per token, A assignments, E experts,
-C classes, M sources of the mixture, P places in a row.
+C classes, M sources of the mixture, P parts of a row, W chosen assignments.
 """
 
 import re
@@ -42,7 +41,7 @@ CLASSES = (
 _CLASS = {name: index for index, name in enumerate(CLASSES)}
 _SENTINEL = re.compile(r"<extra_id_\d+>")
 _OTHER_SPECIAL = re.compile(r"<pad>|</s>|<id \d+>")
-_SPACE_MARKS = ("▁", "Ġ")  # how pieces write the space before a word
+_SPACE_MARKS = ("▁", "Ġ")  # the space before a word, in pieces
 
 
 class TokenClasses:
@@ -54,12 +53,12 @@ class TokenClasses:
         self._has_mark = lru_cache(maxsize=2**16)(self._starts_with_mark)
 
     def of_rows(self, tokens_BS: Tensor) -> Tensor:
-        """Return int64 [B, S] on the CPU: the index in CLASSES of every token."""
+        """Return the index in CLASSES of every token, int64 [B, S] on the CPU."""
         rows = [list(self._of_row(row)) for row in tokens_BS.tolist()]
         return torch.tensor(rows, dtype=torch.int64).reshape(tokens_BS.shape)
 
     def _of_row(self, row: list[int]) -> Iterable[int]:
-        before = "x"  # a row may begin anywhere, so its first letters start no word
+        before = "x"  # a row may begin within a word
         place = 0
         while place < len(row):
             length, text = self._character(row, place)
@@ -68,13 +67,13 @@ class TokenClasses:
                 started = name == "word start" and offset > 0
                 yield _CLASS["inside a word" if started else name]
             if name in ("sentinel", "part of a character"):
-                before = "x"  # what stood there is unknown
+                before = "x"  # the text there is unknown
             else:
                 before = text
             place += length
 
     def _character(self, row: list[int], place: int) -> tuple[int, str]:
-        """Return how many tokens from `place` on make up whole characters, and their text."""
+        """Return the number of tokens of the character at `place`, and its text."""
         text = self._text((row[place],))
         if REPLACEMENT in text:
             for length in range(2, LONGEST_CHARACTER + 1):
@@ -92,7 +91,7 @@ class TokenClasses:
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """Return how a token reads; what has no text of its own has a name, as in `<0xE2>`."""
+    """Return the text of a token, or a name such as `<0xE2>`."""
     text = _text(tokenizer, token)
     byte = tokenizer.byte(token) if REPLACEMENT in text else None
     return text if byte is None else f"<0x{byte:02X}>"
@@ -107,8 +106,8 @@ def token_class(text: str, before: str = "", marked: bool = False) -> str:
     """Return one of CLASSES for the text of a token (or of a character in several tokens).
 
     before: the text of the token before it.
-    marked: whether the piece begins with a space that `text` may lack, since some tokenizers drop
-        the first one.
+    marked: whether the piece begins with a space, which `text` may lack: some tokenizers drop the
+        first one.
     """
     bare = text.strip()
     if not bare:
@@ -134,20 +133,19 @@ def _in_word(character: str) -> bool:
     return bool(character) and unicodedata.category(character)[0] in "LM"
 
 
-PLACES = 16  # that the rows are divided into, to see where tokens are dropped
+PARTS = 16  # of a row, for dropped_by_place
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRouting:
-    """What one Switch layer did with a text; padding is left out everywhere.
+    """The expert assignment of one Switch layer, without padding.
 
     name: the module, such as `encoder.blocks.1.feedforward`.
     load_E: assignments to each expert, before dropping.
     class_load, source_load: the same for each class of tokens and each source of the text.
-    top_tokens: for each expert its most frequent tokens as (text, count).
-    dropped: the share of assignments that capacity dropped.
-    dropped_by_place: the share of tokens that no expert took, in equal parts of the row from its
-        start to its end.
+    top_tokens: for each expert its most frequent tokens, as (text, count).
+    dropped: the share of assignments that were dropped.
+    dropped_by_place: the share of tokens without an expert, in equal parts of the row.
     gate: the mean gate.
     """
 
@@ -170,19 +168,19 @@ def routing_statistics(
     top: int = 8,
     mesh: Mesh = ALONE,
 ) -> list[LayerRouting]:
-    """Return a record for every Switch layer, in layer order; none for a dense model.
+    """Return the expert assignment of every Switch layer, in order; none for a dense model.
 
-    Encoder layers see the inputs, decoder layers the targets shifted right. Capacity is as
-    configured for evaluation.
+    batches: of this process; on several processes, each has its share.
+    sources: the names that `Batch.source_B` indexes; without them there is no count by source.
+    mesh: every process returns the counts of all, except for `top_tokens`, which are its own.
 
-    sources: the names that `Batch.source_B` indexes; without them there is no count by source. On
-        many processes each gives its share of the batches, and all get the counts of all, but for
-        `top_tokens`, which are of the process's own share.
+    The inputs of decoder layers are the targets shifted right. Capacity is as configured for
+    evaluation.
     """
     names = list(switch_layers(model))
     if not names:
         return []
-    tallies = [_Tally(model.config.num_experts, len(sources)) for _ in names]
+    counts = [_Counts(model.config.num_experts, len(sources)) for _ in names]
     classes = TokenClasses(tokenizer)
     device = model.embedding.weight.device
     with evaluation_mode(model):
@@ -193,26 +191,28 @@ def routing_statistics(
             )
             segments = (batch.input_segments_BS, batch.target_segments_BT)
             output = forward_batch(model, batch)
-            seen = [
-                _Tokens.of(tokens, part, batch.source_B, classes)
-                for tokens, part in zip((batch.inputs_BS, decoder_inputs_BT), segments, strict=True)
+            tokens = [
+                _Tokens.of(ids, segments_BS, batch.source_B, classes)
+                for ids, segments_BS in zip(
+                    (batch.inputs_BS, decoder_inputs_BT), segments, strict=True
+                )
             ]
             for index, routing in enumerate(output.routing):
-                tallies[index].add(routing, seen[index >= len(output.encoder_routing)])
+                counts[index].add(routing, tokens[index >= len(output.encoder_routing)])
     return [
-        tally.summary(name, tokenizer, sources, top, mesh)
-        for name, tally in zip(names, tallies, strict=True)
+        layer.summary(name, tokenizer, sources, top, mesh)
+        for name, layer in zip(names, counts, strict=True)
     ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Tokens:
-    """What is known of the tokens of a stack, each int64 or bool [N] on the CPU."""
+    """The input tokens of a stack, int64 or bool, on the CPU; part_N: of the row."""
 
     token_N: Tensor
     class_N: Tensor
     source_N: Tensor
-    place_N: Tensor
+    part_N: Tensor
     real_N: Tensor
 
     @classmethod
@@ -221,7 +221,7 @@ class _Tokens:
     ) -> "_Tokens":
         tokens = tokens.cpu()
         length = tokens.shape[1]
-        place = torch.arange(length) * PLACES // length
+        part = torch.arange(length) * PARTS // length
         real = (
             torch.ones_like(tokens, dtype=torch.bool) if segments is None else segments.cpu() != 0
         )
@@ -229,57 +229,57 @@ class _Tokens:
             token_N=tokens.flatten(),
             class_N=classes.of_rows(tokens).flatten(),
             source_N=source_B.long().cpu().repeat_interleave(length),
-            place_N=place.repeat(tokens.shape[0]),
+            part_N=part.repeat(tokens.shape[0]),
             real_N=real.flatten(),
         )
 
 
-class _Tally:
+class _Counts:
     """Running counts of one layer."""
 
     def __init__(self, num_experts: int, num_sources: int) -> None:
         self.class_CE = torch.zeros(len(CLASSES), num_experts, dtype=torch.int64)
         self.source_ME = torch.zeros(num_sources, num_experts, dtype=torch.int64)
-        self.place_P2 = torch.zeros(PLACES, 2, dtype=torch.int64)  # by no expert; by some
-        self.tokens: Counter[tuple[int, int]] = Counter()  # (expert, token)
+        self.part_P2 = torch.zeros(PARTS, 2, dtype=torch.int64)  # tokens without, with expert
+        self.pairs: Counter[tuple[int, int]] = Counter()  # (expert, token)
         self.kept_and_gate = torch.zeros(2, dtype=torch.float64)
 
-    def add(self, routing: Routing, seen: _Tokens) -> None:
+    def add(self, routing: Routing, tokens: _Tokens) -> None:
         expert_A, kept_A = routing.expert_A.cpu(), routing.kept_A.cpu()
-        num_tokens = seen.token_N.numel()
+        num_tokens = tokens.token_N.numel()
         if routing.token_A is None:
             token_A = torch.arange(expert_A.numel()) // (expert_A.numel() // num_tokens)
-            wanted_A = seen.real_N[token_A]
+            chosen_A = tokens.real_N[token_A]
         else:
-            # Experts chose: what they did not keep, they did not want.
+            # With expert choice, assignments that were not kept were not chosen.
             token_A = routing.token_A.cpu()
-            wanted_A = kept_A & seen.real_N[token_A]
-        expert_W, token_W = expert_A[wanted_A], token_A[wanted_A]
-        _count(self.class_CE, seen.class_N[token_W], expert_W)
+            chosen_A = kept_A & tokens.real_N[token_A]
+        expert_W, token_W = expert_A[chosen_A], token_A[chosen_A]
+        _count(self.class_CE, tokens.class_N[token_W], expert_W)
         if self.source_ME.numel():
-            _count(self.source_ME, seen.source_N[token_W], expert_W)
-        pairs = torch.stack([expert_W, seen.token_N[token_W]])
+            _count(self.source_ME, tokens.source_N[token_W], expert_W)
+        pairs = torch.stack([expert_W, tokens.token_N[token_W]])
         unique, numbers = pairs.unique(dim=1, return_counts=True)
-        self.tokens.update(
+        self.pairs.update(
             dict(zip(zip(*unique.tolist(), strict=True), numbers.tolist(), strict=True))
         )
-        taken_N = torch.zeros(num_tokens, dtype=torch.bool)
-        taken_N[token_A[kept_A]] = True
-        _count(self.place_P2, seen.place_N[seen.real_N], (taken_N[seen.real_N]).long())
-        kept = (kept_A & wanted_A).sum().double()
-        self.kept_and_gate += torch.stack([kept, routing.gate_A.cpu()[wanted_A].double().sum()])
+        kept_N = torch.zeros(num_tokens, dtype=torch.bool)
+        kept_N[token_A[kept_A]] = True
+        _count(self.part_P2, tokens.part_N[tokens.real_N], (kept_N[tokens.real_N]).long())
+        kept = (kept_A & chosen_A).sum().double()
+        self.kept_and_gate += torch.stack([kept, routing.gate_A.cpu()[chosen_A].double().sum()])
 
     def summary(
         self, name: str, tokenizer: Tokenizer, sources: Sequence[str], top: int, mesh: Mesh
     ) -> LayerRouting:
         class_CE = mesh.all_reduce_sum(self.class_CE)
         source_ME = mesh.all_reduce_sum(self.source_ME)
-        untaken_P, taken_P = mesh.all_reduce_sum(self.place_P2).unbind(1)
+        dropped_P, kept_P = mesh.all_reduce_sum(self.part_P2).unbind(1)
         kept, gate = mesh.all_reduce_sum(self.kept_and_gate).tolist()
         load_E = class_CE.sum(0)
         total = max(int(load_E.sum()), 1)
         top_tokens: list[list[tuple[str, int]]] = [[] for _ in load_E]
-        for (expert, token), number in self.tokens.most_common():
+        for (expert, token), number in self.pairs.most_common():
             if len(top_tokens[expert]) < top:
                 top_tokens[expert].append((token_text(tokenizer, token), number))
         return LayerRouting(
@@ -289,7 +289,7 @@ class _Tally:
             source_load=_named(sources, source_ME),
             top_tokens=tuple(map(tuple, top_tokens)),
             dropped=1 - kept / total if load_E.any() else 0.0,
-            dropped_by_place=tuple((untaken_P / (untaken_P + taken_P).clamp(min=1)).tolist()),
+            dropped_by_place=tuple((dropped_P / (dropped_P + kept_P).clamp(min=1)).tolist()),
             gate=gate / total,
         )
 

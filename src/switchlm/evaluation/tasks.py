@@ -1,4 +1,4 @@
-"""How good a model is at a task: it answers every example, and metrics judge the answers.
+"""Evaluate a model on a task: generate an answer for every example, and compute metrics.
 
 Shapes: B batch, S source, T target, D d_model, N examples.
 """
@@ -33,10 +33,10 @@ _NO_LIMIT = 2**30  # tokens
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScore:
-    """metrics: in per cent, in the order of the task, the first of which decides.
-    predictions: one an example, in their order.
-    truncated_inputs: how many inputs were cut.
-    unfinished: how many answers the limit of new tokens cut off.
+    """metrics: in per cent, in the order of the task; the first is the main one.
+    predictions: one per example, in order.
+    truncated_inputs: the number of inputs that were truncated.
+    unfinished: the number of answers that the limit of new tokens ended.
     """
 
     task: str
@@ -47,7 +47,7 @@ class TaskScore:
 
     @property
     def value(self) -> float:
-        """The task's metric, in per cent."""
+        """The main metric, in per cent."""
         return next(iter(self.metrics.values())).value
 
 
@@ -65,28 +65,27 @@ def score_task(
     report: Callable[[int], None] = lambda done: None,
     mesh: Mesh = ALONE,
 ) -> TaskScore:
-    """Let the model answer every example, greedily, and measure the answers.
+    """Generate an answer for every example, greedily, and compute the metrics of the task.
 
-    input_length: tokens; longer inputs are cut at the end, as in training.
-    max_new_tokens: the end token included; None takes what the longest reference needs.
-    rank_labels: take the most probable of the task's labels instead of generating freely.
-    report: called with the examples done so far.
-    mesh: of the processes that each call this with the same whole model; they share the examples
-        out, and all return the score of all.
+    input_length: tokens; longer inputs are truncated at the end, as in training.
+    max_new_tokens: the end token included; None: the length of the longest reference.
+    rank_labels: predict the most probable of the task's labels instead of generating.
+    report: called with the number of examples done.
+    mesh: of the processes that each call this with the same unsharded model; each evaluates a part
+        of the examples, and all return the score of all.
 
-    No token is dropped, so an answer does not depend on its neighbours in the batch. Raises
-    ConfigError where labels are to be ranked and the task has none, and what `generate` and
-    `measure` raise.
+    No token is dropped, so an answer does not depend on the other examples of the batch. Raises
+    ConfigError if labels are to be ranked and the task has none, and as `generate` and `measure`.
     """
     if rank_labels and task.labels is None:
-        raise ConfigError(f"The task {task.name!r} has no labels to rank: its answers are free.")
+        raise ConfigError(f"The task {task.name!r} has no labels to rank.")
     prompts, truncated = encode_texts([e.input for e in examples], tokenizer, input_length)
     labels = encode_texts(task.labels or (), tokenizer, _NO_LIMIT)[0]
     if max_new_tokens is None and not rank_labels:
-        wanted = [reference for example in examples for reference in example.references]
-        max_new_tokens = max(map(len, encode_texts(wanted, tokenizer, _NO_LIMIT)[0]), default=1)
+        references = [text for example in examples for text in example.references]
+        max_new_tokens = max(map(len, encode_texts(references, tokenizer, _NO_LIMIT)[0]), default=1)
 
-    said: dict[int, str] = {}
+    answer_of: dict[int, str] = {}
     unfinished = 0
     batches = prompt_batches(model, [ids.tolist() for ids in prompts], batch_size)
     mine = islice(batches, mesh.global_rank, None, mesh.world_size)
@@ -99,11 +98,11 @@ def score_task(
             unfinished += int((~output.finished_B).sum())
             rows = output.rows(model.config.end_id)
             answers = [tokenizer.decode(row, keep_sentinels=False).strip() for row in rows]
-        said |= zip(chosen, answers, strict=True)
-        report(len(said))
-    parts = mesh.gather((said, unfinished))
-    answer_by_place = dict(chain.from_iterable(answers.items() for answers, _ in parts))
-    predictions = tuple(answer_by_place[place] for place in range(len(examples)))
+        answer_of |= zip(chosen, answers, strict=True)
+        report(len(answer_of))
+    parts = mesh.gather((answer_of, unfinished))
+    all_answers = dict(chain.from_iterable(answers.items() for answers, _ in parts))
+    predictions = tuple(all_answers[place] for place in range(len(examples)))
     return TaskScore(
         task=task.name,
         metrics=measure(task.metrics, predictions, examples, task.labels, resamples=resamples),
@@ -119,7 +118,7 @@ def label_losses(
     segments_BS: Tensor | None,
     labels: Sequence[np.ndarray],
 ) -> Tensor:
-    """Return [B, labels], float32: what each label costs as the answer, in nats, all its tokens.
+    """Return the negative log likelihood of each label, [B, labels], float32, in nats.
 
     labels: the token ids of each, the end token included. No token is dropped.
     """

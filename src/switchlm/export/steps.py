@@ -156,7 +156,7 @@ def programs(
         raise ConfigError(
             f"A model with {what} cannot be exported; it can be served and converted."
         )
-    if {entry.ours for entry in entries(config, family_of(config))} != model.state_dict().keys():
+    if {entry.name for entry in entries(config, family_of(config))} != model.state_dict().keys():
         raise CheckpointError(
             "A model that was compressed or adapted cannot be exported: export the one it was made "
             "from; `switchlm convert` merges adapters in."

@@ -1,1 +1,1 @@
-"""Decoding with a key-value cache, by greedy choice or sampling."""
+"""Generate text: decoding with a KV cache, sampling, beam search."""

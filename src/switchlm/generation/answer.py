@@ -1,8 +1,7 @@
-"""Text in, text out: the whole answer, or piece by piece as it comes; many texts; blanks filled.
+"""Generate text from text: at once or streamed, for one text or many; fill blanks.
 
-A text gets the end token, as in training. Its answer does not depend on how it was asked for:
-alone, piece by piece, or in a padded batch with others. Filling blanks is what a model trained
-by span corruption does without further training:
+The end token is appended to a text, as in training. An output is the same alone, streamed, or in a
+padded batch with others. A model pre-trained by span corruption can fill blanks:
 
     text      def <extra_id_0>(self): return <extra_id_1>
     output    <extra_id_0>size<extra_id_1>self._size</s>
@@ -26,11 +25,11 @@ from switchlm.model.transformer import SwitchTransformer
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a model says to a text.
+    """The output of a model for a text.
 
     output: the decoded output, sentinels included.
-    spans: the number of a blank to its span.
-    finished: false where the limit of tokens cut the output off.
+    spans: the text for each blank, by its number.
+    finished: false if the limit of tokens ended the output.
     """
 
     output: str
@@ -40,13 +39,13 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredAnswer(Answer):
-    """One of the answers that a beam search found; score: see beam.py."""
+    """An answer of a beam search; score: see beam.py."""
 
     score: float
 
 
-class Writer:
-    """One output as it is made: its tokens and its text, up to the first stop string."""
+class OutputBuilder:
+    """The tokens and the text of one output, up to the first stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
@@ -60,12 +59,12 @@ class Writer:
         self._output += self._stream.push(token)
         return self._stream.stopped
 
-    def new(self, start: int) -> str:
-        """Return the text from that character on."""
+    def text_from(self, start: int) -> str:
+        """Return the text from character `start` on."""
         return self._output[start:]
 
     def close(self, finished: bool) -> Answer:
-        """Return all of it; call it once, when no more tokens come."""
+        """Return the answer; call it once, after the last token."""
         self._output += self._stream.finish()
         spans = read_spans(self._tokens, self._tokenizer, len(self._output))
         return Answer(output=self._output, spans=spans, finished=finished or self._stream.stopped)
@@ -81,32 +80,32 @@ def stream(
     seed: int = 0,
     stops: Sequence[str] = (),
 ) -> Generator[str, None, Answer]:
-    """Yield the output in pieces that are never empty, as they come; return all of it.
+    """Yield the output piece by piece, none empty; return the answer.
 
-    stops: texts that end the output and stay out of it.
+    stops: texts that end the output and are not part of it.
 
     Raises DataError for an empty text, and for tokens that the model's vocabulary lacks,
     ConfigError for an empty stop string.
     """
-    writer = Writer(tokenizer, stops)
+    builder = OutputBuilder(tokenizer, stops)
     prompts = _prompts(model, tokenizer, [text])
-    finished, given = False, 0
+    finished, sent = False, 0
     for step in steps(
         model,
         torch.tensor(prompts, device=model.embedding.weight.device),
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         seeds=seed,
-        ends=lambda row, token: writer.push(token),
+        ends=lambda row, token: builder.push(token),
     ):
         finished = bool(step.finished_B[0])
-        if piece := writer.new(given):
-            given += len(piece)
+        if piece := builder.text_from(sent):
+            sent += len(piece)
             yield piece
-    said = writer.close(finished)
-    if piece := writer.new(given):
+    result = builder.close(finished)
+    if piece := builder.text_from(sent):
         yield piece
-    return said
+    return result
 
 
 def answer(
@@ -144,35 +143,34 @@ def answer_all(
     seed: int = 0,
     stops: Sequence[str] = (),
 ) -> Iterator[tuple[int, Answer]]:
-    """Yield the number of each text and the answer to it, which is that of `answer`.
+    """Yield (index, answer) of each text, as `answer` returns it; the longest texts first.
 
-    Texts of similar length share a padded batch, so they are answered out of order, the longest
-    first.
+    Texts of similar length share a padded batch.
 
-    max_new_tokens: for all, or one a text.
+    max_new_tokens: for all, or one per text.
 
-    Raises as `stream` does; of several texts an empty one is told by its number, from 1.
+    Raises as `stream` does; the message has the number of an empty text, from 1.
     """
     prompts, limits = _prompts(model, tokenizer, texts), limits_of(max_new_tokens, len(texts))
-    for places, inputs_BS, segments_BS in prompt_batches(model, prompts, batch_size):
-        writers = [Writer(tokenizer, stops) for _ in places]
+    for indices, inputs_BS, segments_BS in prompt_batches(model, prompts, batch_size):
+        builders = [OutputBuilder(tokenizer, stops) for _ in indices]
 
-        def ends(row: int, token: int, writers: list[Writer] = writers) -> bool:
-            return writers[row].push(token)
+        def ends(row: int, token: int, builders: list[OutputBuilder] = builders) -> bool:
+            return builders[row].push(token)
 
-        finished = [False] * len(writers)
+        finished = [False] * len(builders)
         for step in steps(
             model,
             inputs_BS,
             segments_BS,
-            max_new_tokens=[limits[place] for place in places],
+            max_new_tokens=[limits[index] for index in indices],
             sampling=sampling,
             seeds=seed,
             ends=ends,
         ):
             finished = step.finished_B.tolist()
-        for place, writer, ended in zip(places, writers, finished, strict=True):
-            yield place, writer.close(ended)
+        for index, builder, ended in zip(indices, builders, finished, strict=True):
+            yield index, builder.close(ended)
 
 
 def best_answers(
@@ -185,25 +183,25 @@ def best_answers(
     beams: Beams,
     stops: Sequence[str] = (),
 ) -> Iterator[tuple[int, list[ScoredAnswer]]]:
-    """Yield the number of each text and the `beams.width` best answers to it, the best first.
+    """Yield (index, answers) of each text: the `beams.width` best answers, the best first.
 
-    Otherwise as `answer_all`. The search knows nothing of stop strings: they cut its outputs.
+    Otherwise as `answer_all`. Stop strings truncate the outputs after the search.
     """
 
     def read(output: Output) -> ScoredAnswer:
-        writer = Writer(tokenizer, stops)
+        builder = OutputBuilder(tokenizer, stops)
         for token in output.tokens:
-            if writer.push(token):
+            if builder.push(token):
                 break
-        return ScoredAnswer(**vars(writer.close(output.finished)), score=output.score)
+        return ScoredAnswer(**vars(builder.close(output.finished)), score=output.score)
 
-    Writer(tokenizer, stops)  # a bad stop string shows before the work
+    OutputBuilder(tokenizer, stops)  # raises for an invalid stop string
     prompts, limits = _prompts(model, tokenizer, texts), limits_of(max_new_tokens, len(texts))
-    for places, inputs_BS, segments_BS in prompt_batches(model, prompts, batch_size):
-        here = [limits[place] for place in places]
-        found = beam_search(model, inputs_BS, segments_BS, max_new_tokens=here, beams=beams)
-        for place, outputs in zip(places, found, strict=True):
-            yield place, [read(output) for output in outputs]
+    for indices, inputs_BS, segments_BS in prompt_batches(model, prompts, batch_size):
+        batch_limits = [limits[index] for index in indices]
+        found = beam_search(model, inputs_BS, segments_BS, max_new_tokens=batch_limits, beams=beams)
+        for index, outputs in zip(indices, found, strict=True):
+            yield index, [read(output) for output in outputs]
 
 
 def _prompts(
@@ -223,54 +221,54 @@ def _prompts(
 def read_spans(
     output: list[int], tokenizer: Tokenizer, length: int | None = None
 ) -> dict[int, str]:
-    """Return the text after each sentinel up to the next one; the first span of a blank counts.
+    """Return the text after each sentinel by blank; of several, the first.
 
-    length: read so many characters of the decoded output; None reads all.
+    length: how many characters of the decoded output to read; None: all.
     """
-    number_of = {sentinel: number for number, sentinel in enumerate(tokenizer.sentinel_ids)}
-    runs: list[tuple[int | None, list[int]]] = [(None, [])]  # the first belongs to no blank
+    blank_of = {sentinel: number for number, sentinel in enumerate(tokenizer.sentinel_ids)}
+    runs: list[tuple[int | None, list[int]]] = [(None, [])]  # the first is before any sentinel
     for token in output:
-        if token in number_of:
-            runs.append((number_of[token], []))
+        if token in blank_of:
+            runs.append((blank_of[token], []))
         else:
             runs[-1][1].append(token)
     spans: dict[int, str] = {}
-    left = len(tokenizer.decode(output)) if length is None else length
+    remaining = len(tokenizer.decode(output)) if length is None else length
     for number, tokens in runs:
         if number is not None:
-            left -= len(tokenizer.decode([tokenizer.sentinel_ids[number]]))
-            if left < 0:
-                break  # a stop string cut the sentinel itself
-        text = tokenizer.decode(tokens)[:left]
-        left -= len(text)
+            remaining -= len(tokenizer.decode([tokenizer.sentinel_ids[number]]))
+            if remaining < 0:
+                break  # a stop string ended the output within the sentinel
+        text = tokenizer.decode(tokens)[:remaining]
+        remaining -= len(text)
         if number is not None:
             spans.setdefault(number, text)
     return spans
 
 
 BLANK = re.compile(r"<extra_id_(\d+)>")
-TOKENS_A_BLANK = 32
+TOKENS_PER_BLANK = 32
 
 
 def put_into_blanks(text: str, spans: dict[int, str]) -> str:
-    """Return the text with each blank replaced by its span; one without a span stays."""
+    """Return the text with each blank replaced by its span; a blank without one stays."""
     return BLANK.sub(lambda match: spans.get(int(match[1]), match[0]), text)
 
 
 def count_blanks(text: str, tokenizer: Tokenizer) -> int:
-    """Return how many different blanks a text has.
+    """Return the number of different blanks in a text.
 
-    Raises DataError when there is none, or one that the tokenizer has no sentinel for.
+    Raises DataError for a text without blanks, or a blank without a sentinel in the tokenizer.
     """
     numbers = {int(number) for number in BLANK.findall(text)}
     if not numbers:
         raise DataError(
             "The text has no blank to fill. Write <extra_id_0>, <extra_id_1>, ... where the model "
-            "shall put something in."
+            "is to insert text."
         )
     if max(numbers) >= len(tokenizer.sentinel_ids):
         raise DataError(
-            f"The text has the blank <extra_id_{max(numbers)}>, but this tokenizer knows only "
+            f"The text has the blank <extra_id_{max(numbers)}>, but this tokenizer has only "
             f"<extra_id_0> to <extra_id_{len(tokenizer.sentinel_ids) - 1}>."
         )
     return len(numbers)
@@ -285,12 +283,12 @@ def fill(
     sampling: Sampling = GREEDY,
     seed: int = 0,
 ) -> str:
-    """Return `text` with the model's spans in its blanks; a blank the model left out stays.
+    """Return `text` with the model's spans in its blanks; a blank without a span stays.
 
-    max_new_tokens: 32 a blank where left out.
+    max_new_tokens: None: 32 per blank.
 
     Raises DataError for a text without blanks.
     """
-    limit = max_new_tokens or TOKENS_A_BLANK * count_blanks(text, tokenizer)
-    said = answer(model, tokenizer, text, max_new_tokens=limit, sampling=sampling, seed=seed)
-    return put_into_blanks(text, said.spans)
+    limit = max_new_tokens or TOKENS_PER_BLANK * count_blanks(text, tokenizer)
+    result = answer(model, tokenizer, text, max_new_tokens=limit, sampling=sampling, seed=seed)
+    return put_into_blanks(text, result.spans)

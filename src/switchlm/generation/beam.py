@@ -1,14 +1,13 @@
-"""Beam search: the outputs of highest probability that a narrow search finds, best first.
+"""Beam search: outputs of high probability, best first.
 
-Every prompt keeps `width` open outputs, all of one length. A step looks at their 2 * width most
-probable continuations: those among the first `width` that end are put aside, and the first `width`
-that do not end go on (at most one continuation of an output ends it, so there are enough). An
-output's score is its log probability over its length to the power of `length_penalty` (Wu et al.
-2016, with the plain length); a prompt is done when no open output can beat the worst of `width`
-ended ones at its present length.
+Every prompt has `width` open outputs of equal length. A step takes their 2 * width most probable
+continuations: of the first `width`, those that end are stored; the first `width` that do not end
+stay open (at most one continuation of an output ends it, so there are enough). The score of an
+output is its log probability / length ** length_penalty (Wu et al. 2016, with the plain length). A
+prompt is done when no open output, at its present length, has a better score than the worst of
+`width` ended ones.
 
-These are the rules of transformers' `generate(num_beams=...)`, and its tokens; here a prompt's
-outputs stand in lists of their own, so that no prompt depends on another.
+Rules and tokens are those of transformers' `generate(num_beams=...)`.
 
 Shapes: B prompts, W width, C = 2 * W candidates, S source, V vocabulary.
 """
@@ -36,11 +35,11 @@ _IMPOSSIBLE = -1e9  # the log probability of open outputs that do not exist yet
 
 @dataclass(frozen=True, kw_only=True)
 class Beams:
-    """How to search.
+    """Options of beam search.
 
     width: open outputs per prompt; 1 is greedy.
     length_penalty: above 0 favours long outputs, below 0 short ones.
-    early_stopping: a prompt is done as soon as `width` of its outputs have ended.
+    early_stopping: end a prompt as soon as `width` of its outputs have ended.
     """
 
     width: int = 4
@@ -60,7 +59,7 @@ class Beams:
 class Output:
     """One output: its tokens, the end token included where there is one, and its score.
 
-    finished: false where the limit of tokens cut it off.
+    finished: false if the limit of tokens ended it.
     """
 
     tokens: list[int]
@@ -80,15 +79,15 @@ def beam_search(
 ) -> list[list[Output]]:
     """Return the `beams.width` best outputs of every prompt, the best first.
 
-    The other arguments and the errors are those of decode.steps. Raises ConfigError for a width
-    that the vocabulary is too small for.
+    The other arguments and the errors are those of decode.steps. Raises ConfigError if the
+    vocabulary has fewer than 2 * width tokens.
     """
     batch, width, config = inputs_BS.shape[0], beams.width, model.config
     limits = limits_of(max_new_tokens, batch)
     if 2 * width > config.vocabulary_size:
         raise ConfigError(
             f"{width} beams are too many for a vocabulary of {config.vocabulary_size} tokens: it "
-            "must have two a beam."
+            "must have two per beam."
         )
     check_prompts(model, inputs_BS, segments_BS)
     prompts = [_Prompt(beams, limit, config.end_id) for limit in limits]
@@ -106,11 +105,12 @@ def beam_search(
                 if cache.length == 1:
                     check_finite(logits_BWV)
                 score_BW = torch.tensor([prompt.scores for prompt in prompts], device=device)
-                score_BC, place_BC = _candidates(logits_BWV, score_BW)
+                total_BWV = logits_BWV.log_softmax(-1) + score_BW[:, :, None]
+                score_BC, place_BC = total_BWV.flatten(1).topk(2 * width)  # place: beam * V + token
                 for prompt, scores, places in zip(
                     prompts, score_BC.tolist(), place_BC.tolist(), strict=True
                 ):
-                    prompt.take(scores, [divmod(place, logits_BWV.shape[2]) for place in places])
+                    prompt.extend(scores, [divmod(place, logits_BWV.shape[2]) for place in places])
                 if all(prompt.done for prompt in prompts):
                     return [prompt.best() for prompt in prompts]
                 source_BW = torch.tensor([prompt.sources for prompt in prompts], device=device)
@@ -120,18 +120,12 @@ def beam_search(
                 tokens = torch.tensor(last, device=device)[:, None]
 
 
-def _candidates(logits_BWV: Tensor, score_BW: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the log probabilities of the most probable continuations, and beam * V + token."""
-    total_BWV = logits_BWV.log_softmax(-1) + score_BW[:, :, None]
-    score_BC, place_BC = total_BWV.flatten(1).topk(2 * score_BW.shape[1])
-    return score_BC, place_BC
-
-
 class _Prompt:
     """The outputs of one prompt.
 
-    open: tokens of the outputs that go on. scores: their log probabilities, falling. sources: which
-    of the open ones before each of them continues.
+    open: tokens of the outputs that have not ended.
+    scores: their log probabilities, descending.
+    sources: for each, the index of the open output that it continues.
     """
 
     def __init__(self, beams: Beams, limit: int, end_id: int) -> None:
@@ -144,8 +138,8 @@ class _Prompt:
         self._limit = limit
         self._end_id = end_id
 
-    def take(self, scores: list[float], candidates: list[tuple[int, int]]) -> None:
-        """Go one token on.
+    def extend(self, scores: list[float], candidates: list[tuple[int, int]]) -> None:
+        """Extend the open outputs by one token.
 
         candidates: (open output, token), the most probable first.
         """
@@ -153,21 +147,21 @@ class _Prompt:
             return
         width, length = self._beams.width, len(self.open[0]) + 1
         divisor = length**self._beams.length_penalty
-        going: list[tuple[float, int, list[int]]] = []
+        continued: list[tuple[float, int, list[int]]] = []
         for rank, (score, (source, token)) in enumerate(zip(scores, candidates, strict=True)):
             tokens = [*self.open[source], token]
             finished = token == self._end_id
-            if not finished and len(going) < width:
-                going.append((score, source, tokens))
+            if not finished and len(continued) < width:
+                continued.append((score, source, tokens))
             if (finished or length == self._limit) and rank < width:
                 self._ended.append(Output(tokens=tokens, score=score / divisor, finished=finished))
         self._ended = self.best()
-        self.scores = [score for score, _, _ in going]
-        self.sources = [source for _, source, _ in going]
-        self.open = [tokens for _, _, tokens in going]
+        self.scores = [score for score, _, _ in continued]
+        self.sources = [source for _, source, _ in continued]
+        self.open = [tokens for _, _, tokens in continued]
         full = len(self._ended) == width
-        hopeless = full and self.scores[0] / divisor <= self._ended[-1].score
-        self.done = length == self._limit or hopeless or (full and self._beams.early_stopping)
+        decided = full and self.scores[0] / divisor <= self._ended[-1].score
+        self.done = length == self._limit or decided or (full and self._beams.early_stopping)
 
     def best(self) -> list[Output]:
         """Return the ended outputs of highest score."""

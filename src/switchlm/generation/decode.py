@@ -1,14 +1,13 @@
 """Generate outputs for a batch of prompts, token by token, with a KV cache.
 
-What a prompt gets does not depend on its neighbours, on padding or on its place in the batch: no
-token is dropped for want of capacity, and every row draws from a random stream of its own.
+The output of a prompt does not depend on the other prompts of the batch, on padding or on its row:
+no token is dropped, and every row has its own random generator.
 
-The KV cache is allocated once, the same shapes at every step. Each layer's self-attention writes
-the new keys and values into buffers as long as the longest output; places not yet written lie in
-the future, which the causal mask hides. The encoder's keys and values for cross-attention are
-computed once.
+The KV cache is allocated once, with the length of the longest output, so that shapes are the same
+at every step; the causal mask hides positions not yet written. Keys and values of cross-attention
+are computed once.
 
-Shapes: B batch, S source, T new tokens, M places of the cache, H heads, K head width, D d_model.
+Shapes: B batch, S source, T new tokens, M positions of the cache, H heads, K head width, D d_model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,11 +26,11 @@ from switchlm.model.transformer import SwitchTransformer
 
 @contextmanager
 def dropless(module: nn.Module) -> Iterator[None]:
-    """Let every token reach its expert, whatever capacity the routers have.
+    """Drop no token within the context, whatever capacity is configured.
 
-    Capacity is shared by all tokens of a group, other users' prompts and padding included; without
-    it what becomes of a token depends on its own row alone. Experts that choose their tokens keep
-    their capacity, which is what they choose by. Routers measure no losses meanwhile.
+    All tokens of a group, other prompts and padding included, share capacity; without it, the
+    output of a token depends on its own row only. Expert choice keeps its capacity, which defines
+    how many tokens an expert takes. Routers compute no losses.
     """
     routers = [part for part in module.modules() if isinstance(part, Router)]
     routers = [router for router in routers if not router.experts_choose]
@@ -54,11 +53,11 @@ def dropless(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module, *, drop: bool = True) -> Iterator[None]:
-    """Turn off dropout, exploration and gradients; put every module's own mode back afterwards.
+    """Turn off dropout, exploration and gradients; restore the mode of every module afterwards.
 
-    The model is changed in place, so it serves one thread at a time.
+    The model is changed in place: use it in one thread at a time.
 
-    drop: drop tokens where the capacity says so; false lets all through, see `dropless`.
+    drop: drop tokens beyond the capacity; false: drop none, see `dropless`.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -73,7 +72,7 @@ def evaluation_mode(model: nn.Module, *, drop: bool = True) -> Iterator[None]:
 class LayerStore:
     """The keys and values of one layer's self-attention, [B, H, M, K].
 
-    position_T: where `update` writes; the cache moves it.
+    position_T: where `update` writes; set by the cache.
     """
 
     def __init__(self, keys_BHMK: Tensor, values_BHMK: Tensor) -> None:
@@ -82,7 +81,7 @@ class LayerStore:
         self.position_T = torch.empty(0, dtype=torch.int64)
 
     def update(self, key_BHTK: Tensor, value_BHTK: Tensor) -> KeysValues:
-        """Write the new ones in place and return all M, those still empty included."""
+        """Write new keys and values in place; return all M, those not yet written included."""
         self.keys_BHMK.index_copy_(2, self.position_T, key_BHTK)
         self.values_BHMK.index_copy_(2, self.position_T, value_BHTK)
         return self.keys_BHMK, self.values_BHMK
@@ -91,35 +90,36 @@ class LayerStore:
 class StaticCache:
     """A DecodingCache (see model/transformer.py) for outputs of up to `max_length` tokens.
 
-    encoded_BSD: the encoder's output, for cross-attention. All rows stand at the same position.
+    encoded_BSD: the encoder's output, for cross-attention. All rows have the same position.
     """
 
     def __init__(self, model: SwitchTransformer, encoded_BSD: Tensor, max_length: int) -> None:
         config = model.config
         self.cross_attention = model.decoder.memories(encoded_BSD)
-        like = self.cross_attention[0][0]
+        sample = self.cross_attention[0][0]
         shape = (encoded_BSD.shape[0], config.num_heads, max_length, config.d_kv)
         self._stores = [
-            LayerStore(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.cross_attention
+            LayerStore(sample.new_zeros(shape), sample.new_zeros(shape))
+            for _ in self.cross_attention
         ]
         self.self_attention: list[KeyValueStore] = list(self._stores)
-        self._places_M = torch.arange(max_length, device=encoded_BSD.device)
+        self._positions_M = torch.arange(max_length, device=encoded_BSD.device)
         self.length = 0
 
     def positions(self, num_new: int) -> tuple[Tensor, Tensor]:
-        """Make room for `num_new` tokens; return their positions [T] and those of all keys [M]."""
+        """Advance by `num_new` tokens; return their positions [T] and those of all keys [M]."""
         end = self.length + num_new
-        assert end <= self._places_M.numel(), "the cache is full"
-        position_T = self._places_M[self.length : end]
+        assert end <= self._positions_M.numel(), "the cache is full"
+        position_T = self._positions_M[self.length : end]
         self.length = end
         for store in self._stores:
             store.position_T = position_T
-        return position_T, self._places_M
+        return position_T, self._positions_M
 
     def reorder(self, row_B: Tensor) -> None:
-        """Let every row go on from the self-attention of another, `row_B`, int64, as beams do.
+        """Replace the self-attention of each row by that of row `row_B`, int64, for beam search.
 
-        The rows of one prompt look at one encoder output, so cross-attention stays where it is.
+        The rows of a prompt have the same encoder output, so cross-attention is not reordered.
         """
         for store in self._stores:
             for kept in (store.keys_BHMK, store.values_BHMK):
@@ -132,8 +132,7 @@ Ends = Callable[[int, int], bool]
 @dataclass(frozen=True, kw_only=True)
 class Generated:
     """tokens_BT: int64, the end token included where there is one, then padding.
-
-    finished_B: bool, false where the limit of tokens cut the output off.
+    finished_B: bool, false where the limit of tokens ended the output.
     """
 
     tokens_BT: Tensor
@@ -147,11 +146,11 @@ class Generated:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One more token a row.
+    """One decoding step.
 
-    token_B: int64, padding where the row was over before.
-    finished_B: bool, the row has ended by itself.
-    over_B: bool, it has ended, or reached its limit.
+    token_B: int64, the new token of each row, padding in rows that were over before.
+    finished_B: bool, the row has its end token or was ended by the caller.
+    over_B: bool, the row is finished or has reached its limit.
     """
 
     token_B: Tensor
@@ -170,9 +169,9 @@ def generate(
     encoder_capacity: bool = False,
     ends: Ends | None = None,
 ) -> Generated:
-    """Return up to `max_new_tokens` tokens for each prompt; stops when all rows have ended.
+    """Return up to `max_new_tokens` tokens for each prompt; stop when all rows are over.
 
-    The arguments are those of `steps`, which gives them one by one.
+    The arguments are those of `steps`, which yields them one by one.
     """
     done = list(
         steps(
@@ -203,24 +202,24 @@ def steps(
 ) -> Iterator[Step]:
     """Yield the next token of every prompt, until all rows are over.
 
-    inputs_BS: int64 prompts, one a row.
-    segments_BS: int, 0 at padding and 1 elsewhere; None where nothing is padded.
-    max_new_tokens: one for all, or one a row.
-    seeds: one a row, or one for all, with which equal prompts give equal samples.
-    encoder_capacity: enforce the encoder's capacity as configured, each prompt by itself (as
-        transformers' `generate` does); the decoder, which sees one token at a time, drops none.
+    inputs_BS: int64, one prompt per row.
+    segments_BS: int, 0 at padding and 1 elsewhere; None: no padding.
+    max_new_tokens: for all rows, or one per row.
+    seeds: for all rows, so that equal prompts have equal samples, or one per row.
+    encoder_capacity: enforce the encoder's capacity as configured, for each prompt separately (as
+        transformers' `generate` does); the decoder drops no token.
     ends: called with the row and the value of every new token; true ends the row after it.
 
     The model is in evaluation mode until the last step, or until the iterator is closed.
 
-    Raises ConfigError for limits or seeds that make no sense, DataError for an empty
-    prompt or a token that the vocabulary lacks, CheckpointError for a model that gives no numbers.
+    Raises ConfigError for invalid limits or seeds, DataError for an empty prompt or a token that
+    the vocabulary lacks, CheckpointError for logits that are not finite.
     """
     batch, device, config = inputs_BS.shape[0], inputs_BS.device, model.config
     limits = limits_of(max_new_tokens, batch)
     seeds = [seeds] * batch if isinstance(seeds, int) else list(seeds)
     if len(seeds) != batch:
-        raise ConfigError(f"There are {len(seeds)} seeds for {batch} prompts; give one a prompt.")
+        raise ConfigError(f"There are {len(seeds)} seeds for {batch} prompts; give one per prompt.")
     check_prompts(model, inputs_BS, segments_BS)
 
     longest = max(limits)
@@ -257,19 +256,21 @@ def steps(
 
 
 def _ended(ends: Ends, token_B: Tensor, over_B: Tensor) -> Tensor:
-    """Return which of the rows that still go on end with their new token."""
+    """Return which rows, of those not over, `ends` ends with their new token."""
     rows = zip(token_B.tolist(), over_B.tolist(), strict=True)
     ended = [not over and ends(row, token) for row, (token, over) in enumerate(rows)]
     return torch.tensor(ended, device=token_B.device)
 
 
 def limits_of(max_new_tokens: int | Sequence[int], batch: int) -> list[int]:
-    """Return the limit of every prompt. Raises ConfigError where that makes no sense."""
+    """Return the limit of every prompt. Raises ConfigError for invalid limits."""
     limits = [max_new_tokens] * batch if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if min(limits, default=1) < 1:
         raise ConfigError(f"At least 1 new token must be allowed, got {min(limits)}.")
     if len(limits) != batch:
-        raise ConfigError(f"There are {len(limits)} limits for {batch} prompts; give one a prompt.")
+        raise ConfigError(
+            f"There are {len(limits)} limits for {batch} prompts; give one per prompt."
+        )
     return limits
 
 
@@ -281,7 +282,7 @@ def check_prompts(model: SwitchTransformer, inputs_BS: Tensor, segments_BS: Tens
 
 
 def check_finite(logits: Tensor) -> None:
-    """Raise CheckpointError for logits of a damaged model."""
+    """Raise CheckpointError for logits that are not finite."""
     if not logits.isfinite().all():
         raise CheckpointError(
             "The model's logits are not finite: its weights are damaged, or too large for the "
@@ -290,11 +291,11 @@ def check_finite(logits: Tensor) -> None:
 
 
 def check_vocabulary(highest: int, vocabulary_size: int) -> None:
-    """Raise DataError where the highest token id of a text is not in the vocabulary."""
+    """Raise DataError if the highest token id of a text is not in the vocabulary."""
     if highest >= vocabulary_size:
         raise DataError(
             f"A prompt has the token id {highest}, but the model's vocabulary ends at "
-            f"{vocabulary_size - 1}: the tokenizer is another model's."
+            f"{vocabulary_size - 1}: the tokenizer is that of another model."
         )
 
 
@@ -306,8 +307,8 @@ def encode_prompts(
 ) -> Tensor:
     """Return encoded_BSD; no prompt depends on another one or on padding.
 
-    Where capacity is enforced, or experts choose their tokens, prompts go through the encoder one
-    by one and without padding, since all tokens of a batch would compete for the same places.
+    With enforced capacity or expert choice, prompts are encoded one by one and without padding,
+    since the tokens of a batch would share the capacity.
     """
     router = model.config.router
     if not model.config.num_experts or not (
@@ -341,14 +342,14 @@ def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, 
 def prompt_batches(
     model: SwitchTransformer, prompts: Sequence[Sequence[int]], batch_size: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
-    """Yield prompts of similar length together, the longest first: what is too large shows at once.
+    """Yield prompts in batches of similar length, the longest first, so that it fails early.
 
-    Each batch is the places of its prompts in `prompts`, inputs_BS, and segments_BS, None where
-    nothing is padded; both on the model's device.
+    Each batch is (indices in `prompts`, inputs_BS, segments_BS); segments_BS is None without
+    padding. Tensors are on the model's device.
     """
     device = model.embedding.weight.device
-    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     for first in range(0, len(order), batch_size):
-        places = order[first : first + batch_size]
-        inputs_BS, segments_BS = pad_prompts([prompts[p] for p in places], model.config.pad_id)
-        yield places, inputs_BS.to(device), None if segments_BS.all() else segments_BS.to(device)
+        indices = order[first : first + batch_size]
+        inputs_BS, segments_BS = pad_prompts([prompts[i] for i in indices], model.config.pad_id)
+        yield indices, inputs_BS.to(device), None if segments_BS.all() else segments_BS.to(device)

@@ -1,4 +1,4 @@
-"""Which expert takes each token of one text, in every Switch layer of both stacks.
+"""The expert assignment of one text: each token's expert in every Switch layer.
 
 Shapes: S source, T target, A assignments, K experts per token.
 """
@@ -16,19 +16,19 @@ from switchlm.model.router import Router
 from switchlm.model.routing import Routing
 from switchlm.model.transformer import Stack, SwitchTransformer
 
-NO_EXPERT = -1  # of a token that no expert chose, where experts choose
+NO_EXPERT = -1  # of a token that no expert chose, with expert choice
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutedLayer:
-    """What one Switch layer did with each token, in token order.
+    """The routing of one Switch layer.
 
     layer: the index of its block.
-    part: what of the block it is, `feedforward` or, with experts in the attention,
-        `attention.query` and `attention.key_value`.
-    expert, gate, kept: of each token's first choice; an expert is -1 where experts choose and none
-        chose the token.
-    load: how many tokens wanted each expert, before dropping.
+    part: its module in the block: `feedforward` or, with experts in attention, `attention.query`
+        and `attention.key_value`.
+    expert, gate, kept: of each token's first choice; with expert choice, the expert is -1 for a
+        token that none chose.
+    load: the number of tokens assigned to each expert, before dropping.
     """
 
     layer: int
@@ -41,7 +41,7 @@ class RoutedLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class RoutedTokens:
-    """The tokens that a stack read, as text, and its Switch layers; none in a dense stack."""
+    """The input tokens of a stack, as text, and its Switch layers; none in a dense stack."""
 
     tokens: list[str]
     layers: list[RoutedLayer]
@@ -49,7 +49,7 @@ class RoutedTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class RoutedText:
-    """A text through the encoder and an output through the decoder; num_experts: 0 if dense."""
+    """The routing of a text and of an output; num_experts: 0 if dense."""
 
     num_experts: int
     encoder: RoutedTokens
@@ -65,14 +65,14 @@ def route(
     max_new_tokens: int = 64,
     enforce_capacity: bool = False,
 ) -> RoutedText:
-    """Return who took each token of `text`, and of `output` or else the model's own greedy one.
+    """Return the expert of each token of `text` and `output`.
 
-    The encoder reads the text and the end token. The decoder reads the start token and the output:
-    the expert beside a token is the one that read it, to write the next. Joined, the encoder's
-    tokens are the text and `</s>`; the decoder's are `<pad>` and the output.
+    output: None: the greedy output of the model.
+    enforce_capacity: drop tokens beyond the configured capacity for evaluation, with all of the
+        output in one batch, as in training; false: drop none, as in serving.
 
-    enforce_capacity: drop what the configured capacity for evaluation has no slot for, the decoder
-        seeing its output at once, as in training; otherwise, as in serving, nothing is dropped.
+    The encoder's tokens are the text and `</s>`; the decoder's are `<pad>` and the output: inputs,
+    not predictions.
 
     Raises DataError for an empty text, and for tokens that the model's vocabulary lacks.
     """
@@ -113,7 +113,7 @@ def route(
 
 
 def _layers(stack: Stack, routings: tuple[Routing, ...], num_tokens: int) -> list[RoutedLayer]:
-    # Named `blocks.3.feedforward.router`; modules stand in the order in which they run.
+    # Named `blocks.3.feedforward.router`; modules are in the order in which they run.
     names = [name.split(".") for name, part in stack.named_modules() if isinstance(part, Router)]
     return [
         _layer(int(name[1]), ".".join(name[2:-1]), routing, num_tokens)

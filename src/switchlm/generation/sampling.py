@@ -1,4 +1,4 @@
-"""Choose the next token: greedy, or drawn after temperature, top-k and top-p.
+"""Choose the next token: greedy, or sampled with temperature, top-k and top-p.
 
 Shapes: B batch, V vocabulary.
 """
@@ -14,12 +14,12 @@ from switchlm.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to choose the next token. The default takes the most probable one.
+    """How to choose the next token. The default is greedy.
 
     temperature: logits are divided by it; 0 is greedy.
-    top_k: draw among the k most probable tokens only.
-    top_p: then among the fewest of those whose probability adds up to at least p (Holtzman et al.
-        2020). They apply in this order.
+    top_k: sample from the k most probable tokens only.
+    top_p: then from the fewest of those whose probabilities sum to at least p (Holtzman et al.
+        2020). Applied in this order.
     """
 
     temperature: float = 0.0
@@ -34,17 +34,16 @@ class Sampling:
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top-k must be at least 1, got {self.top_k}.")
         if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top-p must lie above 0 and at most at 1, got {self.top_p}.")
+            raise ConfigError(f"top-p must be above 0 and at most 1, got {self.top_p}.")
 
 
 GREEDY = Sampling()
 
 
 def uniforms(seeds: Sequence[int], length: int) -> Tensor:
-    """Return float32 [B, length] in [0, 1): a stream a row, from that row's seed alone.
+    """Return float32 [B, length] in [0, 1), each row from its own seed.
 
-    The draws of a row do not depend on the other rows, nor does the start of a stream on its
-    length.
+    A row does not depend on the other rows; a longer row starts with the same numbers.
     """
     streams = []
     for seed in seeds:
@@ -56,13 +55,13 @@ def uniforms(seeds: Sequence[int], length: int) -> Tensor:
 def next_tokens(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> Tensor:
     """Return token_B, int64.
 
-    uniform_B: one draw from [0, 1) a row; greedy needs none.
+    uniform_B: a number in [0, 1) per row; None for greedy.
     """
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     assert uniform_B is not None
     probability_BV, token_BV = candidates(logits_BV, sampling)
-    # Invert the cumulative distribution: the first candidate that reaches beyond the draw.
+    # Invert the cumulative distribution.
     reached_BV = probability_BV.cumsum(-1)
     place_B1 = torch.searchsorted(reached_BV, uniform_B[:, None] * reached_BV[:, -1:], right=True)
     last_B1 = (probability_BV > 0).sum(-1, keepdim=True) - 1
@@ -70,12 +69,12 @@ def next_tokens(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None)
 
 
 def candidates(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Return probability_BV (float32, falling, zero where excluded) and the tokens in that order.
+    """Return probability_BV (float32, descending, zero where excluded) and the tokens in order.
 
-    At least one candidate per row is left. The temperature must be above 0.
+    At least one candidate per row remains. The temperature must be above 0.
     """
     logits_BV, token_BV = logits_BV.float().sort(dim=-1, descending=True, stable=True)
-    # Large logits over a small temperature overflow unless the greatest is taken off first.
+    # Subtract the maximum first: large logits over a small temperature overflow.
     probability_BV = ((logits_BV - logits_BV[:, :1]) / sampling.temperature).softmax(-1)
     if sampling.top_k is not None:
         probability_BV[:, sampling.top_k :] = 0

@@ -1,11 +1,11 @@
-"""A decoding batch that requests join and leave between steps: continuous batching.
+"""A decoding batch in which requests are added and removed between steps: continuous batching.
 
-Memory is taken once, for a fixed number of slots of fixed lengths. The occupied ones are always the
-first, so a step computes on views of just those rows and copies nothing; when a row leaves, the
-last one moves into its place. Every row stands at a position of its own, and draws from a stream of
-its own, so what it gets does not depend on who else is there.
+Memory is allocated once, for a fixed number of slots of fixed lengths. Occupied slots are always
+the first, so a step computes on views of these rows and copies nothing; when a row is removed, the
+last one is moved there. Every row has its own position and random generator, so its output does not
+depend on the other rows.
 
-Shapes: N slots, B occupied, H heads, S source, M places of the output, K head width, V vocabulary.
+Shapes: N slots, B occupied, H heads, S source, M output positions, K head width, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,27 +20,27 @@ from switchlm.generation.sampling import Sampling, next_tokens, uniforms
 from switchlm.model.attention import KeysValues, KeyValueStore
 from switchlm.model.transformer import SwitchTransformer
 
-STEP = 32  # lengths that a step computes on are multiples of this: few shapes
+STEP = 32  # lengths are rounded up to multiples of this, for few shapes
 
 
 @dataclass(frozen=True)
 class _Occupant:
-    name: Any
+    request: Any
     sampling: Sampling
-    drawn_M: Tensor | None
+    uniform_M: Tensor | None
 
 
 class _Window:
-    """A cache of the rows first .. last - 1 (see the `DecodingCache` protocol)."""
+    """A DecodingCache (see model/transformer.py) of the rows first .. last - 1."""
 
     def __init__(self, slots: "Slots", first: int, last: int) -> None:
         rows = slice(first, last)
         self._position_B = slots.position_N[rows]
-        places = _rounded(int(self._position_B.max()) + 1, slots.max_target)
+        positions = _rounded(int(self._position_B.max()) + 1, slots.max_target)
         self.source = _rounded(int(slots.source_N[rows].max()), slots.max_source)
-        self._places_M = slots.places_M[:places]
+        self._positions_M = slots.positions_M[:positions]
         self.self_attention: list[KeyValueStore] = [
-            _Store(keys[rows, :, :places], values[rows, :, :places], self._position_B)
+            _Store(keys[rows, :, :positions], values[rows, :, :positions], self._position_B)
             for keys, values in slots.own
         ]
         self.cross_attention: list[KeysValues] = [
@@ -49,8 +49,8 @@ class _Window:
         ]
 
     def positions(self, num_new: int) -> tuple[Tensor, Tensor]:
-        assert num_new == 1, "slots decode a token at a time"
-        return self._position_B[:, None], self._places_M
+        assert num_new == 1, "slots decode one token at a time"
+        return self._position_B[:, None], self._positions_M
 
 
 class _Store:
@@ -68,11 +68,11 @@ class _Store:
 
 
 class Slots:
-    """Up to `num_slots` outputs in the making, for prompts and outputs of bounded length.
+    """A decoding batch of up to `num_slots` rows, for prompts and outputs of bounded length.
 
     Use it within `evaluation_mode(model, drop=False)`.
 
-    names: who is in the occupied rows, in order.
+    requests: of the occupied rows, in order.
     """
 
     def __init__(
@@ -82,32 +82,32 @@ class Slots:
         self.model = model
         self.num_slots, self.max_source, self.max_target = num_slots, max_source, max_target
         start_11 = torch.full((1, 1), config.pad_id, device=device)
-        like = model.decoder.memories(encode_prompts(model, start_11, None))[0][0]
+        sample = model.decoder.memories(encode_prompts(model, start_11, None))[0][0]
 
         def buffers(length: int) -> list[tuple[Tensor, Tensor]]:
             shape = (num_slots, config.num_heads, length, config.d_kv)
             return [
-                (like.new_zeros(shape), like.new_zeros(shape))
+                (sample.new_zeros(shape), sample.new_zeros(shape))
                 for _ in range(config.num_decoder_layers)
             ]
 
         self.own, self.cross = buffers(max_target), buffers(max_source)
-        self.places_M = torch.arange(max_target, device=device)
+        self.positions_M = torch.arange(max_target, device=device)
         self.position_N = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.source_N = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.segments_NS = torch.zeros(num_slots, max_source, dtype=torch.int32, device=device)
         self._token_N1 = torch.full((num_slots, 1), config.pad_id, device=device)
         self._occupants: list[_Occupant] = []
-        # How much of every row may hold something: places of the output, and of the source.
+        # The used length of every row: of the output, and of the source.
         self._used = [(0, 0)] * num_slots
 
     @property
-    def names(self) -> list[Any]:
-        return [one.name for one in self._occupants]
+    def requests(self) -> list[Any]:
+        return [one.request for one in self._occupants]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all keys and values: taken at the start, never more."""
+        """Bytes of all keys and values, allocated at the start."""
         return sum(t.numel() * t.element_size() for pair in self.own + self.cross for t in pair)
 
     @property
@@ -122,22 +122,22 @@ class Slots:
         encoded_BSD = encode_prompts(self.model, inputs_BS, segments_BS)
         return [row[: len(ids)] for row, ids in zip(encoded_BSD, prompts, strict=True)]
 
-    def join(
-        self, name: Any, encoded_SD: Tensor, *, sampling: Sampling, seed: int, limit: int
+    def add(
+        self, request: Any, encoded_SD: Tensor, *, sampling: Sampling, seed: int, limit: int
     ) -> None:
-        """Take a free slot.
+        """Add a request to a free slot.
 
-        limit: how many tokens the output may have, at most max_target.
+        limit: of the tokens of the output, at most max_target.
         """
         length = encoded_SD.shape[0]
         assert self.num_free, "all slots are taken"
         assert length <= self.max_source, "the prompt is longer than a slot"
         assert limit <= self.max_target, "the output may be longer than a slot"
         row = len(self._occupants)
-        fresh = self.model.decoder.memories(encoded_SD[None])
+        memories = self.model.decoder.memories(encoded_SD[None])
         self._clear(row)
         self._used[row] = limit, length
-        for kept, new in zip(self.cross, fresh, strict=True):
+        for kept, new in zip(self.cross, memories, strict=True):
             for kept_NHSK, new_1HSK in zip(kept, new, strict=True):
                 kept_NHSK[row, :, :length] = new_1HSK[0]
         self.segments_NS[row] = 0
@@ -145,13 +145,13 @@ class Slots:
         self.source_N[row] = length
         self.position_N[row] = 0
         self._token_N1[row] = self.model.config.pad_id
-        drawn_M = None
+        uniform_M = None
         if sampling.temperature:
-            drawn_M = uniforms([seed], limit)[0].to(self._token_N1.device)
-        self._occupants.append(_Occupant(name, sampling, drawn_M))
+            uniform_M = uniforms([seed], limit)[0].to(self._token_N1.device)
+        self._occupants.append(_Occupant(request, sampling, uniform_M))
 
-    def leave(self, row: int) -> None:
-        """Free a row; the last one moves into its place."""
+    def remove(self, row: int) -> None:
+        """Remove a row; the last one is moved there."""
         last = len(self._occupants) - 1
         if row != last:
             self._clear(row)
@@ -164,19 +164,19 @@ class Slots:
         del self._occupants[last]
 
     def _kept(self, row: int) -> Iterator[tuple[Tensor, int]]:
-        """Yield all keys and values, and how much of the row in them is used."""
+        """Yield all keys and values, and the used length of the row in them."""
         for pairs, used in zip((self.own, self.cross), self._used[row], strict=True):
             yield from ((tensor, used) for pair in pairs for tensor in pair)
 
     def _clear(self, row: int) -> None:
-        """Zero what is used of a row: what damaged weights left there must not come back."""
+        """Zero the used part of a row: a NaN left there would spread to the next request."""
         for kept_NHLK, used in self._kept(row):
             kept_NHLK[row, :, :used].zero_()
 
     def step(self, first: int = 0, last: int | None = None) -> list[int | None]:
-        """Return the next token of every row from `first` to before `last`, None without numbers.
+        """Return the next token of every row from `first` to before `last`, None where it is NaN.
 
-        A step that raised may be repeated, for fewer rows too: until it returns nothing has moved.
+        A step that raised may be repeated, for fewer rows too: it changes nothing until it returns.
         """
         last = len(self._occupants) if last is None else last
         window = _Window(self, first, last)
@@ -188,14 +188,14 @@ class Slots:
         )
         logits_BV = output.logits_BTV[:, -1]
         token_B = self._choose(logits_BV, first)
-        # A NaN is the largest number to `amax`, so this sees every one.
+        # `amax` returns NaN if there is one.
         good = logits_BV.amax(-1).isfinite().tolist()
         self._token_N1[first:last, 0] = token_B
         self.position_N[first:last] += 1
         return [token if fine else None for token, fine in zip(token_B.tolist(), good, strict=True)]
 
     def _choose(self, logits_BV: Tensor, first: int) -> Tensor:
-        """Return token_B, the rows of one kind of sampling together."""
+        """Return token_B; rows of equal sampling options are computed together."""
         occupants = self._occupants[first : first + len(logits_BV)]
         kinds = {one.sampling for one in occupants}
         if len(kinds) == 1 and not occupants[0].sampling.temperature:
@@ -204,7 +204,7 @@ class Slots:
         position = self.position_N[first : first + len(logits_BV)].tolist()
         for sampling in kinds:
             rows = [row for row, one in enumerate(occupants) if one.sampling == sampling]
-            draws = [(row, occupants[row].drawn_M) for row in rows]
+            draws = [(row, occupants[row].uniform_M) for row in rows]
             drawn = [one_M[position[row]] for row, one_M in draws if one_M is not None]
             uniform_B = torch.stack(drawn) if drawn else None
             token_B[rows] = next_tokens(logits_BV[rows], sampling, uniform_B)

@@ -1,4 +1,4 @@
-"""Tokens to text as they come: whole characters only, and an end at the first stop string.
+"""Decode tokens to text one by one: only complete characters, up to the first stop string.
 
     stream = TextStream(tokenizer, stops=["\\n\\n"])
     for token in tokens:
@@ -7,12 +7,12 @@
             break
     print(stream.finish())
 
-The pieces add up to `tokenizer.decode` of all tokens, cut before the stop string, wherever the
-borders between tokens lie. Text is held back while the next token may still change it: half a
-character, or what may become a stop string. Bytes that are no character show as U+FFFD, as there.
+The pieces joined are `tokenizer.decode` of all tokens, up to the stop string, which may span
+tokens. Text that the next token may change is withheld: an incomplete character, or the beginning
+of a stop string. Invalid bytes decode to U+FFFD, as in `tokenizer.decode`.
 
-`token_texts` gives every token the text that a reader sees: a space where it was, and of a
-character made of several byte tokens the first has the text, the others none.
+`tokens_of_text` and `texts_of_tokens` return the text of every token; of a character of several
+byte tokens, the first has the text and the others are empty.
 """
 
 from collections.abc import Sequence
@@ -20,17 +20,17 @@ from collections.abc import Sequence
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import ConfigError
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are no whole character
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what invalid or incomplete UTF-8 decodes to
 LONGEST_CHARACTER = 4  # bytes
 _LONGEST_RUN = 64  # tokens decoded again at every step, at most
-_CONTEXT = 8  # of them kept when the run is cut, so that spaces and characters stay right
+_CONTEXT = 8  # tokens kept when the run is shortened, for correct spaces and characters
 
 
 class TextStream:
     """The text of one output, token by token.
 
-    stops: texts that end the output and stay out of it; the one that is complete first counts.
-        stopped: whether one has come; nothing is given out from then on.
+    stops: texts that end the output and are not part of it; the one that is complete first counts.
+    stopped: whether a stop string was found; there is no more text from then on.
 
     Raises ConfigError for an empty stop string.
     """
@@ -41,18 +41,18 @@ class TextStream:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
-        self._silent = {tokenizer.pad_id, tokenizer.end_id}
+        self._skipped = {tokenizer.pad_id, tokenizer.end_id}
         self._sentinels = set(tokenizer.sentinel_ids)
         self._run: list[int] = []  # ordinary tokens since the last sentinel, or the last of them
-        self._taken = 0  # characters of the run's text that went on to the search for stops
-        self._held = ""  # what may be the beginning of a stop string
+        self._taken = 0  # characters of the run's text already passed to _release
+        self._held = ""  # the possible beginning of a stop string
 
     def push(self, token: int) -> str:
-        """Add a token; return the text that is now certain, which may be empty."""
-        if self.stopped or token in self._silent:
+        """Add a token; return the text that can no longer change, which may be empty."""
+        if self.stopped or token in self._skipped:
             return ""
         if token in self._sentinels:
-            # A run of ordinary tokens is decoded by itself, as Tokenizer.decode does it.
+            # A run of ordinary tokens is decoded separately, as in Tokenizer.decode.
             new = self._end_run() + self._tokenizer.decode([token])
         else:
             self._run.append(token)
@@ -65,7 +65,7 @@ class TextStream:
         return self._release(new)
 
     def finish(self) -> str:
-        """Return the rest, half characters included; call it when no more tokens come."""
+        """Return the rest, incomplete characters included; call it after the last token."""
         if self.stopped:
             return ""
         rest = self._release(self._end_run())
@@ -78,16 +78,16 @@ class TextStream:
         return text
 
     def _shorten(self, text: str) -> None:
-        """Keep the fewest of the last tokens whose text by themselves is the end of the text."""
+        """Keep the fewest of the last tokens that decode to the end of the text."""
         for length in range(_CONTEXT, _LONGEST_RUN):
             context = self._tokenizer.decode(self._run[-length:])
-            # A context that begins within a character, or a run of byte tokens, looks otherwise.
+            # A context that begins within a character or a run of byte tokens decodes differently.
             if text.endswith(context):
                 self._run, self._taken = self._run[-length:], len(context)
                 return
 
     def _release(self, new: str) -> str:
-        """Return the text up to a stop string, or up to what may become one."""
+        """Return the text up to a stop string, or up to the beginning of one."""
         text = self._held + new
         found = [
             (start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0
@@ -102,7 +102,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return how many of the last characters of the text are the first of the stop string."""
+    """Return the length of the longest end of the text that begins the stop string."""
     for length in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:length]):
             return length
@@ -110,10 +110,10 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def tokens_of_text(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[str]]:
-    """Return (ids, texts) of a text; the texts joined are always exactly `text`.
+    """Return (ids, texts) of a text; the texts joined are exactly `text`.
 
-    What a tokenizer passes over, such as the second of two spaces, goes to the token after it.
-    Raises DataError for text that is not Unicode.
+    Characters that the tokenizer skips, such as the second of two spaces, are part of the next
+    token's text. Raises DataError for text that is not valid Unicode.
     """
     ids = tokenizer.encode(text)
     encoding = tokenizer.backend.encode(text, add_special_tokens=False)
@@ -130,7 +130,7 @@ def tokens_of_text(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[str
 def texts_of_tokens(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     """Return the text of each token; joined they are `tokenizer.decode(ids)`.
 
-    But for padding and end tokens: they are named, since otherwise they could not be seen.
+    Except for padding and end tokens, which are shown as <pad> and </s>.
     """
     named = {tokenizer.pad_id: "<pad>", tokenizer.end_id: "</s>"}
     named |= {number: tokenizer.decode([number]) for number in tokenizer.sentinel_ids}
@@ -146,7 +146,7 @@ def texts_of_tokens(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
 
 
 def _plain_texts(ids: list[int], tokenizer: Tokenizer) -> list[str]:
-    """Decode ids a character at a time, each after what precedes it, as spaces depend on that."""
+    """Decode ids one character at a time, with the ids before it, on which spaces depend."""
     texts: list[str] = []
     context = done = 0
     while done < len(ids):
@@ -160,7 +160,7 @@ def _plain_texts(ids: list[int], tokenizer: Tokenizer) -> list[str]:
                 new, length = found, longer
                 break
         texts += [new, *[""] * (length - 1)]
-        # What follows half a character must not be read without it.
+        # Tokens after an incomplete character must be decoded with it.
         if new and REPLACEMENT not in new:
             context = done
         done += length

@@ -1,1 +1,1 @@
-"""Model folders in the Hugging Face format: read from anybody's, written for everybody."""
+"""Model folders in the Hugging Face format: read and write them."""

@@ -1,7 +1,7 @@
-"""Adapters in a folder of their own, so that many tasks share one base model.
+"""Save LoRA adapters in a separate folder, so that many tasks share one base model.
 
-FOLDER/adapters.safetensors   the low-rank pairs by name (model/lora.py)
-FOLDER/adapters.json          rank, alpha, and the base model they were made for
+FOLDER/adapters.safetensors   the low-rank matrices by name (model/lora.py)
+FOLDER/adapters.json          rank, alpha and the name of the base model
 """
 
 import json
@@ -24,7 +24,7 @@ TENSORS, ABOUT = "adapters.safetensors", "adapters.json"
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """rank, alpha: see lora.apply.
-    base: the model the adapters were made for, as it was named.
+    base: the name or path of the base model.
     """
 
     rank: int
@@ -49,10 +49,10 @@ def save_adapters(model: SwitchTransformer, config: AdapterConfig, folder: Path)
 
 @torch.no_grad()
 def load_adapters(model: SwitchTransformer, folder: str | Path) -> AdapterConfig:
-    """Put the saved adapters on their plain base model, in place; `lora.merged` adds them up.
+    """Add the saved adapters to their base model, in place; `lora.merged` merges them.
 
-    Raises CheckpointError where files are missing or damaged, or were made for a model of another
-    shape, which then is as it was.
+    Raises CheckpointError for missing or damaged files, and for adapters of a model of another
+    shape; the model is then unchanged.
     """
     folder = Path(folder)
     if not (folder / ABOUT).is_file():
@@ -66,9 +66,9 @@ def load_adapters(model: SwitchTransformer, folder: str | Path) -> AdapterConfig
         raise CheckpointError(f"{ABOUT} is damaged: {error}") from None
     weights = Weights(folder, {TENSORS: None})
     with torch.device("meta"):
-        trial = SwitchTransformer(model.config)
-    lora.apply(trial, config.rank, config.alpha)
-    expected = {name: tuple(pair.shape) for name, pair in lora.adapters(trial).items()}
+        base = SwitchTransformer(model.config)
+    lora.apply(base, config.rank, config.alpha)
+    expected = {name: tuple(pair.shape) for name, pair in lora.adapters(base).items()}
     found = {name: described.shape for name, described in weights.tensors.items()}
     if found != expected:
         name, *_ = sorted({name for name, _ in found.items() ^ expected.items()})

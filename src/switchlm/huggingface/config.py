@@ -1,20 +1,18 @@
-"""config.json to ModelConfig and back, as transformers and this package use its fields.
+"""Convert config.json to ModelConfig and back.
 
-Fields absent from a file have transformers' own defaults. Where the file and the weights disagree
-on layers, sparse layers, experts, gating or the head, the weights are right and the repair is
-reported. Nothing in the file is imported or run: `auto_map` and the like are not read. What is
-written, transformers reads as far as it has the words.
+Missing fields have the defaults of transformers. Where config.json and the weights disagree on
+layers, sparse layers, experts, gating or the head, the weights decide and the repair is reported.
+Nothing in the file is imported or run: `auto_map` is ignored.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from typing import Any, Literal
 
 from switchlm.config import from_mapping, to_mapping
 from switchlm.errors import CheckpointError, ConfigError
 from switchlm.files import Report
-from switchlm.huggingface.match import Architecture, StackArchitecture
+from switchlm.huggingface.match import Architecture
 from switchlm.huggingface.names import STACKS, Family
 from switchlm.model.config import (
     Initialisation,
@@ -72,7 +70,7 @@ class Fields:
 
 @dataclass(frozen=True, kw_only=True)
 class Extra:
-    """Fields of ModelConfig that transformers has no word for, under the key `switchlm`."""
+    """Fields of ModelConfig that transformers does not have, under the key `switchlm`."""
 
     sparse_step: int = 2
     decoder_sparse_step: int | None = None
@@ -83,7 +81,7 @@ class Extra:
 
 
 def sparse_layers(step: int, num_layers: int, semantics: Semantics) -> frozenset[int]:
-    """Return which layers are sparse under that step; 0 is none."""
+    """Return the sparse layers for a sparse step; step 0: none."""
     if step <= 0:
         return frozenset()
     return frozenset(range(semantics.first_sparse_layer(step), num_layers, step))
@@ -107,12 +105,14 @@ _ACTIVATIONS: dict[str, Literal["relu", "gelu"]] = {
 def read_config(
     values: Mapping[str, Any], found: Architecture, head_differs: Callable[[], bool], report: Report
 ) -> tuple[ModelConfig, Family]:
-    """Return the configuration of the model whose weights were surveyed, and its family.
+    """Return the configuration and the family of a model.
 
-    head_differs: whether the head in the weights is another matrix than the embedding.
-    report: told of every repair.
+    values: the content of config.json.
+    found: the architecture inferred from the weights.
+    head_differs: returns whether the head in the weights differs from the embedding.
+    report: called with a message for every repair.
 
-    Raises CheckpointError for what this package cannot be.
+    Raises CheckpointError for a model that is not supported.
     """
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
@@ -191,19 +191,18 @@ def _router(claim: Fields) -> RouterConfig:
 
 
 def _layers(stack: str, claimed: int, found: Architecture, report: Report) -> int:
-    """Weights beyond the claim are the truth; fewer will be named as missing."""
-    there = len(found.stacks[stack].layers)
-    if there > claimed:
-        report(f"config.json says {claimed} {stack} layers; the weights have {there}.")
-        return there
+    """Return the larger number of layers; `match` reports those that the weights lack."""
+    num_layers = len(found.stacks[stack].layers)
+    if num_layers > claimed:
+        report(f"config.json says {claimed} {stack} layers; the weights have {num_layers}.")
+        return num_layers
     return claimed
 
 
 def _num_experts(claim: Fields, found: Architecture, report: Report) -> int:
     if found.num_experts > claim.num_experts:
         report(
-            f"config.json says {claim.num_experts} experts; the weights have them to number "
-            f"{found.num_experts - 1}."
+            f"config.json says {claim.num_experts} experts; the weights have {found.num_experts}."
         )
         return found.num_experts
     all_dense = all(stack.dense == stack.layers for stack in found.stacks.values())
@@ -213,13 +212,13 @@ def _num_experts(claim: Fields, found: Architecture, report: Report) -> int:
 def _feedforward(
     claim: Fields, found: Architecture, family: Family, report: Report
 ) -> tuple[bool, Literal["relu", "gelu"]]:
-    """Return (gated, activation); T5 names both in one word, such as `gated-gelu`."""
-    words = claim.feed_forward_proj or "relu" if family == "t5" else claim.dense_act_fn
+    """Return (gated, activation); T5 names both in one string, such as `gated-gelu`."""
+    name_given = claim.feed_forward_proj or "relu" if family == "t5" else claim.dense_act_fn
     if found.gated and family == "switch" and claim.feed_forward_proj:
-        words = claim.feed_forward_proj
-    first, _, rest = words.partition("-")
+        name_given = claim.feed_forward_proj
+    first, _, rest = name_given.partition("-")
     claimed_gated = first == "gated"
-    name = rest if claimed_gated else words
+    name = rest if claimed_gated else name_given
     if claimed_gated and name == "gelu":
         name = "gelu_new"
     gated = claimed_gated if found.gated is None else found.gated
@@ -227,13 +226,13 @@ def _feedforward(
         name = "gelu_new"
     if gated and not claimed_gated and name == "relu":
         report(
-            f"config.json says {words!r}; the weights have gated feed-forward layers, taken as "
+            f"config.json says {name_given!r}; the weights have gated feed-forward layers, read as "
             "GEGLU."
         )
         name = "gelu_new"
     if name not in _ACTIVATIONS:
         raise CheckpointError(
-            f"The feed-forward activation {words[:80]!r} of config.json is none of "
+            f"The feed-forward activation {name_given[:80]!r} of config.json is not one of "
             f"{', '.join(_ACTIVATIONS)} or gated-gelu."
         )
     return gated, _ACTIVATIONS[name]
@@ -242,7 +241,7 @@ def _feedforward(
 def _tied_head(
     claim: Fields, found: Architecture, head_differs: Callable[[], bool], report: Report
 ) -> bool:
-    """A tied head is scaled by 1 / sqrt(d_model), one of its own is not."""
+    """Return whether the head is tied; only a tied head is scaled by 1 / sqrt(d_model)."""
     scaled = claim.scale_decoder_outputs
     if scaled is None:
         scaled = claim.tie_word_embeddings
@@ -250,8 +249,8 @@ def _tied_head(
         return False
     if found.head_key is not None and head_differs():
         report(
-            f"config.json says that the head is tied to the embedding; the weights have "
-            f"{found.head_key}, another matrix, which is taken, unscaled."
+            f"config.json says that the head is tied to the embedding, but {found.head_key} in the "
+            "weights differs from it; that head is used, unscaled."
         )
         return False
     return True
@@ -260,7 +259,7 @@ def _tied_head(
 def _sparse_steps(
     claim: Fields, extra: Extra, found: Architecture, report: Report
 ) -> tuple[int, int | None]:
-    """Return the sparse steps of encoder and decoder, None where the decoder's is the same."""
+    """Return the sparse steps of encoder and decoder; None: the decoder's is the same."""
     claims = {
         "encoder": (claim.encoder_sparse_step, claim.num_layers, claim.num_sparse_encoder_layers),
         "decoder": (
@@ -273,17 +272,19 @@ def _sparse_steps(
     for stack, (step, num_layers, num_sparse) in claims.items():
         if step is None:
             step = num_layers // num_sparse if num_sparse > 0 else num_layers
-        there = found.stacks[stack]
-        fitting = find_step(step, len(there.layers), extra.router.semantics, partial(_fits, there))
+        actual = found.stacks[stack]
+        fitting = _find_step(
+            step, len(actual.layers), extra.router.semantics, actual.sparse, actual.dense
+        )
         if fitting is None:
             raise CheckpointError(
-                f"The sparse layers of the {stack}, {sorted(there.sparse)}, are not every n-th "
-                "layer; this package cannot hold such a model."
+                f"The sparse layers of the {stack}, {sorted(actual.sparse)}, are not every n-th "
+                "layer; such models are not supported."
             )
         if fitting != step:
             report(
                 f"config.json says {stack} sparse step {step}; the sparse layers of the weights "
-                f"are {sorted(there.sparse)}: step {fitting}."
+                f"are {sorted(actual.sparse)}: step {fitting}."
             )
         steps.append(fitting)
     encoder, decoder = steps
@@ -291,36 +292,33 @@ def _sparse_steps(
     return encoder, None if same else decoder
 
 
-def _fits(found: StackArchitecture, layers: frozenset[int]) -> bool:
-    return found.sparse <= layers and not found.dense & layers
-
-
-def find_step(
-    first: int, num_layers: int, semantics: Semantics, fits: Callable[[frozenset[int]], bool]
+def _find_step(
+    first: int, num_layers: int, semantics: Semantics, sparse: Set[int], dense: Set[int]
 ) -> int | None:
-    """Return a sparse step whose sparse layers fit, `first` if it does; None if there is none."""
+    """Return a sparse step for these sparse and dense layers, `first` if it fits; None: no step."""
     for step in (first, *range(num_layers + 2)):
-        if step >= 0 and fits(sparse_layers(step, num_layers, semantics)):
+        layers = sparse_layers(step, num_layers, semantics)
+        if step >= 0 and sparse <= layers and not dense & layers:
             return step
     return None
 
 
 def _token(value: Any, default: int) -> int:
-    """One token; of several ends the first."""
+    """Return a token id; the first of a list."""
     if isinstance(value, list) and value:
         value = value[0]
     if value is None:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
-        raise CheckpointError(f"config.json has the token id {value!r}; it must be a number.")
+        raise CheckpointError(f"config.json has the token id {value!r}; it must be an integer.")
     return value
 
 
-NEVER_DROPS = 2**31 - 1  # transformers knows absolute capacities only
+NEVER_DROPS = 2**31 - 1  # transformers has absolute capacities only
 
 
 def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Return the content of config.json; see limits() for what it cannot say to transformers."""
+    """Return the content of config.json; see save.unsupported_features for what it lacks."""
     family = family_of(config)
     values: dict[str, Any] = {
         "architectures": [ARCHITECTURES[family]],
@@ -344,14 +342,14 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "decoder_start_token_id": config.pad_id,
         "dtype": dtype,
     }
-    plain = "relu" if config.activation == "relu" else "gelu_new"
+    activation = "relu" if config.activation == "relu" else "gelu_new"
     if family == "t5" or config.gated:
-        values["feed_forward_proj"] = f"gated-{config.activation}" if config.gated else plain
+        values["feed_forward_proj"] = f"gated-{config.activation}" if config.gated else activation
     if family == "switch":
         router = config.router
         jitter = router.exploration == "jitter"
         values |= {
-            "dense_act_fn": plain,
+            "dense_act_fn": activation,
             "num_experts": config.num_experts,
             "expert_capacity": router.expert_capacity or NEVER_DROPS,
             "router_bias": False,
@@ -371,7 +369,7 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def family_of(config: ModelConfig) -> Family:
-    """Dense models are saved as T5, all others as Switch Transformers."""
+    """Return the family: T5 for dense models, Switch Transformers for all others."""
     return "switch" if config.num_experts else "t5"
 
 
@@ -383,8 +381,9 @@ def stack_layers(config: ModelConfig, stack: str) -> frozenset[int]:
 
 
 def transformers_step(config: ModelConfig, stack: str) -> int | None:
-    """Return the sparse step that gives transformers the same layers, None if there is none."""
+    """Return the sparse step with the same sparse layers in transformers; None: there is none."""
     num_layers = config.num_decoder_layers if stack == "decoder" else config.num_encoder_layers
-    wanted = stack_layers(config, stack)
+    sparse = stack_layers(config, stack)
     own = config.sparse_step_of(decoder=stack == "decoder")
-    return find_step(own, num_layers, SEMANTICS["hf"], lambda layers: layers == wanted)
+    dense = frozenset(range(num_layers)) - sparse
+    return _find_step(own, num_layers, SEMANTICS["hf"], sparse, dense)

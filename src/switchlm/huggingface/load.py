@@ -1,4 +1,4 @@
-"""Models in the Hugging Face format: load those of transformers, save what it loads.
+"""Load and save models in the Hugging Face format.
 
 model, tokenizer = switchlm.load("google/switch-base-8")
 switchlm.save(model, tokenizer, "my-model")
@@ -22,23 +22,23 @@ from switchlm.huggingface.names import Entry, Family
 from switchlm.huggingface.quantised import (
     Quantisation,
     assemble,
-    expert_extents,
+    expert_offsets,
     read_quantisation,
     read_quantised_config,
 )
 from switchlm.huggingface.save import write_model
 from switchlm.huggingface.weights import (
     CONFIG,
-    Extent,
+    TensorOffset,
     Weights,
-    find_extents,
+    empty,
     find_model,
+    find_tensor_offsets,
     inside,
     open_weights,
-    put_tensor,
     read_json,
+    set_tensor,
 )
-from switchlm.kernels.cpu import memory
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
 
@@ -61,25 +61,25 @@ def load(
     """Load a model and its tokenizer, None where the folder has none; the model is in eval mode.
 
     name: a run, a model folder, or a name on the hub (at `revision`).
-    dtype: None keeps that of the files.
-    report: told of repairs and oddities; without it they are warnings.
+    dtype: None keeps the dtype of the files.
+    report: called with a message for every repair; without it, they are warnings.
 
-    Tensors are read one by one into their place, experts stacked, so that memory holds the model
-    and one tensor. Raises CheckpointError where anything is missing, extra, misshapen or damaged.
+    Tensors are read one by one into their parameter, so that memory holds the model and one tensor.
+    Raises CheckpointError for tensors that are missing, unexpected, of a wrong shape or damaged.
     """
-    tell = report or _warn
-    saved = _open(name, tell, revision, local_files_only)
+    report = report or _warn
+    saved = _open_model(name, report, revision, local_files_only)
     config, family, weights = saved.config, saved.family, saved.weights
     if saved.quantisation is not None:
         model = assemble(config, family, saved.quantisation, weights.read, dtype, device)
-        return model, _tokenizer(saved.folder, tell)
+        return model, _tokenizer(saved.folder, report)
     if weights.pickled:
-        tell(
+        report(
             f"The weights of {str(name)!r} are pickles (.bin). Only tensors are read from them and "
-            "nothing in them is run, but safetensors are the better format."
+            "nothing in them is run, but safetensors is the safer format."
         )
-    model = _build(config, match(config, family, weights, tell), weights, dtype, device)
-    return model, _tokenizer(saved.folder, tell)
+    model = _build(config, match(config, family, weights, report), weights, dtype, device)
+    return model, _tokenizer(saved.folder, report)
 
 
 def load_without_experts(
@@ -89,36 +89,36 @@ def load_without_experts(
     local_files_only: bool = False,
     dtype: torch.dtype | None = None,
     report: Report | None = None,
-) -> "tuple[SwitchTransformer, Tokenizer | None, dict[str, list[Extent]]]":
-    """Load all of a model but its experts, and tell where in the files those are.
+) -> "tuple[SwitchTransformer, Tokenizer | None, dict[str, list[TensorOffset]]]":
+    """Load a model without its experts; return also the offsets of the experts in the files.
 
     Arguments are those of `load`. The parameters of experts stay on the meta device. The third
-    result has, by the name of each stacked parameter, what the files hold of every expert: a matrix
-    [out, in], transposed against ours; or codes, and by NAME.scale their scales.
+    result maps the name of each stacked parameter to the offset of every expert: of a matrix
+    [out, in], the transpose of the parameter; or of codes, with those of scales at NAME.scale.
 
-    Raises CheckpointError as `load` does, and for pickled weights, which have no fixed places.
+    Raises CheckpointError as `load` does, and for pickled weights, which have no fixed offsets.
     """
-    tell = report or _warn
-    saved = _open(name, tell, revision, local_files_only)
+    report = report or _warn
+    saved = _open_model(name, report, revision, local_files_only)
     config, family, weights = saved.config, saved.family, saved.weights
     if saved.quantisation is not None:
         model = assemble(config, family, saved.quantisation, weights.read, dtype, experts=False)
-        codes = expert_extents(config, family, saved.quantisation, weights)
-        return model, _tokenizer(saved.folder, tell), codes
+        experts = expert_offsets(config, family, saved.quantisation, weights)
+        return model, _tokenizer(saved.folder, report), experts
     if weights.pickled:
         raise CheckpointError(
             f"The weights of {str(name)!r} are pickles (.bin), which cannot be read in parts, so "
-            "experts cannot stay on the disk. Write it once as safetensors: switchlm convert."
+            "experts cannot stay on the disk. Convert it to safetensors: switchlm convert."
         )
-    matched = match(config, family, weights, tell)
+    matched = match(config, family, weights, report)
     dense = [entry for entry in matched.entries if entry.expert is None]
     model = _build(config, Match(dense, matched.sources), weights, dtype)
-    extents = find_extents(weights.tensors)
-    experts: dict[str, list[Extent]] = {}
-    for entry in matched.entries:  # those of a parameter come in the order of the experts
+    offsets = find_tensor_offsets(weights.tensors)
+    experts = {}
+    for entry in matched.entries:  # in the order of the experts
         if entry.expert is not None:
-            experts.setdefault(entry.ours, []).append(extents[matched.sources[entry.theirs]])
-    return model, _tokenizer(saved.folder, tell), experts
+            experts.setdefault(entry.name, []).append(offsets[matched.sources[entry.hf_name]])
+    return model, _tokenizer(saved.folder, report), experts
 
 
 def load_config(
@@ -129,28 +129,28 @@ def load_config(
     report: Report | None = None,
     to_train: bool = False,
 ) -> ModelConfig:
-    """Return the configuration of a saved model as `load` understands it, without its weights.
+    """Return the configuration of a saved model as `load` reads it, without its weights.
 
-    to_train: refuse one that is quantised, for it cannot be trained.
+    to_train: raise CheckpointError for a quantised model, which cannot be trained.
     """
     purpose = "training it" if to_train else None
-    return _open(name, report or _warn, revision, local_files_only, purpose).config
+    return _open_model(name, report or _warn, revision, local_files_only, purpose).config
 
 
 def load_quantisation(name: str | Path) -> Quantisation | None:
-    """Return how the weights of a saved model are quantised; None if they are not."""
+    """Return how the weights of a saved model are quantised; None: they are not."""
     folder = find_model(name)
     return read_quantisation(read_json(folder, CONFIG))
 
 
-def open_floats(
+def open_unquantised(
     name: str | Path, *, report: Report | None = None
 ) -> tuple[ModelConfig, Family, Weights]:
-    """Return what a saved model is, and its weights, of which nothing is read yet.
+    """Return (configuration, family, weights) of a saved model; no tensor is read yet.
 
-    Raises CheckpointError for one that is quantised.
+    Raises CheckpointError for a quantised model.
     """
-    saved = _open(name, report or _warn, purpose="compressing it")
+    saved = _open_model(name, report or _warn, purpose="compressing it")
     return saved.config, saved.family, saved.weights
 
 
@@ -171,18 +171,17 @@ def save(
 ) -> None:
     """Save a model as transformers loads it, with tokenizer and model card.
 
-    The folder appears whole or not at all; an older model in its place is replaced. What
-    transformers cannot represent is saved in the same scheme and said in the card and to `report`
-    (without it, as a warning).
-
-    group: the gloo group of all processes that hold a part of the model, each of which then calls
-        this and writes its share of the files; no more than one matrix of an expert, or one dense
-        parameter, is whole anywhere. Nothing else may use the group meanwhile.
+    directory: replaced in one step, if it exists and holds a model.
+    report: called with a message for each feature that transformers does not support; without it,
+        they are warnings. The model card lists them too.
+    group: the gloo group of all processes that hold a part of the model; each calls this and writes
+        its share of the files. A process gathers at most one matrix of an expert, or one dense
+        parameter, at a time. Nothing else may use the group meanwhile.
     """
     write_model(model, tokenizer, Path(directory), max_shard_bytes, report or _warn, Ranks(group))
 
 
-def fill(
+def load_weights(
     model: SwitchTransformer,
     name: str | Path,
     *,
@@ -191,23 +190,24 @@ def fill(
     report: Report | None = None,
     group: ProcessGroup | None = None,
 ) -> None:
-    """Copy the weights of a saved model into `model`, in its own dtype, wherever its parts are.
+    """Copy the weights of a saved model into `model`, in the dtype of `model`.
 
-    model: built from `load_config(name)`; plain, or sharded over processes, each of which calls
-        this and reads no more than its own parts.
+    model: built from `load_config(name)`; if it is sharded, each process calls this and reads its
+        own parts only.
     name, revision: as in `load`.
-    group: as in `save`; if reading fails on one process, all of them raise CheckpointError.
+    group: as in `save`; if reading fails on one process, all raise CheckpointError.
     """
-    tell = report or _warn
+    report = report or _warn
     ranks = Ranks(group)
 
     def work() -> None:
-        saved = _open(name, tell, revision, local_files_only, "training it")
-        matched = match(model.config, saved.family, saved.weights, tell)
+        saved = _open_model(name, report, revision, local_files_only, "training it")
+        matched = match(model.config, saved.family, saved.weights, report)
         places = model.state_dict()
         if any(place.is_meta for place in places.values()):
             raise CheckpointError(
-                "Cannot fill a model that has no memory yet; call model.to_empty(device=...) first."
+                "Cannot load weights into a model on the meta device; call "
+                "model.to_empty(device=...) first."
             )
         _copy(places, matched, saved.weights)
 
@@ -222,15 +222,15 @@ def _tokenizer(folder: Path, report: Report) -> "Tokenizer | None":
     if not (folder / TOKENIZER).exists():
         for other in OTHER_TOKENIZERS:
             if (folder / other).exists():
-                report(f"{other} is no tokenizer this can read ({TOKENIZER} is); loading without.")
+                report(f"{other} is not supported, only {TOKENIZER}; loading without tokenizer.")
         return None
     from switchlm.data.text.tokenizer import Tokenizer
 
     return Tokenizer.load(inside(folder, TOKENIZER))
 
 
-class _Saved(NamedTuple):
-    """A saved model, of whose weights nothing is read yet; quantisation: None for floats."""
+class _SavedModel(NamedTuple):
+    """A saved model, no tensor of which is read yet; quantisation: None if it is not quantised."""
 
     folder: Path
     quantisation: Quantisation | None
@@ -239,16 +239,16 @@ class _Saved(NamedTuple):
     weights: Weights
 
 
-def _open(
+def _open_model(
     name: str | Path,
     report: Report,
     revision: str | None = None,
     local_files_only: bool = False,
     purpose: str | None = None,
-) -> _Saved:
-    """Find a model, and understand its config.json, mended where its weights say better.
+) -> _SavedModel:
+    """Find a model and read its config.json, repaired by what the weights show.
 
-    purpose: what floating-point weights are needed for; a quantised model is refused then.
+    purpose: what floating-point weights are needed for; a quantised model is then an error.
     """
     folder = find_model(name, revision, local_files_only)
     values = read_json(folder, CONFIG)
@@ -257,9 +257,11 @@ def _open(
         if purpose is not None:
             raise CheckpointError(
                 f"The model is quantised to {quantisation.bits} bits, and {purpose} needs "
-                "floating-point weights. Take the model that it was made from."
+                "floating-point weights. Use the model that it was made from."
             )
-        return _Saved(folder, quantisation, *read_quantised_config(folder, values, quantisation))
+        return _SavedModel(
+            folder, quantisation, *read_quantised_config(folder, values, quantisation)
+        )
     weights = open_weights(folder)
     found = infer_architecture(weights.tensors)
 
@@ -268,7 +270,7 @@ def _open(
         embedding = "shared.weight"
         return embedding in weights.tensors and not weights.equal(found.head_key, embedding)
 
-    return _Saved(folder, None, *read_config(values, found, head_differs, report), weights)
+    return _SavedModel(folder, None, *read_config(values, found, head_differs, report), weights)
 
 
 @torch.no_grad()
@@ -279,39 +281,36 @@ def _build(
     dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
 ) -> SwitchTransformer:
-    """Return the model with what matched; all else of it stays on the meta device."""
+    """Return the model with the matched weights; other parameters stay on the meta device."""
     with torch.device("meta"):
         model = SwitchTransformer(config)
     dtypes: dict[str, torch.dtype] = {}
     for entry in matched.entries:
-        own = dtype or weights.tensors[matched.sources[entry.theirs]].dtype
-        dtypes[entry.ours] = torch.promote_types(dtypes.get(entry.ours, own), own)
+        own = dtype or weights.tensors[matched.sources[entry.hf_name]].dtype
+        dtypes[entry.name] = torch.promote_types(dtypes.get(entry.name, own), own)
     places: dict[str, Tensor] = {}
     for name, meta in model.state_dict(keep_vars=True).items():
         if name not in dtypes:
             continue
-        if torch.device(device).type == "cpu":
-            places[name] = memory.empty_on_large_pages(meta.shape, dtypes[name])
-        else:
-            places[name] = torch.empty(meta.shape, dtype=dtypes[name], device=device)
-        put_tensor(model, name, places[name])
+        places[name] = empty(meta.shape, dtypes[name], device)
+        set_tensor(model, name, places[name])
     _copy(places, matched, weights)
     return model.eval()
 
 
 @torch.no_grad()
 def _copy(places: dict[str, Tensor], matched: Match, weights: Weights) -> None:
-    """Copy what is here of every parameter, an expert at a time."""
-    boxes = {name: region_of(place) for name, place in places.items()}
+    """Copy the local part of every parameter, one expert at a time."""
+    regions = {name: region_of(place) for name, place in places.items()}
 
-    def here(entry: Entry) -> bool:
-        box = boxes[entry.ours]
-        held = entry.expert is None or box[0][0] <= entry.expert < box[0][1]
-        return held and volume(box) > 0
+    def is_local(entry: Entry) -> bool:
+        region = regions[entry.name]
+        local = entry.expert is None or region[0][0] <= entry.expert < region[0][1]
+        return local and volume(region) > 0
 
-    for entry, tensor in matched.read(weights, here):
-        box, part = boxes[entry.ours], part_of(places[entry.ours])
+    for entry, tensor in matched.read(weights, is_local):
+        region, part = regions[entry.name], part_of(places[entry.name])
         if entry.expert is not None:
-            part = part[entry.expert - box[0][0]]
-            box, tensor = box[1:], tensor.t()
-        part.copy_(tensor[slices(box, full_region(tuple(tensor.shape)))])
+            part = part[entry.expert - region[0][0]]
+            region, tensor = region[1:], tensor.t()
+        part.copy_(tensor[slices(region, full_region(tuple(tensor.shape)))])

@@ -1,7 +1,7 @@
-"""The tensors of files and those of a model: what files say about it, and which is which.
+"""Infer a model's architecture from the names of its tensors, and match them to its parameters.
 
-A configuration can be wrong (that of the released Switch-C is); the names in the weight index
-cannot. Reading them costs time and memory in proportion to the index, whatever the names claim.
+A config.json can be wrong (that of the released Switch-C is); the names in the weight index cannot.
+Time and memory are proportional to the index, whatever numbers the names contain.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from switchlm.errors import CheckpointError
 from switchlm.files import Report
-from switchlm.huggingface.names import ALIASES, IGNORED, STACKS, Entry, Family, entries, locate
+from switchlm.huggingface.names import ALIASES, IGNORED, STACKS, Entry, Family, entries, parse_key
 from switchlm.huggingface.weights import Weights
 from switchlm.model.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class StackArchitecture:
-    """The layers of one stack, and which are sparse, and which are dense, for certain.
+    """The layers of one stack, and those known to be sparse and to be dense.
 
-    A layer in neither set has no feed-forward tensor at all: one is missing.
+    A layer in neither set has no feed-forward tensor: one is missing.
     """
 
     layers: set[int] = field(default_factory=set)
@@ -32,7 +32,7 @@ class StackArchitecture:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """All stacks, and what they share. gated is None where no first matrix of an FFN was found."""
+    """All stacks, and what they share; gated: None if no first matrix of an FFN was found."""
 
     stacks: Mapping[str, StackArchitecture]
     num_experts: int
@@ -42,11 +42,11 @@ class Architecture:
 
 
 def infer_architecture(tensors: Mapping[str, Any]) -> Architecture:
-    """Read the names, those of the format or our own, which quantised folders have.
+    """Infer the architecture from names of the Hugging Face format, or of quantised folders.
 
-    tensors: of our names that stand for all experts, their shapes are read too.
+    tensors: by name; the shapes are read of tensors that stack all experts.
 
-    Raises CheckpointError where whole layers or experts are missing in between.
+    Raises CheckpointError for gaps in the numbers of layers or experts.
     """
     stacks = {stack: StackArchitecture() for stack in STACKS}
     experts: set[int] = set()
@@ -54,22 +54,22 @@ def infer_architecture(tensors: Mapping[str, Any]) -> Architecture:
     families: set[Family] = set()
     needs: set[str] = set()
     for key, tensor in tensors.items():
-        place = locate(key)
-        if place is None or place.stack is None or place.layer is None:
+        parsed = parse_key(key)
+        if parsed is None or parsed.stack is None or parsed.layer is None:
             continue
-        stack = stacks[place.stack]
-        stack.layers.add(place.layer)
-        if "sparse" in place.row.needs:
-            stack.sparse.add(place.layer)
-        if "dense" in place.row.needs:
-            stack.dense.add(place.layer)
-        if place.family is not None:
-            families.add(place.family)
-        if place.expert is not None:
-            experts.add(place.expert)
-        elif place.row.is_expert and tensor.shape:
+        stack = stacks[parsed.stack]
+        stack.layers.add(parsed.layer)
+        if "sparse" in parsed.row.needs:
+            stack.sparse.add(parsed.layer)
+        if "dense" in parsed.row.needs:
+            stack.dense.add(parsed.layer)
+        if parsed.family is not None:
+            families.add(parsed.family)
+        if parsed.expert is not None:
+            experts.add(parsed.expert)
+        elif parsed.row.is_expert and tensor.shape:
             num_stacked = max(num_stacked, tensor.shape[0])
-        needs |= place.row.needs
+        needs |= parsed.row.needs
     for name, stack in stacks.items():
         _check_complete("layers", f"{name}.block.", stack.layers)
     _check_complete("experts", "expert_", experts)
@@ -97,7 +97,7 @@ def _check_complete(what: str, name: str, found: set[int]) -> None:
     if found and max(found) + 1 != len(found):
         first = next(number for number in range(len(found)) if number not in found)
         raise CheckpointError(
-            f"The weights lack {what}: they have {name}{max(found)}, but nothing of number "
+            f"The weights lack {what}: they have {name}{max(found)}, but not number "
             f"{first}. The files are incomplete."
         )
 
@@ -107,7 +107,7 @@ _SHOWN = 3  # keys in a message
 
 @dataclass(frozen=True)
 class Match:
-    """sources: the key in the files of each entry, by the entry; entries: in the model's order."""
+    """entries: in the model's order; sources: the key in the files, by each entry's name there."""
 
     entries: list[Entry]
     sources: dict[str, str]
@@ -115,20 +115,20 @@ class Match:
     def read(
         self, weights: Weights, keep: Callable[[Entry], bool] = lambda entry: True
     ) -> Iterator[tuple[Entry, Tensor]]:
-        """Yield the entries to keep and their tensors, file by file."""
-        wanted: dict[str, list[Entry]] = {}
+        """Yield the entries that `keep` selects and their tensors, file by file."""
+        entries_of: dict[str, list[Entry]] = {}
         for entry in filter(keep, self.entries):
-            wanted.setdefault(self.sources[entry.theirs], []).append(entry)
-        for key, tensor in weights.read(wanted.keys()):
-            for entry in wanted[key]:
+            entries_of.setdefault(self.sources[entry.hf_name], []).append(entry)
+        for key, tensor in weights.read(entries_of.keys()):
+            for entry in entries_of[key]:
                 yield entry, tensor
 
 
 def match(config: ModelConfig, family: Family, weights: Weights, report: Report) -> Match:
-    """Find every tensor of the model in the files, and leave none of the files' over.
+    """Match every tensor of the model to one in the files, and every one in the files to the model.
 
-    Nothing of the model's size is allocated, and the work is bounded by the files, whatever the
-    configuration claims. Raises CheckpointError that names what is missing, extra or misshapen.
+    Nothing of the model's size is allocated; the work is bounded by the files, whatever the
+    configuration says. Raises CheckpointError that names missing, unexpected and misshapen tensors.
     """
     keys = weights.tensors
     sources: dict[str, str] = {}
@@ -137,23 +137,23 @@ def match(config: ModelConfig, family: Family, weights: Weights, report: Report)
     def missing(entry: Entry) -> bool:
         source = _source(entry, config, family, weights)
         if source is not None:
-            sources[entry.theirs] = source
+            sources[entry.hf_name] = source
             found.append(entry)
         return source is None
 
     absent = list(islice(filter(missing, entries(config, family)), _SHOWN + 1))
     if absent:
-        raise misfit(f"missing {_names([entry.theirs for entry in absent])}.")
+        raise mismatch(f"missing {_names([entry.hf_name for entry in absent])}.")
     for entry in found:
-        shape = keys[sources[entry.theirs]].shape
+        shape = keys[sources[entry.hf_name]].shape
         if shape != entry.shape:
-            raise misfit(
-                f"{sources[entry.theirs]!r} has the shape {list(shape)}, but the configuration "
-                f"asks for {list(entry.shape)}."
+            raise mismatch(
+                f"{sources[entry.hf_name]!r} has the shape {list(shape)}, but the configuration "
+                f"needs {list(entry.shape)}."
             )
     extra = keys.keys() - set(sources.values())
     for key in sorted(extra.intersection(IGNORED)):
-        report(f"{key} is not used by any T5; it is left out.")
+        report(f"{key} is not used by T5 models; it is ignored.")
         extra.discard(key)
     for key, original in _duplicates(config, sources).items():
         if key in extra:
@@ -163,27 +163,27 @@ def match(config: ModelConfig, family: Family, weights: Weights, report: Report)
                 )
             extra.discard(key)
     if extra:
-        raise misfit(f"nothing there asks for {_names(sorted(extra)[: _SHOWN + 1])}.")
+        raise mismatch(f"unexpected {_names(sorted(extra)[: _SHOWN + 1])}.")
     return Match(found, sources)
 
 
-def misfit(message: str) -> CheckpointError:
-    """Return the error of weights that are not those of the configuration."""
+def mismatch(message: str) -> CheckpointError:
+    """Return the error for weights that do not match the configuration."""
     return CheckpointError(f"The weights do not fit config.json: {message}")
 
 
 def _source(entry: Entry, config: ModelConfig, family: Family, weights: Weights) -> str | None:
-    """Return the key that holds the entry: its own, or another name of the same thing."""
-    names = [entry.theirs, *ALIASES.get(entry.theirs, ())]
-    if entry.theirs == "shared.weight" and config.tied_head:
+    """Return the key of the entry in the files: its own, or an alias."""
+    names = [entry.hf_name, *ALIASES.get(entry.hf_name, ())]
+    if entry.hf_name == "shared.weight" and config.tied_head:
         names.append("lm_head.weight")
-    if entry.theirs == "lm_head.weight" and family == "t5":
+    if entry.hf_name == "lm_head.weight" and family == "t5":
         names.append("shared.weight")
     return next((name for name in names if name in weights.tensors), None)
 
 
 def _duplicates(config: ModelConfig, sources: dict[str, str]) -> dict[str, str]:
-    """Return the other names that files hold a tensor under, and the key it was found under."""
+    """Return the other names that a tensor may also have in the files, and the key that is used."""
     names: dict[str, str] = {}
     for original, others in ALIASES.items():
         holder = original if original in sources else "shared.weight"

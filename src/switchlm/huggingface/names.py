@@ -1,8 +1,8 @@
-"""One declarative table: each parameter here, its key in the Hugging Face format, its shape.
+"""The table of parameters: name here, name in the Hugging Face format, shape.
 
 The format is that of transformers' `SwitchTransformersForConditionalGeneration` and, for dense
-models, `T5ForConditionalGeneration`; where transformers has no word for something (gated experts,
-Switch attention, a selection bias) the same scheme is continued.
+models, `T5ForConditionalGeneration`; what transformers does not have (gated experts, Switch
+attention, a selection bias) is named by the same scheme.
 
 Shape letters: V vocabulary, D d_model, W heads * d_kv, F d_ff, E experts, R relative buckets,
 H heads. Placeholders: {stack} encoder or decoder, {i} layer, {j} expert, {last} the feed-forward
@@ -26,32 +26,33 @@ LAST_SUBLAYER = {"encoder": 1, "decoder": 2}
 class Row:
     """One line of the table.
 
-    ours, theirs: templates of the names.
-    shape: a letter a dim of *their* tensor.
-    needs: features a model, stack or block must have for the row to apply. A row with {j} in
-        `theirs` is one expert of a stacked tensor: ours is [E, *reversed(shape)], each expert
-        transposed.
+    name, hf_name: templates of the name here and in the Hugging Face format.
+    shape: one letter per dim of the tensor in the Hugging Face format.
+    needs: features that a model, stack or block must have for the row to apply.
+
+    A row with {j} in `hf_name` is one expert of a stacked tensor: the tensor here is
+    [E, *reversed(shape)], each expert transposed.
     """
 
-    ours: str
-    theirs: str
+    name: str
+    hf_name: str
     shape: str
     needs: frozenset[str] = frozenset()
 
     @property
     def is_expert(self) -> bool:
-        return "{j}" in self.theirs
+        return "{j}" in self.hf_name
 
 
-def _row(ours: str, theirs: str, shape: str, needs: str = "") -> Row:
-    return Row(ours, theirs, shape, frozenset(needs.split()))
+def _row(name: str, hf_name: str, shape: str, needs: str = "") -> Row:
+    return Row(name, hf_name, shape, frozenset(needs.split()))
 
 
-def _switch(ours: str, theirs: str, needs: str) -> tuple[Row, ...]:
+def _switch(name: str, hf_name: str, needs: str) -> tuple[Row, ...]:
     """The router of a Switch layer."""
     return (
-        _row(f"{ours}.router.weight", f"{theirs}.router.classifier.weight", "ED", needs),
-        _row(f"{ours}.router.bias_E", f"{theirs}.router.selection_bias", "E", f"{needs} bias"),
+        _row(f"{name}.router.weight", f"{hf_name}.router.classifier.weight", "ED", needs),
+        _row(f"{name}.router.bias_E", f"{hf_name}.router.selection_bias", "E", f"{needs} bias"),
     )
 
 
@@ -105,12 +106,12 @@ BLOCK_ROWS: tuple[Row, ...] = (
     *_switch("blocks.{i}.feedforward", _FFN, "sparse"),
     *(
         _row(
-            f"blocks.{{i}}.feedforward.experts.{ours}",
-            f"{_FFN}.experts.expert_{{j}}.{theirs}.weight",
+            f"blocks.{{i}}.feedforward.experts.{name}",
+            f"{_FFN}.experts.expert_{{j}}.{hf_name}.weight",
             shape,
             f"sparse {needs}",
         )
-        for ours, theirs, shape, needs in (
+        for name, hf_name, shape, needs in (
             ("up", "wi", "FD", "plain"),
             ("gate", "wi_0", "FD", "gated"),
             ("up", "wi_1", "FD", "gated"),
@@ -119,44 +120,46 @@ BLOCK_ROWS: tuple[Row, ...] = (
     ),
 )
 
-# Other names under which files hold what `ours` is; where several are present they must be equal.
+# Other names of a tensor in files; where several are present they must be equal.
 ALIASES: dict[str, tuple[str, ...]] = {
     "shared.weight": ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
     "lm_head.weight": ("decoder.lm_head.weight",),
 }
-# In files of old T5 models; unused there and in transformers, so left out on purpose.
+# In files of old T5 models; not used there nor in transformers.
 IGNORED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a model: its name here, its key there, and the shape of their tensor.
+    """One tensor of the Hugging Face format.
 
-    expert: which slice of ours it is, transposed; None where the tensors are the same.
+    name, hf_name: of the parameter here, and in the Hugging Face format.
+    shape: in the Hugging Face format.
+    expert: its index in the stacked parameter here, transposed; None: the tensors are the same.
     """
 
-    ours: str
-    theirs: str
+    name: str
+    hf_name: str
     shape: tuple[int, ...]
     expert: int | None = None
 
 
 def entries(config: ModelConfig, family: Family) -> Iterator[Entry]:
     """Yield every tensor of a model of that configuration, lazily, in the order of the layers."""
-    everywhere = {
+    shared_features = {
         "gated" if config.gated else "plain",
         "tied" if config.tied_head else "untied",
         "bias" if config.router.balance == "bias" else "no_bias",
     }
-    yield from _expand(MODEL_ROWS, config, everywhere, "", {})
+    yield from _expand(MODEL_ROWS, config, shared_features, "", {})
     for stack in STACKS:
         decoder = stack == "decoder"
         prefix = f"{stack}."
-        yield from _expand(STACK_ROWS, config, everywhere, prefix, {})
+        yield from _expand(STACK_ROWS, config, shared_features, prefix, {})
         for layer in range(config.num_decoder_layers if decoder else config.num_encoder_layers):
             sparse = config.is_sparse(layer, decoder=decoder)
             switched = sparse and config.attention_experts
-            features = everywhere | {
+            features = shared_features | {
                 stack,
                 "sparse" if sparse else "dense",
                 "switch_attention" if switched else "dense_attention",
@@ -176,7 +179,7 @@ def _expand(
     prefix: str,
     fill: dict[str, int | str],
 ) -> Iterator[Entry]:
-    """Yield the entries of the rows that apply, one an expert where tensors are stacked."""
+    """Yield the entries of the rows that apply, one per expert where tensors are stacked."""
     sizes = {
         "V": config.vocabulary_size,
         "D": config.d_model,
@@ -189,18 +192,18 @@ def _expand(
     for row in rows:
         if not row.needs <= features:
             continue
-        ours = prefix + row.ours.format(**fill)
+        name = prefix + row.name.format(**fill)
         shape = tuple(sizes[letter] for letter in row.shape)
         if row.is_expert:
             for expert in range(config.num_experts):
-                yield Entry(ours, prefix + row.theirs.format(j=expert, **fill), shape, expert)
+                yield Entry(name, prefix + row.hf_name.format(j=expert, **fill), shape, expert)
         else:
-            yield Entry(ours, prefix + row.theirs.format(**fill), shape)
+            yield Entry(name, prefix + row.hf_name.format(**fill), shape)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a key of a file stands: the row it matches, and its stack, layer and expert."""
+class ParsedKey:
+    """The row of the table that a key of a file matches, and its stack, layer and expert."""
 
     row: Row
     family: Family | None = None
@@ -212,35 +215,35 @@ class Place:
 _NUMBERS = re.compile(r"(?:(?<=\.block\.)|(?<=\.blocks\.)|(?<=\.expert_))[0-9]{1,9}(?=\.)")
 
 
-def _templates() -> dict[str, Place]:
-    """Return the row, family and stack of every name, theirs and ours, numbers as `#`."""
-    table = {row.theirs: Place(row) for row in MODEL_ROWS}
+def _templates() -> dict[str, ParsedKey]:
+    """Return the row, family and stack by name, in both formats, numbers as `#`."""
+    table = {row.hf_name: ParsedKey(row) for row in MODEL_ROWS}
     for stack in STACKS:
         for row in (*STACK_ROWS, *BLOCK_ROWS):
             for family, ffn in FFN_NAMES.items():
-                key = row.theirs.replace("{ffn}", ffn).replace("{last}", str(LAST_SUBLAYER[stack]))
+                key = row.hf_name.replace("{ffn}", ffn).replace("{last}", str(LAST_SUBLAYER[stack]))
                 key = key.replace("{i}", "#").replace("{j}", "#").replace("block.0.", "block.#.")
-                known = family if "{ffn}" in row.theirs else None
-                table.setdefault(f"{stack}.{key}", Place(row, known, stack))
-            ours = f"{stack}.{row.ours.replace('{i}', '#')}"
-            # The rows of wi and wi_1 are one parameter, which needs what both need.
-            needs = row.needs & table[ours].row.needs if ours in table else row.needs
-            table[ours] = Place(replace(row, needs=needs), None, stack)
+                known = family if "{ffn}" in row.hf_name else None
+                table.setdefault(f"{stack}.{key}", ParsedKey(row, known, stack))
+            name = f"{stack}.{row.name.replace('{i}', '#')}"
+            # wi and wi_1 have the same name here: it needs what both rows need.
+            needs = row.needs & table[name].row.needs if name in table else row.needs
+            table[name] = ParsedKey(replace(row, needs=needs), None, stack)
     return table
 
 
 _TEMPLATES = _templates()
 
 
-def locate(key: str) -> Place | None:
-    """Read a key of the format, or of quantised folders, back; None where there is no such key.
+def parse_key(key: str) -> ParsedKey | None:
+    """Parse a key of the Hugging Face format or of quantised folders; None for an unknown key.
 
-    The expert is None where the row has one and the key is ours: it stands for all of them.
+    Keys of quantised folders are of all experts: their expert is None.
     """
     found = _TEMPLATES.get(_NUMBERS.sub("#", key))
     if found is None:
         return None
     layer, expert = [*map(int, _NUMBERS.findall(key)), None, None][:2]
-    if found.row.theirs == _RELATIVE_BIAS and layer != 0:
+    if found.row.hf_name == _RELATIVE_BIAS and layer != 0:
         return None
-    return Place(found.row, found.family, found.stack, layer, expert)
+    return ParsedKey(found.row, found.family, found.stack, layer, expert)

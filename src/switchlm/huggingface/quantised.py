@@ -1,9 +1,8 @@
-"""Folders of quantised models: how they are read, and written a matrix at a time.
+"""Read folders of quantised models, and write them one matrix at a time.
 
-Beside the fields of any model, config.json has a `quantization_config` of the method `switchlm`.
-Tensors have our own names. A parameter that is quantised is stored as its codes, under its name,
-and their scales, under its name with `.scale`: outputs before inputs, experts first.
-docs/guides/compress.md has the layout in full. A folder is written whole, or not at all.
+config.json has a `quantization_config` of the method `switchlm`. Tensors have the names of this
+package. A quantised parameter is stored as codes, under its name, and scales, under NAME.scale:
+experts first, then outputs, then inputs. docs/guides/compress.md describes the layout.
 
 Shapes: E experts, N outputs, K inputs, B blocks of 64 outputs, G groups of inputs.
 """
@@ -22,7 +21,7 @@ from torch import Tensor
 from switchlm.config import from_mapping, to_mapping
 from switchlm.errors import CheckpointError, ConfigError
 from switchlm.huggingface.config import family_of, read_config, write_config
-from switchlm.huggingface.match import infer_architecture, match, misfit
+from switchlm.huggingface.match import infer_architecture, mismatch
 from switchlm.huggingface.names import Entry, Family, entries
 from switchlm.huggingface.save import (
     Contents,
@@ -30,20 +29,20 @@ from switchlm.huggingface.save import (
     new_folder,
     quantised_card,
     shard_names,
-    share_out,
+    split_into_shards,
     write_index,
-    write_texts,
+    write_metadata,
 )
 from switchlm.huggingface.weights import (
     QUANTISED,
     Description,
-    Extent,
+    TensorOffset,
     Weights,
-    find_extents,
+    empty,
+    find_tensor_offsets,
     open_weights,
-    put_tensor,
+    set_tensor,
 )
-from switchlm.kernels.cpu import memory
 from switchlm.kernels.cpu.quantised import BLOCK, GROUP_SIZES, Matrix, group_size_of, matrix
 from switchlm.model.config import ModelConfig
 from switchlm.model.quantised import put_in
@@ -61,10 +60,10 @@ SCALE = ".scale"
 class Quantisation:
     """How weights are stored.
 
-    bits: 8, with a scale an output; or 4, with a scale and an offset a group of inputs.
+    bits: 8, with a scale per output; or 4, with a scale and an offset per group of inputs.
     group_size: of 4 bits, inputs per group; a matrix whose inputs it does not divide has the next
         smaller size.
-    what: `experts`, or `all`: attention, dense feed-forward layers and the vocabulary too.
+    what: `experts`, or `all`: also attention, dense feed-forward layers and the vocabulary.
     """
 
     bits: Literal[8, 4]
@@ -79,17 +78,17 @@ class Quantisation:
                 f"{', '.join(map(str, sorted(GROUP_SIZES)))}."
             )
 
-    def holds(self, entry: Entry) -> bool:
-        """Whether that parameter is quantised."""
+    def includes(self, entry: Entry) -> bool:
+        """Return whether a parameter is quantised."""
         if entry.expert is not None:
             return True
-        kept = ".router." in entry.ours or "relative_bias" in entry.ours
-        return self.what == "all" and len(entry.shape) == 2 and not kept
+        excluded = ".router." in entry.name or "relative_bias" in entry.name
+        return self.what == "all" and len(entry.shape) == 2 and not excluded
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor in the files: its key, shape and dtype, None for any floating one."""
+    """A tensor in the files; dtype: None for any floating-point one."""
 
     key: str
     shape: tuple[int, ...]
@@ -97,9 +96,9 @@ class Part:
 
 
 def read_quantisation(values: Mapping[str, Any]) -> Quantisation | None:
-    """Return how the model of that config.json is quantised; None if it is not.
+    """Return how the model of that config.json is quantised; None: it is not.
 
-    Raises CheckpointError for the method of another program, and for what makes no sense.
+    Raises CheckpointError for another quantisation method, and for invalid values.
     """
     section = values.get(KEY)
     if section is None:
@@ -107,8 +106,8 @@ def read_quantisation(values: Mapping[str, Any]) -> Quantisation | None:
     method = section.get("quant_method") if isinstance(section, Mapping) else section
     if method != METHOD:
         raise CheckpointError(
-            f"The model is quantised by {str(method)[:80]!r}, whose codes this package cannot "
-            "read. Use the original model, and quantise it with `switchlm compress`."
+            f"The model is quantised with the method {str(method)[:80]!r}, which is not "
+            "supported. Use the original model, and quantise it with `switchlm compress`."
         )
     try:
         return from_mapping(Quantisation, section, f"config.json.{KEY}")
@@ -117,60 +116,60 @@ def read_quantisation(values: Mapping[str, Any]) -> Quantisation | None:
 
 
 def parts(entry: Entry, num_experts: int, quantisation: Quantisation) -> list[Part]:
-    """Return how a parameter is stored.
+    """Return the tensors that a parameter is stored as.
 
     entry: for a stacked parameter, that of any expert.
 
-    Raises ConfigError for widths that cannot be cut into groups.
+    Raises ConfigError for a number of inputs that no group size divides.
     """
     stack = () if entry.expert is None else (num_experts,)
-    if not quantisation.holds(entry):
-        return [Part(entry.ours, stack + entry.shape, None)]
+    if not quantisation.includes(entry):
+        return [Part(entry.name, stack + entry.shape, None)]
     outputs, inputs = entry.shape
     if quantisation.bits == 8:
         return [
-            Part(entry.ours, (*stack, outputs, inputs), torch.int8),
-            Part(entry.ours + SCALE, (*stack, outputs), torch.float32),
+            Part(entry.name, (*stack, outputs, inputs), torch.int8),
+            Part(entry.name + SCALE, (*stack, outputs), torch.float32),
         ]
     group_size = group_size_of(inputs, quantisation.group_size)
     if group_size is None:
         raise ConfigError(
-            f"{entry.ours} has {inputs} inputs, which 32, the smallest group of 4 bits, does not "
-            "divide. Take 8 bits."
+            f"{entry.name} has {inputs} inputs, which 32, the smallest group of 4 bits, does not "
+            "divide. Use 8 bits."
         )
     blocks = math.ceil(outputs / BLOCK)
     return [
-        Part(entry.ours, (*stack, blocks, inputs, BLOCK // 2), torch.uint8),
-        Part(entry.ours + SCALE, (*stack, inputs // group_size, blocks * BLOCK, 2), torch.bfloat16),
+        Part(entry.name, (*stack, blocks, inputs, BLOCK // 2), torch.uint8),
+        Part(entry.name + SCALE, (*stack, inputs // group_size, blocks * BLOCK, 2), torch.bfloat16),
     ]
 
 
 def first_entries(config: ModelConfig, family: Family) -> Iterator[Entry]:
-    """Yield one entry per parameter: for stacked ones that of the first expert."""
+    """Yield one entry per parameter: of stacked ones, that of the first expert."""
     return (entry for entry in entries(config, family) if not entry.expert)
 
 
 def read_quantised_config(
     folder: Path, values: Mapping[str, Any], quantisation: Quantisation
 ) -> tuple[ModelConfig, Family, Weights]:
-    """Return configuration, family and weights of a quantised folder, all checked to fit.
+    """Return configuration, family and weights of a quantised folder, checked to match.
 
-    The work is bounded by the files, whatever config.json claims; nothing is allocated.
+    The work is bounded by the files, whatever config.json says; nothing is allocated.
     """
     weights = open_weights(folder, codes=True)
     config, family = read_config(values, infer_architecture(weights.tensors), lambda: True, _refuse)
     expected: set[str] = set()
     for entry in first_entries(config, family):
         try:
-            wanted = parts(entry, config.num_experts, quantisation)
+            expected_parts = parts(entry, config.num_experts, quantisation)
         except ConfigError as error:
             raise CheckpointError(f"Cannot use this config.json: {error}") from None
-        for part in wanted:
+        for part in expected_parts:
             _check(part, weights.tensors.get(part.key))
             expected.add(part.key)
     extra = weights.tensors.keys() - expected
     if extra:
-        raise misfit(f"nothing there asks for {min(extra)[:200]!r}.")
+        raise mismatch(f"unexpected {min(extra)[:200]!r}.")
     return config, family, weights
 
 
@@ -184,38 +183,38 @@ def assemble(
     device: torch.device | str = "cpu",
     experts: bool = True,
 ) -> SwitchTransformer:
-    """Return a quantised model of its tensors, as they are stored; none becomes a float one.
+    """Return a quantised model, its weights as they are stored.
 
-    read: gives (key, tensor) of the keys asked for.
-    dtype: of what is not quantised; None keeps that of the files.
-    experts: false leaves those on the meta device, see `expert_extents`.
+    read: yields (key, tensor) of the given keys.
+    dtype: of parameters that are not quantised; None keeps that of the files.
+    experts: false keeps experts on the meta device, see `expert_offsets`.
     """
     with torch.device("meta"):
         model = SwitchTransformer(config)
-    kinds = {
-        entry.ours: entry
+    by_name = {
+        entry.name: entry
         for entry in first_entries(config, family)
         if experts or entry.expert is None
     }
-    held = {name for name, entry in kinds.items() if quantisation.holds(entry)}
-    scales = dict(read({name + SCALE for name in held}))
+    quantised = {name for name, entry in by_name.items() if quantisation.includes(entry)}
+    scales = dict(read({name + SCALE for name in quantised}))
     matrices: dict[str, list[Matrix]] = {}
-    for key, tensor in read(kinds.keys()):
-        if key in held:
-            matrices[key] = _matrices(kinds[key], tensor, scales.pop(key + SCALE), device)
+    for key, tensor in read(by_name.keys()):
+        if key in quantised:
+            matrices[key] = _matrices(by_name[key], tensor, scales.pop(key + SCALE), device)
         else:
-            put_tensor(model, key, tensor.to(device, dtype or tensor.dtype, copy=True))
+            set_tensor(model, key, tensor.to(device, dtype or tensor.dtype, copy=True))
     put_in(model, matrices)
     return model.requires_grad_(False).eval()
 
 
-def expert_extents(
+def expert_offsets(
     config: ModelConfig, family: Family, quantisation: Quantisation, weights: Weights
-) -> dict[str, list[Extent]]:
-    """Return where each expert's codes and scales lie, by their keys in the files."""
-    extents = find_extents(weights.tensors)
+) -> dict[str, list[TensorOffset]]:
+    """Return the offset of each expert's codes and scales, by their keys in the files."""
+    offsets = find_tensor_offsets(weights.tensors)
     return {
-        part.key: [extents[part.key].slice(expert) for expert in range(config.num_experts)]
+        part.key: [offsets[part.key].slice(expert) for expert in range(config.num_experts)]
         for entry in first_entries(config, family)
         if entry.expert is not None
         for part in parts(entry, config.num_experts, quantisation)
@@ -225,35 +224,30 @@ def expert_extents(
 def _matrices(
     entry: Entry, codes: Tensor, scale: Tensor, device: torch.device | str
 ) -> list[Matrix]:
-    """Return the matrices of a parameter, one an expert, in memory of their own."""
+    """Return the matrices of a parameter, one per expert, copied from the file."""
     outputs = entry.shape[0]
-    codes, scale = _copy(codes, device), _copy(scale, device)
+    codes, scale = (
+        empty(tensor.shape, tensor.dtype, device).copy_(tensor) for tensor in (codes, scale)
+    )
     if entry.expert is None:
         return [matrix(codes, scale, outputs)]
-    return [matrix(one, its_scale, outputs) for one, its_scale in zip(codes, scale, strict=True)]
-
-
-def _copy(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Return the same numbers in memory of their own, as they stand in a mapped file."""
-    if torch.device(device).type == "cpu":
-        return memory.empty_on_large_pages(tensor.shape, tensor.dtype).copy_(tensor)
-    return tensor.to(device, copy=True)
+    return [matrix(*expert, outputs) for expert in zip(codes, scale, strict=True)]
 
 
 def _refuse(message: str) -> None:
-    raise misfit(message)
+    raise mismatch(message)
 
 
 def _check(part: Part, found: Description | None) -> None:
     if found is None:
-        raise misfit(f"missing {part.key[:200]!r}.")
+        raise mismatch(f"missing {part.key[:200]!r}.")
     right_kind = found.dtype == part.dtype or (part.dtype is None and found.dtype.is_floating_point)
     if found.shape != part.shape or not right_kind:
-        asked = "numbers" if part.dtype is None else str(part.dtype).removeprefix("torch.")
-        raise misfit(
+        needed = "numbers" if part.dtype is None else str(part.dtype).removeprefix("torch.")
+        raise mismatch(
             f"{part.key!r} has the shape {list(found.shape)} of "
-            f"{str(found.dtype).removeprefix('torch.')}, but the configuration asks for "
-            f"{list(part.shape)} of {asked}."
+            f"{str(found.dtype).removeprefix('torch.')}, but the configuration needs "
+            f"{list(part.shape)} of {needed}."
         )
 
 
@@ -262,16 +256,11 @@ Quantiser = Callable[[Entry, Tensor], tuple[Tensor, Tensor]]
 
 
 def weights_of_model(model: SwitchTransformer) -> Source:
-    """Yield every weight of a model in memory, [outputs, inputs], an expert at a time."""
+    """Yield every weight of a model in memory, [outputs, inputs], one expert at a time."""
     state = model.state_dict()
     for entry in entries(model.config, family_of(model.config)):
-        tensor = state[entry.ours].detach().cpu()
+        tensor = state[entry.name].detach().cpu()
         yield entry, tensor if entry.expert is None else tensor[entry.expert].t()
-
-
-def weights_of_files(config: ModelConfig, family: Family, weights: Weights) -> Source:
-    """Yield every weight of a model folder, [outputs, inputs]; one is in memory at a time."""
-    return match(config, family, weights, lambda _message: None).read(weights)
 
 
 @torch.no_grad()
@@ -284,14 +273,14 @@ def save_quantised(
     quantise: Quantiser,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write a folder that `load` reads as the quantised model.
+    """Write the folder of a quantised model, in one step; an older model in it is replaced.
 
     source: all weights, in any order.
-    quantise: gives codes and scales of one matrix as they are stored. What is not quantised is
-        stored in float32. A model in the folder's place is replaced.
+    quantise: returns codes and scales of one matrix, as they are stored. Other parameters are
+        stored in float32.
 
-    Raises ConfigError for widths that cannot be cut into groups, CheckpointError for a folder that
-    holds other things, OSError.
+    Raises ConfigError for a number of inputs that no group size divides, CheckpointError for a
+    folder with other files, OSError.
     """
     stored = [
         parts(entry, config.num_experts, quantisation)
@@ -299,7 +288,7 @@ def save_quantised(
     ]
     shards = [
         _contents(chain.from_iterable(shard))
-        for shard in share_out(stored, _contents, max_shard_bytes)
+        for shard in split_into_shards(stored, _contents, max_shard_bytes)
     ]
     with new_folder(folder) as partial, ExitStack() as opened:
         files: list[TensorFile] = []
@@ -310,8 +299,8 @@ def save_quantised(
             file_of |= dict.fromkeys(contents, files[-1])
         write_index(partial, shards, QUANTISED)
         for entry, tensor in source:
-            key = entry.ours
-            if quantisation.holds(entry):
+            key = entry.name
+            if quantisation.includes(entry):
                 codes, scale = quantise(entry, tensor)
                 file_of[key].write(key, codes, entry.expert)
                 file_of[key + SCALE].write(key + SCALE, scale, entry.expert)
@@ -321,7 +310,7 @@ def save_quantised(
             file.finish()
         values = write_config(config, "float32") | {KEY: to_mapping(quantisation)}
         card = quantised_card(config, quantisation.bits, quantisation.what)
-        write_texts(partial, config, values, card, tokenizer)
+        write_metadata(partial, config, values, card, tokenizer)
 
 
 def _contents(stored: Iterable[Part]) -> Contents:

@@ -1,8 +1,7 @@
-"""Write a model folder of the Hugging Face format: whole, or not at all.
+"""Write a model folder of the Hugging Face format, in one step.
 
-All ranks write the weight files together, and none ever holds the whole model. Tensors are handled
-one by one, in one order on all ranks: those that hold a part of a tensor send it to the rank that
-writes the file, which keeps only what it is writing.
+All ranks write weight files, and none gathers the full model: tensor by tensor, in the same order
+on all ranks, those that hold a part send it to the rank that writes the file.
 """
 
 import dataclasses
@@ -53,41 +52,41 @@ T = TypeVar("T")
 
 
 Contents = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""What a weight file holds: the dtype and the shape of every tensor by its key."""
+"""The dtype and the shape of every tensor of a weight file, by key."""
 
 
 class TensorFile:
-    """A safetensors file; its header is written at once, tensors go to their places in any order.
+    """A safetensors file; the header is written first, then tensors in any order.
 
-    stream: the file, which whoever opened it closes.
+    stream: the open file; the caller closes it.
     """
 
     def __init__(self, stream: BinaryIO, contents: Contents) -> None:
-        # The format wants no gaps: with larger dtypes first all tensors are aligned.
+        # The format allows no gaps: with larger dtypes first all tensors are aligned.
         ordered = dict(sorted(contents.items(), key=lambda item: -item[1][0].itemsize))
         head = header(ordered, {})
         stream.write(head)
         self._stream, self._contents = stream, ordered
         self._starts: dict[str, int] = {}
-        self._left = {key: _num_bytes(*ordered[key]) for key in ordered}
+        self._remaining = {key: _num_bytes(*ordered[key]) for key in ordered}
         start = len(head)
-        for key, size in self._left.items():
+        for key, size in self._remaining.items():
             self._starts[key] = start
             start += size
 
     def write(self, key: str, tensor: Tensor, expert: int | None = None) -> None:
-        """Write a tensor, or one expert's of it."""
+        """Write a tensor, or that of one expert."""
         dtype, shape = self._contents[key]
         shape = shape if expert is None else shape[1:]
         assert tuple(tensor.shape) == shape, (key, tensor.shape, shape)
         tensor = tensor.to(dtype).contiguous()
         self._stream.seek(self._starts[key] + (expert or 0) * tensor.nbytes)
         self._stream.write(raw(tensor))
-        self._left[key] -= tensor.nbytes
+        self._remaining[key] -= tensor.nbytes
 
     def finish(self) -> None:
-        """Sync the file. Raises CheckpointError where not every byte has been written."""
-        missing = [key for key, left in self._left.items() if left]
+        """Sync the file. Raises CheckpointError if bytes are missing."""
+        missing = [key for key, remaining in self._remaining.items() if remaining]
         if missing:
             raise CheckpointError(f"The weights of the model are incomplete: {missing[0]!r}.")
         self._stream.flush()
@@ -98,35 +97,37 @@ def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def shard_names(number: int, whole: str) -> list[str]:
-    """Return the names of so many weight files; `whole` is that of the only one."""
+def shard_names(number: int, single: str) -> list[str]:
+    """Return the names of a number of weight files; single: the name if there is one."""
     if number == 1:
-        return [whole]
-    stem = whole.removesuffix(".safetensors")
+        return [single]
+    stem = single.removesuffix(".safetensors")
     return [f"{stem}-{place:05}-of-{number:05}.safetensors" for place in range(1, number + 1)]
 
 
-def write_index(folder: Path, shards: list[Contents], whole: str) -> None:
-    """Write which file each tensor is in, and the bytes of all; a single file needs no index."""
+def write_index(folder: Path, shards: list[Contents], single: str) -> None:
+    """Write the index of several weight files."""
     if len(shards) == 1:
         return
-    names = shard_names(len(shards), whole)
+    names = shard_names(len(shards), single)
     size = sum(_num_bytes(*described) for shard in shards for described in shard.values())
     weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    _write_json(folder / f"{whole}.index.json", index)
+    _write_json(folder / f"{single}.index.json", index)
 
 
-def share_out(items: Iterable[T], contents: Callable[[T], Contents], most: int) -> list[list[T]]:
-    """Share items out among files of at most `most` bytes, in their order.
+def split_into_shards(
+    items: Iterable[T], contents: Callable[[T], Contents], max_bytes: int
+) -> list[list[T]]:
+    """Split items into shards of at most `max_bytes`, in order; a larger item has its own.
 
-    contents: gives the tensors of an item, which stay together.
+    contents: returns the tensors of an item.
     """
     shards: list[list[T]] = [[]]
     size = 0
     for item in items:
         needed = sum(_num_bytes(*described) for described in contents(item).values())
-        if shards[-1] and size + needed > most:
+        if shards[-1] and size + needed > max_bytes:
             shards.append([])
             size = 0
         shards[-1].append(item)
@@ -138,85 +139,85 @@ def share_out(items: Iterable[T], contents: Callable[[T], Contents], most: int) 
 def write_shards(
     folder: Path, tensors: Mapping[str, Tensor], shards: list[list[Entry]], ranks: Ranks
 ) -> list[Contents]:
-    """Write a file a shard into `folder`, each rank its own; return what they hold.
+    """Write one file per shard, shared out among the ranks; return the contents of all.
 
-    tensors: of the model by our names, plain or DTensors. An error of one rank is raised on all.
+    tensors: of the model by name, plain or DTensors. An error of one rank is raised on all.
     """
     layout = Planner(ranks).layout(tensors)
     names = shard_names(len(shards), SAFETENSORS)
     contents = [_contents(shard, tensors) for shard in shards]
-    problems: list[OSError] = []
+    errors: list[OSError] = []
 
     @contextmanager
-    def kept() -> Iterator[None]:
-        """Keep an error for later: the other ranks must be rid of their parts whatever happens."""
+    def deferred() -> Iterator[None]:
+        """Record an error and go on: the other ranks still have to send their parts."""
         try:
             yield
         except OSError as error:
-            problems.append(error)
+            errors.append(error)
 
     for first in range(0, len(shards), ranks.size):
-        now = shards[first : first + ranks.size]  # one a rank, written at the same time
-        with kept(), ExitStack() as opened:
+        group = shards[first : first + ranks.size]  # one per rank, written at the same time
+        with deferred(), ExitStack() as opened:
             output = None
-            if ranks.rank < len(now):
+            if ranks.rank < len(group):
                 own = first + ranks.rank
-                with kept():
+                with deferred():
                     stream = opened.enter_context((folder / names[own]).open("wb"))
                     output = TensorFile(stream, contents[own])
-            for turn in zip_longest(*now):
-                for writer, entry in enumerate(turn):
+            for entries_of_ranks in zip_longest(*group):
+                for writer, entry in enumerate(entries_of_ranks):
                     if entry is None:
                         continue
-                    found = _fetch(tensors[entry.ours], entry, layout[entry.ours], writer, ranks)
-                    if output is not None and found is not None and not problems:
-                        with kept():
-                            output.write(entry.theirs, found)
-            if output is not None and not problems:
+                    found = _gather(tensors[entry.name], entry, layout[entry.name], writer, ranks)
+                    if output is not None and found is not None and not errors:
+                        with deferred():
+                            output.write(entry.hf_name, found)
+            if output is not None and not errors:
                 output.finish()
 
     def report() -> None:
-        if problems:
-            raise problems[0]
+        if errors:
+            raise errors[0]
 
     ranks.on_all_ranks(report)
     return contents
 
 
 def _contents(shard: Iterable[Entry], tensors: Mapping[str, Tensor]) -> Contents:
-    return {entry.theirs: (tensors[entry.ours].dtype, entry.shape) for entry in shard}
+    return {entry.hf_name: (tensors[entry.name].dtype, entry.shape) for entry in shard}
 
 
-def _fetch(
+def _gather(
     tensor: Tensor, entry: Entry, holders: list[StoredRegion], writer: int, ranks: Ranks
 ) -> Tensor | None:
-    """Return their tensor on the rank that writes it; the others send what they hold of it."""
-    wanted = full_region(tuple(tensor.shape))
+    """Gather a tensor, as it is stored, on the rank that writes it; the others send their part."""
+    region = full_region(tuple(tensor.shape))
     if entry.expert is not None:
-        wanted = ((entry.expert, entry.expert + 1), *wanted[1:])
+        region = ((entry.expert, entry.expert + 1), *region[1:])
     target = None
     if ranks.rank == writer:
-        target = torch.empty([stop - start for start, stop in wanted], dtype=tensor.dtype)
+        target = torch.empty([stop - start for start, stop in region], dtype=tensor.dtype)
     for held in holders:
-        common = overlap(held.box, wanted)
+        common = overlap(held.box, region)
         if common is None:
             continue
         if ranks.rank == held.rank:
             part = part_of(tensor)[slices(common, region_of(tensor))]
             if target is not None:
-                target[slices(common, wanted)].copy_(part)
+                target[slices(common, region)].copy_(part)
             else:
                 ranks.send(part.cpu().contiguous(), writer)
         elif target is not None:
             part = torch.empty([stop - start for start, stop in common], dtype=tensor.dtype)
             ranks.receive(part, held.rank)
-            target[slices(common, wanted)].copy_(part)
+            target[slices(common, region)].copy_(part)
     if target is None:
         return None
     return target if entry.expert is None else target[0].t().contiguous()
 
 
-_OURS = (
+_MODEL_FILES = (
     "config.json",
     "generation_config.json",
     "README.md",
@@ -237,30 +238,34 @@ def write_model(
     report: Report,
     ranks: Ranks,
 ) -> None:
-    """Write into a hidden folder beside `folder`, then rename; see huggingface.save."""
+    """Write into a hidden folder beside `folder`, then rename it; see load.save."""
     folder = folder.absolute()
     config, tensors = model.config, model.state_dict()
     _check_names(model, tensors)
 
     def begin() -> str:
         _check_replaceable(folder)
-        for limit in limits(config):
-            report(limit)
+        for feature in unsupported_features(config):
+            report(feature)
         return files.hidden_folder(folder).name
 
     def finish() -> None:
         write_index(partial, written, SAFETENSORS)
         dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
         card = model_card(config, dtype)
-        write_texts(partial, config, write_config(config, dtype), card, tokenizer)
+        write_metadata(partial, config, write_config(config, dtype), card, tokenizer)
         files.replace_folder(partial, folder)
 
-    most = max_shard_bytes
-    if ranks.size > 1:  # each has one to write
-        most = min(most, math.ceil(sum(tensor.nbytes for tensor in tensors.values()) / ranks.size))
+    if ranks.size > 1:  # at least one file per rank
+        max_shard_bytes = min(
+            max_shard_bytes,
+            math.ceil(sum(tensor.nbytes for tensor in tensors.values()) / ranks.size),
+        )
     partial = folder.parent / ranks.on_rank_zero(begin)
     try:
-        shards = share_out(_saved(config), lambda entry: _contents([entry], tensors), most)
+        shards = split_into_shards(
+            _stored_entries(config), lambda entry: _contents([entry], tensors), max_shard_bytes
+        )
         written = write_shards(partial, tensors, shards, ranks)
         ranks.on_rank_zero(finish)
     finally:
@@ -270,34 +275,34 @@ def write_model(
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a hidden folder to write a model into; it takes its place if nothing goes wrong."""
+    """Yield a hidden folder to write a model into; without an error it then replaces `folder`."""
     _check_replaceable(folder)
     with files.new_folder(folder) as partial:
         yield partial
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Only a model folder is ever replaced, so that no other files of a user's get lost."""
+    """Raise CheckpointError for a folder with files that are not those of a model."""
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise CheckpointError(f"{str(folder)!r} is a file; a model needs a folder.")
+        raise CheckpointError(f"{str(folder)!r} is a file; a model is saved in a folder.")
     for path in folder.iterdir():
-        if path.is_dir() or not any(path.match(pattern) for pattern in _OURS):
+        if path.is_dir() or not any(path.match(pattern) for pattern in _MODEL_FILES):
             raise CheckpointError(
                 f"Will not replace {str(folder)!r} with a model: it holds {path.name!r}, which is "
-                "no part of a saved model. Choose another folder, or empty this one."
+                "not part of a saved model. Choose another folder, or empty this one."
             )
 
 
-def write_texts(
+def write_metadata(
     folder: Path,
     config: ModelConfig,
     values: dict[str, Any],
     card: str,
     tokenizer: "Tokenizer | None",
 ) -> None:
-    """Write all of a model folder but its weights.
+    """Write all files of a model folder but the weights.
 
     values: of config.json.
     card: the text of README.md.
@@ -322,10 +327,10 @@ def _check_names(model: SwitchTransformer, tensors: dict[str, Tensor]) -> None:
     if any(True for _ in quantised_modules(model)):
         raise CheckpointError(
             "The model is quantised: it has no floating-point weights to save. Copy its folder, or "
-            "take the model that it was made from."
+            "use the model that it was made from."
         )
     config = model.config
-    expected = {entry.ours for entry in entries(config, family_of(config))}
+    expected = {entry.name for entry in entries(config, family_of(config))}
     if expected != tensors.keys():
         name = min(expected ^ tensors.keys())
         raise CheckpointError(
@@ -334,45 +339,45 @@ def _check_names(model: SwitchTransformer, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def _saved(config: ModelConfig) -> Iterator[Entry]:
-    """Yield all entries; where the head is untied, transformers wants the embedding thrice."""
+def _stored_entries(config: ModelConfig) -> Iterator[Entry]:
+    """Yield all entries; with an untied head, transformers stores the embedding three times."""
     family = family_of(config)
     for entry in entries(config, family):
         yield entry
-        if entry.theirs == "shared.weight" and family == "switch" and not config.tied_head:
+        if entry.hf_name == "shared.weight" and family == "switch" and not config.tied_head:
             for key in ALIASES["shared.weight"]:
-                yield dataclasses.replace(entry, theirs=key)
+                yield dataclasses.replace(entry, hf_name=key)
 
 
 def model_card(config: ModelConfig, dtype: str) -> str:
-    """Return Markdown: what the model is, how to load it, what transformers does differently."""
+    """Return the model card: what the model is, how to load it, how transformers differs."""
     architecture = ARCHITECTURES[family_of(config)]
-    differences = limits(config) + remarks(config)
+    differences = unsupported_features(config) + capacity_differences(config)
     notes = ""
     if differences:
         notes = "\n## In transformers\n\n" + "\n".join(f"- {line}" for line in differences) + "\n"
     loadable = not any("cannot load" in line for line in differences)
-    theirs = ""
+    with_transformers = ""
     if loadable:
-        theirs = (
+        with_transformers = (
             f"\nor with transformers:\n\n```python\nfrom transformers import {architecture}\n\n"
             f'model = {architecture}.from_pretrained("DIR")\n```\n'
         )
-    return _card(config, dtype) + theirs + notes
+    return _card(config, dtype) + with_transformers + notes
 
 
 def quantised_card(config: ModelConfig, bits: int, what: str) -> str:
-    """Return the card of a model whose weights are codes of so many bits."""
-    held = "all matrices" if what == "all" else "experts"
-    return _card(config, f"{held} of {bits} bits") + (
-        "\n## In transformers\n\n- transformers cannot load this model: only switchlm knows the "
-        "layout of its codes.\n"
+    """Return the card of a quantised model."""
+    quantised = "all matrices" if what == "all" else "experts"
+    return _card(config, f"{quantised} of {bits} bits") + (
+        "\n## In transformers\n\n- transformers cannot load this model: the layout of its "
+        "codes is that of switchlm.\n"
     )
 
 
 def _card(config: ModelConfig, weights: str) -> str:
     experts = config.num_experts
-    kind = f"sparse model with {experts} experts a Switch layer" if experts else "dense model"
+    kind = f"sparse model with {experts} experts per Switch layer" if experts else "dense model"
     rows = {
         "parameters": f"{count.parameters(config):,}",
         "used by one token": f"{count.active_parameters(config):,}",
@@ -392,8 +397,8 @@ def _card(config: ModelConfig, weights: str) -> str:
     )
 
 
-def limits(config: ModelConfig) -> list[str]:
-    """Return a sentence for everything that transformers does differently, or cannot load."""
+def unsupported_features(config: ModelConfig) -> list[str]:
+    """Return a sentence per feature that transformers computes differently or cannot load."""
     if not config.num_experts:
         return []
     router = config.router
@@ -413,26 +418,26 @@ def limits(config: ModelConfig) -> list[str]:
             )
     if router.experts_per_token > 1:
         found.append(
-            f"transformers sends a token to one expert; here it goes to "
+            f"transformers sends a token to one expert, this model to "
             f"{router.experts_per_token}, so outputs differ."
         )
     if router.selection == "expert_choice":
         found.append(
-            "transformers lets tokens choose experts; here the encoder's experts choose "
-            "tokens, so outputs differ."
+            "transformers has token choice only; the encoder of this model has expert choice, "
+            "so outputs differ."
         )
     if router.balance == "bias":
         found.append("transformers ignores the routers' selection bias, so outputs differ.")
     return found
 
 
-def remarks(config: ModelConfig) -> list[str]:
-    """Return what differs only in training or where capacity binds."""
+def capacity_differences(config: ModelConfig) -> list[str]:
+    """Return what differs in training, or where tokens are dropped."""
     router = config.router
     if not config.num_experts or router.dropless or router.mode == "hf":
         return []
     return [
-        "transformers knows absolute capacities only: config.json tells it never to drop a token. "
+        "transformers has absolute capacities only: with this config.json it never drops a token. "
         f"Here the capacity factor is {router.capacity_factor} in training and "
         f"{router.evaluation_capacity_factor} in evaluation."
     ]

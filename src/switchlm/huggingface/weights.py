@@ -1,12 +1,11 @@
-"""Find a model folder, or one on the hub; what its weight files hold, tensor by tensor.
+"""Find a model folder, or one on the hub, and read its weight files.
 
-Names in an index are not to be trusted: a file is only opened if it lies in the folder. Shapes are
-known before any tensor is read. safetensors files are mapped into memory, never read whole; `.bin`
-files are unpickled with weights_only, which runs no code of theirs.
+File names in an index are not trusted: a file is only opened if it lies in the folder. Shapes are
+known before any tensor is read. safetensors files are memory-mapped; `.bin` files are unpickled
+with weights_only, which runs no code.
 
-Parts that are read again and again, such as experts left in their files, are read by offset and not
-through a map: a mapped file that is cut short while in use kills the process, while a read that
-comes back short is an error with a message.
+Experts that are offloaded are read by offset and not through a memory map: truncating a mapped file
+kills the process, while a short read is an error with a message.
 """
 
 import json
@@ -14,7 +13,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,11 @@ from torch import Tensor, nn
 
 from switchlm.checkpoint.format import CODES
 from switchlm.errors import CheckpointError, MissingExtraError
+from switchlm.kernels.cpu import memory
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
-# A name of its own, so that no other reader takes it for weights.
+# Another name, so that no other program reads it as weights.
 QUANTISED = "quantised.safetensors"
 PICKLED = "pytorch_model.bin"
 LARGEST_CONFIG = 2**24  # bytes
@@ -43,9 +43,9 @@ _CODES = {CODES[dtype]: dtype for dtype in (torch.int8, torch.uint8)}  # of quan
 def find_model(
     name: str | Path, revision: str | None = None, local_files_only: bool = False
 ) -> Path:
-    """Return the folder of a model: DIR/model of a run, DIR itself, or the cached files of the hub.
+    """Return the folder of a model: DIR/model of a run, DIR itself, or the cache of the hub.
 
-    Cache, offline mode and token are huggingface_hub's own (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN).
+    huggingface_hub's cache, offline mode and token are used (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN).
     """
     folder = Path(name)
     if (folder / CONFIG).is_file():
@@ -55,10 +55,10 @@ def find_model(
     if folder.exists():
         raise CheckpointError(
             f"{str(name)!r} is neither a model folder ({CONFIG} is missing) nor a run with a saved "
-            "model in it."
+            "model."
         )
     if isinstance(name, Path) or not _HUB_NAME.fullmatch(name):
-        raise CheckpointError(f"There is no folder {str(name)!r}, and it is no name on the hub.")
+        raise CheckpointError(f"There is no folder {str(name)!r}, and it is not a name on the hub.")
     return _download(name, revision, local_files_only)
 
 
@@ -87,7 +87,8 @@ def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
             )
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise CheckpointError(
-                f"There is no folder {name!r}, and the hub could not give it: {str(error)[:300]}"
+                f"There is no folder {name!r}, and downloading it from the hub failed: "
+                f"{str(error)[:300]}"
             ) from None
 
     folder = fetch("*.safetensors")
@@ -108,25 +109,25 @@ class Description:
 class Weights:
     """All tensors of a model folder.
 
-    tensors: what there is, by key, in the order of the files.
+    tensors: by key, in the order of the files.
     """
 
     def __init__(
         self, folder: Path, files: Mapping[str, frozenset[str] | None], codes: bool = False
     ) -> None:
-        """files: names of files, and the keys the index promises of each, None without one.
-        codes: whether the weights may be quantised: codes of 8 bits among the numbers.
+        """files: the keys that the index lists for each file name; None without an index.
+        codes: whether the weights may be quantised, and so include 8-bit integers.
         """
         self.tensors: dict[str, Description] = {}
         self.pickled = any(name.endswith(".bin") for name in files)
-        for name, promised in files.items():
+        for name, listed in files.items():
             path = inside(folder, name)
             described = _describe_pickled(path) if self.pickled else _describe(path, codes)
-            if promised is not None and promised != described.keys():
-                key = min(promised ^ described.keys())
-                where = "the index" if key in promised else "the file"
+            if listed is not None and listed != described.keys():
+                key = min(listed ^ described.keys())
+                where = "the index" if key in listed else "the file"
                 raise CheckpointError(
-                    f"{name} and the weight index disagree: only {where} has {key[:200]!r}. The "
+                    f"{name} and the weight index differ: only {where} has {key[:200]!r}. The "
                     "folder mixes files of different models, or a download is incomplete."
                 )
             for key, description in described.items():
@@ -135,7 +136,7 @@ class Weights:
                 self.tensors[key] = description
 
     def read(self, keys: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (key, tensor) of the keys, file by file; a tensor is backed by its file."""
+        """Yield (key, tensor) of the keys, file by file; tensors are memory-mapped."""
         by_file: dict[Path, list[str]] = {}
         for key, description in self.tensors.items():
             if key in keys:
@@ -149,7 +150,7 @@ class Weights:
                     yield from ((name, file.get_tensor(name)) for name in names)
 
     def equal(self, first: str, second: str) -> bool:
-        """Whether two tensors hold the same numbers."""
+        """Return whether two tensors are equal."""
         one, two = self.tensors[first], self.tensors[second]
         if (one.shape, one.dtype) != (two.shape, two.dtype):
             return False
@@ -160,7 +161,7 @@ class Weights:
 def open_weights(folder: Path, codes: bool = False) -> Weights:
     """Find the weights of a model folder as transformers does, safetensors first.
 
-    codes: whether they are quantised, and so have another name.
+    codes: whether they are quantised; these have another file name.
     """
     singles = (QUANTISED,) if codes else (SAFETENSORS, PICKLED)
     for single in singles:
@@ -170,15 +171,15 @@ def open_weights(folder: Path, codes: bool = False) -> Weights:
         if index.is_file():
             return Weights(folder, _read_index(folder, index.name), codes)
     raise CheckpointError(
-        f"There are no weights in {str(folder)!r}: no {' and no '.join(singles)}, whole or with an "
-        "index."
+        f"There are no weights in {str(folder)!r}: no {' and no '.join(singles)}, single or with "
+        "an index."
     )
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the file of that name in the folder; anything that leads out of it is an error.
+    """Return the path of a file in the folder; a path outside of it is an error.
 
-    In a cache of huggingface_hub, links from a snapshot to the blobs beside it are followed.
+    In a cache of huggingface_hub, links from a snapshot to its blobs are followed.
     """
     plain = name and Path(name).name == name and name not in (".", "..") and "\0" not in name
     path = folder / name if plain and "\\" not in name else None
@@ -192,7 +193,7 @@ def inside(folder: Path, name: str) -> Path:
         roots.append(home.parent.parent / "blobs")
     target = path.resolve()
     if not any(target.is_relative_to(root) for root in roots):
-        raise CheckpointError(f"{name[:200]!r} is a link that leads out of the model folder.")
+        raise CheckpointError(f"{name[:200]!r} is a link to a file outside of the model folder.")
     if not target.is_file():
         raise CheckpointError(
             f"The file {name[:200]!r} is missing in {str(folder)!r}; the model is incomplete."
@@ -201,7 +202,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def read_json(folder: Path, name: str, largest: int | None = LARGEST_CONFIG) -> dict[str, Any]:
-    """Read a JSON object of at most so many bytes; every damage is a CheckpointError."""
+    """Read a JSON object of at most `largest` bytes. Raises CheckpointError."""
     path = inside(folder, name)
     if largest is not None and path.stat().st_size > largest:
         raise CheckpointError(f"{name} has {path.stat().st_size} bytes; that is no configuration.")
@@ -215,12 +216,12 @@ def read_json(folder: Path, name: str, largest: int | None = LARGEST_CONFIG) -> 
 
 
 def _read_index(folder: Path, name: str) -> dict[str, frozenset[str]]:
-    places = read_json(folder, name, largest=None).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+    file_of = read_json(folder, name, largest=None).get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
         raise CheckpointError(f"{name} has no weight_map from tensors to files.")
     suffix = ".bin" if name.startswith(PICKLED) else ".safetensors"
     keys: dict[str, set[str]] = {}
-    for key, file in places.items():
+    for key, file in file_of.items():
         if not file.endswith(suffix):
             raise CheckpointError(f"{name} names the file {file[:200]!r}, not a {suffix} file.")
         keys.setdefault(file, set()).add(key)
@@ -257,35 +258,35 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except Exception as error:  # damaged pickles program the unpickler, wrong arguments and all
+    except Exception as error:  # a damaged pickle can raise any exception
         raise CheckpointError(
-            f"{path.name} is damaged, or holds more than tensors, which could run code and is not "
-            f"read: {str(error)[:200]}"
+            f"{path.name} is damaged, or has objects other than tensors, which could run code and "
+            f"are not read: {str(error)[:200]}"
         ) from None
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise CheckpointError(f"{path.name} holds no table of tensors.")
+        raise CheckpointError(f"{path.name} is not a dictionary of tensors.")
     return loaded
 
 
 def _describe_pickled(path: Path) -> dict[str, Description]:
     described = {}
-    claimed = 0
+    total = 0
     for key, tensor in _unpickle(path).items():
-        whole = isinstance(tensor, Tensor) and tensor.layout == torch.strided
-        if not whole or tensor.dtype not in _DTYPES.values():
+        dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        if not dense or tensor.dtype not in _DTYPES.values():
             raise CheckpointError(f"{key[:200]!r} in {path.name} is not a tensor of numbers.")
         size = tensor.numel() * tensor.element_size()
-        claimed += size
-        # Tensors may be views of one memory: honest ones are the four names of the embedding.
-        if size > tensor.untyped_storage().nbytes() or claimed > 4 * path.stat().st_size:
+        total += size
+        # Tensors may share memory, as the four names of the embedding do.
+        if size > tensor.untyped_storage().nbytes() or total > 4 * path.stat().st_size:
             raise CheckpointError(f"{key[:200]!r} in {path.name} claims more than the file holds.")
         described[key] = Description(tuple(tensor.shape), tensor.dtype, path)
     return described
 
 
 @dataclass(frozen=True, slots=True)
-class Extent:
-    """Consecutive bytes of a file that are a tensor of that shape and dtype."""
+class TensorOffset:
+    """Where a tensor lies in a file: its first byte, shape and dtype."""
 
     file: Path
     offset: int
@@ -296,27 +297,27 @@ class Extent:
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def slice(self, index: int) -> "Extent":
-        """Return the index-th part along the first dim."""
-        part = Extent(self.file, self.offset, self.shape[1:], self.dtype)
-        return Extent(self.file, self.offset + index * part.num_bytes, part.shape, part.dtype)
+    def slice(self, index: int) -> "TensorOffset":
+        """Return the offset of `self[index]`."""
+        part = TensorOffset(self.file, self.offset, self.shape[1:], self.dtype)
+        return TensorOffset(self.file, self.offset + index * part.num_bytes, part.shape, part.dtype)
 
 
-def find_extents(tensors: Mapping[str, Description]) -> dict[str, Extent]:
-    """Return where each of the tensors lies, which `weights.Weights` found in safetensors files."""
-    starts = {path: _starts(path) for path in {tensor.file for tensor in tensors.values()}}
+def find_tensor_offsets(tensors: Mapping[str, Description]) -> dict[str, TensorOffset]:
+    """Return the offset of each tensor of safetensors files, as described by `Weights`."""
+    ranges = {path: _byte_ranges(path) for path in {tensor.file for tensor in tensors.values()}}
     found = {}
     for key, tensor in tensors.items():
-        start, stop = starts[tensor.file].get(key, (0, -1))
-        extent = Extent(tensor.file, start, tensor.shape, tensor.dtype)
-        if stop - start != extent.num_bytes:
+        start, stop = ranges[tensor.file].get(key, (0, -1))
+        offset = TensorOffset(tensor.file, start, tensor.shape, tensor.dtype)
+        if stop - start != offset.num_bytes:
             raise _changed(tensor.file)
-        found[key] = extent
+        found[key] = offset
     return found
 
 
-def _starts(path: Path) -> dict[str, tuple[int, int]]:
-    """Return the first byte of every tensor in the file, and the one after its last."""
+def _byte_ranges(path: Path) -> dict[str, tuple[int, int]]:
+    """Return the first byte of every tensor in the file, and the end of the last."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -335,13 +336,20 @@ def _starts(path: Path) -> dict[str, tuple[int, int]]:
 
 def _changed(path: Path) -> CheckpointError:
     return CheckpointError(
-        f"{path.name} changed while it was being opened. Let whatever writes it finish, then try "
-        "again."
+        f"{path.name} changed while it was being opened. Try again when the program that writes "
+        "it has finished."
     )
 
 
-def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Make a tensor the parameter or the buffer of that name."""
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Return an uninitialised tensor, on large pages in main memory."""
+    if torch.device(device).type == "cpu":
+        return memory.empty_on_large_pages(shape, dtype)
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set the parameter or buffer of that name."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     is_parameter = isinstance(getattr(module, attribute), nn.Parameter)

@@ -15,11 +15,11 @@ from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import ConfigError
 from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.files import Report
-from switchlm.huggingface.load import load_config, load_tokenizer, open_floats, save
+from switchlm.huggingface.load import load_config, load_tokenizer, open_unquantised, save
+from switchlm.huggingface.match import match
 from switchlm.huggingface.quantised import (
     Quantisation,
     save_quantised,
-    weights_of_files,
     weights_of_model,
 )
 from switchlm.model.config import ModelConfig
@@ -102,9 +102,9 @@ def quantise_folder(
 
     One matrix is in memory at a time, so that models larger than memory can be quantised.
     """
-    config, family, weights = open_floats(name, report=report)
+    config, family, weights = open_unquantised(name, report=report)
     tokenizer = load_tokenizer(name, report=report)
-    source = weights_of_files(config, family, weights)
+    source = match(config, family, weights, report).read(weights)
     save_quantised(source, config, tokenizer, out, quantisation, round_to_nearest(quantisation))
     files = {description.file for description in weights.tensors.values()}
     before = sum(path.stat().st_size for path in files)

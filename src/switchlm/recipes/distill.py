@@ -21,7 +21,7 @@ from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.evaluation.routing import routing_statistics
 from switchlm.files import Report, replace_file
-from switchlm.huggingface.init_from import transplant
+from switchlm.huggingface.init_from import init_from
 from switchlm.huggingface.load import load, save
 from switchlm.model import count
 from switchlm.model.config import ModelConfig
@@ -335,15 +335,15 @@ def init_student(
 ) -> None:
     """Set the student's initial weights, if they are not random."""
     if settings.trained_student is not None:
-        transplant(load(settings.trained_student)[0], student)
+        init_from(load(settings.trained_student)[0], student)
     elif settings.start == "teacher":
         load_by_layer: dict[str, Tensor] = {}
         if settings.feedforward == "most_used":
             batches = [loader.batch(number) for number in range(settings.load_batches)]
             layers = routing_statistics(teacher, batches, loader.tokenizer)
             load_by_layer = {layer.name: torch.tensor(layer.load_E) for layer in layers}
-        account = transplant(teacher, student, feedforward=settings.feedforward, load=load_by_layer)
+        result = init_from(teacher, student, feedforward=settings.feedforward, load=load_by_layer)
         report(
-            f"Of the student's tensors {len(account.taken)} are the teacher's, "
-            f"{len(account.derived)} derived from its experts, {len(account.drawn)} random."
+            f"Of the student's tensors {len(result.copied)} are the teacher's, "
+            f"{len(result.derived)} derived from its experts, {len(result.random)} random."
         )

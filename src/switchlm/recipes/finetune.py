@@ -24,7 +24,7 @@ from switchlm.evaluation.metrics import measure
 from switchlm.evaluation.tasks import score_task
 from switchlm.files import Report, replace_file
 from switchlm.huggingface.adapters import AdapterConfig, save_adapters
-from switchlm.huggingface.load import fill, load, save
+from switchlm.huggingface.load import load, load_weights, save
 from switchlm.huggingface.weights import read_json
 from switchlm.model import lora
 from switchlm.model.config import ModelConfig
@@ -53,7 +53,7 @@ def open_model(
         tokenizer = open_tokenizer(settings.model, "model to fine-tune")
     if mesh.is_distributed:
         model = build_model(RunConfig(model=config.model, training=config.training), mesh)
-        fill(model, settings.model, report=report, group=mesh.storage)
+        load_weights(model, settings.model, report=report, group=mesh.storage)
         return model, tokenizer
     model, _ = load(settings.model, dtype=torch.float32, device=default_device(), report=report)
     model = with_config(model, config.model)

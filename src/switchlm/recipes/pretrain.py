@@ -18,7 +18,7 @@ from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import ConfigError, DataError
 from switchlm.evaluation.routing import routing_statistics
 from switchlm.files import Report, replace_file
-from switchlm.huggingface.init_from import check_fit, transplant
+from switchlm.huggingface.init_from import check_fit, init_from
 from switchlm.huggingface.load import save
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply, materialise
@@ -121,7 +121,7 @@ def pretrain(
         init_run_folder(folder, config, loader.tokenizer, mesh)
         model = build_model(config, mesh)
         if start is not None:
-            transplant(start, model)
+            init_from(start, model)
         yield {"phase": "training"}
         yield from train(
             model,

@@ -1,1 +1,1 @@
-"""A server for a model: its interface over HTTP and the page that shows the experts at work."""
+"""A server for a model: its HTTP interface, and a page that shows the expert assignment."""

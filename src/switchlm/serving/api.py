@@ -1,6 +1,6 @@
-"""The HTTP interface: OpenAI's completions, blanks to fill, who took which token, and the page.
+"""The HTTP interface: OpenAI's completions, filling of blanks, routing, and the page.
 
-Everything slow happens in the engine's thread or in others; the event loop only passes on.
+All computation is in the engine's thread or in others, never in the event loop.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from starlette.routing import Route as FixedRoute
 
 from switchlm import __version__
 from switchlm.errors import DataError, UserError
-from switchlm.generation.answer import TOKENS_A_BLANK, count_blanks, put_into_blanks, read_spans
+from switchlm.generation.answer import TOKENS_PER_BLANK, count_blanks, put_into_blanks, read_spans
 from switchlm.generation.decode import check_vocabulary
 from switchlm.generation.route import route
 from switchlm.serving.engine import Engine, EventBridge, events
@@ -35,14 +35,14 @@ from switchlm.serving.requests import (
     Output,
     RequestError,
     Route,
-    collected,
+    collect,
 )
 from switchlm.serving.requests import Request as EngineRequest
 from switchlm.serving.statistics import CONTENT_TYPE
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 Chunks = AsyncGenerator[dict[str, Any], None]
-USUAL_TOKENS = 64
+DEFAULT_TOKENS = 64
 
 
 def create_app(
@@ -56,9 +56,9 @@ def create_app(
     """Return the ASGI application for a started engine.
 
     name: of the model.
-    key: that every route asks for but the page's own files and /health; None asks for none.
+    key: the API key, needed for all routes but /health and the files of the page; None: no key.
     report: the HTML of the run's report.
-    seconds: a request may take.
+    seconds: how long a request may take.
     """
     interface = _Interface(engine, name, report, seconds)
     app = FastAPI(
@@ -77,8 +77,8 @@ def create_app(
     app.post("/v1/completions", response_model=None)(interface.completions)
     app.post("/v1/fill", response_model=None)(interface.fill)
     app.post("/v1/route")(interface.route)
-    _explain_errors(app)
-    return Guard(app, key=key, count=engine.statistics.answered)
+    _add_error_handlers(app)
+    return Guard(app, key=key, count=engine.statistics.count_response)
 
 
 class _Interface:
@@ -123,20 +123,20 @@ class _Interface:
 
     async def completions(self, body: Completion, request: Request) -> Response:
         self._check_model(body.model)
-        asked = await self._requests(body, body.prompts, USUAL_TOKENS, copies=body.n)
+        requests = await self._parse(body, body.prompts, DEFAULT_TOKENS, copies=body.n)
         head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": self._name,
         }
-        prompt_tokens = sum(len(one.ids) for one in asked[:: body.n])
-        told = self._events(asked)
+        prompt_tokens = sum(len(one.ids) for one in requests[:: body.n])
+        event_stream = self._events(requests)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            chunks = _chunks(told, head, len(asked), prompt_tokens, usage)
+            chunks = _chunks(event_stream, head, len(requests), prompt_tokens, usage)
             return await _stream(request, chunks)
-        outputs = await _while_wanted(request, collected(told, len(asked)))
+        outputs = await _until_disconnect(request, collect(event_stream, len(requests)))
         choices = [
             _choice(place, output.text, output.reason) for place, output in enumerate(outputs)
         ]
@@ -145,8 +145,8 @@ class _Interface:
     async def fill(self, body: Fill, request: Request) -> Response:
         self._check_model(body.model)
         blanks = count_blanks(body.text, self._engine.tokenizer)
-        (asked,) = await self._requests(body, [body.text], TOKENS_A_BLANK * blanks)
-        told = self._events([asked])
+        (prompt,) = await self._parse(body, [body.text], TOKENS_PER_BLANK * blanks)
+        event_stream = self._events([prompt])
 
         def result(output: Output) -> dict[str, Any]:
             spans = read_spans(output.tokens, self._engine.tokenizer, len(output.text))
@@ -156,12 +156,12 @@ class _Interface:
                 "output": output.text,
                 "spans": {str(number): span for number, span in spans.items()},
                 "finished": output.reason == "stop",
-                "usage": _usage(len(asked.ids), [output]),
+                "usage": _usage(len(prompt.ids), [output]),
             }
 
         if body.stream:
-            return await _stream(request, _growing(told, result))
-        (output,) = await _while_wanted(request, collected(told, 1))
+            return await _stream(request, _outputs(event_stream, result))
+        (output,) = await _until_disconnect(request, collect(event_stream, 1))
         return JSONResponse(result(output))
 
     async def route(self, body: Route, request: Request) -> dict[str, Any]:
@@ -180,33 +180,35 @@ class _Interface:
                 engine.tokenizer,
                 body.text,
                 body.output,
-                max_new_tokens=min(USUAL_TOKENS, engine.max_target),
+                max_new_tokens=min(DEFAULT_TOKENS, engine.max_target),
                 enforce_capacity=body.enforce_capacity,
             )
         )
-        found = await _while_wanted(request, asyncio.wrap_future(future))
+        found = await _until_disconnect(request, asyncio.wrap_future(future))
         return {"model": self._name, **dataclasses.asdict(found)}
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._name:
             raise HTTPException(404, f"There is no model {name!r} here, only {self._name!r}.")
 
-    async def _requests(
-        self, body: Generation, prompts: Sequence[str], usual_limit: int, copies: int = 1
+    async def _parse(
+        self, body: Generation, prompts: Sequence[str], default_limit: int, copies: int = 1
     ) -> list[EngineRequest]:
-        """Tokenise the prompts, off the event loop; `copies` of each, with seeds of their own.
+        """Tokenize the prompts, outside of the event loop; `copies` of each, with different seeds.
 
         Raises DataError for a prompt that is empty or too long, and for too many tokens or outputs.
         """
-        queue, most = self._engine.queue, self._engine.max_target
+        queue, max_tokens = self._engine.queue, self._engine.max_target
         if len(prompts) * copies > queue:
             raise DataError(
-                f"This asks for {len(prompts) * copies} outputs at once, but the server's queue "
-                f"takes {queue}: send fewer prompts, or a smaller n, at a time."
+                f"The request is for {len(prompts) * copies} outputs, but the server's queue "
+                f"takes {queue}: send fewer prompts at a time, or a smaller n."
             )
-        limit = body.max_tokens or min(usual_limit, most)
-        if limit > most:
-            raise DataError(f"max_tokens is {limit:,}, but this server gives {most:,}.")
+        limit = body.max_tokens or min(default_limit, max_tokens)
+        if limit > max_tokens:
+            raise DataError(
+                f"max_tokens is {limit:,}, but this server generates at most {max_tokens:,}."
+            )
         seed = secrets.randbelow(LARGEST_SEED) if body.seed is None else body.seed
         encoded = await asyncio.to_thread(lambda: [self._prompt(text) for text in prompts])
         return [
@@ -225,7 +227,7 @@ class _Interface:
     def _prompt(self, text: str) -> tuple[int, ...]:
         """Return the tokens of a prompt and the end token.
 
-        Raises DataError for a prompt that is empty or longer than the server takes.
+        Raises DataError for a prompt that is empty or too long.
         """
         engine = self._engine
         ids = engine.tokenizer.encode(text)
@@ -233,40 +235,41 @@ class _Interface:
             raise DataError("The text is empty: there is nothing to generate from.")
         if len(ids) >= engine.max_source:
             raise DataError(
-                f"The text has {len(ids):,} tokens; this server takes {engine.max_source - 1:,}."
+                f"The text has {len(ids):,} tokens; this server takes at most "
+                f"{engine.max_source - 1:,}."
             )
         check_vocabulary(max(ids), engine.model.config.vocabulary_size)
         return (*ids, engine.model.config.end_id)
 
-    def _events(self, asked: list[EngineRequest]) -> Numbered:
-        """Yield what the engine does; all events come by one bridge, made in the server's loop."""
+    def _events(self, requests: list[EngineRequest]) -> Numbered:
+        """Yield the events of the engine; one bridge to the server's event loop serves all."""
         if self._bridge is None:
             self._bridge = EventBridge(asyncio.get_running_loop())
-        return events(self._engine, self._bridge, asked)
+        return events(self._engine, self._bridge, requests)
 
 
-async def _while_wanted(request: Request, work: Awaitable[Answer]) -> Answer:
-    """Return the result of the work, which is cancelled when the client goes away."""
+async def _until_disconnect(request: Request, work: Awaitable[Result]) -> Result:
+    """Return the result of the work; cancel it when the client disconnects."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request))
+    disconnected = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise RequestError("The client closed the connection.", 499)
         return task.result()
     finally:
         task.cancel()
-        gone.cancel()
+        disconnected.cancel()
 
 
-async def _gone(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 async def _stream(request: Request, chunks: Chunks) -> Response:
-    """Return server-sent events; what goes wrong before the first one is an ordinary error."""
-    first = await _while_wanted(request, anext(chunks))
+    """Return server-sent events; an error before the first one is an ordinary response."""
+    first = await _until_disconnect(request, anext(chunks))
 
     async def lines() -> AsyncIterator[str]:
         try:
@@ -275,8 +278,8 @@ async def _stream(request: Request, chunks: Chunks) -> Response:
                 async for chunk in chunks:
                     yield f"data: {json.dumps(chunk)}\n\n"
         except RequestError as error:
-            told = error_body(str(error), "server_error", code=error.status)
-            yield f"data: {json.dumps(told)}\n\n"
+            body = error_body(str(error), "server_error", code=error.status)
+            yield f"data: {json.dumps(body)}\n\n"
         yield "data: [DONE]\n\n"
 
     return StreamingResponse(
@@ -285,12 +288,12 @@ async def _stream(request: Request, chunks: Chunks) -> Response:
 
 
 async def _chunks(
-    told: Numbered, head: dict[str, Any], number: int, prompt_tokens: int, usage: bool
+    event_stream: Numbered, head: dict[str, Any], number: int, prompt_tokens: int, usage: bool
 ) -> Chunks:
-    """Yield the chunks of a completion; pieces that are still empty are not sent."""
+    """Yield the chunks of a completion; empty pieces are not sent."""
     outputs = [Output() for _ in range(number)]
-    async with aclosing(told):
-        async for place, event in told:
+    async with aclosing(event_stream):
+        async for place, event in event_stream:
             outputs[place].add(event)
             outputs[place].pieces.clear()
             if event.piece or event.reason:
@@ -299,11 +302,11 @@ async def _chunks(
         yield {**head, "choices": [], "usage": _usage(prompt_tokens, outputs)}
 
 
-async def _growing(told: Numbered, result: Callable[[Output], dict[str, Any]]) -> Chunks:
-    """Yield the output so far whenever it has grown, and at last the result."""
+async def _outputs(event_stream: Numbered, result: Callable[[Output], dict[str, Any]]) -> Chunks:
+    """Yield the output so far after every new piece, and the result at the end."""
     output = Output()
-    async with aclosing(told):
-        async for _, event in told:
+    async with aclosing(event_stream):
+        async for _, event in event_stream:
             output.add(event)
             if event.piece and event.reason is None:
                 yield {"output": output.text}
@@ -323,10 +326,10 @@ def _usage(prompt_tokens: int, outputs: list[Output]) -> dict[str, int]:
     }
 
 
-def _explain_errors(app: FastAPI) -> None:
-    """Give every error as the OpenAI API has it, and none of the program's insides."""
+def _add_error_handlers(app: FastAPI) -> None:
+    """Return every error in the format of the OpenAI API, without internals of the program."""
 
-    def answer(
+    def respond(
         status: int, message: str, *, param: str | None = None, headers: Any = None
     ) -> JSONResponse:
         kind = "server_error" if status >= 500 else "invalid_request_error"
@@ -335,28 +338,28 @@ def _explain_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         found = error.errors()
-        # A field of one type or another has an error for each; all of them say what it may be.
+        # A field of several possible types has an error for each; the message has all.
         same = [one for one in found if one["loc"][:2] == found[0]["loc"][:2]]
         loc = found[0]["loc"] if len(same) == 1 else found[0]["loc"][:2]
         parts = [str(part) for part in loc if part != "body"]
         where = ".".join(part for part in parts if part.isidentifier() or part.isdigit())[:100]
         what = ", or: ".join(dict.fromkeys(one["msg"] for one in same))
-        return answer(400, f"{where or 'The body'}: {what}"[:500], param=where or None)
+        return respond(400, f"{where or 'The body'}: {what}"[:500], param=where or None)
 
     @app.exception_handler(UserError)
     async def mistaken(_: Request, error: UserError) -> JSONResponse:
-        return answer(400, str(error))
+        return respond(400, str(error))
 
     @app.exception_handler(RequestError)
     async def failed(_: Request, error: RequestError) -> JSONResponse:
         wait = error.retry_after
         headers = None if wait is None else {"Retry-After": str(wait)}
-        return answer(error.status, str(error), headers=headers)
+        return respond(error.status, str(error), headers=headers)
 
     @app.exception_handler(HTTPException)
     async def known(_: Request, error: HTTPException) -> JSONResponse:
-        return answer(error.status_code, str(error.detail), headers=error.headers)
+        return respond(error.status_code, str(error.detail), headers=error.headers)
 
     @app.exception_handler(Exception)
     async def unknown(_: Request, error: Exception) -> JSONResponse:
-        return answer(500, f"The server failed at this request: {type(error).__name__}.")
+        return respond(500, f"The server failed at this request: {type(error).__name__}.")

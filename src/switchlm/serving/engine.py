@@ -1,10 +1,9 @@
-"""One thread that owns the model: continuous batching (Yu et al. 2022, Orca).
+"""Continuous batching (Yu et al. 2022, Orca) in one thread, which owns the model.
 
-Requests wait in a bounded queue, first come first served. Between two decoding steps those that fit
-are encoded, together, and take free slots; those that are done, cancelled or out of time free
-theirs. An error belongs to the request that caused it: what fails in a batch is tried again one by
-one, and only what fails alone is given up. Events reach the server's event loop with one wake-up
-per step.
+Requests wait in a bounded queue, first come, first served. Between two decoding steps, the next
+requests are encoded together and added to free slots; finished, cancelled and overdue ones are
+removed. If a batch fails, its requests are repeated one by one, and only those that fail alone end
+with an error. Events wake the server's event loop once per step.
 """
 
 import asyncio
@@ -35,13 +34,13 @@ from switchlm.serving.statistics import Statistics
 
 Result = TypeVar("Result")
 Listener = Callable[[Event], None]
-MOST_ENCODED = 8192  # tokens, padding included, encoded between two steps
+MAX_ENCODED = 8192  # tokens, padding included, encoded between two steps
 
 
 class Engine:
-    """Generates for many at once; its public methods may be called from any thread.
+    """Generates for many requests at a time; public methods may be called from any thread.
 
-    num_slots: how many outputs grow side by side.
+    num_slots: the rows of the decoding batch.
     max_source, max_target: the longest prompt and output, in tokens.
     queue: how many requests may wait.
     """
@@ -65,12 +64,12 @@ class Engine:
         self._changed = threading.Condition()
         self._closing = False
         self._streams: dict[PendingRequest, TextStream] = {}
-        self._joining = 0  # neither in the queue any more nor in a slot yet
+        self._num_joining = 0  # requests between queue and slot
         self._thread = threading.Thread(target=self._run, name="switchlm-engine", daemon=True)
         self._started: Future[None] = Future()
 
     def start(self) -> None:
-        """Take the memory of all slots and begin; what goes wrong there is raised here."""
+        """Start the thread and allocate all slots; raises an error of the allocation."""
         self._thread.start()
         self._started.result()
 
@@ -85,22 +84,22 @@ class Engine:
         now = time.monotonic()
         submitted = []
         for request, listener in zip(requests, listeners, strict=True):
-            assert 0 < len(request.ids) <= self.max_source, "prompts are bounded before they come"
-            assert 0 < request.limit <= self.max_target, "limits are bounded before they come"
+            assert 0 < len(request.ids) <= self.max_source, "the prompt is too long"
+            assert 0 < request.limit <= self.max_target, "the limit is too large"
             submitted.append(PendingRequest(request, listener, now))
         with self._changed:
             try:
-                self._check_room(len(self._waiting), len(submitted))
+                self._check_queue(len(self._waiting), len(submitted))
             except BusyError:
                 for _ in submitted:
-                    self.statistics.finished("refused")
+                    self.statistics.count_request("refused")
                 raise
             self._waiting.extend(submitted)
             self._changed.notify()
         return submitted
 
     def call(self, function: Callable[[], Result]) -> "Future[Result]":
-        """Run something with the model between two steps, in the engine's thread."""
+        """Run a function between two steps, in the engine's thread."""
         future: Future[Result] = Future()
 
         def run() -> None:
@@ -112,19 +111,19 @@ class Engine:
                 future.set_exception(error)
 
         with self._changed:
-            self._check_room(len(self._calls), 1)
+            self._check_queue(len(self._calls), 1)
             self._calls.append(run)
             self._changed.notify()
         return future
 
-    def _check_room(self, waiting: int, more: int) -> None:
+    def _check_queue(self, waiting: int, more: int) -> None:
         if self._closing:
             raise ClosingError
         if waiting + more > self.queue:
             raise BusyError(waiting, self.statistics.seconds_for(waiting, self.num_slots))
 
     def close(self, seconds: float | None = None) -> None:
-        """Take nothing new, finish what was accepted, and end; wait for that."""
+        """Refuse new requests, finish the accepted ones, and join the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -140,9 +139,9 @@ class Engine:
 
     @property
     def num_active(self) -> int:
-        return len(self._streams) + self._joining
+        return len(self._streams) + self._num_joining
 
-    # What follows runs in the engine's own thread.
+    # All methods below run in the engine's thread.
 
     def _run(self) -> None:
         try:
@@ -159,67 +158,70 @@ class Engine:
         self._started.set_result(None)
         try:
             while self._wait_for_work(slots):
-                if self._calls:  # one at a time, so that decoding goes on between many
+                if self._calls:  # one at a time, between decoding steps
                     self._calls.popleft()()
                 with evaluation_mode(self.model, drop=False):
                     self._advance(slots)
-                    while not self._calls and (slots.names or self._waiting):
+                    while not self._calls and (slots.requests or self._waiting):
                         self._advance(slots)
         finally:
-            self._abandon(slots)
+            self._fail_all(slots)
 
-    def _abandon(self, slots: Slots) -> None:
-        """Let nobody wait for ever, should this thread end by a mistake of its own."""
+    def _fail_all(self, slots: Slots) -> None:
+        """Fail all requests, in case this thread ended with an error."""
         with self._changed:
             self._closing = True
-            left = [*slots.names, *self._waiting]
+            unfinished = [*slots.requests, *self._waiting]
             self._waiting.clear()
         while self._calls:
             self._calls.popleft()()
-        for pending in left:
+        for pending in unfinished:
             self._fail(pending, RuntimeError("the engine has ended"))
 
     def _wait_for_work(self, slots: Slots) -> bool:
-        """Return False when all is done and nothing more will come."""
+        """Return False when all requests are finished and the engine is closing."""
         with self._changed:
-            while not (slots.names or self._waiting or self._calls):
+            while not (slots.requests or self._waiting or self._calls):
                 if self._closing:
                     return False
                 self._changed.wait()
         return True
 
     def _advance(self, slots: Slots) -> None:
-        self._sweep(slots)
+        self._remove_aborted(slots)
         self._admit(slots)
-        if slots.names:
+        if slots.requests:
             self._step(slots)
 
-    def _sweep(self, slots: Slots) -> None:
-        """Let go of what nobody waits for any more, in slots and in the queue."""
+    def _remove_aborted(self, slots: Slots) -> None:
+        """Remove cancelled and overdue requests from slots and queue."""
         now = time.monotonic()
-        for row in reversed(range(len(slots.names))):
-            reason = _given_up(slots.names[row], now)
+        for row in reversed(range(len(slots.requests))):
+            reason = _abort_reason(slots.requests[row], now)
             if reason:
-                self._leave(slots, row, reason)
+                self._end(slots, row, reason)
         with self._changed:
-            reasons = {pending: _given_up(pending, now) for pending in self._waiting}
-        gone = {pending: reason for pending, reason in reasons.items() if reason}
-        for pending, reason in gone.items():  # counted first: an empty queue has all counts
+            reasons = {pending: _abort_reason(pending, now) for pending in self._waiting}
+        aborted = {pending: reason for pending, reason in reasons.items() if reason}
+        for (
+            pending,
+            reason,
+        ) in aborted.items():  # before the queue is empty, so that its counts are complete
             self._finish(pending, reason)
         with self._changed:
-            for pending in gone:
+            for pending in aborted:
                 self._waiting.remove(pending)
 
     def _admit(self, slots: Slots) -> None:
-        """Encode the next requests and give them free slots."""
+        """Encode the next requests and add them to free slots."""
         new: list[PendingRequest] = []
         with self._changed:
             longest = 0
             while self._waiting and len(new) < slots.num_free:
                 longest = max(longest, len(self._waiting[0].request.ids))
-                if new and longest * (len(new) + 1) > MOST_ENCODED:
+                if new and longest * (len(new) + 1) > MAX_ENCODED:
                     break
-                self._joining += 1
+                self._num_joining += 1
                 new.append(self._waiting.popleft())
         if not new:
             return
@@ -227,14 +229,14 @@ class Engine:
             if isinstance(encoded_SD, Exception):
                 self._fail(pending, encoded_SD)
             else:
-                self._join(slots, pending, encoded_SD)
-            self._joining -= 1
+                self._add(slots, pending, encoded_SD)
+            self._num_joining -= 1
 
-    def _join(self, slots: Slots, pending: PendingRequest, encoded_SD: Tensor) -> None:
+    def _add(self, slots: Slots, pending: PendingRequest, encoded_SD: Tensor) -> None:
         request = pending.request
         try:
             stream = TextStream(self.tokenizer, request.stops)
-            slots.join(
+            slots.add(
                 pending,
                 encoded_SD,
                 sampling=request.sampling,
@@ -257,30 +259,30 @@ class Engine:
         return [one for pending in submitted for one in self._encoded(slots, [pending])]
 
     def _step(self, slots: Slots) -> None:
-        """Add a token to every row, and tell of it."""
+        """Add a token to every row, and emit its event."""
         begin = time.monotonic()
-        tokens = self._tokens(slots, 0, len(slots.names))
+        tokens = self._tokens(slots, 0, len(slots.requests))
         now = time.monotonic()
-        self.statistics.stepped(len(tokens), now - begin)
-        # From the last row on, since a row that leaves is replaced by the last.
+        self.statistics.count_step(len(tokens), now - begin)
+        # From the last row on: a row that is removed is replaced by the last.
         for row in reversed(range(len(tokens))):
-            pending, token = slots.names[row], tokens[row]
+            pending, token = slots.requests[row], tokens[row]
             if isinstance(token, Exception):
-                slots.leave(row)
+                slots.remove(row)
                 self._fail(pending, token)
                 continue
             if pending.first_token is None:
                 pending.first_token = now
-                self.statistics.began(now - pending.arrived)
+                self.statistics.count_first_token(now - pending.received)
             pending.num_tokens += 1
             try:
-                self._tell(slots, row, pending, token)
+                self._emit(slots, row, pending, token)
             except Exception as error:
-                slots.leave(row)
+                slots.remove(row)
                 self._fail(pending, error)
 
     def _tokens(self, slots: Slots, first: int, last: int) -> list[int | Exception]:
-        """Return the next token of those rows, or what went wrong with a row alone."""
+        """Return the next token of rows `first` to before `last`, or the error of a row."""
         try:
             damaged = ValueError("the model's output is not finite")
             return [damaged if token is None else token for token in slots.step(first, last)]
@@ -289,21 +291,21 @@ class Engine:
                 return [error]
         return [one for row in range(first, last) for one in self._tokens(slots, row, row + 1)]
 
-    def _tell(self, slots: Slots, row: int, pending: PendingRequest, token: int) -> None:
+    def _emit(self, slots: Slots, row: int, pending: PendingRequest, token: int) -> None:
         stream = self._streams[pending]
         piece = stream.push(token)
         if token == self.model.config.end_id or stream.stopped:
-            self._leave(slots, row, "stop", piece, token)
+            self._end(slots, row, "stop", piece, token)
         elif pending.num_tokens == pending.request.limit:
-            self._leave(slots, row, "length", piece, token)
+            self._end(slots, row, "length", piece, token)
         else:
             pending.listener(Event(piece=piece, token=token))
 
-    def _leave(
+    def _end(
         self, slots: Slots, row: int, reason: Reason, piece: str = "", token: int | None = None
     ) -> None:
-        pending = slots.names[row]
-        slots.leave(row)
+        pending = slots.requests[row]
+        slots.remove(row)
         try:
             rest = self._streams[pending].finish()
         except Exception as error:
@@ -323,27 +325,30 @@ class Engine:
         token: int | None = None,
         message: str = "",
     ) -> None:
-        self.statistics.finished(
-            reason, time.monotonic() - pending.arrived, len(pending.request.ids), pending.num_tokens
+        self.statistics.count_request(
+            reason,
+            time.monotonic() - pending.received,
+            len(pending.request.ids),
+            pending.num_tokens,
         )
         self._streams.pop(pending, None)
-        # The client is gone, its event loop closed: nobody is left to be told.
+        # The event loop of a disconnected client may be closed.
         with suppress(Exception):
             pending.listener(Event(piece=piece, token=token, reason=reason, message=message))
 
 
-def _given_up(pending: PendingRequest, now: float) -> Reason | None:
-    """Return why a request is not wanted any more, None if it is."""
+def _abort_reason(pending: PendingRequest, now: float) -> Reason | None:
+    """Return why a request is aborted; None: it is not."""
     if pending.cancelled:
         return "cancelled"
     seconds = pending.request.seconds
-    if seconds is not None and now - pending.arrived > seconds:
+    if seconds is not None and now - pending.received > seconds:
         return "deadline"
     return None
 
 
 class EventBridge:
-    """Carries events from the engine's thread into a loop."""
+    """Passes events from the engine's thread to an event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -351,7 +356,7 @@ class EventBridge:
         self._called = False
 
     def put(self, queue: "asyncio.Queue[tuple[int, Event]]", number: int, event: Event) -> None:
-        """Put (number, event) into the queue, soon."""
+        """Schedule the loop to put (number, event) into the queue."""
         self._events.append((queue, number, event))
         if not self._called:
             self._called = True
@@ -367,10 +372,10 @@ class EventBridge:
 async def events(
     engine: Engine, bridge: EventBridge, requests: Sequence[Request]
 ) -> AsyncGenerator[tuple[int, Event], None]:
-    """Yield (number of the request, event) until all have ended.
+    """Yield (index of the request, event) until all have ended.
 
     All requests are queued, or none: raises BusyError or ClosingError before the first event.
-    Whoever stops listening cancels what is left.
+    Closing the generator cancels unfinished requests.
     """
     queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
@@ -378,11 +383,11 @@ async def events(
         return lambda event: bridge.put(queue, number, event)
 
     submitted = engine.submit_all(requests, [listener(place) for place in range(len(requests))])
-    left = len(requests)
+    unfinished = len(requests)
     try:
-        while left:
+        while unfinished:
             number, event = await queue.get()
-            left -= event.reason is not None
+            unfinished -= event.reason is not None
             yield number, event
     finally:
         for pending in submitted:

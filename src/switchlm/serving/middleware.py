@@ -1,8 +1,7 @@
-"""What comes before every route: the key, bounds on bodies, the files and headers of the page.
+"""Checks before every route: API key, limits on bodies; files and headers of the page.
 
-A body may be no larger and no slower than its bounds. The page may load nothing from elsewhere and
-run nothing but its own scripts, whatever a model writes: its content security policy says so to the
-browser.
+The content security policy of the page allows no resources from other origins, and only its own
+scripts, whatever text a model generates.
 """
 
 import asyncio
@@ -23,17 +22,19 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 LARGEST_BODY = 2**21  # bytes
-LARGEST_REFUSED = 2**26  # what is thrown away before the refusal: few clients read while they send
-BODY_SECONDS = 10.0  # for all of a body to come
-OPEN = ("/", "/health")  # besides the page's own files, which hold nothing secret
+LARGEST_REFUSED = (
+    2**26
+)  # bytes read and discarded before the response: few clients read while they send
+BODY_SECONDS = 10.0  # to receive a body
+OPEN = ("/", "/health")  # need no key, like the files of the page
 
 
 class Guard:
-    """An ASGI application before another one.
+    """ASGI middleware that checks the API key and reads the body before the application runs.
 
-    key: None lets everyone in. The body is read here, whole, before the application sees any of it,
-        so nothing large or slow ever reaches it.
-    count: called with the status of every answer.
+    key: None: no key is needed.
+    seconds: for the whole body; a slower one is refused, as is a larger one than LARGEST_BODY.
+    count: called with the status of every response.
     """
 
     def __init__(
@@ -54,11 +55,11 @@ class Guard:
             await send(message)
 
         if scope["type"] == "http":
-            await self._answer(scope, receive, counted)
+            await self._respond(scope, receive, counted)
         else:
             await self._app(scope, receive, send)
 
-    async def _answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def _respond(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         async def refuse(
             status: int, message: str, headers: dict[str, str], code: str | None = None
         ) -> None:
@@ -66,27 +67,27 @@ class Guard:
             await response(scope, receive, send)
 
         if not self._allowed(scope):
-            message = "This needs the API key: send it as `Authorization: Bearer KEY`."
+            message = "An API key is needed: send it as `Authorization: Bearer KEY`."
             await refuse(401, message, {"WWW-Authenticate": "Bearer"}, "invalid_api_key")
             return
         close = {"Connection": "close"}
         try:
             body = await asyncio.wait_for(_read(receive), self._seconds)
         except TimeoutError:
-            await refuse(408, f"The body did not come within {self._seconds:g} s.", close)
+            await refuse(408, f"The body was not received within {self._seconds:g} s.", close)
             return
         except OverflowError:
             await refuse(413, f"A request may have {LARGEST_BODY:,} bytes at most.", close)
             return
-        if body is None:  # the client is gone
+        if body is None:  # the client disconnected
             return
-        given = False
+        replayed = False
 
         async def replay() -> Message:
-            nonlocal given
-            if given:
+            nonlocal replayed
+            if replayed:
                 return await receive()
-            given = True
+            replayed = True
             return {"type": "http.request", "body": body, "more_body": False}
 
         await self._app(scope, replay, send)
@@ -96,7 +97,7 @@ class Guard:
             return True
         given = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, value = given.partition(b" ")
-        if scheme.lower() == b"basic":  # what a browser sends for an address with a password
+        if scheme.lower() == b"basic":  # sent by browsers for an address with a password
             try:
                 value = base64.b64decode(value, validate=True).partition(b":")[2]
             except binascii.Error:
@@ -128,14 +129,14 @@ async def _read(receive: Receive) -> bytes | None:
 def error_body(
     message: str, kind: str = "invalid_request_error", param: str | None = None, code: Any = None
 ) -> dict[str, Any]:
-    """Return an error as the OpenAI API has it."""
+    """Return an error in the format of the OpenAI API."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 _INLINE_SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 
-# A report is one file with its scripts inside; alone in a window it may not reach anything.
+# A report is one file with inline scripts; it may load nothing.
 REPORT_HEADERS = {
     "Content-Security-Policy": (
         "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; "
@@ -148,9 +149,9 @@ REPORT_HEADERS = {
 
 
 def page_files(report: str | None = None) -> dict[str, Response]:
-    """Return what is answered at `/`, `/page/NAME`, and `/report` if there is a report.
+    """Return the responses at `/`, `/page/NAME`, and `/report` if there is a report.
 
-    report: the HTML of the run's report. All but this come without the API key.
+    report: the HTML of the run's report; it needs the API key, the others do not.
     """
     found = {}
     headers = page_headers(report)
@@ -167,8 +168,8 @@ def page_files(report: str | None = None) -> dict[str, Response]:
 def page_headers(report: str | None = None) -> dict[str, str]:
     """Return the headers of every file of the page.
 
-    report: the HTML of the run's report, if there is one. The page shows it in a frame of its own,
-        which is walled off but under the page's policy, so its scripts are allowed by their hashes.
+    report: the HTML of the run's report, if there is one. The page shows it in a sandboxed frame,
+        to which the policy of the page applies, so its scripts are allowed by their hashes.
     """
     hashes = ""
     for script in _INLINE_SCRIPT.findall(report or ""):

@@ -1,6 +1,6 @@
-"""A request on its way: its body, what the engine is asked for, the events it tells, the output.
+"""Requests: bodies of the HTTP interface, requests to the engine, its events, outputs.
 
-Every field of a body has its type and bounds, and there are no others.
+Every field of a body has a type and bounds; other fields are errors.
 """
 
 from collections.abc import AsyncGenerator, Callable
@@ -17,10 +17,10 @@ Reason = Literal["stop", "length", "deadline", "cancelled", "error"]
 
 
 class RequestError(SwitchLMError):
-    """A request that is not answered, or not to its end.
+    """A request that was refused or failed.
 
     status: of HTTP.
-    retry_after: whole seconds after which to try again; None where that is not known to help.
+    retry_after: seconds after which to try again; None: unknown.
     """
 
     def __init__(self, message: str, status: int, retry_after: int | None = None) -> None:
@@ -32,15 +32,15 @@ class BusyError(RequestError):
     """The queue is full."""
 
     def __init__(self, waiting: int, retry_after: int) -> None:
-        message = f"The server is busy: {waiting} requests wait already."
+        message = f"The server is busy: {waiting} requests are waiting."
         super().__init__(f"{message} Try again in {retry_after} s.", 429, retry_after)
 
 
 class ClosingError(RequestError):
-    """The server is shutting down and takes nothing new."""
+    """The server is shutting down."""
 
     def __init__(self) -> None:
-        super().__init__("The server is shutting down; nothing new is taken.", 503, 5)
+        super().__init__("The server is shutting down and takes no new requests.", 503, 5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Request:
     """ids: the prompt, end token included.
     limit: of new tokens.
     stops: texts that end the output.
-    seconds: how long it may take, waiting included; None for ever.
+    seconds: how long it may take, waiting included; None: no limit.
     """
 
     ids: tuple[int, ...]
@@ -63,9 +63,9 @@ class Request:
 class Event:
     """A piece of output.
 
-    reason: why it is the last, None if it is not.
-    token: the new one, None where the end brought none.
-    message: what went wrong, for an error.
+    token: the new token; None: the output ended without one.
+    reason: why the output ended; None: it has not.
+    message: of an error.
     """
 
     piece: str = ""
@@ -76,25 +76,26 @@ class Event:
 
 @dataclass(eq=False)
 class PendingRequest:
-    """A request on its way.
+    """A request that the engine has accepted.
 
     listener: called in the engine's thread with every event.
+    received, first_token: time.monotonic() of both.
     """
 
     request: Request
     listener: Callable[[Event], None]
-    arrived: float
+    received: float
     cancelled: bool = False
     num_tokens: int = 0
     first_token: float | None = None
 
     def cancel(self) -> None:
-        """Nobody wants it any more: its slot is free after the step that is running."""
+        """Cancel the request: its slot is free after the current step."""
         self.cancelled = True
 
 
 Numbered = AsyncGenerator[tuple[int, Event], None]
-# Ends that are none of the model's doing: the message and the status of HTTP.
+# Message and HTTP status of the reasons that are failures.
 _FAILURES = {
     "error": ("This request failed: {}.", 500),
     "deadline": ("The request took longer than the server allows.", 504),
@@ -104,7 +105,7 @@ _FAILURES = {
 
 @dataclass
 class Output:
-    """What has come of a request so far; reason: why it ended, None while it goes on."""
+    """The output of a request so far; reason: why it ended, None: it has not."""
 
     pieces: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -115,7 +116,7 @@ class Output:
         return "".join(self.pieces)
 
     def add(self, event: Event) -> None:
-        """Take an event in. Raises RequestError for an end that is none of the model's doing."""
+        """Append an event. Raises RequestError for a failure."""
         self.pieces.append(event.piece)
         if event.token is not None:
             self.tokens.append(event.token)
@@ -125,8 +126,8 @@ class Output:
             raise RequestError(message.format(event.message), status)
 
 
-async def collected(events: Numbered, number: int) -> list[Output]:
-    """Return the whole outputs of so many requests; the first that fails ends them all."""
+async def collect(events: Numbered, number: int) -> list[Output]:
+    """Return the complete outputs of a number of requests; a failure ends all of them."""
     outputs = [Output() for _ in range(number)]
     async with aclosing(events):
         async for place, event in events:
@@ -134,8 +135,8 @@ async def collected(events: Numbered, number: int) -> list[Output]:
     return outputs
 
 
-MOST_CHARACTERS = 2**18  # of any text; the engine's own limit in tokens comes after it
-MOST_PROMPTS = 32
+MAX_CHARACTERS = 2**18  # of any text; the engine also has a limit in tokens
+MAX_PROMPTS = 32
 LARGEST_SEED = 2**63 - 1
 
 
@@ -147,7 +148,7 @@ def _encodable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, Field(max_length=MOST_CHARACTERS), AfterValidator(_encodable)]
+Text = Annotated[str, Field(max_length=MAX_CHARACTERS), AfterValidator(_encodable)]
 Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_encodable)]
 
 
@@ -156,9 +157,9 @@ class _Body(BaseModel):
 
 
 class Generation(_Body):
-    """What both ways of generating take. Greedy unless a temperature is given.
+    """Fields of /v1/completions and /v1/fill. Greedy without temperature, top_k and top_p.
 
-    seed: with a temperature and no seed, every request draws anew.
+    seed: None: a random one for every request.
     max_tokens: of the output.
     """
 
@@ -174,12 +175,12 @@ class Generation(_Body):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop strings, none to all of them."""
+        """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def sampling(self) -> Sampling:
-        """How tokens are to be chosen: greedily unless the body says anything about it."""
+        """The sampling options; greedy if the body has none."""
         if self.temperature is None and self.top_k is None and self.top_p is None:
             return GREEDY
         return Sampling(
@@ -196,9 +197,9 @@ class StreamOptions(_Body):
 
 
 class Completion(Generation):
-    """The body of /v1/completions, as the OpenAI API has it; n outputs for every prompt."""
+    """The body of /v1/completions, as in the OpenAI API; n outputs per prompt."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
     n: Annotated[int, Field(ge=1, le=8)] = 1
     stream_options: StreamOptions | None = None
 
@@ -217,8 +218,8 @@ class Fill(Generation):
 class Route(_Body):
     """The body of /v1/route.
 
-    output: None takes the model's own greedy one.
-    enforce_capacity: drop tokens as in training, instead of serving all as the server does.
+    output: None: the greedy output of the model.
+    enforce_capacity: drop tokens beyond the capacity, as in training.
     """
 
     text: Text

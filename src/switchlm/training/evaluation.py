@@ -75,7 +75,7 @@ class HeldOutLoss:
         figures = {"evaluation_loss": result["loss"], "evaluation_loss_by_source": by_source}
         if self.mesh.world_size == 1:
             diagnosis = diagnose(model, self.batches[0])
-            figures |= diagnosis.figures(self.experts)
+            figures |= diagnosis.metrics(self.experts)
             self.experts = diagnosis.experts()
         else:
             self.experts = {}

@@ -1,9 +1,10 @@
-"""Models as transformers knows them: its generate, PEFT and Trainer on top of ours.
+"""Models for code that uses transformers: its generate and Trainer, and PEFT.
+
+Replace `from transformers import SwitchTransformersForConditionalGeneration` by
 
 from switchlm.transformers import SwitchTransformersForConditionalGeneration
 
-instead of `from transformers import ...` is the one line that changes. Needs the extra
-`transformers`.
+Needs the extra `transformers`.
 """
 
 from importlib.util import find_spec

@@ -1,6 +1,6 @@
-"""A PreTrainedModel around our model, with the tensors of saved folders and transformers' KV cache.
+"""A PreTrainedModel that wraps a switchlm model, and uses the KV cache of transformers.
 
-Beam search reorders the cache and assisted decoding crops it, both from outside.
+Beam search in transformers reorders that cache, and assisted decoding crops it.
 
 Shapes: B batch, S source, T target, D d_model, V vocabulary.
 """
@@ -29,9 +29,9 @@ from switchlm.model.losses import cross_entropy, routing_losses
 from switchlm.model.routing import Routing
 from switchlm.model.transformer import Stack, SwitchTransformer, shift_right
 
-IGNORED = -100  # a label that does not count
+IGNORED = -100  # a label that is ignored
 GENERATION_CONFIG = "generation_config.json"
-# What transformers calls the cache, in forward and in its outputs, depends on its version.
+# The name of the cache, in forward and in outputs, depends on the version of transformers.
 CACHE = next(
     field.name
     for field in dataclasses.fields(Seq2SeqLMOutput)
@@ -40,12 +40,13 @@ CACHE = next(
 
 
 class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """Our model, sparse or dense, where existing code wants one of transformers.
+    """A switchlm model, sparse or dense, as a model of transformers.
 
-    Make it with `from_pretrained`, or around a model of ours: `(model, tokenizer)`. `model` is that
-    model. Where it differs from transformers' class of this name: parameters have our names
+    model, tokenizer: of switchlm; or use `from_pretrained`.
+
+    Differences from the class of this name in transformers: parameters have the names of switchlm
     (`query`, `key`, `value`, `output`, `up`, `down`; for PEFT's target_modules), experts are
-    stacked, the loss has the routers' losses as configured, and `generate` drops no token.
+    stacked, the loss includes the router losses as configured, and `generate` drops no token.
     """
 
     base_model_prefix = ""
@@ -58,8 +59,8 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
     def __init__(self, model: SwitchTransformer, tokenizer: Tokenizer | None = None) -> None:
         if not isinstance(model, SwitchTransformer):
             raise ConfigError(
-                f"This takes a switchlm model, got {type(model).__name__}. Read one with "
-                "from_pretrained, or make one: SwitchTransformer(switchlm.preset('nano'))."
+                f"This takes a switchlm model, got {type(model).__name__}. Load one with "
+                "from_pretrained, or create one: SwitchTransformer(switchlm.preset('nano'))."
             )
         values = write_config(model.config, str(model.embedding.weight.dtype)[len("torch.") :])
         super().__init__(AutoConfig.for_model(**values))
@@ -80,13 +81,13 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
     ) -> "SwitchTransformersForConditionalGeneration":
         """Load what switchlm.load loads: a run, a model folder, or a hub name, in eval mode.
 
-        dtype: a torch.dtype or its name; `auto` and None keep that of the files.
-        device_map: one device; `auto` is the GPU if there is one.
+        dtype: a torch.dtype or its name; `auto` and None keep the dtype of the files.
+        device_map: one device; `auto`: the GPU if there is one.
 
         Raises ConfigError for other options.
         """
         dtype = options.pop("torch_dtype", dtype)
-        _refuse(options, "from_pretrained")
+        _refuse_options(options, "from_pretrained")
         if isinstance(dtype, str):
             named = None if dtype == "auto" else getattr(torch, dtype, None)
             if dtype != "auto" and not isinstance(named, torch.dtype):
@@ -106,7 +107,7 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, *, is_main_process: bool = True, **options: Any
     ) -> None:
-        """Save what switchlm.load and transformers load; other files of the folder stay."""
+        """Save the model for switchlm.load and transformers; other files of the folder are kept."""
         if not is_main_process:
             return
         folder = Path(save_directory)
@@ -124,9 +125,9 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load a state_dict of ours, or the tensors of a saved folder, as Trainer does to resume.
+        """Load a state_dict, or the tensors of a saved folder, as Trainer does to resume.
 
-        Tensors of a folder may come in several calls, a shard each, with strict=False.
+        The tensors of a folder may be loaded in several calls, one per shard, with strict=False.
         """
         if any(name.startswith("model.") for name in state_dict):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -146,13 +147,13 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
         return_dict: bool | None = None,
         **options: Any,
     ) -> Any:
-        """Return a Seq2SeqLMOutput: loss where there are labels, logits_BTV, cache where given.
+        """Return a Seq2SeqLMOutput: the loss if there are labels, logits_BTV, and the cache.
 
         The loss is the mean negative log likelihood of labels other than -100, in nats, plus the
-        balance and z-losses of the routers, weighted as the model's configuration says. Capacity is
-        enforced as configured; `generate` lifts it. Raises ConfigError for other inputs.
+        balance and z-losses of the routers, weighted as configured. Capacity is enforced as
+        configured. Raises ConfigError for other inputs.
         """
-        _refuse(options, "forward")
+        _refuse_options(options, "forward")
         cache = cache if past_key_values is None else past_key_values
         segments_BS = _segments(attention_mask)
         encoder_routing: tuple[Routing, ...] = ()
@@ -171,7 +172,9 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
             encoded_BSD,
             input_segments_BS=segments_BS,
             target_segments_BT=_segments(decoder_attention_mask) if cache is None else None,
-            cache=None if cache is None else TheirCache(cache, self.model.decoder, encoded_BSD),
+            cache=None
+            if cache is None
+            else TransformersCache(cache, self.model.decoder, encoded_BSD),
         )
         output = dataclasses.replace(output, encoder_routing=encoder_routing)
         loss = None
@@ -181,38 +184,38 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
                 output.logits_BTV, labels.masked_fill(~counts_BT, 0), counts_BT
             )
             loss = total / count + sum(routing_losses(output, self.model.config))
-        answer: Any = Seq2SeqLMOutput(
+        result: Any = Seq2SeqLMOutput(
             loss=loss,
             logits=output.logits_BTV,
             encoder_last_hidden_state=encoded_BSD,
             **{CACHE: cache},
         )
-        return answer.to_tuple() if return_dict is False else answer
+        return result.to_tuple() if return_dict is False else result
 
     @torch.no_grad()
     def generate(self, *inputs: Any, **options: Any) -> Any:
         """Generate as transformers does, but drop no token, whatever capacity is configured.
 
-        So a row's output does not depend on the others, nor on padding.
+        The output of a row then does not depend on other rows, nor on padding.
         """
         with dropless(self.model):
             return super().generate(*inputs, **options)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Return the labels one place later, led by padding, which also stands for -100."""
+        """Return the labels shifted right by one, with padding first and in place of -100."""
         pad_id = self.model.config.pad_id
         return shift_right(labels.masked_fill(labels == IGNORED, pad_id), None, pad_id)
 
     def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
-        """Return the encoder as a module of its own, input_ids to a BaseModelOutput."""
+        """Return the encoder as a module, from input_ids to a BaseModelOutput."""
         return _Encoder(self.model.encode)
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the embedding, which is the output's too where the head is tied."""
+        """Return the embedding."""
         return self.model.embedding
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """Return the head, None where the embedding serves."""
+        """Return the head; None: it is tied to the embedding."""
         return self.model.head
 
     def gradient_checkpointing_enable(self, *_: Any, on: bool = True, **__: Any) -> None:
@@ -225,11 +228,11 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
         self.gradient_checkpointing_enable(on=False)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leave all as it is: the model came with its weights."""
+        """Do nothing: the model has its weights."""
 
 
 class _Encoder(nn.Module):
-    """What `generate` calls once. It has no parameters, since the model has them already."""
+    """The encoder for `generate`. It has no parameters, since the model has them."""
 
     def __init__(self, encode: Callable[..., tuple[Tensor, Any]]) -> None:
         super().__init__()
@@ -244,35 +247,34 @@ def _segments(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else (mask != 0).int()
 
 
-def _refuse(options: dict[str, Any], what: str) -> None:
-    """Raise ConfigError for an option that is asked for and not known."""
+def _refuse_options(options: dict[str, Any], what: str) -> None:
+    """Raise ConfigError for options that are not supported."""
     for name, value in options.items():
         if value is not None and value is not False:
             raise ConfigError(
-                f"{what} does not know {name}={str(value)[:80]!r} here; leave it out."
+                f"{what} does not support {name}={str(value)[:80]!r} here; leave it out."
             )
 
 
 @torch.no_grad()
 def load_saved(model: SwitchTransformer, tensors: Mapping[str, Tensor], strict: bool) -> Any:
-    """Copy tensors by their names in a folder; return what is missing and what is unexpected.
+    """Copy tensors with the names of a saved folder; return missing and unexpected names.
 
-    Raises CheckpointError for a tensor of another shape, and, where strict, for names that do not
-    match.
+    Raises CheckpointError for a tensor of another shape and, if strict, for these names.
     """
     places = model.state_dict()
     missing: list[str] = []
     known = {alias for names in ALIASES.values() for alias in names}
     for entry in entries(model.config, family_of(model.config)):
-        known.add(entry.theirs)
-        if entry.theirs not in tensors:
-            missing.append(entry.theirs)
+        known.add(entry.hf_name)
+        if entry.hf_name not in tensors:
+            missing.append(entry.hf_name)
             continue
-        tensor = tensors[entry.theirs]
-        place = places[entry.ours] if entry.expert is None else places[entry.ours][entry.expert].t()
+        tensor = tensors[entry.hf_name]
+        place = places[entry.name] if entry.expert is None else places[entry.name][entry.expert].t()
         if place.shape != tensor.shape:
             raise CheckpointError(
-                f"{entry.theirs} is {list(tensor.shape)} there and {list(place.shape)} here: the "
+                f"{entry.hf_name} is {list(tensor.shape)} there and {list(place.shape)} here: the "
                 "weights are those of another model."
             )
         place.copy_(tensor)
@@ -285,7 +287,7 @@ def load_saved(model: SwitchTransformer, tensors: Mapping[str, Tensor], strict: 
     return _IncompatibleKeys(missing, unexpected)
 
 
-class LayerOf:
+class TransformersLayerStore:
     """The self-attention of one layer of a cache; see model.attention.KeyValueStore."""
 
     def __init__(self, cache: Any, layer: int) -> None:
@@ -293,16 +295,16 @@ class LayerOf:
         self.layer = layer
 
     def update(self, key_BHQK: Tensor, value_BHQK: Tensor) -> KeysValues:
-        """Add the new ones and return all."""
+        """Append the new keys and values and return all."""
         keys_BHMK, values_BHMK = self.cache.update(key_BHQK, value_BHQK, self.layer)
         return keys_BHMK, values_BHMK
 
 
-class TheirCache:
-    """A DecodingCache (see model/transformer.py) over an EncoderDecoderCache that grows.
+class TransformersCache:
+    """A DecodingCache (see model/transformer.py) in an EncoderDecoderCache of transformers.
 
-    The keys and values of cross-attention are computed when the cache sees its first token, and
-    kept in it. Raises ConfigError for caches of a fixed length.
+    The keys and values of cross-attention are computed at the first token and stored in it. Raises
+    ConfigError for caches of a fixed length.
     """
 
     def __init__(self, cache: Any, decoder: Stack, encoded_BSD: Tensor) -> None:
@@ -315,7 +317,9 @@ class TheirCache:
         layers = range(len(decoder.blocks))
         self.length: int = cache.get_seq_length()
         self.device = encoded_BSD.device
-        self.self_attention: list[KeyValueStore] = [LayerOf(own, layer) for layer in layers]
+        self.self_attention: list[KeyValueStore] = [
+            TransformersLayerStore(own, layer) for layer in layers
+        ]
         if not cache.is_updated.get(0):
             for layer, (keys, values) in enumerate(decoder.memories(encoded_BSD)):
                 cross.update(keys, values, layer)
@@ -325,6 +329,6 @@ class TheirCache:
         ]
 
     def positions(self, num_new: int) -> tuple[Tensor, Tensor]:
-        """Return the positions of the new tokens, [T], and of all keys there will be, [M]."""
-        places_M = torch.arange(self.length + num_new, device=self.device)
-        return places_M[self.length :], places_M
+        """Return the positions of the new tokens, [T], and of all keys with them, [M]."""
+        positions_M = torch.arange(self.length + num_new, device=self.device)
+        return positions_M[self.length :], positions_M

@@ -1,4 +1,4 @@
-// Talks to the server: JSON, server-sent events, its errors, and the key it may ask for.
+// Requests to the server: JSON, server-sent events, errors, and the API key.
 let key = "";  // in memory only
 
 export function useKey(value) { key = value; }
@@ -10,11 +10,11 @@ export class ServerError extends Error {
   }
 }
 
-// The error object of the interface, in words; what has none is named by its status.
+// The error of a response: its message, or its status if it has none.
 async function failure(response) {
   let message = "";
-  try { message = (await response.json()).error.message; } catch { /* not from the interface */ }
-  message ||= `The server answered ${response.status} ${response.statusText}`.trim() + ".";
+  try { message = (await response.json()).error.message; } catch { /* no JSON */ }
+  message ||= `The server responded with ${response.status} ${response.statusText}`.trim() + ".";
   const wait = response.headers.get("Retry-After");
   if (response.status === 429 && wait) message += ` Try again in ${wait} s.`;
   return new ServerError(message, response.status);
@@ -27,7 +27,7 @@ async function send(path, options) {
     response = await fetch(path, {...options, headers, cache: "no-store"});
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ServerError("The server does not answer. Is it still running?", 0);
+    throw new ServerError("The server does not respond. Is it still running?", 0);
   }
   if (!response.ok) throw await failure(response);
   return response;
@@ -50,7 +50,7 @@ export async function* stream(path, body, signal) {
       part = await reader.read();
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new ServerError("The connection to the server broke off.", 0);
+      throw new ServerError("The connection to the server was lost.", 0);
     }
     if (part.done) return;
     const lines = (rest + part.value).split(/\r?\n/);

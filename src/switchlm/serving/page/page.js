@@ -1,4 +1,4 @@
-// The form: ask for a text to be filled, show it coming, then who took which token.
+// The form: stream the filled text, then show the expert assignment.
 import {get, post, stream, useKey} from "./api.js";
 import * as blanks from "./blanks.js";
 import {StackFigure} from "./routing.js";
@@ -12,16 +12,16 @@ const EXAMPLE = `class Stack:
         self.items.append(<extra_id_2>)
         return self
 `;
-let running = null;  // what can stop the request in progress
+let running = null;  // aborts the request in progress
 let shown = null;    // the text and output whose routing is shown
-let waiting = null;  // what to do again once there is a key
+let retry = null;    // to call once there is a key
 
-function say(message) { $("status").textContent = message; }
+function setStatus(message) { $("status").textContent = message; }
 
-function complain(error, again) {
+function showError(error, again) {
   if (error.name === "AbortError") return;
   if (error.status === 401) {
-    waiting = again;
+    retry = again;
     $("key-form").hidden = false;
     $("key").focus();
   }
@@ -29,14 +29,14 @@ function complain(error, again) {
   $("error").hidden = false;
 }
 
-function settle() { $("error").hidden = true; }
+function hideError() { $("error").hidden = true; }
 
 function options() {
   const number = id => $(id).value === "" ? undefined : Number($(id).value);
   return {temperature: number("temperature"), top_p: number("top-p"), seed: number("seed"), max_tokens: number("max-tokens")};
 }
 
-// Sends the text; what comes of it is shown while it comes. Returns the output.
+// Sends the text and shows the output while it is generated. Returns the output.
 async function fill(text, signal) {
   let output = "";
   if (blanks.numbers(text).length) {
@@ -45,12 +45,12 @@ async function fill(text, signal) {
       output = event.output ?? output;
       const spans = event.spans ? new Map(Object.entries(event.spans)) : blanks.spansOf(output);
       blanks.show($("result"), text, spans, !event.spans);
-      if (event.spans && !event.finished) say("The limit of tokens cut the output off; Sampling sets it.");
+      if (event.spans && !event.finished) setStatus("The output ended at the limit of tokens; Sampling sets it.");
     }
   } else {
-    const asked = {prompt: text, ...options()};
+    const body = {prompt: text, ...options()};
     $("result").replaceChildren();
-    for await (const event of stream("v1/completions", asked, signal)) {
+    for await (const event of stream("v1/completions", body, signal)) {
       output += event.choices?.[0]?.text ?? "";
       $("result").textContent = output;
     }
@@ -61,9 +61,9 @@ async function fill(text, signal) {
 async function submit() {
   const text = $("text").value;
   if (running) return;
-  settle();
+  hideError();
   if (!text.trim()) {
-    complain(new Error("Type a text first, with a blank where the model shall put something in."));
+    showError(new Error("Type a text first, with blanks where the model is to insert text."));
     $("text").focus();
     return;
   }
@@ -72,16 +72,16 @@ async function submit() {
   $("stop").hidden = false;
   $("result-title").textContent = blanks.numbers(text).length ? "Filled" : "Answer";
   const started = performance.now();
-  say("Filling …");
+  setStatus("Filling …");
   try {
     const output = await fill(text, running.signal);
     const seconds = ((performance.now() - started) / 1000).toFixed(1);
-    if ($("status").textContent === "Filling …") say(`Done in ${seconds} s.`);
+    if ($("status").textContent === "Filling …") setStatus(`Done in ${seconds} s.`);
     shown = {text, output};
     await showRouting(running.signal);
   } catch (error) {
-    say(error.name === "AbortError" ? "Stopped." : "");
-    complain(error, submit);
+    setStatus(error.name === "AbortError" ? "Stopped." : "");
+    showError(error, submit);
   } finally {
     running = null;
     $("submit").disabled = false;
@@ -95,9 +95,9 @@ async function showRouting(signal) {
   const dense = !routed.num_experts;
   const figures = [new StackFigure(routed.encoder, false), new StackFigure(routed.decoder, true)];
   $("routing-note").textContent = dense
-    ? "This model is dense: it has no Switch layers, so every token takes the same way."
-    : "The colour is the expert that took the token in this layer, its strength the gate. Point at a token, or " +
-      "go through them with the arrow keys; a bar shows its expert's tokens alone. The encoder reads the text, the decoder reads what it has written, to write the next token.";
+    ? "This model is dense: it has no Switch layers."
+    : "The colour is the token's expert in this layer, its strength the gate. Point at a token or use the arrow keys; " +
+      "a bar shows the tokens of its expert only. The decoder's tokens are its inputs, not its predictions.";
   $("capacity-row").hidden = dense;
   $("stacks").replaceChildren(...figures.map(figure => figure.node));
   $("routing").hidden = false;
@@ -107,10 +107,10 @@ function insertBlank() {
   const field = $("text");
   field.focus();
   field.setRangeText(blanks.next(field.value), field.selectionStart, field.selectionEnd, "end");
-  nameNext();
+  updateNextBlank();
 }
 
-function nameNext() { $("next-blank").textContent = blanks.next($("text").value); }
+function updateNextBlank() { $("next-blank").textContent = blanks.next($("text").value); }
 
 async function showReport() {
   const report = location.hash === "#report";
@@ -122,21 +122,21 @@ async function showReport() {
   }
   if (!report || $("report").srcdoc) return;
   try {
-    // Put in as text, since a frame's own request would lack the key; the frame is walled off.
+    // Set as text, since the request of a frame would lack the key; the frame is sandboxed.
     $("report").srcdoc = await (await get("report")).text();
   } catch (error) {
-    complain(error, showReport);
+    showError(error, showReport);
   }
 }
 
-async function greet() {
+async function loadModels() {
   try {
     const models = (await (await get("v1/models")).json()).data;
     $("model").textContent = models.map(model => model.id).join(", ");
     document.title = `${$("model").textContent} · switchlm`;
     $("views").hidden = !models.some(model => model.report);
   } catch (error) {
-    complain(error, greet);
+    showError(error, loadModels);
   }
 }
 
@@ -146,21 +146,21 @@ $("form").addEventListener("keydown", event => {
 });
 $("stop").addEventListener("click", () => running?.abort());
 $("blank").addEventListener("click", insertBlank);
-$("text").addEventListener("input", nameNext);
-$("capacity").addEventListener("change", () => showRouting().then(settle, error => complain(error, showRouting)));
+$("text").addEventListener("input", updateNextBlank);
+$("capacity").addEventListener("change", () => showRouting().then(hideError, error => showError(error, showRouting)));
 $("key-form").addEventListener("submit", async event => {
   event.preventDefault();
   useKey($("key").value);
   $("key").value = "";
   $("key-form").hidden = true;
-  settle();
-  const again = waiting;
-  waiting = null;
+  hideError();
+  const again = retry;
+  retry = null;
   await again?.();
-  if (again !== greet && $("key-form").hidden) await greet();
+  if (again !== loadModels && $("key-form").hidden) await loadModels();
   if ($("key-form").hidden) $("text").focus();
 });
 addEventListener("hashchange", showReport);
 $("text").value = EXAMPLE;
-nameNext();
-greet().then(showReport);
+updateNextBlank();
+loadModels().then(showReport);

@@ -1,5 +1,5 @@
-// One stack's figure: its tokens coloured by expert, a layer to choose, and the load of its experts.
-const ORDERED = 24;  // up to so many experts have a hue each; of more, the busiest of a layer have
+// The figure of a stack: its tokens coloured by expert, a layer slider, and the load of the experts.
+const ORDERED = 24;  // up to this number, hues by expert; above it, by rank of load
 const BARS = 64;     // more experts than this: only the busiest are drawn
 const BUSIEST = 32;
 const GOLDEN = 137.508;
@@ -14,7 +14,7 @@ export function element(tag, attributes = {}, ...children) {
 
 const count = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
 
-// How a token is named where it is spoken of; `place` tells the decoder's start.
+// The name of a special token, null for others; `place` 0 is the decoder's start.
 function named(text, place, decoder) {
   const blank = SPECIAL.exec(text);
   if (blank) return `blank ${blank[1]}`;
@@ -25,7 +25,7 @@ function named(text, place, decoder) {
 
 const gateText = gate => gate >= 0.1 ? gate.toFixed(2) : gate.toPrecision(2);
 
-// Writes a token's text so that it can be seen: line ends and tabs have a mark.
+// Shows a token's text, with marks for line ends and tabs.
 function write(node, text) {
   for (const part of text.split(/([\n\t]|[\u0000-\u001f\u007f])/)) {
     if (part === "\n") node.append(element("span", {class: "mark"}, "⏎"), "\n");
@@ -42,7 +42,7 @@ function ranking(layer) {
   return layer.load.map((load, expert) => [load, expert]).sort((a, b) => b[0] - a[0] || a[1] - b[1]).map(pair => pair[1]);
 }
 
-// Which hue an expert has in a layer. Experts of different layers have nothing to do with each other.
+// The hue of an expert in a layer. Experts of different layers are unrelated.
 function hues(layer) {
   const experts = layer.load.length;
   if (experts <= ORDERED) return expert => Math.round(25 + 360 * expert / experts) % 360;
@@ -52,13 +52,13 @@ function hues(layer) {
 
 export class StackFigure {
   constructor(stack, decoder) {
-    Object.assign(this, {stack, decoder, layers: stack.layers, index: 0, at: 0, picked: null});
+    Object.assign(this, {stack, decoder, layers: stack.layers, index: 0, focused: 0, picked: null});
     const title = decoder ? "Decoder" : "Encoder";
     this.small = element("small", {});
     this.node = element("figure", {class: "stack"}, element("figcaption", {}, title, " ", this.small));
     this.popover = element("div", {class: "popover", "aria-hidden": "true", hidden: ""});
     this.tokens = element("div", {class: "tokens", role: "listbox", "aria-orientation": "horizontal",
-      "aria-label": `tokens of the ${title.toLowerCase()}; left and right choose a token, up and down a layer`});
+      "aria-label": `tokens of the ${title.toLowerCase()}; left and right: other tokens, up and down: other layers`});
     this.loads = element("div", {class: "loads", role: "toolbar", "aria-label": `load of the ${title.toLowerCase()}'s experts`});
     this.names = element("div", {class: "names", "aria-hidden": "true"});
     this.key = element("p", {class: "note key"});
@@ -74,10 +74,10 @@ export class StackFigure {
 
   chooser(name) {
     this.slider = element("input", {type: "range", id: `${name}-layer`, min: 0, max: this.layers.length - 1, value: 0, step: 1});
-    this.told = element("output", {for: this.slider.id});
+    this.layerLabel = element("output", {for: this.slider.id});
     this.slider.disabled = this.layers.length === 1;
     this.slider.addEventListener("input", () => this.show(Number(this.slider.value)));
-    return element("div", {class: "layer"}, element("label", {for: this.slider.id}, "Layer"), this.slider, this.told);
+    return element("div", {class: "layer"}, element("label", {for: this.slider.id}, "Layer"), this.slider, this.layerLabel);
   }
 
   layerName() {
@@ -99,24 +99,24 @@ export class StackFigure {
   }
 
   listen() {
-    this.tokens.addEventListener("pointerover", event => this.tell(this.spans.indexOf(event.target.closest(".token"))));
-    this.tokens.addEventListener("pointerleave", () => this.hush());
-    this.tokens.addEventListener("focusin", event => { this.move(this.spans.indexOf(event.target)); this.tell(this.at); });
-    this.tokens.addEventListener("focusout", () => this.hush());
-    this.tokens.addEventListener("scroll", () => this.hush());
+    this.tokens.addEventListener("pointerover", event => this.showPopover(this.spans.indexOf(event.target.closest(".token"))));
+    this.tokens.addEventListener("pointerleave", () => this.hidePopover());
+    this.tokens.addEventListener("focusin", event => { this.move(this.spans.indexOf(event.target)); this.showPopover(this.focused); });
+    this.tokens.addEventListener("focusout", () => this.hidePopover());
+    this.tokens.addEventListener("scroll", () => this.hidePopover());
     this.tokens.addEventListener("click", event => {
       const place = this.spans.indexOf(event.target.closest(".token"));
-      if (place >= 0) { this.move(place); this.spans[place].focus(); this.tell(place); }
+      if (place >= 0) { this.move(place); this.spans[place].focus(); this.showPopover(place); }
     });
     this.tokens.addEventListener("keydown", event => {
-      const steps = {ArrowLeft: this.at - 1, ArrowRight: this.at + 1, Home: 0, End: this.spans.length - 1};
+      const steps = {ArrowLeft: this.focused - 1, ArrowRight: this.focused + 1, Home: 0, End: this.spans.length - 1};
       const layers = {ArrowUp: this.index + 1, ArrowDown: this.index - 1};
       if (event.key in steps) {
         this.spans[Math.max(0, Math.min(this.spans.length - 1, steps[event.key]))].focus();
       } else if (event.key in layers && this.layers.length) {
         this.show(Math.max(0, Math.min(this.layers.length - 1, layers[event.key])));
-        this.tell(this.at);
-      } else if (event.key === "Escape") this.hush();
+        this.showPopover(this.focused);
+      } else if (event.key === "Escape") this.hidePopover();
       else return;
       event.preventDefault();
     });
@@ -132,8 +132,8 @@ export class StackFigure {
   }
 
   move(place) {
-    this.spans[this.at].tabIndex = -1;
-    this.at = place;
+    this.spans[this.focused].tabIndex = -1;
+    this.focused = place;
     this.spans[place].tabIndex = 0;
   }
 
@@ -145,7 +145,7 @@ export class StackFigure {
       return;
     }
     this.slider.value = index;
-    this.told.textContent = this.layerName();
+    this.layerLabel.textContent = this.layerName();
     this.slider.setAttribute("aria-valuetext", this.layerName());
     this.hue = hues(this.layer);
     this.tokens.classList.add("routed");
@@ -156,16 +156,16 @@ export class StackFigure {
       span.style.setProperty("--hue", none ? 0 : this.hue(expert));
       span.style.setProperty("--strength", (this.layer.gate[place] / this.most).toFixed(3));
       span.dataset.expert = expert;
-      span.setAttribute("aria-label", this.words(place));
+      span.setAttribute("aria-label", this.describe(place));
     });
     this.drawLoads();
     this.highlight();
   }
 
-  words(place) {
+  describe(place) {
     const {expert, gate, kept} = this.layer, text = this.stack.tokens[place];
-    const name = named(text, place, this.decoder) ?? (text === "" ? "rest of a character" : visible(text));
-    if (expert[place] < 0) return `${name}: no expert chose it`;
+    const name = named(text, place, this.decoder) ?? (text === "" ? "continuation byte" : visible(text));
+    if (expert[place] < 0) return `${name}: not chosen by any expert`;
     return `${name}: expert ${expert[place]}, gate ${gateText(gate[place])}${kept[place] ? "" : ", dropped"}`;
   }
 
@@ -191,9 +191,9 @@ export class StackFigure {
     const every = drawn.length > 40 ? 8 : drawn.length > ORDERED ? 4 : 1;
     this.names.replaceChildren(...drawn.map((expert, place) => element("span", {}, experts > BARS ? (drawn.length <= 16 || place % 4 === 0 ? expert : "") : place % every ? "" : expert)));
     const rest = experts > BARS && used > drawn.length ? `; the busiest ${drawn.length} are drawn` : "";
-    this.key.replaceChildren(element("span", {}, `Load of each expert, by its number${rest}; dashed: an even share`),
+    this.key.replaceChildren(element("span", {}, `Load of each expert, by its number${rest}; dashed: uniform load`),
       element("span", {}, "gate 0", element("span", {class: "ramp", "aria-hidden": "true"}), gateText(this.most)));
-    if (dropped) this.key.append(element("span", {}, element("span", {class: "hatch", "aria-hidden": "true"}), "dropped: no seat left"));
+    if (dropped) this.key.append(element("span", {}, element("span", {class: "hatch", "aria-hidden": "true"}), "dropped: no capacity slot left"));
   }
 
   highlight() {
@@ -203,23 +203,23 @@ export class StackFigure {
     for (const span of this.spans) span.classList.toggle("picked", Number(span.dataset.expert) === this.picked);
   }
 
-  // The popover beside a token: who took it here, and in the other layers.
-  tell(place) {
-    this.hush();
+  // The popover beside a token: its expert in this and in the other layers.
+  showPopover(place) {
+    this.hidePopover();
     if (place < 0 || !this.layer) return;
     const span = this.spans[place], {expert, gate, kept} = this.layer, text = this.stack.tokens[place];
-    span.classList.add("told");
+    span.classList.add("active");
     span.setAttribute("aria-selected", "true");
     const swatch = element("span", {class: "swatch"});
     swatch.style.setProperty("--hue", span.style.getPropertyValue("--hue"));
-    const fate = expert[place] < 0 ? "no expert chose it" : `expert ${expert[place]}, gate ${gateText(gate[place])}`;
+    const assignment = expert[place] < 0 ? "not chosen by any expert" : `expert ${expert[place]}, gate ${gateText(gate[place])}`;
     this.popover.replaceChildren(
-      element("code", {}, named(text, place, this.decoder) ?? (text === "" ? "rest of a character" : visible(text))),
-      element("div", {class: "who"}, swatch, element("b", {}, fate), kept[place] ? "" : "dropped"));
+      element("code", {}, named(text, place, this.decoder) ?? (text === "" ? "continuation byte" : visible(text))),
+      element("div", {class: "assignment"}, swatch, element("b", {}, assignment), kept[place] ? "" : "dropped"));
     if (this.layers.length > 1) {
-      const way = element("div", {class: "way"}, "in every layer: ");
-      this.layers.forEach((layer, i) => way.append(i ? " → " : "", element(i === this.index ? "b" : "span", {}, layer.expert[place] < 0 ? "none" : layer.expert[place])));
-      this.popover.append(way);
+      const path = element("div", {class: "path"}, "in every layer: ");
+      this.layers.forEach((layer, i) => path.append(i ? " → " : "", element(i === this.index ? "b" : "span", {}, layer.expert[place] < 0 ? "none" : layer.expert[place])));
+      this.popover.append(path);
     }
     this.popover.hidden = false;
     const box = span.getClientRects()[0], own = this.node.getBoundingClientRect();
@@ -229,10 +229,10 @@ export class StackFigure {
     this.popover.style.top = `${below ? box.bottom - own.top + 6 : box.top - own.top - this.popover.offsetHeight - 6}px`;
   }
 
-  hush() {
+  hidePopover() {
     this.popover.hidden = true;
-    for (const span of this.tokens.querySelectorAll(".told")) {
-      span.classList.remove("told");
+    for (const span of this.tokens.querySelectorAll(".active")) {
+      span.classList.remove("active");
       span.setAttribute("aria-selected", "false");
     }
   }

@@ -125,7 +125,7 @@ def test_the_objective_weighs_hard_and_soft_over_real_targets(build, loader, tem
     objective = Distillation(hard_weight=0.7, soft_weight=0.2, temperature=temperature)
     found = objective(output_of(student), taught)
     hard, _ = cross_entropy(student, batch.targets_BT, batch.target_mask_BT)
-    p = taught.expected_BTK.exp()
+    p = taught.log_probs_BTK.exp()
     soft_BT = -(p * (student / temperature).softmax(-1).log()).sum(-1)
     soft = soft_BT[batch.target_mask_BT].sum()
     torch.testing.assert_close(found, 0.7 * hard + 0.2 * soft * temperature**2)
@@ -149,9 +149,9 @@ def test_a_teacher_says_what_it_says_in_evaluation_and_is_left_alone(build, load
     batch = loader.batch(0)
     taught = Teacher(model)(batch)
     again = Teacher(model)(batch)
-    torch.testing.assert_close(taught.expected_BTK, again.expected_BTK, rtol=0, atol=0)
-    assert not taught.expected_BTK.requires_grad
-    torch.testing.assert_close(taught.expected_BTK.exp().sum(-1), torch.ones(8, 6))
+    torch.testing.assert_close(taught.log_probs_BTK, again.log_probs_BTK, rtol=0, atol=0)
+    assert not taught.log_probs_BTK.requires_grad
+    torch.testing.assert_close(taught.log_probs_BTK.exp().sum(-1), torch.ones(8, 6))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -161,8 +161,8 @@ def test_a_teacher_of_few_words_agrees_with_one_of_all(build, loader, k):
     full, some = Teacher(model)(batch), Teacher(model, top_k=k)(batch)
     assert some.token_ids_BTK is not None
     assert full.token_ids_BTK is None
-    words, expected = top(full.expected_BTK, k)
-    torch.testing.assert_close(some.expected_BTK, expected, rtol=1e-4, atol=1e-5)
+    words, expected = top(full.log_probs_BTK, k)
+    torch.testing.assert_close(some.log_probs_BTK, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(some.token_ids_BTK.sort(-1)[0], words.sort(-1)[0])
 
 

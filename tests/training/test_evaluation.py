@@ -44,11 +44,11 @@ def timeless(run):
 def test_it_keeps_the_first_of_the_best():
     evaluator, kept = scripted(0.5, 0.7, 0.7, 0.6)
     models = [nn.Linear(1, 1) for _ in range(4)]
-    verdicts = [evaluator.evaluate(model, step) for step, model in enumerate(models)]
+    results = [evaluator.evaluate(model, step) for step, model in enumerate(models)]
     assert kept == models[:2]
     assert evaluator.state() == {"step": 1, "score": 0.7, "misses": 2}
-    assert [verdict.figures["best_score"] for verdict in verdicts] == [0.5, 0.7, 0.7, 0.7]
-    assert not any(verdict.stop for verdict in verdicts)
+    assert [result.metrics["best_score"] for result in results] == [0.5, 0.7, 0.7, 0.7]
+    assert not any(result.stop for result in results)
 
 
 def test_it_is_patient_for_so_many_evaluations_in_a_row():

@@ -290,7 +290,7 @@ def test_training_step_is_all_that_a_loop_of_ones_own_needs(build, loader):
     for group in optimizer.param_groups:
         group["lr"] = 0.02
     losses = [
-        float(training_step(model, optimizer, [loader.batch(step)]).figures[0])
+        float(training_step(model, optimizer, [loader.batch(step)]).metrics[0])
         for step in range(40)
     ]
     assert losses[-1] < 0.8 * losses[0]

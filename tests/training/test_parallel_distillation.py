@@ -56,7 +56,7 @@ def distil(mesh: Mesh) -> dict[str, Tensor]:
     )
     tensors = {f"student.{name}": part for name, part in student.state_dict().items()}
     tensors |= {f"grown.{name}": part for name, part in grown.state_dict().items()}
-    tensors["figures"] = record.figures
+    tensors["figures"] = record.metrics
     return {name: part.full_tensor() if isinstance(part, DTensor) else part.detach().clone()
             for name, part in tensors.items()}  # fmt: skip
 

@@ -39,8 +39,8 @@ from switchlm.training.distillation import (
     LogitCache,
     Teacher,
     TeacherLoader,
-    build,
-    digest,
+    build_cache,
+    hash_weights,
 )
 from switchlm.training.loop import train
 from switchlm.training.monitor import read_metrics
@@ -117,7 +117,7 @@ def taught(
     folder = Path(settings.cache_logits)
     num_batches = training.steps * training.accumulate
     key = CacheKey(
-        teacher=digest(model),
+        teacher=hash_weights(model),
         tokenizer=loader.tokenizer.fingerprint(),
         seed=training.seed,
         temperature=settings.temperature,
@@ -125,7 +125,7 @@ def taught(
         top_k=settings.num_words,
     )
     with mesh.local_rank_zero_first("logits"):
-        build(folder, key, teacher, loader, num_batches, should_stop, report)
+        build_cache(folder, key, teacher, loader, num_batches, should_stop, report)
     if mesh.any_rank(not folder.exists()):
         return None
     cache = LogitCache(
@@ -135,7 +135,7 @@ def taught(
         share=mesh.data_rank,
         num_shares=mesh.data_size,
     )
-    source = TeacherLoader(share, cache.teach)
+    source = TeacherLoader(share, cache.add_teacher)
     batches = source.iterate(0)
     next(batches)  # other text is refused now, before there is a run
     batches.close()

@@ -58,4 +58,4 @@ def figures(mesh: Mesh, way: str) -> Tensor:
     finally:
         select.explain_switch = explain  # the process outlives this test
     assert taken, "the layers were asked"
-    return record.figures
+    return record.metrics

@@ -18,9 +18,9 @@ from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply, materialise
 from switchlm.parallel.mesh import Mesh, MeshConfig
 from switchlm.training.config import KernelsConfig, TrainingConfig
+from switchlm.training.kernel_choice import choose_switch
 from switchlm.training.loop import train
 from switchlm.training.run_folder import RunFolder
-from switchlm.training.step import choose_switch
 
 CONFIG = TrainingConfig(steps=2, log_every=1, evaluate_every=None, checkpoint_every=None)
 compiled = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)

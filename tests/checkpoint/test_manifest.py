@@ -78,7 +78,7 @@ def test_a_thousand_damages_are_all_found_before_any_tensor_changes(
     generator = random.Random(0)
     for _ in range(1000):
         what = damage(newer, older, generator)
-        with pytest.raises(CheckpointError, match=r"damaged.*whole: step 10"):
+        with pytest.raises(CheckpointError, match=r"damaged.*valid checkpoint: step 10"):
             pytest.fail(f"not found: {what} gave {store.load(20, into)}")
         assert all(bool((tensor == 7).all()) for tensor in into["model"].values()), what
         shutil.rmtree(newer)
@@ -101,7 +101,7 @@ def test_the_newest_sound_checkpoint_is_taken_and_the_damaged_one_named(
     reporting = CheckpointStore(store.folder, report=told.append)
     assert reporting.load()["progress"]["step"] == 10
     assert "step-00000020" in told[0]
-    assert told[0].endswith("Going on from step 10 instead.")
+    assert told[0].endswith("Continuing from step 10 instead.")
 
 
 def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(store: CheckpointStore) -> None:

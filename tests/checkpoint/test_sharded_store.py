@@ -99,18 +99,18 @@ def test_what_one_rank_meets_is_raised_on_all(drive: Drive) -> None:
     assert "No space left on device" in found["first"]
     assert found["left"] == ["step-00000001"]
     assert found["steps"] == [1]
-    assert "the later step 2 is there" in found["later"]
+    assert "the later step 2." in found["later"]
     assert "Rank 1 saves other tensors than rank 0" in found["shapes"]
     assert "Rank 1: The checkpoint" in found["fit"]
     assert "model/b is float32 [3], not float32 [4]" in found["fit"]
     assert found["untouched"]
     assert "is damaged" in found["step_2"]
-    assert "The newest that is whole: step 1." in found["step_2"]
+    assert "The newest valid checkpoint: step 1." in found["step_2"]
     assert (found["loaded"], found["went_back_to"], found["equal"]) == (1, 1, True)
     assert found["after"] == [1]
     # Rank 0 speaks for all.
     assert len(told[0]) == 4
-    assert "Going on from step 1 instead" in told[0][-1]
+    assert "Continuing from step 1 instead" in told[0][-1]
     assert told[1] == []
 
 

@@ -65,9 +65,9 @@ def test_it_gives_what_the_teacher_said(made, text_loader):
 
 def test_processes_read_their_shares_of_it(made, text_loader):
     key = key_of(a_teacher())
-    whole = LogitCache(made, key, rows(text_loader)).teach(1, text_loader.batch(1))
+    whole = LogitCache(made, key, rows(text_loader)).add_teacher(1, text_loader.batch(1))
     parts = [
-        LogitCache(made, key, rows(text_loader), share=rank, num_shares=2).teach(
+        LogitCache(made, key, rows(text_loader), share=rank, num_shares=2).add_teacher(
             1, text_loader.share(rank, 2).batch(1)
         )
         for rank in range(2)

@@ -198,7 +198,7 @@ def _fetch(
     if ranks.rank == writer:
         target = torch.empty([stop - start for start, stop in wanted], dtype=tensor.dtype)
     for held in holders:
-        common = overlap(held.box, wanted)
+        common = overlap(held.region, wanted)
         if common is None:
             continue
         if ranks.rank == held.rank:

@@ -92,7 +92,7 @@ def test_experts_that_cannot_be_shared_out_are_refused(tmp_path):
 
 def refuse(rank: int) -> None:
     mesh = Mesh.of(MeshConfig(expert=2), "cpu")
-    with pytest.raises(ConfigError, match="3 experts cannot be shared out evenly"):
+    with pytest.raises(ConfigError, match="3 experts cannot be divided evenly"):
         shard_experts(SwitchFeedForward(8, 12, 3), mesh)
     mesh = Mesh.of(MeshConfig(tensor=2), "cpu")
     with pytest.raises(ConfigError, match="d_ff 13 cannot be split over mesh"):

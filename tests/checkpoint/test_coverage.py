@@ -1,4 +1,4 @@
-"""Parts that do not make up a tensor are found, against a count of every single number."""
+"""Stored regions that do not tile a tensor are found; the oracle counts every element."""
 
 import itertools
 import random

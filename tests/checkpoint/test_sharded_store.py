@@ -105,7 +105,7 @@ def test_what_one_rank_meets_is_raised_on_all(drive: Drive) -> None:
     assert "model/b is float32 [3], not float32 [4]" in found["fit"]
     assert found["untouched"]
     assert "is damaged" in found["step_2"]
-    assert "The newest valid checkpoint: step 1." in found["step_2"]
+    assert "Use step 1, the newest valid one." in found["step_2"]
     assert (found["loaded"], found["went_back_to"], found["equal"]) == (1, 1, True)
     assert found["after"] == [1]
     # Rank 0 speaks for all.

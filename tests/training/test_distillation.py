@@ -1,4 +1,4 @@
-"""Soft losses against what they are by definition, gradients too; teachers and taught sources."""
+"""Soft losses and their gradients against the definition; teachers and their loaders."""
 
 import dataclasses
 import math

@@ -194,8 +194,8 @@ def test_other_held_out_text_is_not_compared(build, loader):
     model = build()
     one = HeldOutLoss(loader.held_out(1), loader.sources)
     one.evaluate(model, 1)
-    assert one.evaluate(model, 2).figures["kept_expert"] == [1.0, 1.0]
+    assert one.evaluate(model, 2).metrics["kept_expert"] == [1.0, 1.0]
     loader.rows = 4
     other = HeldOutLoss(loader.held_out(1), loader.sources)
     other.restore(one.state())
-    assert other.evaluate(model, 3).figures["kept_expert"] == [None, None]
+    assert other.evaluate(model, 3).metrics["kept_expert"] == [None, None]

@@ -1,4 +1,4 @@
-"""How Switch layers run is chosen once, told to every process, and noted in the run's folder."""
+"""The kernel of Switch layers is chosen once, the same in all processes, and written to the run."""
 
 import json
 from pathlib import Path
@@ -29,10 +29,10 @@ compiled = pytest.mark.skipif(native.native().library is None, reason=native.nat
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ways in which layers ran."""
-    return note_ways(monkeypatch)
+    return record_ways(monkeypatch)
 
 
-def note_ways(patch: pytest.MonkeyPatch) -> list[str]:
+def record_ways(patch: pytest.MonkeyPatch) -> list[str]:
     taken: list[str] = []
 
     def noted(name, way):
@@ -150,10 +150,10 @@ def agree(rank: int, home: str) -> None:
 
 
 def run_all(mesh: Mesh, home: Path, expected: str) -> None:
-    """Train a little on both processes; they run alike, and one notes it."""
+    """Train on both processes: they run the same kernel, and rank 0 writes it."""
     switch = "separate" if expected == "separate" else "auto"
     with pytest.MonkeyPatch.context() as patch:
-        taken = note_ways(patch)
+        taken = record_ways(patch)
         run = RunFolder(home)
         if mesh.is_main:
             run.create()

@@ -1,4 +1,4 @@
-"""The cache gives what the teacher said, to any share, and refuses whatever is not the run's."""
+"""The cache returns the teacher's log-probabilities, and is refused if it is of another run."""
 
 import dataclasses
 import json
@@ -76,7 +76,7 @@ def test_processes_read_their_shares_of_it(made, text_loader):
 
 
 def test_it_is_made_once(made, text_loader):
-    """What would teach otherwise is not asked."""
+    """Another teacher does not change an existing cache."""
     before = (made / "manifest.json").stat().st_mtime_ns
     other = a_teacher(1)
     build_cache(made, key_of(other), other, text_loader, BATCHES)

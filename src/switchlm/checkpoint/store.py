@@ -187,7 +187,7 @@ class CheckpointStore:
         except CheckpointError as error:
             found = self.newest()
             assert found is not None, "a damaged checkpoint was there a moment ago"
-            raise CheckpointError(f"{error} The newest valid checkpoint: step {found.step}.") from None
+            raise CheckpointError(f"{error} Use step {found.step}, the newest valid one.") from None
         return read_verified(finished[step], into, self._ranks)
 
     def discard_after(self, step: int) -> None:

@@ -118,7 +118,7 @@ def test_what_goes_wrong_in_the_thread_reaches_the_caller(open_corpus, monkeypat
 
 
 def test_rows_that_cannot_be_shared_out_are_refused(open_corpus):
-    with pytest.raises(DataError, match="cannot be shared out evenly among 3"):
+    with pytest.raises(DataError, match="cannot be divided evenly over 3"):
         open_corpus().share(0, 3)
 
 

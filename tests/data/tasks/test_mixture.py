@@ -246,7 +246,7 @@ def test_what_cannot_be_used_is_told(tmp_path, name, text, message):
     ],
 )
 def test_records_of_another_layout_are_told(write, task, record):
-    with pytest.raises(DataError, match=f"Record 1 of .* is not laid out as those of '{task}'"):
+    with pytest.raises(DataError, match=f"Record 1 of .* does not have the structure of '{task}'"):
         read_examples(find_task(task), "train", write(train_dot_jsonl=[record]))
 
 

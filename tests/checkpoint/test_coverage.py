@@ -103,7 +103,7 @@ def test_half_an_expert_and_rows_are_named() -> None:
     assert "model/s is stored twice" in (found((), [(), ()], "model/s") or "")
 
 
-def test_tensors_nobody_knows_and_empty_ones() -> None:
+def test_unknown_and_empty_tensors() -> None:
     with pytest.raises(CheckpointError, match="x is stored, but is no part of it"):
         check({}, {"x": [((0, 1),)]})
     check({"x": (0, 3)}, {})

@@ -1,4 +1,4 @@
-"""Saving, loading, keeping and replacing checkpoints, and what a bad disk does to them."""
+"""Saving, loading, keeping and replacing checkpoints, and errors of the disk."""
 
 import errno
 import os
@@ -219,7 +219,7 @@ def check_failure(store: CheckpointStore, message: str, size: int = 4) -> None:
 
 
 @pytest.mark.parametrize("fails_at", range(6))
-def test_an_error_of_the_disk_at_any_sync_is_told(
+def test_an_error_of_the_disk_at_any_sync_is_reported(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:
     store.save(1, state_of(1), wait=True)
@@ -232,38 +232,38 @@ def test_an_error_of_the_disk_at_any_sync_is_told(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", failing)
-    told: list[str] = []
-    failing_store = CheckpointStore(store.folder, report=told.append)
+    reports: list[str] = []
+    failing_store = CheckpointStore(store.folder, report=reports.append)
     with pytest.raises(
         CheckpointError, match=r"Cannot save the checkpoint of step 2 .*Input/output"
     ):
         failing_store.save(2, state_of(2), wait=True)
-    assert len(told) == 1
+    assert len(reports) == 1
     found = CheckpointStore(store.folder).newest()
     assert found is not None
     assert found.damaged == ()
     assert next(syncs) > fails_at
 
 
-def test_a_failed_save_is_told_at_once_and_raised_by_the_next(
+def test_a_failed_save_is_reported_at_once_and_raised_by_the_next(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.save(1, state_of(1), wait=True)
-    told: list[str] = []
-    failing = CheckpointStore(store.folder, report=told.append)
+    reports: list[str] = []
+    failing = CheckpointStore(store.folder, report=reports.append)
     with monkeypatch.context() as patch:
         patch.setattr(files, "sync", lambda path: (_ for _ in ()).throw(OSError("broken")))
         failing.save(2, state_of(2))
-        while not told:
+        while not reports:
             threading.Event().wait(0.01)
-    assert "Cannot save the checkpoint of step 2" in told[0]
+    assert "Cannot save the checkpoint of step 2" in reports[0]
     with pytest.raises(CheckpointError, match=r"step 2 .*broken"):
         failing.save(3, state_of(3))
     failing.save(3, state_of(3), wait=True)
     assert failing.steps() == [1, 3]
 
 
-def test_an_error_nobody_foresaw_is_raised_too(
+def test_an_unexpected_error_is_raised_too(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(folder: Path, places: object, parts: dict[str, torch.Tensor]) -> None:

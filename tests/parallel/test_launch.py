@@ -79,14 +79,14 @@ def test_the_environment_of_srun():
 
 
 def test_torchrun_within_srun_is_what_counts():
-    """One task a node starts torchrun; its children inherit the names of that task."""
+    """One task per node starts torchrun, whose processes inherit the variables of the task."""
     found = launched(SRUN | TORCHRUN)
     assert found is not None
     assert (found.rank, found.world_size, found.local_world_size) == (5, 8, 4)
 
 
 @pytest.mark.parametrize(("environment", "restarts"), [(TORCHRUN, 5), (SRUN, 3)])
-def test_a_job_that_slurm_put_back_is_a_restarted_one(environment, restarts):
+def test_a_requeued_job_of_slurm_is_a_restarted_one(environment, restarts):
     found = launched(environment | {"SLURM_RESTART_COUNT": "3"})
     assert found is not None
     assert found.restarts == restarts
@@ -190,17 +190,17 @@ def test_one_agents_count_is_enough_on_a_new_store():
 
 def test_a_request_of_a_dead_process_has_no_effect():
     _host, stores = clients(2)
-    stores[1].set("asks/1", "a process that died before rank 0 came")
+    stores[1].set("request/1", "a process that died before rank 0 came")
     assert meet_all(stores, [0, 0]) == [False] * 2
 
 
-def test_those_who_do_not_start_are_named():
+def test_ranks_that_do_not_start_are_named():
     _host, stores = clients(1)
     with pytest.raises(LaunchError, match=r"Ranks 1, 2 of 3 did not start within 0\.3 s"):
         rendezvous(stores[0], 0, 3, 0, 0.3)
 
 
-def test_others_than_rank_0_say_that_it_knows():
+def test_other_ranks_refer_to_the_message_of_rank_0():
     _host, stores = clients(1)
     with pytest.raises(LaunchError, match=r"Rank 1 waited 1 s for all 3 .*if it has none, rank 0"):
         rendezvous(stores[0], 1, 3, 0, 1)

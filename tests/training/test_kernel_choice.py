@@ -35,11 +35,11 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def record_ways(patch: pytest.MonkeyPatch) -> list[str]:
     taken: list[str] = []
 
-    def noted(name, way):
+    def recorded(name, way):
         return lambda *arguments: taken.append(name) or way(*arguments)
 
     for name, way in select.SWITCHES.items():
-        patch.setitem(select.SWITCHES, name, noted(name, way))
+        patch.setitem(select.SWITCHES, name, recorded(name, way))
     return taken
 
 
@@ -51,14 +51,14 @@ def ways_of(model: SwitchTransformer) -> set[str]:
 @pytest.mark.parametrize(
     ("switch", "name"), [("auto", "native"), ("separate", "separate"), ("fused", "native")]
 )
-def test_a_run_goes_the_way_that_it_is_told(switch, name, build, loader, taken, tmp_path) -> None:
+def test_a_run_takes_the_configured_kernel(switch, name, build, loader, taken, tmp_path) -> None:
     run = RunFolder(tmp_path)
     lines = list(train(build(), loader, CONFIG, run=run, kernels=KernelsConfig(switch=switch)))
     assert len(lines) == 2
     assert set(taken) == {name}
-    noted = json.loads(run.kernels.read_text())["switch"]
-    assert noted["name"] == name
-    assert noted["reason"]
+    recorded = json.loads(run.kernels.read_text())["switch"]
+    assert recorded["name"] == name
+    assert recorded["reason"]
 
 
 @pytest.mark.parametrize(
@@ -86,16 +86,14 @@ def test_a_dense_model_has_nothing_to_choose(build, loader, tmp_path) -> None:
 
 
 @compiled
-def test_layers_that_have_no_choice_leave_it_to_the_others(build) -> None:
+def test_layers_without_a_choice_do_not_decide_for_the_others(build) -> None:
     router = RouterConfig(selection="expert_choice", capacity_factor=1.0)
     choice = choose_switch(build(router=router), CONFIG, 96, "fused")
     assert choice is not None
     assert choice.name == "native"  # the decoder's, which choose by token
 
 
-def test_a_layer_that_is_due_for_a_trial_is_tried_without_the_model(
-    taken, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_shape_is_timed_without_the_model(taken, monkeypatch: pytest.MonkeyPatch) -> None:
     known: list[Choice] = []
 
     def explain(*_: object) -> Choice:
@@ -120,7 +118,7 @@ def test_a_layer_that_is_due_for_a_trial_is_tried_without_the_model(
 
 
 @compiled
-def test_all_processes_of_a_job_do_as_the_first_one_found(tmp_path: Path) -> None:
+def test_all_processes_take_the_choice_of_the_main_process(tmp_path: Path) -> None:
     run_in_processes(2, tmp_path, agree, str(tmp_path))
 
 

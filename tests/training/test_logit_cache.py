@@ -52,7 +52,7 @@ def rows(loader: Loader, batches: int = BATCHES) -> int:
     return loader.batch_size * batches
 
 
-def test_it_gives_what_the_teacher_said(made, text_loader):
+def test_it_returns_what_the_teacher_returned(made, text_loader):
     teacher = a_teacher()
     cache = LogitCache(made, key_of(teacher), rows(text_loader))
     for number in (2, 0, 1):
@@ -156,7 +156,7 @@ def test_a_folder_that_is_no_cache_is_refused(copy, tmp_path, text_loader):
         LogitCache(copy, key, 1)
 
 
-def test_the_digest_knows_every_weight():
+def test_the_hash_depends_on_every_weight():
     one, two = a_teacher().model, a_teacher().model
     assert hash_weights(one) == hash_weights(two)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A bad number anywhere skips the step everywhere, and leaves no trace (T12)."""
+"""A non-finite number on one process skips the step on all, without any change (T12)."""
 
 import copy
 

@@ -253,7 +253,7 @@ def rendezvous(
 def _request_start(store: dist.Store, rank: int, world_size: int, seconds: float) -> int:
     """Request the number of this start from rank 0, under a unique name."""
     name = uuid.uuid4().hex
-    store.set(f"asks/{rank}", name)
+    store.set(f"request/{rank}", name)
     _wait(store, f"answer/{name}", rank, world_size, seconds, seconds)
     return int(store.get(f"answer/{name}"))
 
@@ -281,8 +281,8 @@ def _answer_requests(
     missing = list(range(1, world_size))
     while missing:
         for rank in missing:
-            if store.check([f"asks/{rank}"]):
-                name = store.get(f"asks/{rank}").decode()
+            if store.check([f"request/{rank}"]):
+                name = store.get(f"request/{rank}").decode()
                 store.set(f"answer/{name}", str(start))
         missing = [rank for rank in missing if not own.check([f"here/{rank}"])]
         if missing and time.monotonic() > until:

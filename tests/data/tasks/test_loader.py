@@ -135,11 +135,11 @@ def test_few_held_out_examples_repeat_to_fill_a_batch():
         ({"held_out": {"b": numbered("b", 2)}}, "no task 'b'"),
     ],
 )
-def test_mistakes_are_told(arguments, message):
+def test_mistakes_are_errors(arguments, message):
     with pytest.raises(DataError, match=message):
         loader(**arguments)
 
 
-def test_no_task_is_told():
+def test_no_task_is_an_error():
     with pytest.raises(DataError, match="no task to train on"):
         PairLoader({}, BYTES, input_length=8, target_length=8, batch_size=1, seed=0)

@@ -166,7 +166,7 @@ def _find_files(task: Task, split: str, where: Path) -> list[Path]:
     if where.is_file():
         if _kind(where) is None:
             raise DataError(
-                f"Cannot tell what kind of file {str(where)!r} is; a task's file ends in "
+                f"Unknown format of {str(where)!r}: a task's file ends in "
                 f"{', '.join('.' + kind for kind in KINDS)}."
             )
         return [where]

@@ -101,7 +101,7 @@ def test_the_last_step_is_always_logged(build, loader):
 def test_a_folder_with_a_run_in_it_is_refused(build, loader, tmp_path):
     config = TrainingConfig(steps=1, evaluate_every=None)
     list(train(build(), loader, config, run=RunFolder(tmp_path)))
-    with pytest.raises(CheckpointError, match="There are checkpoints of a run"):
+    with pytest.raises(CheckpointError, match="There are already checkpoints of a run"):
         list(train(build(), loader, config, run=RunFolder(tmp_path)))
 
 

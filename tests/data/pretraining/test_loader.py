@@ -284,7 +284,7 @@ def test_many_sources_are_reported_in_one_line(translations, open_corpus):
 @pytest.mark.parametrize("tokenizer", ["bytes", "unigram"])
 def test_a_language_without_text_is_refused_by_name(translations, open_corpus, tokenizer):
     (translations / "zz.jsonl").write_text('{"document": "d0", "text": "  "}\n')
-    with pytest.raises(DataError, match=r"source 'zz' has no text in .*skipped: 1 empty.*Give it"):
+    with pytest.raises(DataError, match=r"source 'zz' has no text in .*skipped: 1 empty.*Add text"):
         open_corpus(
             sources=(f"each:{translations}",), tokenizer=tokenizer, vocabulary_size=512,
             mixing="temperature",

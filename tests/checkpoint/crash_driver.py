@@ -230,14 +230,14 @@ def kill_once(root: Path, generator: random.Random, inside: bool, life: float) -
 
 def interrupt(folder: Path) -> dict[str, Any]:
     """SIGINT in `wait`; the interpreter exits as always, and must not cut the save short."""
-    ready, told = os.pipe()
+    ready, signal_pipe = os.pipe()
     pid = os.fork()
     if pid == 0:
         fsync = os.fsync
         os.fsync = lambda descriptor: (time.sleep(0.05), fsync(descriptor))[1]
         store = CheckpointStore(folder / "checkpoints")
         store.save(10, example(10))
-        os.write(told, b"x")
+        os.write(signal_pipe, b"x")
         try:
             store.wait()
         except KeyboardInterrupt:

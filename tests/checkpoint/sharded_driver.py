@@ -141,10 +141,10 @@ def faults(folder: Path) -> dict[str, Any]:
     place = folder / "checkpoints"
 
     def scene() -> dict[str, Any]:
-        told: list[str] = []
-        found: dict[str, Any] = {"told": told}
+        reports: list[str] = []
+        found: dict[str, Any] = {"reports": reports}
         fsync = os.fsync
-        with open_store(place, report=told.append) as store:
+        with open_store(place, report=reports.append) as store:
             store.save(1, example(1), wait=True)
             found["loaded"] = store.load()["content"]
             os.fsync = only_on(1, OSError(5, "Input/output error"))

@@ -1,4 +1,4 @@
-"""Parts that do not make up a tensor are found, against a count of every single number."""
+"""Stored regions that do not tile a tensor are found; the oracle counts every element."""
 
 import itertools
 import random
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from switchlm.checkpoint.layout import Region, Stored
+from switchlm.checkpoint.layout import FileRegion, Region
 from switchlm.checkpoint.read import check_parts
 from switchlm.errors import CheckpointError
 
@@ -15,32 +15,35 @@ EXPERTS = "model/encoder.blocks.1.feedforward.experts.up"
 
 
 def grid(shape: tuple[int, ...], generator: random.Random) -> list[Region]:
-    """Cut every dim at random places; the boxes of the grid tile the shape."""
+    """Cut every dim at random places; the regions of the grid tile the shape."""
     sides = []
     for size in shape:
         cuts = sorted(
             {0, size, *(generator.randint(0, size) for _ in range(generator.randint(0, 3)))}
         )
         sides.append(list(itertools.pairwise(cuts)))
-    return [tuple(box) for box in itertools.product(*sides)]
+    return [tuple(region) for region in itertools.product(*sides)]
 
 
-def covered(shape: tuple[int, ...], boxes: list[Region]) -> bool:
+def covered(shape: tuple[int, ...], regions: list[Region]) -> bool:
     counts = np.zeros(shape, dtype=int)
-    for box in boxes:
-        counts[tuple(slice(a, b) for a, b in box)] += 1
+    for region in regions:
+        counts[tuple(slice(a, b) for a, b in region)] += 1
     return bool((counts == 1).all())
 
 
-def check(shapes: dict[str, tuple[int, ...]], boxes: dict[str, list[Region]]) -> None:
-    described = {name: (torch.float32, shape) for name, shape in shapes.items()}
-    stored = {name: [Stored(box, "F32", "file") for box in held] for name, held in boxes.items()}
-    check_parts("It", described, stored)
+def check(shapes: dict[str, tuple[int, ...]], regions: dict[str, list[Region]]) -> None:
+    specs = {name: (torch.float32, shape) for name, shape in shapes.items()}
+    stored = {
+        name: [FileRegion(region, "F32", "file") for region in held]
+        for name, held in regions.items()
+    }
+    check_parts("It", specs, stored)
 
 
-def found(shape: tuple[int, ...], boxes: list[Region], name: str = EXPERTS) -> str | None:
+def found(shape: tuple[int, ...], regions: list[Region], name: str = EXPERTS) -> str | None:
     try:
-        check({name: shape}, {name: boxes})
+        check({name: shape}, {name: regions})
     except CheckpointError as error:
         return str(error)
     return None
@@ -50,18 +53,18 @@ def found(shape: tuple[int, ...], boxes: list[Region], name: str = EXPERTS) -> s
 def test_it_finds_what_counting_every_number_finds(seed: int) -> None:
     generator = random.Random(seed)
     shape = tuple(generator.randint(1, 6) for _ in range(generator.randint(0, 3)))
-    boxes = grid(shape, generator)
-    generator.shuffle(boxes)
-    assert found(shape, boxes) is None
+    regions = grid(shape, generator)
+    generator.shuffle(regions)
+    assert found(shape, regions) is None
     harm = generator.choice(["remove", "double", "move", "none"])
-    index = generator.randrange(len(boxes))
+    index = generator.randrange(len(regions))
     if harm == "remove":
-        del boxes[index]
+        del regions[index]
     elif harm == "double":
-        boxes.append(boxes[index])
+        regions.append(regions[index])
     elif harm == "move":
-        boxes[index] = boxes[generator.randrange(len(boxes))]
-    assert (found(shape, boxes) is None) == covered(shape, boxes)
+        regions[index] = regions[generator.randrange(len(regions))]
+    assert (found(shape, regions) is None) == covered(shape, regions)
 
 
 def test_parts_that_are_no_grid_may_tile_too() -> None:
@@ -94,13 +97,13 @@ def test_experts_are_named(experts: list[int], message: str) -> None:
 
 
 def test_half_an_expert_and_rows_are_named() -> None:
-    boxes = [one(0), one(1), ((2, 3), (0, 2), (0, 2))]
-    assert f"a part of expert 2 of {EXPERTS} is missing" in (found((3, 4, 2), boxes) or "")
+    regions = [one(0), one(1), ((2, 3), (0, 2), (0, 2))]
+    assert f"a part of expert 2 of {EXPERTS} is missing" in (found((3, 4, 2), regions) or "")
     assert "rows 2 to 3 of model/w are missing" in (found((4,), [((0, 2),)], "model/w") or "")
     assert "model/s is stored twice" in (found((), [(), ()], "model/s") or "")
 
 
-def test_tensors_nobody_knows_and_empty_ones() -> None:
+def test_unknown_and_empty_tensors() -> None:
     with pytest.raises(CheckpointError, match="x is stored, but is no part of it"):
         check({}, {"x": [((0, 1),)]})
     check({"x": (0, 3)}, {})
@@ -109,9 +112,9 @@ def test_tensors_nobody_knows_and_empty_ones() -> None:
 
 def test_ten_thousand_parts_take_no_time() -> None:
     shape = (2048, 64, 64)
-    boxes = [((e, e + 1), (r, r + 16), (0, 64)) for e in range(2048) for r in range(0, 64, 16)]
-    assert found(shape, boxes) is None
-    assert "expert 2047" in (found(shape, boxes[:-1]) or "")
+    regions = [((e, e + 1), (r, r + 16), (0, 64)) for e in range(2048) for r in range(0, 64, 16)]
+    assert found(shape, regions) is None
+    assert "expert 2047" in (found(shape, regions[:-1]) or "")
 
 
 def test_parts_that_cut_a_tensor_absurdly_are_refused() -> None:

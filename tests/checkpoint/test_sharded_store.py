@@ -1,4 +1,4 @@
-"""Checkpoints of many processes: on any mesh, whatever one of them meets, whoever of them dies.
+"""Checkpoints of many processes: on any mesh, with errors on one process, or its death.
 
 The work is done by sharded_driver.py in processes of its own.
 """
@@ -39,7 +39,7 @@ def drive(tmp_path: Path) -> Drive:
 
 
 def edit(folder: Path, change: Callable[[str, dict[str, torch.Tensor]], None]) -> None:
-    """Change the tensors of the files of a checkpoint, and sign it anew."""
+    """Change the tensors in the files of a checkpoint, and update the manifest."""
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
@@ -88,9 +88,9 @@ def test_4_then_2_then_1_then_4_processes_end_as_one_undisturbed(drive: Drive) -
     assert drive("chain") == {"wrong": [], "steps": [0, 2, 4, 6, 8]}
 
 
-def test_what_one_rank_meets_is_raised_on_all(drive: Drive) -> None:
+def test_an_error_of_one_rank_is_raised_on_all(drive: Drive) -> None:
     ranks = drive("faults")["ranks"]
-    told = [found.pop("told") for found in ranks]
+    reports = [found.pop("reports") for found in ranks]
     assert ranks[0] == ranks[1]
     found = ranks[0]
     assert "Cannot save the checkpoint of step 2" in found["disk"]
@@ -99,19 +99,19 @@ def test_what_one_rank_meets_is_raised_on_all(drive: Drive) -> None:
     assert "No space left on device" in found["first"]
     assert found["left"] == ["step-00000001"]
     assert found["steps"] == [1]
-    assert "the later step 2 is there" in found["later"]
+    assert "the later step 2." in found["later"]
     assert "Rank 1 saves other tensors than rank 0" in found["shapes"]
     assert "Rank 1: The checkpoint" in found["fit"]
     assert "model/b is float32 [3], not float32 [4]" in found["fit"]
     assert found["untouched"]
     assert "is damaged" in found["step_2"]
-    assert "The newest that is whole: step 1." in found["step_2"]
+    assert "Use step 1, the newest valid one." in found["step_2"]
     assert (found["loaded"], found["went_back_to"], found["equal"]) == (1, 1, True)
     assert found["after"] == [1]
     # Rank 0 speaks for all.
-    assert len(told[0]) == 4
-    assert "Going on from step 1 instead" in told[0][-1]
-    assert told[1] == []
+    assert len(reports[0]) == 4
+    assert "Continuing from step 1 instead" in reports[0][-1]
+    assert reports[1] == []
 
 
 def test_a_rank_that_dies_in_a_save_leaves_the_checkpoint_before(drive: Drive) -> None:

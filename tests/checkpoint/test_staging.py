@@ -1,4 +1,4 @@
-"""Copies that training may go on beside: apart from the tensors, in memory that is kept."""
+"""Copies of tensors share no memory with them, and their buffers are kept."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_memory_is_kept_from_copy_to_copy() -> None:
     assert second["b"].shape == (6,)
 
 
-def test_memory_of_the_first_save_can_be_had_beforehand(tmp_path) -> None:
+def test_buffers_of_the_first_save_can_be_allocated_before(tmp_path) -> None:
     state = {"model": {"w": torch.randn(50, 3)}}
     with CheckpointStore(tmp_path) as store:
         store.prepare(state)

@@ -1,4 +1,4 @@
-"""State taken apart into named tensors and JSON, and put together again."""
+"""State flattened into named tensors and JSON, and unflattened again."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchlm.checkpoint.format import DTYPES, describe, join, split
+from switchlm.checkpoint.format import DTYPES, flatten_state, tensor_specs, unflatten_state
 from switchlm.errors import CheckpointError
 
 # No key is an integer and a string at once: their tensors would have one name.
@@ -44,25 +44,23 @@ def same(one: Any, other: Any) -> bool:
 
 
 @given(st.dictionaries(KEYS, TREES, max_size=3))
-def test_join_undoes_split_through_json(state: dict[Any, Any]) -> None:
-    tensors, structure = split(state)
+def test_unflatten_is_the_inverse_of_flatten_through_json(state: dict[Any, Any]) -> None:
+    tensors, structure = flatten_state(state)
     structure = json.loads(json.dumps(structure))
-    assert same(join(structure, tensors), state)
-    described = {name: (dtype, shape) for name, dtype, shape in describe(structure)}
-    assert described == {
-        name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
-    }
+    assert same(unflatten_state(structure, tensors), state)
+    specs = tensor_specs(structure)
+    assert specs == {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, -0.0, 5e-324, 0.1, 2**80])
 def test_numbers_come_back_exactly(value: float) -> None:
-    _, structure = split({"x": value})
+    _, structure = flatten_state({"x": value})
     text = json.dumps(structure, allow_nan=False)
-    assert repr(join(json.loads(text), {})["x"]) == repr(value)
+    assert repr(unflatten_state(json.loads(text), {})["x"]) == repr(value)
 
 
 def test_nan_comes_back() -> None:
-    assert math.isnan(join(split({"x": math.nan})[1], {})["x"])
+    assert math.isnan(unflatten_state(flatten_state({"x": math.nan})[1], {})["x"])
 
 
 @pytest.mark.parametrize(
@@ -78,4 +76,4 @@ def test_nan_comes_back() -> None:
 )
 def test_what_cannot_be_saved_is_named(value: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message.replace(".", r"\.")):
-        split(value)
+        flatten_state(value)

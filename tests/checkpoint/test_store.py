@@ -1,4 +1,4 @@
-"""Saving, loading, keeping and replacing checkpoints, and what a bad disk does to them."""
+"""Saving, loading, keeping and replacing checkpoints, and errors of the disk."""
 
 import errno
 import os
@@ -120,14 +120,14 @@ def test_tensors_are_filled_in_place(store: CheckpointStore) -> None:
         ({"w": torch.zeros(3, 4)}, r"model/w is float32 \[4, 3\], not float32 \[3, 4\]"),
         ({"w": torch.zeros(4, 3).half()}, r"model/w is float32 \[4, 3\], not float16 \[4, 3\]"),
         ({"w": torch.zeros(4, 3), "v": torch.zeros(1)}, "model/v is missing"),
-        ({}, "model/w is not wanted"),
+        ({}, "model/w is not expected"),
     ],
 )
 def test_a_model_that_does_not_fit_is_left_alone(
     store: CheckpointStore, into: dict[str, torch.Tensor], message: str
 ) -> None:
     store.save(5, state_of(5), wait=True)
-    with pytest.raises(CheckpointError, match=f"does not fit: in it {message}"):
+    with pytest.raises(CheckpointError, match=f"does not match: in it {message}"):
         store.load(into={"model": into})
     assert all(bool((tensor == 0).all()) for tensor in into.values())
 
@@ -167,7 +167,7 @@ def test_an_earlier_step_is_saved_only_once_later_ones_are_discarded(
 ) -> None:
     for step in (5, 10, 15):
         store.save(step, state_of(step), wait=True)
-    with pytest.raises(CheckpointError, match="the later step 15 is there"):
+    with pytest.raises(CheckpointError, match=r"the later step 15\."):
         store.save(6, state_of(6))
     store.discard_after(5)
     assert store.steps() == [5]
@@ -213,13 +213,13 @@ def check_failure(store: CheckpointStore, message: str, size: int = 4) -> None:
     """The next save fails with `message`; the checkpoint of step 1 is as it was; no litter."""
     with pytest.raises(CheckpointError, match=message) as caught:
         store.save(2, state_of(2, size), wait=True)
-    assert "Earlier checkpoints are as they were" in str(caught.value)
+    assert "Earlier checkpoints are unchanged" in str(caught.value)
     assert [path.name for path in store.folder.iterdir()] == ["step-00000001"]
     assert_is(CheckpointStore(store.folder).load(), 1)
 
 
 @pytest.mark.parametrize("fails_at", range(6))
-def test_an_error_of_the_disk_at_any_sync_is_told(
+def test_an_error_of_the_disk_at_any_sync_is_reported(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:
     store.save(1, state_of(1), wait=True)
@@ -232,38 +232,38 @@ def test_an_error_of_the_disk_at_any_sync_is_told(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", failing)
-    told: list[str] = []
-    failing_store = CheckpointStore(store.folder, report=told.append)
+    reports: list[str] = []
+    failing_store = CheckpointStore(store.folder, report=reports.append)
     with pytest.raises(
         CheckpointError, match=r"Cannot save the checkpoint of step 2 .*Input/output"
     ):
         failing_store.save(2, state_of(2), wait=True)
-    assert len(told) == 1
+    assert len(reports) == 1
     found = CheckpointStore(store.folder).newest()
     assert found is not None
     assert found.damaged == ()
     assert next(syncs) > fails_at
 
 
-def test_a_failed_save_is_told_at_once_and_raised_by_the_next(
+def test_a_failed_save_is_reported_at_once_and_raised_by_the_next(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.save(1, state_of(1), wait=True)
-    told: list[str] = []
-    failing = CheckpointStore(store.folder, report=told.append)
+    reports: list[str] = []
+    failing = CheckpointStore(store.folder, report=reports.append)
     with monkeypatch.context() as patch:
         patch.setattr(files, "sync", lambda path: (_ for _ in ()).throw(OSError("broken")))
         failing.save(2, state_of(2))
-        while not told:
+        while not reports:
             threading.Event().wait(0.01)
-    assert "Cannot save the checkpoint of step 2" in told[0]
+    assert "Cannot save the checkpoint of step 2" in reports[0]
     with pytest.raises(CheckpointError, match=r"step 2 .*broken"):
         failing.save(3, state_of(3))
     failing.save(3, state_of(3), wait=True)
     assert failing.steps() == [1, 3]
 
 
-def test_an_error_nobody_foresaw_is_raised_too(
+def test_an_unexpected_error_is_raised_too(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(folder: Path, places: object, parts: dict[str, torch.Tensor]) -> None:

@@ -137,8 +137,8 @@ def test_a_cache_of_another_teacher_or_cut_short(run, refuse, arguments, tmp_pat
     other = model_folder(tmp_path / "other", preset("nano"), Tokenizer.bytes())
     assert "its teacher is" in refuse(*cached, "--teacher", other)
     assert "its seed is 0" in refuse(*cached, "--set", "training.seed=1")
-    assert "made for fewer steps" in refuse(*cached, "--set", "training.steps=5")
-    assert "made of other text" in refuse(*cached, "--set", "data.mean_span=5")
+    assert "built for fewer steps" in refuse(*cached, "--set", "training.steps=5")
+    assert "built from other text" in refuse(*cached, "--set", "data.mean_span=5")
     words = cache / "words.bin"
     words.write_bytes(words.read_bytes()[:-2])
     assert "words.bin has" in refuse(*cached)

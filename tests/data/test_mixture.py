@@ -23,7 +23,7 @@ def test_shares_hold_in_every_stretch_not_only_on_average():
     assert np.abs(counts - 64 * shares[:, None]).max() <= 3
 
 
-def test_any_samples_can_be_asked_for_alone():
+def test_samples_can_be_computed_alone():
     mixture = Mixture(np.array([0.5, 0.3, 0.2]), 1)
     source_N, index_N = mixture.assign(np.arange(2 * BLOCK))
     wanted = np.array([2 * BLOCK - 1, 5, BLOCK, 77])

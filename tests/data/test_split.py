@@ -21,7 +21,7 @@ def test_more_documents_move_none(hashes, others, share):
     assert alone.tolist() == among[: len(hashes)].tolist()
 
 
-def test_the_share_is_about_what_was_asked_for():
+def test_the_held_out_share_is_about_the_setting():
     hashes = np.random.default_rng(0).integers(0, 2**64, size=20_000, dtype=np.uint64)
     assert choose(hashes, 0.03).mean() == pytest.approx(0.03, abs=0.005)
     assert not choose(hashes, 0.0).any()

@@ -92,17 +92,17 @@ def test_experts_that_cannot_be_shared_out_are_refused(tmp_path):
 
 def refuse(rank: int) -> None:
     mesh = Mesh.of(MeshConfig(expert=2), "cpu")
-    with pytest.raises(ConfigError, match="3 experts cannot be shared out evenly"):
+    with pytest.raises(ConfigError, match="3 experts cannot be divided evenly"):
         shard_experts(SwitchFeedForward(8, 12, 3), mesh)
     mesh = Mesh.of(MeshConfig(tensor=2), "cpu")
     with pytest.raises(ConfigError, match="d_ff 13 cannot be split over mesh"):
         shard_experts(SwitchFeedForward(8, 13, 4), mesh)
-    with pytest.raises(ConfigError, match="attention_experts does not go with"):
+    with pytest.raises(ConfigError, match="attention_experts does not support"):
         shard_experts(SwitchProjection(8, 8, 4), mesh)
 
 
 def test_the_dispatcher_alone_is_the_local_one(tmp_path):
-    """With every expert here nothing travels, bit for bit the same."""
+    """With all experts on this process nothing is sent: bit for bit the same."""
     torch.manual_seed(0)
     layer = SwitchFeedForward(WIDTH, 12, EXPERTS, router=ROUTERS["capacity"])
     x_BSD = torch.randn(4, 6, WIDTH)

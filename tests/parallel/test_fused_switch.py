@@ -26,12 +26,12 @@ def test_data_parallel_weights_are_gathered_for_fused_kernels(tmp_path) -> None:
 
 def compare_ways(rank: int) -> None:
     mesh = Mesh.of(MeshConfig(data=2), "cpu")
-    fused, separate = (figures(mesh, way) for way in ("triton", "separate"))
+    fused, separate = (metrics(mesh, way) for way in ("triton", "separate"))
     torch.testing.assert_close(fused, separate, rtol=1e-5, atol=1e-6)
 
 
-def figures(mesh: Mesh, way: str) -> Tensor:
-    """Return loss, balance, z-loss and gradient norm of a step."""
+def metrics(mesh: Mesh, way: str) -> Tensor:
+    """Return loss, balance loss, z-loss and gradient norm of a step."""
     taken: list[str] = []
 
     def choose(*_: object) -> Choice:
@@ -57,5 +57,5 @@ def figures(mesh: Mesh, way: str) -> Tensor:
         record = training_step(model.train(), optimizer, [batch], mesh=mesh)
     finally:
         select.explain_switch = explain  # the process outlives this test
-    assert taken, "the layers were asked"
-    return record.figures
+    assert taken, "a layer chose its kernel"
+    return record.metrics

@@ -1,4 +1,4 @@
-"""Who is named when a collective fails: ranks that are threads, over a store on loopback."""
+"""Ranks that are named after a failed collective: ranks are threads, with a store on loopback."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from tests.parallel.test_launch import clients
 
 from switchlm.errors import ConfigError, LostRankError
 from switchlm.parallel import heartbeat as module
-from switchlm.parallel.heartbeat import Heartbeat, of_a_collective, within
+from switchlm.parallel.heartbeat import Heartbeat, is_collective_error, run_with_timeout
 
 BROKEN = "[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711"
 
@@ -30,7 +30,7 @@ def heartbeats():
 
 
 def fail_in(heartbeats, errors):
-    """Raise an error (None: none) within each rank's heartbeat; return what comes out."""
+    """Raise an error (None: none) in each rank's heartbeat; return the errors that come out."""
     found = {}
 
     def run(rank, error):
@@ -75,7 +75,7 @@ def test_a_rank_that_failed_by_itself_is_to_blame_and_keeps_its_error(heartbeats
     assert "was last heard" not in str(found[1]), "nobody is called lost while one has said why"
 
 
-def test_if_all_answer_it_is_the_network(heartbeats):
+def test_if_all_answer_the_message_names_the_network(heartbeats):
     found = fail_in(heartbeats, dict.fromkeys(range(3), RuntimeError(BROKEN)))
     for error in found.values():
         assert "All ranks still answer: look at the network between the hosts" in str(error)
@@ -110,7 +110,7 @@ class Stopped:
 
 
 def test_rank_0_stays_until_the_others_have_read(heartbeats):
-    """It may be the host of the store: were it to leave first, they would blame it."""
+    """It may host the store: if it ended first, the others would report it as lost."""
     left = {}
 
     def run(rank, wait):
@@ -143,8 +143,8 @@ def test_other_errors_pass_as_they_are(heartbeats):
         (ValueError("gloo"), False),
     ],
 )
-def test_what_is_an_error_of_a_collective(error, expected):
-    assert of_a_collective(error) is expected
+def test_errors_of_collectives(error, expected):
+    assert is_collective_error(error) is expected
 
 
 def test_beats_are_at_most_one_a_second(heartbeats):
@@ -153,7 +153,7 @@ def test_beats_are_at_most_one_a_second(heartbeats):
     assert json.loads(heartbeats[0]._store.get("beat/1"))["step"] == 0
 
 
-def test_the_first_of_a_node_goes_first():
+def test_local_rank_0_runs_first():
     _host, stores = clients(3)
     order = []
     nodes = [Heartbeat(store, rank, 3, local_rank=rank) for rank, store in enumerate(stores)]
@@ -172,7 +172,7 @@ def test_the_first_of_a_node_goes_first():
     assert sorted(order) == [0, 1, 2]
 
 
-def test_those_who_wait_for_the_first_of_a_node_end_when_it_fails():
+def test_ranks_that_wait_for_local_rank_0_end_when_it_fails():
     _host, stores = clients(3)
     found, begun = {}, []
     nodes = [Heartbeat(store, rank, 3, local_rank=rank) for rank, store in enumerate(stores)]
@@ -197,8 +197,8 @@ def test_those_who_wait_for_the_first_of_a_node_end_when_it_fails():
         assert "(text), which failed: OSError: No space left on device." in str(found[rank])
 
 
-def test_work_that_takes_too_long_is_left_alone():
-    assert within(5, lambda: 3) == 3
+def test_work_that_takes_too_long_gives_none():
+    assert run_with_timeout(5, lambda: 3) == 3
     start = time.monotonic()
-    assert within(0.2, lambda: time.sleep(30)) is None
+    assert run_with_timeout(0.2, lambda: time.sleep(30)) is None
     assert time.monotonic() - start < 5

@@ -1,4 +1,4 @@
-"""What torchrun and srun say of a process, whole, half and nonsense; and the meeting."""
+"""The environment of torchrun and srun, complete, incomplete and invalid; and the rendezvous."""
 
 import threading
 from datetime import timedelta
@@ -29,12 +29,12 @@ SRUN = ADDRESS | {
 }
 
 
-def test_a_plain_process_was_launched_by_nobody():
+def test_a_plain_process_has_no_launch():
     assert launched({}) is None
     assert launched({"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "1", "LOCAL_RANK": "0"}) is None
 
 
-def test_torchrun_says_all():
+def test_the_environment_of_torchrun():
     assert launched(TORCHRUN) == Launch(
         rank=5,
         world_size=8,
@@ -66,7 +66,7 @@ def test_processes_of_a_torchrun_that_was_killed_do_not_wait_for_it(monkeypatch)
         raise AssertionError("there is no store")
 
 
-def test_srun_says_all_without_torchrun():
+def test_the_environment_of_srun():
     assert launched(SRUN) == Launch(
         rank=8,
         world_size=9,
@@ -79,21 +79,21 @@ def test_srun_says_all_without_torchrun():
 
 
 def test_torchrun_within_srun_is_what_counts():
-    """One task a node starts torchrun; its children inherit the names of that task."""
+    """One task per node starts torchrun, whose processes inherit the variables of the task."""
     found = launched(SRUN | TORCHRUN)
     assert found is not None
     assert (found.rank, found.world_size, found.local_world_size) == (5, 8, 4)
 
 
 @pytest.mark.parametrize(("environment", "restarts"), [(TORCHRUN, 5), (SRUN, 3)])
-def test_a_job_that_slurm_put_back_is_a_restarted_one(environment, restarts):
+def test_a_requeued_job_of_slurm_is_a_restarted_one(environment, restarts):
     found = launched(environment | {"SLURM_RESTART_COUNT": "3"})
     assert found is not None
     assert found.restarts == restarts
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
-def test_half_of_torchruns_words_are_refused(name):
+def test_a_missing_variable_of_torchrun_is_refused(name):
     half = {key: value for key, value in TORCHRUN.items() if key != name}
     with pytest.raises(LaunchError, match=f"but {name} is missing.*by torchrun or srun.*unset"):
         launched(half)
@@ -159,21 +159,21 @@ def clients(number):
 
 
 def meet_all(stores, restarts):
-    """Let each rank meet the others in a thread of its own; return what each is told."""
-    told = {}
+    """Run each rank's rendezvous in a thread; return `restarted` of each."""
+    found = {}
 
     def run(rank):
         own, restarted = rendezvous(stores[rank], rank, len(stores), restarts[rank], 20)
         own.set(f"seen/{rank}", "yes")
         own.wait([f"seen/{other}" for other in range(len(stores))], timedelta(seconds=10))
-        told[rank] = restarted
+        found[rank] = restarted
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(stores))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    return [told.get(rank) for rank in range(len(stores))]
+    return [found.get(rank) for rank in range(len(stores))]
 
 
 def test_all_agree_which_start_it_is_whatever_their_agents_counted():
@@ -188,19 +188,19 @@ def test_one_agents_count_is_enough_on_a_new_store():
     assert meet_all(stores, [0, 0, 1]) == [True] * 3
 
 
-def test_the_question_of_a_dead_process_is_no_answer_for_the_living():
+def test_a_request_of_a_dead_process_has_no_effect():
     _host, stores = clients(2)
-    stores[1].set("asks/1", "a process that died before rank 0 came")
+    stores[1].set("request/1", "a process that died before rank 0 came")
     assert meet_all(stores, [0, 0]) == [False] * 2
 
 
-def test_those_who_do_not_start_are_named():
+def test_ranks_that_do_not_start_are_named():
     _host, stores = clients(1)
     with pytest.raises(LaunchError, match=r"Ranks 1, 2 of 3 did not start within 0\.3 s"):
         rendezvous(stores[0], 0, 3, 0, 0.3)
 
 
-def test_others_than_rank_0_say_that_it_knows():
+def test_other_ranks_refer_to_the_message_of_rank_0():
     _host, stores = clients(1)
     with pytest.raises(LaunchError, match=r"Rank 1 waited 1 s for all 3 .*if it has none, rank 0"):
         rendezvous(stores[0], 1, 3, 0, 1)

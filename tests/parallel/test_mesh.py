@@ -1,4 +1,4 @@
-"""The grid of processes, and what they tell one another."""
+"""The device mesh and its collectives."""
 
 import pytest
 import torch

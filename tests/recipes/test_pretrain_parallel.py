@@ -149,5 +149,5 @@ def test_rows_that_cannot_be_shared_out_are_one_sentence(home):
     done = run(home, "none", 4, "--set=data.batch_size=6", mesh="data=4")
     assert done.returncode != 0
     assert "A batch of 6 rows (data.batch_size;" in done.stderr
-    assert "cannot be shared out evenly among 4 workers" in done.stderr
+    assert "cannot be divided evenly over 4 workers" in done.stderr
     assert not (home / "none").exists()

@@ -96,7 +96,7 @@ def loader() -> CountingLoader:
 
 @pytest.fixture
 def build() -> Callable[..., SwitchTransformer]:
-    """Builds the same tiny model at every call, its configuration changed as asked."""
+    """Returns a function that builds the same tiny model, with changes to its configuration."""
 
     def make(seed: int = 0, **changes: object) -> SwitchTransformer:
         torch.manual_seed(seed)

@@ -90,7 +90,7 @@ def wait_for_a_save(run: RunFolder, limit: float) -> None:
 
 
 def wait_for_lines(run: RunFolder, lines: int, pid: int) -> None:
-    """Return once the run has written that many lines of metrics more, or has ended."""
+    """Return once the run has written a number of further lines of metrics, or has ended."""
 
     def written() -> int:
         return run.metrics.read_bytes().count(b"\n") if run.metrics.exists() else 0

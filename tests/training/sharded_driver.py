@@ -1,4 +1,4 @@
-"""Steps sharded and whole parameters alike, on two processes: test_sharded.py runs it.
+"""Optimizer steps of sharded and of full parameters on two processes; test_sharded.py runs it.
 
 sharded_driver.py FOLDER
 """

@@ -1,4 +1,4 @@
-"""Adafactor in place against the plain way, and how much memory it takes."""
+"""Adafactor in place against the out-of-place update, and its memory."""
 
 import copy
 
@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from switchlm.training import adafactor
-from switchlm.training.adafactor import Adafactor
+from switchlm.training.adafactor import Adafactor, can_update_in_place
 
 SHAPES = [(5, 128, 130), (300, 140), (2, 3, 130, 128)]
 # elements a slice: all at once, two matrices, some rows of one
@@ -31,7 +31,7 @@ def step(optimizer: Adafactor, parameter: nn.Parameter, number: int) -> None:
     [{}, {"weight_decay": 0.1}, {"per_expert_rms": True}, {"scale_by_parameter": False}],
     ids=str,
 )
-def test_it_agrees_with_the_plain_way(monkeypatch, shape, size, options):
+def test_it_equals_the_out_of_place_update(monkeypatch, shape, size, options):
     monkeypatch.setattr(adafactor, "SLICE", size)
     ours = nn.Parameter(0.3 * torch.randn(shape, generator=torch.Generator().manual_seed(1)))
     plain = copy.deepcopy(ours)
@@ -39,7 +39,7 @@ def test_it_agrees_with_the_plain_way(monkeypatch, shape, size, options):
     for number in range(5):
         step(fast, ours, number)
         with monkeypatch.context() as patch:
-            patch.setattr(adafactor, "fits", lambda *_: False)
+            patch.setattr(adafactor, "can_update_in_place", lambda *_: False)
             step(slow, plain, number)
     torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
     for name, expected in slow.state[plain].items():
@@ -47,7 +47,7 @@ def test_it_agrees_with_the_plain_way(monkeypatch, shape, size, options):
 
 
 class _Largest(TorchDispatchMode):
-    """Remembers the largest tensor that an operator makes anew."""
+    """Records the size of the largest tensor that an operator allocates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,10 +74,10 @@ def test_nothing_larger_than_a_slice_is_made(monkeypatch, shape):
     assert 0 < largest.elements <= 20_000
 
 
-def test_what_it_does_not_take():
+def test_tensors_that_are_not_updated_in_place():
     weight = nn.Parameter(torch.randn(128, 128))
     state = Adafactor([weight]).state[weight]
-    assert adafactor.fits(weight, torch.randn(128, 128), state)
-    assert not adafactor.fits(weight, torch.randn(128, 128).t(), state)
-    assert not adafactor.fits(weight, torch.randn(128, 128).bfloat16(), state)
-    assert not adafactor.fits(weight, torch.randn(128, 128), {"square": state["row"]})
+    assert can_update_in_place(weight, torch.randn(128, 128), state)
+    assert not can_update_in_place(weight, torch.randn(128, 128).t(), state)
+    assert not can_update_in_place(weight, torch.randn(128, 128).bfloat16(), state)
+    assert not can_update_in_place(weight, torch.randn(128, 128), {"square": state["row"]})

@@ -6,34 +6,34 @@ import torch
 from switchlm.training.monitor import Averages
 
 
-def figures(loss: float, skipped: float = 0.0) -> torch.Tensor:
+def metrics(loss: float, skipped: float = 0.0) -> torch.Tensor:
     return torch.tensor([loss, 0.01, 0.001, 2 * loss, skipped, 100.0], dtype=torch.float64)
 
 
 def test_line_has_means_since_the_last_line():
     averages = Averages()
     for loss in (1.0, 2.0, 6.0):
-        averages.add(figures(loss))
+        averages.add(metrics(loss))
     line = averages.line()
     assert line["loss"] == 3.0
     assert line["gradient_norm"] == 6.0
     assert line["balance_loss"] == pytest.approx(0.01)
-    averages.add(figures(5.0))
+    averages.add(metrics(5.0))
     assert averages.line()["loss"] == 5.0
 
 
 def test_skipped_steps_are_counted_and_left_out():
     averages = Averages()
-    averages.add(figures(1.0))
-    averages.add(figures(float("nan"), skipped=1.0))
-    averages.add(figures(3.0))
+    averages.add(metrics(1.0))
+    averages.add(metrics(float("nan"), skipped=1.0))
+    averages.add(metrics(3.0))
     line = averages.line()
     assert (line["loss"], line["skipped"], line["spikes"]) == (2.0, 1, 0)
 
 
 def test_a_line_of_skipped_steps_alone_is_still_json():
     averages = Averages()
-    averages.add(figures(float("inf"), skipped=1.0))
+    averages.add(metrics(float("inf"), skipped=1.0))
     line = averages.line()
     assert line["loss"] is None
     assert json.loads(json.dumps(line, allow_nan=False)) == line
@@ -42,7 +42,7 @@ def test_a_line_of_skipped_steps_alone_is_still_json():
 def test_spikes_are_counted():
     averages = Averages()
     for loss in [2.0] * 20 + [9.0] + [2.0] * 5:
-        averages.add(figures(loss))
+        averages.add(metrics(loss))
     assert averages.line()["spikes"] == 1
 
 
@@ -50,11 +50,11 @@ def test_state_in_mid_interval_gives_the_same_line():
     whole, first, second = Averages(), Averages(), Averages()
     losses = torch.rand(30).tolist()
     for loss in losses:
-        whole.add(figures(loss))
+        whole.add(metrics(loss))
     for loss in losses[:13]:
-        first.add(figures(loss))
+        first.add(metrics(loss))
     second.restore(json.loads(json.dumps(first.state())))
     for loss in losses[13:]:
-        second.add(figures(loss))
+        second.add(metrics(loss))
     assert second.line() == whole.line()
     assert second.state() == whole.state()

@@ -1,4 +1,4 @@
-"""What travels in a training step is what section 5 of the paper counts, to the byte."""
+"""The bytes that a training step sends are those of section 5 of the paper."""
 
 from collections import defaultdict
 
@@ -50,7 +50,7 @@ def count_all(rank: int, precision: str) -> None:
 
 
 def by_kind(collectives: list[Collective]) -> dict[tuple[str, str, torch.dtype], tuple[int, int]]:
-    """Return (how many, payload in bytes) of each (kind, axes, dtype)."""
+    """Return (number of calls, payload in bytes) of each (kind, axes, dtype)."""
     totals = defaultdict(lambda: (0, 0))
     for one in collectives:
         number, payload = totals[one.kind, one.axes, one.dtype]
@@ -91,7 +91,7 @@ def count(mesh: Mesh, precision: str) -> None:
         assert calls == 4 * SWITCH_LAYERS
         sent = int(mesh.all_reduce_sum(torch.tensor(payload)))
         assert sent == 4 * everywhere * D * wire.itemsize
-        # How many go where is told first: a number an expert.
+        # The numbers of rows are exchanged first: one per expert.
         counts = found.pop(("all_to_all", "expert", torch.int64))
         assert counts == (SWITCH_LAYERS, SWITCH_LAYERS * E * 8)
 
@@ -158,7 +158,7 @@ def count(mesh: Mesh, precision: str) -> None:
 
 
 def received_rows(record, mesh: Mesh) -> int:
-    """Return how many rows the experts here got, of all processes that send to them."""
+    """Return the number of rows that the local experts received, from all processes."""
     first = mesh.rank("expert") * E // mesh.size("expert")
     mine = slice(first, first + E // mesh.size("expert"))
     total = 0
@@ -172,5 +172,5 @@ def received_rows(record, mesh: Mesh) -> int:
 
 
 def cut(name: str, tensor: int) -> int:
-    """Return into how many parts the tensor axis cuts a parameter."""
+    """Return the number of parts into which the tensor axis splits a parameter."""
     return 1 if "norm" in name or "router" in name else tensor

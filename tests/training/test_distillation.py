@@ -1,4 +1,4 @@
-"""Soft losses against what they are by definition, gradients too; teachers and taught sources."""
+"""Soft losses and their gradients against the definition; teachers and their loaders."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ def logits(seed: int, scale: float = 3.0) -> Tensor:
 
 
 def top(expected_BTV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k likeliest words and the log-probabilities of them and of all others, plainly."""
+    """The k most likely tokens, their log-probabilities and that of all others, computed simply."""
     order = expected_BTV.argsort(-1, descending=True)
     words, rest = order[..., :k], order[..., k:]
     others = expected_BTV.gather(-1, rest).exp().sum(-1, keepdim=True).log()
@@ -119,13 +119,13 @@ def output_of(logits_BTV: Tensor) -> ModelOutput:
 def test_the_objective_weighs_hard_and_soft_over_real_targets(build, loader, temperature):
     model, batch = build(), loader.batch(0)
     assert not batch.target_mask_BT.all()
-    taught = Teacher(model, temperature=temperature)(batch)
+    with_teacher = Teacher(model, temperature=temperature)(batch)
     shape = (*batch.targets_BT.shape, model.config.vocabulary_size)
     student = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     objective = Distillation(hard_weight=0.7, soft_weight=0.2, temperature=temperature)
-    found = objective(output_of(student), taught)
+    found = objective(output_of(student), with_teacher)
     hard, _ = cross_entropy(student, batch.targets_BT, batch.target_mask_BT)
-    p = taught.expected_BTK.exp()
+    p = with_teacher.log_probs_BTK.exp()
     soft_BT = -(p * (student / temperature).softmax(-1).log()).sum(-1)
     soft = soft_BT[batch.target_mask_BT].sum()
     torch.testing.assert_close(found, 0.7 * hard + 0.2 * soft * temperature**2)
@@ -143,30 +143,30 @@ def test_the_size_of_gradients_does_not_depend_much_on_the_temperature():
     assert math.isclose(*sizes, rel_tol=0.05)
 
 
-def test_a_teacher_says_what_it_says_in_evaluation_and_is_left_alone(build, loader):
+def test_a_teacher_runs_in_eval_mode_and_is_not_changed(build, loader):
     model = build(dropout=0.5)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batch = loader.batch(0)
-    taught = Teacher(model)(batch)
+    with_teacher = Teacher(model)(batch)
     again = Teacher(model)(batch)
-    torch.testing.assert_close(taught.expected_BTK, again.expected_BTK, rtol=0, atol=0)
-    assert not taught.expected_BTK.requires_grad
-    torch.testing.assert_close(taught.expected_BTK.exp().sum(-1), torch.ones(8, 6))
+    torch.testing.assert_close(with_teacher.log_probs_BTK, again.log_probs_BTK, rtol=0, atol=0)
+    assert not with_teacher.log_probs_BTK.requires_grad
+    torch.testing.assert_close(with_teacher.log_probs_BTK.exp().sum(-1), torch.ones(8, 6))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("k", [1, 5, 24])
-def test_a_teacher_of_few_words_agrees_with_one_of_all(build, loader, k):
+def test_top_k_of_a_teacher_agrees_with_all_tokens(build, loader, k):
     model, batch = build(), loader.batch(0)
     full, some = Teacher(model)(batch), Teacher(model, top_k=k)(batch)
     assert some.token_ids_BTK is not None
     assert full.token_ids_BTK is None
-    words, expected = top(full.expected_BTK, k)
-    torch.testing.assert_close(some.expected_BTK, expected, rtol=1e-4, atol=1e-5)
+    words, expected = top(full.log_probs_BTK, k)
+    torch.testing.assert_close(some.log_probs_BTK, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(some.token_ids_BTK.sort(-1)[0], words.sort(-1)[0])
 
 
-def test_a_taught_source_teaches_from_any_step_and_holds_out_plainly(build, loader):
+def test_a_teacher_loader_starts_at_any_step_and_leaves_held_out_batches(build, loader):
     teacher = Teacher(build())
     source = TeacherLoader(loader, lambda number, batch: teacher(batch))
     batches = source.iterate(7)

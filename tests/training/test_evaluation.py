@@ -14,7 +14,7 @@ MODEL = nn.Linear(1, 1)
 
 
 def scripted(*scores, patience=None):
-    """An evaluator that reads its scores off a list, by the step of the evaluation."""
+    """An evaluator with the scores of a list, in order."""
     kept = []
     left = dict(enumerate(scores, start=1))
     evaluator = BestCheckpoint(
@@ -44,14 +44,14 @@ def timeless(run):
 def test_it_keeps_the_first_of_the_best():
     evaluator, kept = scripted(0.5, 0.7, 0.7, 0.6)
     models = [nn.Linear(1, 1) for _ in range(4)]
-    verdicts = [evaluator.evaluate(model, step) for step, model in enumerate(models)]
+    results = [evaluator.evaluate(model, step) for step, model in enumerate(models)]
     assert kept == models[:2]
     assert evaluator.state() == {"step": 1, "score": 0.7, "misses": 2}
-    assert [verdict.figures["best_score"] for verdict in verdicts] == [0.5, 0.7, 0.7, 0.7]
-    assert not any(verdict.stop for verdict in verdicts)
+    assert [result.metrics["best_score"] for result in results] == [0.5, 0.7, 0.7, 0.7]
+    assert not any(result.stop for result in results)
 
 
-def test_it_is_patient_for_so_many_evaluations_in_a_row():
+def test_patience_counts_evaluations_in_a_row():
     evaluator, _ = scripted(0.5, 0.4, 0.6, 0.5, 0.5, 0.5, patience=3)
     assert [evaluator.evaluate(MODEL, step).stop for step in range(6)] == [False] * 5 + [True]
 
@@ -65,7 +65,7 @@ def test_it_goes_on_from_its_state():
     assert not kept
 
 
-def test_the_loop_stops_when_its_evaluator_says_so(build, loader, tmp_path):
+def test_the_evaluator_can_end_the_run(build, loader, tmp_path):
     evaluator, _ = scripted(1, 2, 1, 1, 3, patience=2)
     config = TrainingConfig(steps=100, log_every=100, evaluate_every=3, checkpoint_every=None)
     run = RunFolder(tmp_path)
@@ -79,7 +79,7 @@ def test_the_loop_stops_when_its_evaluator_says_so(build, loader, tmp_path):
     assert again.state() == evaluator.state()
 
 
-def test_the_last_step_is_always_judged_and_its_checkpoint_knows(build, loader, tmp_path):
+def test_the_last_step_is_always_evaluated_and_in_its_checkpoint(build, loader, tmp_path):
     evaluator, _ = scripted(1, 2, 3)
     config = TrainingConfig(steps=5, log_every=5, evaluate_every=2, checkpoint_every=5)
     run = RunFolder(tmp_path)
@@ -89,7 +89,7 @@ def test_the_last_step_is_always_judged_and_its_checkpoint_knows(build, loader, 
 
 
 @pytest.mark.parametrize("kill_after", [6, 10, 14])
-def test_a_resumed_run_decides_as_the_undisturbed_one(build, loader, tmp_path, kill_after):
+def test_a_resumed_run_stops_as_an_uninterrupted_one(build, loader, tmp_path, kill_after):
     options = {"log_every": 1, "evaluate_every": 3, "checkpoint_every": 5, "warmup_steps": 0}
     config = TrainingConfig(steps=40, **options)
     whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
@@ -107,8 +107,8 @@ def test_a_resumed_run_decides_as_the_undisturbed_one(build, loader, tmp_path, k
     assert kept_later == kept[len(kept) - len(kept_later) :]
 
 
-def test_a_run_that_is_asked_to_stop_is_not_judged_out_of_turn(build, loader, tmp_path):
-    """Else the resumed run would have seen one evaluation more than the undisturbed one."""
+def test_a_run_that_is_stopped_has_no_extra_evaluation(build, loader, tmp_path):
+    """Otherwise the resumed run would have one evaluation more than an uninterrupted one."""
     config = TrainingConfig(steps=9, log_every=1, evaluate_every=3)
     whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
     list(train(build(), loader, config, run=whole, evaluator=judge()[0]))
@@ -123,7 +123,7 @@ def test_a_run_that_is_asked_to_stop_is_not_judged_out_of_turn(build, loader, tm
 
 
 def test_checkpoints_hold_what_trains(build, loader, tmp_path):
-    """And a frozen parameter of a resumed run is the one that the model came with."""
+    """A frozen parameter of a resumed run is that of the given model."""
     config = TrainingConfig(steps=2, evaluate_every=None)
     run = RunFolder(tmp_path)
     model = build()
@@ -141,7 +141,7 @@ def test_checkpoints_hold_what_trains(build, loader, tmp_path):
 def test_a_resumed_run_knows_the_experts_of_the_evaluation_before(
     build, loader, tmp_path, stop_after
 ):
-    """Killed after an evaluation that its checkpoint knows of, and after one that it does not."""
+    """Killed after an evaluation that is in the checkpoint, and after one that is not."""
     config = TrainingConfig(
         steps=15,
         log_every=1,
@@ -164,7 +164,7 @@ def test_a_resumed_run_knows_the_experts_of_the_evaluation_before(
 
 
 def test_an_evaluation_out_of_turn_is_not_remembered(build, loader, tmp_path):
-    """Where the user stops a run, one more line is written; those after it are as if it was not."""
+    """The extra evaluation of a stopped run writes a line, and does not change later lines."""
     config = TrainingConfig(
         steps=9, log_every=1, evaluate_every=3, evaluate_batches=1, learning_rate=0.02
     )
@@ -194,8 +194,8 @@ def test_other_held_out_text_is_not_compared(build, loader):
     model = build()
     one = HeldOutLoss(loader.held_out(1), loader.sources)
     one.evaluate(model, 1)
-    assert one.evaluate(model, 2).figures["kept_expert"] == [1.0, 1.0]
+    assert one.evaluate(model, 2).metrics["kept_expert"] == [1.0, 1.0]
     loader.rows = 4
     other = HeldOutLoss(loader.held_out(1), loader.sources)
     other.restore(one.state())
-    assert other.evaluate(model, 3).figures["kept_expert"] == [None, None]
+    assert other.evaluate(model, 3).metrics["kept_expert"] == [None, None]

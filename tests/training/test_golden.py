@@ -1,6 +1,6 @@
 """The loss curve of the preset `nano` must stay what it is, on any machine and version of torch.
 
-A change that is meant to alter it writes the file anew, and says so in its commit:
+A change that is meant to alter it updates the file, and its commit says so:
 
     python tests/training/test_golden.py
 """

@@ -1,4 +1,4 @@
-"""The cache gives what the teacher said, to any share, and refuses whatever is not the run's."""
+"""The cache returns the teacher's log-probabilities, and is refused if it is of another run."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from switchlm.data.pretraining.loader import Loader
 from switchlm.errors import CheckpointError
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
-from switchlm.training.distillation import CacheKey, LogitCache, Teacher, build, digest
+from switchlm.training.distillation import CacheKey, LogitCache, Teacher, build_cache, hash_weights
 
 K, BATCHES = 6, 3
 
@@ -24,7 +24,7 @@ def a_teacher(seed: int = 0) -> Teacher:
 
 def key_of(teacher: Teacher, **changes: object) -> CacheKey:
     key = CacheKey(
-        teacher=digest(teacher.model),
+        teacher=hash_weights(teacher.model),
         tokenizer="bytes",
         seed=0,
         temperature=1.0,
@@ -38,7 +38,7 @@ def key_of(teacher: Teacher, **changes: object) -> CacheKey:
 def made(tmp_path_factory, text_loader) -> Path:
     folder = tmp_path_factory.mktemp("caches") / "logits"
     teacher = a_teacher()
-    build(folder, key_of(teacher), teacher, text_loader, BATCHES)
+    build_cache(folder, key_of(teacher), teacher, text_loader, BATCHES)
     return folder
 
 
@@ -52,22 +52,22 @@ def rows(loader: Loader, batches: int = BATCHES) -> int:
     return loader.batch_size * batches
 
 
-def test_it_gives_what_the_teacher_said(made, text_loader):
+def test_it_returns_what_the_teacher_returned(made, text_loader):
     teacher = a_teacher()
     cache = LogitCache(made, key_of(teacher), rows(text_loader))
     for number in (2, 0, 1):
         batch = text_loader.batch(number)
-        found, wanted = cache.teach(number, batch), teacher(batch)
+        found, wanted = cache.add_teacher(number, batch), teacher(batch)
         assert torch.equal(found.token_ids_BTK, wanted.token_ids_BTK)
-        assert torch.equal(found.expected_BTK, wanted.expected_BTK)
+        assert torch.equal(found.log_probs_BTK, wanted.log_probs_BTK)
         assert torch.equal(found.inputs_BS, batch.inputs_BS)
 
 
 def test_processes_read_their_shares_of_it(made, text_loader):
     key = key_of(a_teacher())
-    whole = LogitCache(made, key, rows(text_loader)).teach(1, text_loader.batch(1))
+    whole = LogitCache(made, key, rows(text_loader)).add_teacher(1, text_loader.batch(1))
     parts = [
-        LogitCache(made, key, rows(text_loader), share=rank, num_shares=2).teach(
+        LogitCache(made, key, rows(text_loader), share=rank, num_shares=2).add_teacher(
             1, text_loader.share(rank, 2).batch(1)
         )
         for rank in range(2)
@@ -76,10 +76,10 @@ def test_processes_read_their_shares_of_it(made, text_loader):
 
 
 def test_it_is_made_once(made, text_loader):
-    """What would teach otherwise is not asked."""
+    """Another teacher does not change an existing cache."""
     before = (made / "manifest.json").stat().st_mtime_ns
     other = a_teacher(1)
-    build(made, key_of(other), other, text_loader, BATCHES)
+    build_cache(made, key_of(other), other, text_loader, BATCHES)
     assert (made / "manifest.json").stat().st_mtime_ns == before
 
 
@@ -95,10 +95,10 @@ def test_a_teacher_that_fails_leaves_nothing(tmp_path, text_loader):
     asked = [True, False]
     failing = Failing(teacher.model, top_k=K)
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "logits", key_of(teacher), failing, text_loader, BATCHES)
+        build_cache(tmp_path / "logits", key_of(teacher), failing, text_loader, BATCHES)
     assert not (tmp_path / "logits").exists()
     assert not list(tmp_path.glob("*.part-*"))
-    build(tmp_path / "logits", key_of(teacher), teacher, text_loader, BATCHES)
+    build_cache(tmp_path / "logits", key_of(teacher), teacher, text_loader, BATCHES)
     LogitCache(tmp_path / "logits", key_of(teacher), rows(text_loader))
 
 
@@ -130,7 +130,7 @@ def test_a_cache_for_fewer_steps_is_refused(made, text_loader):
 def test_other_text_is_refused(made, text_loader):
     cache = LogitCache(made, key_of(a_teacher()), rows(text_loader))
     with pytest.raises(CheckpointError, match="other text: the rows of batch 1 differ"):
-        cache.teach(1, text_loader.batch(2))
+        cache.add_teacher(1, text_loader.batch(2))
 
 
 @pytest.mark.parametrize("name", ["words.bin", "expected.bin", "offsets.npy", "rows.npy"])
@@ -156,9 +156,9 @@ def test_a_folder_that_is_no_cache_is_refused(copy, tmp_path, text_loader):
         LogitCache(copy, key, 1)
 
 
-def test_the_digest_knows_every_weight():
+def test_the_hash_depends_on_every_weight():
     one, two = a_teacher().model, a_teacher().model
-    assert digest(one) == digest(two)
+    assert hash_weights(one) == hash_weights(two)
     with torch.no_grad():
         two.decoder.final_norm.weight[3] += 1e-6
-    assert digest(one) != digest(two)
+    assert hash_weights(one) != hash_weights(two)

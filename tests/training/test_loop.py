@@ -101,7 +101,7 @@ def test_the_last_step_is_always_logged(build, loader):
 def test_a_folder_with_a_run_in_it_is_refused(build, loader, tmp_path):
     config = TrainingConfig(steps=1, evaluate_every=None)
     list(train(build(), loader, config, run=RunFolder(tmp_path)))
-    with pytest.raises(CheckpointError, match="There are checkpoints of a run"):
+    with pytest.raises(CheckpointError, match="There are already checkpoints of a run"):
         list(train(build(), loader, config, run=RunFolder(tmp_path)))
 
 
@@ -128,7 +128,7 @@ def test_time_outside_is_not_training_time(build, loader):
     assert lines[1]["seconds"] - lines[0]["seconds"] < 0.5
 
 
-def test_asked_to_stop_it_saves_and_evaluates(build, loader, tmp_path):
+def test_a_stop_request_saves_and_evaluates(build, loader, tmp_path):
     seen = []
     config = TrainingConfig(steps=100, log_every=3, evaluate_batches=1)
     run = RunFolder(tmp_path)
@@ -196,7 +196,7 @@ def test_a_resumed_run_is_the_undisturbed_run(build, text_loader, tmp_path, vari
             assert torch.equal(tensor, other["optimizer"][name][key]), (name, key)
 
 
-def test_resuming_before_the_first_checkpoint_starts_anew(build, loader, tmp_path):
+def test_resuming_before_the_first_checkpoint_starts_again(build, loader, tmp_path):
     config = TrainingConfig(steps=3, log_every=1, evaluate_every=None)
     run = RunFolder(tmp_path)
     run.metrics.write_text('{"step": 1, "loss": 5.0}\n', encoding="utf-8")
@@ -204,12 +204,12 @@ def test_resuming_before_the_first_checkpoint_starts_anew(build, loader, tmp_pat
     assert [line["step"] for line in read_metrics(run.metrics)] == [1, 2, 3]
 
 
-def test_a_resumed_run_says_so_to_its_trackers(build, loader, tmp_path, monkeypatch):
-    told = []
+def test_a_resumed_run_passes_its_step_to_the_trackers(build, loader, tmp_path, monkeypatch):
+    resumed = []
     opened = loop.open_monitor
 
     def spy(run, config, resumed_at):
-        told.append(resumed_at)
+        resumed.append(resumed_at)
         return opened(run, config, resumed_at)
 
     monkeypatch.setattr(loop, "open_monitor", spy)
@@ -217,7 +217,7 @@ def test_a_resumed_run_says_so_to_its_trackers(build, loader, tmp_path, monkeypa
     for steps in (3, 5):
         config = TrainingConfig(steps=steps, evaluate_every=None)
         list(train(build(), loader, config, run=run, resume=steps == 5))
-    assert told == [None, 3]
+    assert resumed == [None, 3]
 
 
 def test_resuming_with_another_optimizer_is_refused(build, loader, tmp_path):
@@ -225,7 +225,7 @@ def test_resuming_with_another_optimizer_is_refused(build, loader, tmp_path):
     config = TrainingConfig(steps=1, evaluate_every=None)
     list(train(build(), loader, config, run=run))
     other = TrainingConfig(steps=2, evaluate_every=None, optimizer="adafactor")
-    with pytest.raises(CheckpointError, match="does not fit"):
+    with pytest.raises(CheckpointError, match="does not match"):
         list(train(build(), loader, other, run=run, resume=True))
 
 
@@ -272,7 +272,7 @@ def test_a_skipped_step_is_reported_and_stays_out_of_the_means(build, loader, sk
 
 
 @pytest.mark.slow
-def test_a_compiled_model_trains_alike(build, loader):
+def test_a_compiled_model_trains_equally(build, loader):
     plain, compiled = build(), build()
     options = {"steps": 4, "log_every": 1, "evaluate_every": None}
     expected = [line["loss"] for line in train(plain, loader, TrainingConfig(**options))]
@@ -290,7 +290,7 @@ def test_training_step_is_all_that_a_loop_of_ones_own_needs(build, loader):
     for group in optimizer.param_groups:
         group["lr"] = 0.02
     losses = [
-        float(training_step(model, optimizer, [loader.batch(step)]).figures[0])
+        float(training_step(model, optimizer, [loader.batch(step)]).metrics[0])
         for step in range(40)
     ]
     assert losses[-1] < 0.8 * losses[0]

@@ -1,7 +1,7 @@
 """On a GPU a training step never makes the host wait for the device.
 
-The default tests run the real step on fake tensors, which refuse to tell values, along the path
-that a GPU takes; with a GPU, PyTorch's own watch over synchronisation looks at the real one.
+The default tests run the real step on fake tensors, whose values cannot be read, with the kernels
+of a GPU; on a GPU, PyTorch's sync debug mode checks the real step.
 """
 
 from collections.abc import Iterator
@@ -109,7 +109,9 @@ def step(model: SwitchTransformer, config: TrainingConfig, batch: Batch) -> None
 
 
 @pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
-def test_a_step_asks_for_no_value(router: RouterConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_reads_no_value_on_the_host(
+    router: RouterConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = TrainingConfig(precision="selective")
     with fake_model(router, monkeypatch) as model:
         step(model, config, make_batch(True, "cpu"))
@@ -124,13 +126,13 @@ def test_neither_does_an_optimizer_or_a_full_batch(
         step(model, config, make_batch(False, "cpu"))
 
 
-def test_numbers_and_random_choices_are_noticed() -> None:
+def test_synchronisation_is_detected() -> None:
     for mistake in (lambda: torch.tensor(3.0), lambda: torch.multinomial(torch.ones(2, 3), 1)):
         with NothingSent(), pytest.raises(AssertionError, match="makes the host wait"):
             mistake()
 
 
-def test_no_token_left_behind_does_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_token_left_behind_does_read_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once per round: whether any assignment lacks capacity. So the tests above can fail."""
     router = RouterConfig(reroute_overflow=True)
     with (

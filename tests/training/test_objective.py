@@ -1,4 +1,4 @@
-"""The loop minimises what it is told to, and what an objective needs travels in the batch."""
+"""The loop minimises the given objective, whose inputs are fields of the batch."""
 
 import dataclasses
 from collections.abc import Generator

@@ -1,4 +1,4 @@
-"""Two processes distil, and start from another model, as one does: experts or vocabulary split."""
+"""Distillation and init_from on two processes equal one process: experts or vocabulary split."""
 
 import torch
 from tests.parallel.processes import run_in_processes
@@ -27,7 +27,7 @@ def compare(rank: int) -> None:
     alone = distil(ALONE)
     for layout in (MeshConfig(tensor=2), MeshConfig(expert=2)):
         found = distil(Mesh.of(layout, "cpu"))
-        torch.testing.assert_close(found["figures"], alone["figures"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found["metrics"], alone["metrics"], rtol=1e-4, atol=1e-5)
         for name, weight in alone.items():
             torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-5, msg=name)
 
@@ -42,7 +42,7 @@ def built(config: object, mesh: Mesh, seed: int) -> SwitchTransformer:
 
 
 def distil(mesh: Mesh) -> dict[str, Tensor]:
-    """Upcycle a dense model over the mesh, and teach a dense student for a step; all that came."""
+    """Return a dense student after a step with a teacher, and an upcycled model, on the mesh."""
     teacher, student = built(SPARSE, ALONE, 0), built(DENSE, mesh, 1)
     init_from(teacher, student, feedforward="mean")
     grown = built(SPARSE, mesh, 2)
@@ -56,7 +56,7 @@ def distil(mesh: Mesh) -> dict[str, Tensor]:
     )
     tensors = {f"student.{name}": part for name, part in student.state_dict().items()}
     tensors |= {f"grown.{name}": part for name, part in grown.state_dict().items()}
-    tensors["figures"] = record.figures
+    tensors["metrics"] = record.metrics
     return {name: part.full_tensor() if isinstance(part, DTensor) else part.detach().clone()
             for name, part in tensors.items()}  # fmt: skip
 

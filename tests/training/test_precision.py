@@ -58,8 +58,8 @@ def test_every_precision_trains(build, loader, precision):
         seed_step(0, step)
         batch = [loader.batch(step)]
         record = training_step(model, optimizer, batch, gradient_clip=1.0, precision=precision)
-        losses.append(float(record.figures[0]))
-        assert record.figures[4] == 0
+        losses.append(float(record.metrics[0]))
+        assert record.metrics[4] == 0
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 

@@ -1,4 +1,4 @@
-"""The paths of a run, and its metrics taken back to the step of a checkpoint."""
+"""The paths of a run, and truncation of its metrics to the step of a checkpoint."""
 
 from pathlib import Path
 

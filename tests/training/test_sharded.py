@@ -1,4 +1,4 @@
-"""The optimizers' updates on sharded tensors (DTensor) are those on whole ones."""
+"""Updates of sharded tensors (DTensor) equal those of full tensors."""
 
 import sys
 from pathlib import Path

@@ -127,7 +127,7 @@ def test_a_step_with_a_bad_gradient_leaves_no_trace(build, loader, kind, balance
     router = RouterConfig(balance=balance)
     spoilt = take_steps(build, loader, kind, spoil=2, leave_out=None, router=router)
     spared = take_steps(build, loader, kind, spoil=None, leave_out=2, router=router)
-    assert [bool(record.figures[4]) for record in spoilt[2]] == [False, False, True, False, False]
+    assert [bool(record.metrics[4]) for record in spoilt[2]] == [False, False, True, False, False]
     for (name, one), other in zip(
         spoilt[0].state_dict().items(), spared[0].state_dict().values(), strict=True
     ):
@@ -147,7 +147,7 @@ def test_a_bad_loss_is_skipped_too(build, loader, value):
         model.embedding.weight[5] = value
     before = copy.deepcopy(model.state_dict())
     record = training_step(model, optimizer, [loader.batch(0)])
-    assert record.figures[4] == 1
+    assert record.metrics[4] == 1
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor.nan_to_num(1.5), before[name].nan_to_num(1.5)), name
 
@@ -237,4 +237,4 @@ def test_dense_models_have_no_routing_to_summarise(build, loader):
     set_learning_rate(optimizer, 0.01)
     record = training_step(model, optimizer, [loader.batch(0)])
     assert summarise_routing(record.routing) is None
-    assert record.figures[1] == record.figures[2] == 0
+    assert record.metrics[1] == record.metrics[2] == 0

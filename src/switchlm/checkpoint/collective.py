@@ -1,9 +1,8 @@
-"""What the processes of a run tell one another about a checkpoint: answers, and errors.
+"""Collectives of a checkpoint: each step succeeds on all ranks, or raises the same error on all.
 
-Each step of a save or a load is taken by all ranks together or by none: an error of one is raised
-on all of them and names it. Words travel over a gloo group that nothing else uses, so that a save
-may go on in the background while training talks over its own. They are pickled on their way, as
-torch.distributed does between the processes of one job; files hold nothing pickled.
+The error names the rank where it occurred. Messages use a gloo group of their own, so that a save
+can run in the background while training uses its groups. They are pickled by torch.distributed;
+files hold nothing pickled.
 """
 
 from collections.abc import Callable
@@ -20,7 +19,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The processes of a group, None being this one alone. All must make the same calls."""
+    """The processes of a group (None: this process alone). All must make the same calls."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
@@ -29,39 +28,38 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this one decides where one must."""
         return self.rank == 0
 
     def on_all_ranks(self, work: Callable[[], T]) -> list[T]:
-        """Do `work` on every rank; return all results, by rank, to all of them.
+        """Run `work` on every rank; return the results of all ranks, in order, on each.
 
         An error of any is raised on all: OSError for one of a disk, else CheckpointError.
         """
         if self.size == 1:
             return [work()]
-        answer, error = _attempt(work)
-        answers = [answer] * self.size
-        dist.all_gather_object(answers, answer, group=self.group)
-        failed = [rank for rank, found in enumerate(answers) if "error" in found]
+        result, error = _attempt(work)
+        results = [result] * self.size
+        dist.all_gather_object(results, result, group=self.group)
+        failed = [rank for rank, found in enumerate(results) if "error" in found]
         if failed:
             more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-            raise _told(answers[failed[0]], f"Rank {failed[0]}{more}: ") from error
-        return [found["value"] for found in answers]
+            raise _remote_error(results[failed[0]], f"Rank {failed[0]}{more}: ") from error
+        return [found["value"] for found in results]
 
     def on_rank_zero(self, work: Callable[[], T]) -> T:
-        """Do `work` on rank 0, and return its result, or raise its error, on all."""
+        """Run `work` on rank 0, and return its result, or raise its error, on all."""
         if self.size == 1:
             return work()
-        answer, error = _attempt(work) if self.is_first else ({}, None)
-        answers = [answer]
-        dist.broadcast_object_list(answers, group=self.group, group_src=0)
-        if "error" in answers[0]:
-            raise error or _told(answers[0], "")
-        value: T = answers[0]["value"]
+        result, error = _attempt(work) if self.is_first else ({}, None)
+        results = [result]
+        dist.broadcast_object_list(results, group=self.group, group_src=0)
+        if "error" in results[0]:
+            raise error or _remote_error(results[0], "")
+        value: T = results[0]["value"]
         return value
 
     def send(self, tensor: Tensor, rank: int) -> None:
-        """Send a contiguous CPU tensor to another rank, which waits for it in `receive`."""
+        """Send a contiguous CPU tensor to another rank, which calls `receive`."""
         dist.send(_bytes(tensor), group=self.group, group_dst=rank)
 
     def receive(self, tensor: Tensor, rank: int) -> None:
@@ -77,16 +75,16 @@ def _attempt(work: Callable[[], Any]) -> tuple[dict[str, Any], Exception | None]
     try:
         return {"value": work()}, None
     except Exception as error:
-        told = str(error)
+        message = str(error)
         if not isinstance(error, CheckpointError | OSError | SafetensorError):
-            told = f"{type(error).__name__}: {error}"
+            message = f"{type(error).__name__}: {error}"
         of_disk = isinstance(error, OSError | SafetensorError)
-        return {"error": told, "of_disk": of_disk}, error
+        return {"error": message, "of_disk": of_disk}, error
 
 
-def _told(answer: dict[str, Any], who: str) -> Exception:
-    """Return the error that another rank told of."""
-    return (OSError if answer["of_disk"] else CheckpointError)(who + answer["error"])
+def _remote_error(result: dict[str, Any], prefix: str) -> Exception:
+    """Return the error of another rank."""
+    return (OSError if result["of_disk"] else CheckpointError)(prefix + result["error"])
 
 
 def _bytes(tensor: Tensor) -> Tensor:

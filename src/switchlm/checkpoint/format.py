@@ -1,14 +1,13 @@
-"""What the files of a checkpoint hold: its manifest, and training state as tensors and JSON.
+"""The format of a checkpoint: its manifest, and training state as tensors and JSON.
 
 The manifest has the size and SHA-256 of every file, and of itself, and is written last. A folder
-without one was never finished; one whose files differ from it was damaged later. Its own bytes are
-canonical, so that no bit of them can change unseen. It finds accidents; it is no signature, and
-reading a checkpoint is safe without it.
+without a manifest was not finished; if files differ from it, they were damaged later. It detects
+accidents and is no signature; reading a checkpoint is safe without it.
 
-Nothing is pickled. `split` takes nested dicts, lists and tuples apart: every tensor gets the name
-of its path (`optimizer/state/encoder.final_norm.weight/step`), and the structure that is left is
-plain JSON, a tensor in it being `{"$tensor": name, "dtype": ..., "shape": ...}`. `join` is the
-inverse. A tensor is stored whole under its name, whatever layout it had over processes.
+Nothing is pickled. `flatten_state` maps nested dicts, lists and tuples to named tensors and JSON:
+every tensor is named by its path (`optimizer/state/encoder.final_norm.weight/step`), and is
+`{"$tensor": name, "dtype": ..., "shape": ...}` in the JSON. `unflatten_state` is the inverse. Names
+and shapes are those of full tensors, however they are sharded.
 """
 
 import hashlib
@@ -29,13 +28,13 @@ from switchlm.files import sync
 
 NAME = "manifest.json"
 FORMAT = 1
-LARGEST = 2**24  # bytes; a manifest has about a hundred a file
+LARGEST = 2**24  # bytes; a manifest has about a hundred per file
 
 
 def write(folder: Path, step: int, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-    """Describe all files of `folder` as they are now, as the checkpoint of `step`.
+    """Write the manifest of the files in `folder`, as the checkpoint of `step`.
 
-    known: size and SHA-256 of files that need not be read again for them.
+    known: size and SHA-256 of files, by name; others are read to compute them.
     """
     known = known or {}
     files = {
@@ -49,8 +48,8 @@ def write(folder: Path, step: int, known: Mapping[str, Mapping[str, Any]] | None
 def verify(folder: Path, ranks: Ranks = ALONE) -> int:
     """Read every file of a checkpoint, compare it with the manifest, and return the step.
 
-    Ranks share the reading. Raises CheckpointError on all of them that names the first file which
-    is missing, not listed, or differs.
+    Each rank reads a part of the files. Raises CheckpointError on all ranks, which names the first
+    file that is missing, not listed, or differs.
     """
     content = ranks.on_rank_zero(lambda: _listed(folder))
     files = content["files"]
@@ -62,7 +61,7 @@ def verify(folder: Path, ranks: Ranks = ALONE) -> int:
 
 
 def _listed(folder: Path) -> dict[str, Any]:
-    """Return the manifest, whose files are all there in their sizes, and no others."""
+    """Return the manifest, after comparing the names and sizes of the files."""
     with readable(folder):
         content = _read(folder)
         _compare_names(folder, content["files"])
@@ -78,7 +77,7 @@ def _compare_content(folder: Path, files: dict[str, Any]) -> None:
 
 @contextmanager
 def readable(folder: Path) -> Iterator[None]:
-    """Turn what a disk does to a reader into the project's own error."""
+    """Raise errors of reading as CheckpointError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -137,7 +136,7 @@ def _encode(content: dict[str, Any]) -> bytes:
 
 
 def damaged(folder: Path, what: str) -> CheckpointError:
-    """Return the error that a checkpoint does not hold what was written."""
+    """Return the error for files that are not as they were written."""
     return CheckpointError(f"The checkpoint {str(folder)!r} is damaged: {what}.")
 
 
@@ -150,57 +149,57 @@ CODES = {
     torch.bool: "BOOL",
 }  # fmt: skip
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
+TensorSpec = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape
 
 
-def split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
+def flatten_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
     """Return the tensors of `state` by name, and its structure as JSON values.
 
-    Keys are strings or integers; other leaves are numbers, strings, booleans and None. Raises
-    CheckpointError for anything else, naming where it stands.
+    Keys are strings or integers; leaves besides tensors are numbers, strings, booleans and None.
+    Raises CheckpointError for anything else, with its path.
     """
     tensors: dict[str, Tensor] = {}
-    return tensors, _take_apart(state, (), tensors)
+    return tensors, _flatten(state, (), tensors)
 
 
-def join(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return the state that `split` took apart, with `tensors` in their places."""
+def unflatten_state(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return the state of which `flatten_state` made `structure` and the names of `tensors`."""
     if isinstance(structure, list):
-        return [join(item, tensors) for item in structure]
+        return [unflatten_state(item, tensors) for item in structure]
     if not isinstance(structure, dict):
         return structure
     match structure:
         case {"$tensor": str(name)}:
             return tensors[name]
         case {"$tuple": list(items)}:
-            return tuple(join(item, tensors) for item in items)
+            return tuple(unflatten_state(item, tensors) for item in items)
         case {"$float": str(text)}:
             return float(text)
         case {"$items": list(items)}:
-            return {key: join(item, tensors) for key, item in items}
-    return {key: join(item, tensors) for key, item in structure.items()}
+            return {key: unflatten_state(item, tensors) for key, item in items}
+    return {key: unflatten_state(item, tensors) for key, item in structure.items()}
 
 
-def describe(structure: Any) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """Yield name, dtype and shape of every tensor in a structure made by `split`."""
-    if isinstance(structure, list):
-        for item in structure:
-            yield from describe(item)
-    elif isinstance(structure, dict):
-        if "$tensor" in structure:
-            name, dtype, shape = (structure[key] for key in ("$tensor", "dtype", "shape"))
-            yield str(name), DTYPES[dtype], tuple(int(size) for size in shape)
-        else:
-            for item in structure.values():
-                yield from describe(item)
+def tensor_specs(structure: Any) -> dict[str, TensorSpec]:
+    """Return dtype and shape by name of every tensor in a structure made by `flatten_state`."""
+    if isinstance(structure, dict) and "$tensor" in structure:
+        name, dtype, shape = (structure[key] for key in ("$tensor", "dtype", "shape"))
+        return {str(name): (DTYPES[dtype], tuple(int(size) for size in shape))}
+    if isinstance(structure, dict):
+        structure = list(structure.values())
+    specs: dict[str, TensorSpec] = {}
+    for item in structure if isinstance(structure, list) else ():
+        specs |= tensor_specs(item)
+    return specs
 
 
-def _take_apart(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+def _flatten(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         return _name_tensor(value, path, tensors)
     if isinstance(value, Mapping):
-        return _take_mapping_apart(value, path, tensors)
+        return _flatten_mapping(value, path, tensors)
     if type(value) in (list, tuple):
-        items = [_take_apart(item, (*path, str(i)), tensors) for i, item in enumerate(value)]
+        items = [_flatten(item, (*path, str(i)), tensors) for i, item in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
     if type(value) is float and not math.isfinite(value):
         return {"$float": repr(value)}
@@ -213,7 +212,7 @@ def _take_apart(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -
     )
 
 
-def _take_mapping_apart(
+def _flatten_mapping(
     value: Mapping[Any, Any], path: tuple[str, ...], tensors: dict[str, Tensor]
 ) -> dict[str, Any]:
     items = []
@@ -223,7 +222,7 @@ def _take_mapping_apart(
                 f"Cannot save the key {key!r} of {'/'.join(path) or 'the state'}: keys of a "
                 "checkpoint are strings or integers."
             )
-        items.append((key, _take_apart(item, (*path, _escape(str(key))), tensors)))
+        items.append((key, _flatten(item, (*path, _escape(str(key))), tensors)))
     if any(type(key) is int or key.startswith("$") for key, _ in items):
         return {"$items": [[key, item] for key, item in items]}
     return dict(items)
@@ -234,8 +233,8 @@ def _name_tensor(tensor: Tensor, path: tuple[str, ...], tensors: dict[str, Tenso
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in DTYPES or tensor.layout != torch.strided:
         raise CheckpointError(
-            f"Cannot save the tensor {name}: its kind ({tensor.dtype}, {tensor.layout}) has no "
-            f"place in a safetensors file. Store it as one of: {', '.join(DTYPES)}."
+            f"Cannot save the tensor {name}: safetensors files do not support {tensor.dtype}, "
+            f"{tensor.layout}. Convert it to one of: {', '.join(DTYPES)}."
         )
     if name in tensors:
         raise CheckpointError(f"Cannot save two tensors under the name {name}; rename a key.")

@@ -1,13 +1,12 @@
-"""Which part of each tensor is where: on which rank, and in which safetensors file.
+"""Which region of each tensor is on which rank, and in which safetensors file.
 
-A box is the part of a tensor between a start and a stop in every dim. Tensors may be DTensors on
-any mesh, or plain ones, which every rank holds whole. Replicas are found by their boxes, since a
-tensor need not know every axis along which it is repeated.
+A region is the part of a tensor between a start and a stop in every dim. Tensors may be DTensors on
+any mesh, or plain tensors, which are complete on every rank. Replicas are found by equal regions,
+since a DTensor need not have every axis along which it is replicated.
 
-A file holds some parts under the names of their tensors, bit for bit; where a part stands in its
-tensor is in the metadata of the header, written as torch.distributed.checkpoint (DCP) writes it,
-which can read these files. Files are written in one go with their SHA-256, and mapped into memory
-when read, so that a process reads no more than it needs. Nothing is pickled.
+A file holds parts of tensors under their names; the offsets of a part are in the metadata of the
+header, in the format of torch.distributed.checkpoint (DCP), which can read these files. Files are
+mapped into memory when read, so a process reads only the parts that it needs.
 """
 
 import hashlib
@@ -30,34 +29,34 @@ from switchlm.checkpoint.format import CODES
 from switchlm.errors import CheckpointError
 from switchlm.model.layers import local
 
-FILE_BYTES = 2**28  # about; a larger part has a file of its own
+FILE_BYTES = 2**28  # approximate size of a file; a larger part has a file of its own
 OFFSETS = "DCP_SHARDING_INFO"
 
 Region = tuple[tuple[int, int], ...]
-Place = tuple[tuple[int, ...], str]  # where a part starts in its tensor, and its file
+Place = tuple[tuple[int, ...], str]  # offsets of a part in its tensor, and its file
 
 
 @dataclass(frozen=True)
 class StoredRegion:
-    """A part of a tensor, and the rank that saves or sends it."""
+    """A region of a tensor, and the rank that saves or sends it."""
 
     rank: int
-    box: Region
+    region: Region
 
 
 Layout = dict[str, list[StoredRegion]]
 
 
 def full_region(shape: tuple[int, ...]) -> Region:
-    """Return the box of all of a tensor."""
+    """Return the region of a full tensor."""
     return tuple((0, size) for size in shape)
 
 
 def region_of(tensor: Tensor) -> Region:
-    """Return which part of a tensor is here; CheckpointError if that is no box.
+    """Return the region of a tensor on this rank; CheckpointError if the part is no region.
 
-    Several axes may split one dim (FSDP after tensor or expert parallelism): PyTorch orders them so
-    that a rank's part is in one piece wherever the later split is even.
+    Several axes may split one dim (FSDP after tensor or expert parallelism); PyTorch orders them so
+    that the part of a rank is contiguous if the later split is even.
     """
     if not isinstance(tensor, DTensor):
         return full_region(tuple(tensor.shape))
@@ -69,35 +68,35 @@ def region_of(tensor: Tensor) -> Region:
     shape, offset = _torch.local_shape_and_offset(tensor)
     if shape != tuple(part_of(tensor).shape):
         raise CheckpointError(
-            f"Cannot tell which part of a tensor {list(tensor.shape)}, placed as "
-            f"{list(tensor.placements)}, a rank holds."
+            f"Cannot save a tensor {list(tensor.shape)} with the placements "
+            f"{list(tensor.placements)}: the part of a rank is not contiguous."
         )
     return tuple((start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
 def part_of(tensor: Tensor) -> Tensor:
-    """Return the memory of the part that is here."""
+    """Return the part of a tensor on this rank, without a copy."""
     return local(tensor.detach())
 
 
 def overlap(one: Region, other: Region) -> Region | None:
-    """Return the box that two share, None if they do not touch."""
+    """Return the intersection of two regions, None if it is empty."""
     common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
     return common if all(start < stop for start, stop in common) else None
 
 
-def slices(box: Region, inside: Region) -> tuple[slice, ...]:
-    """Return how to cut `box` out of a tensor that holds `inside`."""
-    return tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(box, inside, strict=True))
+def slices(region: Region, inside: Region) -> tuple[slice, ...]:
+    """Return the slices of `region` in a tensor that holds the region `inside`."""
+    return tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(region, inside, strict=True))
 
 
-def volume(box: Region) -> int:
-    """Return how many numbers a box holds."""
-    return math.prod(max(stop - start, 0) for start, stop in box)
+def volume(region: Region) -> int:
+    """Return the number of elements of a region."""
+    return math.prod(max(stop - start, 0) for start, stop in region)
 
 
 class Planner:
-    """Works the layout out anew only when it changes on some rank, since all must talk for it."""
+    """Computes the layout, and caches it until a tensor changes on some rank."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -105,51 +104,51 @@ class Planner:
         self._layout: Layout = {}
 
     def layout(self, tensors: Mapping[str, Tensor]) -> Layout:
-        """Return who holds what of every tensor, each part once; all ranks name the same tensors.
+        """Return the regions of every tensor, each once, with the rank that saves it.
 
-        Of several holders the one with the fewest bytes so far is taken. Plain tensors are rank
-        0's. Raises CheckpointError if ranks have different tensors.
+        Of replicas, the rank with the fewest bytes so far saves it; rank 0 saves plain tensors.
+        Raises CheckpointError if ranks have tensors of other names, shapes or dtypes.
         """
         if self.ranks.size == 1:
             return {
                 name: [StoredRegion(0, full_region(tuple(t.shape)))] for name, t in tensors.items()
             }
-        boxes = {
+        regions = {
             name: region_of(tensor) if isinstance(tensor, DTensor) else None
             for name, tensor in tensors.items()
         }
         kinds = [(name, str(t.dtype), list(t.shape)) for name, t in tensors.items()]
-        digests = self.ranks.on_all_ranks(lambda: _digest([kinds, boxes]))
+        digests = self.ranks.on_all_ranks(lambda: _digest([kinds, regions]))
         if digests != self._digests:
-            found = self.ranks.on_all_ranks(lambda: (kinds, list(boxes.values())))
+            found = self.ranks.on_all_ranks(lambda: (kinds, list(regions.values())))
             for rank, (theirs, _) in enumerate(found):
                 if theirs != found[0][0]:
                     raise CheckpointError(
-                        f"Rank {rank} saves other tensors than rank 0; all must have the same "
-                        "names, shapes and dtypes."
+                        f"Rank {rank} saves other tensors than rank 0; names, shapes and dtypes "
+                        "must be the same on all ranks."
                     )
-            self._layout = _assign(tensors, [places for _, places in found])
+            self._layout = _assign(tensors, [regions_of_rank for _, regions_of_rank in found])
             self._digests = digests
         return self._layout
 
 
-def _assign(tensors: Mapping[str, Tensor], boxes_by_rank: list[list[Region | None]]) -> Layout:
+def _assign(tensors: Mapping[str, Tensor], regions_by_rank: list[list[Region | None]]) -> Layout:
     layout: Layout = {}
-    load = [0] * len(boxes_by_rank)
+    load = [0] * len(regions_by_rank)
     for index, (name, tensor) in enumerate(tensors.items()):
         holders: dict[Region, list[int]] = {}
-        for rank, boxes in enumerate(boxes_by_rank):
-            box = boxes[index]
-            if box is None and rank == 0:  # whole on every rank
-                box = full_region(tuple(tensor.shape))
-            if box is not None:
-                holders.setdefault(box, []).append(rank)
+        for rank, regions in enumerate(regions_by_rank):
+            region = regions[index]
+            if region is None and rank == 0:  # a plain tensor
+                region = full_region(tuple(tensor.shape))
+            if region is not None:
+                holders.setdefault(region, []).append(rank)
         layout[name] = []
-        for box, ranks in sorted(holders.items()):
-            if volume(box):
+        for region, ranks in sorted(holders.items()):
+            if volume(region):
                 rank = min(ranks, key=load.__getitem__)
-                load[rank] += volume(box) * tensor.dtype.itemsize
-                layout[name].append(StoredRegion(rank, box))
+                load[rank] += volume(region) * tensor.dtype.itemsize
+                layout[name].append(StoredRegion(rank, region))
     return layout
 
 
@@ -158,22 +157,22 @@ def _digest(value: object) -> str:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A part of a tensor in a file: its box, the dtype's code, the file's name."""
+class FileRegion:
+    """A region of a tensor in a file: `code` is the dtype's in safetensors, `file` a name."""
 
-    box: Region
+    region: Region
     code: str
     file: str
 
 
 def assign_files(layout: Layout, item_bytes: Mapping[str, int]) -> dict[tuple[str, int], str]:
-    """Return the file of each (name, rank); a file is of one rank, of about FILE_BYTES."""
+    """Return the file of each (tensor, rank); a file is written by one rank."""
     numbers: dict[tuple[str, int], int] = {}
     number = 0
     by_rank: dict[int, list[tuple[str, int]]] = {}
     for name, holders in layout.items():
         for held in holders:
-            size = volume(held.box) * item_bytes[name]
+            size = volume(held.region) * item_bytes[name]
             if size:
                 by_rank.setdefault(held.rank, []).append((name, size))
     for rank, parts in sorted(by_rank.items()):
@@ -189,7 +188,7 @@ def assign_files(layout: Layout, item_bytes: Mapping[str, int]) -> dict[tuple[st
 def save(
     folder: Path, places: Mapping[str, Place], parts: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
-    """Write parts of tensors, in CPU memory, into their files, synced.
+    """Write parts of tensors, in CPU memory, to their files, and sync them.
 
     Returns size and SHA-256 by file. Raises OSError.
     """
@@ -199,10 +198,10 @@ def save(
     return {file: _write(folder / file, places, held) for file, held in by_file.items()}
 
 
-def index(paths: Iterable[Path]) -> Iterator[tuple[str, Stored]]:
-    """Yield the name and place of every part in the files, from their headers.
+def index(paths: Iterable[Path]) -> Iterator[tuple[str, FileRegion]]:
+    """Yield the name and region of every part in the files, from their headers.
 
-    Raises CheckpointError for a file whose header makes no sense.
+    Raises CheckpointError for an invalid header.
     """
     for path in paths:
         with _opened(path) as file:
@@ -212,33 +211,35 @@ def index(paths: Iterable[Path]) -> Iterator[tuple[str, Stored]]:
                     part = file.get_slice(name)
                     shape = part.get_shape()
                     start = offsets[name]["saved_offsets"] if name in offsets else [0] * len(shape)
-                    box = tuple((int(a), int(a) + n) for a, n in zip(start, shape, strict=True))
-                    yield name, Stored(box, part.get_dtype(), path.name)
+                    region = tuple((int(a), int(a) + n) for a, n in zip(start, shape, strict=True))
+                    yield name, FileRegion(region, part.get_dtype(), path.name)
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 raise CheckpointError(f"The header of {str(path)!r} is damaged: {error}") from None
 
 
 @torch.no_grad()
-def load(folder: Path, into: Mapping[str, Tensor], stored: Mapping[str, Iterable[Stored]]) -> None:
-    """Fill what is here of each tensor from the parts that overlap it; nothing else is read."""
+def load(
+    folder: Path, into: Mapping[str, Tensor], stored: Mapping[str, Iterable[FileRegion]]
+) -> None:
+    """Fill this rank's part of each tensor; reads only the parts of files that overlap it."""
     wanted: dict[str, list[tuple[str, Region, Region, Region]]] = {}
     for name, tensor in into.items():
         here = region_of(tensor)
         for part in stored.get(name, ()):
-            common = overlap(here, part.box)
+            common = overlap(here, part.region)
             if common is not None:
-                wanted.setdefault(part.file, []).append((name, here, part.box, common))
+                wanted.setdefault(part.file, []).append((name, here, part.region, common))
     for file_name, parts in wanted.items():
         with _opened(folder / file_name) as file:
-            for name, here, box, common in parts:
-                found = file.get_tensor(name)  # backed by the file, read where it is used
-                part_of(into[name])[slices(common, here)].copy_(found[slices(common, box)])
+            for name, here, region, common in parts:
+                found = file.get_tensor(name)  # memory-mapped: only the slices are read
+                part_of(into[name])[slices(common, here)].copy_(found[slices(common, region)])
 
 
 def header(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Any) -> bytes:
-    """Return the header of a safetensors file that holds such tensors in this order.
+    """Return the header of a safetensors file of tensors in this order, without gaps.
 
-    The format wants no gaps, so put larger dtypes first to have all of them aligned.
+    shapes: dtype and shape by name, larger dtypes first, so that all are aligned.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     start = 0

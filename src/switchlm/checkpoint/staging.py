@@ -1,10 +1,10 @@
-"""Copies of the tensors to save, so that training goes on while they are written.
+"""Copies of the tensors to save, so that training continues while they are written.
 
-Training pauses for one copy of this rank's part, and it should be the quickest there is:
-- on a CPU, into memory that is kept from save to save, since fresh pages are slow to get;
-- on an accelerator with room for it, into its own memory, a hundred times as fast as over the bus;
-  from there the copies go to pinned CPU memory on a stream of their own, in the background;
-- on one without, straight to the pinned memory.
+Training pauses only for one copy of this rank's part:
+- on a CPU, to buffers that are kept from save to save, since new pages are slow to allocate;
+- on an accelerator with enough free memory, to that memory, a hundred times as fast as over the
+  bus; from there to pinned CPU memory on a stream of its own, in the background;
+- else from the accelerator to pinned CPU memory.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,38 +17,38 @@ Parts = dict[str, Tensor]
 
 
 class Staging:
-    """The memory of the copies, as many bytes as this rank saves, in the CPU's memory."""
+    """Buffers in CPU memory for the tensors that this rank saves."""
 
     def __init__(self) -> None:
         self._buffers: Parts = {}
 
     def reserve(self, parts: Mapping[str, Tensor]) -> None:
-        """Get the memory for copies of such tensors, which takes longer than to copy them."""
+        """Allocate buffers for these tensors, which takes longer than copying them."""
         self._buffers = {name: self._buffer(name, part) for name, part in parts.items()}
 
     @torch.no_grad()
     def copy(self, parts: Mapping[str, Tensor]) -> Callable[[], Parts]:
         """Copy the tensors, which may change as soon as this returns.
 
-        Returns a function to call, once, from any thread: it gives the copies, contiguous on the
-        CPU, which hold until the next call of this.
+        Returns a function to call once, from any thread: it returns the copies, contiguous on the
+        CPU, which are valid until the next call of `copy`.
         """
         devices = {part.device for part in parts.values() if part.device.type != "cpu"}
         if devices and all(_fits_in_memory(device, parts) for device in devices):
-            held = {name: part.clone() for name, part in parts.items()}
-            taken = {device: _stream(device).record_event() for device in devices}
+            copies = {name: part.clone() for name, part in parts.items()}
+            copied = {device: _stream(device).record_event() for device in devices}
 
-            def land() -> Parts:
-                self.reserve(held)
-                for device, event in taken.items():
-                    self._fetch(held, device, event)
-                for name, part in held.items():
+            def finish_copy() -> Parts:
+                self.reserve(copies)
+                for device, event in copied.items():
+                    self._fetch(copies, device, event)
+                for name, part in copies.items():
                     if part.device.type == "cpu":
                         self._buffers[name].copy_(part)
-                held.clear()
+                copies.clear()
                 return dict(self._buffers)
 
-            return land
+            return finish_copy
         self.reserve(parts)
         for name, part in parts.items():
             self._buffers[name].copy_(part, non_blocking=part.device.type != "cpu")
@@ -57,12 +57,12 @@ class Staging:
         return lambda: dict(self._buffers)
 
     @torch.no_grad()
-    def _fetch(self, held: Parts, device: torch.device, taken: Any) -> None:
-        """Copy what is on a device, once `taken` has happened there, past what it computes now."""
+    def _fetch(self, copies: Parts, device: torch.device, copied: Any) -> None:
+        """Copy from a device to the buffers, after the event `copied`, on a stream of its own."""
         module = torch.get_device_module(device)
         with module.device(device), module.stream(module.Stream(device)):
-            module.current_stream(device).wait_event(taken)
-            for name, part in held.items():
+            module.current_stream(device).wait_event(copied)
+            for name, part in copies.items():
                 if part.device == device:
                     self._buffers[name].copy_(part, non_blocking=True)
             module.current_stream(device).synchronize()
@@ -74,7 +74,7 @@ class Staging:
         pinned = part.device.type == "cuda"
         buffer = torch.empty(part.shape, dtype=part.dtype, pin_memory=pinned)
         if not pinned:
-            buffer.view(-1).view(torch.uint8)[::4096].zero_()  # pages come when they are written to
+            buffer.view(-1).view(torch.uint8)[::4096].zero_()  # a write allocates the page
         return buffer
 
 
@@ -83,9 +83,9 @@ def _stream(device: torch.device) -> Any:
 
 
 def _fits_in_memory(device: torch.device, parts: Mapping[str, Tensor]) -> bool:
-    """Whether copies fit on the device, with as much left over for training to grow into."""
-    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
-    if ask is None:
+    """Whether the device has twice the memory of the copies free: half is left for training."""
+    mem_get_info = getattr(torch.get_device_module(device), "mem_get_info", None)
+    if mem_get_info is None:
         return False
-    free: int = ask(device)[0]
+    free: int = mem_get_info(device)[0]
     return free > 2 * sum(part.nbytes for part in parts.values() if part.device == device)

@@ -1,7 +1,6 @@
-"""`Batch`, the one record that leaves this package, and what all its sources have in common.
+"""`Batch`, and the base class of all loaders.
 
-A loader gives every data-parallel worker its rows of each step, prepared ahead in a background
-thread.
+A loader gives every data-parallel worker its rows of each step, prefetched in a background thread.
 
 Shapes: B rows of the batch, E examples in them, S inputs, T targets.
 """
@@ -30,9 +29,9 @@ class Batch:
 
     inputs_BS, targets_BT: int64 token ids. Targets end with the end token; the model shifts them.
     input_segments_BS, target_segments_BT: int32; 0 is padding, packed examples count from 1 and
-        never attend to one another. None says that every row is one full example without padding,
-        which spares the model its masks.
-    source_B: int32, the index of the source in the mixture that each row came from.
+        never attend to each other. None if every row is one example without padding, which needs
+        no masks.
+    source_B: int32, the index of the source of each row in the mixture.
     """
 
     inputs_BS: Tensor
@@ -42,7 +41,7 @@ class Batch:
     source_B: Tensor
 
     def to(self, device: torch.device | str) -> Self:
-        """Return the batch on `device`; copies only what is elsewhere."""
+        """Return the batch on `device`."""
         move: dict[str, Any] = {
             name: None if value is None else value.to(device, non_blocking=True)
             for name, value in vars(self).items()
@@ -51,14 +50,14 @@ class Batch:
 
     @property
     def target_mask_BT(self) -> Tensor:
-        """Bool, true where a target counts in the loss."""
+        """Bool, true for targets that are not padding."""
         if self.target_segments_BT is None:
             return torch.ones_like(self.targets_BT, dtype=torch.bool)
         return self.target_segments_BT != 0
 
     @property
     def num_tokens(self) -> int:
-        """Real input and target tokens, padding left out."""
+        """The number of input and target tokens without padding."""
         inputs = self.inputs_BS.numel()
         if self.input_segments_BS is not None:
             inputs = int((self.input_segments_BS != 0).sum())
@@ -66,7 +65,7 @@ class Batch:
 
 
 class BatchSource(Protocol):
-    """What training reads: a loader, or anything else that gives batches by step."""
+    """A loader, or anything else that training reads batches from."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -74,7 +73,7 @@ class BatchSource(Protocol):
         ...
 
     def iterate(self, start_step: int) -> Generator[tuple[int, Batch], None, None]:
-        """Yield (step, batch) from `start_step` on without end; the batch depends on it alone."""
+        """Yield (step, batch) from `start_step` on; a batch depends on its step alone."""
         ...
 
     def held_out(self, num_batches: int) -> list[Batch]:
@@ -87,7 +86,7 @@ class StepLoader(ABC):
 
     sources: the names that Batch.source_B indexes.
     batch_size: rows in the global batch of a step.
-    rank, world_size: which worker of how many; one alone unless `share` says otherwise.
+    rank, world_size: of the worker, set by `share`.
     """
 
     def __init__(self, sources: tuple[str, ...], batch_size: int, tokenizer: Tokenizer) -> None:
@@ -96,25 +95,25 @@ class StepLoader(ABC):
 
     @abstractmethod
     def make(self, sample_B: Int64) -> Batch:
-        """Return the training samples of those numbers, a row each."""
+        """Return the training samples with these numbers, one row for each."""
 
     def share(self, rank: int, world_size: int) -> Self:
-        """Return what `rank` of `world_size` workers reads: its rows of every batch.
+        """Return the loader of one worker: its rows of every batch.
 
-        Raises DataError where the rows cannot be shared out evenly.
+        Raises DataError if the workers would not have equally many rows.
         """
         if self.batch_size % world_size:
             raise DataError(
                 f"A batch of {self.batch_size} rows (data.batch_size; of tasks "
-                f"finetune.batch_size) cannot be shared out evenly among {world_size} workers; use "
-                "a multiple."
+                f"finetune.batch_size) cannot be divided evenly over {world_size} workers; use a "
+                "multiple."
             )
         part = copy(self)
         part.rank, part.world_size = rank, world_size
         return part
 
     def sample_ids(self, step: int) -> Int64:
-        """Return the numbers of the samples that this worker sees at `step`."""
+        """Return the numbers of this worker's samples of `step`."""
         share = self.batch_size // self.world_size
         return np.arange(share) + (step * self.batch_size + self.rank * share)
 
@@ -125,7 +124,7 @@ class StepLoader(ABC):
     def iterate(
         self, start_step: int = 0, prefetch: int = 2
     ) -> Generator[tuple[int, Batch], None, None]:
-        """Yield (step, batch) for ever, `prefetch` batches made ahead in a background thread."""
+        """Yield (step, batch) without end, with `prefetch` batches made in a background thread."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="switchlm-loader") as worker:
             ahead = deque(
                 worker.submit(self.batch, step) for step in range(start_step, start_step + prefetch)
@@ -138,19 +137,20 @@ class StepLoader(ABC):
                 worker.shutdown(wait=False, cancel_futures=True)
 
 
-def lay_out(
+def pad_rows(
     values: Int64, length_E: Int64, row_E: Int64, num_rows: int, length: int, pad_id: int
 ) -> tuple[Tensor, Tensor]:
-    """Put examples into rows, one after the other, and padding behind them.
+    """Concatenate examples to rows, and pad these.
 
-    values: the tokens of all examples, end to end; examples of a row are neighbours.
-    length_E, row_E: how long each example is, and the row that it is put into.
+    values: the tokens of all examples, concatenated; examples of a row are neighbours.
+    length_E: the number of tokens of each example.
+    row_E: the row of each example.
 
     Returns int64 tokens and int32 segments (see `Batch`), both [num_rows, length].
     """
     first_E = np.searchsorted(row_E, row_E)  # the first example of each example's row
     row_start_E = (np.cumsum(length_E) - length_E)[first_E]
-    # Where an example's first token goes, against where it stands in `values`.
+    # From the position of an example in `values` to that in the rows.
     shift_E = row_E * length - row_start_E
     position = np.arange(len(values)) + np.repeat(shift_E, length_E)
     tokens = np.full(num_rows * length, pad_id, dtype=np.int64)

@@ -1,17 +1,17 @@
-"""The `data` section of a configuration: which text, how it is cut, masked and mixed."""
+"""The `data` section of a configuration: sources, tokenizer, rows, masking and mixture."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from switchlm.errors import ConfigError
 
-LONGEST = 2**16  # tokens in a row; stops absurd allocations early
+LONGEST = 2**16  # tokens in a row; limits allocations
 LARGEST_VOCABULARY = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """The fields of JSONL records and Parquet rows: the text, and what it belongs to."""
+    """The fields of JSONL records and Parquet rows: the text, and its group."""
 
     text: str = "text"
     group: str | None = None
@@ -19,7 +19,7 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Text in, batches out.
+    """The settings of pre-training data.
 
     sources: each `[name=]location[:weight]`; a location is a file, a folder, a glob,
         `python:stdlib`, `python:site-packages` or `hub:NAME[:CONFIG][:SPLIT]`. `each:LOCATION`
@@ -28,21 +28,20 @@ class DataConfig:
         folder of one.
     vocabulary_size: of a trained tokenizer, sentinels included.
     input_length: tokens in a row of inputs, sentinels and the end token included.
-    target_length: tokens in a row of targets; None takes what the inputs need exactly.
+    target_length: tokens in a row of targets; None takes the number that the inputs need.
     batch_size: rows in the global batch of a step.
     noise_density, mean_span: the share of tokens masked, and the mean length of a masked span.
     mixing: how often each source is drawn. `proportional` to its tokens, by `temperature`
         (proportional to tokens ** mixing_exponent; the exponent 0.3 is mT5's), or by `weights`.
-        Weights written in the sources are always obeyed.
+        Weights in the sources take precedence over `proportional`.
     mixing_exponent: of `temperature`.
-    held_out_share: the share of documents kept for evaluation, never trained on.
-    pack: False cuts the running text of all documents into full rows (pre-training); True masks
-        every document by itself and packs several into a row, separated by segments.
-    text_column: the field of JSONL records and Parquet rows that holds the text.
-    group_column: the field that says which document a record belongs to. Records that agree in it
-        are held out together, or trained on together, in all sources: so translations of one text
-        never stand on both sides.
-    max_documents: read at most that many documents of each source; None reads all.
+    held_out_share: the share of documents for evaluation, never trained on.
+    pack: False cuts the concatenated documents into full rows (pre-training); True masks every
+        document by itself and packs several into a row, separated by segments.
+    text_column: the field of JSONL records and Parquet rows with the text.
+    group_column: the field with the group of a record. Records with the same value in any source
+        are all held out, or all trained on, as translations of one text should be.
+    max_documents: read at most this number of documents of each source; None reads all.
     """
 
     sources: tuple[str, ...] = ()
@@ -80,7 +79,6 @@ class DataConfig:
 
     @property
     def columns(self) -> Columns:
-        """The fields that are read of every record."""
         return Columns(text=self.text_column, group=self.group_column)
 
     def _check_range(self, name: str, least: float, most: float) -> None:

@@ -1,12 +1,11 @@
 """The order of samples as a pure function of seed and step: hashes, permutations, mixing, held out.
 
-Every random choice of this package is `hash(key, counter)`, so any step can be computed alone, by
-any worker, in any order, and is the same on every machine.
+Every random choice of this package is `hash(key, counter)`, so any worker can compute any step, in
+any order, with the same result on every machine.
 
-Sources are interleaved in blocks of fixed quotas: within a block the samples of a source are spread
-evenly, each a little off by a hash, and every sample of a source comes exactly once and in order.
-So the proportion of a source is right in every stretch of the run, not only on average, and where a
-sample comes from needs its number alone.
+Sources are interleaved in blocks with a fixed quota for each. Within a block the samples of a
+source are evenly spaced, with a small jitter by a hash, and each comes exactly once, in order. So
+the proportions hold in every part of the run, and the number of a sample determines its source.
 
 Shapes: N numbers (of samples), L positions, S sources, D documents, P places of a block.
 """
@@ -30,7 +29,7 @@ _ROUNDS = 6
 
 
 def derive_key(*parts: int | str) -> int:
-    """Return a 64-bit key for the purpose that `parts` spell out, such as (seed, "mask")."""
+    """Return a 64-bit key for a purpose, such as (seed, "mask")."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
@@ -43,7 +42,7 @@ def mix(values: UInt64) -> UInt64:
 
 
 def hash_numbers(key: int | UInt64, numbers_N: Int64) -> UInt64:
-    """Hash each number under one key, or under a key of its own: uint64, uniform."""
+    """Hash each number with one key, or with one key per number: uint64, uniform."""
     counter_N = (np.asarray(numbers_N).astype(np.uint64) + np.uint64(1)) * _GOLDEN
     return mix(np.asarray(key, dtype=np.uint64) + counter_N)
 
@@ -55,12 +54,12 @@ def hash_grid(key_N: UInt64, length: int) -> UInt64:
 
 
 def permute(index_N: Int64, size: int | Int64, key_N: UInt64) -> Int64:
-    """Where each index of range(size) goes under the permutation that its key names.
+    """Return the image of each index under the permutation of range(size) given by its key.
 
-    size: of all permutations, below 2**52; or one for each index.
+    size: below 2**52, of all permutations, or one for each index.
 
-    A Feistel network over a grid just larger than `size`; what falls outside walks on until it is
-    inside again (Black and Rogaway 2002), which keeps it a bijection. O(1) memory per number.
+    A Feistel network over a grid just larger than `size`; values outside are permuted again until
+    they are inside (cycle walking, Black and Rogaway 2002). O(1) memory per number.
     """
     size_N = np.broadcast_to(np.asarray(size, dtype=np.uint64), np.shape(index_N))
     grid_N = np.sqrt(size_N.astype(np.float64) - (size_N > 0)).astype(np.uint64) + np.uint64(1)
@@ -72,7 +71,7 @@ def permute(index_N: Int64, size: int | Int64, key_N: UInt64) -> Int64:
 
 
 def _feistel(value_N: UInt64, grid_2N: UInt64, key_N: UInt64) -> UInt64:
-    """One pass over grids of so many rows and columns, an own grid for each value."""
+    """Permute each value once in its grid; grid_2N are the numbers of rows and columns."""
     rows, columns = grid_2N
     row_N, column_N = value_N // columns, value_N % columns
     for turn in range(_ROUNDS):
@@ -93,7 +92,7 @@ def probabilities(
     """Return float64 shares that sum to one.
 
     `temperature` draws a source in proportion to tokens ** exponent (mT5, Xue et al. 2021, section
-    3.1, with 0.3). Weights, where given, are taken as they are up to their sum.
+    3.1, with 0.3). Weights, if given, are normalised to a sum of one.
     """
     given = [weight for weight in weights_S if weight is not None]
     if mixing == "weights" or given:
@@ -137,7 +136,7 @@ class Mixture:
         return source_N, index_N
 
     def _arrange(self, block: int) -> tuple[Int64, Int64]:
-        """Return for every place of a block its source and its rank among that source's places."""
+        """Return the source of every place of a block, and its rank among that source's places."""
         source_P = np.repeat(np.arange(len(self.quotas_S)), self.quotas_S)
         rank_P = np.arange(BLOCK) - (np.cumsum(self.quotas_S) - self.quotas_S)[source_P]
         key = np.array([derive_key(self._seed, "mixture", block)], dtype=np.uint64)
@@ -147,7 +146,7 @@ class Mixture:
 
 
 def _quotas(probabilities_S: np.ndarray) -> Int64:
-    """Share out BLOCK samples by largest remainder, at least one to each that has any share."""
+    """Apportion BLOCK samples by largest remainder, at least one if the probability is not 0."""
     drawn_S = (probabilities_S > 0).astype(np.int64)
     exact_S = probabilities_S * (BLOCK - drawn_S.sum())
     quotas_S = drawn_S + np.floor(exact_S).astype(np.int64)
@@ -167,12 +166,13 @@ def choose_held_out(
 ) -> list[np.ndarray]:
     """Return for each source which of its documents are held out, bool [D].
 
-    hashes_SD, lengths_SD: of the documents, in tokens; one array per source.
-    share: of the documents. A document's own hash decides, so adding others moves none.
-    least: tokens of a source; where those held out are fewer, the documents next in the order of
-        hashes join, as long as as many stay for training.
-    aligned: hold out the same groups in all sources. A group that joins in one source, because that
-        has too little text, joins in all: else translations of a held-out text would be trained on.
+    hashes_SD, lengths_SD: hash and tokens of each document; one array per source.
+    share: of the documents. It depends on a document's own hash alone, so other documents do not
+        change it.
+    least: tokens of a source to hold out; if there are fewer, documents next in the order of hashes
+        are added, up to half of the tokens.
+    aligned: hold out the same groups in all sources, also those added for `least`, so that no
+        translation of a held-out text is trained on.
     """
     chosen_SD = [
         _choose_by_hash(hashes_D, lengths_D, share, least)
@@ -182,7 +182,7 @@ def choose_held_out(
     chosen = np.concatenate(held_out)
     if not aligned or not chosen.size:
         return chosen_SD
-    # A document is chosen because its hash is small, so the largest chosen one bounds all.
+    # Documents with a small hash are chosen, so the largest chosen hash is the limit.
     return [hashes_D <= chosen.max() for hashes_D in hashes_SD]
 
 

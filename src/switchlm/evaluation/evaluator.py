@@ -16,7 +16,7 @@ from switchlm.evaluation.metrics import Floats, bootstrap, ratio
 from switchlm.generation.decode import evaluation_mode
 from switchlm.model.losses import token_losses
 from switchlm.model.transformer import SwitchTransformer, forward_batch
-from switchlm.parallel.apply import losses_of
+from switchlm.parallel.apply import loss_parallel_context
 from switchlm.parallel.mesh import ALONE, Mesh
 
 
@@ -44,7 +44,7 @@ def held_out_loss(
     loss_S = torch.zeros(len(sources), dtype=torch.float64)
     tokens_S = torch.zeros(len(sources), dtype=torch.int64)
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
-    with evaluation_mode(model), losses_of(mesh):
+    with evaluation_mode(model), loss_parallel_context(mesh):
         for batch in batches:
             source_B = batch.source_B.long().cpu()
             batch = batch.to(device)

@@ -199,7 +199,7 @@ def _gather(
     if ranks.rank == writer:
         target = torch.empty([stop - start for start, stop in region], dtype=tensor.dtype)
     for held in holders:
-        common = overlap(held.box, region)
+        common = overlap(held.region, region)
         if common is None:
             continue
         if ranks.rank == held.rank:

@@ -1,13 +1,12 @@
 """`apply`: the one call that shards a model over processes, and `gather_model`, its inverse.
 
-The model itself does not change. Tensor parallelism first, experts next, then FSDP2 over what is
-left: experts over (replicas, data), everything else over (replicas, data x expert), a block at a
-time. An axis of length 1 does nothing.
+Tensor parallelism first, expert parallelism next, then FSDP2, one block at a time: experts over
+(replicas, data), everything else over (replicas, data x expert). An axis of length 1 does nothing.
 
 Tensor parallelism (the paper's model parallelism, section 5.3) splits heads, d_ff and the
-vocabulary: one all-reduce of [B, S, D] a sublayer and direction, as in Megatron (Shoeybi et al.
-2019), by PyTorch's own DTensor: the first matrices of a sublayer are split by columns, the last by
-rows.
+vocabulary as Megatron does (Shoeybi et al. 2019), with PyTorch's DTensor: the first matrices of a
+sublayer are split by columns, the last by rows, with one all-reduce of [B, S, D] per sublayer and
+direction.
 """
 
 import functools
@@ -34,7 +33,7 @@ from switchlm.errors import ConfigError
 from switchlm.model.attention import Attention, RelativeBias
 from switchlm.model.config import ModelConfig
 from switchlm.model.initialise import Initialiser
-from switchlm.model.layers import FeedForward
+from switchlm.model.layers import FeedForward, local
 from switchlm.model.router import Router
 from switchlm.model.switch import switch_layers
 from switchlm.model.transformer import Block, SwitchTransformer
@@ -45,12 +44,12 @@ from switchlm.parallel.mesh import Mesh
 def apply(model: SwitchTransformer, mesh: Mesh, *, wire_dtype: torch.dtype | None = None) -> None:
     """Shard `model` over `mesh` in place; build it on the meta device, then `materialise` it.
 
-    wire_dtype: what weights are gathered in (None: their own). Routers, norms, positions and the
-        embedding are gathered in their own dtype, since they compute in it (section 2.4), and
-        gradients are summed in float32.
+    wire_dtype: dtype in which weights are gathered (None: their own). Routers, norms, positions and
+        the embedding compute and are gathered in their own dtype (section 2.4), and gradients are
+        summed in float32.
 
-    Gradients are sums over all processes: divide the loss by what is counted globally. Raises
-    ConfigError where an axis does not divide what it splits.
+    Gradients are sums over all processes, so divide the loss by the number of targets of all
+    processes. Raises ConfigError if an axis does not divide the dim that it splits.
     """
     _silence_warnings()
     split_tensors(model, mesh)
@@ -66,11 +65,11 @@ def apply(model: SwitchTransformer, mesh: Mesh, *, wire_dtype: torch.dtype | Non
                     cast(nn.Module, layer.experts),
                     mesh=experts,
                     mp_policy=policy,
-                    shard_placement_fn=functools.partial(_whole_experts, experts.size(-1)),
+                    shard_placement_fn=functools.partial(_shard_placement, experts.size(-1)),
                 )
         if weights is not None:
             if wire_dtype is not None:
-                fully_shard(exact_modules(block), mesh=weights)
+                fully_shard(float32_modules(block), mesh=weights)
             fully_shard(block, mesh=weights, mp_policy=policy, ignored_params=_experts(block))
     if weights is not None:
         fully_shard(model, mesh=weights, ignored_params=_experts(model))
@@ -80,49 +79,48 @@ def apply(model: SwitchTransformer, mesh: Mesh, *, wire_dtype: torch.dtype | Non
             module.set_force_sum_reduction_for_comms(True)
 
 
-def send_gradients(model: nn.Module, now: bool) -> None:
-    """Say whether the next backward pass sends gradients, or keeps them for one that does."""
+def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
+    """Set whether backward passes reduce gradients over processes, or accumulate them locally."""
     if isinstance(model, FSDPModule):
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.set_requires_gradient_sync(now, recurse=False)
+                module.set_requires_gradient_sync(enabled, recurse=False)
 
 
 @torch.no_grad()
 def materialise(model: SwitchTransformer, device: torch.device, seed: int) -> None:
-    """Give a model of the meta device its memory, and draw what this process holds of it.
+    """Allocate a model of the meta device, and initialise the weights of this process.
 
-    The numbers are those of the same model on one process. No more than one whole dense parameter,
-    or the experts here of one, is in memory besides.
+    The weights equal those of one process with the same seed. Temporary memory is at most one full
+    dense parameter, or the local experts of one stack.
     """
     model.to_empty(device=device)
     initialiser = Initialiser.of(model.config, seed)
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
-        place = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        here, offset = _torch.local_shape_and_offset(parameter)
-        box = [slice(start, start + size) for start, size in zip(offset, here, strict=True)]
+        local_shape, offset = _torch.local_shape_and_offset(parameter)
+        region = [slice(start, start + n) for start, n in zip(offset, local_shape, strict=True)]
         experts = None
         if ".experts." in name:
-            experts = range(box[0].start, box[0].stop)
-            box[0] = slice(None)
-        place.copy_(initialiser.draw(name, shape, experts)[tuple(box)])
+            experts = range(region[0].start, region[0].stop)
+            region[0] = slice(None)
+        local(parameter).copy_(initialiser.draw(name, shape, experts)[tuple(region)])
     for buffer in model.buffers():
         buffer.zero_()
 
 
-def _whole_experts(num_shards: int, parameter: nn.Parameter) -> Shard | None:
-    """Shard a stack by experts where they suffice, else by the rows of their matrices."""
-    here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    fits = here.shape[0] % num_shards == 0 or here.shape[1] % num_shards
-    return Shard(0) if fits else Shard(1)
+def _shard_placement(num_shards: int, parameter: nn.Parameter) -> Shard | None:
+    """Shard a stack by experts if their number is divisible, else by the rows of the matrices."""
+    shape = local(parameter).shape
+    by_experts = shape[0] % num_shards == 0 or shape[1] % num_shards
+    return Shard(0) if by_experts else Shard(1)
 
 
 def _experts(module: nn.Module) -> set[nn.Parameter]:
     return {p for name, p in module.named_parameters() if ".experts." in f".{name}"}
 
 
-def exact_modules(block: Block) -> list[nn.Module]:
+def float32_modules(block: Block) -> list[nn.Module]:
     """Return the routers and norms of a block, which compute in float32."""
     return [
         module
@@ -132,17 +130,17 @@ def exact_modules(block: Block) -> list[nn.Module]:
 
 
 def _silence_warnings() -> None:
-    # Nothing works in place on a block's output, and slicing a flattened axis goes on working.
-    for said in ("FSDP2-wrapped module", "Slicing a flattened dim", ".*_StridedShard"):
-        warnings.filterwarnings("ignore", message=said)
+    # No code changes a block's output in place; slicing of flattened axes is deprecated but works.
+    for message in ("FSDP2-wrapped module", "Slicing a flattened dim", ".*_StridedShard"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 @torch.no_grad()
 def gather_model(model: SwitchTransformer) -> SwitchTransformer:
-    """Return a copy of a sharded model that is whole in this process, in eval mode.
+    """Return an unsharded copy of a sharded model, in eval mode, on every process.
 
-    All processes call this, and each must have room for the copy, on the model's device. A model
-    that is not sharded is returned as it is.
+    All processes call this, and need memory for the copy on the model's device. A model that is not
+    sharded is returned itself.
     """
     state = model.state_dict()
     if not any(isinstance(tensor, DTensor) for tensor in state.values()):
@@ -176,29 +174,29 @@ def split_tensors(model: SwitchTransformer, mesh: Mesh) -> None:
         model.head.weight = shard(model.head.weight, tensor, [Shard(0)])
 
     def project(x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
-        """Return logits as a DTensor, each process holding those of its part of the vocabulary."""
-        whole = DTensor.from_local(x_BTD, tensor, [Replicate()], run_check=False)
-        return nn.functional.linear(whole, weight_VD)
+        """Return logits as a DTensor split over the vocabulary."""
+        x_BTD = DTensor.from_local(x_BTD, tensor, [Replicate()], run_check=False)
+        return nn.functional.linear(x_BTD, weight_VD)
 
     model.project = project
 
 
-def losses_of(mesh: Mesh) -> AbstractContextManager:
-    """Return the context in which the loss of logits split over the vocabulary is computed."""
+def loss_parallel_context(mesh: Mesh) -> AbstractContextManager:
+    """Return the context for the loss and its backward pass: logits may be split by vocabulary."""
     return loss_parallel() if mesh.size("tensor") > 1 else nullcontext()
 
 
-def gathered(logits: Tensor) -> Tensor:
-    """Return whole logits where they are split over the vocabulary; any other tensor as it is.
+def full_logits(logits: Tensor) -> Tensor:
+    """Return logits gathered over the vocabulary, for losses that `loss_parallel` does not support.
 
-    For losses that `losses_of` does not know; takes the memory that splitting saves.
+    Costs the memory that splitting saves.
     """
     return logits.full_tensor() if isinstance(logits, DTensor) else logits
 
 
 def _split_attention(module: Attention, tensor: DeviceMesh) -> None:
-    # The input is shared out once for all three projections, so that one all-reduce sums its
-    # gradient; the encoder's output, given by keyword to cross-attention, likewise.
+    # The input is prepared once for all three projections, so that one all-reduce sums its
+    # gradient; likewise the encoder's output, the keyword argument `memory` of cross-attention.
     plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in ("query", "key", "value")}
     parallelize_module(module, tensor, {**plan, "output": RowwiseParallel()})
     inputs = PrepareModuleInput(

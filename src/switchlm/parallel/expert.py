@@ -1,7 +1,7 @@
 """Expert parallelism: every process owns some experts, and tokens are sent to them and back.
 
 Two all-to-alls per layer in each direction (section 5.4). Only kept tokens are sent, each exactly
-once to its expert, in the dtype the experts compute in; how many go where is exchanged first.
+once to its expert, in the dtype of the experts; the numbers of rows are exchanged first.
 
 Shapes: N tokens, D width, R rows sent (in the order of all experts), Q rows received, P processes
 of the expert axis, E experts in all, L experts here.
@@ -31,11 +31,11 @@ FEEDFORWARD_DIM = {"up": 2, "gate": 2, "down": 1}
 
 @dataclass(frozen=True)
 class DispatchState:
-    """How rows came here: what is needed to send them back.
+    """What `combine` needs to send rows back.
 
     order: of this process's own assignments.
-    receive_order: from the order in which rows arrived (by process, then expert) to that of the
-        experts here; None if none was sent.
+    receive_order: from the order in which rows are received (by process, then expert) to that of
+        the local experts; None without an expert axis.
     sent, received: rows per process.
     """
 
@@ -46,11 +46,11 @@ class DispatchState:
 
 
 class AllToAllDispatcher:
-    """Carries rows to the processes of their experts and back.
+    """Sends rows to the processes of their experts and back.
 
-    experts: the expert axis, None if all experts are here.
-    tensor: the axis that splits each expert's d_ff, None if it is whole; then the outputs are
-        summed over it.
+    experts: the expert axis, None if all experts are on this process.
+    tensor: the axis that splits each expert's d_ff, and over which outputs are summed; None if d_ff
+        is not split.
     """
 
     def __init__(self, experts: DeviceMesh | None, tensor: DeviceMesh | None) -> None:
@@ -58,13 +58,13 @@ class AllToAllDispatcher:
         self.local = LocalDispatcher()
 
     def dispatch(self, x_ND: Tensor, routing: Routing) -> Rows:
-        """Return the rows of the experts here, from all processes, sorted by expert."""
+        """Return the rows of the local experts, from all processes, sorted by expert."""
         own = self.local.dispatch(x_ND, routing)
         counts_PL, sent, received = self.exchange_counts(own.counts_E)
         x_QD, counts_L, receive_order = own.x_RD[: sum(sent)], own.counts_E, None
         if self.experts is not None:
             x_QD = self._all_to_all(x_QD, sent, received)
-            # The rows are on their way while their order is worked out.
+            # The order is computed while the rows are sent.
             receive_order = _receive_order(counts_PL, sum(received))
             x_QD, counts_L = gather_rows(x_QD, receive_order, 1), receive_order.counts_E
         if self.tensor is not None:
@@ -86,17 +86,17 @@ class AllToAllDispatcher:
         return self.local.combine(y_RD, own, routing, num_tokens)
 
     def exchange_counts(self, counts_E: Tensor) -> tuple[Tensor, list[int], list[int]]:
-        """Return counts_PL, int64, how many rows each process sends to each expert here.
+        """Return counts_PL, int64, the rows that each process sends to each local expert.
 
-        And the rows that go to each process, and those that come from each.
+        And the numbers of rows to send to each process, and to receive from each.
         """
-        counts_PL = self._swap(counts_E)
+        counts_PL = self._exchange(counts_E)
         sent_P = counts_E.view(counts_PL.shape).sum(1)
         # One copy to main memory, so that the host waits once.
         sent, received = torch.stack([sent_P, counts_PL.sum(1)]).tolist()
         return counts_PL, sent, received
 
-    def _swap(self, counts_E: Tensor) -> Tensor:
+    def _exchange(self, counts_E: Tensor) -> Tensor:
         if self.experts is None:
             return counts_E[None]
         received_E = torch.empty_like(counts_E)
@@ -104,7 +104,7 @@ class AllToAllDispatcher:
         return received_E.view(self.experts.size(), -1)
 
     def _all_to_all(self, x_RD: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        """Send sent[p] rows to process p, and return those that come; gradients go back."""
+        """Send sent[p] rows to process p, and return the received rows; differentiable."""
         assert self.experts is not None
         return _torch.all_to_all(x_RD.contiguous(), received, sent, self.experts.get_group())
 
@@ -118,21 +118,21 @@ def _receive_order(counts_PL: Tensor, num_rows: int) -> ExpertOrder:
 
 
 def copy_to_tensor_parallel(x: Tensor, tensor: DeviceMesh) -> Tensor:
-    """Return x, which each process then uses in part; its gradients are summed over the axis."""
-    spread = DTensor.from_local(x, tensor, [Replicate()], run_check=False)
-    return cast(Tensor, spread.to_local(grad_placements=[Partial()]))
+    """Return x; in the backward pass its gradients are summed over the axis."""
+    replicated = DTensor.from_local(x, tensor, [Replicate()], run_check=False)
+    return cast(Tensor, replicated.to_local(grad_placements=[Partial()]))
 
 
 def reduce_from_tensor_parallel(y: Tensor, tensor: DeviceMesh) -> Tensor:
-    """Return the sum of the parts y over the axis."""
-    part = DTensor.from_local(y, tensor, [Partial()], run_check=False)
-    return part.redistribute(placements=[Replicate()]).to_local()
+    """Return the sum of y over the axis."""
+    partial = DTensor.from_local(y, tensor, [Partial()], run_check=False)
+    return partial.redistribute(placements=[Replicate()]).to_local()
 
 
 def shard_experts(model: nn.Module, mesh: Mesh) -> None:
-    """Give every process its experts, as DTensors, and install the dispatcher.
+    """Shard the experts in place, as DTensors, and install the dispatcher.
 
-    A parameter is cut where it is: build the model on the meta device to allocate nothing whole.
+    Build the model on the meta device, so that full parameters are not allocated.
     """
     experts_mesh, tensor_mesh = mesh.sub("expert"), mesh.sub("tensor")
     both = mesh.sub("expert", "tensor")
@@ -150,7 +150,7 @@ def shard_experts(model: nn.Module, mesh: Mesh) -> None:
 
 
 def shard(weight: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> nn.Parameter:
-    """Return this process's part of a parameter that all processes hold whole; nothing is sent."""
+    """Return this process's part of a parameter that is full on all processes."""
     local = weight.detach()
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
@@ -169,16 +169,16 @@ def _check(layer: SwitchLayer, mesh: Mesh) -> None:
     num_experts, processes = layer.router.num_experts, mesh.size("expert")
     if num_experts % processes:
         raise ConfigError(
-            f"{num_experts} experts cannot be shared out evenly among mesh.expert {processes}; use "
-            "a number that divides them."
+            f"{num_experts} experts cannot be divided evenly over mesh.expert {processes}; use a "
+            "number that divides them."
         )
     tensor = mesh.size("tensor")
     if tensor == 1:
         return
     if not isinstance(layer.experts, FeedForwardExperts):
         raise ConfigError(
-            "model.attention_experts does not go with mesh.tensor above 1: the projections of one "
-            "head would have to be whole. Use mesh.expert and mesh.data."
+            "model.attention_experts does not support mesh.tensor above 1, which would split the "
+            "projections of a head. Use mesh.expert and mesh.data."
         )
     d_ff = layer.experts.down.shape[1]
     if d_ff % tensor:

@@ -1,11 +1,11 @@
-"""Who is alive: every rank leaves word in the store, so that the survivors can name the lost.
+"""Heartbeats: every rank writes its step to the store, so that an error can name a lost rank.
 
-Gloo says "connection closed by peer [10.0.0.7]:4711" or "timed out waiting 600000 ms"; which rank
-that was, where it ran and how far it came, is said here.
+Gloo reports "connection closed by peer [10.0.0.7]:4711" or "timed out waiting 600000 ms". The error
+raised here names the rank, its host and process, and its last step.
 
-Of each rank the store holds `who` (host and process), `beat` (step and time) and, after a failure,
-`end`: what went wrong there. A rank that still runs answers so as soon as its own collective fails;
-those who do not answer are the lost ones.
+The store has for each rank `who` (host and process), `beat` (step and time) and, after a failure,
+`end` (the error of that rank). A running rank writes `end` as soon as its own collective fails;
+ranks without it are lost.
 """
 
 import json
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from switchlm.errors import LostRankError
 
 BEAT_SECONDS = 1.0
-# How long the others have to answer once a collective failed, and to read the answers.
+# Time for all ranks to write `end` after a collective failed, and to read that of the others.
 ANSWER_SECONDS = 4.0
 READ_SECONDS = 2.0
 ALIVE = "the connection to the others failed"
@@ -32,19 +32,24 @@ ALIVE = "the connection to the others failed"
 T = TypeVar("T")
 
 
-class Member(NamedTuple):
-    """What the store knows of a rank: who it is, when it last left word, and how it ended."""
+class RankStatus(NamedTuple):
+    """The entries of a rank in the store, as text.
+
+    who: host and process.
+    last_beat: its step, and the seconds since.
+    end: its error; None if it wrote none.
+    """
 
     rank: int
     who: str
-    heard: str
+    last_beat: str
     end: str | None
 
 
 class Heartbeat:
-    """One rank's view of all ranks, by way of the store.
+    """Writes the heartbeat of one rank, and reads those of all ranks after a failure.
 
-    restarted: whether the job was started before, and failed or was put back.
+    restarted: whether the job was started before, and failed or was requeued.
     """
 
     def __init__(
@@ -60,17 +65,17 @@ class Heartbeat:
         self.rank, self.world_size, self.local_rank, self.node = rank, world_size, local_rank, node
         self.restarted = restarted
         self._store = dist.PrefixStore("heartbeat", store)
-        self._beaten = 0.0
+        self._last_write = 0.0
         self._step: int | None = None
         who = f"host {socket.gethostname()}, process {os.getpid()}"
         self._store.set(f"who/{rank}", json.dumps({"who": who, "at": time.time()}))
 
     def beat(self, step: int) -> None:
-        """Leave word that `step` steps are done; cheap enough for every step."""
+        """Record that `step` steps are done, at most once per second."""
         self._step = step
         now = time.monotonic()
-        if now - self._beaten >= BEAT_SECONDS:
-            self._beaten = now
+        if now - self._last_write >= BEAT_SECONDS:
+            self._last_write = now
             self._write_beat()
 
     def _write_beat(self) -> None:
@@ -79,11 +84,11 @@ class Heartbeat:
 
     @contextmanager
     def local_rank_zero_first(self, what: str) -> Iterator[None]:
-        """Run the block in local rank 0 of each node first, and in the others after it.
+        """Run the block in local rank 0 of each node first, then in the other ranks.
 
-        what: a name for this piece of work, used once per run.
+        what: a name for the work, used once per run.
 
-        Where it fails in the first one, the others do not begin: LostRankError says why.
+        If it fails in local rank 0, the others raise LostRankError with its error.
         """
         key = f"first/{what}/{self.node}"
         if self.local_rank > 0:
@@ -104,13 +109,13 @@ class Heartbeat:
 
     @contextmanager
     def report_lost_ranks(self) -> Iterator[None]:
-        """Turn the failure of a collective in the block into LostRankError; leave others alone."""
+        """Raise the failure of a collective in the block as LostRankError; others unchanged."""
         try:
             yield
         except Exception as error:
-            if not of_a_collective(error):
+            if not is_collective_error(error):
                 message = _one_line(error, 300)
-                within(ANSWER_SECONDS, lambda: self._answer(message))
+                run_with_timeout(ANSWER_SECONDS, lambda: self._answer(message))
                 raise
             raise LostRankError(self._explain(error)) from error
 
@@ -121,52 +126,52 @@ class Heartbeat:
 
     def _explain(self, error: Exception) -> str:
         reason = f"({' '.join(str(error).split())[:200]})"
-        members = within(ANSWER_SECONDS + READ_SECONDS, self._roll_call)
-        if members is None:
+        statuses = run_with_timeout(ANSWER_SECONDS + READ_SECONDS, self._gather_statuses)
+        if statuses is None:
             return (
                 f"A collective failed on rank {self.rank}, and the store of the job does not "
                 "answer either: rank 0, or the host it runs on, is gone, stopped or cut off. "
                 f"{reason}"
             )
-        failed = [m for m in members if m.end not in (None, ALIVE)]
-        silent = [m for m in members if m.end is None]
-        told = [f"{m.who} failed: {m.end}." for m in failed]
-        told += [
-            f"{m.who} was last heard of {m.heard}; it was killed, or it hangs."
-            for m in ([] if failed else silent)
+        failed = [m for m in statuses if m.end not in (None, ALIVE)]
+        silent = [m for m in statuses if m.end is None]
+        causes = [f"{m.who} failed: {m.end}." for m in failed] or [
+            f"{m.who} was last heard of {m.last_beat}; it was killed, or it hangs." for m in silent
         ]
-        if not told:
-            told = ["All ranks still answer: look at the network between the hosts."]
-        return f"A collective failed on rank {self.rank}. {' '.join(told)} {reason}"
+        if not causes:
+            causes = ["All ranks still answer: look at the network between the hosts."]
+        return f"A collective failed on rank {self.rank}. {' '.join(causes)} {reason}"
 
-    def _roll_call(self) -> list[Member]:
-        """Answer, wait for the answers of the others, and return what is known of all."""
+    def _gather_statuses(self) -> list[RankStatus]:
+        """Write `end`, wait for that of the others, and return the status of all ranks."""
         self._answer(ALIVE)
         self._await("end", range(self.world_size), ANSWER_SECONDS)
-        members = [self._member(rank) for rank in range(self.world_size)]
+        statuses = [self._status(rank) for rank in range(self.world_size)]
         self._store.set(f"read/{self.rank}", "")
-        if self.rank == 0:  # it may be the store's host: the others must have read, too
-            answered = [member.rank for member in members if member.end == ALIVE]
+        if self.rank == 0:  # it may host the store, so it waits until the others have read
+            answered = [member.rank for member in statuses if member.end == ALIVE]
             self._await("read", answered, READ_SECONDS / 2)
-        return members
+        return statuses
 
     def _await(self, key: str, ranks: Iterable[int], seconds: float) -> None:
-        """Wait until all the ranks have left that word, or so long."""
+        """Wait until all the ranks have written that key, at most `seconds`."""
         keys = [f"{key}/{rank}" for rank in ranks]
         until = time.monotonic() + seconds
         while not self._store.check(keys) and time.monotonic() < until:
             time.sleep(0.1)
 
-    def _member(self, rank: int) -> Member:
-        who = self._read(f"who/{rank}")
-        beat = self._read(f"beat/{rank}")
-        said: dict[str, Any] = json.loads(who) if who else {"who": "unknown", "at": time.time()}
-        done: dict[str, Any] = json.loads(beat) if beat else {"step": None, "at": said["at"]}
-        where = "before its first step" if done["step"] is None else f"at step {done['step']}"
-        return Member(
+    def _status(self, rank: int) -> RankStatus:
+        start: dict[str, Any] = json.loads(
+            self._read(f"who/{rank}") or json.dumps({"who": "unknown", "at": time.time()})
+        )
+        beat: dict[str, Any] = json.loads(
+            self._read(f"beat/{rank}") or json.dumps({"step": None, "at": start["at"]})
+        )
+        where = "before its first step" if beat["step"] is None else f"at step {beat['step']}"
+        return RankStatus(
             rank=rank,
-            who=f"rank {rank} ({said['who']})",
-            heard=f"{where}, {max(time.time() - done['at'], 0):.0f} s ago",
+            who=f"rank {rank} ({start['who']})",
+            last_beat=f"{where}, {max(time.time() - beat['at'], 0):.0f} s ago",
             end=self._read(f"end/{rank}"),
         )
 
@@ -178,17 +183,17 @@ def _one_line(error: BaseException, limit: int) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
 
 
-def of_a_collective(error: Exception) -> bool:
+def is_collective_error(error: Exception) -> bool:
     """Whether torch.distributed, gloo or NCCL raised this; gloo raises bare RuntimeErrors."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and "gloo" in str(error).split("\n")[0]
 
 
-def within(seconds: float, work: Callable[[], T]) -> T | None:
-    """Return what `work` returns, None if it fails or takes longer; it goes on in a daemon thread.
+def run_with_timeout(seconds: float, work: Callable[[], T]) -> T | None:
+    """Return the result of `work`, None if it fails or takes longer; it runs in a daemon thread.
 
-    A store whose host is stopped lets its clients wait for ever.
+    Needed because clients of a store whose host is stopped wait for ever.
     """
     found: list[T] = []
 

@@ -1,4 +1,4 @@
-"""How a process learns that it is one of many, and joins the others.
+"""Read the launch environment of torchrun or srun, and join the process group.
 
     launch = launched()                                  # None: one plain process
     with process_group(launch, timeout_seconds=600) as heartbeat:
@@ -8,9 +8,9 @@
 torchrun, or srun, starts the processes; torch.distributed connects them; docs/guides/cluster.md.
 Nothing else in the package reads the environment.
 
-torchrun's agents keep one store over all restarts, and each agent counts the restarts of its own
-processes only. So neither the store nor that count tells a process of now from a dead one: rank 0
-counts the starts in the store, and tells every process that comes which one it belongs to.
+torchrun's agents keep one store over all restarts, and each agent counts only the restarts of its
+own processes. So entries in the store may be those of dead processes. Rank 0 counts the starts of
+the job in the store, and answers each process's request with the number of the current start.
 """
 
 import os
@@ -29,22 +29,23 @@ import torch.distributed as dist
 from switchlm.errors import LaunchError
 from switchlm.parallel.heartbeat import Heartbeat
 
-# Processes of one job may start minutes apart: Python and torch come from a shared file system.
+# Processes of one job may start minutes apart if Python and torch are on a shared file system.
 START_SECONDS = 600.0
-# torchrun's agent hosts the store before it starts a process: where it is gone, waiting is in vain.
+# torchrun's agent hosts the store before it starts a process, so a missing store will not appear.
 AGENT_SECONDS = 15.0
 POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """Which process of a job this is.
+    """The ranks of this process in its job.
 
-    rank, world_size: of all processes; local_rank, local_world_size: of those of this node.
-    address: HOST:PORT of the store where they meet.
-    node: the number of this node.
-    restarts: how often this process was started anew, by torchrun or by SLURM.
-    store_is_up: whether the store was there before this process.
+    rank, world_size: among all processes.
+    local_rank, local_world_size: among the processes of this node.
+    address: HOST:PORT of the store.
+    node: index of this node.
+    restarts: restarts of this process by torchrun, and of the job by SLURM.
+    store_is_up: whether the store was started before this process.
     """
 
     rank: int
@@ -69,9 +70,9 @@ class Launch:
 
 
 def launched(environment: Mapping[str, str] | None = None) -> Launch | None:
-    """Return what torchrun or srun says of this process; None if neither started it.
+    """Return the launch that torchrun or srun set in the environment; None if neither did.
 
-    Raises LaunchError if they say only half.
+    Raises LaunchError if a variable is missing or invalid.
     """
     found = os.environ if environment is None else environment
     if "RANK" in found or "WORLD_SIZE" in found:
@@ -92,21 +93,21 @@ def launched(environment: Mapping[str, str] | None = None) -> Launch | None:
             world_size=_number(found, "SLURM_STEP_NUM_TASKS"),
             local_rank=_number(found, "SLURM_LOCALID"),
             local_world_size=_tasks_of_node(found.get("SLURM_STEP_TASKS_PER_NODE", ""), node),
-            address=_address(found, _SLURM_ADVICE),
+            address=_address(found, _SLURM_HINT),
             node=node,
             restarts=_requeues(found),
         )
     return None
 
 
-_SLURM_ADVICE = (
+_SLURM_HINT = (
     'Before srun, write: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | '
     "head -n 1) MASTER_PORT=29500"
 )
 
 
 def _requeues(found: Mapping[str, str]) -> int:
-    """How often SLURM put the job back into the queue and started it anew."""
+    """Return how often SLURM requeued the job."""
     return _number(found, "SLURM_RESTART_COUNT", 0)
 
 
@@ -124,20 +125,20 @@ def _number(found: Mapping[str, str], name: str, default: int | None = None) -> 
     return int(text)
 
 
-def _address(found: Mapping[str, str], advice: str) -> str:
+def _address(found: Mapping[str, str], hint: str) -> str:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not found.get(name):
             raise LaunchError(
-                f"{name} is missing: the processes of this job cannot find one another. {advice}"
+                f"{name} is missing, so the processes of this job cannot connect. {hint}"
             )
     port = _number(found, "MASTER_PORT")
     if not 0 < port < 2**16:
-        raise LaunchError(f"MASTER_PORT must be from 1 to {2**16 - 1}, got {port}. {advice}")
+        raise LaunchError(f"MASTER_PORT must be from 1 to {2**16 - 1}, got {port}. {hint}")
     return f"{found['MASTER_ADDR']}:{port}"
 
 
 def _tasks_of_node(text: str, node: int) -> int:
-    """Read SLURM's `4(x2),1`: four tasks on each of two nodes, one on the third."""
+    """Parse SLURM's `4(x2),1`: four tasks on each of two nodes, one on the third."""
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts += [int(count)] * int(times or 1)
@@ -153,14 +154,14 @@ def _tasks_of_node(text: str, node: int) -> int:
 def process_group(
     launch: Launch, timeout_seconds: float, *, start_seconds: float = START_SECONDS
 ) -> Iterator[Heartbeat]:
-    """Join the processes of the job for the length of the block.
+    """Initialise the process group of the job for the block.
 
-    timeout_seconds: the longest that a collective waits for the others.
-    start_seconds: the longest that the processes wait for one another at the start.
+    timeout_seconds: limit of a collective.
+    start_seconds: limit of waiting for all processes at the start.
 
-    Gloo on CPUs; with GPUs NCCL too, each process on the GPU of its local rank. Raises LaunchError
-    if they do not find one another, and, whenever a collective fails in the block, LostRankError,
-    which names who did not come.
+    The backend is gloo on CPUs, and NCCL besides with GPUs, each process on the GPU of its local
+    rank. Raises LaunchError if not all processes start, and LostRankError, which names the lost
+    ranks, if a collective fails in the block.
     """
     backend = _choose_backend(launch)
     rank, world_size = launch.rank, launch.world_size
@@ -179,8 +180,8 @@ def process_group(
             timeout=timedelta(seconds=timeout_seconds),
         )
         yield heartbeat
-        dist.barrier()  # nobody takes the store away from those who still use it
-    # After a failure nothing is taken down: that would wait for the lost rank once more.
+        dist.barrier()  # the process that hosts the store exits last
+    # Not after a failure: destroying the group would wait for the lost rank again.
     dist.destroy_process_group()
 
 
@@ -217,8 +218,8 @@ def open_store(address: str, rank: int, world_size: int, seconds: float) -> dist
     except dist.DistError as error:
         raise LaunchError(
             f"Rank {rank} of {world_size} did not reach the store of the job at {address} in "
-            f"{seconds:g} s. Look whether torchrun, or rank 0, still runs on that host, the port "
-            f"is its own, and firewalls let it through. ({_first_line(error)})"
+            f"{seconds:g} s. Look whether torchrun, or rank 0, still runs on that host, no other "
+            f"program uses the port, and firewalls allow it. ({_first_line(error)})"
         ) from error
     return store
 
@@ -226,33 +227,33 @@ def open_store(address: str, rank: int, world_size: int, seconds: float) -> dist
 def rendezvous(
     store: dist.Store, rank: int, world_size: int, restarts: int, seconds: float
 ) -> tuple[dist.Store, bool]:
-    """Wait for all processes; return the part of the store that is theirs alone.
+    """Wait for all processes; return a store with a prefix of this start of the job.
 
-    restarts: how often this process's agent started it anew. Also returns whether the job was
-        started before, by what any of the processes knows; all get the same answer.
+    restarts: of this process, as its agent counts them.
 
-    Raises LaunchError, which names who did not come within `seconds`.
+    Also returns whether the job was started before, as any of the processes found; it is the same
+    on all. Raises LaunchError, which names the ranks that did not start within `seconds`.
     """
     until = time.monotonic() + seconds
     if rank == 0:
         start = int(store.add("starts", 1))
     else:
-        start = _ask_start(store, rank, world_size, seconds)
+        start = _request_start(store, rank, world_size, seconds)
     own = dist.PrefixStore(f"start_{start}", store)
     own.add("restarts", restarts)
     own.set(f"here/{rank}", "")
     if rank == 0:
-        _answer_all(store, own, start, world_size, until, seconds)
+        _answer_requests(store, own, start, world_size, until, seconds)
         own.set("all", "")
     else:
         _wait(own, "all", rank, world_size, max(until - time.monotonic(), 1), seconds)
     return own, start > 1 or own.add("restarts", 0) > 0
 
 
-def _ask_start(store: dist.Store, rank: int, world_size: int, seconds: float) -> int:
-    """Ask rank 0 under a name that no earlier process had."""
+def _request_start(store: dist.Store, rank: int, world_size: int, seconds: float) -> int:
+    """Request the number of this start from rank 0, under a unique name."""
     name = uuid.uuid4().hex
-    store.set(f"asks/{rank}", name)
+    store.set(f"request/{rank}", name)
     _wait(store, f"answer/{name}", rank, world_size, seconds, seconds)
     return int(store.get(f"answer/{name}"))
 
@@ -265,33 +266,36 @@ def _wait(
     except dist.DistError as error:
         raise LaunchError(
             f"Rank {rank} waited {seconds:g} s for all {world_size} processes of the job to start. "
-            f"The message of rank 0 says who is missing; if it has none, rank 0 is. "
+            f"The message of rank 0 names those missing; if it has none, rank 0 is missing. "
             f"({_first_line(error)})"
         ) from error
 
 
-def _answer_all(
+def _answer_requests(
     store: dist.Store, own: dist.Store, start: int, world_size: int, until: float, seconds: float
 ) -> None:
-    """Tell every process the start, until all are here; a dead one's question does no harm."""
+    """Answer requests with the number of this start, until all processes have written `here`.
+
+    An answer to a dead process's request has no effect.
+    """
     missing = list(range(1, world_size))
     while missing:
         for rank in missing:
-            if store.check([f"asks/{rank}"]):
-                name = store.get(f"asks/{rank}").decode()
+            if store.check([f"request/{rank}"]):
+                name = store.get(f"request/{rank}").decode()
                 store.set(f"answer/{name}", str(start))
         missing = [rank for rank in missing if not own.check([f"here/{rank}"])]
         if missing and time.monotonic() > until:
             raise LaunchError(
                 f"{ranks(missing).capitalize()} of {world_size} did not start within {seconds:g} "
-                "s. Look into the log of those hosts, and whether as many processes were started "
-                "as the job has."
+                f"s. Look at the log of those hosts, and whether {world_size} processes were "
+                "started."
             )
         time.sleep(POLL_SECONDS if missing else 0)
 
 
 def ranks(numbers: list[int]) -> str:
-    """Return `rank 3`, or `ranks 3, 5`; of many only the first."""
+    """Return `rank 3`, or `ranks 3, 5`; at most eight of them."""
     shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
     return f"rank{'s' if len(numbers) > 1 else ''} {shown}"
 

@@ -1,11 +1,11 @@
-"""The processes of a run on a grid of four axes, and the collectives of every step.
+"""The device mesh of a run with four axes, and the collectives of every step.
 
-    replicas   whole copies; only gradients are summed over them
+    replicas   full copies; only gradients are summed over them
     data       shares of a batch; weights, gradients and optimizer state are sharded
     expert     shares of a batch too, and of the experts; tokens are sent by all-to-all
     tensor     one share of a batch; heads, d_ff and the vocabulary are split
 
-The last axis varies fastest, so that tensor neighbours, who talk most, share a host.
+The last axis varies fastest, so that tensor parallel ranks, which communicate most, share a host.
 """
 
 import itertools
@@ -33,15 +33,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many processes there are along each axis; their product is the number of processes.
+    """The size of each axis; their product is the number of processes.
 
     replicas: copies of everything; only gradients are summed over them.
-    data: shares of the batch that shard weights, gradients and optimizer state; None takes as many
-        as there are processes left.
-    expert: shares of the batch that own a part of the experts each.
+    data: shares of the batch that shard weights, gradients and optimizer state; None takes all
+        remaining processes.
+    expert: shares of the batch that have a part of the experts each.
     tensor: parts of heads, d_ff and vocabulary.
-    timeout: seconds that a collective waits for the others before the run ends and names who is
-        missing.
+    timeout: seconds that a collective waits before the run ends with the names of lost ranks.
     """
 
     replicas: int = 1
@@ -59,7 +58,7 @@ class MeshConfig:
             raise ConfigError(f"mesh.timeout must be positive seconds, got {self.timeout}.")
 
     def shape(self, num_processes: int) -> tuple[int, int, int, int]:
-        """Return the sizes of all axes; raises ConfigError if they do not make up the number."""
+        """Return the sizes of all axes; ConfigError if their product is not `num_processes`."""
         others = self.replicas * self.expert * self.tensor
         data = self.data or max(num_processes // others, 1)
         if data * others != num_processes:
@@ -72,7 +71,7 @@ class MeshConfig:
 
 
 def layouts(num_processes: int) -> Iterator[MeshConfig]:
-    """Yield every mesh of so many processes."""
+    """Yield every mesh of `num_processes`."""
     divisors = [size for size in range(1, num_processes + 1) if num_processes % size == 0]
     for replicas, data, expert in itertools.product(divisors, repeat=3):
         tensor, rest = divmod(num_processes, replicas * data * expert)
@@ -82,11 +81,11 @@ def layouts(num_processes: int) -> Iterator[MeshConfig]:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The processes of a job, and where this one stands among them; `ALONE` where there is no job.
+    """The processes of a job, and the ranks of this one; `ALONE` for a single process.
 
     device_mesh: the grid; None for a single process, for which every collective returns its input.
-    heartbeat: which ranks live; None where nobody looks.
-    storage: a group of all processes for checkpoints, which are written while training goes on.
+    heartbeat: of this rank; None without heartbeats.
+    storage: a gloo group of all processes for checkpoints, which are written during training.
     """
 
     device_mesh: DeviceMesh | None = None
@@ -95,60 +94,58 @@ class Mesh:
 
     @classmethod
     def of(cls, config: MeshConfig, device_type: str, heartbeat: Heartbeat | None = None) -> "Mesh":
-        """Lay the processes of the running job out on the grid."""
+        """Return the mesh of the initialised process group."""
         shape = config.shape(dist.get_world_size())
         grid = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
         fake = dist.get_backend() == "fake"
-        patience = timedelta(seconds=config.timeout)
-        storage = None if fake else dist.new_group(backend="gloo", timeout=patience)
+        timeout = timedelta(seconds=config.timeout)
+        storage = None if fake else dist.new_group(backend="gloo", timeout=timeout)
         return cls(grid, heartbeat, storage)
 
     @property
     def is_distributed(self) -> bool:
-        """Whether this process is one of a job, be it of one process."""
+        """Whether there is a process group, even if of one process."""
         return self.device_mesh is not None
 
     @property
     def global_rank(self) -> int:
-        """The number of this process among all."""
         return dist.get_rank() if self.is_distributed else 0
 
     @property
     def world_size(self) -> int:
-        """How many processes there are."""
         return dist.get_world_size() if self.is_distributed else 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks for all: it writes and prints."""
+        """Whether this process writes files and prints (rank 0)."""
         return self.global_rank == 0
 
     @property
     def restarted(self) -> bool:
-        """Whether the job failed before and was started anew."""
+        """Whether the job failed before and was restarted."""
         return self.heartbeat is not None and self.heartbeat.restarted
 
     def size(self, axis: str) -> int:
-        """Return how many processes there are along an axis."""
+        """Return the number of processes along an axis."""
         return 1 if self.device_mesh is None else self.device_mesh.size(AXES.index(axis))
 
     def rank(self, axis: str) -> int:
-        """Return the place of this process along an axis."""
+        """Return the index of this process along an axis."""
         return 0 if self.device_mesh is None else self.device_mesh.get_local_rank(axis)
 
     @property
     def data_size(self) -> int:
-        """Into how many shares the rows of a batch are split."""
+        """The number of shares of a batch."""
         return self.size("replicas") * self.size("data") * self.size("expert")
 
     @property
     def data_rank(self) -> int:
-        """Which share of the rows is this process's; tensor neighbours have the same."""
+        """The index of this process's share of a batch; tensor parallel ranks have the same."""
         row = self.rank("replicas") * self.size("data") + self.rank("data")
         return row * self.size("expert") + self.rank("expert")
 
     def gather(self, value: T) -> list[T]:
-        """Return what every process gives, by its number; plain Python values."""
+        """Return the values of all processes, by rank; picklable Python values."""
         found: list[T] = [value] * self.world_size
         if self.is_distributed:
             dist.all_gather_object(found, value)
@@ -170,7 +167,7 @@ class Mesh:
         return values
 
     def num_replicas(self, tensor: Tensor) -> int:
-        """Return how many processes hold what this one holds of a tensor."""
+        """Return the number of processes with the same part of a tensor."""
         shards = 1
         if isinstance(tensor, DTensor):
             for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
@@ -178,7 +175,7 @@ class Mesh:
         return self.world_size // shards
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether any process says so; all agree on the answer."""
+        """Return whether `flag` is true on any process."""
         if not self.is_distributed:
             return flag
         flags = torch.tensor([float(flag)])
@@ -186,12 +183,11 @@ class Mesh:
         return bool(flags)
 
     def barrier(self) -> None:
-        """Return when all processes have come here."""
         if self.is_distributed:
             dist.barrier()
 
     def beat(self, step: int) -> None:
-        """Tell the others that this process has come to `step`."""
+        """Record a heartbeat: this process has finished `step` steps."""
         if self.heartbeat is not None:
             self.heartbeat.beat(step)
 
@@ -208,9 +204,9 @@ class Mesh:
 
     @cached_property
     def weights(self) -> DeviceMesh | None:
-        """The mesh that FSDP shards what is no expert over: `shard`, or (`replicas`, `shard`).
+        """The mesh over which FSDP shards all but experts: `shard`, or (`replicas`, `shard`).
 
-        The expert axis is a data axis to them.
+        `shard` is data x expert, since the expert axis splits the batch too.
         """
         shard = _torch.flatten(self._grid["data", "expert"], "shard")
         if self.size("replicas") > 1:
@@ -219,7 +215,7 @@ class Mesh:
 
     @cached_property
     def experts(self) -> DeviceMesh | None:
-        """The mesh that FSDP shards experts over: `data`, or (`replicas`, `data`)."""
+        """The mesh over which FSDP shards experts: `data`, or (`replicas`, `data`)."""
         if self.size("replicas") > 1:
             return self._grid["replicas", "data"]
         return self.sub("data")
@@ -242,7 +238,7 @@ def default_device() -> torch.device:
 
     The processes of a job are on NVIDIA's or AMD's GPUs, or all on CPUs.
     """
-    # PyTorch built for CUDA names CUDA where there is no GPU, unless it is asked to look.
+    # Without check_available, PyTorch built for CUDA returns CUDA on a machine without a GPU.
     kind = torch.accelerator.current_accelerator(check_available=True)
     if kind is None or (kind.type != "cuda" and dist.is_initialized()):
         return torch.device("cpu")
@@ -251,10 +247,10 @@ def default_device() -> torch.device:
 
 @contextmanager
 def joined(config: MeshConfig) -> Iterator[Mesh]:
-    """Join the job that this process was started for, for the length of the block.
+    """Initialise the process group of the job for the block, and yield its mesh.
 
-    Raises ConfigError if the mesh does not fit the number of processes, LaunchError if they do not
-    find one another, and LostRankError if one is lost.
+    Raises ConfigError if the mesh does not match the number of processes, LaunchError if not all
+    processes start, and LostRankError if one is lost.
     """
     launch = launched()
     if launch is None:

@@ -23,7 +23,7 @@ from switchlm.data.config import DataConfig
 from switchlm.errors import ConfigError
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import Block, SwitchTransformer
-from switchlm.parallel.apply import exact_modules, split_tensors
+from switchlm.parallel.apply import float32_modules, split_tensors
 from switchlm.parallel.expert import shard_experts
 from switchlm.parallel.mesh import Mesh, MeshConfig
 from switchlm.planning.recorder import Bytes, Collective, CollectiveRecorder, MemoryRecorder
@@ -288,7 +288,7 @@ class _SegmentRecorder:
 def _cast(model: nn.Module, dense: torch.dtype, experts: torch.dtype) -> None:
     """Cast the weights of blocks to the dtypes that they are gathered in."""
     for block in [module for module in model.modules() if isinstance(module, Block)]:
-        exact = {id(p) for module in exact_modules(block) for p in module.parameters()}
+        exact = {id(p) for module in float32_modules(block) for p in module.parameters()}
         for module in block.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if id(parameter) not in exact:

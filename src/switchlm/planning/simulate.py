@@ -123,7 +123,7 @@ class BalancedDispatcher(AllToAllDispatcher):
 
     def exchange_counts(self, counts_E: Tensor) -> tuple[Tensor, list[int], list[int]]:
         """Return exchanged counts, whose values are not used, and the balanced loads."""
-        counts_PL = self._swap(counts_E)
+        counts_PL = self._exchange(counts_E)
         processes, here = 1, 0
         if self.experts is not None:
             processes, here = self.experts.size(), self.experts.get_local_rank()

@@ -44,8 +44,8 @@ from switchlm.training.distillation import (
     LogitCache,
     Teacher,
     TeacherLoader,
-    build,
-    digest,
+    build_cache,
+    hash_weights,
 )
 from switchlm.training.loop import train
 from switchlm.training.monitor import read_metrics
@@ -119,7 +119,7 @@ def teacher_batches(
     folder = Path(settings.cache_logits)
     num_batches = training.steps * training.accumulate
     key = CacheKey(
-        teacher=digest(model),
+        teacher=hash_weights(model),
         tokenizer=loader.tokenizer.fingerprint(),
         seed=training.seed,
         temperature=settings.temperature,
@@ -127,7 +127,7 @@ def teacher_batches(
         top_k=settings.effective_top_k,
     )
     with mesh.local_rank_zero_first("logits"):
-        build(folder, key, teacher, loader, num_batches, should_stop, report)
+        build_cache(folder, key, teacher, loader, num_batches, should_stop, report)
     if mesh.any_rank(not folder.exists()):
         return None
     cache = LogitCache(
@@ -137,7 +137,7 @@ def teacher_batches(
         share=mesh.data_rank,
         num_shares=mesh.data_size,
     )
-    source = TeacherLoader(share, cache.teach)
+    source = TeacherLoader(share, cache.add_teacher)
     batches = source.iterate(0)
     next(batches)  # raises an error for other text now, before the run folder exists
     batches.close()

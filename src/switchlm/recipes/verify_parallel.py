@@ -178,7 +178,7 @@ def _train(
             precision=training.precision,
             mesh=mesh,
         )
-        losses.append(record.figures[:3].cpu())
+        losses.append(record.metrics[:3].cpu())
         if step == 0:
             gradients = _full_gradients(model)
     return {"losses": torch.stack(losses), **gradients}

@@ -5,17 +5,15 @@ The second moment of a large matrix is kept as the mean over its rows and over i
 the parameter's root mean square. T5's relative step size, min(0.01, 1 / sqrt(t)), is a schedule:
 learning_rate 0.01, inverse_sqrt, no warm-up, decay_steps 10000.
 
-Stacked experts [E, D, F] are factored expert by expert over D and F. This is what T5's rule, the
-two largest dims, means wherever E is smaller than D and F; it keeps experts from sharing
-statistics, so that one that few tokens reach still takes steps of full size; and it works alike
-when the experts are sharded over machines.
+Stacked experts [E, D, F] are factored for each expert over D and F, as in T5 (the two largest dims)
+if E is smaller than D and F. So experts share no statistics, an expert with few tokens still takes
+steps of full size, and sharded experts are updated equally.
 
-The plain arithmetic is out of place, so that sharded tensors (DTensor) work and a step can be
-skipped without a trace. Plain factored float32 tensors in main memory are updated in place instead,
-to the same result but for rounding: a slice of a few experts at a time, whose squares stay in the
-cache while rows, columns and the update's norm are summed. The root mean squares of the update and
-of the weights are those of the whole stack, so weights and gradients are read once before the first
-weight is written, and once more.
+`_update` works out of place, so that it supports sharded tensors (DTensor) and steps can be
+skipped. `update_in_place` gives the same result but for rounding, for factored float32 tensors in
+main memory: a slice of a few experts at a time, whose squares stay in the cache while rows, columns
+and the update's norm are summed. Since root mean squares are those of the full stack, weights and
+gradients are read twice.
 
 Shapes: M matrices (experts, or one plain matrix), D rows, F columns.
 """
@@ -30,20 +28,19 @@ from torch.optim import Optimizer
 
 DECAY_EXPONENT = -0.8
 SQUARE_FLOOR = 1e-30  # added to squared gradients
-SCALE_FLOOR = 1e-3  # the least root mean square a parameter counts with
-# Elements: squares of so many, and what they are made of, fit the caches of two cores.
-SLICE = 2**19
+SCALE_FLOOR = 1e-3  # minimum of the root mean square of a parameter
+SLICE = 2**19  # elements; a slice and its squares fit the caches of two cores
 
 
 class Adafactor(Optimizer):
     """Adafactor without momentum.
 
-    lr: the step's learning rate, set from outside.
+    lr: learning rate of the step.
     scale_by_parameter: multiply it by the parameter's root mean square.
-    factor_from: the size from which both dims are factored (T5: 128).
-    per_expert_rms: take root mean squares (of updates and parameters) expert by expert rather than
-        over the whole stack.
-    clip: the largest root mean square of an update.
+    factor_from: minimum size of both last dims to factor them (T5: 128).
+    per_expert_rms: root mean squares (of updates and parameters) are those of each expert, not of
+        the stack.
+    clip: largest root mean square of an update.
 
     As in torch's fused optimizers, `found_inf` (a float32 scalar, 1 to skip the step) and
     `grad_scale` (a divisor of the gradients) may be set before `step`.
@@ -86,11 +83,11 @@ class Adafactor(Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                now = parameter, parameter.grad, self.state[parameter]
-                if not fits(*now):
-                    self._update(*now, group)
+                tensors = parameter, parameter.grad, self.state[parameter]
+                if not can_update_in_place(*tensors):
+                    self._update(*tensors, group)
                 elif self.found_inf is None or not self.found_inf:
-                    update(*now, group, self.grad_scale)
+                    update_in_place(*tensors, group, self.grad_scale)
 
     def _update(
         self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]
@@ -129,10 +126,7 @@ class Adafactor(Optimizer):
 
 
 def initial_state(parameter: Tensor, factor_from: int) -> dict[str, Tensor]:
-    """Return zeros: `step`, and `row` and `column` where the last two dims are factored.
-
-    Else `square`, of the parameter's shape. All float32.
-    """
+    """Return float32 zeros: `step`, and `row` and `column` if factored, else `square`."""
     value = parameter.detach().float()
     state = {"step": torch.zeros((), device=parameter.device)}
     if parameter.dim() >= 2 and min(parameter.shape[-2:]) >= factor_from:
@@ -146,7 +140,7 @@ def initial_state(parameter: Tensor, factor_from: int) -> dict[str, Tensor]:
 def keep_where(skip: Tensor, old: Tensor, new: Tensor) -> None:
     """Overwrite `old` with `new` in place unless the bool scalar `skip`.
 
-    A choice, not a product: zero times infinity would be NaN.
+    By `where`, not by a product with 0 or 1: zero times infinity is NaN.
     """
     old.copy_(torch.where(skip, old, new))
 
@@ -157,8 +151,8 @@ def _mean(x: Tensor, *dims: int, keepdim: bool = False) -> Tensor:
     if isinstance(mean, DTensor):
         from torch.distributed.tensor import Replicate
 
-        settled = [Replicate() if spot.is_partial() else spot for spot in mean.placements]
-        mean = mean.redistribute(placements=settled)
+        reduced = [Replicate() if one.is_partial() else one for one in mean.placements]
+        mean = mean.redistribute(placements=reduced)
     return mean
 
 
@@ -168,8 +162,8 @@ def _rms(x: Tensor, per_expert: bool) -> Tensor:
     return _mean(x.square(), *dims, keepdim=per_expert).sqrt()
 
 
-def fits(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> bool:
-    """Whether `update` takes these: plain, float32, contiguous, in main memory, factored."""
+def can_update_in_place(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> bool:
+    """Whether all are plain, float32, contiguous and in main memory, and the state is factored."""
     return "row" in state and all(
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.device.type == "cpu"
@@ -179,14 +173,14 @@ def fits(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> bool:
     )
 
 
-def update(
+def update_in_place(
     parameter: Tensor,
     gradient: Tensor,
     state: dict[str, Tensor],
     group: dict[str, Any],
     grad_scale: Tensor | None,
 ) -> None:
-    """Do what Adafactor's own update does; `group` holds its settings."""
+    """Do what `Adafactor._update` does; `group` has the optimizer's settings."""
     state["step"] += 1
     new = float(state["step"]) ** DECAY_EXPONENT
     scale = 1.0 if grad_scale is None else float(grad_scale)
@@ -194,48 +188,48 @@ def update(
     weight_MDF = parameter.view(-1, num_rows, num_columns)
     gradient_MDF = gradient.view(-1, num_rows, num_columns)
     row_MD, column_MF = state["row"].view(-1, num_rows), state["column"].view(-1, num_columns)
-    together = not (group["per_expert_rms"] and parameter.dim() == 3)
+    per_expert = group["per_expert_rms"] and parameter.dim() == 3
     workspace = parameter.new_empty(min(max(SLICE, num_columns), parameter.numel()))
 
     row_MD.mul_(1 - new).add_(new * SQUARE_FLOOR)
     column_MF.mul_(1 - new).add_(new * SQUARE_FLOOR)
-    mean_square_M = _move_statistics(gradient_MDF, row_MD, column_MF, new / scale**2, workspace)
+    mean_square_M = _add_statistics(gradient_MDF, row_MD, column_MF, new / scale**2, workspace)
     rate_M = torch.full_like(mean_square_M, group["lr"])
     if group["scale_by_parameter"]:
         norm_MD = torch.linalg.vector_norm(weight_MDF, dim=-1)
         size_M = norm_MD.square_().mean(-1) / weight_MDF.shape[2]
-        rate_M *= _root(size_M, together).clamp_(min=SCALE_FLOOR)
-    clip_M = (_root(mean_square_M, together) / (scale * group["clip"])).clamp_(min=1.0)
+        rate_M *= _root(size_M, per_expert).clamp_(min=SCALE_FLOOR)
+    clip_M = (_root(mean_square_M, per_expert) / (scale * group["clip"])).clamp_(min=1.0)
     keep_M11 = (1 - rate_M * group["weight_decay"])[:, None, None]
     step_MD = (row_MD.mean(-1, keepdim=True) / row_MD).sqrt_()
     step_MD *= (rate_M / (clip_M * -scale))[:, None]
     factor_MF = column_MF.rsqrt()
     for matrices, rows in _slices(weight_MDF):
         weight, gradient = weight_MDF[matrices, rows], gradient_MDF[matrices, rows]
-        factor = _as(gradient, workspace)
+        factor = workspace[: gradient.numel()].view(gradient.shape)
         torch.mul(step_MD[matrices, rows, None], factor_MF[matrices, None], out=factor)
         if group["weight_decay"]:
             weight.mul_(keep_M11[matrices])
         weight.addcmul_(gradient, factor)
 
 
-def _move_statistics(
+def _add_statistics(
     gradient_MDF: Tensor, row_MD: Tensor, column_MF: Tensor, share: float, workspace: Tensor
 ) -> Tensor:
-    """Add `share` of the gradient's mean squares to rows and columns.
+    """Add `share` times the gradient's mean squares to rows and columns.
 
-    Returns each matrix's mean square of the update, as it is before the gradient's divisor.
+    Returns the mean square of the update of each matrix, before division by `grad_scale`.
     """
     _, num_rows, num_columns = gradient_MDF.shape
-    in_one = num_rows * num_columns <= SLICE
+    one_slice = num_rows * num_columns <= SLICE
     sum_MF = torch.zeros_like(column_MF)
     for matrices, rows in _slices(gradient_MDF):
         square = _square(gradient_MDF[matrices, rows], workspace)
         row = row_MD[matrices, rows].add_(square.sum(-1), alpha=share / num_columns)
         column_MF[matrices].add_(square.sum(-2), alpha=share / num_rows)
-        if in_one:
+        if one_slice:
             torch.bmm(row.reciprocal()[:, None], square, out=sum_MF[matrices, None])
-    if not in_one:
+    if not one_slice:
         for matrices, rows in _slices(gradient_MDF):
             square = _square(gradient_MDF[matrices, rows], workspace)
             weight = row_MD[matrices, rows].reciprocal()
@@ -244,7 +238,7 @@ def _move_statistics(
 
 
 def _slices(stack_MDF: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Yield matrices and rows, from to: several whole matrices, or some rows of one."""
+    """Yield slices of matrices and of rows: several full matrices, or some rows of one."""
     num_matrices, num_rows, num_columns = stack_MDF.shape
     matrices = max(SLICE // (num_rows * num_columns), 1)
     rows = max(SLICE // num_columns, 1)
@@ -254,16 +248,11 @@ def _slices(stack_MDF: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _square(gradient: Tensor, workspace: Tensor) -> Tensor:
-    return torch.mul(gradient, gradient, out=_as(gradient, workspace))
+    return torch.mul(gradient, gradient, out=workspace[: gradient.numel()].view(gradient.shape))
 
 
-def _as(like: Tensor, workspace: Tensor) -> Tensor:
-    """Return memory for a slice, in its shape."""
-    return workspace[: like.numel()].view(like.shape)
-
-
-def _root(mean_square_M: Tensor, together: bool) -> Tensor:
-    """Return the root mean square of each matrix, or of all together, one a matrix."""
-    if together:
+def _root(mean_square_M: Tensor, per_expert: bool) -> Tensor:
+    """Return the root mean square of each matrix, or that of all of them, for each matrix."""
+    if not per_expert:
         mean_square_M = mean_square_M.mean().expand_as(mean_square_M)
     return mean_square_M.sqrt()

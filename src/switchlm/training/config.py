@@ -1,4 +1,4 @@
-"""The configuration of training: how long, how fast, how exact, and what is written on the way."""
+"""The `training` and `kernels` sections of a configuration."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,12 +10,11 @@ Precision = Literal["float32", "bfloat16", "selective"]
 
 @dataclass(frozen=True, kw_only=True)
 class KernelsConfig:
-    """Which kernels a run takes where there is a choice (docs/guides/kernels.md).
+    """The kernels of a run (docs/guides/kernels.md).
 
-    switch: how the feed-forward of a Switch layer runs: `separate` gathers tokens, multiplies and
-        combines one after the other; `fused` does all three in one kernel wherever one takes the
-        layer, and refuses to run where none does; `auto` takes what is faster. All processes of a
-        job do the same.
+    switch: how the feed-forward of a Switch layer runs: `separate` runs dispatch, experts and
+        combine one after the other; `fused` in one kernel, and fails if no kernel supports the
+        layers; `auto` takes the faster. All processes of a job take the same.
     """
 
     switch: Literal["auto", "separate", "fused"] = "auto"
@@ -23,34 +22,34 @@ class KernelsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """What `training.loop.train` needs besides a model and a loader.
+    """The settings of `training.loop.train`.
 
     steps: optimisation steps.
-    seconds: of training, after which the run ends earlier.
-    learning_rate: the largest of the schedule.
+    seconds: of training, after which the run ends even if steps remain; None for no limit.
+    learning_rate: the maximum of the schedule.
     schedule: after the warm-up `constant` stays, `inverse_sqrt` falls as T5's, `linear` falls to
         zero, and `wsd` stays and falls to zero at the end; see `learning_rate` in optimizer.py.
-    warmup_steps: in which the rate rises linearly from zero.
-    decay_steps: of `inverse_sqrt` the step from which it falls; of `wsd` the length of the fall.
+    warmup_steps: steps in which the rate rises linearly from zero.
+    decay_steps: of `inverse_sqrt` the step from which it falls; of `wsd` the length of the decay.
     optimizer: `adamw`, or `adafactor` as T5.
-    betas: AdamW's.
-    weight_decay: of AdamW; norms and biases are spared.
-    scale_by_parameter: of Adafactor: steps are relative to the root mean square of a weight.
-    per_expert_rms: of Adafactor: that of each expert, not of the stack.
-    expert_learning_rate_factor: multiplies the rate of experts.
-    router_learning_rate_factor: that of routers.
-    position_learning_rate_factor: that of relative position biases.
-    gradient_clip: largest norm of all gradients together; None leaves them alone.
-    accumulate: loader batches per step; the loss is that of one batch as large as all of them.
-    precision: see step.py.
+    betas: of AdamW.
+    weight_decay: of all parameters but norms and position biases.
+    scale_by_parameter: of Adafactor, multiply steps by the root mean square of a parameter.
+    per_expert_rms: of Adafactor, root mean squares of each expert, not of the stack.
+    expert_learning_rate_factor: multiplies the learning rate of experts.
+    router_learning_rate_factor: multiplies the learning rate of routers.
+    position_learning_rate_factor: multiplies the learning rate of relative position biases.
+    gradient_clip: largest norm of all gradients together; None for no clipping.
+    accumulate: loader batches per step (gradient accumulation).
+    precision: `float32`, `selective` (bfloat16 with float32 routers) or `bfloat16`.
     activation_checkpointing: recompute the blocks in the backward pass to save memory.
-    compile: compile the model with torch.compile first; slow to start.
+    compile: compile the model with torch.compile; slow to start.
     seed: of initial weights, order of samples, masks and dropout.
     log_every, evaluate_every, checkpoint_every: in steps; None for never.
     evaluate_batches: held-out batches per evaluation.
-    keep_checkpoints: how many; older ones are deleted.
-    tensorboard: write its files too.
-    wandb: the project at Weights & Biases to send to.
+    keep_checkpoints: number of checkpoints to keep; older ones are deleted.
+    tensorboard: also write TensorBoard files.
+    wandb: project at Weights & Biases to log to; None for none.
     """
 
     steps: int = 10_000

@@ -1,8 +1,7 @@
-"""How the loop has its model judged: figures for a line, and whether there is a point in going on.
+"""Evaluation during training: held-out loss, or a score with early stopping and a best model.
 
-The loop asks, an evaluator answers with an `EvaluationResult`, and knows nothing of the loop. What
-it remembers from one evaluation to the next stands in the checkpoints, so that a resumed run
-decides as the undisturbed one.
+The loop calls an `Evaluator`, which returns metrics and whether to end the run. Its state is in the
+checkpoints, so that a resumed run stops at the same step as an uninterrupted one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,41 +18,40 @@ from switchlm.parallel.mesh import ALONE, Mesh
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """What an evaluation found: figures for its metrics line, and whether to end the run."""
+    """Metrics for the line of an evaluation, and whether to end the run."""
 
-    figures: Mapping[str, Any]
+    metrics: Mapping[str, Any]
     stop: bool = False
 
 
 class Evaluator(Protocol):
-    """Judges the model of a run every `evaluate_every` steps, and at its end.
+    """Evaluates the model of a run every `evaluate_every` steps, and at its end.
 
-    when_stopped: whether to judge once more where the user stops a run in between. Not if it
-        remembers, for the resumed run would then not be the undisturbed one.
+    when_stopped: whether to evaluate once more when the user stops a run. False if that changes the
+        evaluator's state, because a resumed run would then differ from an uninterrupted one.
     """
 
     when_stopped: bool
 
     def evaluate(self, model: SwitchTransformer, step: int) -> EvaluationResult:
-        """Judge the model as it is after `step` steps, and leave it in its mode."""
+        """Evaluate the model after `step` steps; its training mode is left as it was."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """Return what it remembers, as numbers, for a checkpoint."""
+        """Return the state for a checkpoint: JSON values."""
         ...
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` returned."""
+        """Load what `state` returned."""
         ...
 
 
 class HeldOutLoss:
     """The loss of pre-training on fixed batches; it never ends a run.
 
-    A single process measures besides what the layers do, on the first batch alone, so that it adds
-    little to an evaluation (see evaluation/diagnostics.py). What it remembers are experts that
-    tokens of that batch had at the evaluation before. An evaluation out of turn, where the user
-    stops a run, comes after the checkpoint, so that the resumed run compares as the undisturbed.
+    A single process adds diagnostics of the first batch (see evaluation/diagnostics.py). The state
+    is the experts of that batch's tokens at the evaluation before. If the user stops a run, its
+    extra evaluation comes after the checkpoint, so that it does not change the saved state.
     """
 
     when_stopped = True
@@ -67,19 +65,19 @@ class HeldOutLoss:
     def evaluate(self, model: SwitchTransformer, step: int) -> EvaluationResult:
         """Return evaluation_loss and evaluation_loss_by_source, nats per target, and the diagnosis.
 
-        On many processes there is no diagnosis: the weights of a sharded model are together only
-        while its own forward pass runs.
+        On many processes there is no diagnosis: the weights of a sharded model are gathered only
+        in its own forward pass.
         """
         result = held_out_loss(model, self.batches, self.sources, self.mesh)
         by_source = {name: part["loss"] for name, part in result["sources"].items()}
-        figures = {"evaluation_loss": result["loss"], "evaluation_loss_by_source": by_source}
+        metrics = {"evaluation_loss": result["loss"], "evaluation_loss_by_source": by_source}
         if self.mesh.world_size == 1:
             diagnosis = diagnose(model, self.batches[0])
-            figures |= diagnosis.metrics(self.experts)
+            metrics |= diagnosis.metrics(self.experts)
             self.experts = diagnosis.experts()
         else:
             self.experts = {}
-        return EvaluationResult(figures=figures)
+        return EvaluationResult(metrics=metrics)
 
     def state(self) -> dict[str, Any]:
         return {"experts": self.experts}
@@ -90,14 +88,15 @@ class HeldOutLoss:
 
 @dataclass(kw_only=True)
 class BestCheckpoint:
-    """Keeps the model of the best score and ends the run when scores stay below it.
+    """Keeps the model of the best score, and ends the run after `patience` (early stopping).
 
-    A model that is spread over processes is put together in each of them first.
+    A sharded model is gathered in every process first.
 
-    score: gives the figures of a model, `score` among them, higher is better.
-    keep: told of every new best model, at once; of equal scores the first counts.
-    patience: end the run after that many evaluations in a row without a new best; None never does.
-    best_step, best_score: of the best evaluation so far; `misses` counts those since then.
+    score: returns the metrics of a model, `score` among them, higher is better.
+    keep: called with every new best model; of equal scores the first is kept.
+    patience: evaluations in a row without a new best after which the run ends; None for no limit.
+    best_step, best_score: of the best evaluation so far.
+    misses: evaluations since then.
     """
 
     score: Callable[[SwitchTransformer], Mapping[str, Any]]
@@ -111,15 +110,15 @@ class BestCheckpoint:
     def evaluate(self, model: SwitchTransformer, step: int) -> EvaluationResult:
         """Return what `score` gives, and best_score and best_step so far."""
         model = gather_model(model)
-        figures = self.score(model)
-        score = float(figures["score"])
+        metrics = self.score(model)
+        score = float(metrics["score"])
         if self.best_score is None or score > self.best_score:
             self.keep(model)
             self.best_step, self.best_score, self.misses = step, score, 0
         else:
             self.misses += 1
         return EvaluationResult(
-            figures={**figures, "best_score": self.best_score, "best_step": self.best_step},
+            metrics={**metrics, "best_score": self.best_score, "best_step": self.best_step},
             stop=self.patience is not None and self.misses >= self.patience,
         )
 
@@ -127,6 +126,6 @@ class BestCheckpoint:
         return {"step": self.best_step, "score": self.best_score, "misses": self.misses}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        # A run may have been judged by something else before.
+        # The checkpoint may be of a run with another evaluator, whose state lacks these keys.
         self.best_step, self.best_score = state.get("step"), state.get("score")
         self.misses = state.get("misses", 0)

@@ -1,8 +1,8 @@
 """The one training loop: batches in, metrics lines out, a checkpoint now and then.
 
-A run is a pure function of (configuration, seed): noise is seeded by (seed, step), the batch of a
-step by the loader's (seed, step), and a checkpoint holds all the rest. So a run that was stopped
-anywhere and resumed is the run that was never stopped, bit for bit on a CPU.
+A run is a pure function of (configuration, seed): noise and batch of a step depend on (seed, step),
+and a checkpoint holds all other state. So a resumed run equals an uninterrupted one, bit for bit on
+a CPU.
 """
 
 import json
@@ -24,6 +24,7 @@ from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.mesh import ALONE, Mesh
 from switchlm.training.config import KernelsConfig, TrainingConfig
 from switchlm.training.evaluation import Evaluator, HeldOutLoss
+from switchlm.training.kernel_choice import choose_switch
 from switchlm.training.monitor import Averages, HostCopy, Line, open_monitor
 from switchlm.training.optimizer import (
     build_optimizer,
@@ -35,7 +36,6 @@ from switchlm.training.run_folder import RunFolder, truncate_metrics
 from switchlm.training.step import (
     Objective,
     StepRecord,
-    choose_switch,
     prepare_for_training,
     seed_step,
     summarise_routing,
@@ -48,10 +48,13 @@ AUTOMATIC = KernelsConfig()
 
 @dataclass
 class Progress:
-    """How far a run is: whole steps, seconds of training alone, real tokens read.
+    """Progress of a run.
 
+    step: optimisation steps done.
+    seconds: of training, without evaluations and checkpoints.
+    tokens: without padding.
     evaluated: the step of the last evaluation.
-    stopped: it said that there is no point in going on.
+    stopped: whether the evaluator ended the run.
     """
 
     step: int = 0
@@ -77,40 +80,41 @@ def train(
     """Train `model` in place on its device and yield every metrics line as it is written.
 
     On many processes each calls this with the same arguments, its model sharded over `mesh` and
-    `loader` giving its share of every batch; all yield the same lines, the main one writes them.
+    `loader` giving its share of every batch; all yield the same lines, and rank 0 writes them.
 
     A line of training (every `log_every` steps, and the last step) has step, tokens and seconds of
     training so far; loss (nats per target), balance_loss, z_loss (both weighted) and gradient_norm
     (before clipping) as means since the last line, None if every step was skipped; skipped, spikes
     and tokens_per_second since then; and learning_rate and dropped of the step itself. Sparse
     models add, of the step, layers (names), load (a list of shares per layer), gate and
-    dropped_by_layer. A line of evaluation has step, seconds, and the figures of the evaluator.
+    dropped_by_layer. A line of evaluation has step, seconds, and the metrics of the evaluator.
 
     The held-out loss gives evaluation_loss and evaluation_loss_by_source, nats per target. A single
-    process adds, measured on the first held-out batch (up to 8,192 input tokens) with padding left
-    out: attention_near, for each self-attention by name a number a head, the attention weight on
+    process adds, measured on the first held-out batch (up to 8,192 input tokens, without padding):
+    attention_near, for each self-attention by name one number per head, the attention weight on
     keys at most 3 positions away, mean over tokens. Sparse models add layers (names), and of each:
-    gate, mean over what was kept; dead_experts, how many no token chose; router_entropy, of a
-    token's probabilities, mean over tokens, and load_entropy, of the experts' shares, both in nats,
-    at most ln E; kept_expert, the share of up to 1,024 fixed tokens with the same first choice as
-    at the evaluation before, None at the first one.
-
-    objective: what is minimised, and `loss` in the lines; held-out losses are cross-entropy always.
+    gate, mean over kept assignments; dead_experts, the number of experts without a token;
+    router_entropy, of a token's probabilities, mean over tokens, and load_entropy, of the experts'
+    shares, both in nats, at most ln E; kept_expert, the share of up to 1,024 fixed tokens with the
+    same first choice as at the evaluation before, None at the first one.
 
     run: where metrics.jsonl and checkpoints go; without it nothing is written.
-    resume: go on from the newest whole checkpoint there, or from the start if there is none yet.
-    evaluator: judges the model every `config.evaluate_every` steps; None takes the held-out loss of
-        the loader. The run ends after `config.steps`, after `config.seconds`, when the evaluator or
-        once `should_stop` says so, with a last checkpoint and a last evaluation.
-    kernels: chosen before the first step, see `choose_switch`; RUN/kernels.json says what was.
+    resume: continue from the newest valid checkpoint, or from the start if there is none.
+    should_stop: checked after every step; the run ends at the same step on all processes.
+    objective: what is minimised, and `loss` in the lines; held-out losses are always cross-entropy.
+    evaluator: called every `config.evaluate_every` steps; None takes the loader's held-out loss.
+    kernels: chosen before the first step, see `choose_switch`; written to RUN/kernels.json.
+
+    The run ends after `config.steps`, after `config.seconds`, or when `evaluator` or `should_stop`
+    ends it, with a last checkpoint and a last evaluation.
     """
-    run_of = _Run(model, loader, config, run, should_stop, mesh, objective, evaluator, kernels)
-    return run_of.lines(resume)
+    state = _Run(model, loader, config, run, should_stop, mesh, objective, evaluator, kernels)
+    return state.lines(resume)
 
 
 @dataclass
 class _Run:
-    """The arguments of one call of `train`, and its state."""
+    """The arguments of `train`, and its state."""
 
     model: SwitchTransformer
     loader: BatchSource
@@ -132,8 +136,8 @@ class _Run:
         self.saved = (0, 0)  # step of the newest checkpoint, and of its last evaluation
         self.averages = Averages()
         self.logged = Progress()
-        self.wishes_to_stop = self.agreed_to_stop = False
-        self.heard: HostCopy | None = None
+        self.stop_requested = self.stop_agreed = False
+        self.stop_requests: HostCopy | None = None
         self.layers = list(switch_layers(model))
         self.store: CheckpointStore | None = None
         if self.folder is not None:
@@ -147,7 +151,6 @@ class _Run:
             model.compile()
 
     def lines(self, resume: bool) -> Iterator[Line]:
-        """Train and yield the lines; see `train`."""
         config = self.config
         if self.evaluator is None and config.evaluate_every is not None:
             batches = self.loader.held_out(config.evaluate_batches)
@@ -157,7 +160,7 @@ class _Run:
             self._resume()
         elif self.store is not None and self.store.steps():
             raise CheckpointError(
-                f"There are checkpoints of a run in {str(self.store.folder)!r} already. Resume it, "
+                f"There are already checkpoints of a run in {str(self.store.folder)!r}. Resume it, "
                 "or give another folder."
             )
         with ExitStack() as opened:
@@ -180,13 +183,17 @@ class _Run:
             interrupted = self.mesh.any_rank(self.should_stop())
             if interrupted:
                 self._save()  # before anything that takes time
-            if self.evaluator is not None and self._left_to_evaluate(interrupted):
+            if (
+                self.evaluator is not None
+                and (self.evaluator.when_stopped or not interrupted)
+                and self.progress.evaluated != self.progress.step
+            ):
                 yield write(self._evaluation_line(self.evaluator))
             if not interrupted:
                 self._save()
 
     def _step(self, batches: Iterator[tuple[int, Batch]]) -> StepRecord:
-        """Take one step and count it; time spent outside is not training time."""
+        """Take one step and update the progress."""
         config, progress = self.config, self.progress
         started = time.perf_counter()
         parts = [next(batches)[1] for _ in range(config.accumulate)]
@@ -205,33 +212,33 @@ class _Run:
             mesh=self.mesh,
             objective=self.objective,
             num_tokens=num_tokens,
-            stop=self.wishes_to_stop,
+            stop=self.stop_requested,
         )
-        self._hear(record)
+        self._read_stop_requests(record)
         progress.step += 1
         self.mesh.beat(progress.step)
-        self.averages.add(record.figures)
+        self.averages.add(record.metrics)
         if self._due(config.log_every, at_end=True):
-            self._count_tokens()  # waits for the device, so that the time is the step's
+            self._count_tokens()  # waits for the device, so that the step's time is complete
         progress.seconds += time.perf_counter() - started
         return record
 
     def _choose_kernels(self, kernels: KernelsConfig, batch: Batch) -> None:
-        """Choose them by the first batch; every process comes here, before its first step."""
+        """Choose kernels for the size of the first batch, on every process."""
         num_tokens = batch.inputs_BS.numel()
         choice = choose_switch(self.model, self.config, num_tokens, kernels.switch, self.mesh)
         if choice is not None and self.folder is not None and self.mesh.is_main:
             replace_file(self.folder.kernels, json.dumps({"switch": vars(choice)}).encode())
 
-    def _hear(self, record: StepRecord) -> None:
-        """Read what the processes wished at the step before, which waits for nothing.
+    def _read_stop_requests(self, record: StepRecord) -> None:
+        """Read the stop requests of the step before, which are on the host already.
 
-        All read the same wishes after the same step, and so stop after the same one.
+        All processes read the same number after the same step, and so stop after the same one.
         """
-        if self.heard is not None:
-            self.agreed_to_stop = self.heard.item() > 0
+        if self.stop_requests is not None:
+            self.stop_agreed = self.stop_requests.item() > 0
         if self.mesh.is_distributed:
-            self.heard = HostCopy(record.stops)
+            self.stop_requests = HostCopy(record.stops)
 
     def _count_tokens(self) -> None:
         self.progress.tokens += self.averages.take_tokens()
@@ -242,18 +249,13 @@ class _Run:
             return True
         return every is not None and step % every == 0
 
-    def _left_to_evaluate(self, interrupted: bool) -> bool:
-        assert self.evaluator is not None
-        wanted = self.evaluator.when_stopped or not interrupted
-        return wanted and self.progress.evaluated != self.progress.step
-
     def _done(self) -> bool:
         config, progress = self.config, self.progress
         out_of_time = config.seconds is not None and progress.seconds >= config.seconds
         if progress.step >= config.steps or progress.stopped:
             return True
-        self.wishes_to_stop = out_of_time or self.should_stop()
-        return self.agreed_to_stop if self.mesh.is_distributed else self.wishes_to_stop
+        self.stop_requested = out_of_time or self.should_stop()
+        return self.stop_agreed if self.mesh.is_distributed else self.stop_requested
 
     def _training_line(self, record: StepRecord) -> Line:
         progress, logged = self.progress, self.logged
@@ -282,12 +284,12 @@ class _Run:
 
     def _evaluation_line(self, evaluator: Evaluator) -> Line:
         progress = self.progress
-        verdict = evaluator.evaluate(self.model, progress.step)
-        progress.evaluated, progress.stopped = progress.step, verdict.stop
-        return {"step": progress.step, "seconds": progress.seconds, **verdict.figures}
+        result = evaluator.evaluate(self.model, progress.step)
+        progress.evaluated, progress.stopped = progress.step, result.stop
+        return {"step": progress.step, "seconds": progress.seconds, **result.metrics}
 
     def _tensors(self) -> dict[str, Any]:
-        """Return what a checkpoint is loaded into, in place; what is frozen is not in it."""
+        """Return trainable parameters, buffers and optimizer state, to save or load in place."""
         frozen = {name for name, part in self.model.named_parameters() if not part.requires_grad}
         state = self.model.state_dict()
         return {
@@ -296,7 +298,7 @@ class _Run:
         }
 
     def _save(self) -> None:
-        """Save a checkpoint, unless that has been done at this very point."""
+        """Save a checkpoint, unless there is one of this step and evaluation."""
         point = (self.progress.step, self.progress.evaluated)
         if self.store is None or self.saved == point:
             return

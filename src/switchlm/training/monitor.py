@@ -1,8 +1,4 @@
-"""The metrics of a run: averaged on the device, written to metrics.jsonl, TensorBoard or wandb.
-
-Steps with a bad gradient are skipped, counted, and left out of the means over the steps since the
-last line. Spikes of the loss are counted.
-"""
+"""The metrics of a run: means over steps, written to metrics.jsonl, TensorBoard or wandb."""
 
 import json
 import math
@@ -33,10 +29,10 @@ def global_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return the Euclidean norm of all gradients together, and sums, by one all-reduce at most.
 
-    Where several processes hold the same part of a gradient, each counts its share of it, so that
-    one sum over all processes is enough. The host does not wait for the device.
+    If n processes hold the same part of a gradient, each adds 1 / n of its square. The host does
+    not wait for the device.
 
-    counts: what is summed over all processes.
+    counts: numbers of this process, to be summed over all processes.
 
     Returns the norm, a float32 scalar, and the sums, float64 [len(counts)], on the same device.
     """
@@ -46,25 +42,25 @@ def global_norm(
         for norm, gradient in zip(norms, gradients, strict=True)
     ]
     norm = torch.linalg.vector_norm(torch.stack(parts))
-    # Filled in, not copied from main memory, for which a GPU would make the host wait.
+    # torch.full, since a copy from main memory would make the host wait for the GPU.
     sums = [torch.full((), count, dtype=torch.float64, device=norm.device) for count in counts]
     totals = mesh.all_ranks_sum(torch.stack([norm.double().square(), *sums]))
     return norm if not mesh.is_distributed else totals[0].sqrt().float(), totals[1:]
 
 
 def _short(gradient: Tensor) -> Tensor:
-    """Return the norms of the rows, which have the same norm, where one thread would be slow."""
+    """Return the norms of the rows, which have the same norm, if one thread would be slow."""
     if gradient.device.type == "cpu" and gradient.dim() > 1 and gradient.numel() > LARGE:
         return torch.linalg.vector_norm(gradient, dim=-1)
     return gradient
 
 
 class SpikeDetector:
-    """Notices losses far above the running median.
+    """Detects losses far above the running median.
 
     A loss is a spike if it exceeds `factor` times the median of the last `window` ordinary losses,
-    once `minimum` are known. Neither spikes nor non-finite losses enter the window; after `window`
-    spikes in a row the level is taken as the new normal.
+    once there are `minimum`. Spikes and non-finite losses do not enter the window; after `window`
+    spikes in a row the window starts again.
     """
 
     def __init__(self, window: int = 100, factor: float = 1.5, minimum: int = 10) -> None:
@@ -73,7 +69,7 @@ class SpikeDetector:
         self.spikes_in_a_row = 0
 
     def is_spike(self, loss: float) -> bool:
-        """Return whether `loss` is a spike, and remember it if it is not."""
+        """Return whether `loss` is a spike, and add it to the window if it is not."""
         if not math.isfinite(loss):
             return False
         if len(self.losses) >= self.minimum and loss > self.factor * median(self.losses):
@@ -86,40 +82,39 @@ class SpikeDetector:
         return False
 
     def state(self) -> dict[str, Any]:
-        """Return all it knows, for a checkpoint."""
+        """Return the state for a checkpoint."""
         return {"losses": list(self.losses), "spikes_in_a_row": self.spikes_in_a_row}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned."""
+        """Load what `state` returned."""
         self.losses = deque(state["losses"], maxlen=self.window)
         self.spikes_in_a_row = state["spikes_in_a_row"]
 
 
-FIGURES = ("loss", "balance_loss", "z_loss", "gradient_norm")
+METRICS = ("loss", "balance_loss", "z_loss", "gradient_norm")
 
 
 class Averages:
-    """Sums the figures of steps; skipped steps are counted and stay out of every mean.
+    """Sums the metrics of steps; skipped steps are counted, and left out of the means.
 
-    Figures arrive as tensors (see StepRecord) and are turned into numbers only by `fold`, one
-    transfer for all steps since the last.
+    Metrics stay tensors on the device (see StepRecord) until `fold` transfers them, all at once.
     """
 
     def __init__(self) -> None:
         self.pending: list[Tensor] = []
-        self.sums = [0.0] * len(FIGURES)
+        self.sums = [0.0] * len(METRICS)
         self.counted = 0
         self.skipped = 0
         self.spikes = 0
         self.tokens = 0
         self.detector = SpikeDetector()
 
-    def add(self, figures: Tensor) -> None:
-        """Take the figures of one step, float64 [6]."""
-        self.pending.append(figures)
+    def add(self, metrics: Tensor) -> None:
+        """Add the metrics of one step, float64 [6]."""
+        self.pending.append(metrics)
 
     def fold(self) -> None:
-        """Turn what is pending into numbers."""
+        """Add the pending metrics to the sums."""
         if not self.pending:
             return
         for *values, skipped, tokens in torch.stack(self.pending).tolist():
@@ -133,23 +128,23 @@ class Averages:
         self.pending.clear()
 
     def line(self) -> dict[str, Any]:
-        """Return the means (None if every step was skipped) and counts, and begin anew."""
+        """Return means (None if every step was skipped) and counts, and reset them."""
         self.fold()
         means = [total / self.counted if self.counted else None for total in self.sums]
-        result = dict(zip(FIGURES, means, strict=True))
+        result = dict(zip(METRICS, means, strict=True))
         result |= {"skipped": self.skipped, "spikes": self.spikes}
-        self.sums = [0.0] * len(FIGURES)
+        self.sums = [0.0] * len(METRICS)
         self.counted = self.skipped = self.spikes = 0
         return result
 
     def take_tokens(self) -> int:
-        """Return the tokens of the steps since this was asked last."""
+        """Return the tokens since the last call."""
         self.fold()
         tokens, self.tokens = self.tokens, 0
         return tokens
 
     def state(self) -> dict[str, Any]:
-        """Return everything but tokens as numbers, for a checkpoint."""
+        """Return all but the tokens, for a checkpoint."""
         self.fold()
         return {
             "sums": self.sums,
@@ -160,7 +155,7 @@ class Averages:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned."""
+        """Load what `state` returned."""
         self.pending.clear()
         self.sums, self.counted = list(state["sums"]), state["counted"]
         self.skipped, self.spikes = state["skipped"], state["spikes"]
@@ -168,7 +163,7 @@ class Averages:
 
 
 class HostCopy:
-    """A tensor on its way to main memory: reading it waits for the work before it, not after."""
+    """A tensor that is copied to main memory; `item` does not wait for later work of the device."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -195,15 +190,15 @@ def open_monitor(
 ) -> Iterator[Callable[[Line], Line]]:
     """Yield a function that writes a line everywhere, and returns it.
 
-    run: without a folder lines go nowhere.
-    resumed_at: the step that a resumed run goes on from. In TensorBoard its lines replace those
-        that came after it; at Weights & Biases it is the same run as before.
+    run: None writes nothing.
+    resumed_at: the step of the checkpoint of a resumed run. In TensorBoard new lines replace those
+        after it; at Weights & Biases the same run is continued.
     """
     writers: list[Callable[[Line], object]] = []
     with ExitStack() as opened:
         if run is not None:
             run.create()
-            # Every line is handed to the operating system at once, whole.
+            # Unbuffered: every line is one write.
             file = opened.enter_context(run.metrics.open("ab", buffering=0))
             writers.append(
                 lambda line: file.write((json.dumps(line, allow_nan=False) + "\n").encode())
@@ -254,7 +249,7 @@ def _wandb(run: RunFolder, project: str) -> Iterator[Callable[[Line], None]]:
 
 
 def scalars(line: Line) -> dict[str, float]:
-    """Return what is a single number in a line, the step left out."""
+    """Return the single numbers of a line, without the step."""
     return {
         name: value
         for name, value in line.items()
@@ -263,7 +258,7 @@ def scalars(line: Line) -> dict[str, float]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return all whole lines of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """Return the lines of a metrics.jsonl, without a last line that a crash cut short."""
     lines = []
     for text in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         if text.endswith(b"\n"):

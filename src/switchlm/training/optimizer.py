@@ -1,7 +1,7 @@
-"""The optimizer: which parameters train, in which groups, at which learning rate.
+"""The optimizer: parameter groups, frozen parameters, and learning rate schedules.
 
-What is frozen asks for no gradient, so that the optimizer holds nothing for it and the backward
-pass makes no buffer for it. The learning rate is a pure function of the step.
+Frozen parameters have requires_grad False, so neither optimizer state nor gradient buffers exist
+for them.
 """
 
 import math
@@ -19,9 +19,7 @@ from switchlm.training.config import TrainingConfig
 def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
     """Return groups for weights, experts, routers, position biases and norms.
 
-    The last two are not decayed.
-
-    Each has `rate_factor`, by which the schedule's learning rate is multiplied.
+    The last two have no weight decay. `rate_factor` of a group multiplies the learning rate.
     """
     groups: dict[str, dict[str, Any]] = {
         "weights": {"rate_factor": 1.0},
@@ -55,7 +53,7 @@ def group_of(name: str, parameter: Tensor) -> str:
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
-    """Return the optimizer as configured, its state there from the start, so that it can be loaded.
+    """Return the configured optimizer with its state allocated, so that a checkpoint can be loaded.
 
     Both kinds read `found_inf` and `grad_scale` (see step.py).
     """
@@ -86,10 +84,7 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Return the optimizer's own tensors by the names of the parameters.
-
-    For checkpoints: they are the live tensors, so that loading into them restores the optimizer.
-    """
+    """Return the optimizer's state by parameter name; loading into its tensors restores it."""
     return {
         name: dict(optimizer.state[parameter])
         for name, parameter in model.named_parameters()
@@ -102,11 +97,11 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
 
     Every schedule rises linearly to `learning_rate` over `warmup_steps`. Then
     `constant` stays;
-    `inverse_sqrt` stays up to step d and falls as sqrt(d / step) from there, d = `decay_steps` or
-        the warm-up; T5's rule is learning_rate 0.01, no warm-up, d = 10,000 (Raffel et al. 2020);
+    `inverse_sqrt` stays up to step d and then falls as sqrt(d / step), d = `decay_steps` or the
+        warm-up; T5's is learning_rate 0.01, no warm-up, d = 10,000 (Raffel et al. 2020);
     `linear` falls to zero at `steps`;
-    `wsd` (warm-up, stable, decay) stays, and falls linearly to zero over the last `decay_steps`, a
-        fifth of all if not given.
+    `wsd` (warm-up, stable, decay) stays, and falls linearly to zero over the last `decay_steps`, by
+        default a fifth of `steps`.
     """
     rate, done = config.learning_rate, step + 1
     if done < config.warmup_steps:
@@ -132,8 +127,8 @@ Trainable = Literal["all", "non-expert", "expert", "router"]
 def train_only(model: nn.Module, part: Trainable) -> None:
     """Freeze all parameters of a SwitchTransformer but those of `part`, in place.
 
-    `non-expert` is everything but the weights of experts, routers included. Raises ConfigError for
-    a dense model, which has neither experts nor routers.
+    `non-expert` is everything but the weights of experts, so it includes routers. Raises
+    ConfigError if no parameter is left, as for `expert` and `router` of a dense model.
     """
     chosen = 0
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Where things are in a run, and how its metrics go back in time with a resumed run."""
+"""The files of a run, and truncation of its metrics when it is resumed."""
 
 import json
 from pathlib import Path
@@ -13,17 +13,16 @@ class RunFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.config = root / "config.yaml"  # as resolved
-        self.tokenizer = root / "tokenizer"  # that the run trains with, so that it resumes with it
-        self.metrics = root / "metrics.jsonl"  # one JSON object a line; each has its `step`
+        self.tokenizer = root / "tokenizer"  # of the run, also when it is resumed
+        self.metrics = root / "metrics.jsonl"  # one JSON object per line, each with its `step`
         self.checkpoints = root / "checkpoints"  # of a `CheckpointStore`
         self.model = root / "model"  # the trained model in Hugging Face layout
-        self.adapters = root / "adapters"  # the best ones alone, where a run trains some
-        # The fingerprint of what a run that trains a part of a model leaves as it is.
-        self.base = root / "base.json"
-        self.tensorboard = root / "tensorboard"  # its event files
+        self.adapters = root / "adapters"  # the best adapters, if the run trains adapters
+        self.base = root / "base.json"  # fingerprint of the frozen parameters
+        self.tensorboard = root / "tensorboard"  # event files
         self.wandb_id = root / "wandb-id.txt"  # of the run at Weights & Biases
-        self.kernels = root / "kernels.json"  # how Switch layers run: which kernel, and why
-        self.routing = root / "routing.json"  # which expert takes which token at the end of the run
+        self.kernels = root / "kernels.json"  # the kernel of Switch layers, and why
+        self.routing = root / "routing.json"  # tokens of each expert at the end of the run
         self.report = root / "report.html"  # one file that opens offline
 
     def exists(self) -> bool:
@@ -31,19 +30,19 @@ class RunFolder:
         return self.config.exists() or self.metrics.exists() or self.checkpoints.exists()
 
     def has_checkpoint(self) -> bool:
-        """Whether a resumed run would go on from a checkpoint, not from the start."""
+        """Whether there is a checkpoint to resume from."""
         return bool(CheckpointDirectory(self.checkpoints).finished())
 
     def create(self) -> None:
-        """Make the folder, durably; one that exists is fine."""
+        """Create the folder, if there is none, and sync it."""
         make_folder(self.root)
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines of `path` that come after `step`.
+    """Delete the lines of `path` after `step`, which a resumed run writes again.
 
-    A run resumed from the checkpoint of `step` writes them again. A line that a crash cut short
-    goes too. The file is replaced in one step; a missing file has no lines.
+    A line that a crash cut short is deleted too. The file is replaced atomically, and may be
+    missing.
     """
     if not path.is_file():
         return

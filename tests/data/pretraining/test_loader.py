@@ -118,7 +118,7 @@ def test_what_goes_wrong_in_the_thread_reaches_the_caller(open_corpus, monkeypat
 
 
 def test_rows_that_cannot_be_shared_out_are_refused(open_corpus):
-    with pytest.raises(DataError, match="cannot be shared out evenly among 3"):
+    with pytest.raises(DataError, match="cannot be divided evenly over 3"):
         open_corpus().share(0, 3)
 
 
@@ -251,7 +251,7 @@ def translations(tmp_path):
     return folder
 
 
-def test_documents_are_held_out_alike_in_all_languages(translations, open_corpus):
+def test_the_same_documents_are_held_out_in_all_languages(translations, open_corpus):
     loader = open_corpus(
         sources=(f"each:{translations}",), group_column="document", held_out_share=0.1
     )
@@ -269,22 +269,22 @@ def test_documents_are_held_out_alike_in_all_languages(translations, open_corpus
     assert not seen["held out"] & seen["train"]
 
 
-def test_many_sources_are_told_of_in_one_line(translations, open_corpus):
+def test_many_sources_are_reported_in_one_line(translations, open_corpus):
     record = json.dumps({"text": "a text of some length, " * 9})
     for number in range(20):
         (translations / f"n{number}.jsonl").write_text(f"{record}\n" * 3)
     said = []
     open_corpus(sources=(f"each:{translations}",), report=said.append)
-    told = [line for line in said if "to train on" in line]
-    assert len(told) == 1
-    assert told[0].startswith("22 sources: ")
-    assert "(xx) each of the rows" in told[0]
+    lines = [line for line in said if "to train on" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("22 sources: ")
+    assert "(xx) each of the rows" in lines[0]
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "unigram"])
 def test_a_language_without_text_is_refused_by_name(translations, open_corpus, tokenizer):
     (translations / "zz.jsonl").write_text('{"document": "d0", "text": "  "}\n')
-    with pytest.raises(DataError, match=r"source 'zz' has no text in .*skipped: 1 empty.*Give it"):
+    with pytest.raises(DataError, match=r"source 'zz' has no text in .*skipped: 1 empty.*Add text"):
         open_corpus(
             sources=(f"each:{translations}",), tokenizer=tokenizer, vocabulary_size=512,
             mixing="temperature",

@@ -105,7 +105,7 @@ def test_the_mask_of_an_example_does_not_depend_on_its_neighbours(packed):
     assert torch.equal(whole.inputs_BS[4:], half.inputs_BS)
 
 
-def test_targets_get_more_room_where_examples_are_short():
+def test_targets_get_more_space_if_examples_are_short():
     noise = Noise(density=0.15, mean_span=3.0)
     long = Pieces(start_P=np.zeros(5, int), length_P=np.full(5, 568))
     short = Pieces(start_P=np.zeros(50, int), length_P=np.full(50, 10))

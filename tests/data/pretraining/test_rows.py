@@ -55,7 +55,7 @@ def test_passes_are_shuffled_and_cut_elsewhere():
     assert not np.array_equal(first, tokens_of(other, np.arange(100))[:, 0])
 
 
-def test_a_row_does_not_depend_on_what_is_asked_for_with_it():
+def test_a_row_does_not_depend_on_the_other_rows_of_a_call():
     rows = RunningText(cache_of([300, 200]), np.array([True, True]), 10, seed=1)
     together = tokens_of(rows, np.arange(200))
     for index in (0, 49, 50, 199):

@@ -17,7 +17,7 @@ ROOMY = st.builds(Noise, density=st.floats(0.05, 0.5), mean_span=st.floats(2.0, 
 
 
 def slow_corrupt(tokens, mask):
-    """Span corruption as one would explain it: walk through the text, token by token."""
+    """Span corruption token by token, the oracle."""
     inputs, targets, spans = [], [], 0
     for place, token in enumerate(tokens):
         if not mask[place]:
@@ -32,7 +32,7 @@ def slow_corrupt(tokens, mask):
 
 
 def restore(inputs, targets):
-    """Put every span of the targets back where its sentinel stands in the inputs."""
+    """Replace every sentinel in the inputs by its span of the targets."""
     spans, current = {}, None
     for token in targets[:-1]:
         if token in SENTINELS:

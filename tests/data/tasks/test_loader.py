@@ -73,7 +73,7 @@ def test_workers_share_the_rows_of_a_batch():
     rows = torch.cat([next(share.iterate(4))[1].inputs_BS for share in shares])
     assert torch.equal(rows, whole.batch(4).inputs_BS)
     assert shares[1].sources == ("a",)
-    with pytest.raises(DataError, match="cannot be shared out evenly"):
+    with pytest.raises(DataError, match="cannot be divided evenly"):
         whole.share(0, 4)
 
 
@@ -90,7 +90,7 @@ def test_long_inputs_are_cut_counted_and_reported():
     lines = []
     tasks = {"a": [example("x" * 15, "y"), example("x" * 16, "y"), example("x" * 99, "y")]}
     data = loader(tasks, report=lines.append)
-    assert "2 inputs cut to 16 tokens" in lines[0]
+    assert "2 inputs truncated to 16 tokens" in lines[0]
     assert {len(text) for text, _ in texts(data.batch(0))} == {15}
 
 
@@ -100,7 +100,7 @@ def test_long_targets_are_refused_or_cut_and_counted():
         loader(tasks)
     lines = []
     data = loader(tasks, long_targets="truncate", report=lines.append)
-    assert "2 targets cut to 8 tokens" in lines[0]
+    assert "2 targets truncated to 8 tokens" in lines[0]
     assert {target for _, target in texts(data.batch(0))} == {"y" * 7, "z" * 7}
 
 
@@ -135,11 +135,11 @@ def test_few_held_out_examples_repeat_to_fill_a_batch():
         ({"held_out": {"b": numbered("b", 2)}}, "no task 'b'"),
     ],
 )
-def test_mistakes_are_told(arguments, message):
+def test_mistakes_are_errors(arguments, message):
     with pytest.raises(DataError, match=message):
         loader(**arguments)
 
 
-def test_no_task_is_told():
+def test_no_task_is_an_error():
     with pytest.raises(DataError, match="no task to train on"):
         PairLoader({}, BYTES, input_length=8, target_length=8, batch_size=1, seed=0)

@@ -31,7 +31,7 @@ def only(name, folder, split="validation"):
     return examples[0]
 
 
-def test_every_task_is_told_by_its_name():
+def test_every_task_is_found_by_its_name():
     for name, task in TASKS.items():
         assert find_task(name) is task
         assert task.name == name
@@ -40,7 +40,7 @@ def test_every_task_is_told_by_its_name():
     assert all(name in TASKS for names in MIXTURES.values() for name in names)
 
 
-def test_mixtures_are_spelt_out_once():
+def test_mixtures_are_expanded_once():
     found = [task.name for task in find_tasks(["glue", "rte", "squad"])]
     assert found == [*MIXTURES["glue"], "squad"]
 
@@ -97,7 +97,7 @@ def test_squad_is_unnested_and_keeps_every_answer(write):
     assert first.identity == second.identity, "questions about one paragraph belong together"
 
 
-def test_squad_of_the_hub_says_the_same(write):
+def test_squad_of_the_hub_gives_the_same_examples(write):
     record = {
         "question": "q",
         "context": "c",
@@ -159,7 +159,7 @@ def test_a_file_of_the_users_is_read_by_its_columns(write):
     assert (example.input, example.target) == ("question: Who, me? context: Text", "<Yes, you>")
 
 
-def test_one_file_is_parted_by_what_its_examples_say(write):
+def test_one_file_is_split_by_the_identity_of_its_examples(write):
     records = [{"input": f"say {n}", "target": str(n)} for n in range(300)]
     folder = write(a_dot_jsonl=records, b_dot_jsonl=records[::-1] + records[:5])
     parts = {
@@ -226,7 +226,7 @@ def test_parquet_and_compressed_files_are_read(tmp_path):
         ("README.md", "", "has: no file of a known kind"),
     ],
 )
-def test_what_cannot_be_used_is_told(tmp_path, name, text, message):
+def test_unusable_records_are_errors(tmp_path, name, text, message):
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=message):
         read_examples(find_task("sst2"), "validation", tmp_path)
@@ -245,8 +245,8 @@ def test_what_cannot_be_used_is_told(tmp_path, name, text, message):
         ("trivia_qa", {"question": "q", "answer": "bare"}),
     ],
 )
-def test_records_of_another_layout_are_told(write, task, record):
-    with pytest.raises(DataError, match=f"Record 1 of .* is not laid out as those of '{task}'"):
+def test_records_of_another_structure_are_errors(write, task, record):
+    with pytest.raises(DataError, match=f"Record 1 of .* does not have the structure of '{task}'"):
         read_examples(find_task(task), "train", write(train_dot_jsonl=[record]))
 
 
@@ -276,7 +276,7 @@ def test_files_of_one_name_stay_apart(write):
     ]
 
 
-def test_files_that_cannot_be_chosen_between_are_told(write):
+def test_ambiguous_files_are_errors(write):
     folder = write(**{"train-v1.1_dot_json": "[]", "train-v2.0_dot_json": "[]"})
     with pytest.raises(DataError, match=r"Several files.*train-v1\.1\.json, train-v2\.0\.json"):
         read_examples(find_task("squad"), "train", folder)
@@ -290,17 +290,17 @@ def test_files_that_cannot_be_chosen_between_are_told(write):
         ({"inputs": "a", "target": "b"}, "no column 'input'.*Did you mean 'inputs'"),
     ],
 )
-def test_bad_records_of_a_users_file_are_told(write, record, message):
+def test_bad_records_of_a_users_file_are_errors(write, record, message):
     folder = write(mine_dot_jsonl=[record])
     with pytest.raises(DataError, match=message):
         read_examples(find_task(str(folder / "mine.jsonl")), "all")
 
 
-def test_unreadable_places_are_told(tmp_path):
+def test_unreadable_places_are_errors(tmp_path):
     (tmp_path / "task.pdf").write_bytes(b"%PDF")
     (tmp_path / "dev.tsv").write_bytes(b"sentence\tlabel\n\xff\t1\n")
     sst2 = find_task("sst2")
-    with pytest.raises(DataError, match="Cannot tell what kind of file"):
+    with pytest.raises(DataError, match="Unknown format of"):
         read_examples(sst2, "all", tmp_path / "task.pdf")
     with pytest.raises(DataError, match="no file or folder"):
         read_examples(sst2, "all", tmp_path / "nowhere")

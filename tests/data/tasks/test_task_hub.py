@@ -1,4 +1,4 @@
-"""The hub is a stand-in for `datasets` here; what it is asked for is checked, not what it has."""
+"""Calls of `datasets`, which a fake replaces here."""
 
 import sys
 import types
@@ -12,7 +12,7 @@ from switchlm.errors import DataError, MissingExtraError
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Put a stand-in for `datasets` in place; returns the calls, and what it answers."""
+    """Replace `datasets` by a fake; returns its calls, and the records that it returns."""
     calls, answers = [], []
 
     def load_dataset(path, name=None, data_dir=None, split=None, revision=None):
@@ -26,7 +26,7 @@ def stand_in(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("task", "split", "record", "asked"),
+    ("task", "split", "record", "expected_call"),
     [
         (
             "sst2",
@@ -95,27 +95,27 @@ def stand_in(monkeypatch):
         ),
     ],
 )
-def test_the_hub_is_asked_for_the_right_split(stand_in, task, split, record, asked):
+def test_the_right_split_of_the_hub_is_read(stand_in, task, split, record, expected_call):
     calls, answers = stand_in
     answers.append(record)
     (example,) = read_examples(find_task(task), split)
-    assert calls == [asked]
+    assert calls == [expected_call]
     assert example.input.isascii()
     assert example.target
 
 
-def test_an_unreachable_hub_is_told(stand_in):
+def test_an_unreachable_hub_is_an_error(stand_in):
     stand_in[1].append(ConnectionError("no route to the host"))
     with pytest.raises(DataError, match=r"Cannot read the train split of 'rte'.*no route.*--data"):
         read_examples(find_task("rte"), "train")
 
 
-def test_the_hub_without_its_extra_is_told(monkeypatch):
+def test_the_hub_without_its_extra_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingExtraError, match=r"'rte'.*--data PATH.*switchlm\[hub\]"):
         read_examples(find_task("rte"), "train")
 
 
-def test_a_task_that_is_not_on_the_hub_is_told():
+def test_a_task_that_is_not_on_the_hub_is_an_error():
     with pytest.raises(DataError, match="not on the hub"):
         read_examples(Task(name="x", input="{a}", metrics=("f1",)), "train")

@@ -171,14 +171,14 @@ def test_the_hub_without_its_extra_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("location", "asked"),
+    ("location", "expected_call"),
     [
         ("hub:org/name", ("org/name", None, "train")),
         ("hub:org/name:test", ("org/name", None, "test")),
         ("hub:org/name:en:test", ("org/name", "en", "test")),
     ],
 )
-def test_hub_datasets_are_streamed(monkeypatch, location, asked):
+def test_hub_datasets_are_streamed(monkeypatch, location, expected_call):
     calls = []
 
     def load_dataset(name, config, *, split, streaming):
@@ -190,7 +190,7 @@ def test_hub_datasets_are_streamed(monkeypatch, location, asked):
     skipped = Counter()
     documents = list(read_hub(location, Columns(), skipped))
     assert [document.text for document in documents] == ["one"]
-    assert calls == [asked]
+    assert calls == [expected_call]
     assert skipped == {"without text in 'text'": 1}
 
 

@@ -44,7 +44,7 @@ def test_bytes_are_lossless(text):
     assert BYTES.decode(BYTES.encode_plain([text])[0]) == text
 
 
-def test_sentinels_in_a_text_are_understood_and_kept_unless_told():
+def test_sentinels_in_a_text_are_encoded_and_decoded():
     ids = BYTES.encode("Thank <extra_id_0> me <extra_id_1>")
     assert ids.count(358) == ids.count(357) == 1
     assert BYTES.decode([0, *ids, 1]) == "Thank <extra_id_0> me <extra_id_1>"

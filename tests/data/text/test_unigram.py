@@ -20,7 +20,7 @@ def trained():
     return train_unigram(TEXTS, 640)
 
 
-def test_the_vocabulary_has_the_size_asked_for(trained):
+def test_the_vocabulary_has_the_configured_size(trained):
     assert trained.vocabulary_size == 640
     assert (trained.pad_id, trained.end_id) == (0, 1)
     assert len(trained.sentinel_ids) == 100

@@ -1,7 +1,8 @@
-"""Batches of masked text: which source, which text, which mask, and how rows are laid out.
+"""Batches of masked text (span corruption) from a mixture of sources.
 
-Any batch, in any order, on any number of workers: a pure function of (seed, step). Shapes: B rows
-of the batch, E examples in them, S inputs, T targets, L raw positions.
+A batch is a pure function of (seed, step), in any order, on any number of workers.
+
+Shapes: B rows of the batch, E examples in them, S inputs, T targets, L raw positions.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from switchlm.data import order
-from switchlm.data.batch import Batch, StepLoader, lay_out
+from switchlm.data.batch import Batch, StepLoader, pad_rows
 from switchlm.data.config import DataConfig
 from switchlm.data.order import Int64, Mixture, derive_key, hash_numbers
 from switchlm.data.pretraining.rows import (
@@ -34,15 +35,16 @@ from switchlm.data.text.vocabulary import open_tokenizer
 from switchlm.errors import DataError, nearest
 from switchlm.files import Report
 
-MOST_LINES = 16  # to tell of sources one by one
-_HELD_OUT_SEED = 0  # runs with other seeds are measured on the same masked text
+MAX_LINES = 16  # sources that are reported one by one
+_HELD_OUT_SEED = 0  # not the run's seed, so that all runs are evaluated on the same masked text
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowShape:
-    """raw_length: tokens that, masked, fill a row of inputs exactly.
+    """The lengths of rows.
 
-    segments: whether rows need them; False where every row is full and one example.
+    raw_length: tokens before masking that fill a row of inputs.
+    segments: whether rows need segments; False if every row is one full example.
     """
 
     noise: Noise
@@ -54,7 +56,7 @@ class RowShape:
 
     @classmethod
     def of(cls, config: DataConfig, caches: Sequence[TokenCache], num_sentinels: int) -> "RowShape":
-        """Work out the shape; raises DataError where targets or sentinels do not suffice."""
+        """Compute the lengths; DataError if target_length or sentinels do not suffice."""
         noise = Noise(density=config.noise_density, mean_span=config.mean_span)
         raw_length = noise.raw_length(config.input_length)
         check_sentinels(int(noise.counts(np.array([raw_length]))[1][0]), num_sentinels)
@@ -113,11 +115,11 @@ class Samples:
         self._mask_key = derive_key(seed, "mask")
 
     def has_rows(self, source: int) -> bool:
-        """Return whether the source of that index has any text here."""
+        """Return whether the source with that index has any text."""
         return self._rows[source].num_rows > 0
 
     def batch(self, sample_B: Int64, only_source: int | None = None) -> Batch:
-        """Return the samples of those numbers; a pure function of the seed and each number."""
+        """Return the samples with these numbers; a pure function of the seed and each number."""
         if only_source is None:
             source_B, index_B = self._mixture.assign(sample_B)
         else:
@@ -129,10 +131,10 @@ class Samples:
         done = corrupt(
             examples.tokens_EL, examples.length_E, mask_EL, self._sentinels, self._end_id
         )
-        inputs_BS, input_segments_BS = self._lay_out(
+        inputs_BS, input_segments_BS = self._pad_rows(
             done.inputs, done.input_length_N, examples.row_E, self._shape.input_length
         )
-        targets_BT, target_segments_BT = self._lay_out(
+        targets_BT, target_segments_BT = self._pad_rows(
             done.targets, done.target_length_N, examples.row_E, self._shape.target_length
         )
         return Batch(
@@ -143,16 +145,16 @@ class Samples:
             source_B=torch.from_numpy(source_B.astype(np.int32)),
         )
 
-    def _lay_out(
+    def _pad_rows(
         self, values: Int64, length_E: Int64, row_E: Int64, length: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Put examples into rows; full rows of one example need no segments."""
+        """Pad rows; full rows of one example need no segments."""
         if not self._shape.segments:
             return torch.from_numpy(values.reshape(-1, length)), None
-        return lay_out(values, length_E, row_E, int(row_E[-1]) + 1, length, self._pad_id)
+        return pad_rows(values, length_E, row_E, int(row_E[-1]) + 1, length, self._pad_id)
 
     def _gather(self, source_B: Int64, index_B: Int64) -> Examples:
-        """Return the raw text of all rows, in the order of the batch."""
+        """Return the raw tokens of all rows, in the order of the batch."""
         running = [rows for rows in self._rows if isinstance(rows, RunningText)]
         if running:
             return running_rows(running, source_B, index_B)
@@ -182,9 +184,9 @@ class Loader(StepLoader):
         return self._train.batch(sample_B)
 
     def held_out(self, num_batches: int, source: str | None = None) -> list[Batch]:
-        """Return a fixed set of batches of documents never trained on, the same for every seed.
+        """Return a fixed set of batches of held-out documents, the same for every seed.
 
-        source: only rows of that source; otherwise the mixture of training.
+        source: name of the source of all rows; None takes the mixture of training.
         """
         if self._held_out is None:
             raise DataError(
@@ -221,11 +223,11 @@ def open_data(
     tokenizer: Tokenizer | None = None,
     report: Report | None = None,
 ) -> Loader:
-    """Read the sources, make or load the tokenizer, tokenize, and return the loader.
+    """Read the sources, train or load the tokenizer, tokenize, and return the loader.
 
-    cache_dir: where tokens are kept; `~/.cache/switchlm` unless told.
-    tokenizer: used instead of the one that the configuration names.
-    report: called with a line of progress now and then.
+    cache_dir: folder of the token cache; None takes `~/.cache/switchlm`.
+    tokenizer: used instead of that of the configuration.
+    report: called with lines of progress.
     """
     say = report or (lambda line: None)
     folder = cache_dir or Path.home() / ".cache" / "switchlm"
@@ -270,7 +272,7 @@ def open_data(
         config.mixing_exponent,
     )
     names = tuple(source.name for source in parsed)
-    for line in _words(names, train_rows, held_out_rows, shares_S):
+    for line in _describe_mixture(names, train_rows, held_out_rows, shares_S):
         say(line)
     return Loader(
         Samples(train_rows, Mixture(shares_S, seed), shape, tokenizer, seed),
@@ -281,17 +283,17 @@ def open_data(
     )
 
 
-def _words(
+def _describe_mixture(
     names: Sequence[str], train: Sequence[Rows], held_out: Sequence[Rows], shares_S: np.ndarray
 ) -> list[str]:
-    """Return what is told of the mixture: a line a source, or one line of very many."""
+    """Return a line for each source, or one line if there are more than MAX_LINES."""
 
     def line(who: str, places: Sequence[int], share: str) -> str:
         read, kept = (sum(part[place].num_tokens for place in places) for part in (train, held_out))
         return f"{who}: {read:,} tokens to train on, {kept:,} held out, {share} of the rows"
 
     every = range(len(names))
-    if len(names) <= MOST_LINES:
+    if len(names) <= MAX_LINES:
         return [line(names[place], [place], f"{shares_S[place]:.1%}") for place in every]
     least, most = int(shares_S.argmin()), int(shares_S.argmax())
     shares = f"{shares_S[least]:.2%} ({names[least]}) to {shares_S[most]:.2%} ({names[most]}) each"
@@ -301,7 +303,7 @@ def _words(
 def _held_out(
     rows: list[Rows], shares_S: np.ndarray, shape: RowShape, tokenizer: Tokenizer
 ) -> Samples | None:
-    """Return held-out samples in the mixture of training, of the sources that have any."""
+    """Return held-out samples of the sources that have any, in the mixture of training."""
     shares_S = shares_S * np.array([part.num_rows > 0 for part in rows])
     if not shares_S.any():
         return None

@@ -1,8 +1,7 @@
-"""Rows of raw tokens out of a token cache, not masked yet: running text, or packed documents.
+"""Rows of raw tokens from a token cache, before masking: concatenated text, or packed documents.
 
-A source's rows are numbered for ever: row `num_rows` is the first of the second pass, shuffled
-anew. In packed rows many short documents share a row, each an example of its own, none seeing
-another.
+The rows of a source are numbered without end: row `num_rows` is the first of the second epoch, with
+another shuffle. A packed row has several documents, which do not attend to each other.
 
 Shapes: D documents, N rows, E examples of those rows, L raw positions, P pieces (a document, or a
 part of one too long for a row).
@@ -20,8 +19,12 @@ from switchlm.data.text.token_cache import TokenCache
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Raw tokens of E examples: tokens_EL is padded on the right; row_E says which row each is in,
-    counting from 0, and examples of a row are neighbours."""
+    """Raw tokens of E examples.
+
+    tokens_EL: padded on the right.
+    length_E: tokens without padding.
+    row_E: the row of each example, from 0; examples of a row are neighbours.
+    """
 
     tokens_EL: Int64
     length_E: Int64
@@ -29,7 +32,7 @@ class Examples:
 
     @property
     def place_E(self) -> Int64:
-        """The place of each example in its row, from 0."""
+        """The index of each example in its row."""
         return np.arange(len(self.row_E)) - np.searchsorted(self.row_E, self.row_E)
 
 
@@ -51,7 +54,7 @@ def join(parts: list[Examples]) -> Examples:
 
 
 def shuffle(index_N: Int64, num_rows: int | Int64, seed: int) -> tuple[Int64, Int64]:
-    """Return the pass over the source that each number belongs to, and its row in that pass.
+    """Return the epoch of each sample number, and its row in that epoch.
 
     num_rows: of the source, or of the source of each number.
     """
@@ -61,14 +64,14 @@ def shuffle(index_N: Int64, num_rows: int | Int64, seed: int) -> tuple[Int64, In
 
 
 class RunningText:
-    """Rows of `row_length` tokens cut from the chosen documents, end to end.
+    """Rows of `row_length` tokens cut from the concatenated chosen documents.
 
-    Every pass begins elsewhere in the text, so that cuts fall at other places and the tokens left
-    over at the end of a pass (fewer than a row) are others each time.
+    Every epoch begins at another offset, so that the cuts differ, and also the remaining tokens at
+    its end (fewer than a row).
     """
 
     def __init__(self, cache: TokenCache, chosen_D: np.ndarray, row_length: int, seed: int) -> None:
-        # A plain view: every slice of a memory map would be another map, which is slow to make.
+        # A plain array, since slices of a np.memmap are slow to create.
         self._tokens = np.asarray(cache.tokens)
         self.row_length = row_length
         self.seed = seed
@@ -82,7 +85,7 @@ class RunningText:
         self.num_rows = self.num_tokens // row_length
 
     def read(self, start: int) -> np.ndarray:
-        """Return the `row_length` tokens from a place in the chosen text on."""
+        """Return `row_length` tokens of the chosen text from position `start` on."""
         run = self._run_at.searchsorted(start, side="right") - 1
         if start + self.row_length <= self._run_at[run + 1]:
             at = start + self._shift[run]
@@ -93,9 +96,9 @@ class RunningText:
 
 
 def running_rows(texts: Sequence[RunningText], source_N: Int64, index_N: Int64) -> Examples:
-    """Return rows of several sources, one example each: number `index_N` of text `source_N`.
+    """Return row `index_N` of text `source_N`, one example for each.
 
-    All sources at once, since a batch may draw from a hundred of them, few rows from each.
+    Vectorised over sources, since a batch may draw a few rows from each of a hundred.
     """
     row_length, seed = texts[0].row_length, texts[0].seed
     num_rows_N = np.array([text.num_rows for text in texts])[source_N]
@@ -122,9 +125,9 @@ class Pieces:
 
 
 def cut(cache: TokenCache, chosen_D: np.ndarray, longest: int) -> Pieces:
-    """Cut the chosen documents into even pieces of at most `longest` tokens.
+    """Cut the chosen documents into pieces of nearly equal length, at most `longest` tokens.
 
-    Documents of a single token are left out: nothing would be left to predict it from.
+    Skips documents of a single token, which cannot be masked.
     """
     chosen_D = chosen_D & (cache.lengths_D > 1)
     start_D, length_D = cache.offsets[:-1][chosen_D], cache.lengths_D[chosen_D]
@@ -139,9 +142,9 @@ def cut(cache: TokenCache, chosen_D: np.ndarray, longest: int) -> Pieces:
 
 
 def target_length_for(pieces: list[Pieces], noise: Noise, input_length: int) -> int:
-    """Return a target length that fills about as fast as the inputs do, a multiple of 8.
+    """Return a target length, a multiple of 8, for which packed inputs and targets fill equally.
 
-    Short examples have a larger share of sentinels and end tokens in their targets than long ones.
+    Short examples have relatively more sentinels and end tokens in their targets than long ones.
     """
     length_P = np.concatenate([part.length_P for part in pieces])
     inputs_P, targets_P = noise.corrupted_lengths(length_P)
@@ -153,19 +156,19 @@ def target_length_for(pieces: list[Pieces], noise: Noise, input_length: int) -> 
 def pack(
     inputs_P: Int64, targets_P: Int64, input_length: int, target_length: int
 ) -> tuple[Int64, Int64]:
-    """Share pieces out over rows, best fit decreasing.
+    """Pack pieces into rows, by best fit decreasing.
 
-    inputs_P, targets_P: their lengths, at most those of a row.
+    inputs_P, targets_P: input and target lengths of the pieces, at most those of a row.
 
-    Returns order_P and first_B: row b holds the pieces order_P[first_B[b] : first_B[b + 1]].
+    Returns order_P and first_B: row b has the pieces order_P[first_B[b] : first_B[b + 1]].
     """
-    # One size for both limits: the larger share of a row, counted in input tokens. Trying the two
-    # limits one by one leaves a third of the row empty: long pieces would take the inputs first,
-    # and the many targets of the short ones would then have no place.
+    # One size for both limits: the larger share of a row, in input tokens. Two separate limits
+    # leave a third of the row empty: long pieces fill the inputs first, and then there is no space
+    # for the many targets of short pieces.
     size_P = np.maximum(inputs_P, -(-targets_P * input_length // target_length))
-    # Open bins by what is left in them.
+    # Open bins by their remaining space.
     waiting: list[list[int]] = [[] for _ in range(input_length + 1)]
-    open_bins = 0  # bit r is set where waiting[r] has a bin
+    open_bins = 0  # bit r is set if waiting[r] has a bin
     num_bins = 0
     decreasing_P = np.argsort(-size_P, kind="stable")
     bin_P = np.empty(len(size_P), dtype=np.int64)
@@ -187,7 +190,7 @@ def pack(
 
 
 class PackedDocuments:
-    """Rows of whole pieces. Which pieces share a row is settled once; passes shuffle the rows."""
+    """Rows of packed pieces. Pieces are packed once; every epoch shuffles the rows."""
 
     def __init__(
         self,
@@ -208,7 +211,7 @@ class PackedDocuments:
         self.num_tokens = int(pieces.length_P.sum())
 
     def examples(self, index_N: Int64) -> Examples:
-        """Return the pieces packed into the rows of those numbers."""
+        """Return the pieces in the rows with these numbers."""
         _, bin_N = shuffle(index_N, self.num_rows, self._seed)
         count_N = self._first_B[bin_N + 1] - self._first_B[bin_N]
         row_E = np.repeat(np.arange(len(index_N)), count_N)

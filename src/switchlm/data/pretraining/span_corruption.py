@@ -5,9 +5,10 @@
     targets  <extra_id_0> for inviting <extra_id_1> last </s>
 
 The masks follow `random_spans_noise_mask` of t5.data.preprocessors: every example begins with kept
-tokens and ends with masked ones, spans are cut uniformly at random, and the number of masked tokens
-and spans is fixed by the length alone, so equal lengths give equally long rows.
-Suffixes: N examples, L positions of the raw tokens, K all spans of all examples.
+tokens and ends with masked ones, spans are cut uniformly at random, and the numbers of masked
+tokens and spans depend on the length alone, so equal lengths give rows of equal length.
+
+Suffixes: N examples, L positions of the raw tokens, K spans of all examples.
 """
 
 from dataclasses import dataclass
@@ -20,28 +21,28 @@ from switchlm.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """How much is masked: the share of tokens, and the mean length of a span."""
+    """The share of tokens that are masked, and the mean length of a span."""
 
     density: float
     mean_span: float
 
     def counts(self, length_N: Int64) -> tuple[Int64, Int64]:
-        """Return the masked tokens and the spans in texts of `length_N` >= 2 tokens."""
+        """Return the numbers of masked tokens and of spans in texts of `length_N` >= 2 tokens."""
         noise_N = np.round(length_N * self.density).astype(np.int64)
         noise_N = np.clip(noise_N, 1, length_N - 1)
         spans_N = np.round(noise_N / self.mean_span).astype(np.int64)
         return noise_N, np.clip(spans_N, 1, np.minimum(noise_N, length_N - noise_N))
 
     def corrupted_lengths(self, length_N: Int64) -> tuple[Int64, Int64]:
-        """Return the lengths of inputs and targets, each with its sentinels and the end token."""
+        """Return the lengths of inputs and targets, with sentinels and the end token."""
         noise_N, spans_N = self.counts(length_N)
         return length_N - noise_N + spans_N + 1, noise_N + spans_N + 1
 
     def raw_length(self, input_length: int) -> int:
-        """Return how many raw tokens fill `input_length` exactly (T5's `random_spans_helper`).
+        """Return the number of raw tokens that fill `input_length` (T5's `random_spans_helper`).
 
-        Raises DataError where no number does: in rows of a few tokens, and where nearly every
-        other token is a span.
+        Raises DataError if no number does: for rows of a few tokens, or if nearly every other token
+        is a span.
         """
         length_L = np.arange(2, int((input_length + 1) / (1 - self.density)) + 3)
         inputs_L, _ = self.corrupted_lengths(length_L)
@@ -56,7 +57,7 @@ class Noise:
 
 @dataclass(frozen=True, kw_only=True)
 class Corrupted:
-    """Examples end to end: `inputs` and `targets` int64, with the length of each example."""
+    """Concatenated examples: `inputs` and `targets` int64, with the length of each example."""
 
     inputs: Int64
     input_length_N: Int64
@@ -65,7 +66,7 @@ class Corrupted:
 
 
 def check_sentinels(num_spans: int, num_sentinels: int) -> None:
-    """Raise DataError where a row has more masked spans than the tokenizer has sentinels."""
+    """Raise DataError if a row has more masked spans than the tokenizer has sentinels."""
     if num_spans > num_sentinels:
         raise DataError(
             f"A row has {num_spans} masked spans but the tokenizer has {num_sentinels} sentinels. "
@@ -91,14 +92,14 @@ def noise_mask(length_N: Int64, noise: Noise, key_N: UInt64) -> np.ndarray:
 
 
 def mix_in(key_N: UInt64, purpose: int) -> UInt64:
-    """Return a fresh key for each example and purpose."""
+    """Return a different key for each example and purpose."""
     return hash_grid(key_N, purpose + 1)[:, purpose]
 
 
 def _random_segments(items_N: Int64, segments_N: Int64, key_N: UInt64) -> tuple[Int64, Int64]:
     """Cut range(items) into non-empty segments at uniformly random places.
 
-    Returns, for all segments in order, the example it is of and the item it starts at.
+    Returns the example and the first item of every segment, in order.
     """
     longest = int(items_N.max())
     keys_NL = hash_grid(key_N, longest)
@@ -115,7 +116,8 @@ def corrupt(
 ) -> Corrupted:
     """Replace each masked span by a sentinel and collect the spans as targets.
 
-    tokens_NL: int64, padded on the right with anything; mask_NL: bool, false past the length.
+    tokens_NL: int64, padded on the right with any value.
+    mask_NL: bool, false past the length.
     """
     num_examples, longest = tokens_NL.shape
     example_N = np.arange(num_examples)
@@ -132,7 +134,7 @@ def corrupt(
     kept_NL = np.arange(longest + 1)[None, :] <= length_N[:, None]
     kept_NL[:, :-1] &= ~mask_NL | start_NL
 
-    # A masked token leaves one target, the first of a span two: its sentinel comes before it.
+    # A masked token is one target, the first of a span two: its sentinel comes before it.
     pairs_NL2 = np.empty((num_examples, longest + 1, 2), dtype=np.int64)
     pairs_NL2[:, :-1, 0] = sentinel_NL
     pairs_NL2[:, :-1, 1] = tokens_NL

@@ -1,4 +1,4 @@
-"""Pairs of texts to batches: tokenised once, cut or refused, padded or packed, mixed by task.
+"""Batches of input and target texts: tokenised once, padded or packed, in a mixture of tasks.
 
 The batch of a step is a pure function of (seed, step), as in pre-training. Suffixes: E examples, N
 rows, B rows of the batch, S inputs, T targets.
@@ -11,9 +11,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from switchlm.data.batch import Batch, StepLoader, lay_out
+from switchlm.data.batch import Batch, StepLoader, pad_rows
 from switchlm.data.order import Int64, Mixture, probabilities
-from switchlm.data.pretraining.rows import pack as share_out
+from switchlm.data.pretraining.rows import pack as pack_examples
 from switchlm.data.pretraining.rows import shuffle
 from switchlm.data.tasks.task import Example
 from switchlm.data.text.tokenizer import Tokenizer
@@ -46,15 +46,15 @@ class PairLoader(StepLoader):
     ) -> None:
         """Tokenise everything.
 
-        examples_by_task, held_out: examples to train on, and to give as held-out batches, by the
-            name of their task.
+        examples_by_task: training examples by the name of their task.
         input_length, target_length: tokens in a row, the end token included.
-        pack: put several examples into a row, separated by segments.
-        long_targets: refuse a target that is longer, or truncate and count it. Inputs are
+        held_out: examples for held-out batches by the name of their task.
+        pack: pack several examples into a row, separated by segments.
+        long_targets: raise DataError for a longer target, or truncate and count it. Inputs are
             truncated.
-        report: called with what a user should know, such as how many inputs were truncated.
+        report: called with a line for each task: its size, and the number of truncated texts.
 
-        Raises DataError where a task has no examples, or a target longer than the limit.
+        Raises DataError if a task has no examples.
         """
         if not examples_by_task:
             raise DataError("There is no task to train on: give at least one.")
@@ -92,8 +92,8 @@ class PairLoader(StepLoader):
     def held_out(self, num_batches: int, source: str | None = None) -> list[Batch]:
         """Return at most `num_batches` batches of the held-out examples, the same for every seed.
 
-        Tasks take turns, so that all are met in a few batches, each example once. What does not
-        fill a batch is left out, unless there is less than one batch, which repeats.
+        Tasks alternate, so that a few batches have all tasks; each example comes once. The last
+        examples are left out if they do not fill a batch; if all do not, they are repeated.
         """
         only = range(len(self.sources)) if source is None else [self._index(source)]
         places = sorted(
@@ -104,23 +104,23 @@ class PairLoader(StepLoader):
         )
         if not places:
             return []
-        whole = max(len(places) // self.batch_size, 1)
+        full_batches = max(len(places) // self.batch_size, 1)
         batches = []
-        for step in range(min(whole, num_batches)):
+        for step in range(min(full_batches, num_batches)):
             chosen = [places[number] for number in (self.sample_ids(step) % len(places)).tolist()]
             rows = [self._held_out[task].row(row) for row, task in chosen]
             batches.append(self._batch(rows, np.array([task for _, task in chosen])))
         return batches
 
     def _batch(self, rows: list[list[tuple[Int64, Int64]]], source_B: Int64) -> Batch:
-        """Lay out rows of input and target ids."""
+        """Return rows of (input ids, target ids) as a batch."""
         row_E = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
         sides = []
         for side, length in enumerate(self._lengths):
             ids = [pair[side] for row in rows for pair in row]
             length_E = np.array([len(one) for one in ids])
             pad_id = self.tokenizer.pad_id
-            sides.append(lay_out(np.concatenate(ids), length_E, row_E, len(rows), length, pad_id))
+            sides.append(pad_rows(np.concatenate(ids), length_E, row_E, len(rows), length, pad_id))
         (inputs_BS, input_segments_BS), (targets_BT, target_segments_BT) = sides
         return Batch(
             inputs_BS=inputs_BS,
@@ -137,7 +137,7 @@ class PairLoader(StepLoader):
 
 
 class TokenPairs:
-    """The tokens of a task's examples, and which of them share a row; see `PairLoader`."""
+    """The tokens of a task's examples, and the examples of each row; see `PairLoader`."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class TokenPairs:
         long_targets: LongTargets,
         pack: bool = False,
     ) -> None:
-        """Raises DataError where there are none, or a target is longer than the limit."""
+        """Raises DataError if there are no examples, or a target is too long."""
         if not examples:
             raise DataError(f"The task {name!r} has no examples.")
         self._name = name
@@ -167,10 +167,10 @@ class TokenPairs:
                 f"{cut_targets:,} of {len(examples):,} targets of the task {name!r} are "
                 f"longer than {target_length} tokens, the longest {lengths[longest]:,}: "
                 f"{examples[longest].target[:60]!r}. Raise the target length "
-                "(finetune.target_length), or have long targets cut (finetune.truncate_targets)."
+                "(finetune.target_length), or truncate long targets (finetune.truncate_targets)."
             )
         self._cut = "".join(
-            f"; {count:,} {side} cut to {length} tokens"
+            f"; {count:,} {side} truncated to {length} tokens"
             for side, count, length in (
                 ("inputs", cut_inputs, input_length),
                 ("targets", cut_targets, target_length),
@@ -183,7 +183,7 @@ class TokenPairs:
         self._order_E = np.arange(len(examples))
         self._first_N = np.arange(len(examples) + 1)
         if pack:
-            self._order_E, self._first_N = share_out(
+            self._order_E, self._first_N = pack_examples(
                 input_length_E, target_length_E, input_length, target_length
             )
         self.num_rows = len(self._first_N) - 1
@@ -194,7 +194,7 @@ class TokenPairs:
         return [(self._inputs[example], self._targets[example]) for example in chosen]
 
     def describe(self, share: float) -> str:
-        """Return a line on how much there is, and what was cut."""
+        """Return a line on the size of the task, and on truncated texts."""
         return (
             f"{self._name}: {len(self._inputs):,} examples, {self.num_tokens:,} tokens, "
             f"{share:.1%} of the rows{self._cut}"
@@ -204,7 +204,7 @@ class TokenPairs:
 def encode_texts(
     texts: Sequence[str], tokenizer: Tokenizer, length: int
 ) -> tuple[list[Int64], int]:
-    """Return ids that end with the end token, at most `length`, and how many texts were cut."""
+    """Return ids with the end token, at most `length`, and the number of truncated texts."""
     found: list[Int64] = []
     cut = 0
     for start in range(0, len(texts), _CHUNK):

@@ -1,4 +1,4 @@
-"""Tasks by name or from a file of the user's, and their examples, out of files or off the hub.
+"""Find tasks by name or file, and read their examples from files or from the hub.
 
 The named tasks are in `tasks.yaml`. Files are TSV, CSV, JSON, JSONL, Parquet, or pairs
 of lines. A folder may hold one task, or a folder for each of several. The file of a split is
@@ -23,8 +23,8 @@ from switchlm.data.tasks.task import Example, Record, Task, make_examples
 from switchlm.data.text.readers import open_stream, read_parquet
 from switchlm.errors import ConfigError, DataError, nearest, require
 
-EVERYTHING = "all"  # the split that is all of a file
-_HELD_OUT = 10  # one in so many examples of a single file is kept for validation
+EVERYTHING = "all"  # the split with all examples of a file
+_HELD_OUT = 10  # one in ten examples of a single file is for validation
 # The file of line pairs that holds the inputs; its `.target` holds the targets.
 _SOURCE = "source"
 KINDS = ("tsv", "csv", "jsonl", "ndjson", "json", "parquet", _SOURCE)
@@ -38,11 +38,11 @@ _SHARD = re.compile(r"-\d+-of-\d+$")
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """How to read a file that is no named task.
+    """How to read a file that is not a named task.
 
-    input_column, target_column: their names.
-    template, target_template: texts with `{column}` in them, instead of a bare column.
-    metrics: the first decides.
+    input_column, target_column: names of the columns.
+    template, target_template: texts with `{column}` in them, instead of a single column.
+    metrics: the first chooses the best checkpoint.
     """
 
     input_column: str = "input"
@@ -53,10 +53,10 @@ class TaskOptions:
 
 
 def find_task(name: str, options: TaskOptions | None = None) -> Task:
-    """Return the task of that name, or one over the file or folder of that path.
+    """Return the named task, or a task for the file or folder with that path.
 
-    Raises ConfigError for an unknown name (naming the near miss), for the name of a mixture, and
-    for options given to a named task.
+    Raises ConfigError for an unknown name, for the name of a mixture, and for options of a named
+    task.
     """
     if name in TASKS:
         if options not in (None, TaskOptions()):
@@ -83,9 +83,9 @@ def find_task(name: str, options: TaskOptions | None = None) -> Task:
 
 
 def find_tasks(names: Iterable[str], options: TaskOptions | None = None) -> tuple[Task, ...]:
-    """Return the tasks of those names, mixtures spelt out, each once.
+    """Return the tasks with these names, those of mixtures included, each once.
 
-    Other files of the same name get a number.
+    Of different files with the same name, later ones get a number.
     """
     found: dict[str, Task] = {}
     for one in (part for name in names for part in MIXTURES.get(name, (name,))):
@@ -100,13 +100,13 @@ def find_tasks(names: Iterable[str], options: TaskOptions | None = None) -> tupl
 
 
 def read_examples(task: Task, split: str, where: Path | str | None = None) -> list[Example]:
-    """Return all examples of a split: `train`, `validation` or `test`, or how a file's name begins.
+    """Return all examples of a split: train, validation, test, or the beginning of a file name.
 
-    where: a folder or a file; None reads the task's own path, or else the hub. One file has no
-        splits: `all` is the whole of it, `validation` a tenth of its examples chosen by what they
-        say, `train` the rest.
+    where: a folder or a file; None reads the task's own path, or else the hub. Of a single file
+        `validation` is a tenth of the examples, chosen by a hash of their identity, `train` the
+        rest, and `all` everything.
 
-    Raises DataError for what cannot be read, and for an empty split.
+    Raises DataError for files that cannot be read, and for an empty split.
     """
     place = task.path if where is None else Path(where)
     if place is None:
@@ -128,14 +128,14 @@ def read_examples(task: Task, split: str, where: Path | str | None = None) -> li
 
 
 def spread_evenly(examples: Sequence[Example], limit: int | None) -> Sequence[Example]:
-    """Return at most `limit` examples, from all over: files are often sorted by label or text."""
+    """Return at most `limit` evenly spaced examples: files are often sorted by label or text."""
     if limit is None or limit >= len(examples):
         return examples
     return [examples[number * len(examples) // limit] for number in range(limit)]
 
 
 def _split_of(example: Example) -> str:
-    """Return where an example of a single file belongs; examples of one identity stay together."""
+    """Return the split of an example of a single file; the same for examples of one identity."""
     held_out = derive_key("task", example.identity) % _HELD_OUT == 0
     return "validation" if held_out else "train"
 
@@ -157,14 +157,16 @@ def _read(task: Task, path: Path) -> Iterator[Record]:
 
 
 def _find_files(task: Task, split: str, where: Path) -> list[Path]:
-    """Return the file of a split, or its shards in order; where: a folder, or the one file.
+    """Return the file of a split, or its shards in order.
 
-    Raises DataError where there is none, or where several may be it.
+    where: a folder, or the file itself.
+
+    Raises DataError if there is no file, or several match.
     """
     if where.is_file():
         if _kind(where) is None:
             raise DataError(
-                f"Cannot tell what kind of file {str(where)!r} is; a task's file ends in "
+                f"Unknown format of {str(where)!r}: a task's file ends in "
                 f"{', '.join('.' + kind for kind in KINDS)}."
             )
         return [where]
@@ -228,19 +230,19 @@ def _text(path: Path) -> str:
 
 
 def _json(text: str, path: Path, *, by_line: bool) -> Iterator[Record]:
-    """Yield records of a file of one a line, or of one list, which may stand under one key."""
+    """Yield records of a file with one per line, or with one list, perhaps under a key."""
     if not by_line:
         try:
-            whole = json.loads(text)
+            content = json.loads(text)
         except (ValueError, RecursionError) as error:
             if not str(error).startswith("Extra data"):
                 raise DataError(f"The file {str(path)!r} is not JSON: {error}") from None
-            whole = None  # one record a line, under the name .json
-        if whole is not None:
-            if isinstance(whole, dict):
-                lists = [value for value in whole.values() if isinstance(value, list)]
-                whole = lists[0] if len(lists) == 1 else [whole]
-            yield from (_record(one, f"Item {n} of {path}") for n, one in enumerate(whole, 1))
+            content = None  # a .json file with one record per line
+        if content is not None:
+            if isinstance(content, dict):
+                lists = [value for value in content.values() if isinstance(value, list)]
+                content = lists[0] if len(lists) == 1 else [content]
+            yield from (_record(one, f"Item {n} of {path}") for n, one in enumerate(content, 1))
             return
     for number, line in enumerate(io.StringIO(text), 1):
         if line.strip():
@@ -266,7 +268,7 @@ def _pairs(text: str, path: Path) -> Iterator[Record]:
     if len(sources) != len(targets):
         raise DataError(
             f"{path.name!r} has {len(sources):,} lines and {other.name!r} {len(targets):,}, but "
-            "each line of the one belongs to a line of the other."
+            "each line needs its target on the same line."
         )
     for source, target in zip(sources, targets, strict=True):
         yield {"source": source, "target": target}
@@ -275,7 +277,7 @@ def _pairs(text: str, path: Path) -> Iterator[Record]:
 def _table(text: str, path: Path, task: Task, commas: bool) -> Iterator[Record]:
     """Yield the rows of a table by the names in its first line, or in `task.header`.
 
-    Tab-separated files know no quotes, as GLUE's: a quotation mark is part of the text.
+    Tab-separated files have no quoting, as in GLUE: a quotation mark is part of the text.
     """
     lines: Iterator[Sequence[str]]
     if commas:
@@ -307,7 +309,7 @@ def _lines(text: str) -> list[str]:
 def _read_hub(task: Task, split: str) -> Iterator[Record]:
     """Yield the records of a split of `task.hub`.
 
-    Raises MissingExtraError without the extra, DataError for what the hub does not have or where it
+    Raises MissingExtraError without the extra, DataError if the dataset does not exist or the hub
     cannot be reached.
     """
     if task.hub is None:
@@ -323,9 +325,9 @@ def _read_hub(task: Task, split: str) -> Iterator[Record]:
         rows = datasets.load_dataset(name, split=theirs, **part)
         for row in rows:
             yield dict(row)
-    # The packages behind `datasets` raise errors of their own kinds.
+    # The dependencies of `datasets` raise errors of many classes.
     except Exception as error:
         raise DataError(
             f"Cannot read the {split} split of {task.name!r} from the hub ({task.hub}): {error}. "
-            "Without a way to the hub, give its files with --data PATH."
+            "Without access to the hub, give its files with --data PATH."
         ) from None

@@ -1,7 +1,7 @@
-"""The named tasks of tasks.yaml, and what flattens records that templates cannot reach into.
+"""The named tasks of tasks.yaml, and the functions that preprocess their records.
 
-The functions here are named by `spread`: each takes a record as the task's files or the hub hold
-it, and yields records of plain columns; `identity` says which of these belong together.
+`flatten` in tasks.yaml names a function here. It takes a record of the task's files or of the hub,
+and yields records with plain columns; records with the same `identity` stay in the same split.
 """
 
 import re
@@ -83,7 +83,7 @@ def wsc(record: Record) -> Iterator[Record]:
 
 
 def multiple_choice(record: Record) -> Iterator[Record]:
-    """ARC: a question with its choices lettered (A), (B), ... whatever the file calls them."""
+    """ARC: a question with its choices lettered (A), (B), ..., whatever their labels."""
     question = record.get("question")
     stem, choices = (
         (question.get("stem"), question.get("choices"))
@@ -110,7 +110,7 @@ def trivia_qa(record: Record) -> Iterator[Record]:
 
 
 def similarity(record: Record) -> Iterator[Record]:
-    """STS-B: the score rounded to a fifth, so that it is one of 26 words."""
+    """STS-B: the score rounded to a fifth, so that it is one of 26 strings."""
     score = record.get("score", record.get("label"))
     try:
         yield {**record, "similarity": f"{round(float(str(score)) * 5) / 5:.1f}"}
@@ -125,9 +125,9 @@ _FLATTEN = {
 
 
 def _named(name: str, fields: Mapping[str, Any]) -> Task:
-    plain = {key: value for key, value in fields.items() if key != "spread"}
+    plain = {key: value for key, value in fields.items() if key != "flatten"}
     task = from_mapping(Task, {"name": name, **plain}, name)
-    return replace(task, spread=_FLATTEN[fields["spread"]]) if "spread" in fields else task
+    return replace(task, flatten=_FLATTEN[fields["flatten"]]) if "flatten" in fields else task
 
 
 _FILE = yaml.safe_load(files("switchlm.data.tasks").joinpath("tasks.yaml").read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""A task: how the columns of a record become a text to read and a text to write.
+"""A task: templates that make an input text and a target text from the columns of a record.
 
 T5 puts every task into this form (Raffel et al. 2020, section 2.4), so that one model, one loss and
 one decoding procedure serve all of them.
@@ -17,17 +17,19 @@ Record = dict[str, Any]
 _FIELD = re.compile(r"\{([^{}]+)\}")
 _UNLABELLED = ("", "-1", "None")
 _NO_LABELS = (
-    " Without labels there is nothing to learn or to score; the test sets of some benchmarks keep "
-    "theirs to themselves, so take the validation split."
+    " Training and scoring need labels; the test sets of some benchmarks have none, so take the "
+    "validation split."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One pair of texts. `references` are all right answers, `target` the one to train on.
+    """One pair of texts.
 
-    identity: what the example belongs to, the input unless the task knows better; examples of one
-        identity, such as all questions about a paragraph, never part at a split or in a resample.
+    target: the answer to train on.
+    references: all correct answers.
+    identity: the group of the example, such as its paragraph; the input by default. Examples of one
+        identity are in the same split, and are resampled together.
     """
 
     input: str
@@ -43,20 +45,20 @@ class Task:
     input, target: templates over the columns of a record, such as `sst2 sentence: {sentence}`;
         `{answers.text}` reaches into nested ones. A list in the target is several references, of
         which the first is trained on; a list in the input is joined by spaces.
-    labels: the words that column `label` may become, in the order of their numbers; None for free
-        text.
-    label_values: what else the data call them.
-    metrics: names in `evaluation/metrics.py`; the first decides which checkpoint is best.
-    columns: the name in a file to the name in the templates, where they differ.
-    header: the columns of tab-separated files that come without a line of names.
-    spread: makes of one record of the data the flat records that the templates read; a record may
-        bring an `identity`.
-    folder: what the task's folder may be called, if not like the task; case and dashes are all one.
-    files: for a split, how its file's name begins, where it is not the usual train, validation
-        (dev, val, valid) or test.
-    ragged: leave out rows of tables with too few or too many columns, which are refused elsewhere.
-    hub: `NAME[:CONFIG][@REVISION]` of a dataset; hub_splits: our split to theirs.
-    path: the user's own file or folder, for a task that is no named one.
+    labels: texts of column `label`, in the order of their numbers; None for free text.
+    label_values: other values of column `label` to the label.
+    metrics: names in `evaluation/metrics.py`; the first chooses the best checkpoint.
+    columns: from names in a file to names in the templates, if they differ.
+    header: column names of tab-separated files without a header line.
+    flatten: function from one record to the flat records that the templates read (preprocessing); a
+        record may have an `identity`.
+    folder: name of the task's folder, if not that of the task; case and dashes are ignored.
+    files: from a split to the beginning of its file's name, if that is not the usual train,
+        validation (dev, val, valid) or test.
+    ragged: skip rows of tables with too few or too many columns, which are an error otherwise.
+    hub: `NAME[:CONFIG][@REVISION]` of a dataset.
+    hub_splits: from a split to its name on the hub.
+    path: the file or folder of a task that is not a named one.
     """
 
     name: str
@@ -67,7 +69,7 @@ class Task:
     metrics: tuple[str, ...]
     columns: Mapping[str, str] = field(default_factory=dict)
     header: tuple[str, ...] = ()
-    spread: Callable[[Record], Iterable[Record]] | None = None
+    flatten: Callable[[Record], Iterable[Record]] | None = None
     folder: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
     ragged: bool = False
@@ -83,17 +85,19 @@ class Task:
 
 
 def make_examples(task: Task, records: Iterable[Record], place: str) -> Iterator[Example]:
-    """Yield the examples of records; `place` says where these come from, for errors.
+    """Yield the examples of records.
+
+    place: origin of the records, for errors.
 
     Raises DataError for a missing column, an unknown label, and an empty input or target.
     """
     for number, record in enumerate(records, start=1):
         where = f"Record {number} of {place}"
         try:
-            rows = [record] if task.spread is None else list(task.spread(record))
+            rows = [record] if task.flatten is None else list(task.flatten(record))
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise DataError(
-                f"{where} is not laid out as those of {task.name!r}: it has "
+                f"{where} does not have the structure of {task.name!r}: it has "
                 f"{', '.join(map(str, record))}, which gave {type(error).__name__}: {error}."
             ) from None
         for row in rows:
@@ -117,7 +121,7 @@ def _example(task: Task, row: Record, where: str) -> Example:
     for part in (text, *references):
         try:
             part.encode("utf-8")
-        except UnicodeEncodeError:  # JSON may spell half a surrogate pair
+        except UnicodeEncodeError:  # JSON may contain half of a surrogate pair
             raise DataError(f"{where} holds half of a surrogate pair, not Unicode.") from None
     return Example(
         input=text,
@@ -141,13 +145,13 @@ def _label(task: Task, value: Any, where: str) -> str:
     if text in _UNLABELLED:
         raise DataError(f"{where} has no label.{_NO_LABELS}")
     raise DataError(
-        f"{where} has the label {text!r}, which is none of the task {task.name!r}."
+        f"{where} has the label {text!r}, which is not a label of the task {task.name!r}."
         f"{nearest(text, [*labels, *task.label_values])}"
     )
 
 
 def _render(template: str, row: Record, where: str, *, joined: bool = False) -> list[str]:
-    """Fill in a template; each element of a list in it gives a text of its own, unless joined."""
+    """Fill in a template; returns a text for each element of a list in it, unless `joined`."""
     texts = [""]
     position = 0
     for match in _FIELD.finditer(template):
@@ -162,7 +166,7 @@ def _render(template: str, row: Record, where: str, *, joined: bool = False) -> 
 
 
 def _lookup(row: Any, path: str, where: str) -> Any:
-    """Return the value of a column, or of `column.key`, which also reaches into lists."""
+    """Return the value of a column, or of `column.key`, also of each element of a list."""
     if isinstance(row, list):
         return [_lookup(one, path, where) for one in row]
     if isinstance(row, dict):

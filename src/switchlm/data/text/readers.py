@@ -1,7 +1,7 @@
-"""Documents out of files: plain text, JSONL, Parquet, and datasets of the hub.
+"""Read documents from plain text, JSONL and Parquet files, and datasets of the hub.
 
-What cannot be used is skipped and counted under a reason; what makes the whole file useless, such
-as a missing column, is a DataError.
+Invalid documents are skipped and counted by reason; an invalid file, such as one without the text
+column, is a DataError.
 """
 
 import gzip
@@ -24,9 +24,9 @@ SECTION = 2**16  # bytes; larger ones are read as sections of about this size, c
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A text, and what it belongs to: documents of one group never part at the held-out split.
+    """A text and its group: documents of one group are all held out, or all trained on.
 
-    An empty group means that the text is by itself; equal texts are then treated alike.
+    With an empty group, that holds for documents with equal texts.
     """
 
     text: str
@@ -36,9 +36,9 @@ class Document:
 def read_file(
     path: Path, name: str, columns: Columns, *, alone: bool, skipped: Counter[str]
 ) -> Iterator[Document]:
-    """Yield the documents of one file; its kind is told by its name.
+    """Yield the documents of one file; the suffix of its name gives the format.
 
-    alone: the source is this file only, so it is cut into sections that may part at the split.
+    alone: the source is this file only, so its sections are documents of their own.
     """
     kinds = path.name.lower().split(".")[1:]
     try:
@@ -56,7 +56,7 @@ def read_file(
 
 @contextmanager
 def open_stream(path: Path, kinds: list[str]) -> Iterator[BinaryIO]:
-    """Open a file for reading, decompressed where its name says that it is compressed."""
+    """Open a file for reading, decompressed if its name ends in `.gz` or `.zst`."""
     if kinds[-1:] == ["zst"]:
         zstandard = require("zstandard", "data", f"Reading {path.name}")
         try:
@@ -73,7 +73,7 @@ def open_stream(path: Path, kinds: list[str]) -> Iterator[BinaryIO]:
 
 
 def _plain(stream: BinaryIO, group: str, alone: bool, skipped: Counter[str]) -> Iterator[Document]:
-    """Yield a whole file, or its sections: a source of one file would have no other documents."""
+    """Yield a file as one document, or as sections if it is large or the only one of its source."""
     whole = 0 if alone else WHOLE
     head = stream.read(whole + 1) if whole else b""
     if whole and len(head) <= whole:
@@ -84,9 +84,9 @@ def _plain(stream: BinaryIO, group: str, alone: bool, skipped: Counter[str]) -> 
     carried = head
     while section := carried + stream.read(SECTION):
         section += stream.readline(SECTION)
-        # Without a line end in reach the cut may fall inside a character.
-        whole_characters = len(section) - _unfinished(section)
-        section, carried = section[:whole_characters], section[whole_characters:]
+        # If there is no line end in this range, the cut may be inside a character.
+        complete = len(section) - _unfinished(section)
+        section, carried = section[:complete], section[complete:]
         if not section:  # the file ends inside a character
             section, carried = carried, b""
         text = _decode(section, skipped)
@@ -95,7 +95,7 @@ def _plain(stream: BinaryIO, group: str, alone: bool, skipped: Counter[str]) -> 
 
 
 def _unfinished(raw: bytes) -> int:
-    """Return how many bytes at the end begin a UTF-8 character without finishing it."""
+    """Return the number of bytes of an incomplete UTF-8 character at the end."""
     for back in range(1, min(3, len(raw)) + 1):
         byte = raw[-back]
         if byte >= 0xC0:
@@ -132,9 +132,9 @@ def _json_lines(stream: BinaryIO, skipped: Counter[str]) -> Iterator[Any]:
 def _documents(
     records: Iterable[Any], where: str, columns: Columns, skipped: Counter[str]
 ) -> Iterator[Document]:
-    """Yield the texts of records; those without text or group are counted and left out.
+    """Yield the texts of records; those without text or group are skipped and counted.
 
-    Raises DataError where the first record lacks a column.
+    Raises DataError if the first record lacks a column.
     """
     for number, record in enumerate(records):
         if number == 0 and isinstance(record, dict):
@@ -149,7 +149,7 @@ def _documents(
             continue
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError:  # JSON may spell half a surrogate pair
+        except UnicodeEncodeError:  # JSON may contain half of a surrogate pair
             skipped["not UTF-8"] += 1
             continue
         yield Document(text=text, group=str(group))
@@ -169,7 +169,7 @@ def _check_columns(where: str, columns: Columns, present: list[str]) -> list[str
 
 
 def read_parquet(path: Path, columns: Columns | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a Parquet file: of all its columns, or of those named alone."""
+    """Yield the rows of a Parquet file, with all its columns, or `columns` only."""
     parquet = require("pyarrow.parquet", "data", f"Reading {path.name}")
     pyarrow = require("pyarrow", "data", f"Reading {path.name}")
     try:

@@ -1,7 +1,7 @@
 """Where text comes from: files, folders, globs, hub datasets and Python's own sources.
 
 A source is written `[name=]location[:weight]`, such as `en=texts/en:0.7` or `python:stdlib`.
-`each:location` stands for many: every file or folder in a folder or glob is a source of its own.
+`each:location` makes every file or folder in a folder or glob a source of its own.
 """
 
 import os
@@ -26,7 +26,7 @@ _SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One source as the user wrote it; `weight` is None where none was given."""
+    """One source; `weight` is None if the user gave none."""
 
     name: str
     location: str
@@ -34,7 +34,7 @@ class Source:
 
 
 def parse(text: str) -> Source:
-    """Read `[name=]location[:weight]`. A path that exists is taken whole, colons and all."""
+    """Parse `[name=]location[:weight]`; a path that exists may contain `=` and `:`."""
     match = _NAME.fullmatch(text)
     name, location = (match[1], match[2]) if match and not os.path.exists(text) else ("", text)
     weight = None
@@ -52,7 +52,7 @@ def parse(text: str) -> Source:
 
 
 def parse_all(texts: Sequence[str]) -> tuple[Source, ...]:
-    """Read all sources; where names collide, later ones get a number."""
+    """Parse all sources; of equal names, later ones get a number."""
     if not texts:
         raise DataError(
             "There are no data sources. Give at least one, such as --data python:stdlib or "
@@ -69,9 +69,9 @@ def parse_all(texts: Sequence[str]) -> tuple[Source, ...]:
 
 
 def _expand(source: Source) -> list[Source]:
-    """Return the sources that one `each:` stands for; any other stands for itself.
+    """Return the sources of `each:`, or else the source itself.
 
-    Each is named by what the wildcards matched, whole words only: `each:news.*.txt` gives
+    A source is named by the words that the wildcards matched: `each:news.*.txt` gives
     `news.afr.txt` the name `afr`.
     """
     if not source.location.startswith("each:"):
@@ -96,7 +96,7 @@ def _expand(source: Source) -> list[Source]:
 
 
 def _matched(pattern: str, path: str) -> str:
-    """Return what tells a path from the others of its pattern."""
+    """Return the part of a path that the wildcards matched, extended to full words."""
     name = Path(path).name
     if has_magic(pattern) and not os.path.isdir(pattern):
         before, *_, after = re.split(r"[*?\[\]]", pattern)
@@ -117,14 +117,14 @@ def _default_name(location: str) -> str:
 
 
 def is_hub(source: Source) -> bool:
-    """Return whether the source is a dataset on the hub, whose files cannot be looked at here."""
+    """Return whether the source is a dataset on the hub, without local files."""
     return source.location.startswith("hub:")
 
 
 def files(source: Source) -> list[tuple[str, Path]]:
-    """Return (name below the source's root, path) of every file, sorted, so that order is fixed.
+    """Return (name relative to the source's root, path) of every file, sorted.
 
-    Hidden files and folders are left out, as are caches and installed packages inside a library.
+    Skips hidden files and folders, and caches and installed packages inside a library.
     """
     location = source.location
     if location.startswith("python:"):
@@ -176,7 +176,7 @@ def _walk(root: Path) -> list[Path]:
 def read(
     source: Source, *, columns: Columns, max_documents: int | None, skipped: Counter[str]
 ) -> Iterator[Document]:
-    """Yield the documents of a source in a fixed order; counts what is left out, by reason."""
+    """Yield the documents of a source in a fixed order; counts skipped ones, by reason."""
     if is_hub(source):
         documents: Iterator[Document] = read_hub(source.location, columns, skipped)
     else:

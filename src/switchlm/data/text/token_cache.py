@@ -1,12 +1,12 @@
-"""The token cache: the text of a source, tokenized once, memory-mapped ever after.
+"""The token cache: the text of a source, tokenized once, and memory-mapped.
 
 A cache is a folder named by a hash of all that it depends on:
-    tokens.bin     uint16 or uint32, documents end to end, each followed by the end token
+    tokens.bin     uint16 or uint32, documents concatenated, each followed by the end token
     offsets.npy    int64 [documents + 1], where each document begins
     hashes.npy     uint64 [documents], of the document's identity, for the held-out split
     manifest.json  sizes, and what was skipped; written last
-It is built under another name and renamed, behind a lock, so that a reader sees all of it or
-nothing, however many processes build at once and wherever one of them is killed.
+It is built under another name, with a lock, and renamed, so that readers see a complete cache or
+none, even if several processes build it or one is killed.
 """
 
 import hashlib
@@ -73,7 +73,7 @@ def open_cache(
     max_documents: int | None,
     report: Report,
 ) -> TokenCache:
-    """Open the cache of `source` in `folder`, building it where it is missing or damaged."""
+    """Open the cache of `source` in `folder`; builds it if it is missing or damaged."""
     text_hash = fingerprint(source, columns, max_documents)
     key = hashlib.sha256(f"{text_hash} {tokenizer.fingerprint()}".encode()).hexdigest()[:24]
     final = folder / f"tokens-{key}"
@@ -95,7 +95,7 @@ def open_cache(
 
 
 def _read(folder: Path) -> TokenCache | None:
-    """Open a finished cache; None where there is none or its files do not have their sizes."""
+    """Open a finished cache; None if there is none, or a file has another size."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         for name, size in manifest["sizes"].items():
@@ -138,7 +138,7 @@ def _write(
         raise DataError(
             f"The data source {source.name!r} has no text in {source.location!r}"
             + (f"; skipped: {left_out}" if left_out else "")
-            + ". Give it some, or leave it out of the sources."
+            + ". Add text, or remove the source."
         )
     report(
         f"Tokenized {source.name}: {len(lengths):,} documents, {total:,} tokens"
@@ -154,7 +154,7 @@ def _write(
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Group documents, by number and by size, so that memory stays small."""
+    """Group documents into batches of limited number and size."""
     batch: list[Document] = []
     size = 0
     for document in documents:
@@ -168,6 +168,6 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def _identity(document: Document) -> int:
-    """Hash what a document is: its group, or its text, so that equal texts are never split."""
+    """Hash a document's group, or its text if it has none, for the held-out split."""
     identity = (document.group or document.text).encode("utf-8")
     return int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "little")

@@ -1,8 +1,7 @@
-"""Text to token ids and back, over one `tokenizers.Tokenizer`, with T5's special tokens.
+"""The tokenizer: wraps a `tokenizers.Tokenizer`, and adds T5's special tokens.
 
-Ids: padding 0 and the end token 1 where this package makes the tokenizer; sentinels `<extra_id_0>`,
-`<extra_id_1>` ... count down from the highest id. The vocabulary is filled up to a multiple of 128,
-so that the embedding has a round size.
+In tokenizers made here padding is 0 and the end token 1; sentinels `<extra_id_0>`, `<extra_id_1>`,
+... count down from the highest id. The vocabulary size is rounded up to a multiple of 128.
 """
 
 import hashlib
@@ -31,7 +30,7 @@ _ENDS = (END, "<eos>", "<|endoftext|>", "<|end_of_text|>", "[SEP]")
 
 
 def sentinel(index: int) -> str:
-    """Return how T5 writes its sentinel number `index`."""
+    """Return T5's sentinel number `index`."""
     return f"<extra_id_{index}>"
 
 
@@ -39,7 +38,7 @@ class Tokenizer:
     """Encodes and decodes; `backend` is the Hugging Face tokenizer behind it."""
 
     def __init__(self, backend: tokenizers.Tokenizer, num_sentinels: int = NUM_SENTINELS) -> None:
-        """Wrap `backend`; adds padding, end token and sentinels where it has none."""
+        """Wrap `backend`; adds padding, end token and sentinels if it has none."""
         self.backend = backend
         self.backend.no_padding()
         self.backend.no_truncation()
@@ -83,7 +82,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """Read a `tokenizer.json`, or the one in a folder. Raises DataError where it cannot."""
+        """Read a `tokenizer.json`, or that of a folder; DataError if missing or invalid."""
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
@@ -105,17 +104,17 @@ class Tokenizer:
             raise DataError(f"The tokenizer file is not JSON: {error}") from None
         try:
             backend = tokenizers.Tokenizer.from_str(text)
-        # The library raises the bare class for all it cannot read.
+        # The library raises the base class.
         except Exception as error:
             raise DataError(f"The tokenizer file cannot be read by `tokenizers`: {error}") from None
         return cls(backend)
 
     def byte(self, token: int) -> int | None:
-        """Return the byte that a token stands for by itself, as in `<0xE2>`; None for others."""
+        """Return the byte of a byte token, such as `<0xE2>`; None for other tokens."""
         piece = self.backend.id_to_token(token) or ""
         if match := _BYTE_PIECE.fullmatch(piece):
             return int(match[1], 16)
-        # In byte-level vocabularies a byte that is no character has a printable one stand for it.
+        # Byte-level vocabularies write a byte that is not ASCII as a printable character.
         symbols = _byte_symbols()
         return symbols.index(piece) if piece in symbols and not piece.isascii() else None
 
@@ -124,7 +123,7 @@ class Tokenizer:
         return self.backend.to_str()
 
     def save(self, folder: Path | str) -> None:
-        """Write `tokenizer.json` and what transformers' AutoTokenizer needs beside it."""
+        """Write `tokenizer.json`, and `tokenizer_config.json` for transformers' AutoTokenizer."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
@@ -147,7 +146,7 @@ class Tokenizer:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Return token ids without an end token; special tokens in the text are understood.
+        """Return token ids without an end token; parses special tokens in the text.
 
         Raises DataError for text that is not Unicode.
         """
@@ -164,9 +163,9 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_plain(self, texts: Sequence[str]) -> list[Int64]:
-        """Encode documents, special tokens spelt out in them taken as ordinary text; int64 arrays.
+        """Encode documents, with special tokens in them as ordinary text; int64 arrays.
 
-        A text that says `</s>` must not end a document, so corpora are read this way.
+        So `</s>` in a corpus does not end a document.
         """
         if self._bytes:
             return [_encode_bytes(text) for text in texts]
@@ -176,13 +175,13 @@ class Tokenizer:
         return [tokens[~np.isin(tokens, self._special)] for tokens in ids]
 
     def decode(self, ids: Iterable[int], *, keep_sentinels: bool = True) -> str:
-        """Return the text; padding and end tokens are left out, sentinels stay unless told."""
+        """Return the text, without padding and end tokens."""
         dropped = {self.pad_id, self.end_id}
         if not keep_sentinels:
             dropped |= self._sentinels.keys()
         pieces: list[str] = []
         plain: list[int] = []
-        # A run of ordinary ids is decoded at once: a character may span several of them.
+        # Consecutive ordinary ids are decoded together: a character may span several of them.
         for number in ids:
             number = int(number)
             if number in dropped:
@@ -196,16 +195,16 @@ class Tokenizer:
 
 
 def append_end(backend: tokenizers.Tokenizer) -> None:
-    """Let `encode` of transformers end with the end token, as T5's tokenizer does."""
+    """Let the tokenizer of transformers append the end token, as T5's does."""
     backend.post_processor = processors.TemplateProcessing(
         single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, 1)]
     )
 
 
 def _without_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Return a tokenizer over the same model that takes special tokens as ordinary text.
+    """Return a tokenizer with the same model that encodes special tokens as ordinary text.
 
-    `backend` could be told to do so, but then for all threads that encode with it.
+    Setting `encode_special_tokens` of `backend` would change it for all threads.
     """
     plain = tokenizers.Tokenizer(backend.model)
     plain.normalizer = backend.normalizer
@@ -218,7 +217,7 @@ def _without_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _check_ids(file: Any) -> None:
-    """Refuse absurd ids before the library makes room for all that lie below them."""
+    """Raise DataError for huge ids, since the library allocates memory up to the largest."""
     model = file.get("model") if isinstance(file, dict) else None
     if not isinstance(model, dict):
         raise DataError("The tokenizer file has no model: it is not a tokenizer.json.")
@@ -235,7 +234,7 @@ def _check_ids(file: Any) -> None:
 
 
 def _byte_symbols() -> list[str]:
-    """Return the printable character that stands for each byte in GPT-2's byte-level scheme."""
+    """Return the printable character for each byte in GPT-2's byte-level scheme."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     symbols = {byte: chr(byte) for byte in printable}
@@ -244,7 +243,7 @@ def _byte_symbols() -> list[str]:
 
 
 def _is_byte_model(backend: tokenizers.Tokenizer) -> bool:
-    """Return whether `backend` is what `Tokenizer.bytes` makes, so that numpy can encode."""
+    """Return whether `backend` equals that of `Tokenizer.bytes`, so that numpy can encode."""
     model = json.loads(backend.to_str()) if backend.get_vocab_size(False) == 259 else {}
     if model.get("normalizer") is not None or model.get("model", {}).get("merges") != []:
         return False

@@ -1,9 +1,9 @@
 """The tokenizer of a configuration: bytes, a file, or a Unigram model trained on the sources.
 
-A trained one (Kudo 2018) falls back to bytes, so that it is lossless on any text, and is kept
-beside the token cache. As in SentencePiece, a space is written `▁` inside pieces (so that a `▁` in
-a text comes back as a space, the one exception to losslessness). Unlike it, nothing is normalised
-and nothing prepended: line breaks and indentation survive, as program text needs.
+A trained tokenizer (Kudo 2018) falls back to bytes, so it is lossless on any text, and is stored
+beside the token cache. As in SentencePiece, a space is written `▁` inside pieces (so a `▁` in a
+text is decoded as a space, the one exception). Unlike SentencePiece, it does not normalise or
+prepend anything: line breaks and indentation of program text are preserved.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ _FORMAT = 2
 def open_tokenizer(
     config: DataConfig, parsed: Sequence[Source], folder: Path, report: Report
 ) -> Tokenizer:
-    """Return the tokenizer that `config` names; a trained one is kept in `folder`."""
+    """Return the tokenizer of `config`; a trained one is cached in `folder`."""
     if config.tokenizer == "bytes":
         return Tokenizer.bytes()
     if config.tokenizer != "unigram":
@@ -44,17 +44,17 @@ def open_tokenizer(
     kept = folder / f"tokenizer-{key}.json"
     with building(kept, report) as part:
         if not kept.exists():
-            report(f"Training a tokenizer of {config.vocabulary_size:,} pieces; kept for next time")
+            report(f"Training a tokenizer of {config.vocabulary_size:,} pieces; it will be cached")
             trained = train_unigram(_sample(config, parsed), config.vocabulary_size)
             part.write_text(trained.to_json(), encoding="utf-8")
     return Tokenizer.load(kept)
 
 
 def _sample(config: DataConfig, parsed: Sequence[Source]) -> Iterator[str]:
-    """Yield text of every source, as much of each as its share of the mixture.
+    """Yield text of every source in proportion to its share of the mixture.
 
-    So a language counts as much for the vocabulary as it will in training: one that the mixture
-    draws more often than its size is read again.
+    So a language has the same weight in the vocabulary as in training; a small source may be read
+    several times.
     """
     if len(parsed) == 1:
         yield from _take(config, parsed[0], TRAINING_CHARACTERS)
@@ -71,13 +71,13 @@ def _sample(config: DataConfig, parsed: Sequence[Source]) -> Iterator[str]:
     total = min(TRAINING_CHARACTERS, sum(characters_S))
     for source, characters, share in zip(parsed, characters_S, shares_S, strict=True):
         wanted = round(total * share)
-        while wanted > 0 and characters:  # a source without text is refused later, by name
+        while wanted > 0 and characters:  # a source without text is an error later
             yield from _take(config, source, wanted)
             wanted -= characters
 
 
 def _take(config: DataConfig, source: Source, characters: int) -> Iterator[str]:
-    """Yield texts from the start of a source, at most so many characters in all."""
+    """Yield texts from the start of a source, at most `characters` in total."""
     for text in _texts(config, source):
         yield text[:characters]
         characters -= len(text)
@@ -95,12 +95,12 @@ def _texts(config: DataConfig, source: Source) -> Iterator[str]:
     return (document.text for document in documents)
 
 
-COVERAGE = 0.9995  # of the characters; rarer ones are spelt in bytes, as in mT5's training
+COVERAGE = 0.9995  # of the characters; rarer ones are encoded as bytes, as in mT5's training
 _SPECIAL = (PAD, END, UNKNOWN)
 _BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _ASCII = tuple(chr(code) for code in range(33, 127))
-# Letters and digits part from other signs: fewer different words, so training is several times
-# faster, and pieces that mean the same in more places.
+# Words are split between letters or digits and other characters: with fewer different words,
+# training is several times faster.
 _WORD = r"\n+|▁*[\p{L}\p{M}\p{N}_]+|▁*[^▁\n\p{L}\p{M}\p{N}_]+|▁+"
 
 
@@ -109,10 +109,9 @@ def train_unigram(
 ) -> Tokenizer:
     """Return a tokenizer of at most `vocabulary_size` ids, specials, bytes and sentinels included.
 
-    Training adds up in several threads, so doing it again may give slightly different pieces: keep
-    the result.
+    Not deterministic: training sums in several threads.
 
-    Raises DataError where the vocabulary is too small, or the texts are too few to fill a piece.
+    Raises DataError if the vocabulary is too small, or there is no text.
     """
     num_pieces = vocabulary_size - len(_SPECIAL) - len(_BYTE_PIECES) - num_sentinels
     if num_pieces < len(_ASCII) + 1:
@@ -137,13 +136,13 @@ def train_unigram(
     learner.train_from_iterator(_keep_only(texts, alphabet), trainer)
     learned = json.loads(learner.to_str())["model"]["vocab"]
     reserved = {*_SPECIAL, *_BYTE_PIECES}
-    # Short decimals: the library does not read its own longer ones back exactly.
+    # Rounded, since the library does not read its own longer decimals back exactly.
     pieces = [(piece, round(score, 6)) for piece, score in learned if piece not in reserved]
     return _assemble(pieces[:num_pieces], num_sentinels)
 
 
 def _alphabet(texts: list[str], limit: int) -> set[str]:
-    """Return the commonest characters that cover the texts, at most `limit`."""
+    """Return the most common characters that cover the texts, at most `limit`."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
@@ -169,7 +168,7 @@ def _add_splitting(backend: tokenizers.Tokenizer) -> None:
 
 def _assemble(pieces: list[tuple[str, float]], num_sentinels: int) -> Tokenizer:
     """Build the tokenizer: specials, pieces, bytes, then sentinels on top."""
-    # A text that spells one of these names out never meets it: `<` and letters are split first.
+    # Text such as `</s>` never becomes a special token, since `<` and letters are split first.
     vocabulary = [(name, 0.0) for name in _SPECIAL]
     vocabulary += pieces
     vocabulary += [(name, 0.0) for name in _BYTE_PIECES]

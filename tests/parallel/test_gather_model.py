@@ -1,4 +1,4 @@
-"""A sharded model put together again is the model of one process, bit for bit."""
+"""A gathered model is the model of one process, bit for bit."""
 
 import pytest
 import torch

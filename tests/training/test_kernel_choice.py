@@ -1,4 +1,4 @@
-"""How Switch layers run is chosen once, told to every process, and noted in the run's folder."""
+"""The kernel of Switch layers is chosen once, the same in all processes, and written to the run."""
 
 import json
 from pathlib import Path
@@ -18,9 +18,9 @@ from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply, materialise
 from switchlm.parallel.mesh import Mesh, MeshConfig
 from switchlm.training.config import KernelsConfig, TrainingConfig
+from switchlm.training.kernel_choice import choose_switch
 from switchlm.training.loop import train
 from switchlm.training.run_folder import RunFolder
-from switchlm.training.step import choose_switch
 
 CONFIG = TrainingConfig(steps=2, log_every=1, evaluate_every=None, checkpoint_every=None)
 compiled = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
@@ -29,17 +29,17 @@ compiled = pytest.mark.skipif(native.native().library is None, reason=native.nat
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ways in which layers ran."""
-    return note_ways(monkeypatch)
+    return record_ways(monkeypatch)
 
 
-def note_ways(patch: pytest.MonkeyPatch) -> list[str]:
+def record_ways(patch: pytest.MonkeyPatch) -> list[str]:
     taken: list[str] = []
 
-    def noted(name, way):
+    def recorded(name, way):
         return lambda *arguments: taken.append(name) or way(*arguments)
 
     for name, way in select.SWITCHES.items():
-        patch.setitem(select.SWITCHES, name, noted(name, way))
+        patch.setitem(select.SWITCHES, name, recorded(name, way))
     return taken
 
 
@@ -55,14 +55,14 @@ def ways_of(model: SwitchTransformer) -> set[str]:
 @pytest.mark.parametrize(
     ("switch", "name"), [("auto", "native"), ("separate", "separate"), ("fused", "native")]
 )
-def test_a_run_goes_the_way_that_it_is_told(switch, name, build, loader, taken, tmp_path) -> None:
+def test_a_run_takes_the_configured_kernel(switch, name, build, loader, taken, tmp_path) -> None:
     run = RunFolder(tmp_path)
     lines = list(train(build(), loader, CONFIG, run=run, kernels=KernelsConfig(switch=switch)))
     assert len(lines) == 2
     assert set(taken) == {name}
-    noted = json.loads(run.kernels.read_text())["switch"]
-    assert noted["name"] == name
-    assert noted["reason"]
+    recorded = json.loads(run.kernels.read_text())["switch"]
+    assert recorded["name"] == name
+    assert recorded["reason"]
 
 
 @pytest.mark.parametrize(
@@ -90,16 +90,14 @@ def test_a_dense_model_has_nothing_to_choose(build, loader, tmp_path) -> None:
 
 
 @compiled
-def test_layers_that_have_no_choice_leave_it_to_the_others(build) -> None:
+def test_layers_without_a_choice_do_not_decide_for_the_others(build) -> None:
     router = RouterConfig(selection="expert_choice", capacity_factor=1.0)
     choice = choose_switch(build(router=router), CONFIG, 96, "fused")
     assert choice is not None
     assert choice.name == "native"  # the decoder's, which choose by token
 
 
-def test_a_layer_that_is_due_for_a_trial_is_tried_without_the_model(
-    taken, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_shape_is_timed_without_the_model(taken, monkeypatch: pytest.MonkeyPatch) -> None:
     known: list[Choice] = []
 
     def explain(*_: object) -> Choice:
@@ -124,7 +122,7 @@ def test_a_layer_that_is_due_for_a_trial_is_tried_without_the_model(
 
 
 @compiled
-def test_all_processes_of_a_job_do_as_the_first_one_found(tmp_path: Path) -> None:
+def test_all_processes_take_the_choice_of_the_main_process(tmp_path: Path) -> None:
     run_in_processes(2, tmp_path, agree, str(tmp_path))
 
 
@@ -154,10 +152,10 @@ def agree(rank: int, home: str) -> None:
 
 
 def run_all(mesh: Mesh, home: Path, expected: str) -> None:
-    """Train a little on both processes; they run alike, and one notes it."""
+    """Train on both processes: they run the same kernel, and rank 0 writes it."""
     switch = "separate" if expected == "separate" else "auto"
     with pytest.MonkeyPatch.context() as patch:
-        taken = note_ways(patch)
+        taken = record_ways(patch)
         run = RunFolder(home)
         if mesh.is_main:
             run.create()

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 # For simulated steps: tensors with shapes but no values, and modes that see every operator.
-__all__ = ["FakeTensor", "FakeTensorMode", "TorchDispatchMode", "tree_iter"]
+__all__ = ["FakeTensor", "FakeTensorMode", "IncompatibleKeys", "TorchDispatchMode", "tree_iter"]
 
 
 def has_dispatch_mode() -> bool:

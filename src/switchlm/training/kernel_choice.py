@@ -30,8 +30,8 @@ def choose_switch(
 
     num_tokens: tokens that the encoder reads in a batch of this process.
 
-    Returns None for a model without such layers. Raises ConfigError, in all processes, if `implementation` is
-    `fused` and no fused kernel supports these layers.
+    Returns None for a model without such layers. Raises ConfigError, in all processes, if
+    `implementation` is `fused` and no fused kernel supports these layers.
     """
     layers = [part for part in model.modules() if isinstance(part, SwitchFeedForward)]
     if not layers:

@@ -13,10 +13,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
 from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from switchlm._torch import IncompatibleKeys
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, ConfigError
 from switchlm.generation.decode import dropless
@@ -284,7 +284,7 @@ def load_saved(model: SwitchTransformer, tensors: Mapping[str, Tensor], strict: 
             f"The weights are not those of this model: {len(missing)} tensors are missing and "
             f"{len(unexpected)} unknown, such as {(missing + unexpected)[0]!r}."
         )
-    return _IncompatibleKeys(missing, unexpected)
+    return IncompatibleKeys(missing, unexpected)
 
 
 class TransformersLayerStore:

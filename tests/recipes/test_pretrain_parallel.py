@@ -14,8 +14,8 @@ from tests.parallel.processes import run_switchlm
 from switchlm.huggingface.load import load
 
 SETTINGS = {
-    "training.log_every": 5,
-    "training.evaluate_every": 10,
+    "training.log_every": 4,
+    "training.evaluate_every": 8,
     "training.evaluate_batches": 2,
     "training.checkpoint_every": 4,
     "training.accumulate": 2,
@@ -45,7 +45,7 @@ def home(tmp_path_factory):
     return folder
 
 
-def command(home: Path, out: str, *arguments: str, mesh: str = "", steps: int = 20) -> list[str]:
+def command(home: Path, out: str, *arguments: str, mesh: str = "", steps: int = 12) -> list[str]:
     settings = {**SETTINGS, "training.steps": steps}
     return [
         *("pretrain", "--preset", "nano", "--out", str(home / out)),
@@ -100,13 +100,13 @@ def routing(home: Path, out: str) -> list[dict]:
 def test_stopped_and_resumed_on_other_meshes_it_is_the_same_run(home, alone):
     """4 -> 2 -> 1 -> 4 processes in mid-epoch (T4)."""
     legs = [
-        (4, 6, "data=2 expert=2"),
-        (2, 10, "data=1 tensor=2 expert=1"),
-        (1, 13, "data=1 tensor=1"),
-        (4, 20, "expert=2 tensor=2"),
+        (4, 3, "data=2 expert=2"),
+        (2, 6, "data=1 tensor=2 expert=1"),
+        (1, 9, "data=1 tensor=1"),
+        (4, 12, "expert=2 tensor=2"),
     ]
     for processes, steps, mesh in legs:
-        resume = ["--resume"] if steps > 6 else []
+        resume = ["--resume"] if steps > 3 else []
         done = run(home, "legs", processes, *resume, mesh=mesh, steps=steps)
         assert done.returncode == 0, done.stderr[-3000:]
     # A leg logs and evaluates at its end as well, so that the next line is a shorter mean.
@@ -123,11 +123,11 @@ def test_stopped_and_resumed_on_other_meshes_it_is_the_same_run(home, alone):
 
 
 def test_replicas_write_the_same_metrics(home, alone):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = commands.run(
         [
             *(sys.executable, *torchrun, "-m", "switchlm"),
-            *command(home, "copies", mesh="replicas=2 data=2"),
+            *command(home, "copies", mesh="replicas=2"),
         ],
         cwd=home,
         env={**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1"},

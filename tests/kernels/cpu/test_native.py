@@ -118,3 +118,17 @@ def test_processes_that_compile_at_once_agree(tmp_path):
         _, error = process.communicate(timeout=120)
         assert process.returncode == 0, error.decode()
     assert len(list(tmp_path.rglob("*.so"))) == 1
+
+
+@pytest.mark.parametrize("name", ["small_batch_matmul", "gemm", "rms_norm", "cross_entropy"])
+def test_a_function_that_computes_nothing_is_noticed(name):
+    built = native.native().library
+    if built is None:
+        pytest.skip(native.native().reason)
+
+    class Broken:
+        def __getattr__(self, asked):
+            return (lambda *_: 0) if asked == name else getattr(built, asked)
+
+    assert native._works(built, threads=False)
+    assert not native._works(Broken(), threads=False)

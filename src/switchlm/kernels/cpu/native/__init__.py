@@ -186,10 +186,10 @@ def _declare(built: ctypes.CDLL) -> None:
 
 
 def _works(built: ctypes.CDLL, threads: bool) -> bool:
-    """Test with small integers, whose matmul is exact."""
+    """Test one function of each kind: matmul exactly, with small integers; the others closely."""
     x = torch.arange(3 * 64, device="cpu").remainder(7).float().view(3, 64)
     weight = torch.arange(32 * 64, device="cpu").remainder(5).float().view(32, 64)
-    y, counts = x.new_empty(3, 32), torch.tensor([3], device="cpu")
+    y, counts = x.new_zeros(3, 32), torch.tensor([3], device="cpu")
     failed = built.small_batch_matmul(
         0, weight.data_ptr(), None, 0, 64, 32, 0,
         x.data_ptr(), y.data_ptr(), 3, counts.data_ptr(), 1, 2 if threads else 1,
@@ -199,4 +199,13 @@ def _works(built: ctypes.CDLL, threads: bool) -> bool:
         return False
     y.zero_()
     built.gemm(x.data_ptr(), 64, 1, columns.data_ptr(), 32, y.data_ptr(), 32, 3, 64, 32, 0, 0)
-    return torch.equal(y, expected)
+    if not torch.equal(y, expected):
+        return False
+    normed, weight_D = torch.zeros_like(x), weight[1].clone()
+    built.rms_norm(x.data_ptr(), weight_D.data_ptr(), normed.data_ptr(), None, 3, 64, 1e-6, 1)
+    if not torch.allclose(normed, nn.functional.rms_norm(x, (64,), weight_D, 1e-6)):
+        return False
+    targets, loss, kept = counts.repeat(3), x.new_zeros(3), x.new_empty(2, 3)
+    pointers = (tensor.data_ptr() for tensor in (x, targets, loss, kept))
+    built.cross_entropy(*pointers, 3, 64, 1)
+    return torch.allclose(loss, nn.functional.cross_entropy(x, targets, reduction="none"))

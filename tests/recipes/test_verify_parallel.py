@@ -36,7 +36,7 @@ FEATURES = {
 
 def test_the_check_itself():
     """In processes of its own, which the others spare themselves."""
-    results = list(verify_parallel(run_config(preset="nano"), 2))
+    results = list(verify_parallel(run_config(preset="nano"), 2, steps=2, tokens=24))
     assert len(results) == 4
     assert all(result.equal for result in results), results
 
@@ -54,7 +54,7 @@ def check(folder, overrides, num_processes):
 def train_every_layout(rank, num_processes, overrides, folder):
     config = verify._deterministic(run_config(preset="nano", overrides=overrides))
     rows = max(config.model.router.group_rows or 1, 2) * num_processes
-    train = partial(verify._train, config, 3, rows, 48)
+    train = partial(verify._train, config, 2, rows, 24)
     reference = train(ALONE, torch.device("cpu"))
     results = verify._every_layout(
         num_processes, "cpu", train, reference, config.training.precision

@@ -45,7 +45,8 @@ def test_four_processes_send_what_the_paper_counts(tmp_path, precision):
 
 
 def count_all(rank: int, precision: str) -> None:
-    for layout in LAYOUTS:
+    # The precision decides the bytes of a number alone, so that float32 needs no layout twice.
+    for layout in LAYOUTS if precision == "selective" else LAYOUTS[2:5:2]:
         count(Mesh.of(layout, "cpu"), precision)
 
 

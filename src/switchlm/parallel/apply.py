@@ -87,6 +87,19 @@ def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
                 module.set_requires_gradient_sync(enabled, recurse=False)
 
 
+def align_gradients(model: nn.Module) -> None:
+    """Place each gradient like its parameter; DTensor may return that of an embedding replicated.
+
+    Fused optimizers rescale gradients in place, which a redistributed copy would hide.
+    """
+    for parameter in model.parameters():
+        gradient = parameter.grad
+        if not isinstance(parameter, DTensor) or not isinstance(gradient, DTensor):
+            continue
+        if gradient.placements != parameter.placements:
+            parameter.grad = gradient.redistribute(placements=parameter.placements)
+
+
 @torch.no_grad()
 def materialise(model: SwitchTransformer, device: torch.device, seed: int) -> None:
     """Allocate a model of the meta device, and initialise the weights of this process.

@@ -22,7 +22,7 @@ from switchlm.model.losses import cross_entropy, routing_losses
 from switchlm.model.router import Router
 from switchlm.model.routing import ModelOutput, Routing
 from switchlm.model.transformer import SwitchTransformer, forward_batch
-from switchlm.parallel.apply import loss_parallel_context, set_gradient_sync
+from switchlm.parallel.apply import align_gradients, loss_parallel_context, set_gradient_sync
 from switchlm.parallel.mesh import ALONE, Mesh
 from switchlm.training.config import Precision
 from switchlm.training.monitor import global_norm
@@ -142,6 +142,7 @@ def training_step(
     optimizer.zero_grad(set_to_none=True)
     losses, routing = backward(model, batches, precision, mesh, objective)
     with torch.no_grad():
+        align_gradients(model)
         gradients = [
             parameter.grad
             for group in optimizer.param_groups

@@ -32,12 +32,22 @@ def invoke(*arguments):
     return CliRunner().invoke(app, ["compare", *map(str, arguments)])
 
 
-def test_both_runs_and_the_result_are_on_disk(tmp_path, text):
-    out = tmp_path / "race"
-    result = invoke("--out", out, "--data", text, *SMALL, "--json")
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, text):
+    """A comparison on two sources: its folder, and what was printed."""
+    folder = tmp_path_factory.mktemp("compared")
+    (folder / "other").mkdir()
+    for path in text.glob("*.txt"):
+        (folder / "other" / path.name).write_text(path.read_text()[::-1])
+    both = ("--data", f"there={text}", "--data", f"back={folder / 'other'}")
+    result = invoke("--out", folder / "race", *both, *SMALL)
     assert result.exit_code == 0, result.output
+    return folder / "race", result.output
+
+
+def test_both_runs_and_the_result_are_on_disk(compared):
+    out, _ = compared
     stored = json.loads((out / "compare.json").read_text())
-    assert json.loads(result.stdout) == stored
     assert {"dense_loss", "sparse_loss", "step_ratio", "time_ratio", "seeds"} <= set(stored)
     assert stored["steps"] == 20
     assert stored["configuration"]["dense"]["model"]["num_experts"] == 0
@@ -53,16 +63,9 @@ def test_both_runs_and_the_result_are_on_disk(tmp_path, text):
     assert not (out / "dense" / "routing.json").exists()
 
 
-def test_sources_are_compared_one_by_one(tmp_path, text):
-    other = tmp_path / "other"
-    other.mkdir()
-    for path in text.glob("*.txt"):
-        (other / path.name).write_text(path.read_text()[::-1])
-    out = tmp_path / "race"
-    both = ("--data", f"there={text}", "--data", f"back={other}")
-    result = invoke("--out", out, *both, *SMALL)
-    assert result.exit_code == 0, result.output
-    assert "sources with a lower loss" in result.output
+def test_sources_are_compared_one_by_one(compared):
+    out, printed = compared
+    assert "sources with a lower loss" in printed
     sources = json.loads((out / "compare.json").read_text())["sources"]
     assert list(sources) == ["there", "back"]
     layers = json.loads((out / "sparse" / "routing.json").read_text())
@@ -71,9 +74,10 @@ def test_sources_are_compared_one_by_one(tmp_path, text):
 
 def test_both_models_train_on_the_same_batches_for_the_same_steps(tmp_path, text):
     out = tmp_path / "race"
-    result = invoke("--out", out, "--data", text, *SMALL, "--budget", "3s")
+    result = invoke("--out", out, "--data", text, *SMALL, "--budget", "3s", "--json")
     assert result.exit_code == 0, result.output
     stored = json.loads((out / "compare.json").read_text())
+    assert json.loads(result.stdout) == stored
     tokens = []
     for name in ("dense", "sparse"):
         lines = (out / name / "metrics.jsonl").read_text().splitlines()

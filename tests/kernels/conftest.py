@@ -1,3 +1,4 @@
+import fcntl
 import platform
 from collections.abc import Iterator
 from functools import cache
@@ -48,7 +49,9 @@ def build(
 @cache
 def _built(flag: str, home: Path) -> native.Native:
     """Compile for that processor, once for all test processes."""
-    with pytest.MonkeyPatch.context() as patch:
+    home.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch, (home / f"lock{flag}").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         patch.setattr(native, "_PROCESSOR", {"x86_64": flag})
         patch.setattr(native.Path, "home", lambda: home)
         built = native.native.__wrapped__()

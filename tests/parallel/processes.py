@@ -51,26 +51,40 @@ def run_in_processes(number: int, folder: Path, work: Callable[..., None], *argu
     _call_in_processes(number, f"{folder}/store-{uuid.uuid4().hex}", work, *arguments)
 
 
-def run_switchlm(number: int, home: Path, arguments: Sequence[str]) -> Done:
+def run_switchlm(number: int, home: Path, arguments: Sequence[str], slurm: bool = False) -> Done:
     """Run a command line of switchlm as torchrun would in `number` processes, in the folder `home`.
 
-    What the processes print stands one after the other.
+    slurm: as srun would, each process on a node of its own.
+
+    The output of one process follows that of another.
     """
     job = f"{home}/.job-{uuid.uuid4().hex}"
-    _call_in_processes(number, None, _switchlm, number, free_port(), job, home, list(arguments))
+    names = [launch_names(rank, number, slurm) for rank in range(number)]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "HOME": str(home)}
+    environments = [address | (name if number > 1 else {}) for name in names]
+    _call_in_processes(number, None, _switchlm, environments, job, home, list(arguments))
     found = [json.loads(Path(f"{job}-{rank}").read_text("utf-8")) for rank in range(number)]
     status, out, error = zip(*found, strict=True)
     return Done(["switchlm", *arguments], max(status), "".join(out), "".join(error))
 
 
-def _switchlm(
-    rank: int, number: int, port: int, job: str, home: Path, arguments: list[str]
-) -> None:
+def launch_names(rank: int, number: int, slurm: bool) -> dict[str, str]:
+    """Return what torchrun, or srun with a process per node, adds to the environment."""
+    if slurm:
+        names = {"SLURM_PROCID": rank, "SLURM_LOCALID": 0, "SLURM_NODEID": rank}
+        names |= {"SLURM_STEP_NUM_TASKS": number}
+        return {k: str(v) for k, v in names.items()} | {
+            "SLURM_STEP_TASKS_PER_NODE": f"1(x{number})"
+        }
     names = {"RANK": rank, "WORLD_SIZE": number, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": number}
-    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment = {"HOME": str(home)} | {k: str(v) for k, v in names.items() if number > 1}
+    return {k: str(v) for k, v in names.items()}
+
+
+def _switchlm(
+    rank: int, environments: list[dict[str, str]], job: str, home: Path, arguments: list[str]
+) -> None:
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(home):
-        for name, value in environment.items():
+        for name, value in environments[rank].items():
             patch.setenv(name, value)
         done = CliRunner().invoke(app, arguments)
     Path(f"{job}-{rank}").write_text(json.dumps([done.exit_code, done.stdout, done.stderr]))

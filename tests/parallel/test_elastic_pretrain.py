@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 from safetensors.torch import load_file
 from tests.parallel.jobs import Job, free_port, torchrun
-from tests.parallel.processes import run_switchlm
+from tests.parallel.processes import launch_names, run_switchlm
 
 from switchlm.training.monitor import read_metrics
 
@@ -137,16 +137,18 @@ def srun(command, folder, number):
     """Start the processes that srun would, with its names, without SLURM."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for rank in range(number):
-        names = {
-            "SLURM_STEP_NUM_TASKS": str(number),
-            "SLURM_PROCID": str(rank),
-            "SLURM_LOCALID": "0",
-            "SLURM_NODEID": str(rank),
-            "SLURM_STEP_TASKS_PER_NODE": f"1(x{number})",
-        }
+        names = launch_names(rank, number, slurm=True)
         yield Job(folder / f"log{rank}", [sys.executable, *command], **address, **names)
 
 
+def test_processes_with_the_names_of_srun_train_without_torchrun(text, tmp_path, undisturbed):
+    _, _, *command = pretrain(text, tmp_path / "run")
+    done = run_switchlm(2, tmp_path, command, slurm=True)
+    assert done.returncode == 0, done.stderr
+    assert result(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.slow
 def test_processes_of_srun_train_without_torchrun(text, tmp_path, undisturbed):
     with ExitStack() as opened:
         command = pretrain(text, tmp_path / "run")

@@ -63,3 +63,23 @@ def test_links_and_tree_exist():
     packages = set(re.findall(r"\b(\w+)/", tree.split("benchmarks/")[0])) - {"src", "switchlm"}
     found = {path.name for path in (ROOT / "src" / "switchlm").iterdir() if path.is_dir()}
     assert packages == found - {"__pycache__"}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        ROOT / "CONTRIBUTING.md",
+        *(path for path in ROOT.glob("docs/**/*.md") if path.name not in ("log.md", "results.md")),
+    ],
+    ids=lambda path: path.name,
+)
+def test_files_that_pages_name_exist(page):
+    """Paths in backquotes, as from the root, from src/switchlm or beside the page, and links."""
+    text = page.read_text("utf-8")
+    named = re.findall(r"`([\w./-]+\.(?:py|c|js|yaml|md|sh))`", text)
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if ":" not in link]
+    homes = (ROOT, ROOT / "src" / "switchlm", ROOT / "src/switchlm/kernels/cpu", page.parent)
+    paths = [name for name in named if "/" in name]
+    missing = [name for name in paths if not any((home / name).exists() for home in homes)]
+    missing += [link for link in links if not (page.parent / link).exists()]
+    assert not missing

@@ -142,7 +142,8 @@ def training_step(
     optimizer.zero_grad(set_to_none=True)
     losses, routing = backward(model, batches, precision, mesh, objective)
     with torch.no_grad():
-        align_gradients(model)
+        if mesh.is_distributed:
+            align_gradients(model)
         gradients = [
             parameter.grad
             for group in optimizer.param_groups

@@ -28,6 +28,7 @@ from switchlm.model.attention import KeysValues, KeyValueStore
 from switchlm.model.losses import cross_entropy, routing_losses
 from switchlm.model.routing import Routing
 from switchlm.model.transformer import Stack, SwitchTransformer, shift_right
+from switchlm.parallel.mesh import default_device
 
 IGNORED = -100  # a label that is ignored
 GENERATION_CONFIG = "generation_config.json"
@@ -82,7 +83,7 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
         """Load what switchlm.load loads: a run, a model folder, or a hub name, in eval mode.
 
         dtype: a torch.dtype or its name; `auto` and None keep the dtype of the files.
-        device_map: one device; `auto`: the GPU if there is one.
+        device_map: one device; `auto`: an accelerator if there is one.
 
         Raises ConfigError for other options.
         """
@@ -94,7 +95,7 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
                 raise ConfigError(f"There is no dtype {dtype!r}; bfloat16 is one, for example.")
             dtype = named
         if device_map == "auto":
-            device_map = "cuda" if torch.cuda.is_available() else "cpu"
+            device_map = default_device()
         folder = find_model(pretrained_model_name_or_path, revision, local_files_only)
         model, tokenizer = load.load(
             folder, dtype=cast("torch.dtype | None", dtype), device=device_map or "cpu"

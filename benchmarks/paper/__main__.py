@@ -39,9 +39,9 @@ def main() -> None:
     """Run what is asked for and not finished, and write what is known."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; all")
-    parser.add_argument("--seeds", type=int, nargs="+", help="each table's own unless told")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: each table's own")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--out", type=Path, help="runs/paper unless told")
+    parser.add_argument("--out", type=Path, help="default: runs/paper")
     parser.add_argument("--steps", type=int, help="of a draft: at most so many per run")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--only-write", action="store_true", help="run nothing")

@@ -36,7 +36,7 @@ def place(tmp_path):
 
 @dataclass(frozen=True)
 class Toy:
-    """A plan that does what it is told, in no time."""
+    """A plan that returns or raises at once, as given."""
 
     name: str
     behave: Callable[[], dict] = lambda: {"evaluations": [{"evaluation_loss": 1.0}]}

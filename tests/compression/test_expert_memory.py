@@ -157,7 +157,7 @@ def test_idle_readers_end_and_are_replaced(make, monkeypatch):
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(20)
-    assert not thread.is_alive(), "nobody reads what is wanted"
+    assert not thread.is_alive(), "a wanted expert is never read"
     assert memory.counters.most_bytes_held <= 2 * SIZE
 
 

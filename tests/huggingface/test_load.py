@@ -124,7 +124,7 @@ def test_transformers_loads_what_is_saved(name, tmp_path, assert_close):
     output = theirs(input_ids=inputs, attention_mask=mask, decoder_input_ids=targets)
     dropped = [routing.dropped for routing in model(inputs, targets, mask).routing]
     if model.config.router.mode != "hf" and any(dropped):
-        pytest.skip("capacity binds here, which transformers cannot be told")
+        pytest.skip("capacity binds here, which transformers cannot express")
     assert_close(model(inputs, targets, mask).logits_BTV, output.logits, "logits")
 
 

@@ -286,7 +286,7 @@ def test_expert_choice_is_balanced_and_takes_no_padding(scene: Scene) -> None:
     assert routing.load_E.min() == routing.load_E.max()
     pairs = list(zip(routing.token_A.tolist(), routing.expert_A.tolist(), strict=True))
     kept = [pair for pair, keep in zip(pairs, routing.kept_A.tolist(), strict=True) if keep]
-    assert len(set(kept)) == len(kept), "nobody sits twice at one expert"
+    assert len(set(kept)) == len(kept), "no token is twice at one expert"
     assert routing.dropped == 0
     if valid_N.any():
         assert routing.balance_loss.item() == pytest.approx(1.0, abs=1e-5)

@@ -30,7 +30,7 @@ def dropless(module: nn.Module) -> Iterator[None]:
 
     All tokens of a group, other prompts and padding included, share capacity; without it, the
     output of a token depends on its own row only. Expert choice keeps its capacity, which defines
-    how many tokens an expert takes. Routers compute no losses.
+    the number of tokens per expert. Routers compute no losses.
     """
     routers = [part for part in module.modules() if isinstance(part, Router)]
     routers = [router for router in routers if not router.experts_choose]

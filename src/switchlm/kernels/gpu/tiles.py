@@ -1,6 +1,6 @@
 """What the Triton kernels share: tiles of rows, laid out on the device.
 
-The host does not know how many rows an expert has, and would have to wait for the GPU. So the
+The host does not know the number of rows per expert, and would have to wait for the GPU. So the
 number of programs is the largest that may be needed, and each looks up the rows and the expert of
 its tile. Dropped rows are those of one more expert, whose results are zeros; the tiles after it
 have no rows.

@@ -18,7 +18,8 @@ from typing import Any
 
 import harness
 from switchlm.parallel.mesh import MeshConfig
-from switchlm.planning.layouts import GPUS, Cluster, Layout, candidates, describe_mesh, plan
+from switchlm.planning.cluster import GPUS, Cluster
+from switchlm.planning.layouts import Layout, candidates, describe_mesh, plan
 from switchlm.planning.simulate import simulate
 from switchlm.recipes.config import RunConfig, run_config
 

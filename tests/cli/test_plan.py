@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 NANO = ("--preset", "nano", "--batch-tokens", 4096)
@@ -16,11 +18,20 @@ def test_a_plan_has_every_metric_of_every_layout(run_json):
     assert "is bound by" in found["reason"]
 
 
-def test_layouts_that_do_not_fit_are_listed_with_advice(run_json):
-    found = run_json("plan", *NANO, "--gpus-per-node", 2, "--memory", 0.001)
+def test_layouts_that_do_not_fit_are_listed_with_advice(run):
+    result = run("plan", *NANO, "--gpus-per-node", 2, "--memory", 0.001, "--json")
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
     assert found["layouts"] == []
     assert len(found["misfits"]) == 4
     assert "Nothing fits" in found["reason"]
+
+
+def test_a_design_of_which_nothing_fits_says_so_once_and_fails(run):
+    result = run("plan", *NANO, "--gpus-per-node", 1, "--memory", 0.001, "--design")
+    assert result.exit_code == 1
+    assert result.output.count("fit") < 4
+    assert "With 8 experts" in result.output
 
 
 def test_a_design_chooses_the_number_of_experts(run_json):

@@ -1,6 +1,7 @@
 """Plans against the real `apply` and against simulated steps."""
 
 import dataclasses
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply
 from switchlm.parallel.mesh import MeshConfig, layouts
+from switchlm.planning.cluster import GPUS, Cluster, find_gpu
 from switchlm.planning.estimate import estimate_step
-from switchlm.planning.layouts import GPUS, Cluster, design, find_gpu, plan
+from switchlm.planning.layouts import Plan, design, plan
 from switchlm.planning.profile import parameter_shards
 from switchlm.planning.recorder import Collective
 from switchlm.planning.simulate import fake_job, simulate
@@ -143,11 +145,34 @@ def test_layouts_that_do_not_fit_are_counted_and_the_nearest_is_named() -> None:
     config = config_of("small")
     found = plan(config, Cluster(gpu=small, gpus_per_node=4))
     assert not found.layouts
-    missing = [misfit.missing for misfit in found.misfits]
+    missing = [(not misfit.state_fits, misfit.missing) for misfit in found.misfits]
     assert missing == sorted(missing)
-    assert missing[0] > 0
+    assert found.misfits[0].missing > 0
     assert "Nothing fits" in found.reason
     assert "training.optimizer=adafactor" in found.reason
+    assert all(misfit.state_fits for misfit in found.misfits) is False
+
+
+def test_a_batch_that_fits_is_named_and_twice_of_it_does_not_fit() -> None:
+    little = dataclasses.replace(GPUS["rtx-4090"], memory=20e6)
+    cluster = Cluster(gpu=little, gpus_per_node=2)
+
+    def planned(rows: int) -> Plan:
+        data = dataclasses.replace(config_of("nano").data, batch_size=rows)
+        return plan(dataclasses.replace(config_of("nano"), data=data), cluster)
+
+    found = planned(1024)
+    named = re.search(r"A batch of ([\d,]+) rows \(--batch-tokens (\d+)\) fits", found.reason)
+    assert named, found.reason
+    rows = int(named[1].replace(",", ""))
+    assert int(named[2]) == rows * config_of("nano").data.input_length
+    assert planned(rows).layouts
+    assert not planned(2 * rows).layouts
+
+
+def test_no_batch_is_named_where_the_weights_do_not_fit() -> None:
+    cluster = Cluster(gpu=dataclasses.replace(GPUS["h200"], memory=1e5))
+    assert "Weights and optimizer alone do not fit" in plan(config_of("nano"), cluster).reason
 
 
 def test_a_batch_that_no_mesh_divides_is_reported() -> None:

@@ -21,7 +21,8 @@ from switchlm.cli.progress import plain_table
 
 if TYPE_CHECKING:
     from switchlm.parallel.mesh import MeshConfig
-    from switchlm.planning.layouts import Cluster, Layout, Plan
+    from switchlm.planning.cluster import Cluster
+    from switchlm.planning.layouts import Choice, Layout, Plan
     from switchlm.planning.recorder import Bytes, Collective
     from switchlm.recipes.config import RunConfig
 
@@ -40,7 +41,7 @@ def plan(
     preset: options.Preset = None,
     nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs in each.")] = 8,
-    gpu: Annotated[str, typer.Option(help="a100-80gb, h100, h200 or b200.")] = "h200",
+    gpu: Annotated[str, typer.Option(help="a100-40gb, h100, rtx-4090, ...")] = "h200",
     memory: Annotated[
         float | None, typer.Option(help="GB per GPU, instead of the table's.")
     ] = None,
@@ -57,8 +58,11 @@ def plan(
     set_: options.Set = None,
     as_json: options.Json = False,
 ) -> None:
-    """Find the fastest layout of a model on a cluster, its memory and traffic."""
-    from switchlm.planning.layouts import Cluster, find_gpu
+    """Find the fastest layout of a model on a cluster, its memory and traffic.
+
+    Exits with status 1 if none fits.
+    """
+    from switchlm.planning.cluster import Cluster, find_gpu
     from switchlm.planning.layouts import plan as recipe
 
     kind = find_gpu(gpu)
@@ -82,7 +86,13 @@ def plan(
         found = recipe(run, cluster)
     if as_json:
         typer.echo(json.dumps(_mapping(found)))
-        return
+    else:
+        _print_plan(found, console, show)
+    if not found.layouts:
+        raise typer.Exit(1)
+
+
+def _print_plan(found: "Plan", console: Console, show: int) -> None:
     if found.layouts:
         best = found.layouts[0]
         console.print(_layout_table(found.layouts[:show]))
@@ -296,17 +306,28 @@ def _layout_mapping(layout: "Layout") -> dict[str, Any]:
 
 
 def _design(run: "RunConfig", cluster: "Cluster", console: Console, as_json: bool) -> None:
-    from switchlm.planning.layouts import describe_mesh, design
+    from switchlm.planning.layouts import design
 
     with console.status("Planning every number of experts"):
         choices = design(run, cluster)
+    fits = any(choice.best for choice in choices)
     if as_json:
         found = [
             {**vars(choice), "best": choice.best and _layout_mapping(choice.best)}
             for choice in choices
         ]
         typer.echo(json.dumps({"choices": found}))
-        return
+    elif fits:
+        _print_choices(choices, console)
+    else:
+        console.print(f"With {choices[0].num_experts} experts: {choices[0].reason}")
+    if not fits:
+        raise typer.Exit(1)
+
+
+def _print_choices(choices: "Sequence[Choice]", console: Console) -> None:
+    from switchlm.planning.layouts import describe_mesh
+
     table = plain_table([], ["experts", "parameters", "GB per GPU", "ms", "tokens/s"])
     table.add_column("best layout")
     advice = choices[0].reason

@@ -10,28 +10,18 @@ traffic are those of the real code (estimate.py), times are estimated from them:
 
 Memory traffic counts weights three times (forward, and both matmuls backward), activations three
 times (written, read, and read again), and 28 bytes per parameter for AdamW, 40 for Adafactor.
-
-The rates of GPUs are those of the makers' data sheets: dense matmuls, SXM modules; everything may
-be overridden. The model of a collective is simple on purpose:
-
-    ring of n (all-reduce, all-gather, reduce-scatter)   sent / bandwidth + latency * log2(n)
-    all-to-all                                           as above, and a message to every peer
-
-A ring over nodes uses as many network ports of a node as it has members there; of an all-to-all
-only what leaves the node uses the port of each GPU.
 """
 
 import dataclasses
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from switchlm.errors import ConfigError, nearest
+from switchlm.errors import ConfigError
 from switchlm.model import count
 from switchlm.parallel.mesh import AXES, MeshConfig, layouts
+from switchlm.planning.cluster import Cluster
 from switchlm.planning.estimate import StepEstimate, estimate_step, model_state_bytes
-from switchlm.planning.recorder import Collective
 from switchlm.planning.simulate import row_lengths, rows_per_process
 from switchlm.recipes.config import RunConfig
 
@@ -39,117 +29,6 @@ PASSES = 3
 BYTES_PER_PARAMETER = {"adamw": 28, "adafactor": 40}
 TOLERANCE = 0.1
 DOUBLINGS = tuple(2**power for power in range(3, 12))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """A kind of GPU.
-
-    memory: bytes.
-    tensor_flops: FLOPs per second in bfloat16.
-    flops: FLOPs per second in float32, without tensor cores.
-    memory_bandwidth: bytes per second.
-    link: bytes per second to GPUs of the same node, in each direction.
-    """
-
-    memory: float
-    tensor_flops: float
-    flops: float
-    memory_bandwidth: float
-    link: float
-
-
-GPUS = {
-    "a100-80gb": Gpu(
-        memory=80e9, tensor_flops=312e12, flops=19.5e12, memory_bandwidth=2.04e12, link=300e9
-    ),
-    "h100": Gpu(
-        memory=80e9, tensor_flops=989e12, flops=67e12, memory_bandwidth=3.35e12, link=450e9
-    ),
-    "h200": Gpu(
-        memory=141e9, tensor_flops=989e12, flops=67e12, memory_bandwidth=4.8e12, link=450e9
-    ),
-    "b200": Gpu(
-        memory=180e9, tensor_flops=2250e12, flops=75e12, memory_bandwidth=7.7e12, link=900e9
-    ),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """GPUs of one kind in nodes of equal size.
-
-    network: bytes per second between nodes, per GPU and direction.
-    latency: seconds per round of a collective.
-    message: seconds per peer of an all-to-all.
-    utilisation: the share of a GPU's peak that matmuls reach.
-    usable: the share of its memory that tensors may fill; the rest is for the driver, the libraries
-        and what the allocator cannot use.
-    """
-
-    gpu: Gpu
-    nodes: int = 1
-    gpus_per_node: int = 8
-    network: float = 50e9
-    latency: float = 10e-6
-    message: float = 0.2e-6
-    utilisation: float = 0.5
-    usable: float = 0.92
-
-    def __post_init__(self) -> None:
-        for name in ("nodes", "gpus_per_node"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("network", "latency", "message"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("utilisation", "usable"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must lie in (0, 1], got {getattr(self, name)}.")
-
-    @property
-    def num_gpus(self) -> int:
-        """GPUs in all."""
-        return self.nodes * self.gpus_per_node
-
-    @property
-    def memory(self) -> float:
-        """Bytes that the tensors of a GPU may fill."""
-        return self.gpu.memory * self.usable
-
-    def seconds(self, collective: Collective, mesh: MeshConfig) -> float:
-        """Return how long a collective takes on this cluster."""
-        size = collective.size
-        if size == 1:
-            return 0.0
-        here = self._members_per_node(collective, mesh)
-        start = self.latency * math.ceil(math.log2(size))
-        if collective.kind == "all_to_all":
-            outside = collective.sent * (size - here) / max(size - 1, 1)
-            inside = collective.sent - outside
-            transfer = max(outside / self.network, inside / self.gpu.link)
-            return start + self.message * size + transfer
-        bandwidth = self.gpu.link if here == size else min(self.gpu.link, self.network * here)
-        return start + collective.sent / bandwidth
-
-    def _members_per_node(self, collective: Collective, mesh: MeshConfig) -> int:
-        """Return how many processes of the group of the first one share its node."""
-        sizes = {axis: getattr(mesh, axis) or 1 for axis in AXES}
-        members = 1
-        stride = 1
-        for axis in reversed(AXES):
-            if axis in collective.axes:
-                fit = max(self.gpus_per_node // stride, 1)
-                members *= math.gcd(sizes[axis], fit) if fit < sizes[axis] else sizes[axis]
-            stride *= sizes[axis]
-        return min(members, collective.size)
-
-
-def find_gpu(name: str) -> Gpu:
-    """Return the GPU of that name; ConfigError suggests a similar name."""
-    if name not in GPUS:
-        raise ConfigError(f"There is no GPU {name!r} in the table.{nearest(name, GPUS)}")
-    return GPUS[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,10 +78,15 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Misfit:
-    """A layout that does not fit: each GPU lacks `missing` bytes of memory."""
+    """A layout that does not fit: each GPU lacks `missing` bytes of memory, or more.
+
+    state_fits: whether parameters, gradients and optimizer state would fit without a batch; if not,
+        `missing` is of them alone.
+    """
 
     mesh: MeshConfig
     missing: float
+    state_fits: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +94,7 @@ class Plan:
     """The layouts of a model on a cluster.
 
     layouts: those that fit, the fastest first.
-    misfits: those that do not fit, the one that lacks least memory first.
+    misfits: those that do not fit: first those whose state does, by the memory that they lack.
     impossible: number of meshes that the model or the batch cannot be split over.
     reason: what bounds the best layout, or why none fits.
     """
@@ -231,26 +115,61 @@ def plan(config: RunConfig, cluster: Cluster, meshes: Iterable[MeshConfig] | Non
     impossible = 0
     for mesh in candidates(cluster) if meshes is None else meshes:
         try:
-            rows_per_process(config.data.batch_size, mesh.replicas * (mesh.data or 1) * mesh.expert)
-            needed = model_state_bytes(config, mesh)
-            if needed <= cluster.memory:
-                estimate = estimate_step(config, mesh)
-                needed = estimate.peak.total
+            estimate = estimate_memory(config, cluster, mesh)
         except ConfigError:
             impossible += 1
             continue
-        if needed > cluster.memory:
-            misfits.append(Misfit(mesh=mesh, missing=needed - cluster.memory))
+        if isinstance(estimate, Misfit):
+            misfits.append(estimate)
         else:
             found.append(estimate_layout(config, cluster, mesh, estimate))
     found.sort(key=lambda layout: (layout.times.step, layout.estimate.peak.total))
-    misfits.sort(key=lambda misfit: misfit.missing)
+    misfits.sort(key=lambda misfit: (not misfit.state_fits, misfit.missing))
     return Plan(
         layouts=tuple(found),
         misfits=tuple(misfits),
         impossible=impossible,
         reason=explain(config, cluster, found, misfits),
     )
+
+
+def estimate_memory(config: RunConfig, cluster: Cluster, mesh: MeshConfig) -> StepEstimate | Misfit:
+    """Return the estimate of a step in a layout, or by how much its memory is exceeded.
+
+    Raises ConfigError if the model or the batch cannot be split over the mesh.
+    """
+    rows_per_process(config.data.batch_size, mesh.replicas * (mesh.data or 1) * mesh.expert)
+    state = model_state_bytes(config, mesh)
+    if state > cluster.memory:
+        return Misfit(mesh=mesh, missing=state - cluster.memory, state_fits=False)
+    estimate = estimate_step(config, mesh)
+    if estimate.peak.total > cluster.memory:
+        return Misfit(mesh=mesh, missing=estimate.peak.total - cluster.memory)
+    return estimate
+
+
+def largest_batch(config: RunConfig, cluster: Cluster, misfits: Sequence[Misfit]) -> int | None:
+    """Return the most rows that fit in one of the layouts; None if a row per process does not.
+
+    data.batch_size is halved until a step fits.
+    """
+    meshes = [misfit.mesh for misfit in misfits if misfit.state_fits]
+    rows = config.data.batch_size
+    while meshes and rows > 1:
+        rows //= 2
+        data = dataclasses.replace(config.data, batch_size=rows)
+        smaller = dataclasses.replace(config, data=data)
+        possible = []
+        for mesh in meshes:
+            try:
+                estimate = estimate_memory(smaller, cluster, mesh)
+            except ConfigError:
+                continue
+            if isinstance(estimate, StepEstimate):
+                return rows
+            possible.append(mesh)
+        meshes = possible
+    return None
 
 
 def candidates(cluster: Cluster) -> Iterator[MeshConfig]:
@@ -336,6 +255,14 @@ def _shortage(config: RunConfig, cluster: Cluster, misfits: list[Misfit]) -> str
         f"Nothing fits: {describe_mesh(closest.mesh)} comes nearest, and lacks "
         f"{closest.missing / 1e9:.3g} GB of {cluster.memory / 1e9:.3g} GB per GPU."
     )
+    rows = largest_batch(config, cluster, misfits)
+    if rows is not None:
+        tokens = rows * config.data.input_length
+        text += f" A batch of {rows:,} rows (--batch-tokens {tokens}) fits."
+    elif any(misfit.state_fits for misfit in misfits):
+        text += " Even one row per process does not fit."
+    else:
+        text += " Weights and optimizer alone do not fit, whatever the batch."
     advice = ["more GPUs"]
     if not config.training.activation_checkpointing:
         advice.append("training.activation_checkpointing=true")
@@ -343,7 +270,7 @@ def _shortage(config: RunConfig, cluster: Cluster, misfits: list[Misfit]) -> str
         advice.append("training.optimizer=adafactor")
     if config.training.precision == "float32":
         advice.append("training.precision=selective")
-    return f"{text} Less memory takes: {', '.join(advice)}, or a smaller data.batch_size."
+    return f"{text} Memory is saved by {', '.join(advice)}."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,19 +1,14 @@
 """Metrics of layers: curves in the page's data, and their charts in a real browser."""
 
 import math
-import shutil
-
-import pytest
 
 from switchlm.report.write import (
     MAX_POINTS,
     MOST_NUMBERS,
     ReportRun,
     layers_data,
-    write_report,
 )
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 SWITCHES = ["encoder.blocks.1.feedforward", "decoder.blocks.1.feedforward"]
 
 
@@ -83,31 +78,6 @@ def test_deep_models_have_fewer_points():
     assert (deep["step"][0], deep["step"][-1]) == (0, 499)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    driver = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM:
-        pytest.skip("there is no chromium here")
-    with driver.sync_playwright() as started:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        found = started.chromium.launch(executable_path=CHROMIUM, args=options)
-        yield found
-        found.close()
-
-
-def draw(browser, tmp_path, runs):
-    """Write the report, open it and return the page; its console must be empty."""
-    path = tmp_path / "report.html"
-    write_report(path, title="t", headline="h", runs=runs)
-    page = browser.new_page(viewport={"width": 1200, "height": 900})
-    messages = []
-    page.on("pageerror", lambda error: messages.append(str(error)))
-    page.on("console", lambda message: messages.append(message.text))
-    page.goto(path.as_uri())
-    assert not messages
-    return page
-
-
 def charts(page):
     """Return the lines of each chart of the section, by title; several runs have a list."""
     found = {}
@@ -117,12 +87,12 @@ def charts(page):
     return found
 
 
-def test_the_charts_of_both_runs_are_drawn(browser, tmp_path):
+def test_the_charts_of_both_runs_are_drawn(draw):
     steps = (10, 20, 30)
     sparse = [line for step in steps for line in (training(step), evaluation(step))]
     dense = [evaluation(step, sparse=False) for step in steps]
     runs = [ReportRun(name="sparse", metrics=sparse), ReportRun(name="dense", metrics=dense)]
-    page = draw(browser, tmp_path, runs)
+    page = draw(runs)
     assert charts(page) == {
         "Near attention, encoder": [4, 4],
         "Near attention, decoder": [4, 4],
@@ -135,29 +105,25 @@ def test_the_charts_of_both_runs_are_drawn(browser, tmp_path):
     assert text.count("Metrics of layers") == 1
     assert f"ln 4 = {math.log(4):.2f}" in text
     assert "of 4, chosen by no token" in text
-    page.close()
 
 
-def test_the_mouse_shows_the_head_under_it(browser, tmp_path):
+def test_the_mouse_shows_the_head_under_it(draw):
     metrics = [evaluation(step, sparse=False) for step in (10, 20, 30)]
-    page = draw(browser, tmp_path, [ReportRun(name="run", metrics=metrics)])
+    page = draw([ReportRun(name="run", metrics=metrics)])
     svg = page.locator(".narrow svg").first
     svg.scroll_into_view_if_needed()
     box = svg.bounding_box()
     page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 5)
     assert "head 1: 0.6   at" in svg.text_content()
-    page.close()
 
 
-def test_a_single_evaluation_is_a_dot(browser, tmp_path):
-    page = draw(browser, tmp_path, [ReportRun(name="run", metrics=[training(10), evaluation(10)])])
+def test_a_single_evaluation_is_a_dot(draw):
+    page = draw([ReportRun(name="run", metrics=[training(10), evaluation(10)])])
     gate = page.locator("svg[aria-label='Mean gate']")
     assert gate.locator("circle").count() == 2
     assert not page.locator("svg[aria-label='Kept expert']").count()
-    page.close()
 
 
-def test_runs_without_measurements_have_no_section(browser, tmp_path):
-    page = draw(browser, tmp_path, [ReportRun(name="run", metrics=[training(10)])])
+def test_runs_without_measurements_have_no_section(draw):
+    page = draw([ReportRun(name="run", metrics=[training(10)])])
     assert "Metrics of layers" not in page.locator("main").inner_text()
-    page.close()

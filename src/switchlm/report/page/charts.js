@@ -26,33 +26,46 @@ function ticks(low, high, count) {
   return marks;
 }
 
+// Marks of a logarithmic axis: 1, 2 and 5 times the powers of ten, powers alone if those are many.
+function logTicks(low, high) {
+  const marks = [], digits = high / low < 1e3 ? [1, 2, 5] : [1];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++)
+    for (const digit of digits) marks.push(digit * 10 ** power);
+  return marks.filter(mark => mark >= low && mark <= high);
+}
+
 // A line chart. series: [{name, color, points: [[x, y], ...]}]; the name is shown in the legend, and
 // `hoverText` instead of it under the mouse. level: a dashed line with a label. top: end of an axis from 0.
-function chart(title, small, series, {x, level = null, mark = null, fromZero = false, top = null, narrow = false} = {}) {
+// log: the axis of x is logarithmic where points span more than a decade, so that the steep start and the
+// flat end of a loss are both legible. empty: why there may be no points.
+function chart(title, small, series, {x, level = null, mark = null, fromZero = false, top = null,
+                                      narrow = false, log = false, empty = "nothing was measured"} = {}) {
   const wide = narrow ? 384 : WIDTH, high = narrow ? 190 : HEIGHT, left = narrow ? 38 : LEFT;
   series = series.map(s => ({...s, points: s.points.filter(p => p[0] != null && p[1] != null)}))
                  .filter(s => s.points.length);
-  if (!series.length) return null;
+  const caption = element("figcaption", {}, title, " ", element("small", {}, small));
+  if (!series.length) return element("figure", {}, caption, element("p", {class: "note"}, `No points: ${empty}.`));
   const xs = series.flatMap(s => s.points.map(p => p[0]));
-  const ys = series.flatMap(s => s.points.map(p => p[1])).sort((a, b) => a - b);
-  const highX = Math.max(...xs), lowX = Math.min(0, ...xs);
-  // The high losses of the first steps are cut off.
-  let highY = fromZero ? ys[ys.length - 1] : ys[Math.floor(0.93 * (ys.length - 1))];
-  let lowY = fromZero ? 0 : Math.min(ys[0], level ? level.value : Infinity);
-  if (fromZero) highY = Math.max(highY, level ? level.value : 0, top || 0);
+  const ys = series.flatMap(s => s.points.map(p => p[1]));
+  if (level) ys.push(level.value);
+  if (fromZero) ys.push(0, top || 0);
+  const highX = xs.reduce((a, b) => Math.max(a, b));
+  log = log && xs.every(v => v > 0) && highX > 10 * xs.reduce((a, b) => Math.min(a, b));
+  const lowX = xs.reduce((a, b) => Math.min(a, b), log ? Infinity : 0);
+  let highY = ys.reduce((a, b) => Math.max(a, b)), lowY = ys.reduce((a, b) => Math.min(a, b));
   if (highY === lowY) { highY += Math.abs(highY) * 0.1 || 1; }
   const pad = (highY - lowY) * 0.05;
   highY += pad; if (!fromZero) lowY -= pad;
-  series = series.map(s => ({...s, points: s.points.slice(s.points.findIndex(p => p[1] <= highY))}));
-  const px = v => left + (v - lowX) / (highX - lowX || 1) * (wide - left - RIGHT);
-  const py = v => high - BOTTOM - (Math.min(v, highY) - lowY) / (highY - lowY) * (high - TOP - BOTTOM);
+  const along = log ? Math.log : v => v, back = log ? Math.exp : v => v;
+  const px = v => left + (along(v) - along(lowX)) / (along(highX) - along(lowX) || 1) * (wide - left - RIGHT);
+  const py = v => high - BOTTOM - (v - lowY) / (highY - lowY) * (high - TOP - BOTTOM);
   const svg = element("svg", {viewBox: `0 0 ${wide} ${high}`, role: "img", "aria-label": title});
   for (const t of ticks(lowY, highY, narrow ? 4 : 5)) svg.append(
     element("line", {x1: left, x2: wide - RIGHT, y1: py(t), y2: py(t), stroke: "var(--line)"}),
     element("text", {x: left - 6, y: py(t) + 4, "text-anchor": "end"}, format(t)));
-  for (const t of ticks(lowX, highX, narrow ? 5 : 7)) svg.append(
+  for (const t of log ? logTicks(lowX, highX) : ticks(lowX, highX, narrow ? 5 : 7)) svg.append(
     element("text", {x: px(t), y: high - 20, "text-anchor": px(t) > wide - 30 ? "end" : "middle"}, format(t)));
-  svg.append(element("text", {x: wide - RIGHT, y: high - 4, "text-anchor": "end"}, x));
+  svg.append(element("text", {x: wide - RIGHT, y: high - 4, "text-anchor": "end"}, log ? `${x}, logarithmic` : x));
   if (level) svg.append(
     element("line", {x1: left, x2: wide - RIGHT, y1: py(level.value), y2: py(level.value),
                      stroke: "var(--faint)", "stroke-dasharray": "5 4"}),
@@ -74,7 +87,8 @@ function chart(title, small, series, {x, level = null, mark = null, fromZero = f
   svg.append(hover);
   svg.addEventListener("mousemove", event => {
     const box = svg.getBoundingClientRect();
-    const at = lowX + ((event.clientX - box.left) / box.width * wide - left) / (wide - left - RIGHT) * (highX - lowX);
+    const place = ((event.clientX - box.left) / box.width * wide - left) / (wide - left - RIGHT);
+    const at = back(along(lowX) + place * (along(highX) - along(lowX)));
     const height = (event.clientY - box.top) / box.height * high;
     let found = series.map(s => {
       const near = s.points.reduce((a, b) => Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a);
@@ -85,7 +99,6 @@ function chart(title, small, series, {x, level = null, mark = null, fromZero = f
     hover.textContent = found.map(one => one.text).join("   ") + `   at ${format(at)}`;
   });
   svg.addEventListener("mouseleave", () => { hover.textContent = ""; });
-  const caption = element("figcaption", {}, title, " ", element("small", {}, small));
   for (const s of series) if (s.name) caption.append(named(s.name, s.color));
   return element("figure", {}, caption, svg);
 }

@@ -26,14 +26,16 @@ const curves = (kind, x, y) => data.runs.map((run, i) => ({
 const level = data.target_loss == null ? null : {value: data.target_loss, label: "dense twin's last"};
 const markAt = (key, text) => data.crossing && level
   ? {x: data.crossing[key], y: data.target_loss, label: text} : null;
+const unmeasured = "no held-out loss was measured, since the run ended before its first evaluation or holds out no text";
+const unlogged = "the run ended before its first logged step";
 section("Loss", "Held-out negative log likelihood, in nats per target token; lower is better.", [
   chart("Held-out loss by step", "", curves("evaluation", "step", "evaluation_loss"),
-        {x: "step", level, mark: markAt("step", data.crossing && `step ${format(data.crossing.step)}`)}),
+        {x: "step", log: true, empty: unmeasured, level, mark: markAt("step", data.crossing && `step ${format(data.crossing.step)}`)}),
   chart("Held-out loss by time", "", curves("evaluation", "seconds", "evaluation_loss"),
-        {x: "seconds of training", level, mark: markAt("seconds", data.crossing && `${format(data.crossing.seconds)} s`)}),
-  chart("Training loss", "", curves("training", "step", "loss"), {x: "step"}),
+        {x: "seconds of training", log: true, empty: unmeasured, level, mark: markAt("seconds", data.crossing && `${format(data.crossing.seconds)} s`)}),
+  chart("Training loss", "", curves("training", "step", "loss"), {x: "step", log: true, empty: unlogged}),
   chart("Throughput", "tokens per second", curves("training", "seconds", "tokens_per_second"),
-        {x: "seconds of training", fromZero: true}),
+        {x: "seconds of training", fromZero: true, empty: unlogged}),
 ]);
 if (data.sources.length > 1) {
   main.append(element("h2", {}, "By source"),

@@ -14,7 +14,7 @@ from switchlm.errors import ConfigError
 from switchlm.model.config import RouterConfig
 from switchlm.model.router import Router
 from switchlm.model.routing import Routing
-from switchlm.model.semantics import SEMANTICS
+from switchlm.model.semantics import SEMANTICS, Mode
 
 D = 6
 
@@ -35,9 +35,10 @@ class Scene:
 
     @property
     def routed_N(self) -> Tensor:
-        """Who takes part: padding too where the mode routes it."""
+        """Who takes part: padding too in the evaluation of modes that route it."""
         everyone = torch.ones(self.group_N.numel(), dtype=torch.bool)
-        if self.valid_BS is None or self.router.config.semantics.padding_takes_capacity:
+        routes_padding = self.router.config.mode != "paper" and not self.router.training
+        if self.valid_BS is None or routes_padding:
             return everyone
         return self.valid_BS.reshape(-1)
 
@@ -58,6 +59,7 @@ def scenes(draw: st.DrawFn, **fixed: Any) -> Scene:
     torch.manual_seed(draw(st.integers(0, 10**6)))
     router = Router(D, experts, RouterConfig(**(options | fixed)))
     torch.nn.init.normal_(router.weight)
+    router.train(draw(st.booleans()))
     x_BSD = torch.randn(draw(st.integers(1, 4)), draw(st.integers(1, 12)), D)
     valid_BS = torch.rand(x_BSD.shape[:2]) < 0.7 if draw(st.booleans()) else None
     num_tokens = x_BSD.shape[0] * x_BSD.shape[1]
@@ -137,7 +139,7 @@ def test_losses_are_the_formulas_of_the_paper(scene: Scene) -> None:
     router, routed_N = scene.router, scene.routed_N
     logits_NE = scene.x_BSD.reshape(-1, D) @ router.weight.T
     expert_NK, _, _ = by_choice(routing, router.config.experts_per_token)
-    balances = []
+    balances, z_losses = [], []
     for group in range(int(scene.group_N.max()) + 1):
         members = (scene.group_N == group) & routed_N
         if members.any():
@@ -145,10 +147,10 @@ def test_losses_are_the_formulas_of_the_paper(scene: Scene) -> None:
             f_E = torch.bincount(wanted, minlength=router.num_experts) / wanted.numel()
             p_E = logits_NE[members].softmax(-1).mean(0)
             balances.append(router.num_experts * (f_E * p_E).sum())
-    expected = torch.stack(balances).mean() if balances else torch.tensor(0.0)
-    torch.testing.assert_close(routing.balance_loss, expected)
-    z_N = logits_NE[routed_N].logsumexp(-1).square()
-    torch.testing.assert_close(routing.z_loss, z_N.mean() if z_N.numel() else torch.tensor(0.0))
+            z_losses.append(logits_NE[members].logsumexp(-1).square().mean())
+    zero = torch.tensor(0.0)
+    expected = [torch.stack(found).mean() if found else zero for found in (balances, z_losses)]
+    torch.testing.assert_close([routing.balance_loss, routing.z_loss], expected)
 
 
 @given(scenes(capacity_factor=None, evaluation_capacity_factor=None, expert_capacity=None))
@@ -202,16 +204,21 @@ def test_groups_of_the_paper_span_rows() -> None:
     assert routing.kept_A.sum() == 3 * 4 * 104
 
 
-def test_padding_takes_no_capacity_in_paper_and_does_in_t5x_and_hf() -> None:
+@pytest.mark.parametrize("mode", ["paper", "t5x", "hf"])
+def test_padding_takes_capacity_in_the_evaluation_of_t5x_and_hf_alone(mode: Mode) -> None:
     x_ND = torch.ones(12, D)
     valid_N = torch.arange(12) >= 6
-    kept = {}
-    for mode in ("paper", "t5x", "hf"):
-        router = Router(D, 2, RouterConfig(mode=mode, expert_capacity=4))
-        torch.nn.init.ones_(router.weight)
-        routing = router(x_ND, valid_N, 12)
-        kept[mode] = routing.kept_A.nonzero()[:, 0].tolist()
-    assert kept == {"paper": [6, 7, 8, 9], "t5x": [0, 1, 2, 3], "hf": [0, 1, 2, 3]}
+    router = Router(D, 2, RouterConfig(mode=mode, expert_capacity=4))
+    torch.nn.init.ones_(router.weight)
+
+    def kept(training: bool) -> list[int]:
+        return router.train(training)(x_ND, valid_N, 12).kept_A.nonzero()[:, 0].tolist()
+
+    as_text, as_real = [6, 7, 8, 9], [0, 1, 2, 3]
+    assert kept(training=True) == as_text
+    assert kept(training=False) == (as_text if mode == "paper" else as_real)
+    router.trains_on_padding = True
+    assert kept(training=True) == (as_text if mode == "paper" else as_real)
 
 
 def test_hf_compares_probabilities_in_the_dtype_of_the_activations() -> None:
@@ -249,7 +256,14 @@ def test_sampling_happens_in_training_only() -> None:
     assert torch.equal(router.eval()(x_ND, None, 64).expert_A, best_N)
 
 
-@given(scenes(experts_per_token=1, reroute_overflow=True, capacity_factor=1.0))
+@given(
+    scenes(
+        experts_per_token=1,
+        reroute_overflow=True,
+        capacity_factor=1.0,
+        evaluation_capacity_factor=1.0,
+    )
+)
 def test_rerouting_fills_every_slot_and_gates_by_the_expert_taken(scene: Scene) -> None:
     routing = scene.route()
     size = int((scene.group_N == 0).sum())

@@ -62,6 +62,7 @@ def capacity_of(
     st.integers(1, 2),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
     st.integers(0, 10**6),
 )
 def test_output_and_gradients_equal_the_one_hot_einsum(
@@ -73,17 +74,20 @@ def test_output_and_gradients_equal_the_one_hot_einsum(
     choices: int,
     gated: bool,
     padding: bool,
+    training: bool,
     seed: int,
 ) -> None:
     groups, size, experts = shape
     config = RouterConfig(
         mode=mode,
         capacity_factor=factor,
+        evaluation_capacity_factor=factor,
         min_capacity=least,
         experts_per_token=min(choices, experts),
         exploration="argmax",
     )
     layer = switch_layer(experts, config, seed, gated=gated, activation="gelu" if gated else "relu")
+    layer.train(training)
     x_GSD = torch.randn(groups, size, D, requires_grad=True)
     mask_GS = torch.rand(groups, size) < 0.7 if padding else None
     with pytest.MonkeyPatch.context() as patch:
@@ -91,7 +95,7 @@ def test_output_and_gradients_equal_the_one_hot_einsum(
         limit = dataclasses.replace(SEMANTICS[mode], group_tokens=None)
         patch.setitem(SEMANTICS, mode, limit)
         y_GSD, routing = layer(x_GSD, mask_GS)
-    real_GS = mask_GS if mode == "paper" else None
+    real_GS = mask_GS if training or mode == "paper" else None
     capacity = min(capacity_of(mode, size, factor, experts, least), size * 2)
     oracle = dense(layer, x_GSD, capacity, real_GS)
 

@@ -50,6 +50,28 @@ def test_accumulation_equals_one_big_batch(build, loader):
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def widened(batch: Batch, more: int) -> Batch:
+    """Return the batch with that much more padding in every row."""
+    pad = torch.nn.functional.pad
+    values = {name: pad(value, (0, more)) for name, value in vars(batch).items() if name[-1] != "B"}
+    return dataclasses.replace(batch, **values)
+
+
+@pytest.mark.parametrize("mode", ["hf", "t5x", "paper"])
+def test_padding_changes_neither_losses_nor_loads_nor_gradients(build, loader, mode):
+    router = RouterConfig(
+        mode=mode, exploration="argmax", expert_capacity=3, balance_weight=1.0, z_weight=0.1
+    )
+    plain, padded = build(router=router), build(router=router)
+    losses, routing = backward(plain, [loader.batch(0)], "float32")
+    assert summarise_routing(routing).dropped_L.max() > 0
+    with_padding, its_routing = backward(padded, [widened(loader.batch(0), 50)], "float32")
+    torch.testing.assert_close(with_padding, losses)
+    summaries = [vars(summarise_routing(found)) for found in (routing, its_routing)]
+    torch.testing.assert_close(summaries[1], summaries[0])
+    torch.testing.assert_close(gradients_of(padded), gradients_of(plain), rtol=1e-4, atol=1e-6)
+
+
 def test_routing_losses_are_means_over_micro_batches(build, loader):
     """Where rows are groups of their own, the balance loss of one big batch is that mean."""
     router = RouterConfig(mode="hf", exploration="argmax", balance_weight=0.1, z_weight=0.01)

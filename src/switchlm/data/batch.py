@@ -22,6 +22,8 @@ from switchlm.data.order import Int64
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import DataError
 
+LENGTH_MULTIPLE = 8  # of padded rows; tensor cores like it too
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -94,8 +96,11 @@ class StepLoader(ABC):
         self.rank, self.world_size = 0, 1
 
     @abstractmethod
-    def make(self, sample_B: Int64) -> Batch:
-        """Return the training samples with these numbers, one row for each."""
+    def make(self, sample_B: Int64, share: slice) -> Batch:
+        """Return some rows of the batch of the training samples with these numbers.
+
+        Rows are as long as the whole batch needs: equally long for all workers.
+        """
 
     def share(self, rank: int, world_size: int) -> Self:
         """Return the loader of one worker: its rows of every batch.
@@ -113,13 +118,18 @@ class StepLoader(ABC):
         return part
 
     def sample_ids(self, step: int) -> Int64:
-        """Return the numbers of this worker's samples of `step`."""
+        """Return the numbers of the samples in the global batch of `step`."""
+        return np.arange(self.batch_size) + step * self.batch_size
+
+    @property
+    def own_rows(self) -> slice:
+        """This worker's rows of every global batch."""
         share = self.batch_size // self.world_size
-        return np.arange(share) + (step * self.batch_size + self.rank * share)
+        return slice(self.rank * share, (self.rank + 1) * share)
 
     def batch(self, step: int) -> Batch:
         """Return this worker's rows of the global batch of `step`."""
-        return self.make(self.sample_ids(step))
+        return self.make(self.sample_ids(step), self.own_rows)
 
     def iterate(
         self, start_step: int = 0, prefetch: int = 2
@@ -135,6 +145,11 @@ class StepLoader(ABC):
                     yield step, ahead.popleft().result()
             finally:
                 worker.shutdown(wait=False, cancel_futures=True)
+
+
+def padded_length(needed: int, limit: int) -> int:
+    """Return `needed` tokens, rounded up so that few shapes occur, but at most `limit`."""
+    return min(-(-needed // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, limit)
 
 
 def pad_rows(

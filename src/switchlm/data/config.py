@@ -28,7 +28,7 @@ class DataConfig:
         folder of one.
     vocabulary_size: of a trained tokenizer, sentinels included.
     input_length: tokens in a row of inputs, sentinels and the end token included.
-    target_length: tokens in a row of targets; None takes the number that the inputs need.
+    target_length: the most tokens in a row of targets; None takes the number that the inputs need.
     batch_size: rows in the global batch of a step.
     noise_density, mean_span: the share of tokens masked, and the mean length of a masked span.
     mixing: how often each source is drawn. `proportional` to its tokens, by `temperature`

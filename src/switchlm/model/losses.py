@@ -32,10 +32,14 @@ def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 
 def joined_balance_loss(routing: tuple[Routing, ...]) -> Tensor:
-    """Return E * sum of f * P with f and P averaged over layers first, mean over groups (`hf`)."""
+    """Return E * sum of f * P with f and P averaged over layers first, mean over groups (`hf`).
+
+    Groups of nothing but padding are left out of the mean.
+    """
     fraction_GE = torch.stack([layer.fraction_GE for layer in routing]).mean(0)
     probability_GE = torch.stack([layer.probability_GE for layer in routing]).mean(0)
-    return (fraction_GE * probability_GE).sum(-1).mean() * fraction_GE.shape[-1]
+    groups = (fraction_GE > 0).any(-1).sum().clamp(min=1)
+    return (fraction_GE * probability_GE).sum() / groups * fraction_GE.shape[-1]
 
 
 def routing_losses(output: ModelOutput, config: ModelConfig) -> tuple[Tensor, Tensor]:

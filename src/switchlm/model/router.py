@@ -25,6 +25,7 @@ class Router(nn.Module):
 
     dtype: float32 (selective precision); bfloat16 in the experiment of Table 2.
     causal: a token may not depend on later ones, so experts may not choose.
+    trains_on_padding: whether padding is routed in training too, in semantics that route it.
     measures: false where losses and means are not needed, as in decoding: they are zeros then.
     """
 
@@ -39,6 +40,7 @@ class Router(nn.Module):
         self.config = config
         self.experts_choose = config.selection == "expert_choice" and not causal
         self.dtype = torch.float32
+        self.trains_on_padding = False
         self.measures = True
         bias_E = torch.zeros(num_experts) if config.balance == "bias" else None
         self.register_buffer("bias_E", bias_E)
@@ -65,7 +67,7 @@ class Router(nn.Module):
         activation_dtype: what the experts compute in, for semantics that choose in that dtype.
         """
         semantics = self.config.semantics
-        if semantics.padding_takes_capacity and not self.experts_choose:
+        if self.routes_padding:
             valid_N = None
         tokens_per_group = group_size(x_ND.shape[0], row_tokens, semantics, self.config.group_rows)
         x_ND = x_ND.to(self.dtype)
@@ -79,6 +81,13 @@ class Router(nn.Module):
                 return self._experts_choose(logits_NE, probability_NE, valid_N, tokens_per_group)
             dtype = activation_dtype if semantics.gate_in_activation_dtype else self.dtype
             return self._tokens_choose(logits_NE, probability_NE, valid_N, tokens_per_group, dtype)
+
+    @property
+    def routes_padding(self) -> bool:
+        """Whether padding is routed like any token, counted in loads, losses and capacity."""
+        if self.experts_choose or (self.training and not self.trains_on_padding):
+            return False
+        return self.config.semantics.padding_takes_capacity
 
     def scores(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits_NE and probability_NE, in the router's dtype."""

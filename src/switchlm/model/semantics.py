@@ -3,6 +3,11 @@
 `paper` is Mesh TensorFlow's `transformer/moe.py` (the code of Fedus et al. 2021), `t5x` is T5X with
 Flaxformer (the code of the released checkpoints), `hf` is transformers' `switch_transformers`
 (the format and the logits of most users). The router reads these fields, never the name.
+
+In one point training is the same in all of them: padding is not routed. Its amount depends on the
+lengths of rows and not on the text, so what it adds to loads, losses and gradients is noise. In
+evaluation, where logits are compared with those implementations, it is treated as theirs treat it;
+in `hf`, padding at the end of a row changes no other token.
 """
 
 from collections.abc import Callable
@@ -19,7 +24,8 @@ class Semantics:
     group_tokens: tokens share capacity in groups of at most this many; None: a row is a group.
     capacity_rounding: applied to tokens * factor / experts.
     min_capacity: the least capacity of an expert in a group.
-    padding_takes_capacity: whether padding is routed at all, and counted in loads and losses.
+    padding_takes_capacity: whether padding is routed at all, and counted in loads and losses; in
+        evaluation alone (see above).
     jitter_reaches_experts: whether float32 experts see the jittered input too.
     gate_in_activation_dtype: whether the argmax is taken after casting to the activations' dtype.
     balance_over_layers: `sum` and `mean` reduce the losses of the layers; `joined` averages the

@@ -235,8 +235,8 @@ def row_lengths(config: DataConfig) -> tuple[int, int, bool]:
     noise = Noise(density=config.noise_density, mean_span=config.mean_span)
     raw_length = noise.raw_length(config.input_length)
     exact = int(noise.corrupted_lengths(np.array([raw_length]))[1][0])
-    targets = config.target_length or exact
-    return config.input_length, targets, config.pack or targets != exact
+    targets = config.target_length if config.pack else None
+    return config.input_length, targets or exact, config.pack
 
 
 def blank_batch(config: DataConfig, rows: int) -> Batch:

@@ -30,9 +30,10 @@ class FinetuneConfig:
     data: the folder or file of the named tasks; None reads the hub.
     columns: how to read your own file.
     train_split, validation_split: the splits to train on, and to score on.
-    input_length, target_length: tokens in a row, the end token included.
-    batch_size: examples in the batch of a step.
-    pack: put several short examples into a row.
+    input_length, target_length: the most tokens in a row, the end token included. Rows are as long
+        as the longest of their batch needs.
+    batch_size: rows in the batch of a step.
+    pack: put several short examples into a row, so that a step learns from more of them.
     truncate_targets: cut targets that are too long instead of refusing them.
     evaluation_examples: score on at most this number of examples of each task, spread evenly over
         its split; None takes all.

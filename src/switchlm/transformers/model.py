@@ -27,6 +27,7 @@ from switchlm.huggingface.weights import find_model
 from switchlm.model.attention import KeysValues, KeyValueStore
 from switchlm.model.losses import cross_entropy, routing_losses
 from switchlm.model.routing import Routing
+from switchlm.model.switch import switch_layers
 from switchlm.model.transformer import Stack, SwitchTransformer, shift_right
 from switchlm.parallel.mesh import default_device
 
@@ -66,6 +67,8 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
         values = write_config(model.config, str(model.embedding.weight.dtype)[len("torch.") :])
         super().__init__(AutoConfig.for_model(**values))
         self.model = model
+        for layer in switch_layers(model).values():
+            layer.router.trains_on_padding = True  # as transformers does
         self.tokenizer = tokenizer
         self.post_init()
 

@@ -32,8 +32,8 @@ def loader(request, open_corpus, corpus, tmp_path):
     extra.write_text("".join(f'{{"text": "record {n} {"x y " * n}"}}\n' for n in range(30)))
     sources = (f"a={corpus}:0.7", f"b={extra}:0.3")
     if request.param == "mixed":
-        return open_corpus(sources=sources, target_length=24)
-    return open_corpus(sources=sources, input_length=64, pack=True)
+        return open_corpus(sources=sources)
+    return open_corpus(sources=sources, input_length=64, target_length=96, pack=True)
 
 
 def test_full_rows_of_running_text_need_no_segments(open_corpus):
@@ -48,12 +48,20 @@ def test_full_rows_of_running_text_need_no_segments(open_corpus):
     assert (batch.inputs_BS != 0).all()
 
 
-def test_longer_targets_are_padded_and_have_segments(open_corpus):
-    batch = open_corpus(target_length=24).batch(0)
-    assert batch.targets_BT.shape == (8, 24)
-    assert (batch.input_segments_BS == 1).all()
-    assert (batch.targets_BT[batch.target_segments_BT == 0] == 0).all()
-    assert (batch.target_segments_BT == 1).sum(1).unique().numel() == 1
+def test_longer_targets_than_rows_of_running_text_need_change_nothing(open_corpus):
+    assert_equal(open_corpus(target_length=24).batch(3), open_corpus().batch(3))
+
+
+def test_packed_rows_are_as_long_as_the_longest_of_the_global_batch(open_corpus):
+    loader = open_corpus(input_length=64, target_length=200, pack=True)
+    for step in range(3):
+        batch = loader.batch(step)
+        assert (batch.targets_BT[batch.target_segments_BT == 0] == 0).all()
+        for segments in (batch.input_segments_BS, batch.target_segments_BT):
+            longest = int((segments != 0).sum(1).max())
+            assert segments.shape[1] == -(-longest // 8) * 8
+        lengths = {loader.share(rank, 8).batch(step).targets_BT.shape[1] for rank in range(8)}
+        assert lengths == {batch.targets_BT.shape[1]}
 
 
 def test_a_batch_is_a_function_of_seed_and_step(loader):
@@ -79,7 +87,7 @@ def test_workers_joining_and_leaving_in_mid_epoch_repeat_and_lose_nothing(open_c
     seen = []
     for step, workers in enumerate(itertools.chain([4] * 9, [2] * 9, [1] * 9, [4] * 9)):
         shares = [loader.share(rank, workers) for rank in range(workers)]
-        seen += [share.sample_ids(step).tolist() for share in shares]
+        seen += [share.sample_ids(step)[share.own_rows].tolist() for share in shares]
     assert sorted(itertools.chain(*seen)) == list(range(36 * 8))
 
 
@@ -108,7 +116,7 @@ def test_iterate_prefetches_in_a_thread_and_stops_it(open_corpus):
 
 
 def test_what_goes_wrong_in_the_thread_reaches_the_caller(open_corpus, monkeypatch):
-    def fail(sample_B):
+    def fail(sample_B, share):
         raise DataError(f"sample {sample_B[0]} cannot be read")
 
     loader = open_corpus()

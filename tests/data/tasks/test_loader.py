@@ -59,10 +59,32 @@ def test_a_batch_depends_on_seed_and_step_alone():
     batches.close()
 
 
-def test_shapes_are_static_and_padding_is_segment_0():
-    batch = loader().batch(0)
-    assert batch.inputs_BS.shape == batch.input_segments_BS.shape == (4, 16)
+def test_rows_are_as_long_as_the_longest_needs_in_eights_and_padding_is_segment_0():
+    batch = loader(input_length=512, target_length=128).batch(0)
+    assert batch.inputs_BS.shape == batch.input_segments_BS.shape == (4, 8)
     assert batch.targets_BT.shape == (4, 8)
+    assert loader(input_length=7).batch(0).inputs_BS.shape == (4, 7), "no longer than configured"
+    long = {"a": [example("x" * 20, "y" * 9)]}
+    batch = loader(long, input_length=512, target_length=128).batch(0)
+    assert (batch.inputs_BS.shape, batch.targets_BT.shape) == ((4, 24), (4, 16))
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_rows_of_all_workers_are_equally_long(pack):
+    tasks = {"a": [example("x" * (1 + n), "y" * (1 + n % 11)) for n in range(60)]}
+    whole = loader(tasks, input_length=70, target_length=99, batch_size=4, pack=pack)
+    shapes = {whole.batch(step).targets_BT.shape for step in range(9)}
+    assert len(shapes) > 1
+    for step in range(9):
+        batch = whole.batch(step)
+        parts = [whole.share(rank, 4).batch(step) for rank in range(4)]
+        for name in ("inputs_BS", "targets_BT", "input_segments_BS", "source_B"):
+            joined = torch.cat([getattr(part, name) for part in parts])
+            assert torch.equal(joined, getattr(batch, name))
+
+
+def test_padding_is_segment_0():
+    batch = loader().batch(0)
     assert (batch.inputs_BS[batch.input_segments_BS == 0] == BYTES.pad_id).all()
     assert batch.num_tokens == 4 * (6 + 2), "five bytes and a digit, each with an end token"
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from switchlm.data import order
-from switchlm.data.batch import Batch, StepLoader, pad_rows
+from switchlm.data.batch import Batch, StepLoader, pad_rows, padded_length
 from switchlm.data.config import DataConfig
 from switchlm.data.order import Int64, Mixture, derive_key, hash_numbers
 from switchlm.data.pretraining.rows import (
@@ -44,7 +44,7 @@ class RowShape:
     """The lengths of rows.
 
     raw_length: tokens before masking that fill a row of inputs.
-    segments: whether rows need segments; False if every row is one full example.
+    input_length, target_length: the most tokens in a row; if rows are not packed, of every row.
     """
 
     noise: Noise
@@ -52,7 +52,6 @@ class RowShape:
     input_length: int
     target_length: int
     pack: bool
-    segments: bool
 
     @classmethod
     def of(cls, config: DataConfig, caches: Sequence[TokenCache], num_sentinels: int) -> "RowShape":
@@ -62,23 +61,24 @@ class RowShape:
         check_sentinels(int(noise.counts(np.array([raw_length]))[1][0]), num_sentinels)
         exact = int(noise.corrupted_lengths(np.array([raw_length]))[1][0])
         target_length = config.target_length or exact
-        if config.pack and config.target_length is None:
-            pieces = [
-                cut(cache, np.ones(len(cache.hashes_D), bool), raw_length) for cache in caches
-            ]
-            target_length = target_length_for(pieces, noise, config.input_length)
         if target_length < exact:
             raise DataError(
                 f"data.target_length {target_length} is too short: inputs of {config.input_length} "
                 f"tokens leave {exact} tokens of targets. Raise it, or leave it out."
             )
+        if not config.pack:
+            target_length = exact
+        elif config.target_length is None:
+            pieces = [
+                cut(cache, np.ones(len(cache.hashes_D), bool), raw_length) for cache in caches
+            ]
+            target_length = target_length_for(pieces, noise, config.input_length)
         return cls(
             noise=noise,
             raw_length=raw_length,
             input_length=config.input_length,
             target_length=target_length,
             pack=config.pack,
-            segments=config.pack or target_length != exact,
         )
 
     def rows(self, cache: TokenCache, chosen_D: np.ndarray, seed: int) -> Rows:
@@ -118,12 +118,17 @@ class Samples:
         """Return whether the source with that index has any text."""
         return self._rows[source].num_rows > 0
 
-    def batch(self, sample_B: Int64, only_source: int | None = None) -> Batch:
-        """Return the samples with these numbers; a pure function of the seed and each number."""
+    def batch(self, sample_B: Int64, share: slice, only_source: int | None = None) -> Batch:
+        """Return some rows of the batch of the samples with these numbers.
+
+        A row is a pure function of the seed and its number; all are as long as the batch needs.
+        """
         if only_source is None:
             source_B, index_B = self._mixture.assign(sample_B)
         else:
             source_B, index_B = np.full_like(sample_B, only_source), sample_B
+        input_length, target_length = self._lengths(source_B, index_B)
+        sample_B, source_B, index_B = sample_B[share], source_B[share], index_B[share]
         examples = self._gather(source_B, index_B)
         sample_key_E = hash_numbers(self._mask_key, sample_B[examples.row_E])
         key_E = hash_numbers(sample_key_E, examples.place_E)
@@ -132,10 +137,10 @@ class Samples:
             examples.tokens_EL, examples.length_E, mask_EL, self._sentinels, self._end_id
         )
         inputs_BS, input_segments_BS = self._pad_rows(
-            done.inputs, done.input_length_N, examples.row_E, self._shape.input_length
+            done.inputs, done.input_length_N, examples.row_E, input_length
         )
         targets_BT, target_segments_BT = self._pad_rows(
-            done.targets, done.target_length_N, examples.row_E, self._shape.target_length
+            done.targets, done.target_length_N, examples.row_E, target_length
         )
         return Batch(
             inputs_BS=inputs_BS,
@@ -145,11 +150,24 @@ class Samples:
             source_B=torch.from_numpy(source_B.astype(np.int32)),
         )
 
+    def _lengths(self, source_B: Int64, index_B: Int64) -> tuple[int, int]:
+        """Return the lengths of inputs and targets in the batch with these rows."""
+        limits = self._shape.input_length, self._shape.target_length
+        if not self._shape.pack:
+            return limits
+        needed_S2 = [
+            rows.longest(index_B[source_B == source])
+            for source, rows in enumerate(self._rows)
+            if isinstance(rows, PackedDocuments) and (source_B == source).any()
+        ]
+        inputs, targets = np.max(needed_S2, axis=0).tolist()
+        return padded_length(inputs, limits[0]), padded_length(targets, limits[1])
+
     def _pad_rows(
         self, values: Int64, length_E: Int64, row_E: Int64, length: int
     ) -> tuple[Tensor, Tensor | None]:
         """Pad rows; full rows of one example need no segments."""
-        if not self._shape.segments:
+        if not self._shape.pack:
             return torch.from_numpy(values.reshape(-1, length)), None
         return pad_rows(values, length_E, row_E, int(row_E[-1]) + 1, length, self._pad_id)
 
@@ -180,8 +198,8 @@ class Loader(StepLoader):
         super().__init__(names, batch_size, tokenizer)
         self._train, self._held_out = train, held_out
 
-    def make(self, sample_B: Int64) -> Batch:
-        return self._train.batch(sample_B)
+    def make(self, sample_B: Int64, share: slice) -> Batch:
+        return self._train.batch(sample_B, share)
 
     def held_out(self, num_batches: int, source: str | None = None) -> list[Batch]:
         """Return a fixed set of batches of held-out documents, the same for every seed.
@@ -195,14 +213,14 @@ class Loader(StepLoader):
             )
         only = None if source is None else self._source_index(source)
         return [
-            self._held_out.batch(self.sample_ids(step), only_source=only)
+            self._held_out.batch(self.sample_ids(step), self.own_rows, only_source=only)
             for step in range(num_batches)
         ]
 
     def example(self) -> tuple[str, str]:
         """Return inputs and targets of a held-out row (else of a training row) as text."""
         samples = self._held_out or self._train
-        batch = samples.batch(np.arange(1))
+        batch = samples.batch(np.arange(1), slice(None))
         inputs, targets = batch.inputs_BS[0].tolist(), batch.targets_BT[0].tolist()
         return self.tokenizer.decode(inputs), self.tokenizer.decode(targets)
 

@@ -209,6 +209,14 @@ class PackedDocuments:
         self._order_P, self._first_B = pack(inputs_P, targets_P, input_length, target_length)
         self.num_rows = len(self._first_B) - 1
         self.num_tokens = int(pieces.length_P.sum())
+        length_P2 = np.stack([inputs_P, targets_P], axis=1)[self._order_P].astype(np.int32)
+        self._length_N2 = np.add.reduceat(length_P2, self._first_B[:-1], axis=0)
+
+    def longest(self, index_N: Int64) -> Int64:
+        """Return the lengths of the longest inputs and the longest targets of these rows."""
+        _, bin_N = shuffle(index_N, self.num_rows, self._seed)
+        longest_2: Int64 = self._length_N2[bin_N].max(0)
+        return longest_2
 
     def examples(self, index_N: Int64) -> Examples:
         """Return the pieces in the rows with these numbers."""

@@ -1,7 +1,7 @@
 """Batches of input and target texts: tokenised once, padded or packed, in a mixture of tasks.
 
-The batch of a step is a pure function of (seed, step), as in pre-training. Suffixes: E examples, N
-rows, B rows of the batch, S inputs, T targets.
+The batch of a step is a pure function of (seed, step), as in pre-training; its rows are as long as
+the longest of them needs. Suffixes: E examples, N rows, B rows of the batch, S inputs, T targets.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from switchlm.data.batch import Batch, StepLoader, pad_rows
+from switchlm.data.batch import Batch, StepLoader, pad_rows, padded_length
 from switchlm.data.order import Int64, Mixture, probabilities
 from switchlm.data.pretraining.rows import pack as pack_examples
 from switchlm.data.pretraining.rows import shuffle
@@ -47,7 +47,7 @@ class PairLoader(StepLoader):
         """Tokenise everything.
 
         examples_by_task: training examples by the name of their task.
-        input_length, target_length: tokens in a row, the end token included.
+        input_length, target_length: the most tokens in a row, the end token included.
         held_out: examples for held-out batches by the name of their task.
         pack: pack several examples into a row, separated by segments.
         long_targets: raise DataError for a longer target, or truncate and count it. Inputs are
@@ -82,12 +82,11 @@ class PairLoader(StepLoader):
         for part, share in zip(self._parts, shares_S, strict=True):
             report(part.describe(share))
 
-    def make(self, sample_B: Int64) -> Batch:
+    def make(self, sample_B: Int64, share: slice) -> Batch:
         source_B, index_B = self._mixture.assign(sample_B)
         num_rows_B = np.array([part.num_rows for part in self._parts])[source_B]
         _, row_B = shuffle(index_B, num_rows_B, self._seed)
-        rows = zip(source_B.tolist(), row_B.tolist(), strict=True)
-        return self._batch([self._parts[source].row(row) for source, row in rows], source_B)
+        return self._batch(self._parts, source_B, row_B, share)
 
     def held_out(self, num_batches: int, source: str | None = None) -> list[Batch]:
         """Return at most `num_batches` batches of the held-out examples, the same for every seed.
@@ -108,18 +107,28 @@ class PairLoader(StepLoader):
         batches = []
         for step in range(min(full_batches, num_batches)):
             chosen = [places[number] for number in (self.sample_ids(step) % len(places)).tolist()]
-            rows = [self._held_out[task].row(row) for row, task in chosen]
-            batches.append(self._batch(rows, np.array([task for _, task in chosen])))
+            row_B, source_B = np.array(chosen).T
+            batches.append(self._batch(self._held_out, source_B, row_B, self.own_rows))
         return batches
 
-    def _batch(self, rows: list[list[tuple[Int64, Int64]]], source_B: Int64) -> Batch:
-        """Return rows of (input ids, target ids) as a batch."""
+    def _batch(
+        self,
+        parts: Sequence["TokenPairs"] | Mapping[int, "TokenPairs"],
+        source_B: Int64,
+        row_B: Int64,
+        share: slice,
+    ) -> Batch:
+        """Return some rows of the batch that has row `row_B` of each source."""
+        places = list(zip(source_B.tolist(), row_B.tolist(), strict=True))
+        needed_2 = np.max([parts[source].row_length_N2[row] for source, row in places], axis=0)
+        rows = [parts[source].row(row) for source, row in places[share]]
+        source_B = source_B[share]
         row_E = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
         sides = []
-        for side, length in enumerate(self._lengths):
+        for side, (needed, limit) in enumerate(zip(needed_2.tolist(), self._lengths, strict=True)):
             ids = [pair[side] for row in rows for pair in row]
             length_E = np.array([len(one) for one in ids])
-            pad_id = self.tokenizer.pad_id
+            length, pad_id = padded_length(needed, limit), self.tokenizer.pad_id
             sides.append(pad_rows(np.concatenate(ids), length_E, row_E, len(rows), length, pad_id))
         (inputs_BS, input_segments_BS), (targets_BT, target_segments_BT) = sides
         return Batch(
@@ -187,6 +196,8 @@ class TokenPairs:
                 input_length_E, target_length_E, input_length, target_length
             )
         self.num_rows = len(self._first_N) - 1
+        length_E2 = np.stack([input_length_E, target_length_E], axis=1)[self._order_E]
+        self.row_length_N2 = np.add.reduceat(length_E2, self._first_N[:-1], axis=0)
 
     def row(self, number: int) -> list[tuple[Int64, Int64]]:
         """Return the input and target ids of the examples in a row."""

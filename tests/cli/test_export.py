@@ -49,7 +49,7 @@ def test_programs_generate_the_same_in_a_process_without_switchlm(run_json, tmp_
     result = run_json("export", "--model", sparse, "--to", to, "--out", out, "--check", TEXT)
     model, tokenizer = load.load(sparse)
     prompt = torch.tensor([[*tokenizer.encode(TEXT), 1]])
-    [tokens] = generate(model, prompt, max_new_tokens=64).rows(1)
+    [tokens] = generate(model, prompt, max_new_tokens=64).rows([1])
     assert len(set(tokens)) > 5
     assert result["output"] == tokenizer.decode(tokens)
     expected = tokenizer.backend.decode(tokens, skip_special_tokens=False)

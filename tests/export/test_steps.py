@@ -16,8 +16,8 @@ def about(config):
         "layers": config.num_decoder_layers,
         "heads": config.num_heads,
         "width": config.d_kv,
-        "pad_id": config.pad_id,
-        "end_id": config.end_id,
+        "start_id": config.first_id,
+        "end_ids": config.end_ids,
     }
 
 
@@ -41,7 +41,7 @@ KINDS = {
 @pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS.keys())
 def test_greedy_tokens_are_the_model_s(build, changes):
     model = build(**changes)
-    ours = generate(model, torch.tensor([PROMPT]), max_new_tokens=20).rows(1)[0]
+    ours = generate(model, torch.tensor([PROMPT]), max_new_tokens=20).rows([1])[0]
     encode, step = map(in_numpy, programs(model))
     tokens = greedy(encode, step, PROMPT, about(model.config), 20)
     assert tokens == ours

@@ -151,3 +151,11 @@ def test_an_empty_stop_string_is_an_error(build):
     options = {"max_new_tokens": 1, "batch_size": 2, "beams": Beams(), "stops": [""]}
     with pytest.raises(ConfigError, match="stop string is empty"):
         list(best_answers(build(), TOKENIZER, ["a"], **options))
+
+
+def test_every_end_token_of_the_model_ends_an_output_and_is_not_part_of_it(build, generating):
+    ends = TOKENIZER.encode("!?")
+    for text in ("one!", "one?"):
+        model = generating(build(generation_end_ids=(*ends, 1)), text)
+        said = answer(model, TOKENIZER, "x", max_new_tokens=50)
+        assert (said.output, said.finished) == ("one", True)

@@ -132,7 +132,7 @@ def test_a_wide_search_finds_the_most_probable_outputs(build):
 def test_one_beam_is_greedy(build, prompts):
     model = build()
     inputs_BS, segments_BS = pad_prompts(prompts, 0)
-    greedy = generate(model, inputs_BS, segments_BS, max_new_tokens=9).rows(1)
+    greedy = generate(model, inputs_BS, segments_BS, max_new_tokens=9).rows([1])
     found = beam_search(model, inputs_BS, segments_BS, max_new_tokens=9, beams=Beams(width=1))
     assert [[token for token in outputs[0].tokens if token != 1] for outputs in found] == greedy
 

@@ -37,10 +37,10 @@ def test_a_prompt_alone_in_a_batch_and_padded_has_the_same_output(
     wide = [torch.nn.functional.pad(ids, (0, 5)) for ids in (inputs_BS, segments_BS)]
     padded = generate(model, *wide, seeds=[11, 12, 13, 14], **options)
     for row, prompt in enumerate(prompts):
-        alone = generate(model, torch.tensor([prompt]), seeds=11 + row, **options).rows(1)[0]
-        assert alone == together.rows(1)[row]
-        assert alone == shuffled.rows(1)[order.index(row)]
-        assert alone == padded.rows(1)[row]
+        alone = generate(model, torch.tensor([prompt]), seeds=11 + row, **options).rows([1])[0]
+        assert alone == together.rows([1])[row]
+        assert alone == shuffled.rows([1])[order.index(row)]
+        assert alone == padded.rows([1])[row]
     assert len(set(together.tokens_BT.flatten().tolist())) > 5, "a test on dull outputs is none"
 
 
@@ -84,7 +84,7 @@ def test_rows_stop_at_their_end_token_and_the_batch_after_the_last(build, prompt
         [52, 52, 52, 52, 1],
         [53, 1, 0, 0, 0],
     ]
-    assert generated.rows(1) == [[50, 50], [], [52] * 4, [53]]
+    assert generated.rows([1]) == [[50, 50], [], [52] * 4, [53]]
 
 
 def test_the_limit_ends_outputs_that_are_then_unfinished(build, prompts):

@@ -59,7 +59,7 @@ def test_tokens_are_the_text_and_the_decoder_s_input(build):
 
 def test_without_an_output_the_greedy_one_is_routed(build):
     model = build()
-    tokens = generate(model, inputs(TEXT), max_new_tokens=9).rows(1)[0]
+    tokens = generate(model, inputs(TEXT), max_new_tokens=9).rows([1])[0]
     own = route(model, TOKENIZER, TEXT, max_new_tokens=9)
     assert "".join(own.decoder.tokens) == "<pad>" + TOKENIZER.decode(tokens)
     with dropless(model), evaluation_mode(model):

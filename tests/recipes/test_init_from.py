@@ -32,11 +32,14 @@ def text(tmp_path, monkeypatch):
 
 @pytest.fixture
 def dense(tmp_path):
-    """A dense model with another vocabulary than the default."""
+    """A dense model with another vocabulary than the default, and more rows than its tokenizer."""
     tokenizer = Tokenizer.bytes(FEW_SENTINELS)
     torch.manual_seed(0)
     config = dataclasses.replace(
-        preset("dense-nano"), vocabulary_size=tokenizer.vocabulary_size, end_id=tokenizer.end_id
+        preset("dense-nano"),
+        vocabulary_size=tokenizer.vocabulary_size + 7,
+        end_id=tokenizer.end_id,
+        decoder_start_id=5,
     )
     model = SwitchTransformer(config)
     save(model, tokenizer, tmp_path / "dense")
@@ -55,6 +58,7 @@ def test_upcycling_starts_every_expert_from_the_dense_network(tmp_path, text, de
     sparse, tokenizer = load(tmp_path / "run")
     assert tokenizer is not None
     assert len(tokenizer.sentinel_ids) == FEW_SENTINELS
+    assert sparse.config.start_id == 5
     layer, network = (one.encoder.blocks[1].feedforward for one in (sparse, model))
     for expert in range(4):
         assert torch.allclose(layer.experts.up[expert], network.up.weight.t(), atol=1e-9)

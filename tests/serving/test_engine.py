@@ -1,5 +1,6 @@
 """The engine without HTTP: tokens, order, failures, ends."""
 
+import dataclasses
 import queue
 import random
 import threading
@@ -35,6 +36,16 @@ def test_tokens_are_those_of_the_request_alone(engine, collector, alone):
     assert running.statistics.value("switchlm_requests_total", outcome="length") == 16
     limits = sum(request.limit for request in asked)
     assert running.statistics.value("switchlm_new_tokens_total") == limits
+
+
+def test_every_end_token_of_the_model_ends_an_output(engine, collector, monkeypatch):
+    running, listener = engine(), collector()
+    config = dataclasses.replace(running.model.config, generation_end_ids=(7, 9))
+    monkeypatch.setattr(running.model, "config", config)
+    monkeypatch.setattr(Slots, "step", lambda slots, first, last: [9])
+    running.submit(Request(ids=IDS, limit=5), listener)
+    assert listener.end() == ([9], "stop")
+    assert "".join(event.piece for event in listener.events) == ""
 
 
 def test_first_come_first_served(engine, collector):

@@ -154,7 +154,7 @@ def check_same_tokens(model: Any, tokenizer: Any, text: str, theirs: list[int]) 
 
     prompt = [*tokenizer.encode(text), model.config.end_id]
     generated = generate(model, torch.tensor([prompt]), max_new_tokens=CHECKED_TOKENS)
-    ours = generated.rows(model.config.end_id)[0]
+    ours = generated.rows(model.config.end_ids)[0]
     if ours != theirs:
         raise SwitchLMError(
             f"The exported model generates other tokens: {tokenizer.decode(theirs)!r} there, "

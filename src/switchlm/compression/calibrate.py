@@ -98,7 +98,7 @@ def calibrate(
             source = partial(model.encoder_inputs, batch.inputs_BS, batch.input_segments_BS)
             target = partial(
                 model.decoder_inputs,
-                shift_right(batch.targets_BT, batch.target_segments_BT, model.config.pad_id),
+                shift_right(batch.targets_BT, batch.target_segments_BT, model.config.start_id),
                 input_segments_BS=batch.input_segments_BS,
                 target_segments_BT=batch.target_segments_BT,
             )

@@ -253,6 +253,7 @@ def _smaller(
     model: SwitchTransformer, state: dict[str, Tensor], num_experts: int
 ) -> SwitchTransformer:
     with torch.device("meta"):
-        smaller = SwitchTransformer(dataclasses.replace(model.config, num_experts=num_experts))
+        config = dataclasses.replace(model.config, num_experts=num_experts)
+        smaller = SwitchTransformer(config, model.metadata)
     smaller.load_state_dict(state, assign=True)
     return smaller.train(model.training)

@@ -105,7 +105,7 @@ def diagnose(model: SwitchTransformer, batch: Batch) -> Diagnosis:
     with evaluation_mode(model):
         inputs = model.encoder_inputs(batch.inputs_BS, segments[0])
         encoded_BSD = _measure("encoder", model.encoder, inputs, None, found)
-        decoder_inputs_BT = shift_right(batch.targets_BT, segments[1], model.config.pad_id)
+        decoder_inputs_BT = shift_right(batch.targets_BT, segments[1], model.config.start_id)
         inputs = model.decoder_inputs(
             decoder_inputs_BT, input_segments_BS=segments[0], target_segments_BT=segments[1]
         )

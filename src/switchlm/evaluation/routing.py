@@ -187,7 +187,7 @@ def routing_statistics(
         for batch in batches:
             batch = batch.to(device)
             decoder_inputs_BT = shift_right(
-                batch.targets_BT, batch.target_segments_BT, model.config.pad_id
+                batch.targets_BT, batch.target_segments_BT, model.config.start_id
             )
             segments = (batch.input_segments_BS, batch.target_segments_BT)
             output = forward_batch(model, batch)

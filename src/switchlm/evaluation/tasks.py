@@ -96,7 +96,7 @@ def score_task(
         else:
             output = generate(model, inputs_BS, segments_BS, max_new_tokens=max_new_tokens or 1)
             unfinished += int((~output.finished_B).sum())
-            rows = output.rows(model.config.end_id)
+            rows = output.rows(model.config.end_ids)
             answers = [tokenizer.decode(row, keep_sentinels=False).strip() for row in rows]
         answer_of |= zip(chosen, answers, strict=True)
         report(len(answer_of))
@@ -130,7 +130,7 @@ def label_losses(
             check_vocabulary(int(ids.max()), model.config.vocabulary_size)
             targets_BT = torch.from_numpy(ids).to(inputs_BS).expand(len(inputs_BS), -1)
             logits_BTV = model.decode(
-                shift_right(targets_BT, None, model.config.pad_id),
+                shift_right(targets_BT, None, model.config.start_id),
                 encoded_BSD,
                 input_segments_BS=segments_BS,
             ).logits_BTV

@@ -24,6 +24,7 @@ from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, MissingExtraError
 from switchlm.export.steps import SIGNATURES, Names, Program, examples, greedy, programs
 from switchlm.files import Report
+from switchlm.generation.decode import before_end
 from switchlm.huggingface import load
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
@@ -196,7 +197,8 @@ def _describe(
         "layers": config.num_decoder_layers,
         "heads": config.num_heads,
         "width": config.d_kv,
-        "pad_id": config.pad_id,
+        "start_id": config.first_id,
+        "end_ids": list(config.end_ids),
         "end_id": config.end_id,
         "vocabulary": config.vocabulary_size,
     }
@@ -224,7 +226,7 @@ def _describe(
 
 Dims named `batch`, `source` (the input) and `places` (of the cache) are free. Token ids and
 `position` are int64, `mask` is bool and false at padding, all else is float32. The step takes one
-token per row, padding ({config.pad_id}) first, and gives the logits of the next and the cache with
+token per row, {config.first_id} first, and gives the logits of the next and the cache with
 this one in it; `places` is the longest output that fits the cache.
 {routing}
 ```python
@@ -259,7 +261,9 @@ def _describe_input(item: tuple[str, dict[int, str]]) -> str:
 def _source(function: Callable[..., object]) -> str:
     """Return the source of a function without its annotations, whose names a script lacks."""
     source = inspect.getsource(function).rstrip()
-    return source.replace(": Program", "").replace(" -> Program", "")
+    for annotation in (": Program", " -> Program", ": dict[str, Any]"):
+        source = source.replace(annotation, "")
+    return source
 
 
 def write_t5(
@@ -300,5 +304,5 @@ def t5_tokens(folder: Path, text: str, max_new_tokens: int) -> list[int]:
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
             )[0].tolist()[1:]
-    end_id = model.config.eos_token_id
-    return row[: row.index(end_id)] if end_id in row else row
+    ends = model.generation_config.eos_token_id
+    return before_end(row, ends if isinstance(ends, list) else [ends])

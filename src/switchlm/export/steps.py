@@ -217,7 +217,7 @@ def greedy(
     encode: Program,
     step: Program,
     tokens: list[int],
-    about: dict[str, int],
+    about: dict[str, Any],
     max_new_tokens: int,
 ) -> list[int]:
     """Return the tokens that follow from a prompt, without the end token.
@@ -229,13 +229,13 @@ def greedy(
     _, cross_keys, cross_values = encode(np.array([tokens]), mask)
     shape = (about["layers"], 1, about["heads"], max_new_tokens, about["width"])
     keys = values = np.zeros(shape, dtype=np.float32)
-    token, output = about["pad_id"], []
+    token, output = about["start_id"], []
     for position in range(max_new_tokens):
         logits, keys, values = step(
             np.array([[token]]), np.array(position), mask, cross_keys, cross_values, keys, values
         )
         token = int(logits[0].argmax())
-        if token == about["end_id"]:
+        if token in about["end_ids"]:
             break
         output.append(token)
     return output

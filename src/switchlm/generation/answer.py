@@ -9,7 +9,7 @@ padded batch with others. A model pre-trained by span corruption can fill blanks
 """
 
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,16 +47,20 @@ class ScoredAnswer(Answer):
 class OutputBuilder:
     """The tokens and the text of one output, up to the first stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str] = (), end_ids: Collection[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
+        self._end_ids = end_ids
         self._stream = TextStream(tokenizer, stops)
         self._tokens: list[int] = []
         self._output = ""
 
     def push(self, token: int) -> bool:
         """Add a token; return whether a stop string is complete."""
-        self._tokens.append(token)
-        self._output += self._stream.push(token)
+        if token not in self._end_ids:  # which are no text, whatever piece they are
+            self._tokens.append(token)
+            self._output += self._stream.push(token)
         return self._stream.stopped
 
     def text_from(self, start: int) -> str:
@@ -87,7 +91,7 @@ def stream(
     Raises DataError for an empty text, and for tokens that the model's vocabulary lacks,
     ConfigError for an empty stop string.
     """
-    builder = OutputBuilder(tokenizer, stops)
+    builder = OutputBuilder(tokenizer, stops, model.config.end_ids)
     prompts = _prompts(model, tokenizer, [text])
     finished, sent = False, 0
     for step in steps(
@@ -153,7 +157,7 @@ def answer_all(
     """
     prompts, limits = _prompts(model, tokenizer, texts), limits_of(max_new_tokens, len(texts))
     for indices, inputs_BS, segments_BS in prompt_batches(model, prompts, batch_size):
-        builders = [OutputBuilder(tokenizer, stops) for _ in indices]
+        builders = [OutputBuilder(tokenizer, stops, model.config.end_ids) for _ in indices]
 
         def ends(row: int, token: int, builders: list[OutputBuilder] = builders) -> bool:
             return builders[row].push(token)
@@ -189,7 +193,7 @@ def best_answers(
     """
 
     def read(output: Output) -> ScoredAnswer:
-        builder = OutputBuilder(tokenizer, stops)
+        builder = OutputBuilder(tokenizer, stops, model.config.end_ids)
         for token in output.tokens:
             if builder.push(token):
                 break

@@ -1,18 +1,19 @@
 """Beam search: outputs of high probability, best first.
 
 Every prompt has `width` open outputs of equal length. A step takes their 2 * width most probable
-continuations: of the first `width`, those that end are stored; the first `width` that do not end
-stay open (at most one continuation of an output ends it, so there are enough). The score of an
+continuations (more if several tokens end an output): of the first `width`, those that end are
+stored; the first `width` that do not end stay open (an output has at most one continuation per end
+token that ends it, so there are enough). The score of an
 output is its log probability / length ** length_penalty (Wu et al. 2016, with the plain length). A
 prompt is done when no open output, at its present length, has a better score than the worst of
 `width` ended ones.
 
 Rules and tokens are those of transformers' `generate(num_beams=...)`.
 
-Shapes: B prompts, W width, C = 2 * W candidates, S source, V vocabulary.
+Shapes: B prompts, W width, C candidates, S source, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,19 +81,20 @@ def beam_search(
     """Return the `beams.width` best outputs of every prompt, the best first.
 
     The other arguments and the errors are those of decode.steps. Raises ConfigError if the
-    vocabulary has fewer than 2 * width tokens.
+    vocabulary has fewer tokens than candidates.
     """
     batch, width, config = inputs_BS.shape[0], beams.width, model.config
     limits = limits_of(max_new_tokens, batch)
-    if 2 * width > config.vocabulary_size:
+    num_candidates = (1 + len(config.end_ids)) * width
+    if num_candidates > config.vocabulary_size:
         raise ConfigError(
             f"{width} beams are too many for a vocabulary of {config.vocabulary_size} tokens: it "
-            "must have two per beam."
+            f"must have {1 + len(config.end_ids)} per beam."
         )
     check_prompts(model, inputs_BS, segments_BS)
-    prompts = [_Prompt(beams, limit, config.end_id) for limit in limits]
+    prompts = [_Prompt(beams, limit, config.end_ids) for limit in limits]
     device = inputs_BS.device
-    tokens = torch.full((batch * width, 1), config.pad_id, device=device)
+    tokens = torch.full((batch * width, 1), config.first_id, device=device)
     with evaluation_mode(model):
         encoded_BSD = encode_prompts(model, inputs_BS, segments_BS, encoder_capacity)
         encoded = encoded_BSD.repeat_interleave(width, 0)
@@ -106,7 +108,7 @@ def beam_search(
                     check_finite(logits_BWV)
                 score_BW = torch.tensor([prompt.scores for prompt in prompts], device=device)
                 total_BWV = logits_BWV.log_softmax(-1) + score_BW[:, :, None]
-                score_BC, place_BC = total_BWV.flatten(1).topk(2 * width)  # place: beam * V + token
+                score_BC, place_BC = total_BWV.flatten(1).topk(num_candidates)  # beam * V + token
                 for prompt, scores, places in zip(
                     prompts, score_BC.tolist(), place_BC.tolist(), strict=True
                 ):
@@ -128,7 +130,7 @@ class _Prompt:
     sources: for each, the index of the open output that it continues.
     """
 
-    def __init__(self, beams: Beams, limit: int, end_id: int) -> None:
+    def __init__(self, beams: Beams, limit: int, end_ids: Collection[int]) -> None:
         self.open: list[list[int]] = [[] for _ in range(beams.width)]
         self.scores = [0.0] + [_IMPOSSIBLE] * (beams.width - 1)
         self.sources = list(range(beams.width))
@@ -136,7 +138,7 @@ class _Prompt:
         self._ended: list[Output] = []
         self._beams = beams
         self._limit = limit
-        self._end_id = end_id
+        self._end_ids = end_ids
 
     def extend(self, scores: list[float], candidates: list[tuple[int, int]]) -> None:
         """Extend the open outputs by one token.
@@ -150,7 +152,7 @@ class _Prompt:
         continued: list[tuple[float, int, list[int]]] = []
         for rank, (score, (source, token)) in enumerate(zip(scores, candidates, strict=True)):
             tokens = [*self.open[source], token]
-            finished = token == self._end_id
+            finished = token in self._end_ids
             if not finished and len(continued) < width:
                 continued.append((score, source, tokens))
             if (finished or length == self._limit) and rank < width:

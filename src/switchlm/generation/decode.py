@@ -10,9 +10,10 @@ are computed once.
 Shapes: B batch, S source, T new tokens, M positions of the cache, H heads, K head width, D d_model.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +127,11 @@ class StaticCache:
                 kept[:, :, : self.length] = kept[:, :, : self.length].index_select(0, row_B)
 
 
+def before_end(tokens: Sequence[int], end_ids: Collection[int]) -> list[int]:
+    """Return the tokens before the first end token."""
+    return list(takewhile(lambda token: token not in end_ids, tokens))
+
+
 Ends = Callable[[int, int], bool]
 
 
@@ -138,10 +144,9 @@ class Generated:
     tokens_BT: Tensor
     finished_B: Tensor
 
-    def rows(self, end_id: int) -> list[list[int]]:
+    def rows(self, end_ids: Collection[int]) -> list[list[int]]:
         """Return each row's tokens before its end token."""
-        rows = self.tokens_BT.tolist()
-        return [row[: row.index(end_id)] if end_id in row else row for row in rows]
+        return [before_end(row, end_ids) for row in self.tokens_BT.tolist()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +230,8 @@ def steps(
     longest = max(limits)
     limit_B = torch.tensor(limits, device=device)
     drawn_BT = uniforms(seeds, longest).to(device) if sampling.temperature else None
-    token_B1 = torch.full((batch, 1), config.pad_id, device=device)
+    token_B1 = torch.full((batch, 1), config.first_id, device=device)
+    end_E = torch.tensor(config.end_ids, device=device)
     finished_B = over_B = torch.zeros(batch, dtype=torch.bool, device=device)
     gradients = torch.is_grad_enabled()
     with evaluation_mode(model):
@@ -244,7 +250,7 @@ def steps(
                     None if drawn_BT is None else drawn_BT[:, step],
                 )
                 token_B = token_B.masked_fill(over_B, config.pad_id)
-                finished_B = finished_B | ((token_B == config.end_id) & ~over_B)
+                finished_B = finished_B | (torch.isin(token_B, end_E) & ~over_B)
                 if ends is not None:
                     finished_B = finished_B | _ended(ends, token_B, over_B)
                 over_B = finished_B | (limit_B <= step + 1)

@@ -71,8 +71,8 @@ def route(
     enforce_capacity: drop tokens beyond the configured capacity for evaluation, with all of the
         output in one batch, as in training; false: drop none, as in serving.
 
-    The encoder's tokens are the text and `</s>`; the decoder's are `<pad>` and the output: inputs,
-    not predictions.
+    The encoder's tokens are the text and `</s>`; the decoder's are the start token and the
+    output: inputs, not predictions.
 
     Raises DataError for an empty text, and for tokens that the model's vocabulary lacks.
     """
@@ -83,19 +83,21 @@ def route(
     check_vocabulary(max(source_ids), config.vocabulary_size)
     device = model.embedding.weight.device
     inputs_BS = torch.tensor([[*source_ids, config.end_id]], device=device)
+    start_id = config.start_id
     if output is None:
+        start_id = config.first_id
         generated = generate(
             model,
             inputs_BS,
             max_new_tokens=max_new_tokens,
             encoder_capacity=enforce_capacity,
         )
-        target_ids = generated.rows(config.end_id)[0]
+        target_ids = generated.rows(config.end_ids)[0]
         target_texts = texts_of_tokens(target_ids, tokenizer)
     else:
         target_ids, target_texts = tokens_of_text(output, tokenizer)
         check_vocabulary(max(target_ids, default=0), config.vocabulary_size)
-    decoder_inputs_BT = torch.tensor([[config.pad_id, *target_ids]], device=device)
+    decoder_inputs_BT = torch.tensor([[start_id, *target_ids]], device=device)
 
     with evaluation_mode(model, drop=enforce_capacity):
         routed = model(inputs_BS, decoder_inputs_BT)
@@ -106,7 +108,7 @@ def route(
             layers=_layers(model.encoder, routed.encoder_routing, len(source_ids) + 1),
         ),
         decoder=RoutedTokens(
-            tokens=["<pad>", *target_texts],
+            tokens=[*texts_of_tokens([start_id], tokenizer), *target_texts],
             layers=_layers(model.decoder, routed.decoder_routing, len(target_ids) + 1),
         ),
     )

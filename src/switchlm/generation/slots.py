@@ -81,7 +81,7 @@ class Slots:
         config, device = model.config, model.embedding.weight.device
         self.model = model
         self.num_slots, self.max_source, self.max_target = num_slots, max_source, max_target
-        start_11 = torch.full((1, 1), config.pad_id, device=device)
+        start_11 = torch.full((1, 1), config.first_id, device=device)
         sample = model.decoder.memories(encode_prompts(model, start_11, None))[0][0]
 
         def buffers(length: int) -> list[tuple[Tensor, Tensor]]:
@@ -96,7 +96,7 @@ class Slots:
         self.position_N = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.source_N = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.segments_NS = torch.zeros(num_slots, max_source, dtype=torch.int32, device=device)
-        self._token_N1 = torch.full((num_slots, 1), config.pad_id, device=device)
+        self._token_N1 = torch.full((num_slots, 1), config.first_id, device=device)
         self._occupants: list[_Occupant] = []
         # The used length of every row: of the output, and of the source.
         self._used = [(0, 0)] * num_slots
@@ -144,7 +144,7 @@ class Slots:
         self.segments_NS[row, :length] = 1
         self.source_N[row] = length
         self.position_N[row] = 0
-        self._token_N1[row] = self.model.config.pad_id
+        self._token_N1[row] = self.model.config.first_id
         uniform_M = None
         if sampling.temperature:
             uniform_M = uniforms([seed], limit)[0].to(self._token_N1.device)

@@ -13,6 +13,7 @@ from switchlm.config import from_mapping, to_mapping
 from switchlm.errors import CheckpointError, ConfigError
 from switchlm.files import Report
 from switchlm.huggingface.match import Architecture
+from switchlm.huggingface.metadata import token_ids
 from switchlm.huggingface.names import STACKS, Family
 from switchlm.model.config import (
     Initialisation,
@@ -59,9 +60,10 @@ class Fields:
     feed_forward_proj: str | None = None
     tie_word_embeddings: bool = True
     scale_decoder_outputs: bool | None = None
-    pad_token_id: int | None = 0
+    pad_token_id: Any = 0
     eos_token_id: Any = 1
-    decoder_start_token_id: int | None = None
+    bos_token_id: Any = None
+    decoder_start_token_id: Any = None
 
     @property
     def decoder_layers(self) -> int:
@@ -87,13 +89,22 @@ def sparse_layers(step: int, num_layers: int, semantics: Semantics) -> frozenset
     return frozenset(range(semantics.first_sparse_layer(step), num_layers, step))
 
 
-_T5_DEFAULTS = {
+_T5_DEFAULTS: dict[str, Any] = {
     "d_model": 512,
     "num_heads": 8,
     "num_layers": 6,
     "num_decoder_layers": None,
     "num_experts": 0,
 }
+_MT5_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 250112,
+    "d_ff": 1024,
+    "num_layers": 8,
+    "num_heads": 6,
+    "feed_forward_proj": "gated-gelu",
+    "decoder_start_token_id": 0,
+}
+_DEFAULTS = {"t5": _T5_DEFAULTS, "mt5": _T5_DEFAULTS | _MT5_DEFAULTS}
 # transformers calls the tanh approximation, which T5 uses, gelu_new.
 _ACTIVATIONS: dict[str, Literal["relu", "gelu"]] = {
     "relu": "relu",
@@ -103,7 +114,11 @@ _ACTIVATIONS: dict[str, Literal["relu", "gelu"]] = {
 
 
 def read_config(
-    values: Mapping[str, Any], found: Architecture, head_differs: Callable[[], bool], report: Report
+    values: Mapping[str, Any],
+    found: Architecture,
+    head_differs: Callable[[], bool],
+    report: Report,
+    generation: Mapping[str, Any] | None = None,
 ) -> tuple[ModelConfig, Family]:
     """Return the configuration and the family of a model.
 
@@ -111,6 +126,7 @@ def read_config(
     found: the architecture inferred from the weights.
     head_differs: returns whether the head in the weights differs from the embedding.
     report: called with a message for every repair.
+    generation: the content of generation_config.json, which decides where outputs begin and end.
 
     Raises CheckpointError for a model that is not supported.
     """
@@ -122,7 +138,7 @@ def read_config(
     family = MODEL_TYPES[kind]
     known = {item.name for item in fields(Fields)}
     given = {key: value for key, value in values.items() if key in known}
-    defaults = _T5_DEFAULTS if family == "t5" else {}
+    defaults = _DEFAULTS.get(kind, {})
     try:
         claim = from_mapping(Fields, {**defaults, **given}, "config.json")
         if EXTRA_KEY in values:
@@ -135,7 +151,7 @@ def read_config(
             claim = replace(claim, encoder_sparse_step=first, decoder_sparse_step=second)
         else:
             extra = Extra(router=_router(claim), expert_dropout=claim.dropout_rate)
-        config = _translate(claim, extra, found, family, head_differs, report)
+        config = _translate(claim, extra, generation or {}, found, family, head_differs, report)
     except ConfigError as error:
         raise CheckpointError(f"Cannot use this config.json: {error}") from None
     return config, found.family or family
@@ -144,6 +160,7 @@ def read_config(
 def _translate(
     claim: Fields,
     extra: Extra,
+    generation: Mapping[str, Any],
     found: Architecture,
     family: Family,
     head_differs: Callable[[], bool],
@@ -172,9 +189,15 @@ def _translate(
         relative_distance=claim.relative_attention_max_distance,
         norm_epsilon=claim.layer_norm_epsilon,
         dropout=claim.dropout_rate,
-        pad_id=_token(claim.pad_token_id, 0),
-        end_id=_token(claim.eos_token_id, 1),
         **vars(extra),
+        **token_ids(
+            claim.pad_token_id,
+            claim.eos_token_id,
+            claim.decoder_start_token_id,
+            claim.bos_token_id,
+            generation,
+            claim.vocab_size,
+        ),
     )
 
 
@@ -303,17 +326,6 @@ def _find_step(
     return None
 
 
-def _token(value: Any, default: int) -> int:
-    """Return a token id; the first of a list."""
-    if isinstance(value, list) and value:
-        value = value[0]
-    if value is None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
-        raise CheckpointError(f"config.json has the token id {value!r}; it must be an integer.")
-    return value
-
-
 NEVER_DROPS = 2**31 - 1  # transformers has absolute capacities only
 
 
@@ -339,7 +351,7 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "use_cache": True,
         "pad_token_id": config.pad_id,
         "eos_token_id": config.end_id,
-        "decoder_start_token_id": config.pad_id,
+        "decoder_start_token_id": config.start_id,
         "dtype": dtype,
     }
     activation = "relu" if config.activation == "relu" else "gelu_new"

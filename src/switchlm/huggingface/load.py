@@ -18,6 +18,7 @@ from switchlm.errors import CheckpointError
 from switchlm.files import Report
 from switchlm.huggingface.config import read_config
 from switchlm.huggingface.match import Match, infer_architecture, match
+from switchlm.huggingface.metadata import Metadata, read_metadata, unused_settings
 from switchlm.huggingface.names import Entry, Family
 from switchlm.huggingface.quantised import (
     Quantisation,
@@ -65,21 +66,23 @@ def load(
     report: called with a message for every repair; without it, they are warnings.
 
     Tensors are read one by one into their parameter, so that memory holds the model and one tensor.
-    Raises CheckpointError for tensors that are missing, unexpected, of a wrong shape or damaged.
+    Raises CheckpointError for tensors that are missing, unexpected, of a wrong shape or damaged,
+    DataError for a tokenizer with ids beyond the vocabulary.
     """
     report = report or _warn
     saved = _open_model(name, report, revision, local_files_only)
     config, family, weights = saved.config, saved.family, saved.weights
+    tokenizer = _tokenizer(saved, report)
     if saved.quantisation is not None:
         model = assemble(config, family, saved.quantisation, weights.read, dtype, device)
-        return model, _tokenizer(saved.folder, report)
+        return _with_metadata(model, saved, report), tokenizer
     if weights.pickled:
         report(
             f"The weights of {str(name)!r} are pickles (.bin). Only tensors are read from them and "
             "nothing in them is run, but safetensors is the safer format."
         )
     model = _build(config, match(config, family, weights, report), weights, dtype, device)
-    return model, _tokenizer(saved.folder, report)
+    return _with_metadata(model, saved, report), tokenizer
 
 
 def load_without_experts(
@@ -101,10 +104,11 @@ def load_without_experts(
     report = report or _warn
     saved = _open_model(name, report, revision, local_files_only)
     config, family, weights = saved.config, saved.family, saved.weights
+    tokenizer = _tokenizer(saved, report)
     if saved.quantisation is not None:
         model = assemble(config, family, saved.quantisation, weights.read, dtype, experts=False)
         experts = expert_offsets(config, family, saved.quantisation, weights)
-        return model, _tokenizer(saved.folder, report), experts
+        return _with_metadata(model, saved, report), tokenizer, experts
     if weights.pickled:
         raise CheckpointError(
             f"The weights of {str(name)!r} are pickles (.bin), which cannot be read in parts, so "
@@ -118,7 +122,7 @@ def load_without_experts(
     for entry in matched.entries:  # in the order of the experts
         if entry.expert is not None:
             experts.setdefault(entry.name, []).append(offsets[matched.sources[entry.hf_name]])
-    return model, _tokenizer(saved.folder, report), experts
+    return _with_metadata(model, saved, report), tokenizer, experts
 
 
 def load_config(
@@ -145,19 +149,19 @@ def load_quantisation(name: str | Path) -> Quantisation | None:
 
 def open_unquantised(
     name: str | Path, *, report: Report | None = None
-) -> tuple[ModelConfig, Family, Weights]:
-    """Return (configuration, family, weights) of a saved model; no tensor is read yet.
+) -> tuple[ModelConfig, Metadata, Family, Weights]:
+    """Return (configuration, metadata, family, weights) of a saved model; no tensor is read yet.
 
     Raises CheckpointError for a quantised model.
     """
     saved = _open_model(name, report or _warn, purpose="compressing it")
-    return saved.config, saved.family, saved.weights
+    return saved.config, saved.metadata, saved.family, saved.weights
 
 
 def load_tokenizer(name: str | Path, *, report: Report | None = None) -> "Tokenizer | None":
     """Return the tokenizer of a saved model, None where its folder has none."""
-    folder = find_model(name)
-    return _tokenizer(folder, report or _warn)
+    saved = _open_model(name, lambda line: None)
+    return _tokenizer(saved, report or _warn)
 
 
 def save(
@@ -168,6 +172,7 @@ def save(
     max_shard_bytes: int = 5_000_000_000,
     report: Report | None = None,
     group: ProcessGroup | None = None,
+    metadata: Metadata | None = None,
 ) -> None:
     """Save a model as transformers loads it, with tokenizer and model card.
 
@@ -177,8 +182,17 @@ def save(
     group: the gloo group of all processes that hold a part of the model; each calls this and writes
         its share of the files. A process gathers at most one matrix of an expert, or one dense
         parameter, at a time. Nothing else may use the group meanwhile.
+    metadata: what the folder holds beside the model; None: that of the folder it was loaded from.
     """
-    write_model(model, tokenizer, Path(directory), max_shard_bytes, report or _warn, Ranks(group))
+    write_model(
+        model,
+        tokenizer,
+        Path(directory),
+        max_shard_bytes,
+        report or _warn,
+        Ranks(group),
+        metadata or model.metadata,
+    )
 
 
 def load_weights(
@@ -218,21 +232,25 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def _tokenizer(folder: Path, report: Report) -> "Tokenizer | None":
+def _tokenizer(saved: "_SavedModel", report: Report) -> "Tokenizer | None":
+    """Return the tokenizer of a folder, with the vocabulary and special tokens of its model."""
+    folder, config = saved.folder, saved.config
     if not (folder / TOKENIZER).exists():
         for other in OTHER_TOKENIZERS:
             if (folder / other).exists():
                 report(f"{other} is not supported, only {TOKENIZER}; loading without tokenizer.")
         return None
-    from switchlm.data.text.tokenizer import Tokenizer
+    from switchlm.data.text.tokenizer import Tokenizer, Vocabulary
 
-    return Tokenizer.load(inside(folder, TOKENIZER))
+    ids = Vocabulary(size=config.vocabulary_size, pad_id=config.pad_id, end_id=config.end_id)
+    return Tokenizer.load(inside(folder, TOKENIZER), ids)
 
 
 class _SavedModel(NamedTuple):
     """A saved model, no tensor of which is read yet; quantisation: None if it is not quantised."""
 
     folder: Path
+    metadata: Metadata
     quantisation: Quantisation | None
     config: ModelConfig
     family: Family
@@ -253,15 +271,15 @@ def _open_model(
     folder = find_model(name, revision, local_files_only)
     values = read_json(folder, CONFIG)
     quantisation = read_quantisation(values)
+    metadata = read_metadata(folder, values)
     if quantisation is not None:
         if purpose is not None:
             raise CheckpointError(
                 f"The model is quantised to {quantisation.bits} bits, and {purpose} needs "
                 "floating-point weights. Use the model that it was made from."
             )
-        return _SavedModel(
-            folder, quantisation, *read_quantised_config(folder, values, quantisation)
-        )
+        described = read_quantised_config(folder, values, metadata, quantisation)
+        return _SavedModel(folder, metadata, quantisation, *described)
     weights = open_weights(folder)
     found = infer_architecture(weights.tensors)
 
@@ -270,7 +288,19 @@ def _open_model(
         embedding = "shared.weight"
         return embedding in weights.tensors and not weights.equal(found.head_key, embedding)
 
-    return _SavedModel(folder, None, *read_config(values, found, head_differs, report), weights)
+    config, family = read_config(values, found, head_differs, report, metadata.generation)
+    return _SavedModel(folder, metadata, None, config, family, weights)
+
+
+def _with_metadata(
+    model: SwitchTransformer, saved: _SavedModel, report: Report
+) -> SwitchTransformer:
+    """Set the metadata of a loaded model, and report settings that have no effect."""
+    model.metadata = saved.metadata
+    unused = unused_settings(saved.metadata.generation)
+    if unused is not None:
+        report(unused)
+    return model
 
 
 @torch.no_grad()

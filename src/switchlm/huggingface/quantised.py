@@ -22,6 +22,7 @@ from switchlm.config import from_mapping, to_mapping
 from switchlm.errors import CheckpointError, ConfigError
 from switchlm.huggingface.config import family_of, read_config, write_config
 from switchlm.huggingface.match import infer_architecture, mismatch
+from switchlm.huggingface.metadata import Metadata
 from switchlm.huggingface.names import Entry, Family, entries
 from switchlm.huggingface.save import (
     Contents,
@@ -150,14 +151,15 @@ def first_entries(config: ModelConfig, family: Family) -> Iterator[Entry]:
 
 
 def read_quantised_config(
-    folder: Path, values: Mapping[str, Any], quantisation: Quantisation
+    folder: Path, values: Mapping[str, Any], metadata: Metadata, quantisation: Quantisation
 ) -> tuple[ModelConfig, Family, Weights]:
     """Return configuration, family and weights of a quantised folder, checked to match.
 
     The work is bounded by the files, whatever config.json says; nothing is allocated.
     """
     weights = open_weights(folder, codes=True)
-    config, family = read_config(values, infer_architecture(weights.tensors), lambda: True, _refuse)
+    found = infer_architecture(weights.tensors)
+    config, family = read_config(values, found, lambda: True, _refuse, metadata.generation)
     expected: set[str] = set()
     for entry in first_entries(config, family):
         try:
@@ -272,12 +274,14 @@ def save_quantised(
     quantisation: Quantisation,
     quantise: Quantiser,
     max_shard_bytes: int = 5_000_000_000,
+    metadata: Metadata | None = None,
 ) -> None:
     """Write the folder of a quantised model, in one step; an older model in it is replaced.
 
     source: all weights, in any order.
     quantise: returns codes and scales of one matrix, as they are stored. Other parameters are
         stored in float32.
+    metadata: of the model that it is made from.
 
     Raises ConfigError for a number of inputs that no group size divides, CheckpointError for a
     folder with other files, OSError.
@@ -310,7 +314,7 @@ def save_quantised(
             file.finish()
         values = write_config(config, "float32") | {KEY: to_mapping(quantisation)}
         card = quantised_card(config, quantisation.bits, quantisation.what)
-        write_metadata(partial, config, values, card, tokenizer)
+        write_metadata(partial, config, metadata, values, card, tokenizer)
 
 
 def _contents(stored: Iterable[Part]) -> Contents:

@@ -38,6 +38,12 @@ from switchlm.huggingface.config import (
     transformers_step,
     write_config,
 )
+from switchlm.huggingface.metadata import (
+    GENERATION_CONFIG,
+    TRAINING_KEY,
+    Metadata,
+    generation_values,
+)
 from switchlm.huggingface.names import ALIASES, STACKS, Entry, entries
 from switchlm.huggingface.weights import SAFETENSORS
 from switchlm.model import count
@@ -237,6 +243,7 @@ def write_model(
     max_shard_bytes: int,
     report: Report,
     ranks: Ranks,
+    metadata: Metadata | None = None,
 ) -> None:
     """Write into a hidden folder beside `folder`, then rename it; see load.save."""
     folder = folder.absolute()
@@ -253,7 +260,8 @@ def write_model(
         write_index(partial, written, SAFETENSORS)
         dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
         card = model_card(config, dtype)
-        write_metadata(partial, config, write_config(config, dtype), card, tokenizer)
+        values = write_config(config, dtype)
+        write_metadata(partial, config, metadata, values, card, tokenizer)
         files.replace_folder(partial, folder)
 
     if ranks.size > 1:  # at least one file per rank
@@ -298,6 +306,7 @@ def _check_replaceable(folder: Path) -> None:
 def write_metadata(
     folder: Path,
     config: ModelConfig,
+    metadata: Metadata | None,
     values: dict[str, Any],
     card: str,
     tokenizer: "Tokenizer | None",
@@ -307,13 +316,10 @@ def write_metadata(
     values: of config.json.
     card: the text of README.md.
     """
-    _write_json(folder / "config.json", values)
-    tokens = {
-        "decoder_start_token_id": config.pad_id,
-        "eos_token_id": config.end_id,
-        "pad_token_id": config.pad_id,
-    }
-    _write_json(folder / "generation_config.json", tokens)
+    metadata = metadata or Metadata()
+    training = {TRAINING_KEY: dict(metadata.training)} if metadata.training else {}
+    _write_json(folder / "config.json", values | training)
+    _write_json(folder / GENERATION_CONFIG, generation_values(config, metadata.generation))
     (folder / "README.md").write_text(card, encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save(folder)

@@ -156,7 +156,10 @@ class ModelConfig:
     relative_distance: the distance from which all positions share a bias.
     norm_epsilon: added to the mean square in RMSNorm.
     dropout, expert_dropout: rates; expert_dropout acts inside experts only (section 2.4).
-    pad_id, end_id: the ids of padding, which also begins outputs, and of the end token.
+    pad_id, end_id: the ids of padding and of the token that ends texts.
+    decoder_start_id: the id that decoder inputs begin with; None is pad_id.
+    generation_start_id, generation_end_ids: those of generated outputs, any of which ends one, if
+        they are others than in training.
     """
 
     vocabulary_size: int = 32128
@@ -181,6 +184,9 @@ class ModelConfig:
     expert_dropout: float = 0.0
     pad_id: int = 0
     end_id: int = 1
+    decoder_start_id: int | None = None
+    generation_start_id: int | None = None
+    generation_end_ids: tuple[int, ...] = ()
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
 
     def __post_init__(self) -> None:
@@ -190,7 +196,11 @@ class ModelConfig:
         sizes = (*widths, "num_encoder_layers", "num_decoder_layers")
         require(sizes, lambda value: 1 <= value < LARGEST, "be at least 1 and below 2^31")
         ids = f"be one of the {size} ids of the vocabulary"
-        require(("pad_id", "end_id"), lambda value: 0 <= value < size, ids)
+        tokens = ("pad_id", "end_id", "decoder_start_id", "generation_start_id")
+        require(tokens, lambda value: 0 <= value < size, ids)
+        if not all(0 <= value < size for value in self.generation_end_ids):
+            found = list(self.generation_end_ids)
+            raise ConfigError(f"model.generation_end_ids must {ids}, got {found}.")
         steps = ("sparse_step", "decoder_sparse_step")
         require(steps, lambda value: 0 <= value < LARGEST, "lie in 0..2^31 - 1")
         require(("num_experts",), lambda value: 0 <= value <= 65536, "lie in 0..65536")
@@ -205,6 +215,21 @@ class ModelConfig:
                 f"router.experts_per_token is {self.router.experts_per_token}, but there are only "
                 f"{self.num_experts} experts (model.num_experts)."
             )
+
+    @property
+    def start_id(self) -> int:
+        """The id that decoder inputs begin with."""
+        return self.pad_id if self.decoder_start_id is None else self.decoder_start_id
+
+    @property
+    def first_id(self) -> int:
+        """The id that generated outputs begin with."""
+        return self.start_id if self.generation_start_id is None else self.generation_start_id
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a generated output."""
+        return self.generation_end_ids or (self.end_id,)
 
     def sparse_step_of(self, *, decoder: bool) -> int:
         """The sparse step of that stack; 0 where it has no Switch layers."""

@@ -160,7 +160,7 @@ def merged(model: SwitchTransformer) -> SwitchTransformer:
     for name, part in parts.items():
         state |= {f"{name}.{inner}": tensor for inner, tensor in part.merged().items()}
     with torch.device("meta"):
-        plain = SwitchTransformer(model.config)
+        plain = SwitchTransformer(model.config, model.metadata)
     plain.load_state_dict(state, assign=True)
     return plain.train(model.training)
 

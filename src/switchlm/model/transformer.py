@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -208,12 +208,14 @@ class SwitchTransformer(nn.Module):
 
     Build under `torch.device("meta")` for shapes alone; elsewhere parameters are initialised as
     configured (section 2.4). `project` multiplies the decoder's output with the vocabulary, x and
-    weight to logits; parallelism over the vocabulary replaces it.
+    weight to logits; parallelism over the vocabulary replaces it. `metadata` is what the model's
+    folder holds beside it (huggingface/metadata.py); copies keep it.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, metadata: Any = None) -> None:
         super().__init__()
         self.config = config
+        self.metadata = metadata
         self.embedding = nn.Embedding(config.vocabulary_size, config.d_model)
         self.encoder = Stack(config, decoder=False)
         self.decoder = Stack(config, decoder=True)
@@ -324,23 +326,23 @@ class SwitchTransformer(nn.Module):
 
 def forward_batch(model: nn.Module, batch: Batch) -> ModelOutput:
     """Return the output of a SwitchTransformer for a batch; the decoder reads earlier targets."""
-    pad_id = cast(SwitchTransformer, model).config.pad_id
+    start_id = cast(SwitchTransformer, model).config.start_id
     output: ModelOutput = model(
         batch.inputs_BS,
-        shift_right(batch.targets_BT, batch.target_segments_BT, pad_id),
+        shift_right(batch.targets_BT, batch.target_segments_BT, start_id),
         batch.input_segments_BS,
         batch.target_segments_BT,
     )
     return output
 
 
-def shift_right(targets_BT: Tensor, segments_BT: Tensor | None, pad_id: int) -> Tensor:
-    """Return the decoder's inputs: targets one place later, each segment led by the pad token."""
-    shifted_BT = torch.nn.functional.pad(targets_BT, (1, 0), value=pad_id)[:, :-1]
+def shift_right(targets_BT: Tensor, segments_BT: Tensor | None, start_id: int) -> Tensor:
+    """Return the decoder's inputs: targets one place later, each segment led by `start_id`."""
+    shifted_BT = torch.nn.functional.pad(targets_BT, (1, 0), value=start_id)[:, :-1]
     if segments_BT is None:
         return shifted_BT
     starts_BT = torch.nn.functional.pad(segments_BT, (1, 0))[:, :-1] != segments_BT
-    return shifted_BT.masked_fill(starts_BT, pad_id)
+    return shifted_BT.masked_fill(starts_BT, start_id)
 
 
 def _memory_bias(input_segments: Tensor | None, target_segments: Tensor | None) -> Tensor | None:

@@ -159,7 +159,7 @@ def gather_model(model: SwitchTransformer) -> SwitchTransformer:
     if not any(isinstance(tensor, DTensor) for tensor in state.values()):
         return model
     with torch.device("meta"):
-        copy = SwitchTransformer(model.config)
+        copy = SwitchTransformer(model.config, model.metadata)
     parts = {
         name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
         for name, tensor in state.items()

@@ -102,10 +102,11 @@ def quantise_folder(
 
     One matrix is in memory at a time, so that models larger than memory can be quantised.
     """
-    config, family, weights = open_unquantised(name, report=report)
+    config, metadata, family, weights = open_unquantised(name, report=report)
     tokenizer = load_tokenizer(name, report=report)
     source = match(config, family, weights, report).read(weights)
-    save_quantised(source, config, tokenizer, out, quantisation, round_to_nearest(quantisation))
+    quantise = round_to_nearest(quantisation)
+    save_quantised(source, config, tokenizer, out, quantisation, quantise, metadata=metadata)
     files = {description.file for description in weights.tensors.values()}
     before = sum(path.stat().st_size for path in files)
     after = sum(path.stat().st_size for path in out.glob("*.safetensors"))
@@ -171,10 +172,14 @@ def compress(
             )
         step = f"{plan.quantisation.bits} bits, calibrated"
         measure(step, codes.model(model), codes.num_bytes(model))
-    source = weights_of_model(model)
-    quantisation = codes.quantisation
     save_quantised(
-        source, model.config, tokenizer, out, quantisation, lambda entry, _weight: codes.get(entry)
+        weights_of_model(model),
+        model.config,
+        tokenizer,
+        out,
+        codes.quantisation,
+        lambda entry, _weight: codes.get(entry),
+        metadata=model.metadata,
     )
     return done
 

@@ -13,7 +13,7 @@ import torch
 
 from switchlm.config import from_mapping, override, read_yaml, to_mapping
 from switchlm.data.config import DataConfig
-from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer, Vocabulary
 from switchlm.errors import CheckpointError, ConfigError
 from switchlm.files import Report
 from switchlm.huggingface.load import load, load_tokenizer
@@ -25,6 +25,9 @@ from switchlm.training.config import KernelsConfig, TrainingConfig
 from switchlm.training.run_folder import RunFolder
 
 Config = TypeVar("Config")
+# Fields of the vocabulary: of a tokenizer and of a model, and of a model alone.
+_OF_TOKENIZER = ("vocabulary_size", "pad_id", "end_id")
+_OF_MODEL = ("decoder_start_id", "generation_start_id", "generation_end_ids")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +113,14 @@ def build_config(cls: type[Config], values: Mapping[str, Any]) -> Config:
 
 def with_vocabulary(config: RunConfig, other: Tokenizer | ModelConfig) -> RunConfig:
     """Return the configuration with the vocabulary and special tokens of a tokenizer or model."""
-    model = dataclasses.replace(
-        config.model,
-        vocabulary_size=other.vocabulary_size,
-        pad_id=other.pad_id,
-        end_id=other.end_id,
-    )
-    return dataclasses.replace(config, model=model)
+    names = _OF_TOKENIZER if isinstance(other, Tokenizer) else (*_OF_TOKENIZER, *_OF_MODEL)
+    ids = {name: getattr(other, name) for name in names}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **ids))
+
+
+def vocabulary_of(model: ModelConfig) -> Vocabulary:
+    """Return the vocabulary of a model, that its tokenizer has to have."""
+    return Vocabulary(size=model.vocabulary_size, pad_id=model.pad_id, end_id=model.end_id)
 
 
 def wire_dtype(config: RunConfig) -> torch.dtype | None:

@@ -68,7 +68,7 @@ def with_config(model: SwitchTransformer, config: ModelConfig) -> SwitchTransfor
     """Return a model of that configuration which shares the weights of `model`."""
     state = model.state_dict()
     with torch.device("meta"):
-        other = SwitchTransformer(config)
+        other = SwitchTransformer(config, model.metadata)
     for name, place in other.state_dict().items():
         if name not in state:  # expert biases, if the router is now balanced by them
             state[name] = torch.zeros(place.shape, device=model.embedding.weight.device)

@@ -26,8 +26,11 @@ from switchlm.parallel.mesh import ALONE, Mesh, default_device, joined
 from switchlm.recipes.config import (
     RunConfig,
     check_stated,
+    from_sections,
     load_with_tokenizer,
+    sections_of_run,
     to_sections,
+    vocabulary_of,
     wire_dtype,
     with_vocabulary,
 )
@@ -101,7 +104,12 @@ def pretrain(
     with joined(config.mesh) as mesh:
         resume = resume or mesh.restarted
         folder = open_run_folder(out, resume)
-        tokenizer = Tokenizer.load(folder.tokenizer) if folder.tokenizer.exists() else None
+        tokenizer: Tokenizer | None = None
+        if folder.tokenizer.exists():
+            before = sections_of_run(out)
+            if "model" in before:
+                config = with_vocabulary(config, from_sections(before).model)
+            tokenizer = Tokenizer.load(folder.tokenizer, vocabulary_of(config.model))
         start: SwitchTransformer | None = None
         if config.init_from is not None and not folder.has_checkpoint():
             yield {"phase": f"loading {config.init_from}"}
@@ -115,7 +123,7 @@ def pretrain(
                 config.data, seed=config.training.seed, tokenizer=tokenizer, report=report
             )
         share = loader.share(mesh.data_rank, mesh.data_size)
-        config = with_vocabulary(config, loader.tokenizer)
+        config = with_vocabulary(config, loader.tokenizer if start is None else start.config)
         if start is not None:
             check_fit(start.config, config.model)
         init_run_folder(folder, config, loader.tokenizer, mesh)

@@ -293,8 +293,9 @@ class Engine:
 
     def _emit(self, slots: Slots, row: int, pending: PendingRequest, token: int) -> None:
         stream = self._streams[pending]
-        piece = stream.push(token)
-        if token == self.model.config.end_id or stream.stopped:
+        ended = token in self.model.config.end_ids
+        piece = "" if ended else stream.push(token)
+        if ended or stream.stopped:
             self._end(slots, row, "stop", piece, token)
         elif pending.num_tokens == pending.request.limit:
             self._end(slots, row, "length", piece, token)

@@ -7,6 +7,7 @@ Shapes: B batch, S source, T target, D d_model, V vocabulary.
 
 import dataclasses
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from switchlm.errors import CheckpointError, ConfigError
 from switchlm.generation.decode import dropless
 from switchlm.huggingface import load
 from switchlm.huggingface.config import family_of, write_config
+from switchlm.huggingface.metadata import GENERATION_CONFIG
 from switchlm.huggingface.names import ALIASES, entries
 from switchlm.huggingface.weights import find_model
 from switchlm.model.attention import KeysValues, KeyValueStore
@@ -32,7 +34,6 @@ from switchlm.model.transformer import Stack, SwitchTransformer, shift_right
 from switchlm.parallel.mesh import default_device
 
 IGNORED = -100  # a label that is ignored
-GENERATION_CONFIG = "generation_config.json"
 # The name of the cache, in forward and in outputs, depends on the version of transformers.
 CACHE = next(
     field.name
@@ -100,8 +101,16 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
         if device_map == "auto":
             device_map = default_device()
         folder = find_model(pretrained_model_name_or_path, revision, local_files_only)
+
+        def report(line: str) -> None:
+            if not line.startswith(GENERATION_CONFIG):  # whose settings have an effect here
+                warnings.warn(line, stacklevel=4)
+
         model, tokenizer = load.load(
-            folder, dtype=cast("torch.dtype | None", dtype), device=device_map or "cpu"
+            folder,
+            dtype=cast("torch.dtype | None", dtype),
+            device=device_map or "cpu",
+            report=report,
         )
         self = cls(model, tokenizer)
         if (folder / GENERATION_CONFIG).is_file():
@@ -206,9 +215,10 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
             return super().generate(*inputs, **options)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Return the labels shifted right by one, with padding first and in place of -100."""
-        pad_id = self.model.config.pad_id
-        return shift_right(labels.masked_fill(labels == IGNORED, pad_id), None, pad_id)
+        """Return the labels shifted right by the start token, with padding in place of -100."""
+        config = self.model.config
+        targets_BT = labels.masked_fill(labels == IGNORED, config.pad_id)
+        return shift_right(targets_BT, None, config.start_id)
 
     def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
         """Return the encoder as a module, from input_ids to a BaseModelOutput."""

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
-from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer, Vocabulary
 from switchlm.errors import DataError
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=60)
@@ -171,3 +171,19 @@ def test_damaged_files_raise_nothing_but_data_errors(data):
     except DataError:
         return
     assert max(tokenizer.sentinel_ids) < tokenizer.vocabulary_size
+
+
+def test_the_ids_of_a_model_count_and_added_sentinels_fit_its_vocabulary():
+    text = BYTES.to_json().replace("<pad>", "<zero>").replace("</s>", "<one>")
+    own = Tokenizer.from_json(text, Vocabulary(size=359, pad_id=1, end_id=2))
+    assert (own.pad_id, own.end_id, own.vocabulary_size) == (1, 2, 359)
+    assert own.backend.token_to_id("</s>") is None  # nothing was added
+    assert own.fingerprint() != Tokenizer.from_json(text).fingerprint()
+    plain = tokenizers.Tokenizer(models.WordLevel({"hello": 0, "you": 1}, unk_token="you"))
+    crowded = Tokenizer(plain, vocabulary=Vocabulary(size=5, pad_id=0, end_id=1))
+    assert crowded.sentinel_ids == (4, 3, 2)
+
+
+def test_tokens_beyond_the_vocabulary_of_the_model_are_refused():
+    with pytest.raises(DataError, match="ids up to 358, but the model's vocabulary ends at 299"):
+        Tokenizer.from_json(BYTES.to_json(), Vocabulary(size=300, pad_id=0, end_id=1))

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -34,16 +35,47 @@ def sentinel(index: int) -> str:
     return f"<extra_id_{index}>"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """The vocabulary of a model: its size, and the ids of padding and of the end token."""
+
+    size: int
+    pad_id: int
+    end_id: int
+
+
 class Tokenizer:
     """Encodes and decodes; `backend` is the Hugging Face tokenizer behind it."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, num_sentinels: int = NUM_SENTINELS) -> None:
-        """Wrap `backend`; adds padding, end token and sentinels if it has none."""
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        num_sentinels: int = NUM_SENTINELS,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        """Wrap `backend`; adds padding, end token and sentinels if it has none.
+
+        vocabulary: that of the model, whose ids count, and into which added sentinels have to fit.
+
+        Raises DataError for tokens beyond that vocabulary.
+        """
         self.backend = backend
         self.backend.no_padding()
         self.backend.no_truncation()
-        self.pad_id = self._find_or_add(_PADS)
-        self.end_id = self._find_or_add(_ENDS)
+        self._vocabulary = vocabulary
+        if vocabulary is None:
+            self.pad_id = self._find_or_add(_PADS)
+            self.end_id = self._find_or_add(_ENDS)
+        else:
+            self.pad_id, self.end_id = vocabulary.pad_id, vocabulary.end_id
+            room = vocabulary.size - 1 - _highest_id(backend)
+            if room < 0:
+                raise DataError(
+                    f"The tokenizer has ids up to {vocabulary.size - 1 - room}, but the model's "
+                    f"vocabulary ends at {vocabulary.size - 1}: the tokenizer is that of another "
+                    "model, or the embedding was not resized to it."
+                )
+            num_sentinels = min(num_sentinels, room)
         if backend.token_to_id(sentinel(0)) is None:
             names = [sentinel(index) for index in reversed(range(num_sentinels))]
             backend.add_special_tokens([AddedToken(name, normalized=False) for name in names])
@@ -57,15 +89,19 @@ class Tokenizer:
         self._plain = _without_special(backend)
         added = [token.content for token in backend.get_added_tokens_decoder().values()]
         self._special_names = re.compile(f"({'|'.join(map(re.escape, added))})")
-        highest = max(backend.get_vocab(with_added_tokens=True).values())
-        self.vocabulary_size = -(-(highest + 1) // MULTIPLE) * MULTIPLE
+        rounded = -(-(_highest_id(backend) + 1) // MULTIPLE) * MULTIPLE
+        self.vocabulary_size = rounded if vocabulary is None else vocabulary.size
+
+    def _find(self, names: Sequence[str]) -> int | None:
+        ids = map(self.backend.token_to_id, names)
+        return next((number for number in ids if number is not None), None)
 
     def _find_or_add(self, names: Sequence[str]) -> int:
-        for name in names:
-            if (number := self.backend.token_to_id(name)) is not None:
-                return number
-        self.backend.add_special_tokens([names[0]])
-        return self.backend.get_vocab()[names[0]]
+        number = self._find(names)
+        if number is None:
+            self.backend.add_special_tokens([names[0]])
+            number = self.backend.get_vocab()[names[0]]
+        return number
 
     @classmethod
     def bytes(cls, num_sentinels: int = NUM_SENTINELS) -> "Tokenizer":
@@ -81,8 +117,11 @@ class Tokenizer:
         return cls(backend, num_sentinels)
 
     @classmethod
-    def load(cls, path: Path | str) -> "Tokenizer":
-        """Read a `tokenizer.json`, or that of a folder; DataError if missing or invalid."""
+    def load(cls, path: Path | str, vocabulary: Vocabulary | None = None) -> "Tokenizer":
+        """Read a `tokenizer.json`, or that of a folder; DataError if missing or invalid.
+
+        vocabulary: that of the model, see `__init__`.
+        """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
@@ -91,12 +130,12 @@ class Tokenizer:
                 "holds one, 'bytes' or 'unigram'."
             )
         try:
-            return cls.from_json(file.read_text(encoding="utf-8"))
+            return cls.from_json(file.read_text(encoding="utf-8"), vocabulary)
         except UnicodeDecodeError as error:
             raise DataError(f"The tokenizer {str(file)!r} is not UTF-8: {error}") from None
 
     @classmethod
-    def from_json(cls, text: str) -> "Tokenizer":
+    def from_json(cls, text: str, vocabulary: Vocabulary | None = None) -> "Tokenizer":
         """Read the text of a `tokenizer.json`."""
         try:
             _check_ids(json.loads(text))
@@ -107,7 +146,7 @@ class Tokenizer:
         # The library raises the base class.
         except Exception as error:
             raise DataError(f"The tokenizer file cannot be read by `tokenizers`: {error}") from None
-        return cls(backend)
+        return cls(backend, vocabulary=vocabulary)
 
     def byte(self, token: int) -> int | None:
         """Return the byte of a byte token, such as `<0xE2>`; None for other tokens."""
@@ -138,12 +177,16 @@ class Tokenizer:
         }
         if self.backend.token_to_id(UNKNOWN) is not None:
             names["unk_token"] = UNKNOWN
+        names = {key: value for key, value in names.items() if value is not None}
         text = json.dumps(names, indent=2, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
     def fingerprint(self) -> str:
         """Return a hash that is equal for equal tokenizers."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        text = self.to_json()
+        if self._vocabulary is not None and self.end_id != self._find(_ENDS):
+            text += f" ends {self.end_id}"  # documents in caches end with it
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Return token ids without an end token; parses special tokens in the text.
@@ -214,6 +257,10 @@ def _without_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
         (plain.add_special_tokens if special else plain.add_tokens)(list(tokens))
     plain.encode_special_tokens = True
     return plain
+
+
+def _highest_id(backend: tokenizers.Tokenizer) -> int:
+    return max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 def _check_ids(file: Any) -> None:

@@ -1,15 +1,19 @@
 """Every metric against its reference implementation."""
 
 import random
+import re
+import string
 import sys
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from switchlm.data.tasks.registry import TASKS
 from switchlm.data.tasks.task import Example
 from switchlm.errors import ConfigError, DataError, MissingExtraError
-from switchlm.evaluation.metrics import METRICS, find_metric, measure
+from switchlm.evaluation.metrics import METRICS, RougeWords, find_metric, measure
 
 TEXT = "the cats were running quickly to a small house, which stood (alone) in 3 fields, all"
 WORDS = TEXT.split()
@@ -99,12 +103,119 @@ def test_rouge_is_rouge_scores(stemmed):
         assert value(kind + "_stemmed" * stemmed, predicted, right) == pytest.approx(expected)
 
 
-def test_bleu_is_sacrebleus():
+@pytest.mark.parametrize(
+    ("predicted", "right"),
+    [
+        (["the cat is here now", "a b q d e"], ["the cat was here then", "a b c d f"]),
+        (["", "a b c x y z"], ["a", "a b c d f g"]),
+        (["cat", ""], ["cat", "dog"]),
+        (sentences(20, 1, longest=5), sentences(20, 2, longest=5)),
+        (sentences(40, 1)[20:] + sentences(40, 2)[20:], sentences(40, 2)),
+    ],
+    ids=["no four in a row", "few", "one word", "short", "long"],
+)
+def test_bleu_is_sacrebleus(predicted, right):
+    """With its smoothing, where no n-gram of four words is right."""
     reference = pytest.importorskip("sacrebleu")
-    predicted, right = sentences(40, 1), [sentences(40, 2), sentences(40, 3)]
-    predicted[:20] = right[0][:20]
-    expected = reference.corpus_bleu(predicted, right).score / 100
-    assert value("bleu", predicted, list(zip(*right, strict=True))) == pytest.approx(expected)
+    expected = reference.corpus_bleu(predicted, [right]).score / 100
+    assert value("bleu", predicted, right) == pytest.approx(expected)
+    others = sentences(len(right), 3)
+    expected = reference.corpus_bleu(predicted, [right, others]).score / 100
+    assert value("bleu", predicted, list(zip(right, others, strict=True))) == pytest.approx(
+        expected
+    )
+
+
+@pytest.mark.parametrize(
+    ("predicted", "right", "tokenizer"),
+    [
+        ("我们明天去公园", "我们后天去公园玩 (3 次)", "zh"),
+        ("わたしは公園に行きます", "わたしはあした公園に行きます", "char"),
+        ("ฉันไปสวนสาธารณะ", "ฉันจะไปสวนสาธารณะพรุ่งนี้", "char"),
+        ("Мы завтра идём в парк", "Мы идём в парк", "13a"),
+        ("우리는 내일 같이 공원에 간다", "우리는 내일 같이 집에 간다", "13a"),
+    ],
+)
+def test_bleu_takes_the_tokenizer_of_the_references(predicted, right, tokenizer):
+    reference = pytest.importorskip("sacrebleu")
+    expected = reference.corpus_bleu([predicted], [[right]], tokenize=tokenizer).score / 100
+    assert value("bleu", [predicted], [right]) == pytest.approx(expected)
+    assert expected > 0
+    for name in ("13a", "intl", "zh", "char"):
+        expected = reference.corpus_bleu([predicted], [[right]], tokenize=name).score / 100
+        assert value(f"bleu_{name}", [predicted], [right]) == pytest.approx(expected)
+
+
+def squad_words(text):
+    """Of an answer, as the script of SQuAD does: lower case, no punctuation, no articles."""
+    bare = "".join(one for one in text.lower() if one not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+
+def squad_f1(predicted, right):
+    """The harmonic mean of precision and recall; answers without words agree with each other."""
+    predicted, right = squad_words(predicted), squad_words(right)
+    if not predicted or not right:
+        return float(predicted == right)
+    common = sum(min(predicted.count(word), right.count(word)) for word in set(right))
+    precision, recall = common / len(predicted), common / len(right)
+    return 2 * precision * recall / (precision + recall) if common else 0.0
+
+
+# A text, another that shares some words with it, and the words of each as ASCII.
+LANGUAGES = {
+    "Arabic": ("اللغة العربية جميلة، جدا", "اللغة جميلة", "e b c d", "e c"),
+    "Chinese": ("我去公园。", "我明天去", "g b c d", "g e f b"),
+    "German": ("Die Straße ist schön", "die straße war schön!", "g b c d", "g b e d"),
+    "Greek": ("η Αθήνα είναι ωραία", "Αθήνα: ωραία", "g b c d", "b d"),
+    "Hindi": ("मैं हिन्दी में लिखता हूँ।", "मैं हिन्दी पढ़ता हूँ", "g b c d e", "g b f e"),
+    "Japanese": ("京都へ行く。", "京都に行く", "g b c d e", "g b f d e"),
+    "Korean": ("나는 서울에 산다", "나는 부산에 산다", "e b c", "e d c"),
+    "Persian": ("او می‌رود خانه", "او خانه رفت", "e b c", "e c d"),
+    "Russian": ("Мама мыла раму.", "мама мыла пол", "e b c", "e b d"),
+    "Thai": ("ที่นี่ดี", "ที่ดี", "b c d", "b d"),
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_words_of_every_script_count(language):
+    reference = pytest.importorskip("rouge_score.rouge_scorer")
+    text, other, as_ascii, other_as_ascii = LANGUAGES[language]
+    for kind in ("rouge1", "rouge2", "rougeL"):
+        scorer = reference.RougeScorer([kind])
+        expected = scorer.score(as_ascii, other_as_ascii)[kind].fmeasure
+        assert value(kind, [other], [text]) == pytest.approx(expected)
+        assert value(f"{kind}_stemmed", [other], [text]) == pytest.approx(expected)
+        assert value(kind, [text], [text]) == 1
+    assert value("f1", [other], [text]) == pytest.approx(squad_f1(as_ascii, other_as_ascii))
+    assert value("exact_match", [f"«{text}» !"], [text]) == 1
+    assert value("exact_match", [other], [text]) == 0
+
+
+@pytest.mark.parametrize(
+    ("one", "same"),
+    [
+        ("２０２０年の café", "2020年の cafe\u0301"),  # full width; an accent of its own
+        ("ﬁn", "fin"),
+        ("می\u200cرود", "میرود"),  # the joiner only formats
+        ("co\u00adoperate", "cooperate"),
+    ],
+)
+def test_forms_of_the_same_characters_are_equal(one, same):
+    for name in ("rouge1", "f1", "exact_match"):
+        assert value(name, [one], [same]) == 1
+
+
+@given(st.lists(st.text(st.characters(max_codepoint=127), max_size=30), min_size=2, max_size=2))
+def test_of_ascii_the_words_are_rouge_scores_and_squads(texts):
+    tokenizers = pytest.importorskip("rouge_score.tokenizers")
+    for stemmed in (False, True):
+        for text in texts:
+            expected = tokenizers.DefaultTokenizer(stemmed).tokenize(text)
+            assert RougeWords(stemmed).tokenize(text) == expected
+    one, other = texts
+    assert value("exact_match", [one], [other]) == (squad_words(one) == squad_words(other))
+    assert value("f1", [one], [other]) == pytest.approx(squad_f1(one, other))
 
 
 @pytest.mark.parametrize(

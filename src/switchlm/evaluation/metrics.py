@@ -9,10 +9,8 @@ Shapes: N examples, K statistics, L labels, G groups, R resamples.
 """
 
 import math
-import re
-import string
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -23,14 +21,13 @@ from numpy.typing import NDArray
 
 from switchlm.data.tasks.task import Example
 from switchlm.errors import ConfigError, DataError, MissingExtraError, nearest
+from switchlm.evaluation.words import answer_words, is_unspaced, normalise, normalise_answer, words
 
 Floats = NDArray[np.float64]
 Combine = Callable[[Floats], Floats]  # sums [..., K] to values [...]
 
 RESAMPLES = 1000
 _CHUNK = 2**22  # numbers drawn at a time
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,20 +255,14 @@ def _correlation(sums: Floats) -> Floats:
     return divide(n * xy - x * y, np.sqrt(variance))
 
 
-def normalise_answer(text: str) -> str:
-    """Return lower-case words without punctuation and articles (Rajpurkar et al. 2016)."""
-    bare = text.lower().translate(_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", bare).split())
-
-
 def _exact_match(prediction: str, references: Sequence[str]) -> float:
     return float(normalise_answer(prediction) in map(normalise_answer, references))
 
 
 def _answer_f1(prediction: str, references: Sequence[str]) -> float:
     """Return the best harmonic mean of precision and recall of words, after normalising."""
-    predicted = normalise_answer(prediction).split()
-    return max(_f1_of_words(predicted, normalise_answer(text).split()) for text in references)
+    predicted = answer_words(prediction)
+    return max(_f1_of_words(predicted, answer_words(text)) for text in references)
 
 
 def _f1_of_words(predicted: list[str], reference: list[str]) -> float:
@@ -279,6 +270,22 @@ def _f1_of_words(predicted: list[str], reference: list[str]) -> float:
         return float(predicted == reference)
     common = (Counter(predicted) & Counter(reference)).total()
     return 2 * common / (len(predicted) + len(reference))
+
+
+class RougeWords:
+    """The tokenizer of ROUGE: words of any script, of which those of ASCII may be stemmed."""
+
+    def __init__(self, stemmed: bool) -> None:
+        self._stem: Callable[[str], str] | None = None
+        if stemmed:
+            self._stem = _from_extra("nltk.stem.porter", "ROUGE").PorterStemmer().stem
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the words; only those of more than three letters are stemmed, as rouge-score."""
+        found = words(text)
+        if self._stem is None:
+            return found
+        return [self._stem(word) if word.isascii() and len(word) > 3 else word for word in found]
 
 
 def _rouge(
@@ -289,7 +296,8 @@ def _rouge(
     labels: Labels,
 ) -> Floats:
     """The F1 of each example with its best reference (Lin 2004), from rouge-score."""
-    scorer = _from_extra("rouge_score.rouge_scorer", "ROUGE").RougeScorer([kind], stemmed)
+    scorers = _from_extra("rouge_score.rouge_scorer", "ROUGE")
+    scorer = scorers.RougeScorer([kind], tokenizer=RougeWords(stemmed))
 
     def best(prediction: str, references: Sequence[str]) -> float:
         return float(scorer.score_multi(list(references), prediction)[kind].fmeasure)
@@ -297,9 +305,31 @@ def _rouge(
     return _each(best, predictions, examples, labels)
 
 
-def _bleu_counts(predictions: Sequence[str], examples: Sequence[Example], labels: Labels) -> Floats:
+def bleu_tokenizer(texts: Iterable[str]) -> str:
+    """Return sacrebleu's tokenizer for references in the script of most of their letters.
+
+    `13a` (sacrebleu's default) for words between spaces, `zh` for Chinese, and `char` for Japanese,
+    Thai and other scripts without spaces.
+    """
+    letters = [c for text in texts for c in normalise(text) if c.isalpha()]
+    unspaced = [c for c in letters if is_unspaced(c)]
+    if 2 * len(unspaced) <= len(letters):
+        return "13a"
+    chinese = sum("\u3400" <= c <= "\u9fff" or c >= "\U00020000" for c in unspaced)
+    return "zh" if chinese > 0.95 * len(unspaced) else "char"
+
+
+def _bleu_counts(
+    tokenizer: str | None,
+    predictions: Sequence[str],
+    examples: Sequence[Example],
+    labels: Labels,
+) -> Floats:
     """From sacrebleu: matches and totals of n-grams of 1 to 4 words, and both lengths."""
-    bleu = _from_extra("sacrebleu.metrics", "BLEU").BLEU(effective_order=True)
+    if tokenizer is None:
+        tokenizer = bleu_tokenizer(text for example in examples for text in example.references)
+    metrics = _from_extra("sacrebleu.metrics", "BLEU")
+    bleu = metrics.BLEU(effective_order=True, tokenize=tokenizer)
     rows = []
     for prediction, example in zip(predictions, examples, strict=True):
         score = bleu.sentence_score(prediction, list(example.references))
@@ -310,7 +340,9 @@ def _bleu_counts(predictions: Sequence[str], examples: Sequence[Example], labels
 def _bleu(sums: Floats) -> Floats:
     compute = _from_extra("sacrebleu.metrics", "BLEU").BLEU.compute_bleu
     rows = sums.reshape(-1, sums.shape[-1]).astype(int).tolist()
-    scores = [compute(row[:4], row[4:8], row[8], row[9]).score / 100 for row in rows]
+    scores = [
+        compute(row[:4], row[4:8], row[8], row[9], smooth_method="exp").score / 100 for row in rows
+    ]
     return np.array(scores).reshape(sums.shape[:-1])
 
 
@@ -332,7 +364,11 @@ METRICS: Mapping[str, Metric] = {
     "spearman": Metric(statistics=partial(_moments, ranked=True), combine=_correlation),
     "exact_match": Metric(statistics=partial(_each, _exact_match), combine=ratio),
     "f1": Metric(statistics=partial(_each, _answer_f1), combine=ratio),
-    "bleu": Metric(statistics=_bleu_counts, combine=_bleu),
+    "bleu": Metric(statistics=partial(_bleu_counts, None), combine=_bleu),
+    **{
+        f"bleu_{tokenizer}": Metric(statistics=partial(_bleu_counts, tokenizer), combine=_bleu)
+        for tokenizer in ("13a", "intl", "zh", "char")
+    },
     **{
         f"{kind}{'_stemmed' * stemmed}": Metric(
             statistics=partial(_rouge, kind, stemmed), combine=ratio

@@ -39,6 +39,26 @@ def prompts():
 
 
 @pytest.fixture
+def overflowing():
+    """Make the logits of one row not finite from a decoding step on, as float16 may."""
+
+    def overflowing(model, row, step):
+        original, calls = model.decode, []
+
+        def decode(token_B1, encoded_BSD, **options):
+            output = original(token_B1, encoded_BSD, **options)
+            if len(calls) >= step:
+                output.logits_BTV[row] = float("nan")
+            calls.append(1)
+            return output
+
+        model.decode = decode
+        return model
+
+    return overflowing
+
+
+@pytest.fixture
 def generating():
     """Make a model generate a given text, as UTF-8 byte tokens, for any input."""
 

@@ -174,3 +174,9 @@ def test_bad_prompts_and_models_are_refused(build):
     model.head.weight.data[7] = float("nan")
     with pytest.raises(CheckpointError, match="not finite"):
         beam_search(model, torch.tensor([[3]]), max_new_tokens=2, beams=Beams())
+
+
+def test_an_overflow_is_an_error_at_every_step(build, overflowing):
+    model = overflowing(build(), row=0, step=3)
+    with pytest.raises(CheckpointError, match="--dtype bfloat16"):
+        beam_search(model, torch.tensor([[3]]), max_new_tokens=6, beams=Beams(width=2))

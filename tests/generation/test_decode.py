@@ -176,6 +176,19 @@ def test_damaged_weights_are_an_error(build, sampling):
         generate(model, torch.tensor([[3]]), max_new_tokens=2, sampling=sampling)
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+def test_an_overflow_is_an_error_at_every_step_of_rows_that_are_not_over(
+    build, overflowing, sampling
+):
+    inputs = torch.tensor([[3], [4]])
+    model = overflowing(build(), row=1, step=3)
+    with pytest.raises(CheckpointError, match="--dtype bfloat16"):
+        generate(model, inputs, max_new_tokens=5, sampling=sampling)
+    model = overflowing(build(), row=1, step=3)
+    generated = generate(model, inputs, max_new_tokens=[5, 3], sampling=sampling)
+    assert generated.tokens_BT.shape == (2, 5)
+
+
 def test_the_mode_of_every_module_is_restored(build):
     model = build().train()
     model.decoder.eval()

@@ -215,6 +215,30 @@ def test_dtype_is_kept_or_cast(dtype, tmp_path):
     same_tensors(model.float(), cast)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_t5_with_wo_in_float32_computes_in_one_dtype(dtype, their_t5, theirs_on_disk):
+    """transformers keeps `wo` in float32, always in float16 and, before version 5, in bfloat16."""
+    theirs = their_t5(d_ff=4000).to(dtype)
+    with torch.no_grad():
+        for block in (*theirs.encoder.block, *theirs.decoder.block):
+            block.layer[-1].DenseReluDense.wo.weight.mul_(40)  # too large for float16
+            block.layer[-1].DenseReluDense.wo.float()
+    folder = theirs_on_disk(theirs)
+    theirs = type(theirs).from_pretrained(folder).eval()
+    model, _ = switchlm.load(folder)
+    downs = {p.dtype for name, p in model.named_parameters() if name.endswith("down.weight")}
+    assert downs == {torch.float32 if dtype == torch.float16 else torch.bfloat16}
+    others = {p.dtype for name, p in model.named_parameters() if not name.endswith("down.weight")}
+    assert others == {dtype}
+    ids = torch.tensor([[5, 9, 30, 1]])
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, decoder_input_ids=ids).logits
+        found = model(ids, ids).logits_BTV
+    assert found.dtype == expected.dtype == dtype
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert error < (0.05 if dtype == torch.bfloat16 else 0.005)
+
+
 def test_dtypes_may_differ_between_tensors(nano):
     def narrow(tensors):
         for key, tensor in tensors.items():

@@ -24,12 +24,6 @@ class Layout(StrEnum):
     native = "native"
 
 
-class Precision(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 class Target(StrEnum):
     torch = "torch"
     onnx = "onnx"
@@ -47,7 +41,8 @@ def convert(
         Path | None, typer.Option(help="Merge these adapters in: RUN/adapters of a fine-tuning.")
     ] = None,
     dtype: Annotated[
-        Precision | None, typer.Option(help="Number format of the weights; as they are by default.")
+        options.Precision | None,
+        typer.Option(help="Number format of the weights; as they are by default."),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -59,7 +54,7 @@ def convert(
     from switchlm.huggingface.save import unsupported_features
     from switchlm.model import lora
 
-    kind = None if dtype is None else getattr(torch, dtype.value)
+    kind = options.torch_dtype(dtype)
     # Adapters are added in float32 and the sum is rounded once.
     merging = adapters is not None and kind is not None
     loaded, tokenizer = load(model, dtype=torch.float32 if merging else kind, report=options.note)

@@ -70,6 +70,7 @@ def evaluate(
     batch_size: options.BatchSize = None,
     input_length: options.InputLength = None,
     device: options.Device = "auto",
+    dtype: options.Dtype = None,
     expert_memory: options.ExpertMemory = None,
     as_json: options.Json = False,
 ) -> None:
@@ -96,6 +97,7 @@ def evaluate(
             predictions,
             device=device,
             expert_memory=expert_memory,
+            dtype=dtype,
             input_length=input_length,
             batch_size=batch_size or 32,
             max_new_tokens=max_new_tokens,
@@ -105,7 +107,7 @@ def evaluate(
         _present(results, [_task_estimates(result) for result in results], notes, as_json)
         return
     rows = {"batches": batches, "batch_size": batch_size, "input_length": input_length}
-    results = [_measure(one, data, device, expert_memory, **rows) for one in model]
+    results = [_measure(one, data, device, expert_memory, dtype, **rows) for one in model]
     _check_same_texts(results)
     notes = {
         name: f"perplexity {part['perplexity']:.2f}, {part['tokens']:,} tokens"
@@ -140,7 +142,12 @@ def _check_same_texts(results: list[Result]) -> None:
 
 
 def _measure(
-    model: str, data: list[str] | None, device: str, expert_memory: str | None, **rows: Any
+    model: str,
+    data: list[str] | None,
+    device: str,
+    expert_memory: str | None,
+    dtype: options.Precision | None,
+    **rows: Any,
 ) -> Result:
     """Return the loss of a model on text, in total and by source.
 
@@ -148,18 +155,16 @@ def _measure(
     """
     from switchlm.evaluation.evaluator import held_out_loss
     from switchlm.evaluation.metrics import RESAMPLES
+    from switchlm.generation.decode import NOT_FINITE
 
-    loaded, tokenizer = options.open_model(model, device, expert_memory)
+    loaded, tokenizer = options.open_model(model, device, expert_memory, dtype)
     usage = options.Usage(loaded)
     read, names = options.read_batches(model, tokenizer, data, **rows)
     with usage.timed():
         result = held_out_loss(loaded, read, names, resamples=RESAMPLES)
     usage.print()
     if not math.isfinite(result["loss"]):
-        raise CheckpointError(
-            f"The loss of {model!r} is {result['loss']}: its weights are damaged, or too large for "
-            "the number format that it computes in."
-        )
+        raise CheckpointError(f"The loss of {model!r} is {result['loss']}. {NOT_FINITE}")
     for part in (result, *result["sources"].values()):
         part["perplexity"] = math.exp(min(part["loss"], 700.0))
     if expert_memory is not None:
@@ -200,6 +205,7 @@ def _score(
     *,
     device: str,
     expert_memory: str | None,
+    dtype: options.Precision | None,
     input_length: int | None,
     **settings: Any,
 ) -> list[Result]:
@@ -213,7 +219,7 @@ def _score(
     results = []
     with _open(predictions) as file:
         for model in models:
-            loaded, tokenizer = options.open_model(model, device, expert_memory)
+            loaded, tokenizer = options.open_model(model, device, expert_memory, dtype)
             usage = options.Usage(loaded)
             result: Result = {"model": model, "tasks": {}}
             settings["input_length"] = input_length or _trained_length(model)

@@ -72,6 +72,7 @@ def generate(
         int, typer.Option(min=1, help="Refuse longer texts.")
     ] = LONGEST_INPUT,
     device: options.Device = "auto",
+    dtype: options.Dtype = None,
     expert_memory: options.ExpertMemory = None,
     as_json: options.Json = False,
 ) -> None:
@@ -99,7 +100,7 @@ def generate(
             "--beams cannot be used with --greedy, sampling or --stream: its output is known only "
             "at the end."
         )
-    loaded, tokenizer = options.open_model(model, device, expert_memory)
+    loaded, tokenizer = options.open_model(model, device, expert_memory, dtype)
     stops = tuple(stop or ())
     generator = _Generator(
         loaded, tokenizer, sampling, search, seed, stops, max_new_tokens, max_input_tokens, fill

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +35,18 @@ OptionalModel = Annotated[
 ]
 OutFolder = Annotated[Path, typer.Option("--out", help="The folder to write.")]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, ...")]
+
+
+class Precision(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Dtype = Annotated[
+    Precision | None,
+    typer.Option(help="Number format to compute in; that of the files if left out."),
+]
 ExpertMemory = Annotated[
     str | None,
     typer.Option(
@@ -122,17 +135,28 @@ def find_device(name: str) -> Any:
     return torch.device(name)
 
 
+def torch_dtype(precision: Precision | None) -> Any:
+    """Return the torch.dtype of that name; None for None."""
+    import torch
+
+    return None if precision is None else getattr(torch, precision.value)
+
+
 def open_model(
-    name: str, device: str = "auto", expert_memory: str | None = None
+    name: str,
+    device: str = "auto",
+    expert_memory: str | None = None,
+    dtype: Precision | None = None,
 ) -> "tuple[SwitchTransformer, Tokenizer]":
     """Load a model that must have a tokenizer.
 
     expert_memory: a size such as 4GB, with which experts stay on disk; None loads all.
+    dtype: to compute in; None: that of the files.
     """
     from switchlm.recipes.config import load_with_tokenizer, require_tokenizer
 
     if expert_memory is None:
-        return load_with_tokenizer(name, "model", note, find_device(device))
+        return load_with_tokenizer(name, "model", note, find_device(device), torch_dtype(dtype))
     size = parse_size(expert_memory)
     if device not in ("auto", "cpu"):
         raise ConfigError(
@@ -140,7 +164,7 @@ def open_model(
         )
     from switchlm.compression.offload import load_offloaded
 
-    loaded = load_offloaded(name, size, report=note)
+    loaded = load_offloaded(name, size, dtype=torch_dtype(dtype), report=note)
     return loaded.model, require_tokenizer(loaded.tokenizer, name, "model")
 
 

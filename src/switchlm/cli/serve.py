@@ -2,6 +2,7 @@
 
 import gc
 import math
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from switchlm.errors import ConfigError, MissingExtraError
 if TYPE_CHECKING:
     from switchlm.serving.engine import Engine
 
+# What PyTorch's allocators say, on CPUs and on GPUs.
+_OUT_OF_MEMORY = re.compile("alloc|out of memory|not enough memory", re.IGNORECASE)
 MIN_KEY_LENGTH = 8  # characters; shorter keys can be guessed
 
 
@@ -46,6 +49,7 @@ def serve(
         float, typer.Option(min=0.1, help="Cancel a request after this time.")
     ] = 300.0,
     device: options.Device = "auto",
+    dtype: options.Dtype = None,
     expert_memory: options.ExpertMemory = None,
 ) -> None:
     """Serve a model over HTTP, with a page that shows the expert of each token."""
@@ -61,7 +65,7 @@ def serve(
 
     key = None if api_key_file is None else _read_key(api_key_file)
     with _listen(host, port) as listener:
-        loaded, tokenizer = options.open_model(model, device, expert_memory)
+        loaded, tokenizer = options.open_model(model, device, expert_memory, dtype)
         engine = Engine(
             loaded,
             tokenizer,
@@ -123,6 +127,8 @@ def _start_engine(engine: "Engine") -> None:
         engine.start()
     except (RuntimeError, MemoryError) as error:
         reason = str(error).partition("\n")[0]
+        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(reason):
+            raise
         raise ConfigError(
             f"There is no memory for {engine.num_slots} slots of {engine.max_source} and "
             f"{engine.max_target} tokens ({reason}): take fewer --slots, or a smaller "

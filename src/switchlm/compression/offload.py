@@ -151,6 +151,9 @@ def load_offloaded(
         for expert, offset in enumerate(offsets):
             parts.setdefault((layer, expert), {})[part] = offset
     coded = any(part.endswith(SCALE) for part in experts)  # scales keep their dtype
+    computing = model.embedding.weight.dtype
+    if any(one.dtype != computing for found in parts.values() for one in found.values()):
+        dtype = computing  # of files that mix dtypes
     recipes = {key: Recipe(found, None if coded else dtype) for key, found in parts.items()}
     paths = {part.file for found in parts.values() for part in found.values()}
     memory = ExpertMemory(recipes, ExpertFiles(sorted(paths)), expert_memory, readers)

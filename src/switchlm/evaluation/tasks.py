@@ -17,6 +17,7 @@ from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import ConfigError
 from switchlm.evaluation.metrics import RESAMPLES, Interval, measure
 from switchlm.generation.decode import (
+    check_finite,
     check_vocabulary,
     dropless,
     encode_prompts,
@@ -134,5 +135,6 @@ def label_losses(
                 encoded_BSD,
                 input_segments_BS=segments_BS,
             ).logits_BTV
+            check_finite(logits_BTV)
             losses.append(token_losses(logits_BTV, targets_BT).sum(1))
     return torch.stack(losses, 1)

@@ -234,6 +234,8 @@ def greedy(
         logits, keys, values = step(
             np.array([[token]]), np.array(position), mask, cross_keys, cross_values, keys, values
         )
+        if not np.isfinite(logits[0]).all():
+            raise FloatingPointError("the model's output is not finite")
         token = int(logits[0].argmax())
         if token in about["end_ids"]:
             break

@@ -104,8 +104,8 @@ def beam_search(
             while True:
                 output = model.decode(tokens, encoded, input_segments_BS=segments, cache=cache)
                 logits_BWV = output.logits_BTV[:, -1].float().unflatten(0, (batch, width))
-                if cache.length == 1:
-                    check_finite(logits_BWV)
+                done_B = torch.tensor([prompt.done for prompt in prompts], device=device)
+                check_finite(logits_BWV, done_B[:, None])
                 score_BW = torch.tensor([prompt.scores for prompt in prompts], device=device)
                 total_BWV = logits_BWV.log_softmax(-1) + score_BW[:, :, None]
                 score_BC, place_BC = total_BWV.flatten(1).topk(num_candidates)  # beam * V + token

@@ -242,10 +242,10 @@ def steps(
                 output = model.decode(
                     token_B1, encoded_BSD, input_segments_BS=segments_BS, cache=cache
                 )
-                if step == 0:
-                    check_finite(output.logits_BTV)
+                logits_BV = output.logits_BTV[:, -1]
+                check_finite(logits_BV, over_B)
                 token_B = next_tokens(
-                    output.logits_BTV[:, -1],
+                    logits_BV,
                     sampling,
                     None if drawn_BT is None else drawn_BT[:, step],
                 )
@@ -287,13 +287,23 @@ def check_prompts(model: SwitchTransformer, inputs_BS: Tensor, segments_BS: Tens
     check_vocabulary(int(inputs_BS.max()), model.config.vocabulary_size)
 
 
-def check_finite(logits: Tensor) -> None:
-    """Raise CheckpointError for logits that are not finite."""
-    if not logits.isfinite().all():
-        raise CheckpointError(
-            "The model's logits are not finite: its weights are damaged, or too large for the "
-            "number format that it computes in."
-        )
+NOT_FINITE = (
+    "The model's output is not finite: its weights are damaged, or its numbers are too large for "
+    "the format that it computes in. float16 ends at 65,504: load the model in bfloat16 (--dtype "
+    "bfloat16), which has the range of float32."
+)
+
+
+def finite_rows(logits_BV: Tensor) -> Tensor:
+    """Return a bool per row: whether the model computed it without overflow or NaN."""
+    return logits_BV.amax(-1).isfinite()  # `amax` returns NaN if there is one
+
+
+def check_finite(logits_BV: Tensor, over_B: Tensor | None = None) -> None:
+    """Raise CheckpointError for logits that are not finite, in rows that are not over."""
+    good_B = finite_rows(logits_BV)
+    if not (good_B if over_B is None else good_B | over_B).all():
+        raise CheckpointError(NOT_FINITE)
 
 
 def check_vocabulary(highest: int, vocabulary_size: int) -> None:

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import DataError
-from switchlm.generation.decode import check_vocabulary, evaluation_mode, generate
+from switchlm.generation.decode import (
+    check_finite,
+    check_vocabulary,
+    evaluation_mode,
+    generate,
+)
 from switchlm.generation.text_stream import texts_of_tokens, tokens_of_text
 from switchlm.model.router import Router
 from switchlm.model.routing import Routing
@@ -101,6 +106,7 @@ def route(
 
     with evaluation_mode(model, drop=enforce_capacity):
         routed = model(inputs_BS, decoder_inputs_BT)
+    check_finite(routed.logits_BTV)
     return RoutedText(
         num_experts=config.num_experts,
         encoder=RoutedTokens(

@@ -65,6 +65,7 @@ def next_tokens(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None)
     reached_BV = probability_BV.cumsum(-1)
     place_B1 = torch.searchsorted(reached_BV, uniform_B[:, None] * reached_BV[:, -1:], right=True)
     last_B1 = (probability_BV > 0).sum(-1, keepdim=True) - 1
+    last_B1 = last_B1.clamp(min=0)  # of a row of NaN, whose token is not used
     return token_BV.gather(1, torch.minimum(place_B1, last_B1))[:, 0]
 
 

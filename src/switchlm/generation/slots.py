@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchlm.generation.decode import encode_prompts, pad_prompts
+from switchlm.generation.decode import encode_prompts, finite_rows, pad_prompts
 from switchlm.generation.sampling import Sampling, next_tokens, uniforms
 from switchlm.model.attention import KeysValues, KeyValueStore
 from switchlm.model.transformer import SwitchTransformer
@@ -174,7 +174,7 @@ class Slots:
             kept_NHLK[row, :, :used].zero_()
 
     def step(self, first: int = 0, last: int | None = None) -> list[int | None]:
-        """Return the next token of every row from `first` to before `last`, None where it is NaN.
+        """Return the next token of rows `first` to before `last`, None where it is not finite.
 
         A step that raised may be repeated, for fewer rows too: it changes nothing until it returns.
         """
@@ -188,8 +188,7 @@ class Slots:
         )
         logits_BV = output.logits_BTV[:, -1]
         token_B = self._choose(logits_BV, first)
-        # `amax` returns NaN if there is one.
-        good = logits_BV.amax(-1).isfinite().tolist()
+        good = finite_rows(logits_BV).tolist()
         self._token_N1[first:last, 0] = token_B
         self.position_N[first:last] += 1
         return [token if fine else None for token, fine in zip(token_B.tolist(), good, strict=True)]

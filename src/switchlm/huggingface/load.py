@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from switchlm.data.text.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
+DOWN = ".feedforward.down.weight"  # of dense layers
 OTHER_TOKENIZERS = ("spiece.model", "vocab.json")
 
 
@@ -62,7 +63,8 @@ def load(
     """Load a model and its tokenizer, None where the folder has none; the model is in eval mode.
 
     name: a run, a model folder, or a name on the hub (at `revision`).
-    dtype: None keeps the dtype of the files.
+    dtype: None keeps the dtype of the files; where they mix several, that of config.json. A T5 in
+        float16 keeps the second matrix of feed-forward layers in float32, as in transformers.
     report: called with a message for every repair; without it, they are warnings.
 
     Tensors are read one by one into their parameter, so that memory holds the model and one tensor.
@@ -81,7 +83,8 @@ def load(
             f"The weights of {str(name)!r} are pickles (.bin). Only tensors are read from them and "
             "nothing in them is run, but safetensors is the safer format."
         )
-    model = _build(config, match(config, family, weights, report), weights, dtype, device)
+    matched = match(config, family, weights, report)
+    model = _build(saved, matched, dtype, device)
     return _with_metadata(model, saved, report), tokenizer
 
 
@@ -116,7 +119,7 @@ def load_without_experts(
         )
     matched = match(config, family, weights, report)
     dense = [entry for entry in matched.entries if entry.expert is None]
-    model = _build(config, Match(dense, matched.sources), weights, dtype)
+    model = _build(saved, Match(dense, matched.sources), dtype)
     offsets = find_tensor_offsets(weights.tensors)
     experts = {}
     for entry in matched.entries:  # in the order of the experts
@@ -305,27 +308,44 @@ def _with_metadata(
 
 @torch.no_grad()
 def _build(
-    config: ModelConfig,
+    saved: _SavedModel,
     matched: Match,
-    weights: Weights,
     dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
 ) -> SwitchTransformer:
     """Return the model with the matched weights; other parameters stay on the meta device."""
     with torch.device("meta"):
-        model = SwitchTransformer(config)
-    dtypes: dict[str, torch.dtype] = {}
-    for entry in matched.entries:
-        own = dtype or weights.tensors[matched.sources[entry.hf_name]].dtype
-        dtypes[entry.name] = torch.promote_types(dtypes.get(entry.name, own), own)
+        model = SwitchTransformer(saved.config)
+    dtypes = _dtypes(saved, matched, dtype)
     places: dict[str, Tensor] = {}
     for name, meta in model.state_dict(keep_vars=True).items():
         if name not in dtypes:
             continue
         places[name] = empty(meta.shape, dtypes[name], device)
         set_tensor(model, name, places[name])
-    _copy(places, matched, weights)
+    _copy(places, matched, saved.weights)
     return model.eval()
+
+
+def _dtypes(
+    saved: _SavedModel, matched: Match, dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """Return the dtype of each parameter: one for all that compute with each other.
+
+    Routers compute in float32 and keep the dtype of the files.
+    """
+    tensors = saved.weights.tensors
+    own = {entry.name: tensors[matched.sources[entry.hf_name]].dtype for entry in matched.entries}
+    wide = [name for name in own if saved.family == "t5" and name.endswith(DOWN)]
+    routers = [name for name in own if ".router." in name]
+    mixed = {own[name] for name in own.keys() - {*wide, *routers}}
+    if dtype is None and len(mixed) > 1:
+        dtype = saved.metadata.dtype or own["embedding.weight"]
+    computing = dtype or next(iter(mixed))
+    found = dict.fromkeys(own, computing)
+    if computing == torch.float16:
+        found |= dict.fromkeys(wide, torch.float32)
+    return found if dtype else found | {name: own[name] for name in routers}
 
 
 @torch.no_grad()

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from switchlm.errors import CheckpointError
-from switchlm.huggingface.weights import read_json
+from switchlm.huggingface.weights import FLOATING, read_json
 from switchlm.model.config import ModelConfig
 
 GENERATION_CONFIG = "generation_config.json"
@@ -52,10 +54,12 @@ _NEUTRAL: dict[str, Any] = {
 class Metadata:
     """generation: the content of generation_config.json.
     training: sections `data` and `finetune` of the run that trained the model.
+    dtype: the number format that config.json states; None: none.
     """
 
     generation: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
 
 
 def read_metadata(folder: Path, values: Mapping[str, Any]) -> Metadata:
@@ -68,7 +72,9 @@ def read_metadata(folder: Path, values: Mapping[str, Any]) -> Metadata:
         isinstance(section, Mapping) for section in training.values()
     ):
         raise CheckpointError(f"{TRAINING_KEY} in config.json must hold sections of settings.")
-    return Metadata(generation=generation, training=training)
+    dtype = values.get("dtype", values.get("torch_dtype"))
+    known = [one for one in FLOATING if str(one) == f"torch.{dtype}"]
+    return Metadata(generation=generation, training=training, dtype=next(iter(known), None))
 
 
 def token_ids(

@@ -34,9 +34,8 @@ PICKLED = "pytorch_model.bin"
 LARGEST_CONFIG = 2**24  # bytes
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?", re.ASCII)
 _SMALL_FILES = ("*.json", "tokenizer*", "*.txt", "README.md")
-_DTYPES = {
-    CODES[dtype]: dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-}
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = {CODES[dtype]: dtype for dtype in FLOATING}
 _CODES = {CODES[dtype]: dtype for dtype in (torch.int8, torch.uint8)}  # of quantised weights
 
 

@@ -79,12 +79,13 @@ def segment_mask(query_segments_BQ: Tensor, key_segments_BM: Tensor) -> Tensor:
 def masked(bias: Tensor, allowed: Tensor | None) -> Tensor:
     """Return the bias with a very low number where attention is not allowed.
 
-    The number is finite in float32 and bfloat16, so that a query that may attend to nothing gives
-    the mean of all values instead of NaN.
+    The number is finite in the bias's dtype, so that a query that may attend to nothing gives the
+    mean of all values instead of NaN.
     """
     if allowed is None:
         return bias
-    return torch.where(allowed, bias, torch.finfo(torch.bfloat16).min)
+    half = bias.dtype == torch.float16
+    return torch.where(allowed, bias, torch.finfo(torch.float16 if half else torch.bfloat16).min)
 
 
 def heads(x_BQW: Tensor, d_kv: int) -> Tensor:

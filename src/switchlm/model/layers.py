@@ -30,13 +30,20 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        return feed_forward(x, self.up, self.gate, self.down, self.activation, dropout)
+        down = self._wide_down if x.dtype == torch.float16 else self.down
+        return feed_forward(x, self.up, self.gate, down, self.activation, dropout)
+
+    def _wide_down(self, hidden: Tensor) -> Tensor:
+        """Apply `down`, in float32 if its weights are: its outputs are too large for float16."""
+        wide = self.down.weight.dtype == torch.float32
+        return cast(Tensor, self.down(hidden.float() if wide else hidden))
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (Zhang & Sennrich 2019), the mean square always in float32.
 
-    Takes and returns [..., D] in the input's dtype.
+    Takes and returns [..., D] in the input's dtype; float16 weights return float16, since the
+    residual stream of such models may be float32 (see FeedForward).
     """
 
     def __init__(self, d_model: int, epsilon: float = 1e-6) -> None:
@@ -45,7 +52,8 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x.float(), self.weight.float(), self.epsilon).to(x.dtype)
+        dtype = torch.float16 if self.weight.dtype == torch.float16 else x.dtype
+        return rms_norm(x.float(), self.weight.float(), self.epsilon).to(dtype)
 
 
 class Linear(nn.Linear):

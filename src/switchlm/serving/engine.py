@@ -18,7 +18,8 @@ from typing import TypeVar
 from torch import Tensor
 
 from switchlm.data.text.tokenizer import Tokenizer
-from switchlm.generation.decode import evaluation_mode
+from switchlm.errors import CheckpointError
+from switchlm.generation.decode import NOT_FINITE, evaluation_mode
 from switchlm.generation.slots import Slots
 from switchlm.generation.text_stream import TextStream
 from switchlm.model.transformer import SwitchTransformer
@@ -284,7 +285,7 @@ class Engine:
     def _tokens(self, slots: Slots, first: int, last: int) -> list[int | Exception]:
         """Return the next token of rows `first` to before `last`, or the error of a row."""
         try:
-            damaged = ValueError("the model's output is not finite")
+            damaged = CheckpointError(NOT_FINITE)
             return [damaged if token is None else token for token in slots.step(first, last)]
         except Exception as error:
             if last - first == 1:

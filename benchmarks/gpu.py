@@ -228,9 +228,7 @@ def make_step(config: ModelConfig) -> tuple[Case, SwitchTransformer]:
         target_segments_BT=None,
         source_B=source_B,
     )
-    return lambda: training_step(
-        model, optimizer, [batch], gradient_clip=1.0, precision=training.precision
-    ), model
+    return lambda: training_step(model, optimizer, [batch], gradient_clip=1.0), model
 
 
 def waits(run: Case) -> str:

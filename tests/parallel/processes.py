@@ -87,7 +87,10 @@ def _switchlm(
         for name, value in environments[rank].items():
             patch.setenv(name, value)
         done = CliRunner().invoke(app, arguments)
-    Path(f"{job}-{rank}").write_text(json.dumps([done.exit_code, done.stdout, done.stderr]))
+    error = done.stderr
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        error += "".join(traceback.format_exception(done.exception))
+    Path(f"{job}-{rank}").write_text(json.dumps([done.exit_code, done.stdout, error]))
 
 
 def _call_in_processes(

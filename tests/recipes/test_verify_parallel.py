@@ -29,7 +29,7 @@ FEATURES = {
         "model.sparse_step=1",
         "training.activation_checkpointing=true",
     ),
-    "bfloat16": ("training.precision=selective",),
+    "selective": ("training.precision=selective",),
     "dense": ("model.num_experts=0",),
 }
 
@@ -85,13 +85,19 @@ def test_four_processes_with(tmp_path, name):
     check(tmp_path, FEATURES[name], 4)
 
 
-REFERENCE = {"losses": torch.ones(2, 3), "a": torch.ones(4), "b": torch.arange(4.0)}
+REFERENCE = {
+    "losses": torch.ones(2, 3),
+    "evaluation": torch.tensor(2.0),
+    "a": torch.ones(4),
+    "b": torch.arange(4.0),
+}
 
 
 @pytest.mark.parametrize(
     "changed",
     [
         {"losses": torch.ones(2, 3) + torch.eye(2, 3)},
+        {"evaluation": torch.tensor(2.01)},
         {"b": torch.arange(4.0) * 1.001},
         {"b": torch.tensor([0.0, 1.0, 2.0, float("nan")])},
     ],

@@ -8,6 +8,7 @@ from tests.parallel.processes import run_in_processes
 
 from switchlm.data.batch import Batch
 from switchlm.model.config import ModelConfig, RouterConfig
+from switchlm.model.precision import set_precision
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply, materialise
 from switchlm.parallel.mesh import Mesh, MeshConfig
@@ -77,7 +78,8 @@ def count(mesh: Mesh, precision: str) -> None:
         target_segments_BT=None,
         source_B=torch.zeros(B, dtype=torch.int32),
     )
-    step = {"gradient_clip": 1.0, "precision": precision, "mesh": mesh}
+    set_precision(model, precision)
+    step = {"gradient_clip": 1.0, "mesh": mesh}
     training_step(model, optimizer, [batch], **step)
     with CollectiveRecorder(mesh) as recorder:
         record = training_step(model, optimizer, [batch], **step)

@@ -20,7 +20,7 @@ from switchlm.model.config import ModelConfig, RouterConfig
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.training.config import TrainingConfig
 from switchlm.training.optimizer import build_optimizer
-from switchlm.training.step import training_step
+from switchlm.training.step import prepare_for_training, training_step
 
 ROUTERS = {
     "paper": RouterConfig(),
@@ -98,13 +98,13 @@ def make_batch(segments: bool, device: str) -> Batch:
 
 def step(model: SwitchTransformer, config: TrainingConfig, batch: Batch) -> None:
     optimizer = build_optimizer(model, config)
+    prepare_for_training(model, config.precision)
     with NothingSent():
         training_step(
-            model.train(),
+            model,
             optimizer,
             [batch, batch],
             gradient_clip=1.0,
-            precision=config.precision,
         )
 
 
@@ -152,13 +152,14 @@ def test_a_step_on_a_gpu_never_waits(
 ) -> None:
     choice = select.Choice(way, "a test")
     monkeypatch.setattr(select, "explain_switch", lambda *_: choice)
-    model = SwitchTransformer(config_of(router)).cuda().train()
+    model = SwitchTransformer(config_of(router)).cuda()
     config = TrainingConfig(precision="selective", optimizer=optimizer)
+    prepare_for_training(model, config.precision)
     made = build_optimizer(model, config)
     batch = make_batch(True, "cuda")
 
     def train() -> None:
-        training_step(model, made, [batch], gradient_clip=1.0, precision=config.precision)
+        training_step(model, made, [batch], gradient_clip=1.0)
 
     train()  # compiles and tunes
     torch.cuda.synchronize()

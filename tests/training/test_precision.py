@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from switchlm.model import router as router_module
+from switchlm.model.precision import in_float32, set_precision
 from switchlm.model.router import Router
+from switchlm.model.transformer import forward_batch
 from switchlm.training.config import TrainingConfig
 from switchlm.training.optimizer import build_optimizer, set_learning_rate
-from switchlm.training.step import computing, seed_step, set_router_dtype, training_step
+from switchlm.training.step import seed_step, training_step
 
 
 @pytest.mark.parametrize(
@@ -22,7 +24,7 @@ from switchlm.training.step import computing, seed_step, set_router_dtype, train
 )
 def test_what_runs_in_which_dtype(build, loader, monkeypatch, precision, router, experts):
     model = build()
-    set_router_dtype(model, precision)
+    set_precision(model, precision)
     seen: dict[str, set[torch.dtype]] = {"router": set(), "experts": set()}
     linear, (native,) = torch.nn.functional.linear, router_module.ROUTE
     weights = {(module.num_experts, 16) for module in model.modules() if isinstance(module, Router)}
@@ -41,23 +43,26 @@ def test_what_runs_in_which_dtype(build, loader, monkeypatch, precision, router,
     for module in model.modules():
         if type(module).__name__ == "FeedForwardExperts":
             module.register_forward_hook(lambda _, args, y: seen["experts"].add(args[0].dtype))
-    batch = loader.batch(0)
-    with computing(precision, torch.device("cpu")):
-        model(batch.inputs_BS, batch.targets_BT)
+    forward_batch(model, loader.batch(0))
     assert seen == {"router": {router}, "experts": {experts}}
+    seen["router"].clear(), seen["experts"].clear()
+    with in_float32(model):
+        forward_batch(model, loader.batch(0))
+    assert seen == {"router": {torch.float32}, "experts": {torch.float32}}
+    assert model.precision == precision
 
 
 @pytest.mark.parametrize("precision", ["float32", "selective", "bfloat16"])
 def test_every_precision_trains(build, loader, precision):
     model = build()
-    set_router_dtype(model, precision)
+    set_precision(model, precision)
     optimizer = build_optimizer(model, TrainingConfig())
     losses = []
     for step in range(60):
         set_learning_rate(optimizer, 0.01)
         seed_step(0, step)
         batch = [loader.batch(step)]
-        record = training_step(model, optimizer, batch, gradient_clip=1.0, precision=precision)
+        record = training_step(model, optimizer, batch, gradient_clip=1.0)
         losses.append(float(record.metrics[0]))
         assert record.metrics[4] == 0
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])

@@ -176,12 +176,13 @@ def verify_parallel(
             if as_json:
                 typer.echo(json.dumps(dataclasses.asdict(result)))
     fitting = [result for result in results if result.does_not_fit is None]
-    table = plain_table([], [*AXES, "loss", "gradient", "seconds"])
+    table = plain_table([], [*AXES, "loss", "evaluation", "gradient", "seconds"])
     table.add_column("")
     for result in fitting:
         table.add_row(
             *_mesh_cells(result.mesh),
             f"{result.loss:.1e}",
+            f"{result.evaluation:.1e}",
             f"{result.gradient:.1e}",
             f"{result.seconds:.1f}",
             "equal" if result.equal else f"[red]differs at {result.parameter}",
@@ -192,7 +193,7 @@ def verify_parallel(
     different = [result for result in fitting if not result.equal]
     console.print(
         f"{len(fitting) - len(different)} of {len(fitting)} layouts equal one process "
-        "(relative differences of losses and gradients)."
+        "(relative differences of losses, also evaluated, and gradients)."
     )
     if different:
         raise typer.Exit(1)

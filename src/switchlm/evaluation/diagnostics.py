@@ -17,6 +17,7 @@ from torch import Tensor
 from switchlm.data.batch import Batch
 from switchlm.generation.decode import evaluation_mode
 from switchlm.model.attention import Attention, SwitchAttention, heads
+from switchlm.model.precision import computing
 from switchlm.model.router import Router
 from switchlm.model.routing import Routing
 from switchlm.model.switch import SwitchFeedForward
@@ -95,14 +96,15 @@ def diagnose(model: SwitchTransformer, batch: Batch) -> Diagnosis:
     Capacity is as configured for evaluation. The model must not be sharded: its weights are
     gathered only within its own forward pass.
     """
+    device = model.embedding.weight.device
     rows = max(MAX_TOKENS // batch.inputs_BS.shape[1], 1)
     first: dict[str, Any] = {
         name: None if value is None else value[:rows] for name, value in vars(batch).items()
     }
-    batch = replace(batch, **first).to(model.embedding.weight.device)
+    batch = replace(batch, **first).to(device)
     segments = batch.input_segments_BS, batch.target_segments_BT
     found = Diagnosis(attention_near={}, layers=[])
-    with evaluation_mode(model):
+    with evaluation_mode(model), computing(model.precision, device):
         inputs = model.encoder_inputs(batch.inputs_BS, segments[0])
         encoded_BSD = _measure("encoder", model.encoder, inputs, None, found)
         decoder_inputs_BT = shift_right(batch.targets_BT, segments[1], model.config.start_id)

@@ -50,7 +50,7 @@ def held_out_loss(
             batch = batch.to(device)
             loss_BT = token_losses(forward_batch(model, batch).logits_BTV, batch.targets_BT)
             mask_BT = batch.target_mask_BT
-            loss_B = torch.where(mask_BT, loss_BT, 0.0).sum(1).double().cpu()
+            loss_B = torch.where(mask_BT, loss_BT, 0.0).sum(1).cpu().double()
             tokens_B = mask_BT.sum(1).cpu()
             loss_S.index_add_(0, source_B, loss_B)
             tokens_S.index_add_(0, source_B, tokens_B)

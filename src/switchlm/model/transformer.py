@@ -28,6 +28,7 @@ from switchlm.model.attention import (
 from switchlm.model.config import ModelConfig
 from switchlm.model.initialise import Initialiser
 from switchlm.model.layers import FeedForward, Linear, RMSNorm
+from switchlm.model.precision import Precision, computing
 from switchlm.model.routing import ModelOutput, Routing
 from switchlm.model.switch import SwitchFeedForward
 
@@ -208,13 +209,15 @@ class SwitchTransformer(nn.Module):
 
     Build under `torch.device("meta")` for shapes alone; elsewhere parameters are initialised as
     configured (section 2.4). `project` multiplies the decoder's output with the vocabulary, x and
-    weight to logits; parallelism over the vocabulary replaces it. `metadata` is what the model's
-    folder holds beside it (huggingface/metadata.py); copies keep it.
+    weight to logits; parallelism over the vocabulary replaces it. `precision` is that of batches,
+    see `set_precision`. `metadata` is what the model's folder holds beside it
+    (huggingface/metadata.py); copies keep it.
     """
 
     def __init__(self, config: ModelConfig, metadata: Any = None) -> None:
         super().__init__()
         self.config = config
+        self.precision: Precision = "float32"
         self.metadata = metadata
         self.embedding = nn.Embedding(config.vocabulary_size, config.d_model)
         self.encoder = Stack(config, decoder=False)
@@ -325,14 +328,18 @@ class SwitchTransformer(nn.Module):
 
 
 def forward_batch(model: nn.Module, batch: Batch) -> ModelOutput:
-    """Return the output of a SwitchTransformer for a batch; the decoder reads earlier targets."""
-    start_id = cast(SwitchTransformer, model).config.start_id
-    output: ModelOutput = model(
-        batch.inputs_BS,
-        shift_right(batch.targets_BT, batch.target_segments_BT, start_id),
-        batch.input_segments_BS,
-        batch.target_segments_BT,
+    """Return the output of a SwitchTransformer for a batch, in the model's precision.
+
+    The decoder reads earlier targets.
+    """
+    about = cast(SwitchTransformer, model)
+    decoder_inputs_BT = shift_right(
+        batch.targets_BT, batch.target_segments_BT, about.config.start_id
     )
+    with computing(about.precision, batch.inputs_BS.device):
+        output: ModelOutput = model(
+            batch.inputs_BS, decoder_inputs_BT, batch.input_segments_BS, batch.target_segments_BT
+        )
     return output
 
 

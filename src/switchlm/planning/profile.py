@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from switchlm.data.config import DataConfig
 from switchlm.errors import ConfigError
 from switchlm.model.config import ModelConfig
+from switchlm.model.precision import Precision
 from switchlm.model.transformer import Block, SwitchTransformer
 from switchlm.parallel.apply import float32_modules, split_tensors
 from switchlm.parallel.expert import shard_experts
 from switchlm.parallel.mesh import Mesh, MeshConfig
 from switchlm.planning.recorder import Bytes, Collective, CollectiveRecorder, MemoryRecorder
 from switchlm.planning.simulate import blank_batch, fake_model
-from switchlm.training.config import Precision
 from switchlm.training.step import backward, prepare_for_training
 
 STACKS = ("encoder", "decoder")
@@ -221,7 +221,7 @@ def trace(
         batch = blank_batch(data, rows)
         with MemoryRecorder(model) as memory, CollectiveRecorder(job) as recorder:
             recorded = _SegmentRecorder(model, memory, recorder)
-            backward(model, [batch], precision, job)
+            backward(model, [batch], job)
             recorded.mark("end")
         return tuple(recorded.segments())
 

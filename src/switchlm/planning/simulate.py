@@ -211,7 +211,6 @@ def measure_step(
             optimizer,
             batches,
             gradient_clip=training.gradient_clip,
-            precision=training.precision,
             mesh=mesh,
         )
     return memory.peak, tuple(recorder.collectives)

@@ -25,6 +25,7 @@ from switchlm.huggingface.init_from import init_from
 from switchlm.huggingface.load import load, save
 from switchlm.model import count
 from switchlm.model.config import ModelConfig
+from switchlm.model.precision import in_float32
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import gather_model
 from switchlm.parallel.mesh import Mesh, default_device, joined
@@ -76,18 +77,21 @@ class DistillationData:
             self.loader = self.examples.loader(config.finetune, tokenizer, seed, report)
 
     def measure(self, model: SwitchTransformer, mesh: Mesh) -> Result:
-        """Return the held-out `loss` of a model in nats per target token.
+        """Return the held-out `loss` of a model in nats per target token, in float32.
 
-        On tasks also `score` and `scores`, in per cent.
+        On tasks also `score` and `scores`, in per cent. A sharded student is gathered in every
+        process, which has room for the larger teacher.
         """
         settings, num_batches = self.config.finetune, self.config.run.training.evaluate_batches
-        if settings is None or self.examples is None:
-            share = self.loader.share(mesh.data_rank, mesh.data_size)
-            metrics = held_out_loss(model, share.held_out(num_batches), share.sources, mesh)
-            return {"loss": metrics["loss"]}
-        assert isinstance(self.loader, PairLoader)
-        score = make_scorer(settings, self.examples, self.loader, mesh, num_batches)
-        metrics = score(gather_model(model))
+        model = gather_model(model)
+        with in_float32(model):
+            if settings is None or self.examples is None:
+                share = self.loader.share(mesh.data_rank, mesh.data_size)
+                metrics = held_out_loss(model, share.held_out(num_batches), share.sources, mesh)
+                return {"loss": metrics["loss"]}
+            assert isinstance(self.loader, PairLoader)
+            score = make_scorer(settings, self.examples, self.loader, mesh, num_batches)
+            metrics = score(model)
         return {"loss": metrics.pop("evaluation_loss"), **metrics}
 
 

@@ -1,4 +1,4 @@
-"""Compare every layout of a number of processes with one process: equal losses and gradients.
+"""Compare every layout of a number of processes with one process: losses, gradients, evaluation.
 
 The model is the user's own, without noise and dropout; every `router.group_rows` rows share
 capacity and a balance loss, so that a step depends on the layout by rounding only.
@@ -23,16 +23,17 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from switchlm.data.batch import Batch
 from switchlm.errors import ConfigError, WorkerError
+from switchlm.evaluation.evaluator import held_out_loss
+from switchlm.model.precision import Precision
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.mesh import ALONE, Mesh, MeshConfig, layouts
 from switchlm.recipes.config import RunConfig
 from switchlm.recipes.pretrain import build_model
-from switchlm.training.config import Precision
 from switchlm.training.optimizer import build_optimizer, set_learning_rate
 from switchlm.training.step import prepare_for_training, training_step
 
 Tensors = dict[str, Tensor]
-# Allowed relative differences, by rounding, of the loss and of each gradient as a vector.
+# Allowed relative differences, by rounding, of losses and of each gradient as a vector.
 TOLERANCES = {"float32": (1e-5, 1e-4), "selective": (1e-3, 0.05), "bfloat16": (1e-3, 0.05)}
 
 
@@ -41,14 +42,16 @@ class LayoutResult:
     """How one layout compares with one process.
 
     loss: the largest relative difference of the losses of a step.
+    evaluation: the relative difference of the loss of another batch, evaluated after the steps.
     gradient: the largest relative difference of gradients, as vectors, in the first step.
     parameter: the parameter with that gradient.
     does_not_fit: why the layout is impossible for this model, else None.
-    equal: whether both differences are within rounding.
+    equal: whether all differences are within rounding.
     """
 
     mesh: MeshConfig
     loss: float = 0.0
+    evaluation: float = 0.0
     gradient: float = 0.0
     parameter: str = ""
     seconds: float = 0.0
@@ -59,7 +62,7 @@ class LayoutResult:
 def verify_parallel(
     config: RunConfig, num_processes: int, *, steps: int = 3, tokens: int = 48
 ) -> Iterator[LayoutResult]:
-    """Train a few steps in one process, then in every layout, and yield the comparisons.
+    """Train and evaluate in one process, then in every layout, and yield the comparisons.
 
     Batches are random, with 2 rows (or one group of rows) per process of up to `tokens` inputs. The
     processes run on GPUs if there are enough, else on CPUs over gloo.
@@ -158,16 +161,21 @@ def _every_layout(
 def _train(
     config: RunConfig, steps: int, rows: int, tokens: int, mesh: Mesh, device: torch.device
 ) -> Tensors:
-    """Return `losses` [steps, 3] and the full gradients of the first step by name, on the CPU."""
+    """Return `losses` [steps, 3], `evaluation`, and all gradients of the first step, on the CPU."""
     training = config.training
     model = build_model(config, mesh).to(device)
     prepare_for_training(model, training.precision, training.activation_checkpointing)
     optimizer = build_optimizer(model, training)
     set_learning_rate(optimizer, training.learning_rate)
     losses, gradients = [], {}
+
+    def share(number: int) -> Batch:
+        """Return this process's rows of a batch."""
+        return _local_rows(_batch(config, number, rows, tokens), mesh).to(device)
+
     for step in range(steps):
         batches = [
-            _local_rows(_batch(config, number, rows, tokens), mesh).to(device)
+            share(number)
             for number in range(step * training.accumulate, (step + 1) * training.accumulate)
         ]
         record = training_step(
@@ -175,13 +183,14 @@ def _train(
             optimizer,
             batches,
             gradient_clip=training.gradient_clip,
-            precision=training.precision,
             mesh=mesh,
         )
         losses.append(record.metrics[:3].cpu())
         if step == 0:
             gradients = _full_gradients(model)
-    return {"losses": torch.stack(losses), **gradients}
+    unseen = share(steps * training.accumulate)
+    loss = held_out_loss(model, [unseen], ["random"], mesh)["loss"]
+    return {"losses": torch.stack(losses), "evaluation": torch.tensor(loss), **gradients}
 
 
 def _batch(config: RunConfig, number: int, rows: int, tokens: int) -> Batch:
@@ -228,6 +237,7 @@ def compare(layout: MeshConfig, found: Tensors, reference: Tensors, precision: s
     """Compare the result of `_train` in a layout with that of one process."""
     differences = {name: _difference(tensor, reference[name]) for name, tensor in found.items()}
     loss = max(map(_difference, found["losses"].sum(1), reference["losses"].sum(1)))
+    evaluation = differences.pop("evaluation")
     del differences["losses"]
     parameter = max(differences, key=lambda name: differences[name])
     gradient = differences[parameter]
@@ -236,9 +246,12 @@ def compare(layout: MeshConfig, found: Tensors, reference: Tensors, precision: s
     return LayoutResult(
         mesh=layout,
         loss=loss,
+        evaluation=evaluation,
         gradient=gradient,
         parameter=parameter,
-        equal=same_names and loss <= loss_tolerance and gradient <= gradient_tolerance,
+        equal=same_names
+        and max(loss, evaluation) <= loss_tolerance
+        and gradient <= gradient_tolerance,
     )
 
 

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from switchlm.errors import ConfigError
-
-Precision = Literal["float32", "bfloat16", "selective"]
+from switchlm.model.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)

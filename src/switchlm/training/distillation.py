@@ -32,11 +32,11 @@ from torch.nn.functional import log_softmax
 from switchlm.data.batch import Batch, BatchSource
 from switchlm.errors import CheckpointError
 from switchlm.files import Report, building
+from switchlm.model.precision import Precision, set_precision
 from switchlm.model.routing import ModelOutput
 from switchlm.model.transformer import SwitchTransformer, forward_batch
 from switchlm.parallel.apply import full_logits
-from switchlm.training.config import Precision
-from switchlm.training.step import computing, set_router_dtype, target_cross_entropy
+from switchlm.training.step import target_cross_entropy
 
 FORMAT = 1
 REPORT_EVERY = 100  # batches
@@ -124,15 +124,14 @@ class Teacher:
     ) -> None:
         """top_k: keep the K most likely tokens for each target; None keeps all."""
         self.model = model.eval()
-        set_router_dtype(model, precision)
-        self.temperature, self.precision, self.top_k = temperature, precision, top_k
+        set_precision(model, precision)
+        self.temperature, self.top_k = temperature, top_k
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherBatch:
         """Return the batch with log-probabilities, on the teacher's device."""
         batch = batch.to(self.model.embedding.weight.device)
-        with computing(self.precision, batch.inputs_BS.device):
-            logits_BTV = forward_batch(self.model, batch).logits_BTV
+        logits_BTV = forward_batch(self.model, batch).logits_BTV
         log_probs_BTV = log_softmax(logits_BTV.float() / self.temperature, -1)
         if self.top_k is None:
             return TeacherBatch(**vars(batch), log_probs_BTK=log_probs_BTV)

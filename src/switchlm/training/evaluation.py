@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from switchlm.data.batch import Batch
 from switchlm.evaluation.diagnostics import diagnose
 from switchlm.evaluation.evaluator import held_out_loss
+from switchlm.model.precision import in_float32
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import gather_model
 from switchlm.parallel.mesh import ALONE, Mesh
@@ -90,7 +91,8 @@ class HeldOutLoss:
 class BestCheckpoint:
     """Keeps the model of the best score, and ends the run after `patience` (early stopping).
 
-    A sharded model is gathered in every process first.
+    A sharded model is gathered in every process first, and the model computes in float32, so that
+    its score is that of the saved model.
 
     score: returns the metrics of a model, `score` among them, higher is better.
     keep: called with every new best model; of equal scores the first is kept.
@@ -110,7 +112,8 @@ class BestCheckpoint:
     def evaluate(self, model: SwitchTransformer, step: int) -> EvaluationResult:
         """Return what `score` gives, and best_score and best_step so far."""
         model = gather_model(model)
-        metrics = self.score(model)
+        with in_float32(model):
+            metrics = self.score(model)
         score = float(metrics["score"])
         if self.best_score is None or score > self.best_score:
             self.keep(model)

@@ -8,11 +8,11 @@ from switchlm.errors import ConfigError
 from switchlm.kernels import select
 from switchlm.kernels.select import Choice, Implementation
 from switchlm.model.experts import FeedForwardExperts
+from switchlm.model.precision import computing
 from switchlm.model.switch import SwitchFeedForward, fused_switch_misfit
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.mesh import ALONE, Mesh
 from switchlm.training.config import TrainingConfig
-from switchlm.training.step import computing
 
 
 def choose_switch(

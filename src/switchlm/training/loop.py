@@ -208,7 +208,6 @@ class _Run:
             self.optimizer,
             [batch.to(self.device) for batch in parts],
             gradient_clip=config.gradient_clip,
-            precision=config.precision,
             mesh=self.mesh,
             objective=self.objective,
             num_tokens=num_tokens,

@@ -1,60 +1,38 @@
 """One optimisation step: loss, gradients, and an update that is skipped if they are not finite.
 
-The three precisions are those of Table 2 (section 2.4). Weights, gradients and the optimizer's
-state are float32 in all of them. The objective besides the routing losses is cross-entropy by
-default; `Distillation` is another.
+The objective besides the routing losses is cross-entropy by default; `Distillation` is another.
 
 Shapes: L Switch layers, E experts, B batch, T target, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from switchlm.data.batch import Batch
 from switchlm.data.order import mix
 from switchlm.model.losses import cross_entropy, routing_losses
+from switchlm.model.precision import Precision, set_precision
 from switchlm.model.router import Router
 from switchlm.model.routing import ModelOutput, Routing
 from switchlm.model.transformer import SwitchTransformer, forward_batch
 from switchlm.parallel.apply import align_gradients, loss_parallel_context, set_gradient_sync
 from switchlm.parallel.mesh import ALONE, Mesh
-from switchlm.training.config import Precision
 from switchlm.training.monitor import global_norm
-
-
-def set_router_dtype(model: nn.Module, precision: Precision) -> None:
-    """Let routers compute in bfloat16 if `precision` is `bfloat16`, else in float32."""
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    for module in model.modules():
-        if isinstance(module, Router):
-            module.dtype = dtype
 
 
 def prepare_for_training(
     model: SwitchTransformer, precision: Precision, activation_checkpointing: bool = False
 ) -> None:
-    """Set router dtype, activation checkpointing and training mode, in place."""
-    set_router_dtype(model, precision)
+    """Set precision, activation checkpointing and training mode, in place."""
+    set_precision(model, precision)
     model.encoder.activation_checkpointing = activation_checkpointing
     model.decoder.activation_checkpointing = activation_checkpointing
     model.train()
-
-
-def computing(precision: Precision, device: torch.device) -> AbstractContextManager:
-    """Return the context of a forward pass.
-
-    `float32`: everything in float32. `selective`: bfloat16, but routers in float32 (the paper's
-    choice). `bfloat16`: routers too, which diverged in the paper.
-    """
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 # The loss of a model's output on a batch, summed over the batch's targets: nats, a float32 scalar.
@@ -121,7 +99,6 @@ def training_step(
     batches: Sequence[Batch],
     *,
     gradient_clip: float | None = None,
-    precision: Precision = "float32",
     mesh: Mesh = ALONE,
     objective: Objective = target_cross_entropy,
     num_tokens: int = 0,
@@ -140,7 +117,7 @@ def training_step(
     and expert biases stay bitwise unchanged, on all processes.
     """
     optimizer.zero_grad(set_to_none=True)
-    losses, routing = backward(model, batches, precision, mesh, objective)
+    losses, routing = backward(model, batches, mesh, objective)
     with torch.no_grad():
         if mesh.is_distributed:
             align_gradients(model)
@@ -167,7 +144,6 @@ def training_step(
 def backward(
     model: SwitchTransformer,
     batches: Sequence[Batch],
-    precision: Precision,
     mesh: Mesh = ALONE,
     objective: Objective = target_cross_entropy,
 ) -> tuple[Tensor, tuple[Routings, ...]]:
@@ -182,8 +158,7 @@ def backward(
     routing: tuple[Routings, ...] = ()
     for number, batch in enumerate(batches, start=1):
         set_gradient_sync(model, number == len(batches))
-        with computing(precision, batch.inputs_BS.device):
-            output = forward_batch(model, batch)
+        output = forward_batch(model, batch)
         with loss_parallel_context(mesh):
             summed = objective(output, batch)
             balance, z_loss = routing_losses(output, model.config)
@@ -202,6 +177,8 @@ def update_expert_biases(
     if model.config.router.balance != "bias":
         return
     routers = [module for module in model.modules() if isinstance(module, Router)]
+    if not routers:  # a dense model
+        return
     for router, load_E in zip(routers, _loads(routing, mesh), strict=True):
         if router.weight.requires_grad:
             # Equal loads change no bias.

@@ -1,11 +1,12 @@
 import errno
 import fcntl
+import json
 import os
 
 import pytest
 
 from switchlm.errors import DataError
-from switchlm.files import building
+from switchlm.files import building, finite, to_json
 
 
 def names(folder):
@@ -111,3 +112,10 @@ def test_a_new_parent_folder_is_synced_too(tmp_path, monkeypatch):
     with building(tmp_path / "new" / "file", silent) as part:
         part.write_text("1")
     assert synced == [str(tmp_path), str(part), str(tmp_path / "new")]
+
+
+def test_json_has_null_for_what_it_lacks():
+    value = {"a": float("nan"), "b": [1.5, (float("inf"), -float("inf"))], "c": {"d": "NaN"}}
+    expected = {"a": None, "b": [1.5, [None, None]], "c": {"d": "NaN"}}
+    assert json.loads(to_json(value, indent=2)) == finite(value) == expected
+    assert to_json({"ä": 0.1}, ensure_ascii=False) == '{"ä": 0.1}'

@@ -38,6 +38,10 @@ class LostRankError(SwitchLMError):
     """Another process of the job died or hangs; the message names it."""
 
 
+class DivergedError(SwitchLMError):
+    """Training broke the weights; the message says what is left and what to try."""
+
+
 class WorkerError(SwitchLMError):
     """A child process ended too early."""
 

@@ -61,3 +61,11 @@ def test_a_child_that_fails_is_an_error(start_worker):
     worker.send("advance 2")
     with pytest.raises(WorkerError, match="ended with status 1"):
         list(worker.read_lines())
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_says_so_in_one_sentence(start_worker):
+    worker = start_worker("training.learning_rate=1e30", "training.warmup_steps=0")
+    worker.send("advance 100")
+    with pytest.raises(WorkerError, match=r"run' failed\. Training stopped at step"):
+        list(worker.read_lines())

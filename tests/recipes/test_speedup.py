@@ -26,6 +26,8 @@ def test_the_first_crossing_counts_even_if_the_loss_rises_again():
 def test_a_run_that_never_reaches_the_target_has_no_crossing():
     assert crossing([line(100, 1.0, 3.0), line(200, 2.0, 2.51)], target=2.5) is None
     assert crossing([], target=2.5) is None
+    assert crossing([line(100, 1.0, None), line(200, 2.0, 3.0)], target=2.5) is None
+    assert crossing([line(100, 1.0, 2.0)], target=None) is None
 
 
 def test_a_run_that_starts_below_the_target_crossed_at_its_first_evaluation():

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from switchlm.training.divergence import FailedSteps
 from switchlm.training.monitor import Averages
 
 
@@ -11,7 +12,7 @@ def metrics(loss: float, skipped: float = 0.0) -> torch.Tensor:
 
 
 def test_line_has_means_since_the_last_line():
-    averages = Averages()
+    averages = Averages(FailedSteps(24))
     for loss in (1.0, 2.0, 6.0):
         averages.add(metrics(loss))
     line = averages.line()
@@ -23,7 +24,7 @@ def test_line_has_means_since_the_last_line():
 
 
 def test_skipped_steps_are_counted_and_left_out():
-    averages = Averages()
+    averages = Averages(FailedSteps(24))
     averages.add(metrics(1.0))
     averages.add(metrics(float("nan"), skipped=1.0))
     averages.add(metrics(3.0))
@@ -32,7 +33,7 @@ def test_skipped_steps_are_counted_and_left_out():
 
 
 def test_a_line_of_skipped_steps_alone_is_still_json():
-    averages = Averages()
+    averages = Averages(FailedSteps(24))
     averages.add(metrics(float("inf"), skipped=1.0))
     line = averages.line()
     assert line["loss"] is None
@@ -40,14 +41,18 @@ def test_a_line_of_skipped_steps_alone_is_still_json():
 
 
 def test_spikes_are_counted():
-    averages = Averages()
+    averages = Averages(FailedSteps(24))
     for loss in [2.0] * 20 + [9.0] + [2.0] * 5:
         averages.add(metrics(loss))
     assert averages.line()["spikes"] == 1
 
 
 def test_state_in_mid_interval_gives_the_same_line():
-    whole, first, second = Averages(), Averages(), Averages()
+    whole, first, second = (
+        Averages(FailedSteps(24)),
+        Averages(FailedSteps(24)),
+        Averages(FailedSteps(24)),
+    )
     losses = torch.rand(30).tolist()
     for loss in losses:
         whole.add(metrics(loss))

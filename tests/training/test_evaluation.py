@@ -10,7 +10,15 @@ from switchlm.training.monitor import read_metrics
 from switchlm.training.run_folder import RunFolder
 
 CLOCK = {"seconds", "tokens_per_second"}
-MODEL = nn.Linear(1, 1)
+
+
+def small_model():
+    model = nn.Linear(1, 1)
+    model.precision = "float32"
+    return model
+
+
+MODEL = small_model()
 
 
 def scripted(*scores, patience=None):
@@ -43,7 +51,7 @@ def timeless(run):
 
 def test_it_keeps_the_first_of_the_best():
     evaluator, kept = scripted(0.5, 0.7, 0.7, 0.6)
-    models = [nn.Linear(1, 1) for _ in range(4)]
+    models = [small_model() for _ in range(4)]
     results = [evaluator.evaluate(model, step) for step, model in enumerate(models)]
     assert kept == models[:2]
     assert evaluator.state() == {"step": 1, "score": 0.7, "misses": 2}

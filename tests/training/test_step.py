@@ -42,8 +42,8 @@ def test_accumulation_equals_one_big_batch(build, loader):
     shorter[:, 2:] = 0
     batches[1] = dataclasses.replace(batches[1], target_segments_BT=shorter)
     parts, whole = build(router=QUIET), build(router=QUIET)
-    losses, _ = backward(parts, batches, "float32")
-    expected, _ = backward(whole, [joined(batches)], "float32")
+    losses, _ = backward(parts, batches)
+    expected, _ = backward(whole, [joined(batches)])
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-7)
     found = gradients_of(parts)
     for name, gradient in gradients_of(whole).items():
@@ -63,9 +63,9 @@ def test_padding_changes_neither_losses_nor_loads_nor_gradients(build, loader, m
         mode=mode, exploration="argmax", expert_capacity=3, balance_weight=1.0, z_weight=0.1
     )
     plain, padded = build(router=router), build(router=router)
-    losses, routing = backward(plain, [loader.batch(0)], "float32")
+    losses, routing = backward(plain, [loader.batch(0)])
     assert summarise_routing(routing).dropped_L.max() > 0
-    with_padding, its_routing = backward(padded, [widened(loader.batch(0), 50)], "float32")
+    with_padding, its_routing = backward(padded, [widened(loader.batch(0), 50)])
     torch.testing.assert_close(with_padding, losses)
     summaries = [vars(summarise_routing(found)) for found in (routing, its_routing)]
     torch.testing.assert_close(summaries[1], summaries[0])
@@ -77,7 +77,7 @@ def test_routing_losses_are_means_over_micro_batches(build, loader):
     router = RouterConfig(mode="hf", exploration="argmax", balance_weight=0.1, z_weight=0.01)
     batches = [loader.batch(0), loader.batch(1)]
     model = build(router=router)
-    losses, _ = backward(model, batches, "float32")
+    losses, _ = backward(model, batches)
     separate = []
     for batch in batches:
         output = model(
@@ -93,7 +93,7 @@ def test_routing_losses_are_means_over_micro_batches(build, loader):
 def test_the_loss_is_the_mean_over_targets(build, loader):
     batch = loader.batch(0)
     model = build(router=QUIET)
-    losses, _ = backward(model, [batch], "float32")
+    losses, _ = backward(model, [batch])
     logits = model(
         batch.inputs_BS,
         shift_right(batch.targets_BT, batch.target_segments_BT, 0),

@@ -1,7 +1,6 @@
 """switchlm compress: quantise weights, prune and merge experts, and measure the loss."""
 
 import dataclasses
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from switchlm.cli import options
 from switchlm.errors import ConfigError, DataError
+from switchlm.files import to_json
 
 if TYPE_CHECKING:
     from switchlm.data.pretraining.loader import Loader
@@ -154,7 +154,7 @@ def _present(
 ) -> None:
     if as_json:
         settings = dataclasses.asdict(plan)
-        typer.echo(json.dumps({"out": str(out), "plan": settings, **dataclasses.asdict(result)}))
+        typer.echo(to_json({"out": str(out), "plan": settings, **dataclasses.asdict(result)}))
         return
     first = result.steps[0]
     table = Table()

@@ -15,6 +15,7 @@ import typer
 
 from switchlm.cli import options
 from switchlm.errors import CheckpointError, ConfigError, DataError, SwitchLMError
+from switchlm.files import to_json
 
 CHECKED_TOKENS = 64
 
@@ -127,7 +128,7 @@ def export(
 def _print_json(out: Path, result: dict[str, Any]) -> None:
     """Print the result, the folder, and the size of each of its files."""
     files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
-    typer.echo(json.dumps({"out": str(out), **result, "files": files}))
+    typer.echo(to_json({"out": str(out), **result, "files": files}))
 
 
 def generate_exported(to: Target, folder: Path, prompt: list[int], text: str) -> list[int]:

@@ -1,6 +1,5 @@
 """switchlm evaluate: held-out loss by source, or the metrics of tasks, with 95% intervals."""
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from rich.table import Table
 from switchlm.cli import options
 from switchlm.cli.progress import counting
 from switchlm.errors import CheckpointError, ConfigError, DataError
+from switchlm.files import to_json
 
 if TYPE_CHECKING:
     from switchlm.data.tasks.task import Example, Task
@@ -238,7 +238,7 @@ def _score(
                             "prediction": prediction,
                             "references": example.references,
                         }
-                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                        file.write(to_json(line, ensure_ascii=False) + "\n")
             if len(work) > 1:
                 result[AVERAGE] = _average(result["tasks"])
             usage.print()
@@ -315,11 +315,11 @@ def _present(
     """Show one result, or several with their mean and standard deviation."""
     if len(results) == 1:
         if as_json:
-            typer.echo(json.dumps(results[0]))
+            typer.echo(to_json(results[0]))
         else:
             _show_one(estimates[0], notes)
     elif as_json:
-        typer.echo(json.dumps({"models": results, "summary": summarise(estimates)}))
+        typer.echo(to_json({"models": results, "summary": summarise(estimates)}))
     else:
         _show_several([result["model"] for result in results], estimates)
 

@@ -12,6 +12,7 @@ import typer
 from switchlm.cli import options
 from switchlm.cli.progress import counting
 from switchlm.errors import ConfigError, DataError
+from switchlm.files import to_json
 
 if TYPE_CHECKING:
     from switchlm.data.text.tokenizer import Tokenizer
@@ -126,7 +127,7 @@ def generate(
     if as_json:
         if expert_memory is not None:
             result["experts"] = usage.metrics(num_tokens)
-        typer.echo(json.dumps(result))
+        typer.echo(to_json(result))
         return
     if not stream:
         typer.echo(result["filled"] if fill else result["output"])
@@ -315,7 +316,7 @@ def _parse(line: str, file: str, number: int) -> Record:
 
 def write_results(records: Iterable[Record], file: str | None) -> None:
     """Write one JSON line per record, atomically to the file, or to standard output."""
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    lines = "".join(to_json(record, ensure_ascii=False) + "\n" for record in records)
     if file is None:
         typer.echo(lines, nl=False)
         return

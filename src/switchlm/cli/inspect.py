@@ -1,7 +1,6 @@
 """switchlm inspect: sizes, FLOPs and layers of a model; with text, its expert assignment."""
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +10,7 @@ from rich.text import Text
 
 from switchlm.cli import options
 from switchlm.errors import ConfigError
+from switchlm.files import to_json
 
 if TYPE_CHECKING:
     from switchlm.evaluation.routing import LayerRouting
@@ -71,7 +71,7 @@ def inspect(
         }
     if as_json:
         routing = {"routing": [dataclasses.asdict(layer) for layer in layers]} if layers else {}
-        typer.echo(json.dumps({"model": model or preset, **sizes, **routing}))
+        typer.echo(to_json({"model": model or preset, **sizes, **routing}))
         return
     console = Console()
     console.print(_size_table(sizes))

@@ -6,7 +6,6 @@ size, and show collectives in the same table.
 """
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from switchlm.cli import options
 from switchlm.cli.progress import plain_table
+from switchlm.files import to_json
 
 if TYPE_CHECKING:
     from switchlm.parallel.mesh import MeshConfig
@@ -85,7 +85,7 @@ def plan(
     with console.status(f"Planning the layouts of {cluster.num_gpus} GPUs"):
         found = recipe(run, cluster)
     if as_json:
-        typer.echo(json.dumps(_mapping(found)))
+        typer.echo(to_json(_mapping(found)))
     else:
         _print_plan(found, console, show)
     if not found.layouts:
@@ -135,7 +135,7 @@ def simulate(
             "planned_traffic": _traffic_mapping(planned.traffic),
             "seconds": found.seconds,
         }
-        typer.echo(json.dumps(metrics))
+        typer.echo(to_json(metrics))
         return
     mesh = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     console.print(
@@ -174,7 +174,7 @@ def verify_parallel(
             results.append(result)
             status.update(f"{len(results)} layouts done")
             if as_json:
-                typer.echo(json.dumps(dataclasses.asdict(result)))
+                typer.echo(to_json(dataclasses.asdict(result)))
     fitting = [result for result in results if result.does_not_fit is None]
     table = plain_table([], [*AXES, "loss", "evaluation", "gradient", "seconds"])
     table.add_column("")
@@ -317,7 +317,7 @@ def _design(run: "RunConfig", cluster: "Cluster", console: Console, as_json: boo
             {**vars(choice), "best": choice.best and _layout_mapping(choice.best)}
             for choice in choices
         ]
-        typer.echo(json.dumps({"choices": found}))
+        typer.echo(to_json({"choices": found}))
     elif fits:
         _print_choices(choices, console)
     else:

@@ -4,7 +4,6 @@ A run shows steps, losses, speed and the remaining time. SIGINT and SIGTERM fini
 save; the command then exits with the documented status.
 """
 
-import json
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +17,8 @@ from rich.live import Live
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
+
+from switchlm.files import to_json
 
 Event = dict[str, Any]
 SPARK = "▁▂▃▄▅▆▇█"
@@ -53,7 +54,7 @@ def follow(
         for event in progress.show(start(should_stop=should_stop, report=progress.show_phase)):
             last |= event
             if lines and as_json and is_main and "step" in event:
-                typer.echo(json.dumps(event))
+                typer.echo(to_json(event))
     return console, last
 
 
@@ -98,7 +99,7 @@ class Progress:
         elif "step" in event:
             name = event.get("run", "run")
             self.runs.setdefault(name, {}).update(event)
-            if "evaluation_loss" in event:
+            if event.get("evaluation_loss") is not None:
                 self.curves.setdefault(name, []).append(event["evaluation_loss"])
 
     def _draw(self) -> Group:

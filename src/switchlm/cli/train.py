@@ -12,6 +12,7 @@ from rich.table import Table
 from switchlm.cli import options
 from switchlm.cli.progress import follow
 from switchlm.errors import ConfigError
+from switchlm.files import to_json
 
 
 def pretrain(
@@ -180,7 +181,7 @@ def distill(
     if "result" not in last:
         return
     if as_json:
-        typer.echo(json.dumps(last["result"]))
+        typer.echo(to_json(last["result"]))
         return
     console.print(headline(last["result"]), style="bold", highlight=False)
     console.print(f"Model: {out / 'model'}   Report: {out / 'report.html'}")
@@ -244,7 +245,7 @@ def compare(
     )
     result = last["result"]
     if as_json:
-        typer.echo(json.dumps(result))
+        typer.echo(to_json(result))
         return
     table = Table()
     rows = recipe.result_table(result)

@@ -23,7 +23,7 @@ import yaml
 from switchlm.config import read_yaml
 from switchlm.data.pretraining.loader import Loader, open_data
 from switchlm.errors import ConfigError
-from switchlm.files import Report
+from switchlm.files import Report, to_json
 from switchlm.generation.answer import fill, put_into_blanks, read_spans
 from switchlm.huggingface.load import load
 from switchlm.model import count
@@ -127,7 +127,7 @@ def compare(
         yield {"phase": "evaluating and saving"}
         yield from _run_command(workers, "finish", together)
     result = _result(config, workers, loader)
-    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    text = to_json(result, indent=2) + "\n"
     out.joinpath("compare.json").write_text(text, encoding="utf-8")
     write_report(
         out / "report.html",
@@ -265,13 +265,17 @@ class Crossing:
     seconds: float
 
 
-def crossing(evaluations: Sequence[Line], target: float) -> Crossing | None:
+def crossing(evaluations: Sequence[Line], target: float | None) -> Crossing | None:
     """Return where the held-out loss first reached `target`, by linear interpolation, or None.
 
-    evaluations: lines with `step`, `seconds` and `evaluation_loss`, in order.
+    evaluations: lines with `step`, `seconds` and `evaluation_loss`, in order; lines without a loss,
+        which was not finite, are passed over.
+    target: None if it was not finite; no run reaches that.
     """
     before: Line | None = None
-    for line in evaluations:
+    for line in evaluations if target is not None else ():
+        if line["evaluation_loss"] is None:
+            continue
         if line["evaluation_loss"] <= target:
             if before is None:
                 return Crossing(step=line["step"], seconds=line["seconds"])

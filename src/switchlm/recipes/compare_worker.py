@@ -2,8 +2,8 @@
 
 Two models of this size share the cores best with one process each: their matmuls are too small to
 split. The parent writes `advance STEP` or `finish` to the child's standard input; the child writes
-JSON lines to its standard output, metrics first and `{"done": true}` last. The child stops at the
-end of its input, so it also stops when the parent dies.
+JSON lines to its standard output, metrics first and `{"done": true}` last, or `{"failed": why}`.
+The child stops at the end of its input, so it also stops when the parent dies.
 """
 
 import json
@@ -20,7 +20,8 @@ import torch
 from switchlm.config import read_yaml
 from switchlm.data.pretraining.loader import open_data
 from switchlm.data.text.tokenizer import Tokenizer
-from switchlm.errors import WorkerError
+from switchlm.errors import SwitchLMError, WorkerError
+from switchlm.files import to_json
 from switchlm.huggingface.load import save
 from switchlm.parallel.mesh import ALONE
 from switchlm.recipes.config import RunConfig, from_sections
@@ -68,6 +69,8 @@ class CompareWorker:
             line = json.loads(text)
             if line.get("done"):
                 return
+            if "failed" in line:
+                raise WorkerError(f"The run in {str(self.folder.root)!r} failed. {line['failed']}")
             self.metrics.append(line)
             yield line
         raise WorkerError(
@@ -100,7 +103,7 @@ def _serve(folder: RunFolder, commands: TextIO, output: TextIO) -> None:
     stopping = False
 
     def send(line: Event) -> None:
-        output.write(json.dumps(line) + "\n")
+        output.write(to_json(line) + "\n")
         output.flush()
 
     lines = train(
@@ -114,10 +117,14 @@ def _serve(folder: RunFolder, commands: TextIO, output: TextIO) -> None:
     for command in commands:
         word, *step = command.split()
         stopping = word == "finish"
-        for line in lines:
-            send(line)
-            if not stopping and "loss" in line and line["step"] >= int(step[0]):
-                break
+        try:
+            for line in lines:
+                send(line)
+                if not stopping and "loss" in line and line["step"] >= int(step[0]):
+                    break
+        except SwitchLMError as error:
+            send({"failed": str(error)})
+            return
         if stopping:
             save(model, loader.tokenizer, folder.model)
             record_routing(model, loader, loader.tokenizer, folder)

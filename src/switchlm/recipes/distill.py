@@ -5,7 +5,6 @@ that of the paper: the share of the teacher's gain over a dense model that the s
 how much smaller than the teacher it is.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from switchlm.data.tasks.loader import PairLoader
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.evaluation.routing import routing_statistics
-from switchlm.files import Report, replace_file
+from switchlm.files import Report, replace_file, to_json
 from switchlm.huggingface.init_from import init_from
 from switchlm.huggingface.load import load, save
 from switchlm.model import count
@@ -307,7 +306,7 @@ def distill(
         if not mesh.is_main:
             return
         result = summarise(config, teacher.config, metrics, folder)
-        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+        text = to_json(result, indent=2) + "\n"
         replace_file(out / RESULT, text.encode("utf-8"))
         write_report(
             folder.report,

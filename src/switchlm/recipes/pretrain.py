@@ -4,7 +4,6 @@ At its end a run records the expert assignment of held-out text in RUN/routing.j
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from switchlm.data.pretraining.loader import open_data
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import ConfigError, DataError
 from switchlm.evaluation.routing import routing_statistics
-from switchlm.files import Report, replace_file
+from switchlm.files import Report, replace_file, to_json
 from switchlm.huggingface.init_from import check_fit, init_from
 from switchlm.huggingface.load import save
 from switchlm.model.transformer import SwitchTransformer
@@ -66,7 +65,7 @@ def record_routing(
     layers = routing_statistics(model, batches, tokenizer, loader.sources, mesh=mesh)
     records = [dataclasses.asdict(layer) for layer in layers]
     if mesh.is_main:
-        replace_file(folder.routing, json.dumps(records).encode())
+        replace_file(folder.routing, to_json(records).encode())
     return records
 
 

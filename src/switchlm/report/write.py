@@ -7,7 +7,6 @@ page shows.
 Shapes: E experts shown, M sources (or classes), L layers.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from switchlm.files import replace_file
+from switchlm.files import replace_file, to_json
 
 Floats = NDArray[np.float64]
 Line = Mapping[str, Any]  # of metrics.jsonl
@@ -87,7 +86,7 @@ def write_report(
         "configuration": configuration,
     }
     # No "<" of the data may end or extend the script element that contains it.
-    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    text = to_json(data).replace("<", "\\u003c")
     replace_file(path, _page().replace("__DATA__", text).encode("utf-8"))
 
 

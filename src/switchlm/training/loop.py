@@ -5,7 +5,6 @@ and a checkpoint holds all other state. So a resumed run equals an uninterrupted
 a CPU.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -17,12 +16,13 @@ from torch.optim import Optimizer
 from switchlm.checkpoint.store import CheckpointStore
 from switchlm.data.batch import Batch, BatchSource
 from switchlm.errors import CheckpointError
-from switchlm.files import replace_file
+from switchlm.files import replace_file, to_json
 from switchlm.kernels.cpu.memory import keep_freed_memory
 from switchlm.model.switch import switch_layers
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.mesh import ALONE, Mesh
 from switchlm.training.config import KernelsConfig, TrainingConfig
+from switchlm.training.divergence import AT_THE_END, IN_A_ROW, FailedSteps, stop_diverged
 from switchlm.training.evaluation import Evaluator, HeldOutLoss
 from switchlm.training.kernel_choice import choose_switch
 from switchlm.training.monitor import Averages, HostCopy, Line, open_monitor
@@ -106,7 +106,8 @@ def train(
     kernels: chosen before the first step, see `choose_switch`; written to RUN/kernels.json.
 
     The run ends after `config.steps`, after `config.seconds`, or when `evaluator` or `should_stop`
-    ends it, with a last checkpoint and a last evaluation.
+    ends it, with a last checkpoint and a last evaluation. Raises DivergedError if many steps in a
+    row were skipped, or the last held-out loss is not finite (see divergence.py).
     """
     state = _Run(model, loader, config, run, should_stop, mesh, objective, evaluator, kernels)
     return state.lines(resume)
@@ -134,7 +135,7 @@ class _Run:
         self.optimizer: Optimizer = build_optimizer(model, config)
         self.progress = Progress()
         self.saved = (0, 0)  # step of the newest checkpoint, and of its last evaluation
-        self.averages = Averages()
+        self.averages = Averages(FailedSteps(model.config.vocabulary_size))
         self.logged = Progress()
         self.stop_requested = self.stop_agreed = False
         self.stop_requests: HostCopy | None = None
@@ -176,21 +177,27 @@ class _Run:
                 record = self._step(stream)
                 if self._due(config.log_every, at_end=True):
                     yield write(self._training_line(record))
-                if self.evaluator is not None and self._due(config.evaluate_every, at_end=True):
+                    self._check_failed_steps(IN_A_ROW)
+                if self.progress.step == config.steps:
+                    break
+                if self.evaluator is not None and self._due(config.evaluate_every):
                     yield write(self._evaluation_line(self.evaluator))
                 if self._due(config.checkpoint_every):
-                    self._save()
+                    self._save(most_failed=0)
             interrupted = self.mesh.any_rank(self.should_stop())
-            if interrupted:
-                self._save()  # before anything that takes time
+            if not interrupted:
+                self._check_failed_steps(min(AT_THE_END, max(self.progress.step // 2, 1)))
+            self._save()  # before anything that takes time, or may fail
             if (
                 self.evaluator is not None
                 and (self.evaluator.when_stopped or not interrupted)
                 and self.progress.evaluated != self.progress.step
             ):
-                yield write(self._evaluation_line(self.evaluator))
-            if not interrupted:
-                self._save()
+                line = write(self._evaluation_line(self.evaluator))
+                yield line
+                if not interrupted:
+                    self._check_evaluation(line)
+                    self._save()
 
     def _step(self, batches: Iterator[tuple[int, Batch]]) -> StepRecord:
         """Take one step and update the progress."""
@@ -227,7 +234,7 @@ class _Run:
         num_tokens = batch.inputs_BS.numel()
         choice = choose_switch(self.model, self.config, num_tokens, kernels.switch, self.mesh)
         if choice is not None and self.folder is not None and self.mesh.is_main:
-            replace_file(self.folder.kernels, json.dumps({"switch": vars(choice)}).encode())
+            replace_file(self.folder.kernels, to_json({"switch": vars(choice)}).encode())
 
     def _read_stop_requests(self, record: StepRecord) -> None:
         """Read the stop requests of the step before, which are on the host already.
@@ -287,6 +294,23 @@ class _Run:
         progress.evaluated, progress.stopped = progress.step, result.stop
         return {"step": progress.step, "seconds": progress.seconds, **result.metrics}
 
+    def _check_failed_steps(self, most: int) -> None:
+        """Raise DivergedError if the last `most` steps failed, or more."""
+        self._count_tokens()
+        failed = self.averages.failed
+        if failed.in_a_row >= most:
+            what = (
+                f"loss or gradients of the last {failed.in_a_row} steps were not finite, or the "
+                f"loss above {failed.worst:.0f}."
+            )
+            stop_diverged(what, self.progress.step, failed.in_a_row, self.store, self.config)
+
+    def _check_evaluation(self, line: Line) -> None:
+        """Raise DivergedError if the loss of the last evaluation is not finite."""
+        if line.get("evaluation_loss", 0.0) is None:
+            what = "the held-out loss is not finite."
+            stop_diverged(what, self.progress.step, 0, self.store, self.config)
+
     def _tensors(self) -> dict[str, Any]:
         """Return trainable parameters, buffers and optimizer state, to save or load in place."""
         frozen = {name for name, part in self.model.named_parameters() if not part.requires_grad}
@@ -296,12 +320,17 @@ class _Run:
             "optimizer": optimizer_state(self.model, self.optimizer),
         }
 
-    def _save(self) -> None:
-        """Save a checkpoint, unless there is one of this step and evaluation."""
+    def _save(self, most_failed: int = AT_THE_END - 1) -> None:
+        """Save a checkpoint, unless there is one of this step and evaluation.
+
+        most_failed: of the last steps; after more, the checkpoint might replace the last good one.
+        """
         point = (self.progress.step, self.progress.evaluated)
         if self.store is None or self.saved == point:
             return
         self._count_tokens()
+        if self.averages.failed.in_a_row > most_failed:
+            return
         progress = {
             "done": vars(self.progress),
             "logged": vars(self.logged),

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from switchlm import _torch
 from switchlm.errors import require
-from switchlm.files import replace_file
+from switchlm.files import finite, replace_file, to_json
 from switchlm.model.layers import local
 from switchlm.parallel.mesh import ALONE, Mesh
 from switchlm.training.config import TrainingConfig
+from switchlm.training.divergence import FailedSteps
 from switchlm.training.run_folder import RunFolder
 
 LARGE = 2**20  # elements; PyTorch takes the norm of a tensor in main memory on one thread
@@ -98,9 +99,12 @@ class Averages:
     """Sums the metrics of steps; skipped steps are counted, and left out of the means.
 
     Metrics stay tensors on the device (see StepRecord) until `fold` transfers them, all at once.
+
+    failed: counts every step, too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, failed: FailedSteps) -> None:
+        self.failed = failed
         self.pending: list[Tensor] = []
         self.sums = [0.0] * len(METRICS)
         self.counted = 0
@@ -119,6 +123,7 @@ class Averages:
             return
         for *values, skipped, tokens in torch.stack(self.pending).tolist():
             self.tokens += round(tokens)
+            self.failed.add(values[0], bool(skipped))
             if skipped:
                 self.skipped += 1
                 continue
@@ -152,6 +157,7 @@ class Averages:
             "skipped": self.skipped,
             "spikes": self.spikes,
             "detector": self.detector.state(),
+            "failed": self.failed.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -160,6 +166,7 @@ class Averages:
         self.sums, self.counted = list(state["sums"]), state["counted"]
         self.skipped, self.spikes = state["skipped"], state["spikes"]
         self.detector.restore(state["detector"])
+        self.failed.restore(state.get("failed", {}))
 
 
 class HostCopy:
@@ -188,7 +195,7 @@ Line = dict[str, Any]
 def open_monitor(
     run: RunFolder | None, config: TrainingConfig, resumed_at: int | None = None
 ) -> Iterator[Callable[[Line], Line]]:
-    """Yield a function that writes a line everywhere, and returns it.
+    """Yield a function that writes a line everywhere, and returns it; None is for NaN.
 
     run: None writes nothing.
     resumed_at: the step of the checkpoint of a resumed run. In TensorBoard new lines replace those
@@ -200,15 +207,14 @@ def open_monitor(
             run.create()
             # Unbuffered: every line is one write.
             file = opened.enter_context(run.metrics.open("ab", buffering=0))
-            writers.append(
-                lambda line: file.write((json.dumps(line, allow_nan=False) + "\n").encode())
-            )
+            writers.append(lambda line: file.write((to_json(line) + "\n").encode()))
         if run is not None and config.tensorboard:
             writers.append(opened.enter_context(_tensorboard(run.tensorboard, resumed_at)))
         if run is not None and config.wandb is not None:
             writers.append(opened.enter_context(_wandb(run, config.wandb)))
 
         def write(line: Line) -> Line:
+            line = finite(line)
             for writer in writers:
                 writer(line)
             return line

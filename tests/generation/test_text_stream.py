@@ -142,5 +142,5 @@ def test_only_the_space_before_the_first_word_is_dropped_as_in_sentencepiece():
     tokenizer = Tokenizer(backend)
     tokens = [3, 4, tokenizer.sentinel_ids[0], *[3, 4] * 60]
     found, _ = pieces(tokenizer, tokens)
-    assert found[:4] == ["a", " b", "<extra_id_0>", "a"]
+    assert found[:4] == ["a", " b", "<extra_id_0>", " a"]
     assert "".join(found) == tokenizer.decode(tokens)

@@ -112,7 +112,8 @@ def export(
         formats.write_programs(loaded, tokenizer, out, to.value, capacity_factor=capacity_factor)
     result: dict[str, Any] = {"to": to.value}
     if check is not None:
-        theirs = generate_exported(to, out, [*tokenizer.encode(check), loaded.config.end_id], check)
+        prompt = tokenizer.complete(tokenizer.encode(check), loaded.config.end_id)
+        theirs = generate_exported(to, out, prompt, check)
         result |= {
             "tokens": len(theirs),
             "output": check_same_tokens(loaded, tokenizer, check, theirs),
@@ -148,7 +149,7 @@ def check_same_tokens(model: Any, tokenizer: Any, text: str, theirs: list[int]) 
 
     from switchlm.generation.decode import generate
 
-    prompt = [*tokenizer.encode(text), model.config.end_id]
+    prompt = tokenizer.complete(tokenizer.encode(text), model.config.end_id)
     generated = generate(model, torch.tensor([prompt]), max_new_tokens=CHECKED_TOKENS)
     ours = generated.rows(model.config.end_ids)[0]
     if ours != theirs:

@@ -21,7 +21,7 @@ from torch import Tensor
 from switchlm.data.batch import Batch
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.generation.decode import evaluation_mode
-from switchlm.generation.text_stream import LONGEST_CHARACTER, REPLACEMENT
+from switchlm.generation.text_stream import LONGEST_CHARACTER, REPLACEMENT, name_of
 from switchlm.model.routing import Routing
 from switchlm.model.switch import switch_layers
 from switchlm.model.transformer import SwitchTransformer, forward_batch, shift_right
@@ -98,8 +98,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def _text(tokenizer: Tokenizer, token: int) -> str:
-    named = {tokenizer.pad_id: "<pad>", tokenizer.end_id: "</s>"}
-    return named.get(token) or tokenizer.decode([token]) or f"<id {token}>"
+    return tokenizer.decode([token]) or name_of(token, tokenizer)
 
 
 def token_class(text: str, before: str = "", marked: bool = False) -> str:

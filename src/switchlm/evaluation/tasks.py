@@ -4,7 +4,7 @@ Shapes: B batch, S source, T target, D d_model, N examples.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from switchlm.data.tasks.loader import encode_texts
+from switchlm.data.tasks.round_trip import comparable
 from switchlm.data.tasks.task import Example, Task
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import ConfigError
@@ -62,6 +63,7 @@ def score_task(
     max_new_tokens: int | None = None,
     batch_size: int = 32,
     rank_labels: bool = False,
+    skip_special: bool = False,
     resamples: int = RESAMPLES,
     report: Callable[[int], None] = lambda done: None,
     mesh: Mesh = ALONE,
@@ -71,6 +73,7 @@ def score_task(
     input_length: tokens; longer inputs are truncated at the end, as in training.
     max_new_tokens: the end token included; None: the length of the longest reference.
     rank_labels: predict the most probable of the task's labels instead of generating.
+    skip_special: leave special tokens, such as sentinels, out of the answers.
     report: called with the number of examples done.
     mesh: of the processes that each call this with the same unsharded model; each evaluates a part
         of the examples, and all return the score of all.
@@ -98,7 +101,8 @@ def score_task(
             output = generate(model, inputs_BS, segments_BS, max_new_tokens=max_new_tokens or 1)
             unfinished += int((~output.finished_B).sum())
             rows = output.rows(model.config.end_ids)
-            answers = [tokenizer.decode(row, keep_sentinels=False).strip() for row in rows]
+            decoded = tokenizer.decode_all(rows, skip_special=skip_special)
+            answers = [answer.strip() for answer in decoded]
         answer_of |= zip(chosen, answers, strict=True)
         report(len(answer_of))
     parts = mesh.gather((answer_of, unfinished))
@@ -106,11 +110,27 @@ def score_task(
     predictions = tuple(all_answers[place] for place in range(len(examples)))
     return TaskScore(
         task=task.name,
-        metrics=measure(task.metrics, predictions, examples, task.labels, resamples=resamples),
+        metrics=_measure(task, predictions, examples, tokenizer, resamples),
         predictions=predictions,
         truncated_inputs=truncated,
         unfinished=sum(number for _, number in parts),
     )
+
+
+def _measure(
+    task: Task,
+    predictions: Sequence[str],
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    resamples: int,
+) -> dict[str, Interval]:
+    """Compute the metrics, whatever the white space around added tokens, which is not encoded."""
+    written = [
+        replace(e, references=tuple(comparable(text, tokenizer) for text in e.references))
+        for e in examples
+    ]
+    answers = [comparable(answer, tokenizer) for answer in predictions]
+    return measure(task.metrics, answers, written, task.labels, resamples=resamples)
 
 
 def label_losses(

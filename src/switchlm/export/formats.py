@@ -200,6 +200,8 @@ def _describe(
         "start_id": config.first_id,
         "end_ids": list(config.end_ids),
         "end_id": config.end_id,
+        "before": list(tokenizer.before),
+        "after": [*tokenizer.after, config.end_id],
         "vocabulary": config.vocabulary_size,
     }
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -245,7 +247,8 @@ import numpy as np
 encode, step = {run}("{form.files[0]}"), {run}("{form.files[1]}")
 tokenizer = Tokenizer.from_file("tokenizer.json")
 about = json.load(open("{ABOUT}"))
-prompt = tokenizer.encode("TEXT", add_special_tokens=False).ids + [about["end_id"]]
+ids = tokenizer.encode("TEXT", add_special_tokens=False).ids
+prompt = about["before"] + ids + about["after"]
 print(tokenizer.decode(greedy(encode, step, prompt, about, 64), skip_special_tokens=False))
 ```
 """

@@ -11,6 +11,7 @@ padded batch with others. A model pre-trained by span corruption can fill blanks
 import re
 from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -211,14 +212,14 @@ def best_answers(
 def _prompts(
     model: SwitchTransformer, tokenizer: Tokenizer, texts: Sequence[str]
 ) -> list[list[int]]:
-    """Return the tokens of each text and the end token. Raises DataError for an empty text."""
+    """Return the tokens of each text, completed. Raises DataError for an empty text."""
     prompts = []
     for number, text in enumerate(texts, 1):
         ids = tokenizer.encode(text)
         if not ids:
             which = "The text" if len(texts) == 1 else f"Text {number}"
             raise DataError(f"{which} is empty: there is nothing to generate from.")
-        prompts.append([*ids, model.config.end_id])
+        prompts.append(tokenizer.complete(ids, model.config.end_id))
     return prompts
 
 
@@ -230,23 +231,18 @@ def read_spans(
     length: how many characters of the decoded output to read; None: all.
     """
     blank_of = {sentinel: number for number, sentinel in enumerate(tokenizer.sentinel_ids)}
-    runs: list[tuple[int | None, list[int]]] = [(None, [])]  # the first is before any sentinel
-    for token in output:
-        if token in blank_of:
-            runs.append((blank_of[token], []))
-        else:
-            runs[-1][1].append(token)
+    if length is not None and length >= len(tokenizer.decode(output)):
+        length = None
+    starts = [place for place, token in enumerate(output) if token in blank_of]
     spans: dict[int, str] = {}
-    remaining = len(tokenizer.decode(output)) if length is None else length
-    for number, tokens in runs:
-        if number is not None:
-            remaining -= len(tokenizer.decode([tokenizer.sentinel_ids[number]]))
-            if remaining < 0:
+    for start, end in pairwise([*starts, len(output)]):
+        text = tokenizer.decode(output[start + 1 : end])
+        if length is not None:
+            if len(tokenizer.decode(output[: start + 1])) > length:
                 break  # a stop string ended the output within the sentinel
-        text = tokenizer.decode(tokens)[:remaining]
-        remaining -= len(text)
-        if number is not None:
-            spans.setdefault(number, text)
+            beyond = max(0, len(tokenizer.decode(output[:end])) - length)
+            text = text[: max(0, len(text) - beyond)]
+        spans.setdefault(blank_of[output[start]], text)
     return spans
 
 
@@ -270,10 +266,10 @@ def count_blanks(text: str, tokenizer: Tokenizer) -> int:
             "The text has no blank to fill. Write <extra_id_0>, <extra_id_1>, ... where the model "
             "is to insert text."
         )
-    if max(numbers) >= len(tokenizer.sentinel_ids):
+    if max(numbers) >= (known := len(tokenizer.sentinel_ids)):
+        has = f"only <extra_id_0> to <extra_id_{known - 1}>" if known else "no sentinels"
         raise DataError(
-            f"The text has the blank <extra_id_{max(numbers)}>, but this tokenizer has only "
-            f"<extra_id_0> to <extra_id_{len(tokenizer.sentinel_ids) - 1}>."
+            f"The text has the blank <extra_id_{max(numbers)}>, but this tokenizer has {has}."
         )
     return len(numbers)
 

@@ -16,7 +16,7 @@ from switchlm.generation.decode import (
     evaluation_mode,
     generate,
 )
-from switchlm.generation.text_stream import texts_of_tokens, tokens_of_text
+from switchlm.generation.text_stream import name_of, texts_of_tokens, tokens_of_text
 from switchlm.model.router import Router
 from switchlm.model.routing import Routing
 from switchlm.model.transformer import Stack, SwitchTransformer
@@ -76,8 +76,8 @@ def route(
     enforce_capacity: drop tokens beyond the configured capacity for evaluation, with all of the
         output in one batch, as in training; false: drop none, as in serving.
 
-    The encoder's tokens are the text and `</s>`; the decoder's are the start token and the
-    output: inputs, not predictions.
+    The encoder's tokens are the text and `</s>`, and what else the tokenizer puts around a text;
+    the decoder's are the start token and the output: inputs, not predictions.
 
     Raises DataError for an empty text, and for tokens that the model's vocabulary lacks.
     """
@@ -87,7 +87,11 @@ def route(
         raise DataError("The text is empty: there is nothing to route.")
     check_vocabulary(max(source_ids), config.vocabulary_size)
     device = model.embedding.weight.device
-    inputs_BS = torch.tensor([[*source_ids, config.end_id]], device=device)
+    completed = tokenizer.complete(source_ids, config.end_id)
+    names = [name_of(token, tokenizer) for token in (*tokenizer.before, *tokenizer.after)]
+    before = len(tokenizer.before)
+    source_texts = [*names[:before], *source_texts, *names[before:], "</s>"]
+    inputs_BS = torch.tensor([completed], device=device)
     start_id = config.start_id
     if output is None:
         start_id = config.first_id
@@ -110,8 +114,8 @@ def route(
     return RoutedText(
         num_experts=config.num_experts,
         encoder=RoutedTokens(
-            tokens=[*source_texts, "</s>"],
-            layers=_layers(model.encoder, routed.encoder_routing, len(source_ids) + 1),
+            tokens=source_texts,
+            layers=_layers(model.encoder, routed.encoder_routing, len(completed)),
         ),
         decoder=RoutedTokens(
             tokens=[*texts_of_tokens([start_id], tokenizer), *target_texts],

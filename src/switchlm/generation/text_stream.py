@@ -8,8 +8,9 @@
     print(stream.finish())
 
 The pieces joined are `tokenizer.decode` of all tokens, up to the stop string, which may span
-tokens. Text that the next token may change is withheld: an incomplete character, or the beginning
-of a stop string. Invalid bytes decode to U+FFFD, as in `tokenizer.decode`.
+tokens. Text that the next token may change is withheld: an incomplete character, the beginning of
+a stop string, or a space that decoding may remove. Invalid bytes decode to U+FFFD, as in
+`tokenizer.decode`.
 
 `tokens_of_text` and `texts_of_tokens` return the text of every token; of a character of several
 byte tokens, the first has the text and the others are empty.
@@ -41,41 +42,31 @@ class TextStream:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
-        self._skipped = {tokenizer.pad_id, tokenizer.end_id}
-        self._sentinels = set(tokenizer.sentinel_ids)
-        self._run: list[int] = []  # ordinary tokens since the last sentinel, or the last of them
+        self._run: list[int] = []  # the tokens, or the last of them
         self._taken = 0  # characters of the run's text already passed to _release
         self._held = ""  # the possible beginning of a stop string
 
     def push(self, token: int) -> str:
         """Add a token; return the text that can no longer change, which may be empty."""
-        if self.stopped or token in self._skipped:
+        if self.stopped or token in self._tokenizer.outer_ids:
             return ""
-        if token in self._sentinels:
-            # A run of ordinary tokens is decoded separately, as in Tokenizer.decode.
-            new = self._end_run() + self._tokenizer.decode([token])
-        else:
-            self._run.append(token)
-            text = self._tokenizer.decode(self._run)
-            certain = len(text.rstrip(REPLACEMENT))
-            new = text[self._taken : certain]
-            self._taken = max(self._taken, certain)
-            if len(self._run) > _LONGEST_RUN and self._taken == len(text):
-                self._shorten(text)
+        self._run.append(token)
+        text = self._tokenizer.decode(self._run)
+        rewritten = max((_overlap(text, found) for found in self._tokenizer.rewrites), default=0)
+        certain = min(len(text.rstrip(REPLACEMENT)), len(text) - rewritten)
+        new = text[self._taken : certain]
+        self._taken = max(self._taken, certain)
+        if len(self._run) > _LONGEST_RUN and self._taken == len(text):
+            self._shorten(text)
         return self._release(new)
 
     def finish(self) -> str:
         """Return the rest, incomplete characters included; call it after the last token."""
         if self.stopped:
             return ""
-        rest = self._release(self._end_run())
-        rest, self._held = rest + self._held, ""
+        rest = self._release(self._tokenizer.decode(self._run)[self._taken :])
+        rest, self._run, self._taken, self._held = rest + self._held, [], 0, ""
         return rest
-
-    def _end_run(self) -> str:
-        text = self._tokenizer.decode(self._run)[self._taken :]
-        self._run, self._taken = [], 0
-        return text
 
     def _shorten(self, text: str) -> None:
         """Keep the fewest of the last tokens that decode to the end of the text."""
@@ -116,9 +107,8 @@ def tokens_of_text(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[str
     token's text. Raises DataError for text that is not valid Unicode.
     """
     ids = tokenizer.encode(text)
-    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
     texts, seen = [], 0
-    for _, end in encoding.offsets:
+    for _, end in tokenizer.encoding(text).offsets:
         end = max(seen, end)
         texts.append(text[seen:end])
         seen = end
@@ -130,19 +120,19 @@ def tokens_of_text(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[str
 def texts_of_tokens(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     """Return the text of each token; joined they are `tokenizer.decode(ids)`.
 
-    Except for padding and end tokens, which are shown as <pad> and </s>.
+    Except for padding, the end token and others around a text, which are shown by their names.
     """
+    plain = iter(_plain_texts([i for i in ids if i not in tokenizer.outer_ids], tokenizer))
+    return [
+        name_of(number, tokenizer) if number in tokenizer.outer_ids else next(plain)
+        for number in ids
+    ]
+
+
+def name_of(number: int, tokenizer: Tokenizer) -> str:
+    """Return the name by which a token that has no text is shown."""
     named = {tokenizer.pad_id: "<pad>", tokenizer.end_id: "</s>"}
-    named |= {number: tokenizer.decode([number]) for number in tokenizer.sentinel_ids}
-    texts: list[str] = []
-    plain: list[int] = []
-    for number in ids:
-        if number in named:
-            texts += [*_plain_texts(plain, tokenizer), named[number]]
-            plain = []
-        else:
-            plain.append(number)
-    return texts + _plain_texts(plain, tokenizer)
+    return named.get(number) or tokenizer.backend.id_to_token(number) or f"<id {number}>"
 
 
 def _plain_texts(ids: list[int], tokenizer: Tokenizer) -> list[str]:

@@ -46,9 +46,8 @@ from switchlm.model.transformer import SwitchTransformer
 if TYPE_CHECKING:
     from switchlm.data.text.tokenizer import Tokenizer
 
-TOKENIZER = "tokenizer.json"
 DOWN = ".feedforward.down.weight"  # of dense layers
-OTHER_TOKENIZERS = ("spiece.model", "vocab.json")
+OTHER_TOKENIZERS = ("vocab.json", "vocab.txt")
 
 
 def load(
@@ -237,16 +236,24 @@ def _warn(message: str) -> None:
 
 def _tokenizer(saved: "_SavedModel", report: Report) -> "Tokenizer | None":
     """Return the tokenizer of a folder, with the vocabulary and special tokens of its model."""
-    folder, config = saved.folder, saved.config
-    if not (folder / TOKENIZER).exists():
-        for other in OTHER_TOKENIZERS:
-            if (folder / other).exists():
-                report(f"{other} is not supported, only {TOKENIZER}; loading without tokenizer.")
-        return None
     from switchlm.data.text.tokenizer import Tokenizer, Vocabulary
+    from switchlm.data.text.tokenizer_files import FILES, has_tokenizer
 
-    ids = Vocabulary(size=config.vocabulary_size, pad_id=config.pad_id, end_id=config.end_id)
-    return Tokenizer.load(inside(folder, TOKENIZER), ids)
+    folder, config = saved.folder, saved.config
+    for name in FILES:
+        if (folder / name).exists():
+            inside(folder, name)
+    if has_tokenizer(folder):
+        ids = Vocabulary(size=config.vocabulary_size, pad_id=config.pad_id, end_id=config.end_id)
+        # None are added, so that a text has the ids that it has in transformers.
+        return Tokenizer.load(folder, ids, num_sentinels=0)
+    for other in OTHER_TOKENIZERS:
+        if (folder / other).exists():
+            report(
+                f"{other} is not supported, only tokenizer.json and spiece.model; loading without "
+                "tokenizer."
+            )
+    return None
 
 
 class _SavedModel(NamedTuple):

@@ -225,7 +225,7 @@ class _Interface:
         ]
 
     def _prompt(self, text: str) -> tuple[int, ...]:
-        """Return the tokens of a prompt and the end token.
+        """Return the tokens of a prompt, completed by the end token.
 
         Raises DataError for a prompt that is empty or too long.
         """
@@ -239,7 +239,7 @@ class _Interface:
                 f"{engine.max_source - 1:,}."
             )
         check_vocabulary(max(ids), engine.model.config.vocabulary_size)
-        return (*ids, engine.model.config.end_id)
+        return tuple(engine.tokenizer.complete(ids, engine.model.config.end_id))
 
     def _events(self, requests: list[EngineRequest]) -> Numbered:
         """Yield the events of the engine; one bridge to the server's event loop serves all."""

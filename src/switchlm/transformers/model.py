@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from switchlm._torch import IncompatibleKeys
 from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer_files import TOKENIZER
 from switchlm.errors import CheckpointError, ConfigError
 from switchlm.generation.decode import dropless
 from switchlm.huggingface import load
@@ -127,7 +128,7 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
             written = Path(partial) / "model"
-            own = (folder / load.TOKENIZER).is_file()
+            own = (folder / TOKENIZER).is_file()
             load.save(self.model, None if own else self.tokenizer, written)
             self.generation_config.save_pretrained(written)
             for old in folder.glob("model*.safetensors*"):

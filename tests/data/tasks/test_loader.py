@@ -126,9 +126,16 @@ def test_long_targets_are_refused_or_cut_and_counted():
     assert {target for _, target in texts(data.batch(0))} == {"y" * 7, "z" * 7}
 
 
-def test_an_end_token_spelt_out_in_a_text_is_text():
-    tasks = {"a": [example("a</s>b", "</s>")]}
-    assert texts(loader(tasks, batch_size=1).batch(0)) == [("a</s>b", "</s>")]
+def test_added_tokens_in_a_text_are_their_ids_and_an_end_token_is_reported():
+    tasks = {"a": [example("a<extra_id_0>b", "<extra_id_0>c</s>d")]}
+    lines = []
+    batch = loader(tasks, batch_size=1, report=lines.append).batch(0)
+    first, end = BYTES.sentinel_ids[0], BYTES.end_id
+    inputs, targets = batch.inputs_BS[0].tolist(), batch.targets_BT[0].tolist()
+    assert inputs[:4] == [3 + ord("a"), first, 3 + ord("b"), end]
+    assert targets[:5] == [first, 3 + ord("c"), end, 3 + ord("d"), end]
+    assert "1 of 1 targets cannot be written" in lines[1]
+    assert "1 targets hold the end token" in lines[1]
 
 
 def test_held_out_batches_take_turns_and_are_the_same_for_every_seed():

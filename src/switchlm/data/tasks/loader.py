@@ -15,6 +15,7 @@ from switchlm.data.batch import Batch, StepLoader, pad_rows, padded_length
 from switchlm.data.order import Int64, Mixture, probabilities
 from switchlm.data.pretraining.rows import pack as pack_examples
 from switchlm.data.pretraining.rows import shuffle
+from switchlm.data.tasks.round_trip import describe_losses
 from switchlm.data.tasks.task import Example
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import DataError, nearest
@@ -81,6 +82,8 @@ class PairLoader(StepLoader):
         }
         for part, share in zip(self._parts, shares_S, strict=True):
             report(part.describe(share))
+            if part.losses is not None:
+                report(part.losses)
 
     def make(self, sample_B: Int64, share: slice) -> Batch:
         source_B, index_B = self._mixture.assign(sample_B)
@@ -170,7 +173,7 @@ class TokenPairs:
             [example.target for example in examples], tokenizer, target_length
         )
         if cut_targets and long_targets == "refuse":
-            lengths = [len(tokenizer.encode_plain([e.target])[0]) + 1 for e in examples]
+            lengths = [len(tokenizer.complete(tokenizer.encode(e.target))) for e in examples]
             longest = int(np.argmax(lengths))
             raise DataError(
                 f"{cut_targets:,} of {len(examples):,} targets of the task {name!r} are "
@@ -189,6 +192,10 @@ class TokenPairs:
         input_length_E = np.array([len(ids) for ids in self._inputs])
         target_length_E = np.array([len(ids) for ids in self._targets])
         self.num_tokens = int(input_length_E.sum() + target_length_E.sum())
+        texts = [example.target for example in examples]
+        self.losses = describe_losses(
+            name, texts, self._inputs, self._targets, tokenizer, target_length
+        )
         self._order_E = np.arange(len(examples))
         self._first_N = np.arange(len(examples) + 1)
         if pack:
@@ -215,11 +222,15 @@ class TokenPairs:
 def encode_texts(
     texts: Sequence[str], tokenizer: Tokenizer, length: int
 ) -> tuple[list[Int64], int]:
-    """Return ids with the end token, at most `length`, and the number of truncated texts."""
+    """Return completed ids, at most `length`, and the number of truncated texts.
+
+    Added tokens in a text are their ids, as in generation: `</s>` too, where an output would end.
+    """
+    room = max(0, length - len(tokenizer.complete([])))
     found: list[Int64] = []
     cut = 0
     for start in range(0, len(texts), _CHUNK):
-        for ids in tokenizer.encode_plain(texts[start : start + _CHUNK]):
-            cut += len(ids) >= length
-            found.append(np.append(ids[: length - 1], tokenizer.end_id))
+        for ids in tokenizer.encode_all(texts[start : start + _CHUNK]):
+            cut += len(ids) > room
+            found.append(np.array(tokenizer.complete(ids[:room]), dtype=np.int64))
     return found, cut

@@ -1,13 +1,14 @@
-"""The tokenizer: wraps a `tokenizers.Tokenizer`, and adds T5's special tokens.
+"""The tokenizer: wraps a `tokenizers.Tokenizer`, with T5's special tokens.
 
-In tokenizers made here padding is 0 and the end token 1; sentinels `<extra_id_0>`, `<extra_id_1>`,
-... count down from the highest id. The vocabulary size is rounded up to a multiple of 128.
+A text is encoded and decoded as transformers' AutoTokenizer does. In tokenizers made here padding
+is 0 and the end token 1; sentinels `<extra_id_0>`, `<extra_id_1>`, ... count down from the highest
+id. The vocabulary size is rounded up to a multiple of 128.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -15,19 +16,31 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken
 
-from switchlm.data.config import LARGEST_VOCABULARY
 from switchlm.data.order import Int64
+from switchlm.data.text import tokenizer_files
+from switchlm.data.text.byte_level import (
+    END,
+    PAD,
+    UNKNOWN,
+    byte_symbols,
+    bytes_backend,
+    encode_bytes,
+    is_byte_model,
+)
+from switchlm.data.text.tokenizer_files import SavedTokenizer
+from switchlm.data.text.tokenizer_limits import library
 from switchlm.errors import DataError
 
-PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 NUM_SENTINELS = 100
 MULTIPLE = 128
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_FIRST_BYTE = 3  # after the three special tokens, as in ByT5
 _PADS = (PAD, "[PAD]", "<|pad|>")
 _ENDS = (END, "<eos>", "<|endoftext|>", "<|end_of_text|>", "[SEP]")
+_UNKNOWNS = (UNKNOWN, "[UNK]")
+# What transformers' clean_up_tokenization_spaces replaces, in this order.
+_CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 def sentinel(index: int) -> str:
@@ -45,27 +58,40 @@ class Vocabulary:
 
 
 class Tokenizer:
-    """Encodes and decodes; `backend` is the Hugging Face tokenizer behind it."""
+    """Encodes and decodes.
+
+    backend: the Hugging Face tokenizer behind it.
+    sentinel_ids: by their number; mT5's are pieces of its vocabulary.
+    unknown_id: the id of text that the vocabulary lacks; None if there is none.
+    before, after: ids around a text, see `complete`, without the end token.
+    outer_ids: those and padding, which are no part of a text.
+    added_names: matches the added tokens in a text.
+    rewrites: texts that lose their outer spaces when decoded, in this order.
+    """
 
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
         num_sentinels: int = NUM_SENTINELS,
         vocabulary: Vocabulary | None = None,
+        saved: SavedTokenizer | None = None,
     ) -> None:
         """Wrap `backend`; adds padding, end token and sentinels if it has none.
 
         vocabulary: that of the model, whose ids count, and into which added sentinels have to fit.
+        saved: the special tokens that its files name.
 
         Raises DataError for tokens beyond that vocabulary.
         """
         self.backend = backend
         self.backend.no_padding()
         self.backend.no_truncation()
-        self._vocabulary = vocabulary
+        names = {} if saved is None else saved.names
+        self.rewrites = _CLEANED if saved is not None and saved.cleans_up else ()
+        self._vocabulary, self._ends = vocabulary, _named(names, "eos_token", _ENDS)
         if vocabulary is None:
-            self.pad_id = self._find_or_add(_PADS)
-            self.end_id = self._find_or_add(_ENDS)
+            self.pad_id = self._find_or_add(_named(names, "pad_token", _PADS))
+            self.end_id = self._find_or_add(self._ends)
         else:
             self.pad_id, self.end_id = vocabulary.pad_id, vocabulary.end_id
             room = vocabulary.size - 1 - _highest_id(backend)
@@ -76,77 +102,77 @@ class Tokenizer:
                     "model, or the embedding was not resized to it."
                 )
             num_sentinels = min(num_sentinels, room)
-        if backend.token_to_id(sentinel(0)) is None:
-            names = [sentinel(index) for index in reversed(range(num_sentinels))]
-            backend.add_special_tokens([AddedToken(name, normalized=False) for name in names])
+        self.unknown_id = self._find(_named(names, "unk_token", _UNKNOWNS))
+        if self._find_sentinel(0) is None:
+            new = [sentinel(index) for index in reversed(range(num_sentinels))]
+            backend.add_special_tokens([AddedToken(name, normalized=False) for name in new])
         ids: list[int] = []
-        while (number := backend.token_to_id(sentinel(len(ids)))) is not None:
+        while (number := self._find_sentinel(len(ids))) is not None:
             ids.append(number)
         self.sentinel_ids: tuple[int, ...] = tuple(ids)
-        self._sentinels = {number: sentinel(index) for index, number in enumerate(ids)}
         self._special = np.array([self.pad_id, self.end_id, *ids], dtype=np.int64)
-        self._bytes = _is_byte_model(backend)
+        self._bytes = is_byte_model(backend)
         self._plain = _without_special(backend)
         added = [token.content for token in backend.get_added_tokens_decoder().values()]
-        self._special_names = re.compile(f"({'|'.join(map(re.escape, added))})")
+        # In the reverse order a longer name comes before its beginning.
+        longest_first = sorted(map(re.escape, added), reverse=True)
+        self.added_names = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+        with library("encode and decode a text"):
+            self.before, self.after = _template(backend, self.end_id)
+            backend.decode(backend.encode("a b\n<").ids)
+        self.outer_ids = frozenset([self.pad_id, self.end_id, *self.before, *self.after])
         rounded = -(-(_highest_id(backend) + 1) // MULTIPLE) * MULTIPLE
         self.vocabulary_size = rounded if vocabulary is None else vocabulary.size
 
     def _find(self, names: Sequence[str]) -> int | None:
-        ids = map(self.backend.token_to_id, names)
-        return next((number for number in ids if number is not None), None)
+        found = (self.backend.token_to_id(name) for name in names)
+        return next((number for number in found if number is not None), None)
 
     def _find_or_add(self, names: Sequence[str]) -> int:
-        number = self._find(names)
-        if number is None:
-            self.backend.add_special_tokens([names[0]])
-            number = self.backend.get_vocab()[names[0]]
-        return number
+        if (number := self._find(names)) is not None:
+            return number
+        self.backend.add_special_tokens([names[0]])
+        return self.backend.get_vocab()[names[0]]
+
+    def _find_sentinel(self, index: int) -> int | None:
+        # mT5's vocabulary has them as pieces, with the space before them.
+        return self._find((sentinel(index), f"▁{sentinel(index)}"))
 
     @classmethod
     def bytes(cls, num_sentinels: int = NUM_SENTINELS) -> "Tokenizer":
         """Return the tokenizer of UTF-8 bytes: byte b has id 3 + b, as in ByT5."""
-        symbols = _byte_symbols()
-        vocabulary = {PAD: 0, END: 1, UNKNOWN: 2}
-        vocabulary |= {symbol: _FIRST_BYTE + byte for byte, symbol in enumerate(symbols)}
-        backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.decoder = decoders.ByteLevel()
-        backend.add_special_tokens([PAD, END, UNKNOWN])
-        append_end(backend)
-        return cls(backend, num_sentinels)
+        return cls(bytes_backend(), num_sentinels)
 
     @classmethod
-    def load(cls, path: Path | str, vocabulary: Vocabulary | None = None) -> "Tokenizer":
-        """Read a `tokenizer.json`, or that of a folder; DataError if missing or invalid.
+    def load(
+        cls,
+        path: Path | str,
+        vocabulary: Vocabulary | None = None,
+        num_sentinels: int = NUM_SENTINELS,
+    ) -> "Tokenizer":
+        """Read a `tokenizer.json` as it is, or a folder as transformers' AutoTokenizer reads it.
 
-        vocabulary: that of the model, see `__init__`.
+        vocabulary: that of the model.
+        num_sentinels: the number to add to a tokenizer that has none.
+
+        Raises DataError if missing or invalid.
         """
         path = Path(path)
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
+        if path.is_file():
+            backend = tokenizer_files.read_tokenizer_json(tokenizer_files.read_text(path))
+            return cls(backend, num_sentinels, vocabulary)
+        saved = tokenizer_files.read_folder(path) if path.is_dir() else None
+        if saved is None:
             raise DataError(
                 f"There is no tokenizer at {str(path)!r}: give a tokenizer.json, a folder that "
-                "holds one, 'bytes' or 'unigram'."
+                "holds one or a spiece.model, 'bytes' or 'unigram'."
             )
-        try:
-            return cls.from_json(file.read_text(encoding="utf-8"), vocabulary)
-        except UnicodeDecodeError as error:
-            raise DataError(f"The tokenizer {str(file)!r} is not UTF-8: {error}") from None
+        return cls(saved.backend, num_sentinels, vocabulary, saved)
 
     @classmethod
     def from_json(cls, text: str, vocabulary: Vocabulary | None = None) -> "Tokenizer":
-        """Read the text of a `tokenizer.json`."""
-        try:
-            _check_ids(json.loads(text))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"The tokenizer file is not JSON: {error}") from None
-        try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        # The library raises the base class.
-        except Exception as error:
-            raise DataError(f"The tokenizer file cannot be read by `tokenizers`: {error}") from None
-        return cls(backend, vocabulary=vocabulary)
+        """Read the text of a `tokenizer.json`. Raises DataError."""
+        return cls(tokenizer_files.read_tokenizer_json(text), vocabulary=vocabulary)
 
     def byte(self, token: int) -> int | None:
         """Return the byte of a byte token, such as `<0xE2>`; None for other tokens."""
@@ -154,7 +180,7 @@ class Tokenizer:
         if match := _BYTE_PIECE.fullmatch(piece):
             return int(match[1], 16)
         # Byte-level vocabularies write a byte that is not ASCII as a printable character.
-        symbols = _byte_symbols()
+        symbols = byte_symbols()
         return symbols.index(piece) if piece in symbols and not piece.isascii() else None
 
     def to_json(self) -> str:
@@ -166,17 +192,20 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        added = self.backend.get_added_tokens_decoder()
         names: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "pad_token": self.backend.id_to_token(self.pad_id),
             "eos_token": self.backend.id_to_token(self.end_id),
             "additional_special_tokens": [
-                self.backend.id_to_token(number) for number in self.sentinel_ids
+                self.backend.id_to_token(number) for number in self.sentinel_ids if number in added
             ],
-            "clean_up_tokenization_spaces": False,
+            "clean_up_tokenization_spaces": bool(self.rewrites),
         }
-        if self.backend.token_to_id(UNKNOWN) is not None:
-            names["unk_token"] = UNKNOWN
+        if self.unknown_id is not None:
+            names["unk_token"] = self.backend.id_to_token(self.unknown_id)
+        if self.backend.encode_special_tokens:
+            names["split_special_tokens"] = True
         names = {key: value for key, value in names.items() if value is not None}
         text = json.dumps(names, indent=2, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
@@ -184,26 +213,51 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Return a hash that is equal for equal tokenizers."""
         text = self.to_json()
-        if self._vocabulary is not None and self.end_id != self._find(_ENDS):
+        if self._vocabulary is not None and self.end_id != self._find(self._ends):
             text += f" ends {self.end_id}"  # documents in caches end with it
         return hashlib.sha256(text.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Return token ids without an end token; parses special tokens in the text.
+        """Return the token ids of a text, without those that `complete` puts around them.
 
-        Raises DataError for text that is not Unicode.
+        Added tokens in the text, such as sentinels, are their ids: `</s>` is the end token. Raises
+        DataError for text that is not Unicode.
         """
-        _check_unicode(text)
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return what `encode` returns of each text; other threads run meanwhile."""
+        for text in texts:
+            _check_unicode(text)
         if self._bytes:
-            ids: list[int] = []
-            # Splitting by a group puts the special tokens at the odd places.
-            for place, part in enumerate(self._special_names.split(text)):
-                if place % 2:
-                    ids.append(self.backend.token_to_id(part) or 0)
-                else:
-                    ids += _encode_bytes(part).tolist()
-            return ids
-        return self.backend.encode(text, add_special_tokens=False).ids
+            return [self._encode_bytes(text) for text in texts]
+        with library("encode a text"):
+            found = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in found]
+
+    def _encode_bytes(self, text: str) -> list[int]:
+        ids: list[int] = []
+        # Splitting by a group puts the added tokens at the odd places.
+        for place, part in enumerate(self.added_names.split(text)):
+            if place % 2:
+                ids.append(self.backend.token_to_id(part) or 0)
+            else:
+                ids += encode_bytes(part).tolist()
+        return ids
+
+    def encoding(self, text: str) -> tokenizers.Encoding:
+        """Return what `backend` makes of a text, with offsets; other threads run meanwhile."""
+        with library("encode the text"):
+            return self.backend.encode_batch([text], add_special_tokens=False)[0]
+
+    def complete(self, ids: Sequence[int], end_id: int | None = None) -> list[int]:
+        """Return the ids of a whole input or target: the end token is the last.
+
+        The tokens around a text are those of transformers, such as CodeT5's `<s>` before it.
+
+        end_id: the model's, if it differs from the tokenizer's.
+        """
+        return [*self.before, *ids, *self.after, self.end_id if end_id is None else end_id]
 
     def encode_plain(self, texts: Sequence[str]) -> list[Int64]:
         """Encode documents, with special tokens in them as ordinary text; int64 arrays.
@@ -211,37 +265,49 @@ class Tokenizer:
         So `</s>` in a corpus does not end a document.
         """
         if self._bytes:
-            return [_encode_bytes(text) for text in texts]
-        encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [encode_bytes(text) for text in texts]
+        with library("encode a text"):
+            encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
         ids = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
         # Some tokenizers keep the special names among their ordinary pieces.
         return [tokens[~np.isin(tokens, self._special)] for tokens in ids]
 
-    def decode(self, ids: Iterable[int], *, keep_sentinels: bool = True) -> str:
-        """Return the text, without padding and end tokens."""
-        dropped = {self.pad_id, self.end_id}
-        if not keep_sentinels:
-            dropped |= self._sentinels.keys()
-        pieces: list[str] = []
-        plain: list[int] = []
-        # Consecutive ordinary ids are decoded together: a character may span several of them.
-        for number in ids:
-            number = int(number)
-            if number in dropped:
-                continue
-            if number in self._sentinels:
-                pieces += [self.backend.decode(plain), self._sentinels[number]]
-                plain = []
-            else:
-                plain.append(number)
-        return "".join([*pieces, self.backend.decode(plain)])
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """Return the text, without padding, the end token, and what `complete` puts around a text.
+
+        skip_special: leave out all special tokens, sentinels too.
+        """
+        return self.decode_all([ids], skip_special=skip_special)[0]
+
+    def decode_all(self, rows: Iterable[Iterable[int]], *, skip_special: bool = False) -> list[str]:
+        """Return what `decode` returns of each row."""
+        kept = [[n for n in map(int, row) if n not in self.outer_ids] for row in rows]
+        with library("decode the tokens"):
+            texts = self.backend.decode_batch(kept, skip_special_tokens=skip_special)
+        for found in self.rewrites:
+            texts = [text.replace(found, found.strip()) for text in texts]
+        return texts
 
 
-def append_end(backend: tokenizers.Tokenizer) -> None:
-    """Let the tokenizer of transformers append the end token, as T5's does."""
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, 1)]
-    )
+def _highest_id(backend: tokenizers.Tokenizer) -> int:
+    return max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
+def _named(names: Mapping[str, str], name: str, usual: Sequence[str]) -> Sequence[str]:
+    return (names[name],) if name in names else usual
+
+
+def _template(
+    backend: tokenizers.Tokenizer, end_id: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids before and after a text, without the end token at the end."""
+    encoding = backend.encode("a")
+    text = [place for place, special in enumerate(encoding.special_tokens_mask) if not special]
+    first, last = (text[0], text[-1] + 1) if text else (0, 0)
+    after = encoding.ids[last:]
+    if after[-1:] == [end_id]:
+        after.pop()
+    return tuple(encoding.ids[:first]), tuple(after)
 
 
 def _without_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -259,51 +325,8 @@ def _without_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return plain
 
 
-def _highest_id(backend: tokenizers.Tokenizer) -> int:
-    return max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
-
-
-def _check_ids(file: Any) -> None:
-    """Raise DataError for huge ids, since the library allocates memory up to the largest."""
-    model = file.get("model") if isinstance(file, dict) else None
-    if not isinstance(model, dict):
-        raise DataError("The tokenizer file has no model: it is not a tokenizer.json.")
-    vocabulary = model.get("vocab")
-    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
-    added = file.get("added_tokens") or []
-    ids += [token.get("id") for token in added if isinstance(token, dict)]
-    for number in ids:
-        if not isinstance(number, int) or not 0 <= number < LARGEST_VOCABULARY:
-            raise DataError(
-                f"The tokenizer file has the token id {number!r}; ids lie between 0 and "
-                f"{LARGEST_VOCABULARY}, so it is probably damaged."
-            )
-
-
-def _byte_symbols() -> list[str]:
-    """Return the printable character for each byte in GPT-2's byte-level scheme."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    symbols = {byte: chr(byte) for byte in printable}
-    symbols |= {byte: chr(256 + place) for place, byte in enumerate(others)}
-    return [symbols[byte] for byte in range(256)]
-
-
-def _is_byte_model(backend: tokenizers.Tokenizer) -> bool:
-    """Return whether `backend` equals that of `Tokenizer.bytes`, so that numpy can encode."""
-    model = json.loads(backend.to_str()) if backend.get_vocab_size(False) == 259 else {}
-    if model.get("normalizer") is not None or model.get("model", {}).get("merges") != []:
-        return False
-    symbols = enumerate(_byte_symbols())
-    return all(backend.token_to_id(symbol) == _FIRST_BYTE + byte for byte, symbol in symbols)
-
-
 def _check_unicode(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise DataError("The text holds half of a surrogate pair, which is not Unicode.") from None
-
-
-def _encode_bytes(text: str) -> Int64:
-    return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64) + _FIRST_BYTE

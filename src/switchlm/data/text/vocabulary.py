@@ -19,9 +19,10 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from switchlm.data import order
 from switchlm.data.config import DataConfig
 from switchlm.data.text import sources
+from switchlm.data.text.byte_level import END, PAD, UNKNOWN, append_end
 from switchlm.data.text.sources import Source
 from switchlm.data.text.token_cache import fingerprint
-from switchlm.data.text.tokenizer import END, NUM_SENTINELS, PAD, UNKNOWN, Tokenizer, append_end
+from switchlm.data.text.tokenizer import NUM_SENTINELS, Tokenizer
 from switchlm.errors import DataError
 from switchlm.files import Report, building
 

@@ -1,0 +1,237 @@
+"""Refuse a tokenizer.json that would take time or memory without bound, or lacks what it names.
+
+The library believes its file: replacements that each double a text make it 2**34 times as long, a
+nested regular expression is matched for hours, a few absurd numbers allocate gigabytes, and a
+refused allocation ends the process. So the file is checked before the library reads it: ids,
+lengths, growth, and the time of regular expressions (`expressions.py`).
+"""
+
+import base64
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from switchlm.data.config import LARGEST_VOCABULARY
+from switchlm.data.text.expressions import check_expression
+from switchlm.errors import DataError
+
+LONGEST_PIECE = 4096  # bytes; a token's text in every output
+LONGEST_STRING = 256  # bytes, of other settings
+LARGEST_NUMBER = 10_000
+LARGEST_GROWTH = 2048  # bytes out of one byte, by all replacements together
+MOST_PARTS = 64  # normalizers, pre-tokenizers, decoders, processors; and pieces of a template
+MOST_EXPRESSIONS = 16  # regular ones
+LONGEST_WORD = 256  # characters; WordPiece takes time cubic in it
+_MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
+_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+_PIPELINES = {"normalizers", "pretokenizers", "processors", "decoders"}
+
+
+@contextmanager
+def library(doing: str) -> Iterator[None]:
+    """Turn the errors and the panics of `tokenizers` into DataError.
+
+    A panic is no Exception, so that it would end a thread that serves many.
+    """
+    try:
+        yield
+    except (DataError, OSError):
+        raise
+    except BaseException as error:
+        # The library raises the base class, and the class of a panic cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"The tokenizer cannot {doing}: {str(error)[:200]}") from None
+
+
+def parse(text: str) -> dict[str, Any]:
+    """Return the values of a tokenizer.json, checked.
+
+    Raises DataError. A key that comes twice is refused, since the library may read the other one.
+    """
+
+    def refuse(name: str) -> float:
+        raise ValueError(f"{name} is no number")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise ValueError("a key comes twice")
+        return values
+
+    try:
+        values = json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"The tokenizer file is not JSON: {error}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        raise DataError("The tokenizer file has no model: it is not a tokenizer.json.")
+    _check(values)
+    return values
+
+
+def _check(values: dict[str, Any]) -> None:
+    """Raise DataError unless the values are within the limits above."""
+    _check_model(values["model"])
+    added = values.get("added_tokens") or []
+    _require(isinstance(added, list), "added_tokens", added)
+    for token in added:
+        _require(isinstance(token, dict), "an added token", token)
+        _check_piece(token.get("content"))
+        _check_id(token.get("id"))
+        _require(token.get("content") != "", "an empty added token", token)
+    expressions: set[str] = set()
+    for name in _PARTS:
+        parts = list(_parts(values.get(name), name))
+        _require(len(parts) <= MOST_PARTS, f"the number of parts of the {name}", len(parts))
+        for part in parts:
+            _check_part(part, name)
+            patterns = (value.get("Regex") for value in part.values() if isinstance(value, dict))
+            expressions.update(pattern for pattern in patterns if isinstance(pattern, str))
+        growth = math.prod(map(_growth, parts))
+        lengthens = "replacements that lengthen a text by a factor of"
+        _require(growth <= LARGEST_GROWTH, lengthens, growth)
+    # Last, as it takes the most time.
+    _require(len(expressions) <= MOST_EXPRESSIONS, "this many expressions:", len(expressions))
+    for expression in expressions:
+        check_expression(expression)
+
+
+def _check_model(model: dict[str, Any]) -> None:
+    kind, vocabulary = model.get("type"), model.get("vocab")
+    _require(kind is None or kind in _MODELS, "a model of the type", kind)
+    if isinstance(vocabulary, dict):
+        for piece, number in vocabulary.items():
+            _check_piece(piece)
+            _check_id(number)
+    elif isinstance(vocabulary, list):
+        check_vocabulary(vocabulary)
+    else:
+        raise DataError("The tokenizer file has no vocabulary: it is not a tokenizer.json.")
+    longest = model.get("max_input_chars_per_word", 0)
+    _require(_is_count(longest, LONGEST_WORD), "max_input_chars_per_word of", longest)
+    unknown = model.get("unk_token")
+    if kind in ("WordPiece", "WordLevel") and unknown not in vocabulary:
+        raise DataError(
+            f"The tokenizer file names the unknown token {str(unknown)[:60]!r}, which its "
+            "vocabulary lacks, so that it cannot encode every text."
+        )
+
+
+def check_vocabulary(vocabulary: Sequence[Any]) -> None:
+    """Raise DataError unless these are pairs of a piece and a finite score."""
+    _require(len(vocabulary) <= LARGEST_VOCABULARY, "a vocabulary of the size", len(vocabulary))
+    for entry in vocabulary:
+        _require(isinstance(entry, list | tuple) and len(entry) == 2, "the entry", entry)
+        _check_piece(entry[0])
+        _require(_is_finite(entry[1]), "the score", entry[1])
+
+
+def _parts(value: Any, name: str) -> Iterator[dict[str, Any]]:
+    """Yield the parts of a pipeline, of sequences within sequences too."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if part is None:
+            continue
+        _require(isinstance(part, dict), f"the {name}", part)
+        inner = [part[key] for key in part.keys() & _PIPELINES]
+        if inner:
+            for parts in inner:
+                _require(isinstance(parts, list), f"the {name}", parts)
+                waiting += parts
+        else:
+            yield part
+
+
+def _check_part(part: dict[str, Any], name: str) -> None:
+    _require(isinstance(part.get("type"), str), f"in {name} the type", part.get("type"))
+    for key, value in part.items():
+        if key == "precompiled_charsmap":
+            continue
+        if isinstance(value, dict) and isinstance(value.get("Regex"), str):
+            continue
+        for leaf in _leaves(value):
+            if isinstance(leaf, str):
+                _require(len(leaf.encode("utf-8", "replace")) <= LONGEST_STRING, f"in {name}", leaf)
+            elif not isinstance(leaf, bool | None):
+                limit = LARGEST_VOCABULARY if name == "post_processor" else LARGEST_NUMBER
+                _require(_is_count(leaf, limit), f"in {name} the number", leaf)
+    pattern = part.get("pattern")
+    _require(pattern != {"String": ""}, f"in {name} an empty pattern of", part.get("type"))
+    _require(part.get("type") != "FixedLength" or part.get("length"), "pieces of length", 0)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    waiting, found = [value], 0
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict | list):
+            waiting += one.values() if isinstance(one, dict) else one
+            found += len(one)
+            _require(found <= 16 * MOST_PARTS, "a template of this many parts:", found)
+        else:
+            yield one
+
+
+def _growth(part: dict[str, Any]) -> int:
+    """Return the most bytes that a part makes of one byte."""
+    kind, pattern = part.get("type"), part.get("pattern")
+    if kind == "Prepend":
+        return 1 + len(str(part.get("prepend", "")).encode("utf-8", "replace"))
+    if kind == "Precompiled":
+        return longest_replacement(_decoded(part.get("precompiled_charsmap")))
+    if kind != "Replace" or not isinstance(pattern, dict):
+        return 1
+    content = len(str(part.get("content", "")).encode("utf-8", "replace"))
+    if isinstance(literal := pattern.get("String"), str):
+        return max(1, -(-content // max(1, len(literal.encode("utf-8", "replace")))))
+    return 1 + content  # an expression may match nothing, between any two characters
+
+
+def _decoded(charsmap: Any) -> bytes:
+    try:
+        return base64.b64decode(charsmap, validate=True)
+    except (TypeError, ValueError):
+        raise DataError("The tokenizer file has a damaged precompiled_charsmap.") from None
+
+
+def longest_replacement(charsmap: bytes) -> int:
+    """Return the length of the longest replacement of a map of SentencePiece, in bytes.
+
+    The map is the size of a trie in four bytes, the trie, and the replacements, each ended by 0.
+    """
+    size = int.from_bytes(charsmap[:4], "little")
+    valid = len(charsmap) >= 4 and size % 4 == 0 and 4 + size <= len(charsmap)
+    _require(valid, "a precompiled_charsmap with a trie of the size", size)
+    return max(1, *map(len, charsmap[4 + size :].split(b"\0")))
+
+
+def _check_piece(piece: Any) -> None:
+    _require(isinstance(piece, str), "the token", piece)
+    _require(len(piece.encode("utf-8", "replace")) <= LONGEST_PIECE, "a token as long as", piece)
+
+
+def _check_id(number: Any) -> None:
+    if not _is_count(number, LARGEST_VOCABULARY - 1):
+        raise DataError(
+            f"The tokenizer file has the token id {str(number)[:60]}; ids lie between 0 and "
+            f"{LARGEST_VOCABULARY}, so it is probably damaged."
+        )
+
+
+def _is_count(number: Any, largest: int) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number <= largest
+
+
+def _is_finite(number: Any) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < 1e30
+
+
+def _require(holds: Any, what: str, value: Any) -> None:
+    if not holds:
+        raise DataError(
+            f"The tokenizer file has {what} {str(value)[:60]!r}, which is not valid or beyond what "
+            "tokenizers need. It is damaged, or made to exhaust this machine."
+        )

@@ -138,7 +138,7 @@ def test_a_run_is_scored_with_its_own_input_length(run_json, run, nano, data, tm
         (["--task", "{data}/mine.jsonl", "--rank-labels"], "no labels to rank"),
         (["--task", "{data}/mine.jsonl", "--data", "{data}"], "--task is a file itself"),
         (["--task", "{data}/empty.jsonl"], "is empty"),
-        (["--task", "{data}/label.tsv", "--template", "x"], "empty target"),
+        (["--task", "{data}/label.tsv", "--template", "x", "--skip-empty"], "is empty"),
         (["--task", "sst2", "--data", "{data}/label.tsv"], "label '7'"),
         (["--task", "sst2", "--data", "{data}", "--predictions", "/no/such/file"], "Cannot write"),
         (["--split", "test"], "--split is about tasks"),

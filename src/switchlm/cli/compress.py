@@ -134,7 +134,7 @@ def _open_tasks(
     paths = options.task_paths(tasks, data)
 
     def read(split: str) -> dict[str, list]:  # type: ignore[type-arg]
-        return {one.name: list(read_examples(one, split, paths[one.name])) for one in tasks}
+        return {one.name: read_examples(one, split, paths[one.name], options.note) for one in tasks}
 
     return PairLoader(
         read("train"),

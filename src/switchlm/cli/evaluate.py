@@ -32,6 +32,7 @@ _OF_TEXT = ("batches",)
 _OF_TASKS = (
     *("split", "limit", "predictions", "rank_labels", "max_new_tokens"),
     *("input_column", "target_column", "template", "target_template", "metric"),
+    *("label", "skip_empty"),
 )
 
 
@@ -66,6 +67,8 @@ def evaluate(
     template: options.Template = None,
     target_template: options.TargetTemplate = None,
     metric: options.Metrics = None,
+    label: options.Labels = None,
+    skip_empty: options.SkipEmpty = False,
     batches: options.Batches = 20,
     batch_size: options.BatchSize = None,
     input_length: options.InputLength = None,
@@ -89,6 +92,8 @@ def evaluate(
             target_column=target_column,
             template=template,
             target_template=target_template,
+            labels=tuple(label) if label else None,
+            skip_empty=skip_empty or None,
         )
         work = _read_tasks(tasks, options.task_paths(tasks, data), split, limit)
         results = _score(
@@ -193,7 +198,8 @@ def _read_tasks(
     for task in tasks:
         path = paths[task.name]
         is_file = path is not None and path.is_file()
-        examples = read_examples(task, split or (EVERYTHING if is_file else "validation"), path)
+        part = split or (EVERYTHING if is_file else "validation")
+        examples = read_examples(task, part, path, options.note)
         found.append((task, spread_evenly(examples, limit)))
     return found
 

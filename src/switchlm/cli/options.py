@@ -87,6 +87,14 @@ Metrics = Annotated[
     list[str] | None,
     typer.Option("--metric", help="Of a file of yours: exact_match, f1, rouge2, ...; repeatable."),
 ]
+Labels = Annotated[
+    list[str] | None,
+    typer.Option("--label", help="Of a file of yours: a possible target; repeat it for each."),
+]
+SkipEmpty = Annotated[
+    bool,
+    typer.Option("--skip-empty", help="Leave out examples with an empty input or target."),
+]
 
 _UNITS = {"": 1, "b": 1} | {
     f"{letter}{ending}": base**power
@@ -231,11 +239,11 @@ def open_text(
 
 
 def find_tasks(
-    names: Sequence[str], metrics: Sequence[str] | None, **columns: str | None
+    names: Sequence[str], metrics: Sequence[str] | None, **columns: Any
 ) -> "tuple[Task, ...]":
     """Return the tasks of those names; raises ConfigError if the options do not fit them.
 
-    columns: columns and templates of a file, as of `TaskOptions`; None leaves its default.
+    columns: other fields of `TaskOptions`; None leaves the default.
     """
     from switchlm.data.tasks import mixture
     from switchlm.evaluation.metrics import find_metric

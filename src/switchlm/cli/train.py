@@ -64,6 +64,8 @@ def finetune(
     template: options.Template = None,
     target_template: options.TargetTemplate = None,
     metric: options.Metrics = None,
+    label: options.Labels = None,
+    skip_empty: options.SkipEmpty = False,
     trainable: Annotated[
         str | None, typer.Option(help="all, non-expert, expert or router parameters.")
     ] = None,
@@ -90,6 +92,8 @@ def finetune(
         template=template,
         target_template=target_template,
         metrics=metric,
+        labels=label,
+        skip_empty=skip_empty or None,
     )
     stated = options.given(
         model=model,

@@ -72,7 +72,7 @@ class DistillationData:
         if config.finetune is None:
             self.loader = open_data(config.run.data, seed=seed, tokenizer=tokenizer, report=report)
         else:
-            self.examples = read_tasks(config.finetune)
+            self.examples = read_tasks(config.finetune, report)
             self.loader = self.examples.loader(config.finetune, tokenizer, seed, report)
 
     def measure(self, model: SwitchTransformer, mesh: Mesh) -> Result:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from switchlm.config import read_yaml, write_yaml
+from switchlm.config import from_mapping, read_yaml, write_yaml
 from switchlm.data.tasks.loader import PairLoader
 from switchlm.data.tasks.mixture import find_tasks, read_examples, spread_evenly
 from switchlm.data.tasks.task import Example, Task
@@ -163,7 +163,7 @@ def finetune(
         settings = config.finetune
         yield {"phase": "reading the tasks"}
         with mesh.local_rank_zero_first("tasks"):
-            examples = read_tasks(settings)
+            examples = read_tasks(settings, report)
         yield {"phase": "loading the model"}
         model, tokenizer = open_model(config, mesh, report)
         loader = examples.loader(settings, tokenizer, config.training.seed, report)
@@ -209,8 +209,11 @@ def finetune(
         _write_report(config, examples, folder, routing)
 
 
-def read_tasks(settings: FinetuneConfig) -> Examples:
-    """Return the examples of the configured tasks, at least one per task and split."""
+def read_tasks(settings: FinetuneConfig, report: Report = lambda line: None) -> Examples:
+    """Return the examples of the configured tasks, at least one per task and split.
+
+    report: called with lines on records that are left out.
+    """
     tasks = find_tasks(settings.tasks, settings.columns)
     if settings.data is not None and all(task.path for task in tasks):
         raise ConfigError(
@@ -219,10 +222,11 @@ def read_tasks(settings: FinetuneConfig) -> Examples:
         )
 
     def read(split: str, limit: int | None = None) -> dict[str, Sequence[Example]]:
-        return {
-            task.name: spread_evenly(read_examples(task, split, task.path or settings.data), limit)
-            for task in tasks
-        }
+        found = {}
+        for task in tasks:
+            examples = read_examples(task, split, task.path or settings.data, report)
+            found[task.name] = spread_evenly(examples, limit)
+        return found
 
     examples = Examples(
         tasks=tasks,
@@ -288,9 +292,11 @@ def _check(config: FinetuneRun, folder: RunFolder, mesh: Mesh) -> None:
         raise ConfigError(
             f"The run in {str(folder.root)!r} is not a fine-tuning run: choose another --out."
         )
-    now = to_sections(config)["finetune"]
+    # What a setting was before it existed is its default.
+    was = vars(from_mapping(FinetuneConfig, before, "finetune"))
+    now = vars(settings)
     for name in sorted(now.keys() - {"patience"}):
-        if before.get(name) != now[name]:
+        if was[name] != now[name]:
             raise ConfigError(
                 f"The run in {str(folder.root)!r} has finetune.{name} = {before.get(name)!r}, so "
                 f"it cannot be resumed with {now[name]!r}. Leave that out to go on, or choose "

@@ -28,7 +28,7 @@ class FinetuneConfig:
     tasks: names of tasks or of mixtures, or paths of JSONL, TSV or CSV files; several are mixed in
         proportion to their tokens, and have equal weight in the score.
     data: the folder or file of the named tasks; None reads the hub.
-    columns: how to read your own file.
+    columns: how to read your own file, and whether to skip empty examples.
     train_split, validation_split: the splits to train on, and to score on.
     input_length, target_length: the most tokens in a row, the end token included. Rows are as long
         as the longest of their batch needs.

@@ -30,7 +30,8 @@ import harness
 import offload_plan
 import random_weights
 from switchlm.compression.offload import load_offloaded
-from switchlm.generation.decode import StaticCache, dropless
+from switchlm.generation.cache import GrowingCache
+from switchlm.generation.decode import dropless, memories
 from switchlm.huggingface.load import load
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
@@ -101,7 +102,7 @@ def decode(model: SwitchTransformer, encoded_BSD: torch.Tensor, steps: int, seed
     token_B1 = torch.zeros(encoded_BSD.shape[0], 1, dtype=torch.int64)
     seen = set()
     with torch.no_grad(), dropless(model.decoder):
-        cache = StaticCache(model, encoded_BSD, steps)
+        cache = GrowingCache(memories(model, encoded_BSD, None), steps)
         for _ in range(steps):
             logits_BV = model.decode(token_B1, encoded_BSD, cache=cache).logits_BTV[:, -1]
             token_B1 = logits_BV.float().softmax(-1).multinomial(1, generator=generator)

@@ -9,8 +9,8 @@ from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 
 
-@pytest.fixture
-def build():
+@pytest.fixture(scope="module")
+def module_build():
     """Build a nano model whose greedy output is long and varied."""
 
     def build(seed=0, scale=4.0, router=None, tied_head=False, **changes):
@@ -27,6 +27,11 @@ def build():
         return SwitchTransformer(config).eval()
 
     return build
+
+
+@pytest.fixture
+def build(module_build):
+    return module_build
 
 
 @pytest.fixture

@@ -110,13 +110,13 @@ def test_many_texts_have_the_same_answers_as_each_alone(build, batch_size, sampl
 
 def test_texts_of_a_batch_are_of_similar_length(build):
     model, shapes = build(), []
-    original = model.encode
+    original = model.decode
 
-    def encode(inputs_BS, segments_BS=None):
-        shapes.append(tuple(inputs_BS.shape))
-        return original(inputs_BS, segments_BS)
+    def decode(*inputs, **options):
+        shapes.append(tuple(options["input_segments_BS"].shape))
+        return original(*inputs, **options)
 
-    model.encode = encode
+    model.decode = decode
     list(
         answer_all(model, TOKENIZER, ["a", "b" * 9, "cc", "d" * 8], max_new_tokens=1, batch_size=2)
     )

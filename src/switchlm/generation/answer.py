@@ -1,7 +1,7 @@
 """Generate text from text: at once or streamed, for one text or many; fill blanks.
 
 The end token is appended to a text, as in training. An output is the same alone, streamed, or in a
-padded batch with others. A model pre-trained by span corruption can fill blanks:
+batch with others (see decode.py). A model pre-trained by span corruption can fill blanks:
 
     text      def <extra_id_0>(self): return <extra_id_1>
     output    <extra_id_0>size<extra_id_1>self._size</s>
@@ -150,7 +150,7 @@ def answer_all(
 ) -> Iterator[tuple[int, Answer]]:
     """Yield (index, answer) of each text, as `answer` returns it; the longest texts first.
 
-    Texts of similar length share a padded batch.
+    Texts of similar length are decoded together.
 
     max_new_tokens: for all, or one per text.
 

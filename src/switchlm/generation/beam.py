@@ -20,14 +20,16 @@ import torch
 from torch import Tensor
 
 from switchlm.errors import ConfigError
+from switchlm.generation.cache import GrowingCache
 from switchlm.generation.decode import (
-    StaticCache,
     check_finite,
     check_prompts,
+    decode_step,
     dropless,
     encode_prompts,
     evaluation_mode,
     limits_of,
+    memories,
 )
 from switchlm.model.transformer import SwitchTransformer
 
@@ -97,13 +99,16 @@ def beam_search(
     tokens = torch.full((batch * width, 1), config.first_id, device=device)
     with evaluation_mode(model):
         encoded_BSD = encode_prompts(model, inputs_BS, segments_BS, encoder_capacity)
-        encoded = encoded_BSD.repeat_interleave(width, 0)
+        cross = [
+            (keys.repeat_interleave(width, 0), values.repeat_interleave(width, 0))
+            for keys, values in memories(model, encoded_BSD, segments_BS)
+        ]
         segments = None if segments_BS is None else segments_BS.repeat_interleave(width, 0)
-        cache = StaticCache(model, encoded, max(limits))
+        cache = GrowingCache(cross, max(limits))
         with dropless(model.decoder):
             while True:
-                output = model.decode(tokens, encoded, input_segments_BS=segments, cache=cache)
-                logits_BWV = output.logits_BTV[:, -1].float().unflatten(0, (batch, width))
+                logits_BV = decode_step(model, tokens, segments, cache)
+                logits_BWV = logits_BV.float().unflatten(0, (batch, width))
                 done_B = torch.tensor([prompt.done for prompt in prompts], device=device)
                 check_finite(logits_BWV, done_B[:, None])
                 score_BW = torch.tensor([prompt.scores for prompt in prompts], device=device)

@@ -3,11 +3,13 @@
 The output of a prompt does not depend on the other prompts of the batch, on padding or on its row:
 no token is dropped, and every row has its own random generator.
 
-The KV cache is allocated once, with the length of the longest output, so that shapes are the same
-at every step; the causal mask hides positions not yet written. Keys and values of cross-attention
-are computed once.
+In main memory this holds bit for bit: prompts are encoded one by one and without padding, since
+matmul of another number of rows may sum in another order, and a step computes at most `MOST_ROWS`
+rows at once, for whose kernels a row's result does not depend on the others. On a GPU prompts are
+encoded together, and kernels are chosen by the number of rows: there outputs may differ where two
+tokens are equally probable but for rounding.
 
-Shapes: B batch, S source, T new tokens, M positions of the cache, H heads, K head width, D d_model.
+Shapes: B batch, S source, T new tokens, D d_model, V vocabulary.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -19,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from switchlm.errors import CheckpointError, ConfigError, DataError
-from switchlm.generation.sampling import GREEDY, Sampling, next_tokens, uniforms
-from switchlm.model.attention import KeysValues, KeyValueStore
+from switchlm.generation.cache import GrowingCache
+from switchlm.generation.sampling import GREEDY, Draws, Sampling, next_tokens
+from switchlm.kernels.cpu.small_batch import MOST_ROWS
+from switchlm.model.attention import KeysValues
 from switchlm.model.router import Router
 from switchlm.model.transformer import SwitchTransformer
 
@@ -68,63 +72,6 @@ def evaluation_mode(model: nn.Module, *, drop: bool = True) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-class LayerStore:
-    """The keys and values of one layer's self-attention, [B, H, M, K].
-
-    position_T: where `update` writes; set by the cache.
-    """
-
-    def __init__(self, keys_BHMK: Tensor, values_BHMK: Tensor) -> None:
-        self.keys_BHMK = keys_BHMK
-        self.values_BHMK = values_BHMK
-        self.position_T = torch.empty(0, dtype=torch.int64)
-
-    def update(self, key_BHTK: Tensor, value_BHTK: Tensor) -> KeysValues:
-        """Write new keys and values in place; return all M, those not yet written included."""
-        self.keys_BHMK.index_copy_(2, self.position_T, key_BHTK)
-        self.values_BHMK.index_copy_(2, self.position_T, value_BHTK)
-        return self.keys_BHMK, self.values_BHMK
-
-
-class StaticCache:
-    """A DecodingCache (see model/transformer.py) for outputs of up to `max_length` tokens.
-
-    encoded_BSD: the encoder's output, for cross-attention. All rows have the same position.
-    """
-
-    def __init__(self, model: SwitchTransformer, encoded_BSD: Tensor, max_length: int) -> None:
-        config = model.config
-        self.cross_attention = model.decoder.memories(encoded_BSD)
-        sample = self.cross_attention[0][0]
-        shape = (encoded_BSD.shape[0], config.num_heads, max_length, config.d_kv)
-        self._stores = [
-            LayerStore(sample.new_zeros(shape), sample.new_zeros(shape))
-            for _ in self.cross_attention
-        ]
-        self.self_attention: list[KeyValueStore] = list(self._stores)
-        self._positions_M = torch.arange(max_length, device=encoded_BSD.device)
-        self.length = 0
-
-    def positions(self, num_new: int) -> tuple[Tensor, Tensor]:
-        """Advance by `num_new` tokens; return their positions [T] and those of all keys [M]."""
-        end = self.length + num_new
-        assert end <= self._positions_M.numel(), "the cache is full"
-        position_T = self._positions_M[self.length : end]
-        self.length = end
-        for store in self._stores:
-            store.position_T = position_T
-        return position_T, self._positions_M
-
-    def reorder(self, row_B: Tensor) -> None:
-        """Replace the self-attention of each row by that of row `row_B`, int64, for beam search.
-
-        The rows of a prompt have the same encoder output, so cross-attention is not reordered.
-        """
-        for store in self._stores:
-            for kept in (store.keys_BHMK, store.values_BHMK):
-                kept[:, :, : self.length] = kept[:, :, : self.length].index_select(0, row_B)
 
 
 def before_end(tokens: Sequence[int], end_ids: Collection[int]) -> list[int]:
@@ -229,26 +176,20 @@ def steps(
 
     longest = max(limits)
     limit_B = torch.tensor(limits, device=device)
-    drawn_BT = uniforms(seeds, longest).to(device) if sampling.temperature else None
+    draws = Draws(seeds) if sampling.temperature else None
     token_B1 = torch.full((batch, 1), config.first_id, device=device)
     end_E = torch.tensor(config.end_ids, device=device)
     finished_B = over_B = torch.zeros(batch, dtype=torch.bool, device=device)
     gradients = torch.is_grad_enabled()
     with evaluation_mode(model):
         encoded_BSD = encode_prompts(model, inputs_BS, segments_BS, encoder_capacity)
-        cache = StaticCache(model, encoded_BSD, longest)
+        cache = GrowingCache(memories(model, encoded_BSD, segments_BS), longest)
         with dropless(model.decoder):
             for step in range(longest):
-                output = model.decode(
-                    token_B1, encoded_BSD, input_segments_BS=segments_BS, cache=cache
-                )
-                logits_BV = output.logits_BTV[:, -1]
+                logits_BV = decode_step(model, token_B1, segments_BS, cache)
                 check_finite(logits_BV, over_B)
-                token_B = next_tokens(
-                    logits_BV,
-                    sampling,
-                    None if drawn_BT is None else drawn_BT[:, step],
-                )
+                drawn_B = None if draws is None else draws.next().to(device)
+                token_B = next_tokens(logits_BV, sampling, drawn_B)
                 token_B = token_B.masked_fill(over_B, config.pad_id)
                 finished_B = finished_B | (torch.isin(token_B, end_E) & ~over_B)
                 if ends is not None:
@@ -259,6 +200,34 @@ def steps(
                 if over_B.all():
                     break
                 token_B1 = token_B[:, None]
+
+
+def decode_step(
+    model: SwitchTransformer, token_B1: Tensor, segments_BS: Tensor | None, cache: GrowingCache
+) -> Tensor:
+    """Return logits_BV of the next token of each row, and advance the cache."""
+    batch = len(token_B1)
+    most = rows_at_once(model) or batch
+    cache.advance(1)
+    parts = []
+    for first in range(0, batch, most):
+        rows = slice(first, first + most)
+        part = cache.rows(rows)
+        output = model.decode(
+            token_B1[rows],
+            part.cross_attention[0][0],
+            input_segments_BS=None if segments_BS is None else segments_BS[rows],
+            cache=part,
+        )
+        parts.append(output.logits_BTV[:, -1])
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def rows_at_once(model: SwitchTransformer) -> int | None:
+    """Return how many rows a step may compute at once for the same bits; None: on a GPU, all."""
+    if not model.embedding.weight.is_cpu:
+        return None
+    return max(MOST_ROWS // model.config.router.experts_per_token, 1)
 
 
 def _ended(ends: Ends, token_B: Tensor, over_B: Tensor) -> Tensor:
@@ -321,27 +290,57 @@ def encode_prompts(
     segments_BS: Tensor | None,
     enforce_capacity: bool = False,
 ) -> Tensor:
-    """Return encoded_BSD; no prompt depends on another one or on padding.
+    """Return encoded_BSD, zeros at padding; no prompt depends on another one or on padding.
 
-    With enforced capacity or expert choice, prompts are encoded one by one and without padding,
-    since the tokens of a batch would share the capacity.
+    Prompts are encoded one by one in main memory, see above, and everywhere with enforced capacity
+    or expert choice, since the tokens of a batch would share the capacity.
     """
     router = model.config.router
-    if not model.config.num_experts or not (
-        enforce_capacity or router.selection == "expert_choice"
-    ):
-        with dropless(model.encoder):
+    shares_capacity = enforce_capacity or router.selection == "expert_choice"
+    alone = inputs_BS.is_cpu or (shares_capacity and model.config.num_experts > 0)
+    with nullcontext() if enforce_capacity else dropless(model.encoder):
+        if not alone or (len(inputs_BS) == 1 and segments_BS is None):
             return model.encode(inputs_BS, segments_BS)[0]
+        spans = _spans(inputs_BS, segments_BS)
+        rows = [model.encode(inputs_BS[row, span][None], mask)[0] for row, span, mask in spans]
+    encoded_BSD = rows[0].new_zeros(*inputs_BS.shape, rows[0].shape[2])
+    for (row, span, _), encoded_1SD in zip(spans, rows, strict=True):
+        encoded_BSD[row, span] = encoded_1SD[0]
+    return encoded_BSD
+
+
+def _spans(inputs_BS: Tensor, segments_BS: Tensor | None) -> list[tuple[int, slice, Tensor | None]]:
+    """Return each row, its places without the padding at both ends, and its segments if needed."""
     if segments_BS is None:
-        segments_BS = torch.ones_like(inputs_BS)
-    rows = []
-    for input_S, segment_S in zip(inputs_BS, segments_BS, strict=True):
-        real_S = segment_S != 0
-        row_SD = model.encode(input_S[real_S][None])[0][0]
-        full_SD = row_SD.new_zeros(len(input_S), row_SD.shape[1])
-        full_SD[real_S] = row_SD
-        rows.append(full_SD)
-    return torch.stack(rows)
+        return [(row, slice(None), None) for row in range(len(inputs_BS))]
+    found: list[tuple[int, slice, Tensor | None]] = []
+    for row, segments_S in enumerate(segments_BS):
+        places = segments_S.nonzero()
+        span = slice(int(places[0]), int(places[-1]) + 1)
+        full = len(places) == span.stop - span.start
+        found.append((row, span, None if full else segments_S[None, span]))
+    return found
+
+
+def memories(
+    model: SwitchTransformer, encoded_BSD: Tensor, segments_BS: Tensor | None
+) -> list[KeysValues]:
+    """Return the keys and values of cross-attention, [B, H, S, K], for each layer of the decoder.
+
+    As in `encode_prompts`, those of a prompt do not depend on the others; zeros at padding.
+    """
+    if not encoded_BSD.is_cpu or (len(encoded_BSD) == 1 and segments_BS is None):
+        return model.decoder.memories(encoded_BSD)
+    found: list[KeysValues] = []
+    for row, span, _ in _spans(encoded_BSD, segments_BS):
+        for layer, pair in enumerate(model.decoder.memories(encoded_BSD[row, span][None])):
+            if row == 0:
+                _, heads, _, width = pair[0].shape
+                shape = (len(encoded_BSD), heads, encoded_BSD.shape[1], width)
+                found.append((pair[0].new_zeros(shape), pair[0].new_zeros(shape)))
+            for all_BHSK, new_1HSK in zip(found[layer], pair, strict=True):
+                all_BHSK[row, :, span] = new_1HSK[0]
+    return found
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,17 @@ def uniforms(seeds: Sequence[int], length: int) -> Tensor:
     return torch.stack(streams)
 
 
+class Draws:
+    """The numbers of `uniforms`, one of every row at a time, without a limit."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def next(self) -> Tensor:
+        """Return the next number of each row, float32 [B]."""
+        return torch.cat([torch.rand(1, generator=one) for one in self._generators])
+
+
 def next_tokens(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor | None) -> Tensor:
     """Return token_B, int64.
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switchlm.generation.decode import encode_prompts, finite_rows, pad_prompts
+from switchlm.generation.decode import encode_prompts, finite_rows, pad_prompts, rows_at_once
 from switchlm.generation.sampling import Sampling, next_tokens, uniforms
 from switchlm.model.attention import KeysValues, KeyValueStore
 from switchlm.model.transformer import SwitchTransformer
@@ -115,7 +115,7 @@ class Slots:
         return self.num_slots - len(self._occupants)
 
     def encode(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Return encoded_SD of every prompt, end token included, computed as one padded batch."""
+        """Return encoded_SD of every prompt, end token included; see `encode_prompts`."""
         inputs_BS, segments_BS = pad_prompts(prompts, self.model.config.pad_id)
         device = self._token_N1.device
         inputs_BS, segments_BS = inputs_BS.to(device), segments_BS.to(device)
@@ -179,6 +179,16 @@ class Slots:
         A step that raised may be repeated, for fewer rows too: it changes nothing until it returns.
         """
         last = len(self._occupants) if last is None else last
+        most = rows_at_once(self.model) or last
+        starts = range(first, last, most)
+        logits_BV = torch.cat([self._logits(at, min(at + most, last)) for at in starts])
+        token_B = self._choose(logits_BV, first)
+        good = finite_rows(logits_BV).tolist()
+        self._token_N1[first:last, 0] = token_B
+        self.position_N[first:last] += 1
+        return [token if fine else None for token, fine in zip(token_B.tolist(), good, strict=True)]
+
+    def _logits(self, first: int, last: int) -> Tensor:
         window = _Window(self, first, last)
         output = self.model.decode(
             self._token_N1[first:last],
@@ -186,12 +196,7 @@ class Slots:
             input_segments_BS=self.segments_NS[first:last, : window.source],
             cache=window,
         )
-        logits_BV = output.logits_BTV[:, -1]
-        token_B = self._choose(logits_BV, first)
-        good = finite_rows(logits_BV).tolist()
-        self._token_N1[first:last, 0] = token_B
-        self.position_N[first:last] += 1
-        return [token if fine else None for token, fine in zip(token_B.tolist(), good, strict=True)]
+        return output.logits_BTV[:, -1]
 
     def _choose(self, logits_BV: Tensor, first: int) -> Tensor:
         """Return token_B; rows of equal sampling options are computed together."""

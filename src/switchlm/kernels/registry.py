@@ -153,6 +153,7 @@ GROUPED_MATMUL = (
 ATTENTION = (
     Kernel("decode", attention.decode_misfit, attention.decode_attention),
     Kernel("native", attention.misfit, attention.attention),
+    Kernel("narrow", attention.narrow_misfit, attention.narrow_attention),
     Kernel("torch", takes_all, _torch_attention),
 )
 RMS_NORM = (

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from switchlm.errors import ConfigError
 from switchlm.kernels.registry import ROUTE, Kernel, fitting
+from switchlm.kernels.select import linear
 from switchlm.model import selection
 from switchlm.model.config import RouterConfig
 from switchlm.model.routing import Routing
@@ -91,7 +92,7 @@ class Router(nn.Module):
 
     def scores(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits_NE and probability_NE, in the router's dtype."""
-        logits_NE = nn.functional.linear(x_ND.to(self.dtype), self.weight.to(self.dtype))
+        logits_NE = linear(x_ND.to(self.dtype), self.weight.to(self.dtype))
         return logits_NE, logits_NE.softmax(-1)
 
     def choose(self, probability_NE: Tensor) -> Tensor:

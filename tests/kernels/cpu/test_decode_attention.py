@@ -30,7 +30,7 @@ def twin(query, key, value, bias):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["none", "heads", "rows and heads", "transposed"])
 def test_it_is_attention(shape, dtype, kind):
     batch, heads, places, _ = shape
@@ -44,7 +44,7 @@ def test_it_is_attention(shape, dtype, kind):
     assert attention.decode_misfit(query, key, value, bias) is None
     found = attention.decode_attention(query, key, value, bias)
     assert found.dtype == dtype
-    tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    tolerance = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, 1e-5)
     expected = twin(query, key, value, bias)
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
@@ -93,6 +93,17 @@ def test_rows_and_threads_change_no_bit(monkeypatch):
     alone = attention.decode_attention(query[2:3], key[2:3], value[2:3], None)
     torch.set_num_threads(threads)
     assert torch.equal(alone, together[2:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_heads_of_no_whole_vectors(dtype):
+    query, key, value = tensors(3, 2, 20, 8, dtype)
+    bias = torch.randn(3, 1, 1, 20).to(dtype)
+    assert attention.narrow_misfit(query, key, value, bias) is None
+    found = attend(query, key, value, bias, 0.0)
+    expected = twin(query, key, value, bias).to(dtype)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(attend(query[1:2], key[1:2], value[1:2], bias[1:2], 0.0), found[1:2])
 
 
 def test_misfit():

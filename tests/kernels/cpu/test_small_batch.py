@@ -10,7 +10,7 @@ from switchlm.kernels import reference, select
 from switchlm.kernels.cpu import native, norm, quantised, small_batch
 
 ROWS = (1, 2, 3, 6, 7, 16, 64)
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 pytestmark = pytest.mark.skipif(native.native().library is None, reason=native.native().reason)
 
@@ -23,7 +23,7 @@ def no_gradients():
 
 def close(found, expected, dtype=torch.float32):
     size = expected.abs().max().item()
-    tolerance = 2**-8 if dtype == torch.bfloat16 else 2e-6
+    tolerance = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, 2e-6)
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * size)
 
 
@@ -88,6 +88,7 @@ def test_rms_norm(build, shape):
 PRODUCTS = {
     "linear": (torch.randn(960, 640), small_batch.linear),
     "bfloat16": (torch.randn(960, 640).to(torch.bfloat16), small_batch.linear),
+    "float16": (torch.randn(960, 640).to(torch.float16), small_batch.linear),
     "expert": (
         torch.randn(1, 640, 960),
         lambda x, w: small_batch.grouped_matmul(x, w, torch.tensor([len(x)])),
@@ -125,15 +126,10 @@ def test_misfit():
     with torch.autocast("cpu"):
         assert small_batch.misfit(x_RK, weight_NK)
     assert small_batch.misfit(torch.randn(65, 64), weight_NK), "many rows"
-    many, halves = torch.randn(17, 64).to(torch.bfloat16), weight_NK.to(torch.bfloat16)
-    assert small_batch.misfit(many, halves), "many rows in bfloat16"
-    assert small_batch.misfit(many, halves[:64].view(4, 64, 16).repeat(1, 1, 4)) is None, (
-        "but of experts"
-    )
     assert small_batch.misfit(torch.randn(0, 64), weight_NK), "no rows"
     assert small_batch.misfit(x_RK, torch.randn(96, 128)[:, ::2]), "not contiguous"
     assert small_batch.misfit(torch.randn(4, 48), torch.randn(96, 48)), "an odd width"
-    assert small_batch.misfit(x_RK, torch.randn(2, 64, 96)), "an odd width of experts"
+    assert small_batch.misfit(x_RK, torch.randn(2, 64, 80)), "an odd width of experts"
     assert small_batch.misfit(x_RK.double(), weight_NK.double())
     assert small_batch.misfit(x_RK, weight_NK.to(torch.bfloat16))
     assert small_batch.misfit(x_RK.to("meta"), weight_NK.to("meta"))
@@ -142,6 +138,19 @@ def test_misfit():
 def test_experts_with_more_rows_than_there_are_read_no_others():
     with pytest.raises(AssertionError, match="more than the 3 rows"):
         small_batch.grouped_matmul(torch.randn(3, 64), torch.randn(2, 64, 64), torch.tensor([2, 2]))
+
+
+def test_every_float16_is_read_exactly(build):
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    finite_NK = numbers.masked_fill(~numbers.isfinite(), 0).view(-1, 32)
+    y_RN = small_batch.linear(torch.eye(32, dtype=torch.float16), finite_NK)
+    assert torch.equal(y_RN.t(), finite_NK), "subnormal numbers too"
+    weight_NK = torch.tensor([float("inf"), -float("inf"), float("nan"), 65504.0])
+    weight_NK = weight_NK[:, None].expand(4, 32).to(torch.float16).contiguous()
+    found = small_batch.linear(torch.ones(1, 32, dtype=torch.float16), weight_NK)[0]
+    assert found[:2].tolist() == [float("inf"), -float("inf")]
+    assert found[2].isnan()
+    assert found[3] == float("inf"), "a sum too large for float16"
 
 
 def test_in_a_dispatch_mode_pytorchs_operators_run():

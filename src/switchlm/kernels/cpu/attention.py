@@ -26,6 +26,7 @@ from switchlm import _torch
 from switchlm.kernels.cpu import native
 
 _LEAST_NUMBERS = 2**16  # of keys below which another thread does not pay
+_DECODED = (torch.float32, torch.bfloat16, torch.float16)  # in the order of decode_attention.c
 
 
 def decode_misfit(
@@ -41,8 +42,8 @@ def decode_misfit(
         return "more than one query, or not in main memory"
     if not query_BH1K.dtype == key_BHMK.dtype == value_BHMK.dtype:
         return "several dtypes"
-    if query_BH1K.dtype not in (torch.float32, torch.bfloat16):
-        return f"it takes float32 and bfloat16, not {query_BH1K.dtype}"
+    if query_BH1K.dtype not in _DECODED:
+        return f"it takes float32, bfloat16 and float16, not {query_BH1K.dtype}"
     if query_BH1K.shape[3] % native.WIDTH:
         return "heads of no whole vectors"
     if key_BHMK.stride() != value_BHMK.stride() or key_BHMK.stride(3) != 1:
@@ -73,7 +74,7 @@ def decode_attention(
         row, head, _, place = bias.stride()
         bias_strides = (row * (bias.shape[0] > 1), head * (bias.shape[1] > 1), place)
     failed = native.library().decode_attention(
-        key_BHMK.dtype == torch.bfloat16,
+        _DECODED.index(key_BHMK.dtype),
         query32.data_ptr(),
         key_BHMK.data_ptr(),
         value_BHMK.data_ptr(),
@@ -90,6 +91,28 @@ def decode_attention(
     if failed:
         raise MemoryError(f"No memory left to attend to {places} places.")
     return y_B1W.to(query_BH1K.dtype)
+
+
+def narrow_misfit(
+    query_BH1K: Tensor, key_BHMK: Tensor, value_BHMK: Tensor, bias: Tensor | None
+) -> str | None:
+    """Return why `narrow_attention` does not take these, None if it does.
+
+    One query in 16 bits, where no gradient is needed.
+    """
+    if torch.is_grad_enabled() or query_BH1K.shape[2] != 1:
+        return "a gradient is needed, or more than one query"
+    if query_BH1K.dtype not in _DECODED[1:] or torch.is_autocast_enabled("cpu"):
+        return "not in 16 bits, or autocast is on"
+    return native.misfit(query_BH1K, key_BHMK, value_BHMK, dtype=query_BH1K.dtype)
+
+
+def narrow_attention(
+    query_BH1K: Tensor, key_BHMK: Tensor, value_BHMK: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Return what `decode_attention` does, for heads of no whole vectors, by `attention`."""
+    wide = (query_BH1K.float(), key_BHMK.float(), value_BHMK.float())
+    return attention(*wide, None if bias is None else bias.float()).to(query_BH1K.dtype)
 
 
 _MOST_GROUPS, _ROWS_PER_GROUP = 16, 8  # each group sums its own gradient of the bias

@@ -26,7 +26,7 @@ def small_batch_misfit(x: Tensor, weight_D: Tensor) -> str | None:
     """
     if _needs_autograd():
         return "a gradient is needed, or autocast is on"
-    small = small_batch.is_small(x, small_batch.MOST_ROWS[torch.float32])
+    small = small_batch.is_small(x, small_batch.MOST_ROWS)
     return None if small else "many rows, or not plain ones in main memory of whole vectors"
 
 

@@ -93,7 +93,7 @@ class Int4Matrix:
         self.group_size = codes_BKJ.shape[1] // scale_GN2.shape[0]
 
     def __call__(self, x_RK: Tensor) -> Tensor:
-        if small_batch.is_small(x_RK, small_batch.MOST_ROWS_OF_INT4):
+        if small_batch.is_small(x_RK, small_batch.MOST_ROWS):
             y_RN = small_batch.int4_matmul(x_RK, self.codes, self.scale_GN2)
             return y_RN[:, : self.num_outputs]
         rounded_RK = x_RK.to(torch.bfloat16)

@@ -1,7 +1,8 @@
 """Matmul of few rows with large matrices, as in decoding: as fast as memory can be read.
 
-By native/small_batch.c, whose result for a row does not depend on the other rows. Each function has
-a plain twin: `nn.functional.linear`, `reference.grouped_matmul`, and the matrices of quantised.py.
+By native/small_batch.c, whose result for a row does not depend on the other rows: so decoding gives
+an output the same bits whatever the other outputs are (generation/decode.py). Each function has a
+plain twin: `nn.functional.linear`, `reference.grouped_matmul`, and the matrices of quantised.py.
 
 Shapes: R rows, K inputs, N outputs, E experts, B blocks of 64 outputs, G groups of inputs.
 """
@@ -14,17 +15,17 @@ from torch import Tensor, nn
 from switchlm import _torch
 from switchlm.kernels.cpu import native
 
-# Up to where these are faster than PyTorch; measured at 768 x 3072.
-MOST_ROWS = {torch.float32: 64, torch.bfloat16: 16}
-MOST_ROWS_OF_EXPERTS = 64  # of all experts together
-MOST_ROWS_OF_INT8, MOST_ROWS_OF_INT4 = 32, 64
-_WIDTH = 64  # inputs and outputs come in multiples of it: whole vectors on every processor
+# Of all experts together. Up to here these are faster than PyTorch in float32 and 4 bits (measured
+# at 768 x 3072), up to 16 in bfloat16; but a step of decoding needs one kernel for any number.
+MOST_ROWS = 64
+MOST_ROWS_OF_INT8 = 32  # sums are exact, so PyTorch's operator gives the same bits
+_WIDTH = 32  # inputs and outputs come in multiples of it: whole vectors on every processor
 _LEAST_BYTES = 2**18  # of weights below which another thread does not pay
 # As in small_batch.c.
-_FLOAT32_NK, _BFLOAT16_NK, _FLOAT32_KN, _BFLOAT16_KN, _INT8_NK, _INT4_BLOCKS = range(6)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NK, _KN = {dtype: i for i, dtype in enumerate(_DTYPES)}, {d: 3 + i for i, d in enumerate(_DTYPES)}
+_INT8_NK, _INT4_BLOCKS = 6, 7
 _TOO_MANY = 2
-_NK = {torch.float32: _FLOAT32_NK, torch.bfloat16: _BFLOAT16_NK}
-_KN = {torch.float32: _FLOAT32_KN, torch.bfloat16: _BFLOAT16_KN}
 
 
 def misfit(x_RK: Tensor, *weights: Tensor) -> str | None:
@@ -35,9 +36,9 @@ def misfit(x_RK: Tensor, *weights: Tensor) -> str | None:
     """
     if torch.is_grad_enabled():
         return "a gradient is needed"
-    if x_RK.dtype not in MOST_ROWS:
-        return f"it takes float32 and bfloat16, not {x_RK.dtype}"
-    if not is_small(x_RK, MOST_ROWS[x_RK.dtype] if weights[0].dim() == 2 else MOST_ROWS_OF_EXPERTS):
+    if x_RK.dtype not in _DTYPES:
+        return f"it takes float32, bfloat16 and float16, not {x_RK.dtype}"
+    if not is_small(x_RK, MOST_ROWS):
         return "many rows, or rows that are not plain, in main memory and of whole vectors"
     for weight in weights:
         if weight.dtype != x_RK.dtype or type(weight) not in (Tensor, nn.Parameter):

@@ -34,8 +34,8 @@ INLINE void attend(Load load, const float *q, const void *k, const void *v, cons
   }
 }
 
-/* y_BHK for queries q_BHK. k, v: [B, H, M, K] float32, or bfloat16 where `half`, the same strides
-   of B, H and M (in numbers). bias: float32 [B, H, M] by its strides, or none. K: a multiple of
+/* y_BHK for queries q_BHK. k, v: [B, H, M, K] float32, or by `half` bfloat16 (1) or float16 (2),
+   the same strides of B, H and M (in numbers). bias: float32 [B, H, M] by its strides, or none. K: a multiple of
    LANES. Returns 0, or 1 if memory runs out. */
 int decode_attention(int half, const float *q, const void *k, const void *v, const float *bias,
                      float *y, int64_t B, int64_t H, int64_t M, int64_t K, int64_t row,
@@ -57,7 +57,9 @@ int decode_attention(int half, const float *q, const void *k, const void *v, con
       const float *added = bias ? bias + b * bias_row + h * bias_head : 0;
       const void *keys = (const char *)k + first, *values = (const char *)v + first;
 #define OF_HEAD q + i * K, keys, values, added, y + i * K, weight, M, K, place, bias_place
-      if (half)
+      if (half == 2)
+        attend(load_float16, OF_HEAD);
+      else if (half)
         attend(load_bfloat16, OF_HEAD);
       else
         attend(load_float32, OF_HEAD);

@@ -1,4 +1,4 @@
-/* Matmul of few rows with large matrices on a CPU: y = x w, w in any of six formats.
+/* Matmul of few rows with large matrices on a CPU: y = x w, w in any of eight formats.
 
 With few rows it takes as long as reading the matrix, provided that every weight is read from memory
 once and used for all rows while it is in a register. So a tile of the result stays in registers.
@@ -252,7 +252,16 @@ static void round_and_sum(const float *x, float *rounded, float *sums, int64_t R
 
 /* The columns from start to stop of one matmul, by the format of the weight. */
 
-typedef enum { FLOAT32_NK, BFLOAT16_NK, FLOAT32_KN, BFLOAT16_KN, INT8_NK, INT4_BLOCKS } Format;
+typedef enum {
+  FLOAT32_NK,
+  BFLOAT16_NK,
+  FLOAT16_NK,
+  FLOAT32_KN,
+  BFLOAT16_KN,
+  FLOAT16_KN,
+  INT8_NK,
+  INT4_BLOCKS
+} Format;
 
 typedef struct {
   Format format;
@@ -263,7 +272,7 @@ typedef struct {
 /* Outputs are divided among threads in multiples of this. */
 static int64_t unit(Format format) {
   if (format == INT4_BLOCKS) return BLOCK;
-  return format == FLOAT32_KN || format == BFLOAT16_KN ? LANES : OUTPUTS;
+  return format >= FLOAT32_KN && format <= FLOAT16_KN ? LANES : OUTPUTS;
 }
 
 /* workspace: memory for the converted rows. Every thread converts all rows, which takes less time than
@@ -297,8 +306,12 @@ static void columns(const Matrix *m, const float *x, float *y, void *workspace, 
       DOTS(load_float32, load_bfloat16, multiply_float32, 0, x, float, 1);
 #endif
       break;
+    case FLOAT16_NK:
+      DOTS(load_float32, load_float16, multiply_float32, 0, x, float, 1);
+      break;
     case FLOAT32_KN: sums(load_float32, x, w, y, R, K, N, start, stop); break;
     case BFLOAT16_KN: sums(load_bfloat16, x, w, y, R, K, N, start, stop); break;
+    case FLOAT16_KN: sums(load_float16, x, w, y, R, K, N, start, stop); break;
     case INT8_NK: {
       float *x_scale = workspace;
       int16_t *codes = (int16_t *)(x_scale + R);

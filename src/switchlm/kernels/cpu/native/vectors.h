@@ -93,6 +93,21 @@ INLINE Floats load_bfloat16(const void *from, int64_t at) {
   return (Floats)(UPCAST_HALVES(AT(uint16_t, from, at)) << 16);
 }
 
+INLINE Floats load_float16(const void *from, int64_t at) {
+  const void *place = AT(uint16_t, from, at);
+#if LANES == 16
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(place));
+#elif LANES == 8 && defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(place));
+#else
+  /* Exponent and fraction as those of float32, which is 2^112 too small; infinity and NaN keep
+     their exponent of ones. */
+  const Ints half = UPCAST_HALVES(place), rest = (half & 0x7fff) << 13;
+  const Ints number = (Ints)((Floats)rest * 0x1p112f) | ((rest > 0x0f7fffff) & 0x7f800000);
+  return (Floats)(number | (half & 0x8000) << 16);
+#endif
+}
+
 /* Lanes are float32, or int32 where `integers`. */
 
 INLINE Floats plus(Floats a, Floats b, const int integers) {

@@ -192,10 +192,10 @@ def test_the_tied_head_is_the_embedding_scaled_down() -> None:
     assert model.head is None
     hidden_BTD = torch.randn(1, 2, 16)
     expected = hidden_BTD @ model.embedding.weight.T / 4
-    torch.testing.assert_close(model._logits(hidden_BTD), expected)
+    torch.testing.assert_close(model.logits(hidden_BTD), expected)
     untied = build(tied_head=False)
     assert untied.head is not None
-    torch.testing.assert_close(untied._logits(hidden_BTD), hidden_BTD @ untied.head.weight.T)
+    torch.testing.assert_close(untied.logits(hidden_BTD), hidden_BTD @ untied.head.weight.T)
 
 
 def test_dropout_acts_in_training_only() -> None:

@@ -1,4 +1,4 @@
-"""The class against that of transformers, on the same weights."""
+"""The class against that of transformers, on the same weights; see also conftest.py."""
 
 import dataclasses
 import importlib
@@ -7,79 +7,22 @@ import sys
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from tests.transformers.models import HF, assert_same, pair_of, save
+from transformers import DynamicCache, EncoderDecoderCache
 
-from switchlm.data.text.tokenizer import Tokenizer
-from switchlm.errors import CheckpointError, ConfigError, MissingExtraError
+from switchlm.errors import ConfigError, MissingExtraError
 from switchlm.generation.decode import generate
-from switchlm.huggingface import load
-from switchlm.model.config import Initialisation, RouterConfig
-from switchlm.model.presets import preset
-from switchlm.model.transformer import SwitchTransformer
 from switchlm.transformers import SwitchTransformersForConditionalGeneration
-
-HF = RouterConfig(
-    mode="hf",
-    capacity_factor=None,
-    evaluation_capacity_factor=None,
-    expert_capacity=64,
-    exploration="argmax",
-    z_weight=0.001,
-)
-
-
-def save(folder, **changes):
-    torch.manual_seed(0)
-    options = {
-        "initialisation": Initialisation(scale=4.0),
-        "tied_head": False,
-        "router": HF,
-        **changes,
-    }
-    config = dataclasses.replace(preset("nano"), **options)
-    load.save(SwitchTransformer(config), Tokenizer.bytes(), folder)
-    return folder
-
-
-def pair_of(folder):
-    """Return our model and that of transformers from the same files."""
-    config = load.load_config(folder)
-    name = "SwitchTransformers" if config.num_experts else "T5"
-    theirs = getattr(transformers, f"{name}ForConditionalGeneration").from_pretrained(folder)
-    return SwitchTransformersForConditionalGeneration.from_pretrained(folder), theirs.eval()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("models") / "switch")
-
-
-@pytest.fixture(scope="module")
-def pair(folder):
-    return pair_of(folder)
-
-
-@pytest.fixture
-def ours(folder):
-    return SwitchTransformersForConditionalGeneration.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randint(3, 300, (3, 12), generator=generator)
-    mask = torch.ones_like(inputs)
-    mask[1, 8:] = 0
-    labels = torch.randint(3, 300, (3, 6), generator=generator)
-    labels[0, 4:] = -100
-    return {"input_ids": inputs, "attention_mask": mask}, labels
-
+from switchlm.transformers.model import CACHE
 
 WAYS = {
     "greedy": {"do_sample": False},
     "greedy without a cache": {"do_sample": False, "use_cache": False},
     "sampling": {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 1.3},
+    "a static cache": {"cache_implementation": "static", "num_beams": 2},
+    "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 5},
+    "biases": {"bad_words_ids": [[20]], "suppress_tokens": [10], "forced_eos_token_id": 1},
+    "min-p": {"do_sample": True, "min_p": 0.05, "typical_p": 0.9},
     "beam": {"num_beams": 3, "length_penalty": 2.0, "num_return_sequences": 2},
     "sampled beam": {"num_beams": 2, "do_sample": True},
 }
@@ -125,22 +68,131 @@ def test_generate_drops_nothing_where_forward_does(tmp_path, batch):
     assert not torch.equal(model(**inputs, labels=labels).loss, wide(**inputs, labels=labels).loss)
 
 
-@pytest.mark.parametrize("with_mask", [False, True])
-def test_the_loss_is_that_of_transformers_with_router_losses(pair, batch, with_mask):
+ALL = {"output_attentions": True, "output_hidden_states": True, "output_router_logits": True}
+LOGITS = {"decoder_input_ids": torch.tensor([[0, 20, 30, 40]] * 3)}
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_forward_returns_what_transformers_returns(pairs, batch, kind, return_dict):
     inputs, labels = batch
-    if with_mask:
-        inputs = {**inputs, "decoder_attention_mask": (labels != -100).long()}
-    ours, theirs = pair
-    got = ours(**inputs, labels=labels)
-    expected = theirs(**inputs, labels=labels, output_router_logits=True)
-    torch.testing.assert_close(got.loss, expected.loss)
-    counts = labels != -100
-    torch.testing.assert_close(got.logits[counts], expected.logits[counts], rtol=1e-4, atol=1e-4)
-    plain = theirs(**inputs, labels=labels)
-    assert got.loss - plain.loss > 1e-3
-    loss, logits, *_ = ours(**inputs, labels=labels, return_dict=False)
-    assert torch.equal(loss, got.loss)
-    assert torch.equal(logits, got.logits)
+    flags = ALL if kind == "sparse" else {**ALL, "output_router_logits": None}
+    for options in (flags, {}, {"decoder_attention_mask": (labels != -100).long(), **flags}):
+        options = {**inputs, "labels": labels, "return_dict": return_dict, **options}
+        assert_same(*(model(**options) for model in pairs[kind]))
+
+
+def test_what_is_not_given_is_as_the_configuration_says(ours, batch):
+    options = {**batch[0], "labels": batch[1]}
+    expected = ours(**options, output_router_logits=True, use_cache=False, return_dict=False)
+    config = ours.config
+    config.output_router_logits, config.use_cache, config.return_dict = True, False, False
+    assert_same(ours(**options), expected)
+    assert len(ours(**options, output_hidden_states=True)) == len(expected) + 2
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_embeddings_and_the_encoder_may_be_given_as_in_transformers(pairs, batch, kind):
+    inputs, labels = batch
+    shifted = pairs[kind][0].prepare_decoder_input_ids_from_labels(labels)
+    results, ids = [], {**inputs, "labels": labels}
+    for model in pairs[kind]:
+        embed = model.get_input_embeddings()
+        mask = {"attention_mask": inputs["attention_mask"]}
+        by_embeddings = model(
+            inputs_embeds=embed(inputs["input_ids"]),
+            decoder_inputs_embeds=embed(shifted),
+            labels=labels,
+            **mask,
+        )
+        encoded = model.get_encoder()(**inputs, output_hidden_states=True)
+        given = model(encoder_outputs=encoded, labels=labels, **mask)
+        results.append((by_embeddings, given))
+        torch.testing.assert_close(by_embeddings.loss, model(**ids).loss)
+        options = {"max_new_tokens": 4, "do_sample": False, **mask}
+        assert torch.equal(
+            model.generate(encoder_outputs=encoded, **options),
+            model.generate(inputs_embeds=embed(inputs["input_ids"]), **options),
+        )
+    assert_same(*results)
+
+
+def test_gradients_are_those_of_transformers(pairs, batch):
+    gradients = []
+    for model in pairs["sparse"]:
+        model.zero_grad()
+        model(**batch[0], labels=batch[1], output_router_logits=True).loss.backward()
+        if isinstance(model, SwitchTransformersForConditionalGeneration):
+            block = model.model.decoder.blocks[1]
+            parts = block.cross_attention.query, block.feedforward.router
+        else:
+            _, cross, last = model.decoder.block[1].layer
+            parts = cross.EncDecAttention.q, last.mlp.router.classifier
+        gradients.append([part.weight.grad for part in parts])
+    assert gradients[0][1].abs().max() > 1e-4
+    assert_same(*gradients)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_masked_prefix_continues_as_alone_and_as_in_transformers(pairs, batch, beams):
+    tokens = torch.tensor([[0, 0, 0, 5, 20], [0, 7, 9, 11, 30], [0, 0, 8, 3, 40]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
+    prefix = {"decoder_input_ids": tokens, "decoder_attention_mask": mask}
+    options = {"max_new_tokens": 8, "num_beams": beams, "do_sample": False}
+    ours, theirs = (model.generate(**batch[0], **prefix, **options) for model in pairs["sparse"])
+    assert torch.equal(ours, theirs)
+    (alone,) = pairs["sparse"][0].generate(
+        batch[0]["input_ids"][:1], decoder_input_ids=tokens[:1, 2:], **options
+    )
+    assert torch.equal(ours[0, 5:], alone[3:])
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_a_loop_with_the_returned_cache_gives_the_tokens_of_generate(pairs, batch, kind):
+    rows = []
+    for model in pairs[kind]:
+        cache, token, tokens = None, torch.zeros(3, 1, dtype=torch.long), []
+        encoded = model.get_encoder()(**batch[0])
+        for _ in range(8):
+            with torch.no_grad():
+                output = model(
+                    attention_mask=batch[0]["attention_mask"],
+                    encoder_outputs=encoded,
+                    decoder_input_ids=token,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            cache, token = output[CACHE], output.logits[:, -1:].argmax(-1)
+            tokens.append(token)
+        rows.append(torch.cat(tokens, 1))
+    assert torch.equal(*rows)
+    assert cache.get_seq_length() == 8
+    generated = pairs[kind][0].generate(**batch[0], max_new_tokens=8, do_sample=False)
+    assert torch.equal(rows[0], generated[:, 1:])
+
+
+def test_the_states_and_scores_of_generate_are_those_of_transformers(pairs, batch):
+    options = {
+        "max_new_tokens": 3,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "output_logits": True,
+        "output_attentions": True,
+        "output_hidden_states": True,
+        "num_beams": 2,
+    }
+    ours, theirs = (dict(model.generate(**batch[0], **options)) for model in pairs["sparse"])
+    assert ours.pop(CACHE).get_seq_length() == theirs.pop(CACHE).get_seq_length()
+    assert_same(ours, theirs)
+
+
+def test_stop_strings_end_outputs(ours, batch):
+    options = {**batch[0], "max_new_tokens": 12, "do_sample": False}
+    whole = ours.generate(**options)
+    text = ours.tokenizer.decode(whole[0].tolist())
+    stopped = ours.generate(**options, stop_strings=[text[2]])[0].tolist()
+    kept = ours.tokenizer.decode(stopped)
+    assert kept == text[:3]
 
 
 def test_generation_continues_from_a_cache_of_transformers(pair, batch):
@@ -178,39 +230,6 @@ def test_saved_models_are_loaded_by_both(ours, batch, tmp_path):
     )
     assert half.dtype == torch.bfloat16
     assert not half.training
-
-
-def test_saving_keeps_other_files_and_replaces_the_weights(ours, tmp_path):
-    (tmp_path / "optimizer.pt").write_text("momentum")
-    (tmp_path / "model-00001-of-00002.safetensors").write_text("old")
-    Tokenizer.bytes(50).save(tmp_path)
-    ours.save_pretrained(tmp_path)
-    ours.save_pretrained(tmp_path)
-    assert (tmp_path / "optimizer.pt").read_text() == "momentum"
-    again = SwitchTransformersForConditionalGeneration.from_pretrained(tmp_path)
-    assert len(again.tokenizer.sentinel_ids) == 50
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_saved_tensors_are_loaded_in_place_as_trainer_does(ours, tmp_path):
-    ours.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "model.safetensors")
-    expected = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.add_(1.0)
-    result = ours.load_state_dict(saved, strict=False)
-    assert result.missing_keys == result.unexpected_keys == []
-    for name, tensor in ours.state_dict().items():
-        assert torch.equal(tensor, expected[name])
-    ours.load_state_dict(expected)
-    saved["more"] = saved.pop("shared.weight")
-    result = ours.load_state_dict(saved, strict=False)
-    assert (result.missing_keys, result.unexpected_keys) == (["shared.weight"], ["more"])
-    with pytest.raises(CheckpointError, match="1 tensors are missing and 1 unknown"):
-        ours.load_state_dict(saved)
-    with pytest.raises(CheckpointError, match=r"shared.weight is \[2\] there"):
-        ours.load_state_dict({"shared.weight": torch.zeros(2)})
 
 
 @pytest.mark.slow
@@ -279,25 +298,31 @@ def test_peft_trains_adapters_and_saves_them(ours, folder, batch, tmp_path):
 
 
 def test_errors(ours, batch):
-    load = SwitchTransformersForConditionalGeneration.from_pretrained
-    with pytest.raises(
-        ConfigError, match="from_pretrained does not support quantization_config='x'"
-    ):
-        load("anything", quantization_config="x")
-    with pytest.raises(ConfigError, match="no dtype 'float31'"):
-        load("anything", dtype="float31")
     with pytest.raises(ConfigError, match="takes a switchlm model, got T5Config"):
         SwitchTransformersForConditionalGeneration(transformers.T5Config())
     inputs, labels = batch
-    with pytest.raises(ConfigError, match="forward does not support output_attentions='True'"):
+    with pytest.raises(ConfigError, match="forward does not support head_mask='True'"):
+        ours(**inputs, labels=labels, head_mask=True)
+    ours.gradient_checkpointing_enable()
+    with pytest.raises(ConfigError, match="keeps what gradient checkpointing recomputes"):
         ours(**inputs, labels=labels, output_attentions=True)
+    ours.gradient_checkpointing_disable()
+    with pytest.raises(ConfigError, match="needs the routing of the encoder"):
+        ours(encoder_outputs=(torch.zeros(3, 2, 32),), labels=labels, output_router_logits=True)
     with pytest.raises(ConfigError, match="neither labels nor decoder_input_ids"):
         ours(**inputs)
-    with pytest.raises(ConfigError, match="neither input_ids nor encoder_outputs"):
+    with pytest.raises(ConfigError, match="neither input_ids nor inputs_embeds"):
         ours(labels=labels)
-    lengths = (StaticCache(config=ours.config, max_cache_len=8) for _ in range(2))
-    with pytest.raises(ConfigError, match=r"StaticCache of a fixed length is not supported"):
-        ours(**inputs, labels=labels, cache=EncoderDecoderCache(*lengths))
+    with pytest.raises(ConfigError, match="Ids and embeddings are both given"):
+        ours(**inputs, inputs_embeds=torch.zeros(3, 12, 32), labels=labels)
+    with pytest.raises(ConfigError, match=r"attention_mask must be of shape \[batch, length\]"):
+        ours(inputs["input_ids"], inputs["attention_mask"][:, None], labels=labels)
+    with pytest.raises(ConfigError, match="attention_mask has 4 columns for 12 tokens"):
+        ours(inputs["input_ids"], inputs["attention_mask"][:, :4], labels=labels)
+    with pytest.raises(ConfigError, match=r"labels are of shape \[3, 2\], the decoder's inputs of"):
+        ours(**inputs, labels=labels[:, :2], **LOGITS)
+    with pytest.raises(ConfigError, match="output_hidden_states is true or false here, got 2"):
+        ours(**inputs, labels=labels, output_hidden_states=2)
 
 
 def test_without_transformers_the_extra_is_named(monkeypatch):

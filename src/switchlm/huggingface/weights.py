@@ -40,11 +40,17 @@ _CODES = {CODES[dtype]: dtype for dtype in (torch.int8, torch.uint8)}  # of quan
 
 
 def find_model(
-    name: str | Path, revision: str | None = None, local_files_only: bool = False
+    name: str | Path,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    *,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
 ) -> Path:
     """Return the folder of a model: DIR/model of a run, DIR itself, or the cache of the hub.
 
-    huggingface_hub's cache, offline mode and token are used (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN).
+    huggingface_hub's cache, offline mode and token are used (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN)
+    where `cache_dir` and `token` are None.
     """
     folder = Path(name)
     if (folder / CONFIG).is_file():
@@ -58,10 +64,16 @@ def find_model(
         )
     if isinstance(name, Path) or not _HUB_NAME.fullmatch(name):
         raise CheckpointError(f"There is no folder {str(name)!r}, and it is not a name on the hub.")
-    return _download(name, revision, local_files_only)
+    return _download(
+        name,
+        revision=revision,
+        local_files_only=local_files_only,
+        cache_dir=cache_dir,
+        token=token,
+    )
 
 
-def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
+def _download(name: str, **options: Any) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
@@ -77,12 +89,7 @@ def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
     def fetch(*patterns: str) -> Path:
         try:
             return Path(
-                snapshot_download(
-                    name,
-                    revision=revision,
-                    local_files_only=local_files_only,
-                    allow_patterns=[*_SMALL_FILES, *patterns],
-                )
+                snapshot_download(name, allow_patterns=[*_SMALL_FILES, *patterns], **options)
             )
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise CheckpointError(

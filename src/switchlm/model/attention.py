@@ -4,6 +4,7 @@ Shapes: B batch, Q queries, M keys and values (memory), D d_model, H heads, K he
 """
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -17,6 +18,7 @@ from switchlm.model.switch import SwitchProjection
 
 KeysValues = tuple[Tensor, Tensor]
 Memory = Tensor | KeysValues
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
 
 class KeyValueStore(Protocol):
@@ -94,7 +96,10 @@ def heads(x_BQW: Tensor, d_kv: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with dense projections."""
+    """Multi-head attention with dense projections.
+
+    attend: from queries, keys, values, bias and dropout to the values; replaced to see the weights.
+    """
 
     def __init__(self, d_model: int, num_heads: int, d_kv: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -105,6 +110,7 @@ class Attention(nn.Module):
         self.output = Linear(width, d_model)
         self.d_kv = d_kv
         self.dropout = dropout
+        self.attend: Attend = attention
 
     def keys_values(self, memory_BMD: Tensor) -> KeysValues:
         """Return key_BHMK and value_BHMK of the memory."""
@@ -138,7 +144,8 @@ class Attention(nn.Module):
 class SwitchAttention(nn.Module):
     """Self-attention whose projections are Switch layers (appendix A).
 
-    One Switch layer makes the queries; another makes the keys, which serve as values too.
+    One Switch layer makes the queries; another makes the keys, which serve as values too. See
+    Attention for `attend`.
     """
 
     def __init__(self, config: ModelConfig, causal: bool) -> None:
@@ -158,6 +165,7 @@ class SwitchAttention(nn.Module):
         self.output = Linear(width, config.d_model)
         self.d_kv = config.d_kv
         self.dropout = config.dropout
+        self.attend: Attend = attention
 
     def forward(
         self,
@@ -183,5 +191,5 @@ def _attend(
     """Return y_BQD: attention of the queries to the memory, and the output projection."""
     dropout = layer.dropout if layer.training else 0.0
     query_BHQK = heads(query_BQW, layer.d_kv)
-    y_BQD: Tensor = layer.output(attention(query_BHQK, *memory, bias, dropout))
+    y_BQD: Tensor = layer.output(layer.attend(query_BHQK, *memory, bias, dropout))
     return y_BQD

@@ -3,6 +3,8 @@
 Shapes: N tokens, D d_model, E experts, K experts per token, A assignments, G groups of S tokens.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,7 @@ class Router(nn.Module):
     causal: a token may not depend on later ones, so experts may not choose.
     trains_on_padding: whether padding is routed in training too, in semantics that route it.
     measures: false where losses and means are not needed, as in decoding: they are zeros then.
+    keeps_logits: true where routings are to have the logits.
     """
 
     bias_E: Tensor | None
@@ -43,6 +46,7 @@ class Router(nn.Module):
         self.dtype = torch.float32
         self.trains_on_padding = False
         self.measures = True
+        self.keeps_logits = False
         bias_E = torch.zeros(num_experts) if config.balance == "bias" else None
         self.register_buffer("bias_E", bias_E)
         factors = (config.capacity_factor, config.evaluation_capacity_factor)
@@ -79,9 +83,13 @@ class Router(nn.Module):
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE, probability_NE = self.scores(x_ND)
             if self.experts_choose:
-                return self._experts_choose(logits_NE, probability_NE, valid_N, tokens_per_group)
-            dtype = activation_dtype if semantics.gate_in_activation_dtype else self.dtype
-            return self._tokens_choose(logits_NE, probability_NE, valid_N, tokens_per_group, dtype)
+                routing = self._experts_choose(logits_NE, probability_NE, valid_N, tokens_per_group)
+            else:
+                dtype = activation_dtype if semantics.gate_in_activation_dtype else self.dtype
+                routing = self._tokens_choose(
+                    logits_NE, probability_NE, valid_N, tokens_per_group, dtype
+                )
+        return replace(routing, logits_NE=logits_NE) if self.keeps_logits else routing
 
     @property
     def routes_padding(self) -> bool:
@@ -130,6 +138,7 @@ class Router(nn.Module):
         config = self.config
         return (
             config.experts_per_token == 1
+            and not self.keeps_logits
             and not self.experts_choose
             and not config.reroute_overflow
             and not (self.training and config.exploration == "sample")

@@ -27,6 +27,7 @@ class Routing:
         yet weighted.
     z_loss: float32 scalar, mean over the tokens of a group of logsumexp(logits)^2, mean over
         groups. Not yet weighted.
+    logits_NE: of the router, before the softmax; None unless it keeps them (see Router).
     """
 
     expert_A: Tensor
@@ -38,6 +39,7 @@ class Routing:
     probability_GE: Tensor
     balance_loss: Tensor
     z_loss: Tensor
+    logits_NE: Tensor | None = None
 
     @property
     def dropped(self) -> Tensor:

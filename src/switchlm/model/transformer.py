@@ -4,7 +4,7 @@ Shapes: B batch, S source, T target, M memory (cached positions), D d_model, V v
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
@@ -191,17 +191,29 @@ class Stack(nn.Module):
         """
         x_BSD = inputs.x_BSD
         routing: tuple[Routing, ...] = ()
+        for output_BSD, block_routing in self.block_outputs(inputs, memory_BSD, cache):
+            x_BSD = output_BSD
+            routing += block_routing
+        return self.dropout(self.final_norm(x_BSD)), routing
+
+    def block_outputs(
+        self,
+        inputs: StackInputs,
+        memory_BSD: Tensor | None = None,
+        cache: DecodingCache | None = None,
+    ) -> Iterator[tuple[Tensor, tuple[Routing, ...]]]:
+        """Yield what each block returns, before the final norm; see forward."""
+        x_BSD = inputs.x_BSD
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block
-            x_BSD, block_routing = run(
+            x_BSD, routing = run(
                 x_BSD,
                 inputs,
                 memory=memory_BSD if cache is None else cache.cross_attention[layer],
                 store=None if cache is None else cache.self_attention[layer],
             )
-            routing += block_routing
-        return self.dropout(self.final_norm(x_BSD)), routing
+            yield x_BSD, routing
 
 
 class SwitchTransformer(nn.Module):
@@ -257,8 +269,12 @@ class SwitchTransformer(nn.Module):
         encoded_BSD, routing = self.encoder(self.encoder_inputs(inputs_BS, segments_BS))
         return encoded_BSD, routing
 
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Return the embeddings of token ids; what is floating is one already, [..., D]."""
+        return inputs if inputs.is_floating_point() else self.embedding(inputs)
+
     def encoder_inputs(self, inputs_BS: Tensor, segments_BS: Tensor | None = None) -> StackInputs:
-        """Return the inputs of the encoder."""
+        """Return the inputs of the encoder, from ids or from embeddings."""
         stack = self.encoder
         position_S = torch.arange(inputs_BS.shape[1], device=inputs_BS.device)
         bias = stack.relative_bias(position_S, position_S)
@@ -266,7 +282,7 @@ class SwitchTransformer(nn.Module):
         if segments_BS is not None:
             bias = masked(bias, segment_mask(segments_BS, segments_BS))
             mask_BS = segments_BS != 0
-        x_BSD = stack.dropout(self.embedding(inputs_BS))
+        x_BSD = stack.dropout(self.embed(inputs_BS))
         return StackInputs(x_BSD=x_BSD, bias=bias, mask_BS=mask_BS)
 
     def decode(
@@ -290,7 +306,7 @@ class SwitchTransformer(nn.Module):
         )
         x_BTD, routing = self.decoder(inputs, encoded_BSD, cache)
         return ModelOutput(
-            logits_BTV=self._logits(x_BTD), encoder_routing=(), decoder_routing=routing
+            logits_BTV=self.logits(x_BTD), encoder_routing=(), decoder_routing=routing
         )
 
     def decoder_inputs(
@@ -301,7 +317,11 @@ class SwitchTransformer(nn.Module):
         target_segments_BT: Tensor | None = None,
         cache: DecodingCache | None = None,
     ) -> StackInputs:
-        """Return the inputs of the decoder, without the encoder's output."""
+        """Return the inputs of the decoder, without the encoder's output.
+
+        decoder_inputs_BT: ids or embeddings.
+        target_segments_BT: with a cache, of all its places, [B, M].
+        """
         stack = self.decoder
         if cache is None:
             query_positions = key_positions = torch.arange(
@@ -312,16 +332,21 @@ class SwitchTransformer(nn.Module):
         allowed = (key_positions <= query_positions[..., None]).unsqueeze(-3)
         mask_BT = None
         if target_segments_BT is not None:
-            allowed = allowed & segment_mask(target_segments_BT, target_segments_BT)
+            new_segments_BT = target_segments_BT
+            if cache is not None:
+                new_segments_BT = target_segments_BT[:, query_positions]
+            allowed = allowed & segment_mask(new_segments_BT, target_segments_BT)
+            target_segments_BT = new_segments_BT
             mask_BT = target_segments_BT != 0
         return StackInputs(
-            x_BSD=stack.dropout(self.embedding(decoder_inputs_BT)),
+            x_BSD=stack.dropout(self.embed(decoder_inputs_BT)),
             bias=masked(stack.relative_bias(query_positions, key_positions), allowed),
             mask_BS=mask_BT,
             memory_bias=_memory_bias(input_segments_BS, target_segments_BT),
         )
 
-    def _logits(self, x_BTD: Tensor) -> Tensor:
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """Return logits_BTV of the decoder's output."""
         if self.head is not None:
             return self.project(x_BTD, self.head.weight)
         return self.project(x_BTD * self.config.d_model**-0.5, self.embedding.weight)

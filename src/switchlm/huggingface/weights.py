@@ -1,8 +1,8 @@
 """Find a model folder, or one on the hub, and read its weight files.
 
 File names in an index are not trusted: a file is only opened if it lies in the folder. Shapes are
-known before any tensor is read. safetensors files are memory-mapped; `.bin` files are unpickled
-with weights_only, which runs no code.
+known before any tensor is read. safetensors files are memory-mapped; `.bin` files are
+checked and unpickled by pickled.py, which runs no code.
 
 Experts that are offloaded are read by offset and not through a memory map: truncating a mapped file
 kills the process, while a short read is an error with a message.
@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from switchlm.checkpoint.format import CODES
 from switchlm.errors import CheckpointError, MissingExtraError
+from switchlm.huggingface.pickled import unpickle
 from switchlm.kernels.cpu import memory
 
 CONFIG = "config.json"
@@ -149,7 +149,7 @@ class Weights:
                 by_file.setdefault(description.file, []).append(key)
         for path, names in by_file.items():
             if self.pickled:
-                loaded = _unpickle(path)
+                loaded = unpickle(path)
                 yield from ((name, loaded[name]) for name in names)
             else:
                 with _opened(path) as file:
@@ -259,25 +259,10 @@ def _describe(path: Path, codes: bool) -> dict[str, Description]:
     return described
 
 
-def _unpickle(path: Path) -> dict[str, Tensor]:
-    try:
-        loaded = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except Exception as error:  # a damaged pickle can raise any exception
-        raise CheckpointError(
-            f"{path.name} is damaged, or has objects other than tensors, which could run code and "
-            f"are not read: {str(error)[:200]}"
-        ) from None
-    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise CheckpointError(f"{path.name} is not a dictionary of tensors.")
-    return loaded
-
-
 def _describe_pickled(path: Path) -> dict[str, Description]:
     described = {}
     total = 0
-    for key, tensor in _unpickle(path).items():
+    for key, tensor in unpickle(path).items():
         dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
         if not dense or tensor.dtype not in _DTYPES.values():
             raise CheckpointError(f"{key[:200]!r} in {path.name} is not a tensor of numbers.")

@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 
 from switchlm import __version__
-from switchlm.cli.main import COMMANDS, FILES
+from switchlm.cli.main import COMMANDS, FILES, let_threads_sleep
 
 
 def switchlm(*arguments, **options):
@@ -169,3 +169,34 @@ def test_signals_have_their_statuses(body, number, status, output):
     assert process.returncode == status
     assert out == output
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("given", "policy"),
+    [
+        ({}, "PASSIVE"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
+        ({"GOMP_SPINCOUNT": "1000"}, None),
+        ({"KMP_BLOCKTIME": "0"}, None),
+    ],
+)
+def test_waiting_threads_sleep_unless_the_user_chose(given, policy):
+    environment = dict(given)
+    let_threads_sleep(environment)
+    assert environment.get("OMP_WAIT_POLICY") == policy
+
+
+def test_it_is_set_before_pytorch_is_imported(monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    program = """
+        import os, sys
+        from switchlm.cli import main
+        assert "torch" not in sys.modules
+        main.typer.main.get_command = lambda _: lambda **_: print(os.environ["OMP_WAIT_POLICY"])
+        main.main()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "PASSIVE\n"

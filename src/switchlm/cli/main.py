@@ -4,7 +4,9 @@
 error shows its traceback.
 """
 
+import os
 import traceback
+from collections.abc import MutableMapping
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -105,6 +107,17 @@ def load(command: str) -> Any:
     return typer.main.get_command(one)
 
 
+def let_threads_sleep(environment: MutableMapping[str, str]) -> None:
+    """Make OpenMP's threads sleep while they wait, unless the user has chosen.
+
+    They spin otherwise, and beside another program's load a thread that waits takes the processor
+    from the one that it waits for. OpenMP reads this when PyTorch is imported.
+    """
+    if not environment.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}:
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
 def main() -> None:
     """Run the command line and exit."""
+    let_threads_sleep(os.environ)
     typer.main.get_command(app)(prog_name="switchlm")

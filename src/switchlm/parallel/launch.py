@@ -6,7 +6,7 @@
         heartbeat.beat(step)
 
 torchrun, or srun, starts the processes; torch.distributed connects them; docs/guides/cluster.md.
-Nothing else in the package reads the environment.
+Nothing else in the package reads the environment, but cli/main.py, for OpenMP.
 
 torchrun's agents keep one store over all restarts, and each agent counts only the restarts of its
 own processes. So entries in the store may be those of dead processes. Rank 0 counts the starts of

@@ -6,6 +6,7 @@ save; the command then exits with the documented status.
 
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -23,6 +24,7 @@ from switchlm.files import to_json
 Event = dict[str, Any]
 SPARK = "▁▂▃▄▅▆▇█"
 PLAIN_INTERVAL = 10.0  # seconds between lines without a terminal
+RATE_POINTS = 20  # lines of metrics that the time left is estimated from
 
 
 def follow(
@@ -32,6 +34,7 @@ def follow(
     seconds: float | None,
     as_json: bool,
     lines: bool = True,
+    of_training: bool = True,
 ) -> tuple[Console, Event]:
     """Run a recipe under the live display, until its end or a signal.
 
@@ -40,6 +43,7 @@ def follow(
 
     start: the recipe, with all arguments but `should_stop` and `report`.
     steps, seconds: at which it will end; None if not known.
+    of_training: whether `seconds` counts training, of resumed runs in all, or this whole command.
     as_json: whether the display goes to standard error.
     lines: with as_json, print every line of metrics too.
     """
@@ -48,9 +52,15 @@ def follow(
     launch = launched()
     is_main = launch is None or launch.rank == 0
     console = Console(stderr=as_json, quiet=not is_main)
-    progress = Progress(console, steps=steps, seconds=seconds)
     last: Event = {}
     with stop_on_signal() as should_stop:
+        progress = Progress(
+            console,
+            steps=steps,
+            seconds=seconds,
+            of_training=of_training,
+            should_stop=should_stop,
+        )
         for event in progress.show(start(should_stop=should_stop, report=progress.show_phase)):
             last |= event
             if lines and as_json and is_main and "step" in event:
@@ -61,14 +71,27 @@ def follow(
 class Progress:
     """Shows the events of a recipe.
 
-    steps, seconds: at which the runs will end; None if not known.
+    steps, seconds, of_training: as of `follow`.
+    should_stop: whether the runs were asked to stop, so that no time is left to estimate.
     """
 
-    def __init__(self, console: Console, *, steps: int | None, seconds: float | None) -> None:
+    def __init__(
+        self,
+        console: Console,
+        *,
+        steps: int | None,
+        seconds: float | None,
+        of_training: bool = True,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.console = console
         self.steps = steps
         self.seconds = seconds
+        self.of_training = of_training
+        self.should_stop = should_stop
         self.started = time.monotonic()
+        # When this process reached a step, of the last `RATE_POINTS` lines: time and step.
+        self.points: deque[tuple[float, int]] = deque(maxlen=RATE_POINTS)
         self.phase = "starting"
         self.runs: dict[str, Event] = {}
         self.curves: dict[str, list[float]] = {}
@@ -99,6 +122,9 @@ class Progress:
         elif "step" in event:
             name = event.get("run", "run")
             self.runs.setdefault(name, {}).update(event)
+            done = min(state["step"] for state in self.runs.values())
+            if not self.points or done > self.points[-1][1]:
+                self.points.append((time.monotonic(), done))
             if event.get("evaluation_loss") is not None:
                 self.curves.setdefault(name, []).append(event["evaluation_loss"])
 
@@ -118,17 +144,30 @@ class Progress:
         return Group(Text(self._status(), style="bold"), table)
 
     def _status(self) -> str:
-        elapsed = time.monotonic() - self.started
-        left = self._left(elapsed)
-        remaining = "" if left is None else f", about {_clock(left)} left"
-        return f"{self.phase}: {_clock(elapsed)} elapsed{remaining}"
+        now = time.monotonic()
+        status = f"{self.phase}: {_clock(now - self.started)} elapsed"
+        if self.should_stop():
+            return f"{status}, stopping after this step"
+        left = self._left(now)
+        return status if left is None else f"{status}, about {_clock(left)} left"
 
-    def _left(self, elapsed: float) -> float | None:
-        estimates = [] if self.seconds is None else [max(self.seconds - elapsed, 0.0)]
-        done = min((state["step"] for state in self.runs.values()), default=0)
-        if self.steps is not None and done:
-            estimates.append(elapsed / done * (self.steps - done))
-        return min(estimates, default=None)
+    def _left(self, now: float) -> float | None:
+        """Estimate the seconds left, by the rate of the last steps that this process took."""
+        if not self.points:
+            return None
+        reached, done = self.points[-1]
+        waited = now - reached
+        estimates = []
+        if self.seconds is not None and self.of_training:
+            trained = max(state.get("seconds", 0.0) for state in self.runs.values())
+            estimates.append(self.seconds - trained - waited)
+        elif self.seconds is not None:
+            estimates.append(self.seconds - (now - self.started))
+        first, from_step = self.points[0]
+        if self.steps is not None and done > from_step:
+            rate = (done - from_step) / (reached - first)
+            estimates.append((self.steps - done) / rate - waited)
+        return max(min(estimates), 0.0) if estimates else None
 
     def _print_line(self, event: Event) -> None:
         now = time.monotonic()

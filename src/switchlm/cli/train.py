@@ -246,6 +246,7 @@ def compare(
         seconds=seconds,
         as_json=as_json,
         lines=False,
+        of_training=False,
     )
     result = last["result"]
     if as_json:

@@ -54,5 +54,19 @@ def test_a_configuration_without_kernels_has_the_default():
     assert from_sections(sections).kernels.switch == "auto"
 
 
-def test_the_default_is_a_run_config():
-    assert run_config() == RunConfig()
+def test_small_presets_come_with_settings_and_the_default_is_tiny():
+    tiny = run_config(preset="tiny")
+    assert run_config() == tiny
+    assert (tiny.data.input_length, tiny.data.batch_size) == (64, 128)
+    assert (tiny.training.learning_rate, tiny.model.router.exploration) == (0.012, "argmax")
+    assert run_config(preset="dense-tiny").training == tiny.training
+    assert run_config(preset="nano").training == RunConfig().training
+    assert run_config(preset="small").training.optimizer == "adafactor"
+
+
+def test_stated_settings_and_models_come_before_those_of_the_preset():
+    file = run_config(values={"preset": "tiny", "training": {"learning_rate": 0.5}})
+    assert (file.training.learning_rate, file.data.batch_size) == (0.5, 128)
+    assert run_config(preset="tiny", overrides=["data.batch_size=3"]).data.batch_size == 3
+    own = run_config(values={"model": {"d_model": 64}})
+    assert own.training == RunConfig().training

@@ -6,10 +6,12 @@ Also loads the models that a run starts from, whose tokenizers must exist and ag
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import yaml
 
 from switchlm.config import from_mapping, override, read_yaml, to_mapping
 from switchlm.data.config import DataConfig
@@ -58,6 +60,8 @@ def run_config(
 ) -> RunConfig:
     """Resolve a configuration: base, then preset, then values, then sources and overrides.
 
+    preset: a model, and the settings that it comes with (presets.yaml); `tiny` if neither a base
+        nor a model is given.
     values: sections as in a YAML file, which may name a `preset` of its own.
 
     Raises ConfigError for invalid values.
@@ -66,12 +70,22 @@ def run_config(
     stated = dict(values or {})
     named = stated.pop("preset", None)
     preset = preset or named
+    if preset is None and base is None and "model" not in stated:
+        preset = "tiny"
     if preset is not None:
         resolved.update(_split_router(to_mapping(find_preset(preset))))
+        resolved = merge_sections(resolved, settings_of(preset))
     resolved = merge_sections(resolved, stated)
     if sources:
         resolved["data"]["sources"] = list(sources)
     return from_sections(override(resolved, overrides))
+
+
+def settings_of(preset: str) -> dict[str, Any]:
+    """Return the sections of a run that a preset comes with, its dense twin's alike."""
+    text = files("switchlm.recipes").joinpath("presets.yaml").read_text(encoding="utf-8")
+    settings: dict[str, Any] = yaml.safe_load(text).get(preset.removeprefix("dense-"), {})
+    return settings
 
 
 def merge_sections(sections: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchlm.data.order import choose_held_out
+from switchlm.data.order import choose_held_out, choose_tail
 
 HASHES = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=50)
 
@@ -42,8 +42,51 @@ def test_a_small_corpus_still_holds_out_a_row():
     assert choose(hashes, 0.01, least=10**9).sum() == 5
 
 
-def test_a_single_document_is_for_training():
-    assert not choose([2**63], 0.01, least=50).any()
+def tail(hashes, lengths, share=0.01, least=50):
+    hashes, lengths = np.array(hashes, dtype=np.uint64), np.array(lengths)
+    [chosen] = choose_held_out([hashes], [lengths], share, least)
+    return chosen, choose_tail(hashes, lengths, chosen, share, least)
+
+
+def test_the_end_of_a_single_document_is_held_out():
+    chosen, found = tail([2**63], [1500])
+    assert (chosen.any(), found) == (False, (0, 50))
+    assert tail([2**63], [1500], share=0.5)[1] == (0, 750)
+    assert tail([2**63], [99])[1] is None  # a row to train on would be missing
+    assert tail([2**63], [1500], share=0.0)[1] is None
+
+
+def test_a_document_that_its_hash_holds_out_is_split_too_if_it_is_all_there_is():
+    chosen, found = tail([5], [1500], share=0.1)
+    assert (chosen.any(), found) == (False, (0, 150))
+
+
+def test_of_few_large_documents_the_end_of_one_is_held_out():
+    hashes = [2**63 + 2, 2**63 + 1, 2**63 + 3]
+    chosen, found = tail(hashes, [100_000, 90_000, 120_000])
+    assert (chosen.any(), found) == (False, (1, 3100))
+    # A small one is held out whole, and the rest is of the next.
+    chosen, found = tail([2**63 + 2, 2**63 + 1, 2**63 + 3], [100_000, 90, 120_000], least=2000)
+    assert (chosen.tolist(), found) == ([False, True, False], (0, 2200 - 90))
+
+
+def test_a_document_that_is_there_twice_is_not_split():
+    assert tail([2**63, 2**63, 2**63 + 1], [10_000] * 3)[1] == (2, 300)
+    assert tail([2**63, 2**63], [10_000] * 2)[1] is None
+
+
+@given(HASHES, st.integers(1, 4000), st.floats(0.001, 0.5))
+def test_no_more_than_twice_the_wanted_tokens_are_added(hashes, least, share):
+    chosen, found = tail(hashes, [500 + value % 1000 for value in hashes], share, least)
+    lengths = np.array([500 + value % 1000 for value in hashes])
+    by_hash = np.array([value < share * 2.0**64 for value in hashes])
+    by_hash &= lengths[~by_hash].sum() >= least
+    kept = lengths[chosen].sum() + (found[1] if found else 0)
+    wanted = max(share * lengths.sum(), least)
+    assert kept <= max(lengths[by_hash].sum(), 2 * wanted) + 1
+    if found:
+        assert found[1] < lengths[found[0]]
+        assert lengths.sum() - kept >= least
 
 
 @given(st.lists(HASHES, min_size=1, max_size=4), st.floats(0.0, 0.5), st.integers(0, 500))

@@ -170,12 +170,12 @@ def choose_held_out(
     share: of the documents. It depends on a document's own hash alone, so other documents do not
         change it.
     least: tokens of a source to hold out; if there are fewer, documents next in the order of hashes
-        are added, up to half of the tokens.
+        are added, up to half of the tokens and to twice what is wanted (see `choose_tail`).
     aligned: hold out the same groups in all sources, also those added for `least`, so that no
-        translation of a held-out text is trained on.
+        translation of a held-out text is trained on; then up to half of the tokens.
     """
     chosen_SD = [
-        _choose_by_hash(hashes_D, lengths_D, share, least)
+        _choose_by_hash(hashes_D, lengths_D, share, least, 1.0 if aligned else share)
         for hashes_D, lengths_D in zip(hashes_SD, lengths_SD, strict=True)
     ]
     held_out = [hashes_D[chosen_D] for hashes_D, chosen_D in zip(hashes_SD, chosen_SD, strict=True)]
@@ -186,12 +186,17 @@ def choose_held_out(
     return [hashes_D <= chosen.max() for hashes_D in hashes_SD]
 
 
-def _choose_by_hash(hashes_D: UInt64, lengths_D: Int64, share: float, least: int) -> np.ndarray:
+def _choose_by_hash(
+    hashes_D: UInt64, lengths_D: Int64, share: float, least: int, most: float
+) -> np.ndarray:
     if share == 0:
         return np.zeros(len(hashes_D), dtype=bool)
     chosen_D = hashes_D < np.uint64(share * 2.0**64)
+    total = int(lengths_D.sum())
+    if total - lengths_D[chosen_D].sum() < least:  # nothing would remain to train on
+        chosen_D = np.zeros(len(hashes_D), dtype=bool)
     if lengths_D[chosen_D].sum() < least:
-        limit = max(share, 0.5) * lengths_D.sum()
+        limit = min(max(share, 0.5) * total, 2 * max(most * total, least))
         for value in np.unique(hashes_D):
             with_next_D = hashes_D <= value
             if lengths_D[with_next_D].sum() > limit:
@@ -200,3 +205,23 @@ def _choose_by_hash(hashes_D: UInt64, lengths_D: Int64, share: float, least: int
             if lengths_D[chosen_D].sum() >= least:
                 break
     return chosen_D
+
+
+def choose_tail(
+    hashes_D: UInt64, lengths_D: Int64, chosen_D: np.ndarray, share: float, least: int
+) -> tuple[int, int] | None:
+    """Return a document, and how many of its last tokens to hold out; None if none is needed.
+
+    So a source of one or a few large documents is split by position, where `choose_held_out` chose
+    fewer than `least` tokens of it. The document is the first in the order of hashes that is long
+    enough and not there twice. None too if less than `least` would remain to train on.
+    """
+    total, have = int(lengths_D.sum()), int(lengths_D[chosen_D].sum())
+    wanted = max(int(share * total), least) - have
+    if share == 0 or have >= least or total - have - wanted < least:
+        return None
+    _, first_D, times_D = np.unique(hashes_D, return_index=True, return_counts=True)
+    for document in first_D[times_D == 1].tolist():
+        if not chosen_D[document] and lengths_D[document] > wanted + 1:
+            return document, wanted
+    return None

@@ -184,14 +184,15 @@ def test_held_out_batches_by_source(open_corpus, corpus, tmp_path):
         loader.held_out(1, source="y")
 
 
-def test_a_source_of_one_document_has_no_held_out_text(open_corpus, corpus, tmp_path):
+def test_a_source_of_less_than_two_rows_has_no_held_out_text(open_corpus, corpus, tmp_path):
     single = tmp_path / "single.jsonl"
-    single.write_text(f'{{"text": "{"words and more " * 50}"}}\n')
+    single.write_text(f'{{"text": "{"words and more " * 4}"}}\n')
     mixed = open_corpus(sources=(str(corpus), str(single)))
     assert (mixed.held_out(4)[0].source_B == 0).all()
     with pytest.raises(DataError, match="'single' has no held-out text"):
         mixed.held_out(1, source="single")
-    with pytest.raises(DataError, match="No document is held out"):
+    message = "0, or the text does not fill two rows of 34 tokens, one to train on and one to hold"
+    with pytest.raises(DataError, match=message):
         open_corpus(sources=(str(single),)).held_out(1)
 
 
@@ -210,8 +211,6 @@ def test_an_example_is_shown_as_text(open_corpus):
 def test_settings_that_do_not_fit_are_refused(open_corpus, tmp_path):
     with pytest.raises(DataError, match="target_length 5 is too short: inputs of 32"):
         open_corpus(target_length=5)
-    with pytest.raises(DataError, match="masked spans but the tokenizer has 100 sentinels"):
-        open_corpus(input_length=900, mean_span=1.0)
     with pytest.raises(DataError, match="less than one row"):
         open_corpus(input_length=20_000, mean_span=100.0)
     with pytest.raises(DataError, match="no data sources"):
@@ -221,8 +220,51 @@ def test_settings_that_do_not_fit_are_refused(open_corpus, tmp_path):
 def test_progress_and_the_mixture_are_reported(open_corpus, corpus):
     lines = []
     open_corpus(sources=(f"a={corpus}:3", f"b={corpus}:1"), report=lines.append)
-    assert any(line.startswith("a: ") and line.endswith("75.0% of the rows") for line in lines)
-    assert any(line.startswith("b: ") and line.endswith("25.0% of the rows") for line in lines)
+    for name, share in (("a", "75.0%"), ("b", "25.0%")):
+        (line,) = (line for line in lines if line.startswith(f"{name} (60 files, 60 .txt): "))
+        assert re.search(rf"held out \(\d+\.\d%\), {share} of the rows$", line)
+
+
+def test_long_rows_have_as_many_spans_as_sentinels_and_this_is_said(open_corpus, tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text(" ".join(f"word {number}" for number in range(4000)))
+    lines = []
+    loader = open_corpus(sources=(str(path),), input_length=2048, batch_size=1, report=lines.append)
+    batch = loader.batch(0)
+    sentinels = set(loader.tokenizer.sentinel_ids)
+    assert batch.inputs_BS.shape == (1, 2048)
+    assert sum(token in sentinels for token in batch.inputs_BS[0].tolist()) == 100
+    assert any("tokens long on average, not 3 (data.mean_span)" in line for line in lines)
+    lines.clear()
+    open_corpus(sources=(str(path),), report=lines.append)
+    assert not any("on average" in line for line in lines)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5])
+def test_a_short_text_is_split_by_position(open_corpus, tmp_path, share):
+    path = tmp_path / "note.txt"
+    path.write_text("".join(chr(97 + number % 26) for number in range(1500)))
+    lines = []
+    loader = open_corpus(
+        sources=(str(path),), input_length=512, held_out_share=share, report=lines.append
+    )
+    (line,) = (line for line in lines if line.startswith("note (note.txt): "))
+    assert ("751 tokens to train on, 750" in line) == (share == 0.5)
+    assert loader.held_out(1)[0].inputs_BS.shape == (8, 512)
+    assert any("documents are few and large" in line for line in lines) == (share == 0.01)
+
+
+def test_a_few_large_files_keep_the_wanted_share(open_corpus, tmp_path):
+    folder = tmp_path / "wiki"
+    folder.mkdir()
+    for name, size in (("train.txt", 60_000), ("valid.txt", 20_000), ("README.md", 100)):
+        (folder / name).write_text("".join(f"Sentence {n} of it.\n" for n in range(size // 20)))
+    lines = []
+    open_corpus(sources=(str(folder),), held_out_share=0.02, report=lines.append)
+    (line,) = (line for line in lines if line.startswith("wiki (3 files, 2 .txt, 1 .md): "))
+    share = float(re.search(r"held out \(([\d.]+)%\)", line)[1])
+    assert 1 <= share <= 4
+    assert not any(line.startswith("Warning") for line in lines)
 
 
 def test_a_unigram_tokenizer_is_trained_once(open_corpus):

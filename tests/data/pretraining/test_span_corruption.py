@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchlm.data.order import hash_numbers
-from switchlm.data.pretraining.span_corruption import Noise, check_sentinels, corrupt, noise_mask
+from switchlm.data.pretraining.span_corruption import Noise, corrupt, noise_mask
 from switchlm.errors import DataError
 
 END = 1
@@ -123,6 +123,12 @@ def test_every_way_to_cut_is_equally_likely():
     assert np.abs(counts - draws / 4).max() < 5 * math.sqrt(draws * 3 / 16)
 
 
-def test_too_few_sentinels_are_named():
-    with pytest.raises(DataError, match="120 masked spans but the tokenizer has 100 sentinels"):
-        check_sentinels(120, 100)
+@given(st.integers(200, 5000), st.integers(1, 100))
+def test_spans_are_no_more_than_the_sentinels_and_mask_as_many_tokens(length, sentinels):
+    few = Noise(density=0.15, mean_span=3.0, most_spans=sentinels)
+    many = Noise(density=0.15, mean_span=3.0, most_spans=10**6)
+    (masked,), (spans,) = few.counts(np.array([length]))
+    assert spans == min(sentinels, many.counts(np.array([length]))[1][0])
+    assert masked == many.counts(np.array([length]))[0][0]
+    mask = noise_mask(np.array([length]), few, hash_numbers(length, np.arange(1)))[0]
+    assert ((mask[1:] & ~mask[:-1]).sum(), mask.sum()) == (spans, masked)

@@ -1,9 +1,11 @@
 import gzip
 import json
 import sys
+import tracemalloc
 import types
 from collections import Counter
 
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +22,7 @@ from switchlm.errors import DataError, MissingExtraError
 def read(path, column="text", group=None, alone=False):
     skipped = Counter()
     documents = list(
-        read_file(path, path.name, Columns(text=column, group=group), alone=alone, skipped=skipped)
+        read_file(path, Columns(text=column, group=group), alone=alone, skipped=skipped)
     )
     return documents, dict(skipped)
 
@@ -58,8 +60,7 @@ def test_a_large_file_is_cut_at_line_ends_and_nothing_is_lost(tmp_path, alone, m
     assert all(document.text.endswith("\n") for document in documents)
     assert len(documents) > 10
     assert not skipped
-    # Sections of one file among many stay together at the held-out split.
-    assert {document.group for document in documents} == {"" if alone else "a.txt"}
+    assert {document.group for document in documents} == {""}
 
 
 @given(st.text(st.characters(exclude_characters="\0\ufeff", codec="utf-8"), max_size=80))
@@ -100,6 +101,63 @@ def test_bad_records_are_skipped_and_counted(tmp_path):
     documents, skipped = read(path)
     assert [document.text for document in documents] == ["one", "two"]
     assert skipped == {"without text in 'text'": 3, "not UTF-8": 2, "not JSON": 1}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "csv.gz", "tsv.zst"])
+def test_tables_are_read_by_column_as_pandas_does(tmp_path, suffix):
+    frame = pandas.DataFrame(
+        {
+            "id": [1, 2, 3, 4],
+            "text": ['quoted "so", yes', "two\nlines\t\r\n", "x" * 300_000, "grüße \u2028 ☃"],
+        }
+    )
+    path = tmp_path / f"a.{suffix}"
+    separator = "\t" if "tsv" in suffix else ","
+    frame.to_csv(path, index=False, sep=separator)
+    again = pandas.read_csv(path, sep=separator, keep_default_na=False)
+    assert texts(path) == again["text"].tolist() == frame["text"].tolist()
+    with pytest.raises(DataError, match=r"has no column 'body'; it has: id, text.*text_column"):
+        read(path, column="body")
+
+
+def test_a_row_with_a_byte_that_is_not_utf8_is_counted(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\xef\xbb\xbftext,n\r\none,1\r\ncaf\xe9,2\r\n,3\r\nnull\0,4\r\nlast\r\n")
+    documents, skipped = read(path)
+    assert [document.text for document in documents] == ["one", "", "null\0", "last"]
+    assert skipped == {"not UTF-8": 1}
+
+
+def test_json_lists_and_objects_per_line_are_records_and_other_json_is_text(tmp_path):
+    records = [{"text": "one", "n": 1}, {"text": "two\n"}]
+    (tmp_path / "a.json").write_text(json.dumps(records, indent=1))
+    (tmp_path / "b.json").write_bytes(lines(*records))
+    (tmp_path / "c.json.gz").write_bytes(gzip.compress(lines(*records)))
+    for name in ("a.json", "b.json", "c.json.gz"):
+        assert texts(tmp_path / name) == ["one", "two\n"]
+    for number, plain in enumerate(('{\n "a": 1\n}', "[1, 2]", '"word"', "{", "")):
+        path = tmp_path / f"plain{number}.json"
+        path.write_text(plain)
+        assert texts(path) == [plain]
+    (tmp_path / "d.json").write_text('[{"text": "cut"')
+    with pytest.raises(DataError, match="d.json is not valid JSON"):
+        read(tmp_path / "d.json")
+    with pytest.raises(DataError, match="has no column 'body'; it has: text, n"):
+        read(tmp_path / "a.json", column="body")
+
+
+def test_a_line_without_end_takes_bounded_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LONGEST_LINE", 2**16)
+    path = tmp_path / "a.jsonl.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(b'{"text": "' + b"0" * 2**25 + b'"}\n' + lines({"text": "after"}))
+    tracemalloc.start()
+    documents, skipped = read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [document.text for document in documents] == ["after"]
+    assert skipped == {"longer than 0 MiB": 1}
+    assert peak < 2**22
 
 
 def test_deep_json_is_skipped(tmp_path):

@@ -27,8 +27,9 @@ from switchlm.data.pretraining.rows import (
     running_rows,
     target_length_for,
 )
-from switchlm.data.pretraining.span_corruption import Noise, check_sentinels, corrupt, noise_mask
+from switchlm.data.pretraining.span_corruption import Noise, corrupt, noise_mask
 from switchlm.data.text import sources
+from switchlm.data.text.sources import Source
 from switchlm.data.text.token_cache import TokenCache, open_cache
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.data.text.vocabulary import open_tokenizer
@@ -36,6 +37,8 @@ from switchlm.errors import DataError, nearest
 from switchlm.files import Report
 
 MAX_LINES = 16  # sources that are reported one by one
+MAX_WARNINGS = 3
+FAR = 3.0  # times more or less held out than wanted, which is said
 _HELD_OUT_SEED = 0  # not the run's seed, so that all runs are evaluated on the same masked text
 
 
@@ -55,10 +58,11 @@ class RowShape:
 
     @classmethod
     def of(cls, config: DataConfig, caches: Sequence[TokenCache], num_sentinels: int) -> "RowShape":
-        """Compute the lengths; DataError if target_length or sentinels do not suffice."""
-        noise = Noise(density=config.noise_density, mean_span=config.mean_span)
+        """Compute the lengths; DataError if target_length does not suffice."""
+        noise = Noise(
+            density=config.noise_density, mean_span=config.mean_span, most_spans=num_sentinels
+        )
         raw_length = noise.raw_length(config.input_length)
-        check_sentinels(int(noise.counts(np.array([raw_length]))[1][0]), num_sentinels)
         exact = int(noise.corrupted_lengths(np.array([raw_length]))[1][0])
         target_length = config.target_length or exact
         if target_length < exact:
@@ -113,6 +117,11 @@ class Samples:
         self._end_id = tokenizer.end_id
         self._pad_id = tokenizer.pad_id
         self._mask_key = derive_key(seed, "mask")
+
+    @property
+    def raw_length(self) -> int:
+        """Tokens that fill a row."""
+        return self._shape.raw_length
 
     def has_rows(self, source: int) -> bool:
         """Return whether the source with that index has any text."""
@@ -208,8 +217,9 @@ class Loader(StepLoader):
         """
         if self._held_out is None:
             raise DataError(
-                "No document is held out for evaluation. Set data.held_out_share above zero, and "
-                "give text of more than one document and more than two rows."
+                "No text is held out for evaluation: data.held_out_share is 0, or the text does "
+                f"not fill two rows of {self._train.raw_length} tokens, one to train on and one to "
+                "hold out. Give more text, a smaller data.input_length, or a share above 0."
             )
         only = None if source is None else self._source_index(source)
         return [
@@ -263,13 +273,7 @@ def open_data(
         for source in parsed
     ]
     shape = RowShape.of(config, caches, len(tokenizer.sentinel_ids))
-    held_out = order.choose_held_out(
-        [cache.hashes_D for cache in caches],
-        [cache.lengths_D for cache in caches],
-        config.held_out_share,
-        shape.raw_length,
-        aligned=config.group_column is not None,
-    )
+    caches, held_out = _split(config, caches, shape.raw_length)
     train_rows = [
         shape.rows(cache, ~chosen_D, seed) for cache, chosen_D in zip(caches, held_out, strict=True)
     ]
@@ -290,7 +294,9 @@ def open_data(
         config.mixing_exponent,
     )
     names = tuple(source.name for source in parsed)
-    for line in _describe_mixture(names, train_rows, held_out_rows, shares_S):
+    for line in _describe_mixture(parsed, train_rows, held_out_rows, shares_S):
+        say(line)
+    for line in _remarks(config, shape, names, train_rows, held_out_rows):
         say(line)
     return Loader(
         Samples(train_rows, Mixture(shares_S, seed), shape, tokenizer, seed),
@@ -301,21 +307,83 @@ def open_data(
     )
 
 
+def _split(
+    config: DataConfig, caches: list[TokenCache], least: int
+) -> tuple[list[TokenCache], list[np.ndarray]]:
+    """Return the caches, and which documents of each are held out, bool [D].
+
+    Where documents are too few or too large for the wanted share, the end of one becomes a document
+    of its own. Records of a group are never split, since other sources have their translations.
+    """
+    aligned = config.group_column is not None
+    held_out = order.choose_held_out(
+        [cache.hashes_D for cache in caches],
+        [cache.lengths_D for cache in caches],
+        config.held_out_share,
+        least,
+        aligned=aligned,
+    )
+    for place, (cache, chosen_D) in enumerate(zip(caches, held_out, strict=True)):
+        tail = order.choose_tail(
+            cache.hashes_D, cache.lengths_D, chosen_D, config.held_out_share, least
+        )
+        if tail is not None and not aligned:
+            caches[place] = cache.split(*tail)
+            held_out[place] = np.insert(chosen_D, tail[0] + 1, True)
+    return caches, held_out
+
+
+def _remarks(
+    config: DataConfig,
+    shape: RowShape,
+    names: Sequence[str],
+    train: Sequence[Rows],
+    held_out: Sequence[Rows],
+) -> list[str]:
+    """Return lines on what is not as the settings want it: held-out shares, and lengths of spans."""
+    lines = []
+    wanted = config.held_out_share
+    for name, part, kept in zip(names, train, held_out, strict=True):
+        share = kept.num_tokens / max(part.num_tokens + kept.num_tokens, 1)
+        if wanted and not wanted / FAR <= share <= wanted * FAR:
+            reason = "documents are few and large" if share else "there is too little text"
+            lines.append(
+                f"Warning: {share:.1%} of the tokens of {name!r} are held out, not {wanted:.1%} "
+                f"(data.held_out_share): {reason}"
+            )
+    if len(lines) > MAX_WARNINGS:
+        lines[MAX_WARNINGS:] = [f"Warning: so it is with {len(lines) - MAX_WARNINGS} more sources"]
+    masked, spans = (int(one[0]) for one in shape.noise.counts(np.array([shape.raw_length])))
+    if spans == shape.noise.most_spans and masked / spans > 1.01 * shape.noise.mean_span:
+        lines.append(
+            f"Spans are {masked / spans:.1f} tokens long on average, not {config.mean_span:g} "
+            f"(data.mean_span): rows of {config.input_length} have no more than {spans} sentinels"
+        )
+    return lines
+
+
 def _describe_mixture(
-    names: Sequence[str], train: Sequence[Rows], held_out: Sequence[Rows], shares_S: np.ndarray
+    parsed: Sequence[Source], train: Sequence[Rows], held_out: Sequence[Rows], shares_S: np.ndarray
 ) -> list[str]:
     """Return a line for each source, or one line if there are more than MAX_LINES."""
 
     def line(who: str, places: Sequence[int], share: str) -> str:
         read, kept = (sum(part[place].num_tokens for place in places) for part in (train, held_out))
-        return f"{who}: {read:,} tokens to train on, {kept:,} held out, {share} of the rows"
+        return (
+            f"{who}: {read:,} tokens to train on, {kept:,} held out "
+            f"({kept / max(read + kept, 1):.1%}), {share} of the rows"
+        )
 
-    every = range(len(names))
-    if len(names) <= MAX_LINES:
-        return [line(names[place], [place], f"{shares_S[place]:.1%}") for place in every]
+    every = range(len(parsed))
+    if len(parsed) <= MAX_LINES:
+        return [
+            line(f"{one.name} ({sources.describe(one)})", [place], f"{shares_S[place]:.1%}")
+            for place, one in enumerate(parsed)
+        ]
+    names = [one.name for one in parsed]
     least, most = int(shares_S.argmin()), int(shares_S.argmax())
     shares = f"{shares_S[least]:.2%} ({names[least]}) to {shares_S[most]:.2%} ({names[most]}) each"
-    return [line(f"{len(names)} sources", every, shares)]
+    return [line(f"{len(parsed)} sources", every, shares)]
 
 
 def _held_out(

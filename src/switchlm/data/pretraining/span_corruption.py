@@ -16,22 +16,28 @@ from dataclasses import dataclass
 import numpy as np
 
 from switchlm.data.order import Int64, UInt64, hash_grid
+from switchlm.data.text.tokenizer import NUM_SENTINELS
 from switchlm.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """The share of tokens that are masked, and the mean length of a span."""
+    """The share of tokens that are masked, and the mean length of a span.
+
+    most_spans: in a text, as many as there are sentinels; longer texts have longer spans.
+    """
 
     density: float
     mean_span: float
+    most_spans: int = NUM_SENTINELS
 
     def counts(self, length_N: Int64) -> tuple[Int64, Int64]:
         """Return the numbers of masked tokens and of spans in texts of `length_N` >= 2 tokens."""
         noise_N = np.round(length_N * self.density).astype(np.int64)
         noise_N = np.clip(noise_N, 1, length_N - 1)
         spans_N = np.round(noise_N / self.mean_span).astype(np.int64)
-        return noise_N, np.clip(spans_N, 1, np.minimum(noise_N, length_N - noise_N))
+        most_N = np.minimum(np.minimum(noise_N, length_N - noise_N), self.most_spans)
+        return noise_N, np.clip(spans_N, 1, most_N)
 
     def corrupted_lengths(self, length_N: Int64) -> tuple[Int64, Int64]:
         """Return the lengths of inputs and targets, with sentinels and the end token."""
@@ -63,15 +69,6 @@ class Corrupted:
     input_length_N: Int64
     targets: Int64
     target_length_N: Int64
-
-
-def check_sentinels(num_spans: int, num_sentinels: int) -> None:
-    """Raise DataError if a row has more masked spans than the tokenizer has sentinels."""
-    if num_spans > num_sentinels:
-        raise DataError(
-            f"A row has {num_spans} masked spans but the tokenizer has {num_sentinels} sentinels. "
-            "Use shorter rows, a larger mean_span, or a tokenizer with more sentinels."
-        )
 
 
 def noise_mask(length_N: Int64, noise: Noise, key_N: UInt64) -> np.ndarray:
@@ -117,15 +114,13 @@ def corrupt(
     """Replace each masked span by a sentinel and collect the spans as targets.
 
     tokens_NL: int64, padded on the right with any value.
-    mask_NL: bool, false past the length.
+    mask_NL: bool, false past the length; with at most as many spans as sentinels.
     """
     num_examples, longest = tokens_NL.shape
     example_N = np.arange(num_examples)
     start_NL = mask_NL.copy()
     start_NL[:, 1:] &= ~mask_NL[:, :-1]
     span_NL = np.cumsum(start_NL, axis=1) - 1
-    num_spans = int(span_NL[:, -1].max()) + 1
-    check_sentinels(num_spans, len(sentinel_ids))
     sentinel_NL = np.asarray(sentinel_ids, dtype=np.int64)[span_NL]
 
     values_NL = np.empty((num_examples, longest + 1), dtype=np.int64)

@@ -1,9 +1,10 @@
-"""Read documents from plain text, JSONL and Parquet files, and datasets of the hub.
+"""Read documents from plain text, JSON, CSV and Parquet files, and datasets of the hub.
 
 Invalid documents are skipped and counted by reason; an invalid file, such as one without the text
 column, is a DataError.
 """
 
+import csv
 import gzip
 import io
 import json
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -20,6 +22,8 @@ from switchlm.errors import DataError, require
 
 WHOLE = 2**20  # bytes; a text file up to this size is one document
 SECTION = 2**16  # bytes; larger ones are read as sections of about this size, cut at line ends
+LONGEST_LINE = 2**26  # bytes of a JSON record; bounds the memory that a compressed file can take
+LARGEST_LIST = 2**30  # bytes of a JSON file that is one list, which is parsed whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,22 +38,32 @@ class Document:
 
 
 def read_file(
-    path: Path, name: str, columns: Columns, *, alone: bool, skipped: Counter[str]
+    path: Path, columns: Columns, *, alone: bool, skipped: Counter[str]
 ) -> Iterator[Document]:
     """Yield the documents of one file; the suffix of its name gives the format.
 
-    alone: the source is this file only, so its sections are documents of their own.
+    alone: the source is this file only, so that its sections are documents however small it is.
     """
     kinds = path.name.lower().split(".")[1:]
+    kind = kinds[-2:-1] if kinds[-1:] in (["gz"], ["zst"]) else kinds[-1:]
     try:
         if kinds[-1:] == ["parquet"]:
             yield from _documents(read_parquet(path, columns), path.name, columns, skipped)
             return
+        if kind == ["json"]:
+            with open_stream(path, kinds) as stream:
+                records = _json_records(stream, path.name, skipped)
+                if records is not None:
+                    yield from _documents(records, path.name, columns, skipped)
+                    return
         with open_stream(path, kinds) as stream:
-            if not {"jsonl", "ndjson"}.isdisjoint(kinds[-2:]):
+            if kind in (["jsonl"], ["ndjson"]):
                 yield from _documents(_json_lines(stream, skipped), path.name, columns, skipped)
+            elif kind in (["csv"], ["tsv"]):
+                rows = read_csv(stream, "\t" if kind == ["tsv"] else ",")
+                yield from _documents(rows, path.name, columns, skipped)
             else:
-                yield from _plain(stream, "" if alone else name, alone, skipped)
+                yield from _plain(stream, alone, skipped)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"Cannot read {str(path)!r}: {error}") from None
 
@@ -72,8 +86,11 @@ def open_stream(path: Path, kinds: list[str]) -> Iterator[BinaryIO]:
             yield stream
 
 
-def _plain(stream: BinaryIO, group: str, alone: bool, skipped: Counter[str]) -> Iterator[Document]:
-    """Yield a file as one document, or as sections if it is large or the only one of its source."""
+def _plain(stream: BinaryIO, alone: bool, skipped: Counter[str]) -> Iterator[Document]:
+    """Yield a file as one document, or as sections if it is large or the only one of its source.
+
+    Sections are documents of their own, so that the held-out share is kept where files are few.
+    """
     whole = 0 if alone else WHOLE
     head = stream.read(whole + 1) if whole else b""
     if whole and len(head) <= whole:
@@ -91,7 +108,7 @@ def _plain(stream: BinaryIO, group: str, alone: bool, skipped: Counter[str]) -> 
             section, carried = carried, b""
         text = _decode(section, skipped)
         if text is not None:
-            yield Document(text=text, group=group)
+            yield Document(text=text)
 
 
 def _unfinished(raw: bytes) -> int:
@@ -118,7 +135,12 @@ def _decode(raw: bytes, skipped: Counter[str]) -> str | None:
 
 
 def _json_lines(stream: BinaryIO, skipped: Counter[str]) -> Iterator[Any]:
-    for line in stream:
+    while line := stream.readline(LONGEST_LINE):
+        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+            skipped[f"longer than {LONGEST_LINE >> 20} MiB"] += 1
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(LONGEST_LINE)
+            continue
         if not line.strip():
             continue
         try:
@@ -127,6 +149,43 @@ def _json_lines(stream: BinaryIO, skipped: Counter[str]) -> Iterator[Any]:
             skipped["not UTF-8"] += 1
         except (ValueError, RecursionError):
             skipped["not JSON"] += 1
+
+
+def _json_records(stream: BinaryIO, where: str, skipped: Counter[str]) -> Iterable[Any] | None:
+    """Return the records of a JSON file, a list of objects or an object per line.
+
+    None for any other JSON, which is read as plain text.
+    """
+    first = stream.readline(LONGEST_LINE)
+    if first.lstrip().startswith(b"["):
+        text = first + stream.read(LARGEST_LIST)
+        if len(text) >= LARGEST_LIST:
+            raise DataError(
+                f"{where} is a list of more than {LARGEST_LIST >> 30} GiB, which would be parsed "
+                "whole: write it as JSON lines (.jsonl), an object per line."
+            )
+        try:
+            records = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} is not valid JSON: {error}") from None
+        return records if all(isinstance(record, dict) for record in records) else None
+    try:
+        record = json.loads(first)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    return chain([record], _json_lines(stream, skipped))
+
+
+def read_csv(stream: BinaryIO, separator: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a CSV file whose first row names the columns, with cells of any size.
+
+    Bytes that are not UTF-8 become surrogates, by which the row is known as invalid.
+    """
+    csv.field_size_limit(2**31 - 1)
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    yield from csv.DictReader(text, delimiter=separator)
 
 
 def _documents(

@@ -21,6 +21,7 @@ from switchlm.errors import DataError
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.DOTALL)
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _TEXT_SUFFIXES = re.compile(r"(\.(txt|jsonl|ndjson|parquet|gz|zst))*$")
+MAX_KINDS = 4  # of files that are named
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "node_modules"})
 
 
@@ -154,6 +155,19 @@ def files(source: Source) -> list[tuple[str, Path]]:
     return sorted(names.items())
 
 
+def describe(source: Source) -> str:
+    """Return what is read: the files by the suffixes of their names, the most frequent first."""
+    if is_hub(source):
+        return source.location
+    names = [name for name, _ in files(source)]
+    if len(names) == 1:
+        return Path(names[0]).name
+    kinds = Counter("".join(Path(name).suffixes[-2:]) or "without suffix" for name in names)
+    most = [f"{count:,} {kind}" for kind, count in kinds.most_common(MAX_KINDS)]
+    rest = len(names) - sum(count for _, count in kinds.most_common(MAX_KINDS))
+    return f"{len(names):,} files, {', '.join(most + [f'{rest:,} others'] * (rest > 0))}"
+
+
 def _python_folder(location: str) -> Path:
     folders = {"python:stdlib": "stdlib", "python:site-packages": "purelib"}
     if location not in folders:
@@ -183,7 +197,7 @@ def read(
         found = files(source)
         alone = len(found) == 1
         documents = chain.from_iterable(
-            read_file(path, name, columns, alone=alone, skipped=skipped) for name, path in found
+            read_file(path, columns, alone=alone, skipped=skipped) for _, path in found
         )
     count = 0
     for document in documents:

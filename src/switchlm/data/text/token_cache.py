@@ -9,6 +9,7 @@ It is built under another name, with a lock, and renamed, so that readers see a 
 none, even if several processes build it or one is killed.
 """
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -30,7 +31,7 @@ from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import DataError
 from switchlm.files import Report, building
 
-FORMAT = 1
+FORMAT = 2
 REPORT_SECONDS = 2.0
 _BATCH = 256  # documents tokenized at once
 
@@ -48,6 +49,15 @@ class TokenCache:
     def lengths_D(self) -> Int64:
         """Tokens in each document, without its end token."""
         return np.diff(self.offsets) - 1
+
+    def split(self, document: int, tail: int) -> "TokenCache":
+        """Return a view in which the last `tail` tokens of a document are one of their own."""
+        cut = self.offsets[document + 1] - tail
+        return dataclasses.replace(
+            self,
+            offsets=np.insert(self.offsets, document + 1, cut),
+            hashes_D=np.insert(self.hashes_D, document + 1, self.hashes_D[document]),
+        )
 
 
 def fingerprint(source: Source, columns: Columns, max_documents: int | None) -> str:

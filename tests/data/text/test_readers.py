@@ -140,7 +140,7 @@ def test_json_lists_and_objects_per_line_are_records_and_other_json_is_text(tmp_
         path.write_text(plain)
         assert texts(path) == [plain]
     (tmp_path / "d.json").write_text('[{"text": "cut"')
-    with pytest.raises(DataError, match="d.json is not valid JSON"):
+    with pytest.raises(DataError, match=r"d\.json is not valid JSON"):
         read(tmp_path / "d.json")
     with pytest.raises(DataError, match="has no column 'body'; it has: text, n"):
         read(tmp_path / "a.json", column="body")

@@ -340,7 +340,7 @@ def _remarks(
     train: Sequence[Rows],
     held_out: Sequence[Rows],
 ) -> list[str]:
-    """Return lines on what is not as the settings want it: held-out shares, and lengths of spans."""
+    """Return lines on what is not as set: the share held out, and the length of spans."""
     lines = []
     wanted = config.held_out_share
     for name, part, kept in zip(names, train, held_out, strict=True):

@@ -3,7 +3,10 @@ import shutil
 
 import pytest
 
+from switchlm.config import to_mapping, write_yaml
+from switchlm.data.config import DataConfig
 from switchlm.huggingface import load
+from switchlm.recipes.trained_with import metadata_of
 
 SHORT = ("--input-length", 48, "--batch-size", 4, "--batches", 3)
 
@@ -106,3 +109,52 @@ def test_experts_may_stay_on_disk(run, run_json, nano, text_file):
     found = run_json(*line, "--expert-memory", "20kB")
     assert found["experts"]["bytes_read"] > 0
     assert found["loss"] == pytest.approx(run_json(*line)["loss"], rel=1e-5)
+
+
+def test_a_run_its_model_and_its_codes_are_measured_alike(run_json, run, nano, tmp_path, text_file):
+    model, tokenizer = load.load(nano)
+    settings = DataConfig(sources=(text_file,), input_length=40, mean_span=2.0, batch_size=4)
+    about = metadata_of(model, settings)
+    load.save(model, tokenizer, tmp_path / "run" / "model", metadata=about)
+    write_yaml(tmp_path / "run" / "config.yaml", {"data": to_mapping(settings)})
+    run("compress", "--model", tmp_path / "run", "--bits", 8, "--out", tmp_path / "int8")
+    names = (tmp_path / "run", tmp_path / "run" / "model", tmp_path / "int8")
+    models = [part for name in names for part in ("--model", name)]
+    found = run_json("evaluate", *models, "--data", text_file, "--batches", 2)
+    first, second, codes = found["models"]
+    assert first["loss"] == second["loss"] == pytest.approx(codes["loss"], rel=0.01)
+    assert first["settings"] == second["settings"] == codes["settings"]
+    assert (first["settings"]["input_length"], first["settings"]["mean_span"]) == (40, 2.0)
+    assert found["summary"]["story"]["loss"]["mean"] == pytest.approx(first["loss"], rel=0.01)
+    shown = run("inspect", "--model", tmp_path / "int8")
+    targets = first["settings"]["target_length"]
+    assert f"(40 inputs, {targets} targets)" in shown.stdout
+
+
+def test_models_measured_with_different_settings_have_no_mean(
+    run, run_json, nano, tmp_path, text_file
+):
+    model, tokenizer = load.load(nano)
+    about = metadata_of(model, DataConfig(input_length=40, batch_size=4))
+    load.save(model, tokenizer, tmp_path / "short", metadata=about)
+    load.save(
+        model,
+        tokenizer,
+        tmp_path / "long",
+        metadata=metadata_of(model, DataConfig(input_length=64, batch_size=4)),
+    )
+    line = (
+        "evaluate",
+        "--model",
+        tmp_path / "short",
+        "--model",
+        tmp_path / "long",
+        "--data",
+        text_file,
+    )
+    assert run_json(*line, "--batches", 1)["summary"] is None
+    shown = run(*line, "--batches", 1)
+    assert "different settings" in shown.stderr
+    assert "mean" not in shown.stdout
+    same = run_json(*line, "--batches", 1, "--input-length", 48)
+    assert same["summary"]["story"]["loss"]["std"] == 0

@@ -5,10 +5,13 @@ import sys
 import pytest
 import torch
 
+from switchlm.data.tasks.mixture import TaskOptions
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.huggingface import load
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
+from switchlm.recipes.finetune_config import FinetuneConfig
+from switchlm.recipes.trained_with import metadata_of
 
 SENTENCES = [("fine work", 1), ("dull stuff", 0), ("a joy", 1), ("so so", 0), ("great", 1)]
 
@@ -163,3 +166,28 @@ def test_experts_may_stay_on_disk(run_json, nano, data):
     found = run_json(*line, "--expert-memory", "20kB")
     assert found.pop("experts")["bytes_read"] > 0
     assert found == run_json(*line)
+
+
+def test_the_template_and_lengths_of_the_fine_tuning_are_remembered(run, run_json, nano, tmp_path):
+    file = tmp_path / "qa.jsonl"
+    file.write_text('{"question": "who?", "answer": "me"}\n{"question": "what?", "answer": "it"}\n')
+    model, tokenizer = load.load(nano)
+    columns = TaskOptions(template="q: {question}", target_column="answer", metrics=("f1",))
+    tuned = FinetuneConfig(
+        model=nano, tasks=(str(file),), columns=columns, input_length=6, target_length=3
+    )
+    about = metadata_of(model, None, tuned)
+    load.save(model, tokenizer, tmp_path / "tuned", metadata=about)
+    written = tmp_path / "written.jsonl"
+    line = ("evaluate", "--model", tmp_path / "tuned", "--task", file, "--predictions", written)
+    found = run_json(*line)
+    assert list(found["tasks"]["qa"]["metrics"]) == ["f1"]
+    assert found["settings"]["input_length"] == 6
+    assert found["tasks"]["qa"]["truncated_inputs"] == 2
+    assert [json.loads(text)["input"] for text in written.open()] == ["q: who?", "q: what?"]
+    assert "template 'q: {question}'" in run(*line).stderr
+    run_json(*line, "--input-column", "question")
+    assert [json.loads(text)["input"] for text in written.open()] == ["who?", "what?"]
+    both = run(*line, "--model", nano)
+    assert both.exit_code == 2
+    assert "different templates" in both.stderr

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from switchlm.recipes.compress import CompressionData, CompressionPlan, CompressionResult
 
 HELD_OUT = 0.2  # of the documents, on which the loss is measured
-TARGET_LENGTH = 128  # tokens of a task's targets
+INPUT_LENGTH, TARGET_LENGTH = 512, 128  # tokens of a task, of models that do not say theirs
 
 
 class What(StrEnum):
@@ -91,9 +91,9 @@ def compress(
     def read(tokenizer: "Tokenizer") -> "CompressionData":
         loader: Loader | PairLoader
         if task:
-            loader = _open_tasks(task, data, tokenizer, batch_size or 32, input_length or 512)
+            loader = _open_tasks(model, task, data, tokenizer, batch_size, input_length)
         else:
-            loader = options.open_text(
+            loader, _ = options.open_text(
                 model,
                 tokenizer,
                 data,
@@ -120,17 +120,26 @@ def compress(
 
 
 def _open_tasks(
+    model: str,
     names: list[str],
     data: list[str] | None,
     tokenizer: "Tokenizer",
-    batch_size: int,
-    input_length: int,
+    batch_size: int | None,
+    input_length: int | None,
 ) -> "PairLoader":
-    """Return a loader of training examples, with the validation examples held out."""
-    from switchlm.data.tasks.loader import PairLoader
-    from switchlm.data.tasks.mixture import find_tasks, read_examples
+    """Return a loader of training examples, with the validation examples held out.
 
-    tasks = find_tasks(names)
+    What is not given is as in the model's fine-tuning.
+    """
+    from switchlm.data.tasks.loader import PairLoader
+    from switchlm.data.tasks.mixture import read_examples
+    from switchlm.recipes.trained_with import trained_with
+
+    section = trained_with(model).get("finetune", {})
+    input_length = input_length or section.get("input_length", INPUT_LENGTH)
+    target_length = section.get("target_length", TARGET_LENGTH)
+    options.note(f"{model}: inputs of up to {input_length:,} tokens, targets of {target_length:,}.")
+    tasks = options.find_tasks(names, None, [model])
     paths = options.task_paths(tasks, data)
 
     def read(split: str) -> dict[str, list]:  # type: ignore[type-arg]
@@ -140,8 +149,8 @@ def _open_tasks(
         read("train"),
         tokenizer,
         input_length=input_length,
-        target_length=TARGET_LENGTH,
-        batch_size=batch_size,
+        target_length=target_length,
+        batch_size=batch_size or section.get("batch_size", 32),
         seed=0,
         held_out=read("validation"),
         long_targets="truncate",

@@ -88,6 +88,7 @@ def evaluate(
         tasks = options.find_tasks(
             task,
             metric,
+            model,
             input_column=input_column,
             target_column=target_column,
             template=template,
@@ -164,7 +165,7 @@ def _measure(
 
     loaded, tokenizer = options.open_model(model, device, expert_memory, dtype)
     usage = options.Usage(loaded)
-    read, names = options.read_batches(model, tokenizer, data, **rows)
+    read, names, settings = options.read_batches(model, tokenizer, data, **rows)
     with usage.timed():
         result = held_out_loss(loaded, read, names, resamples=RESAMPLES)
     usage.print()
@@ -174,7 +175,7 @@ def _measure(
         part["perplexity"] = math.exp(min(part["loss"], 700.0))
     if expert_memory is not None:
         result["experts"] = usage.metrics()
-    return {"model": model, **result}
+    return {"model": model, "settings": settings, **result}
 
 
 def _text_estimates(result: Result) -> Estimates:
@@ -227,8 +228,9 @@ def _score(
         for model in models:
             loaded, tokenizer = options.open_model(model, device, expert_memory, dtype)
             usage = options.Usage(loaded)
-            result: Result = {"model": model, "tasks": {}}
             settings["input_length"] = input_length or _trained_length(model)
+            options.note(f"{model}: inputs of up to {settings['input_length']:,} tokens.")
+            result: Result = {"model": model, "settings": dict(settings), "tasks": {}}
             for task, examples in work:
                 with counting(task.name, len(examples)) as report, usage.timed():
                     found = score_task(loaded, tokenizer, task, examples, report=report, **settings)
@@ -265,11 +267,10 @@ def _task_estimates(result: Result) -> Estimates:
 
 
 def _trained_length(model: str) -> int:
-    """Return the input length of a fine-tuning run; 512 for other models."""
-    from switchlm.recipes.config import sections_of_run
+    """Return the input length that a model was fine-tuned with; 512 for others."""
+    from switchlm.recipes.trained_with import trained_with
 
-    section = sections_of_run(Path(model)).get("finetune") or {}
-    return int(section.get("input_length", 512))
+    return int(trained_with(model).get("finetune", {}).get("input_length", 512))
 
 
 def _open(path: Path | None) -> AbstractContextManager[TextIO | None]:
@@ -318,16 +319,26 @@ def _average(tasks: Result) -> float:
 def _present(
     results: list[Result], estimates: list[Estimates], notes: Notes, as_json: bool
 ) -> None:
-    """Show one result, or several with their mean and standard deviation."""
+    """Show one result, or several with their mean and standard deviation.
+
+    Results of different settings, such as other lengths, have no mean.
+    """
+    alike = all(result["settings"] == results[0]["settings"] for result in results)
+    if not alike:
+        options.note(
+            "The models were measured with different settings, so their results do not compare and "
+            "have no mean: give --input-length, or models that were trained alike."
+        )
     if len(results) == 1:
         if as_json:
             typer.echo(to_json(results[0]))
         else:
             _show_one(estimates[0], notes)
     elif as_json:
-        typer.echo(to_json({"models": results, "summary": summarise(estimates)}))
+        summary = summarise(estimates) if alike else None
+        typer.echo(to_json({"models": results, "summary": summary}))
     else:
-        _show_several([result["model"] for result in results], estimates)
+        _show_several([result["model"] for result in results], estimates, alike)
 
 
 def summarise(models: Sequence[Estimates]) -> dict[str, dict[str, Estimate]]:
@@ -357,8 +368,8 @@ def _show_one(estimates: Estimates, notes: Notes) -> None:
     Console().print(table)
 
 
-def _show_several(names: Sequence[str], models: Sequence[Estimates]) -> None:
-    """Print one row per model, then the mean and the standard deviation."""
+def _show_several(names: Sequence[str], models: Sequence[Estimates], alike: bool) -> None:
+    """Print one row per model, then, if they compare, the mean and the standard deviation."""
     table = Table()
     table.add_column("model")
     for on, metric in models[0]:
@@ -370,7 +381,7 @@ def _show_several(names: Sequence[str], models: Sequence[Estimates]) -> None:
         ]
         table.add_row(name, *cells, end_section=place == len(names))
     summary = summarise(models)
-    for title, key in (("mean", "mean"), ("standard deviation", "std")):
+    for title, key in (("mean", "mean"), ("standard deviation", "std")) if alike else ():
         cells = [_number(metric, summary[on][metric][key]) for on, metric in models[0]]
         table.add_row(title, *cells)
     Console().print(table)

@@ -45,7 +45,8 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of sampling.")] = 0,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="The longest output; 32 per blank if left out.")
+        int | None,
+        typer.Option(min=1, help="The longest output; as in fine-tuning, or 32 per blank."),
     ] = None,
     beams: Annotated[
         int | None, typer.Option(min=1, help="Number of beams; --json shows them all.")
@@ -101,6 +102,8 @@ def generate(
             "--beams cannot be used with --greedy, sampling or --stream: its output is known only "
             "at the end."
         )
+    if max_new_tokens is None and not fill:
+        max_new_tokens = options.trained_output_length(model)
     loaded, tokenizer = options.open_model(model, device, expert_memory, dtype)
     stops = tuple(stop or ())
     generator = _Generator(

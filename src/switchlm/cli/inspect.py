@@ -27,14 +27,17 @@ def inspect(
     batch_size: options.BatchSize = None,
     input_length: options.InputLength = None,
     target_length: Annotated[
-        int, typer.Option(min=1, help="Tokens in a row of targets, for FLOPs.")
-    ] = 114,
+        int | None,
+        typer.Option(min=1, help="Tokens in a row of targets, for FLOPs; as in training."),
+    ] = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Show the size of a model, and which expert takes which tokens."""
     if (model is None) == (preset is None):
         raise ConfigError("Give either --model DIR or --preset NAME.")
+    from switchlm.recipes.trained_with import lengths, trained_with
+
     layers: list[LayerRouting] = []
     if model is None:
         from switchlm.model.presets import preset as find_preset
@@ -47,7 +50,7 @@ def inspect(
 
         loaded, tokenizer = options.open_model(model, device)
         config = loaded.config
-        read, sources = options.read_batches(
+        read, sources, _ = options.read_batches(
             model,
             tokenizer,
             data,
@@ -61,7 +64,8 @@ def inspect(
 
         config = load_config(model, report=options.note)
 
-    sizes = describe(config, input_length or 512, target_length)
+    sections = {} if model is None else trained_with(model)
+    sizes = describe(config, *lengths(sections, input_length, target_length))
     if model is not None:
         from switchlm.huggingface.load import load_quantisation
 

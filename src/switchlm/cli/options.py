@@ -176,6 +176,16 @@ def open_model(
     return loaded.model, require_tokenizer(loaded.tokenizer, name, "model")
 
 
+def trained_output_length(name: str) -> int | None:
+    """Return the length of outputs that a model was fine-tuned on; None for other models."""
+    from switchlm.recipes.trained_with import trained_with
+
+    length = trained_with(name).get("finetune", {}).get("target_length")
+    if length is not None:
+        note(f"Outputs have up to {length:,} tokens if no limit is given, as in fine-tuning.")
+    return None if length is None else int(length)
+
+
 def read_text(argument: str | None) -> str:
     """Return the argument, or standard input if it is None or `-`."""
     if argument is not None and argument != "-":
@@ -194,17 +204,17 @@ def read_text(argument: str | None) -> str:
 
 def read_batches(
     name: str, tokenizer: "Tokenizer", data: list[str] | None, *, batches: int, **rows: int | None
-) -> "tuple[list[Batch], tuple[str, ...]]":
-    """Return masked text and the names of its sources.
+) -> "tuple[list[Batch], tuple[str, ...], dict[str, Any]]":
+    """Return masked text, the names of its sources, and the settings of its rows.
 
     It is all of the text of `data`, or by default the text that the run of that name held out in
-    training. Rows have the shape of that run, if it is one.
+    training. Rows have the shape of the model's training.
 
     rows: batch_size and input_length, as of `open_text`.
     """
-    loader = open_text(name, tokenizer, data, held_out_share=0.0, **rows)
+    loader, settings = open_text(name, tokenizer, data, held_out_share=0.0, **rows)
     read = [loader.batch(step) for step in range(batches)] if data else loader.held_out(batches)
-    return read, loader.sources
+    return read, loader.sources, settings
 
 
 def open_text(
@@ -215,34 +225,52 @@ def open_text(
     held_out_share: float,
     batch_size: int | None = None,
     input_length: int | None = None,
-) -> "Loader":
-    """Return masked text: of `data`, with a share held out, or the run's own."""
+) -> "tuple[Loader, dict[str, Any]]":
+    """Return masked text, of `data`, with a share held out, or the run's own; and its settings.
+
+    What is not given is as in the training of the model; it is said.
+    """
     from switchlm.config import from_mapping
     from switchlm.data.config import DataConfig
     from switchlm.data.pretraining.loader import open_data
-    from switchlm.recipes.config import sections_of_run
+    from switchlm.recipes.trained_with import describe_text, trained_with
 
-    # The section is missing in runs on tasks.
-    config = from_mapping(DataConfig, sections_of_run(Path(name)).get("data", {}), "data")
+    sections = trained_with(name)
+    config = from_mapping(DataConfig, sections.get("data", {}), "data")
     changes = given(batch_size=batch_size, input_length=input_length)
     if data:
-        changes |= {"sources": tuple(data), "held_out_share": held_out_share}
+        changes |= {"sources": tuple(data), "held_out_share": held_out_share, "max_documents": None}
     elif not config.sources:
         raise DataError(
             f"There is no text: {name!r} is not a run with held-out text. Give some with --data."
         )
     if input_length is not None:
         changes["target_length"] = None
-    return open_data(
-        dataclasses.replace(config, **changes), seed=0, tokenizer=tokenizer, report=note
+    config = dataclasses.replace(config, **changes)
+    settings = describe_text(sections, config)
+    known = settings.pop("as_trained")
+    note(
+        f"{name}: rows of {settings['input_length']:,} inputs and {settings['target_length']:,} "
+        f"targets, {config.noise_density:.0%} masked in spans of {config.mean_span:g}, "
+        f"{config.batch_size} rows in a batch; "
+        + (
+            "as in training, unless given."
+            if known
+            else "the model does not say how it was trained."
+        )
     )
+    return open_data(config, seed=0, tokenizer=tokenizer, report=note), settings
 
 
 def find_tasks(
-    names: Sequence[str], metrics: Sequence[str] | None, **columns: Any
+    names: Sequence[str],
+    metrics: Sequence[str] | None,
+    models: Sequence[str] = (),
+    **columns: Any,
 ) -> "tuple[Task, ...]":
     """Return the tasks of those names; raises ConfigError if the options do not fit them.
 
+    models: files are read by default as those that the models were fine-tuned on.
     columns: other fields of `TaskOptions`; None leaves the default.
     """
     from switchlm.data.tasks import mixture
@@ -253,7 +281,40 @@ def find_tasks(
     stated = given(**columns)
     if metrics:
         stated["metrics"] = tuple(metrics)
+    if not any(name in mixture.TASKS or name in mixture.MIXTURES for name in names):
+        stated = _as_trained(models, stated) | stated
     return mixture.find_tasks(names, mixture.TaskOptions(**stated))
+
+
+def _as_trained(models: Sequence[str], stated: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns, templates and metrics of the models' fine-tuning that are not stated."""
+    from switchlm.config import from_mapping, to_mapping
+    from switchlm.data.tasks.mixture import TaskOptions
+    from switchlm.recipes.trained_with import trained_with
+
+    options = []
+    for model in models:
+        section = trained_with(model).get("finetune", {}).get("columns") or {}
+        found = to_mapping(from_mapping(TaskOptions, section, "finetune.columns"))
+        for column, template in (
+            ("input_column", "template"),
+            ("target_column", "target_template"),
+        ):
+            if column in stated:
+                found[template] = None  # the column that is stated counts
+        if stated.keys() & {"target_column", "target_template"}:
+            found["labels"] = None  # of another target
+        options.append({name: value for name, value in found.items() if name not in stated})
+    if any(other != options[0] for other in options):
+        raise ConfigError(
+            f"The models {', '.join(models)} were fine-tuned with different templates or metrics: "
+            "give them with --template, --target-template and --metric, or evaluate one by one."
+        )
+    default = to_mapping(TaskOptions())
+    changed = {k: v for k, v in (options[0] if options else {}).items() if v != default[k]}
+    if changed:
+        note("Read as in fine-tuning: " + ", ".join(f"{k} {v!r}" for k, v in changed.items()) + ".")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in changed.items()}
 
 
 def task_paths(tasks: "Sequence[Task]", data: Sequence[str] | None) -> dict[str, Path | None]:

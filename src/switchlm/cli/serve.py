@@ -78,7 +78,14 @@ def serve(
         served = name or (Path(model).resolve().name if Path(model).exists() else model)
         page = RunFolder(Path(model)).report
         report = page.read_text(encoding="utf-8") if page.is_file() else None
-        app = create_app(engine, name=served, key=key, report=report, seconds=request_seconds)
+        app = create_app(
+            engine,
+            name=served,
+            key=key,
+            report=report,
+            seconds=request_seconds,
+            default_tokens=options.trained_output_length(model),
+        )
         server = uvicorn.Server(
             uvicorn.Config(
                 app,

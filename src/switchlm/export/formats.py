@@ -26,7 +26,7 @@ from switchlm.export.steps import SIGNATURES, Names, Program, examples, greedy, 
 from switchlm.files import Report
 from switchlm.generation.decode import before_end
 from switchlm.huggingface import load
-from switchlm.model.config import ModelConfig
+from switchlm.huggingface.metadata import Metadata
 from switchlm.model.transformer import SwitchTransformer
 
 ABOUT = "export.json"
@@ -152,7 +152,7 @@ def write_programs(
             with torch.no_grad():
                 traced = torch.export.export(program, example, dynamic_shapes=dynamic)
             form.save(traced, partial / file, inputs, outputs)
-        _describe(partial, model.config, tokenizer, form, capacity_factor)
+        _describe(partial, model, tokenizer, form, capacity_factor)
 
 
 def open_programs(folder: Path, to: str) -> tuple[Program, Program]:
@@ -187,12 +187,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def _describe(
     folder: Path,
-    config: ModelConfig,
+    model: SwitchTransformer,
     tokenizer: Tokenizer,
     form: Form,
     capacity_factor: float | None,
 ) -> None:
     """Write export.json, the tokenizer and README.md."""
+    config, metadata = model.config, model.metadata or Metadata()
     about = {
         "layers": config.num_decoder_layers,
         "heads": config.num_heads,
@@ -203,6 +204,7 @@ def _describe(
         "before": list(tokenizer.before),
         "after": [*tokenizer.after, config.end_id],
         "vocabulary": config.vocabulary_size,
+        "training": dict(metadata.training),
     }
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     tokenizer.save(folder)

@@ -160,6 +160,12 @@ def open_unquantised(
     return saved.config, saved.metadata, saved.family, saved.weights
 
 
+def load_metadata(name: str | Path) -> Metadata:
+    """Return what the folder of a saved model holds beside the model."""
+    folder = find_model(name)
+    return read_metadata(folder, read_json(folder, CONFIG))
+
+
 def load_tokenizer(name: str | Path, *, report: Report | None = None) -> "Tokenizer | None":
     """Return the tokenizer of a saved model, None where its folder has none."""
     saved = _open_model(name, lambda line: None)

@@ -26,6 +26,7 @@ from switchlm.huggingface.load import save
 from switchlm.parallel.mesh import ALONE
 from switchlm.recipes.config import RunConfig, from_sections
 from switchlm.recipes.pretrain import build_model, init_run_folder, record_routing
+from switchlm.recipes.trained_with import metadata_of
 from switchlm.training.loop import train
 from switchlm.training.run_folder import RunFolder
 
@@ -126,7 +127,8 @@ def _serve(folder: RunFolder, commands: TextIO, output: TextIO) -> None:
             send({"failed": str(error)})
             return
         if stopping:
-            save(model, loader.tokenizer, folder.model)
+            about = metadata_of(model, config.data)
+            save(model, loader.tokenizer, folder.model, metadata=about)
             record_routing(model, loader, loader.tokenizer, folder)
         send({"done": True})
 

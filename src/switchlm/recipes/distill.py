@@ -37,6 +37,7 @@ from switchlm.recipes.config import (
 from switchlm.recipes.distill_config import SETTINGS, DistillationConfig, DistillRun, stored
 from switchlm.recipes.finetune import Examples, make_scorer, read_tasks
 from switchlm.recipes.pretrain import build_model, init_run_folder, open_run_folder, record_routing
+from switchlm.recipes.trained_with import metadata_of
 from switchlm.report.write import ReportRun, write_report
 from switchlm.training.distillation import (
     CacheKey,
@@ -292,7 +293,9 @@ def distill(
             objective=objective,
         )
         yield {"phase": "saving and measuring"}
-        save(student, tokenizer, folder.model, group=mesh.storage)
+        read = run.data if config.finetune is None else None
+        about = metadata_of(student, read, config.finetune)
+        save(student, tokenizer, folder.model, group=mesh.storage, metadata=about)
         routing = record_routing(student, source, tokenizer, folder, mesh)
         metrics = {
             "student": data.measure(student, mesh),

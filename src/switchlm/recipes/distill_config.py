@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from switchlm.config import from_mapping, override, read_yaml, to_mapping
 from switchlm.data.config import DataConfig
+from switchlm.data.tasks.registry import MIXTURES, TASKS
 from switchlm.errors import ConfigError, nearest
 from switchlm.huggingface.init_from import FeedForwardSource, check_fit
 from switchlm.huggingface.load import load_config
@@ -18,10 +19,10 @@ from switchlm.recipes.config import (
     check_stated,
     open_tokenizer,
     run_config,
-    sections_of_run,
     with_vocabulary,
 )
 from switchlm.recipes.finetune_config import FinetuneConfig, paper_training
+from switchlm.recipes.trained_with import trained_with
 from switchlm.training.config import TrainingConfig
 from switchlm.training.run_folder import RunFolder
 
@@ -146,7 +147,7 @@ def configure(
     values = {"teacher": teacher, "student": student, **settings}
     distillation = _section(DistillationConfig, _DISTILLATION, values, overrides)
     teacher_model = load_config(teacher, report=lambda line: None)
-    before = sections_of_run(Path(teacher))
+    before = trained_with(teacher)
     finetune = _finetune(teacher, before.get(_FINETUNE), sources, tasks, overrides)
     base = RunConfig(
         model=_student(distillation.student, teacher_model),
@@ -213,7 +214,9 @@ def _finetune(
                 "or file, or none for the hub."
             )
         own = {"tasks": list(tasks), "data": sources[0] if sources else None}
-        limits = {name: values[name] for name in _ROW_SETTINGS if name in values}
+        named = any(task in TASKS or task in MIXTURES for task in tasks)
+        kept = _ROW_SETTINGS if named else (*_ROW_SETTINGS, "columns")
+        limits = {name: values[name] for name in kept if name in values}
         values = {**limits, "model": teacher, **own}
     return _section(FinetuneConfig, _FINETUNE, values, overrides)
 

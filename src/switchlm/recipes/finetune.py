@@ -24,7 +24,7 @@ from switchlm.evaluation.metrics import measure
 from switchlm.evaluation.tasks import score_task
 from switchlm.files import Report, replace_file
 from switchlm.huggingface.adapters import AdapterConfig, save_adapters
-from switchlm.huggingface.load import load, load_weights, save
+from switchlm.huggingface.load import load, load_metadata, load_weights, save
 from switchlm.huggingface.weights import read_json
 from switchlm.model import lora
 from switchlm.model.config import ModelConfig
@@ -33,6 +33,7 @@ from switchlm.parallel.mesh import Mesh, default_device, joined
 from switchlm.recipes.config import RunConfig, open_tokenizer, to_sections
 from switchlm.recipes.finetune_config import FinetuneConfig, FinetuneRun
 from switchlm.recipes.pretrain import build_model, open_run_folder, record_routing
+from switchlm.recipes.trained_with import metadata_of
 from switchlm.report.write import ReportRun, write_report
 from switchlm.training.evaluation import BestCheckpoint
 from switchlm.training.loop import train
@@ -54,6 +55,7 @@ def open_model(
     if mesh.is_distributed:
         model = build_model(RunConfig(model=config.model, training=config.training), mesh)
         load_weights(model, settings.model, report=report, group=mesh.storage)
+        model.metadata = load_metadata(settings.model)
         return model, tokenizer
     model, _ = load(settings.model, dtype=torch.float32, device=default_device(), report=report)
     model = with_config(model, config.model)
@@ -185,7 +187,8 @@ def finetune(
                 )
                 save_adapters(best, about, folder.adapters)
                 best = lora.merged(best)
-            save(best, tokenizer, folder.model, report=report)
+            trained = metadata_of(model, None, settings)
+            save(best, tokenizer, folder.model, report=report, metadata=trained)
 
         score = make_scorer(settings, examples, loader, mesh, config.training.evaluate_batches)
         yield {"phase": "training"}

@@ -33,6 +33,7 @@ from switchlm.recipes.config import (
     wire_dtype,
     with_vocabulary,
 )
+from switchlm.recipes.trained_with import metadata_of
 from switchlm.report.write import ReportRun, write_report
 from switchlm.training.loop import train
 from switchlm.training.monitor import read_metrics
@@ -141,7 +142,8 @@ def pretrain(
             kernels=config.kernels,
         )
         yield {"phase": "saving the model"}
-        save(model, loader.tokenizer, folder.model, group=mesh.storage)
+        about = metadata_of(model, config.data)
+        save(model, loader.tokenizer, folder.model, group=mesh.storage, metadata=about)
         routing = record_routing(model, share, loader.tokenizer, folder, mesh)
         if not mesh.is_main:
             return

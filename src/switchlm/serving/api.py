@@ -52,6 +52,7 @@ def create_app(
     key: str | None = None,
     report: str | None = None,
     seconds: float | None = None,
+    default_tokens: int | None = None,
 ) -> App:
     """Return the ASGI application for a started engine.
 
@@ -59,8 +60,9 @@ def create_app(
     key: the API key, needed for all routes but /health and the files of the page; None: no key.
     report: the HTML of the run's report.
     seconds: how long a request may take.
+    default_tokens: the longest output of requests that give none.
     """
-    interface = _Interface(engine, name, report, seconds)
+    interface = _Interface(engine, name, report, seconds, default_tokens or DEFAULT_TOKENS)
     app = FastAPI(
         title="switchlm",
         version=__version__,
@@ -85,9 +87,15 @@ class _Interface:
     """The routes of one engine."""
 
     def __init__(
-        self, engine: Engine, name: str, report: str | None, seconds: float | None
+        self,
+        engine: Engine,
+        name: str,
+        report: str | None,
+        seconds: float | None,
+        default_tokens: int,
     ) -> None:
         self._engine, self._name, self._seconds = engine, name, seconds
+        self._default_tokens = default_tokens
         self._has_report = report is not None
         self._created = int(time.time())
         self._bridge: EventBridge | None = None
@@ -123,7 +131,7 @@ class _Interface:
 
     async def completions(self, body: Completion, request: Request) -> Response:
         self._check_model(body.model)
-        requests = await self._parse(body, body.prompts, DEFAULT_TOKENS, copies=body.n)
+        requests = await self._parse(body, body.prompts, self._default_tokens, copies=body.n)
         head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -180,7 +188,7 @@ class _Interface:
                 engine.tokenizer,
                 body.text,
                 body.output,
-                max_new_tokens=min(DEFAULT_TOKENS, engine.max_target),
+                max_new_tokens=min(self._default_tokens, engine.max_target),
                 enforce_capacity=body.enforce_capacity,
             )
         )

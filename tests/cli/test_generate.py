@@ -29,6 +29,7 @@ def test_greedy_is_the_default_and_seeds_decide_samples(run_json, nano):
     sampled = ("--temperature", 2, "--top-k", 200, "--top-p", 0.9, "--seed")
     assert output(*sampled, 1) == output(*sampled, 1)
     assert output(*sampled, 1) != output(*sampled, 2)
+    assert output(*sampled[:-1]) != output(*sampled[:-1])
 
 
 def test_an_output_that_is_cut_off_is_reported(run, nano):
@@ -42,7 +43,8 @@ def test_streaming_prints_the_same(run, nano):
 
 
 def test_stop_strings_end_the_output(run_json, nano):
-    line = ("generate", "--model", nano, TEXT, "--max-new-tokens", 40, "--temperature", 2)
+    sampled = ("--temperature", 2, "--seed", 0)
+    line = ("generate", "--model", nano, TEXT, "--max-new-tokens", 40, *sampled)
     whole = run_json(*line)["output"]
     stop, early = whole[6:8], whole[2]
     assert run_json(*line, "--stop", stop)["output"] == whole[: whole.index(stop)]
@@ -72,14 +74,15 @@ LINES = ["a <extra_id_0> b", "größe <extra_id_0>", "x <extra_id_0> <extra_id_1
 def test_a_file_of_texts_gives_the_same_as_each_text_alone(run, run_json, nano, tmp_path):
     source, results = tmp_path / "texts.txt", tmp_path / "results.jsonl"
     source.write_text("\n".join(LINES) + "\n", encoding="utf-8")
-    options = ("--fill", "--temperature", 1, "--seed", 4, "--stop", "e")
-    line = ("generate", "--model", nano, "--input", source, *options, "--batch-size", 2)
+    options = ("--fill", "--temperature", 1, "--stop", "e", "--seed")
+    line = ("generate", "--model", nano, "--input", source, *options, 4, "--batch-size", 2)
     result = run(*line, "--output", results)
     assert result.exit_code == 0, result.output
     assert result.stdout == ""
     assert "3 texts done" in result.stderr
     found = [json.loads(each) for each in results.read_text(encoding="utf-8").splitlines()]
-    assert found == [run_json("generate", "--model", nano, text, *options) for text in LINES]
+    alone = ("generate", "--model", nano, *options)
+    assert found == [run_json(*alone, seed, text) for seed, text in enumerate(LINES, 4)]
     assert run(*line).stdout == results.read_text(encoding="utf-8")
     assert sorted(tmp_path.glob("*results*")) == [results]
 

@@ -101,11 +101,25 @@ def test_many_texts_have_the_same_answers_as_each_alone(build, batch_size, sampl
         answer_all(model, TOKENIZER, TEXTS, max_new_tokens=limits, batch_size=batch_size, **options)
     )
     alone = [
-        answer(model, TOKENIZER, text, max_new_tokens=limit, **options)
-        for text, limit in zip(TEXTS, limits, strict=True)
+        answer(model, TOKENIZER, text, max_new_tokens=limit, **{**options, "seed": 5 + place})
+        for place, (text, limit) in enumerate(zip(TEXTS, limits, strict=True))
     ]
     assert [found[place] for place in range(len(TEXTS))] == alone
     assert len({said.output for said in alone}) > 3, "a test on dull outputs is none"
+
+
+def test_samples_of_equal_texts_differ_and_a_seed_repeats_them(build):
+    model = build(scale=1.0)
+    options = {"max_new_tokens": 12, "sampling": Sampling(temperature=1.0), "batch_size": 3}
+
+    def outputs(**seed):
+        found = dict(answer_all(model, TOKENIZER, [TEXT] * 4, **options, **seed))
+        return [found[place].output for place in range(4)]
+
+    assert len({*outputs(), *outputs()}) == 8
+    assert outputs(seed=7) == outputs(seed=7)
+    assert len(set(outputs(seed=7))) == 4
+    assert outputs(seed=8)[:3] == outputs(seed=7)[1:]
 
 
 def test_texts_of_a_batch_are_of_similar_length(build):

@@ -57,14 +57,14 @@ def test_openai_s_client_streams(client, alone, tokenizer):
 def test_openai_s_client_gets_several_seeded_outputs_of_several_prompts(client):
     def ask(**options):
         done = client.completions.create(
-            model="nano", prompt=["a", "b"], n=2, temperature=1.0, max_tokens=8, **options
+            model="nano", prompt=["a", "a"], n=2, temperature=1.0, max_tokens=8, **options
         )
         assert [choice.index for choice in done.choices] == [0, 1, 2, 3]
         return [choice.text for choice in done.choices]
 
     assert ask(seed=1) == ask(seed=1)
     assert ask() != ask()
-    assert len(set(ask(seed=1))) > 2
+    assert len(set(ask(seed=1))) == len(ask(seed=1))
 
 
 def test_openai_s_client_lists_models_and_reads_errors(client):

@@ -43,7 +43,10 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="Sample among the fewest that add up to p.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of sampling.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=2**63 - 1, help="Repeats a sample; each line of --input adds 1."),
+    ] = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="The longest output; as in fine-tuning, or 32 per blank."),
@@ -174,7 +177,7 @@ class _Generator:
     tokenizer: "Tokenizer"
     sampling: "Sampling"
     beams: "Beams | None"
-    seed: int
+    seed: int | None
     stops: tuple[str, ...]
     max_new_tokens: int | None
     max_input_tokens: int

@@ -19,7 +19,7 @@ from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import DataError
 from switchlm.generation.beam import Beams, Output, beam_search
 from switchlm.generation.decode import limits_of, prompt_batches, steps
-from switchlm.generation.sampling import GREEDY, Sampling
+from switchlm.generation.sampling import GREEDY, Sampling, seeds_from
 from switchlm.generation.text_stream import TextStream
 from switchlm.model.transformer import SwitchTransformer
 
@@ -82,11 +82,12 @@ def stream(
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-    seed: int = 0,
+    seed: int | None = None,
     stops: Sequence[str] = (),
 ) -> Generator[str, None, Answer]:
     """Yield the output piece by piece, none empty; return the answer.
 
+    seed: of a sample, which it repeats; None: a random one.
     stops: texts that end the output and are not part of it.
 
     Raises DataError for an empty text, and for tokens that the model's vocabulary lacks,
@@ -120,7 +121,7 @@ def answer(
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-    seed: int = 0,
+    seed: int | None = None,
     stops: Sequence[str] = (),
 ) -> Answer:
     """Return what the model generates for `text`; arguments and errors are those of `stream`."""
@@ -145,7 +146,7 @@ def answer_all(
     max_new_tokens: int | Sequence[int],
     batch_size: int,
     sampling: Sampling = GREEDY,
-    seed: int = 0,
+    seed: int | None = None,
     stops: Sequence[str] = (),
 ) -> Iterator[tuple[int, Answer]]:
     """Yield (index, answer) of each text, as `answer` returns it; the longest texts first.
@@ -153,10 +154,12 @@ def answer_all(
     Texts of similar length are decoded together.
 
     max_new_tokens: for all, or one per text.
+    seed: of the first text; the next one has the next seed, so equal texts have different samples.
 
     Raises as `stream` does; the message has the number of an empty text, from 1.
     """
     prompts, limits = _prompts(model, tokenizer, texts), limits_of(max_new_tokens, len(texts))
+    seeds = seeds_from(seed, len(prompts))
     for indices, inputs_BS, segments_BS in prompt_batches(model, prompts, batch_size):
         builders = [OutputBuilder(tokenizer, stops, model.config.end_ids) for _ in indices]
 
@@ -170,7 +173,7 @@ def answer_all(
             segments_BS,
             max_new_tokens=[limits[index] for index in indices],
             sampling=sampling,
-            seeds=seed,
+            seeds=[seeds[index] for index in indices],
             ends=ends,
         ):
             finished = step.finished_B.tolist()
@@ -281,7 +284,7 @@ def fill(
     *,
     max_new_tokens: int | None = None,
     sampling: Sampling = GREEDY,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> str:
     """Return `text` with the model's spans in its blanks; a blank without a span stays.
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from switchlm.errors import CheckpointError, ConfigError, DataError
 from switchlm.generation.cache import GrowingCache
-from switchlm.generation.sampling import GREEDY, Draws, Sampling, next_tokens
+from switchlm.generation.sampling import GREEDY, Draws, Sampling, next_tokens, seeds_from
 from switchlm.kernels.cpu.small_batch import MOST_ROWS
 from switchlm.model.attention import KeysValues
 from switchlm.model.router import Router
@@ -117,7 +117,7 @@ def generate(
     *,
     max_new_tokens: int | Sequence[int],
     sampling: Sampling = GREEDY,
-    seeds: int | Sequence[int] = 0,
+    seeds: int | Sequence[int] | None = None,
     encoder_capacity: bool = False,
     ends: Ends | None = None,
 ) -> Generated:
@@ -148,7 +148,7 @@ def steps(
     *,
     max_new_tokens: int | Sequence[int],
     sampling: Sampling = GREEDY,
-    seeds: int | Sequence[int] = 0,
+    seeds: int | Sequence[int] | None = None,
     encoder_capacity: bool = False,
     ends: Ends | None = None,
 ) -> Iterator[Step]:
@@ -157,7 +157,8 @@ def steps(
     inputs_BS: int64, one prompt per row.
     segments_BS: int, 0 at padding and 1 elsewhere; None: no padding.
     max_new_tokens: for all rows, or one per row.
-    seeds: for all rows, so that equal prompts have equal samples, or one per row.
+    seeds: of samples, one per row; a number is that of the first row, the next has the next one.
+        None: random ones.
     encoder_capacity: enforce the encoder's capacity as configured, for each prompt separately (as
         transformers' `generate` does); the decoder drops no token.
     ends: called with the row and the value of every new token; true ends the row after it.
@@ -169,7 +170,8 @@ def steps(
     """
     batch, device, config = inputs_BS.shape[0], inputs_BS.device, model.config
     limits = limits_of(max_new_tokens, batch)
-    seeds = [seeds] * batch if isinstance(seeds, int) else list(seeds)
+    if seeds is None or isinstance(seeds, int):
+        seeds = seeds_from(seeds, batch)
     if len(seeds) != batch:
         raise ConfigError(f"There are {len(seeds)} seeds for {batch} prompts; give one per prompt.")
     check_prompts(model, inputs_BS, segments_BS)

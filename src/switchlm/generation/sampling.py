@@ -3,6 +3,7 @@
 Shapes: B batch, V vocabulary.
 """
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,17 @@ class Sampling:
 
 
 GREEDY = Sampling()
+LARGEST_SEED = 2**63 - 1
+
+
+def seeds_from(seed: int | None, number: int) -> list[int]:
+    """Return a seed for each of several outputs: consecutive ones from `seed`, or random ones.
+
+    So equal prompts have different samples.
+    """
+    if seed is None:
+        return [secrets.randbelow(LARGEST_SEED) for _ in range(number)]
+    return [(seed + place) % (LARGEST_SEED + 1) for place in range(number)]
 
 
 def uniforms(seeds: Sequence[int], length: int) -> Tensor:

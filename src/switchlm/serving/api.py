@@ -6,7 +6,6 @@ All computation is in the engine's thread or in others, never in the event loop.
 import asyncio
 import dataclasses
 import json
-import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
@@ -24,10 +23,10 @@ from switchlm.errors import DataError, UserError
 from switchlm.generation.answer import TOKENS_PER_BLANK, count_blanks, put_into_blanks, read_spans
 from switchlm.generation.decode import check_vocabulary
 from switchlm.generation.route import route
+from switchlm.generation.sampling import seeds_from
 from switchlm.serving.engine import Engine, EventBridge, events
 from switchlm.serving.middleware import App, Guard, error_body, page_files
 from switchlm.serving.requests import (
-    LARGEST_SEED,
     Completion,
     Fill,
     Generation,
@@ -217,19 +216,18 @@ class _Interface:
             raise DataError(
                 f"max_tokens is {limit:,}, but this server generates at most {max_tokens:,}."
             )
-        seed = secrets.randbelow(LARGEST_SEED) if body.seed is None else body.seed
         encoded = await asyncio.to_thread(lambda: [self._prompt(text) for text in prompts])
+        each = [ids for ids in encoded for _ in range(copies)]
         return [
             EngineRequest(
                 ids=ids,
                 limit=limit,
                 sampling=body.sampling,
-                seed=(seed + copy) % (LARGEST_SEED + 1),
+                seed=seed,
                 stops=body.stops,
                 seconds=self._seconds,
             )
-            for ids in encoded
-            for copy in range(copies)
+            for ids, seed in zip(each, seeds_from(body.seed, len(each)), strict=True)
         ]
 
     def _prompt(self, text: str) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from switchlm.errors import SwitchLMError
-from switchlm.generation.sampling import GREEDY, Sampling
+from switchlm.generation.sampling import GREEDY, LARGEST_SEED, Sampling, seeds_from
 
 Reason = Literal["stop", "length", "deadline", "cancelled", "error"]
 
@@ -54,7 +54,7 @@ class Request:
     ids: tuple[int, ...]
     limit: int
     sampling: Sampling = GREEDY
-    seed: int = 0
+    seed: int = field(default_factory=lambda: seeds_from(None, 1)[0])
     stops: tuple[str, ...] = ()
     seconds: float | None = None
 
@@ -137,7 +137,6 @@ async def collect(events: Numbered, number: int) -> list[Output]:
 
 MAX_CHARACTERS = 2**18  # of any text; the engine also has a limit in tokens
 MAX_PROMPTS = 32
-LARGEST_SEED = 2**63 - 1
 
 
 def _encodable(text: str) -> str:
@@ -159,7 +158,7 @@ class _Body(BaseModel):
 class Generation(_Body):
     """Fields of /v1/completions and /v1/fill. Greedy without temperature, top_k and top_p.
 
-    seed: None: a random one for every request.
+    seed: of the first output, the next one has the next seed; None: random ones.
     max_tokens: of the output.
     """
 

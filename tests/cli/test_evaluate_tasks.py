@@ -73,6 +73,24 @@ def test_several_tasks_have_an_average(run, run_json, nano, data):
     assert "2 examples" in shown.stdout
 
 
+def test_baselines_stand_beside_scores_and_a_model_that_does_not_beat_them_is_named(
+    run, run_json, nano, data
+):
+    line = ("evaluate", "--model", nano, "--task", "sst2", "--data", data)
+    found = run_json(*line, *SHORT)["tasks"]["sst2"]
+    assert found["baselines"] == {
+        "answer": "positive",
+        "majority": {"accuracy": pytest.approx(60)},
+        "chance": {"accuracy": pytest.approx(50)},
+    }
+    assert found["metrics"]["accuracy"]["value"] == 0
+    shown = run(*line, *SHORT)
+    assert "most frequent answer 60.00" in shown.stdout
+    assert "chance 50.00" in shown.stdout
+    note = "sst2: accuracy 0.00 is not better than the 60.00 of always answering 'positive'"
+    assert note in " ".join(shown.output.split())
+
+
 def test_several_models_are_summarised(run, run_json, nano, other, data):
     line = ("evaluate", "--model", nano, "--model", other, "--task", "sst2", "--data", data)
     result = run_json(*line, "--rank-labels")
@@ -138,7 +156,7 @@ def test_a_run_is_scored_with_its_own_input_length(run_json, run, nano, data, tm
         (["--task", "sst2", "--data", "{data}", "--metric", "f1"], "its own columns"),
         (["--task", "{data}/mine.jsonl", "--metric", "exact"], "Did you mean 'exact_match'"),
         (["--task", "{data}/mine.jsonl", "--template", "{{inputs}}"], "Did you mean 'input'"),
-        (["--task", "{data}/mine.jsonl", "--rank-labels"], "no labels to rank"),
+        (["--task", "{data}/mine.jsonl", "--rank-labels"], "Name the possible ones with --label"),
         (["--task", "{data}/mine.jsonl", "--data", "{data}"], "--task is a file itself"),
         (["--task", "{data}/empty.jsonl"], "is empty"),
         (["--task", "{data}/label.tsv", "--template", "x", "--skip-empty"], "is empty"),
@@ -153,7 +171,8 @@ def test_a_run_is_scored_with_its_own_input_length(run_json, run, nano, data, tm
 )
 def test_mistakes_are_errors(refuse, nano, data, monkeypatch, arguments, message):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    (data / "mine.jsonl").write_text('{"input": "a", "target": "b"}\n')
+    different = "".join(f'{{"input": "a", "target": "{n}"}}\n' for n in range(60))
+    (data / "mine.jsonl").write_text(different)
     (data / "empty.jsonl").write_text("\n")
     (data / "RTE" / "bare.tsv").write_text("index\tsentence\n0\tfine\n")
     (data / "label.tsv").write_text("sentence\tlabel\ttarget\nfine\t7\t\n")

@@ -89,6 +89,12 @@ def test_truncated_inputs_and_answers_are_counted(model):
     assert all(len(prediction) == 2 for prediction in found.predictions)
 
 
+def test_the_targets_of_a_task_without_labels_are_ranked(model):
+    own = Task(name="mine", input="{text}", target="{mood}", metrics=("accuracy",))
+    found = score_task(model, BYTES, own, MOODS, rank_labels=True)
+    assert found.predictions == tuple(one.target for one in MOODS)
+
+
 def test_progress_is_reported(model):
     done = []
     score_task(model, BYTES, TASK, MOODS, batch_size=3, report=done.append)
@@ -98,7 +104,7 @@ def test_progress_is_reported(model):
 def test_errors(model):
     free = Task(name="talk", input="{text}", metrics=("f1",))
     with pytest.raises(ConfigError, match="'talk' has no labels to rank"):
-        score_task(model, BYTES, free, MOODS, rank_labels=True)
+        score_task(model, BYTES, free, [example("x", f"{n}") for n in range(51)], rank_labels=True)
     with pytest.raises(DataError, match="no examples to score"):
         score_task(model, BYTES, TASK, [])
     beyond = np.array([model.config.vocabulary_size])

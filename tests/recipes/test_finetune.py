@@ -13,7 +13,7 @@ from switchlm.huggingface.adapters import load_adapters
 from switchlm.model import lora
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
-from switchlm.recipes.finetune import finetune, read_tasks
+from switchlm.recipes.finetune import beside_baseline, finetune, read_tasks
 from switchlm.recipes.finetune_config import finetune_run
 from switchlm.training.monitor import read_metrics
 
@@ -111,6 +111,11 @@ def test_a_run_writes_the_best_model_metrics_and_report(configure, tmp_path):
     best = evaluations[-1]
     report = (out / "report.html").read_text(encoding="utf-8")
     assert f"{best['best_score']:.1f}% at step {best['best_step']}" in report
+    assert best["score_without_input"] >= 50, "two labels"
+    assert beside_baseline(best) in report
+    better = {"best_score": 80.0, "score_without_input": 66.0}
+    assert beside_baseline(better).startswith(" Without reading the input, the best constant")
+    assert "no better than the 66.0%" in beside_baseline({**better, "best_score": 66.0})
 
 
 def test_it_learns_and_the_kept_model_has_the_best_score(configure, tmp_path):

@@ -18,12 +18,14 @@ from switchlm.files import to_json
 
 if TYPE_CHECKING:
     from switchlm.data.tasks.task import Example, Task
+    from switchlm.evaluation.baselines import Baselines
     from switchlm.evaluation.tasks import TaskScore
 
     Work = Sequence[tuple[Task, Sequence[Example]]]
 
 Result = dict[str, Any]
-Estimate = dict[str, Any]  # `value`, and `interval`: both ends of the 95% interval
+# `value`, `interval` (both ends of the 95% interval), and of tasks `baselines` by name.
+Estimate = dict[str, Any]
 Estimates = dict[tuple[str, str], Estimate]  # by (data, metric)
 Notes = Mapping[str, str]  # last column of the table, by data
 
@@ -221,8 +223,10 @@ def _score(
     input_length: None takes that of the model's fine-tuning, or 512.
     settings: options of `score_task`.
     """
+    from switchlm.evaluation.baselines import baselines
     from switchlm.evaluation.tasks import score_task
 
+    known = {task.name: baselines(task, examples) for task, examples in work}
     results = []
     with _open(predictions) as file:
         for model in models:
@@ -235,7 +239,8 @@ def _score(
                 with counting(task.name, len(examples)) as report, usage.timed():
                     found = score_task(loaded, tokenizer, task, examples, report=report, **settings)
                 _note_limits(found, settings["input_length"])
-                result["tasks"][task.name] = _as_json(found, len(examples))
+                result["tasks"][task.name] = _as_json(found, known[task.name], len(examples))
+                _note_baselines(found, known[task.name])
                 if file is not None:
                     for example, prediction in zip(examples, found.predictions, strict=True):
                         line = {
@@ -259,11 +264,17 @@ def _score(
 def _task_estimates(result: Result) -> Estimates:
     """Return the metrics of a result by (task, metric)."""
     found = {
-        (task, metric): estimate
+        (task, metric): {**estimate, "baselines": _of_metric(part["baselines"], metric)}
         for task, part in result["tasks"].items()
         for metric, estimate in part["metrics"].items()
     }
     return found | ({("all", AVERAGE): {"value": result[AVERAGE]}} if AVERAGE in result else {})
+
+
+def _of_metric(baselines: Result, metric: str) -> dict[str, float]:
+    """Return the baselines of one metric by the names they are shown with."""
+    named = {"most frequent answer": baselines["majority"], "chance": baselines["chance"]}
+    return {name: values[metric] for name, values in named.items() if values is not None}
 
 
 def _trained_length(model: str) -> int:
@@ -282,7 +293,7 @@ def _open(path: Path | None) -> AbstractContextManager[TextIO | None]:
         raise ConfigError(f"Cannot write predictions to {str(path)!r}: {error}.") from None
 
 
-def _as_json(found: "TaskScore", num_examples: int) -> Result:
+def _as_json(found: "TaskScore", known: "Baselines", num_examples: int) -> Result:
     return {
         "examples": num_examples,
         "truncated_inputs": found.truncated_inputs,
@@ -291,7 +302,22 @@ def _as_json(found: "TaskScore", num_examples: int) -> Result:
             name: {"value": interval.value, "interval": [interval.low, interval.high]}
             for name, interval in found.metrics.items()
         },
+        "baselines": vars(known),
     }
+
+
+def _note_baselines(found: "TaskScore", known: "Baselines") -> None:
+    """Say if the model is no better than an answer that reads no input."""
+    metric, score = next(iter(found.metrics.items()))
+    best = known.best(metric)
+    if score.low > best:
+        return
+    how = "guessing" if best > known.majority[metric] else f"always answering {known.answer[:60]!r}"
+    clearly = "" if score.value <= best else "clearly "
+    options.note(
+        f"{found.task}: {metric} {score.value:.2f} is not {clearly}better than the {best:.2f} of "
+        f"{how}, without reading the input."
+    )
 
 
 def _note_limits(found: "TaskScore", input_length: int) -> None:
@@ -364,7 +390,10 @@ def _show_one(estimates: Estimates, notes: Notes) -> None:
     table.add_column("of")
     for (on, metric), estimate in estimates.items():
         value = _number(metric, estimate["value"])
-        table.add_row(on, metric, value, _interval(metric, estimate), notes.get(on, ""))
+        of = notes.get(on, "")
+        for name, baseline in estimate.get("baselines", {}).items():
+            of += f"\n{name} {baseline:.2f}"
+        table.add_row(on, metric, value, _interval(metric, estimate), of)
     Console().print(table)
 
 
@@ -380,6 +409,10 @@ def _show_several(names: Sequence[str], models: Sequence[Estimates], alike: bool
             for (_, metric), estimate in estimates.items()
         ]
         table.add_row(name, *cells, end_section=place == len(names))
+    known = [estimate.get("baselines", {}) for estimate in models[0].values()]
+    for name in dict.fromkeys(name for baselines in known for name in baselines):
+        cells = [f"{one[name]:.2f}" if name in one else "" for one in known]
+        table.add_row(name, *cells)
     summary = summarise(models)
     for title, key in (("mean", "mean"), ("standard deviation", "std")) if alike else ():
         cells = [_number(metric, summary[on][metric][key]) for on, metric in models[0]]

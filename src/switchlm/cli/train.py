@@ -78,6 +78,7 @@ def finetune(
     as_json: options.JsonLines = False,
 ) -> None:
     """Fine-tune a model on tasks, and keep the best checkpoint by their metrics."""
+    from switchlm.recipes.finetune import beside_baseline
     from switchlm.recipes.finetune import finetune as recipe
     from switchlm.recipes.finetune_config import finetune_run
 
@@ -111,7 +112,11 @@ def finetune(
         as_json=as_json,
     )
     if "best_score" in last:
-        console.print(f"Best score: {last['best_score']:.2f}% at step {last['best_step']:,}.")
+        console.print(
+            f"Best score: {last['best_score']:.2f}% at step {last['best_step']:,}."
+            f"{beside_baseline(last)}",
+            highlight=False,
+        )
     console.print(f"Model: {out / 'model'}   Report: {out / 'report.html'}")
 
 

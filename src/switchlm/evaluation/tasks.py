@@ -15,7 +15,7 @@ from switchlm.data.tasks.loader import encode_texts
 from switchlm.data.tasks.round_trip import comparable
 from switchlm.data.tasks.task import Example, Task
 from switchlm.data.text.tokenizer import Tokenizer
-from switchlm.errors import ConfigError
+from switchlm.evaluation.baselines import labels_to_rank
 from switchlm.evaluation.metrics import RESAMPLES, Interval, measure
 from switchlm.generation.decode import (
     check_finite,
@@ -72,19 +72,18 @@ def score_task(
 
     input_length: tokens; longer inputs are truncated at the end, as in training.
     max_new_tokens: the end token included; None: the length of the longest reference.
-    rank_labels: predict the most probable of the task's labels instead of generating.
+    rank_labels: predict the most probable of the labels (`labels_to_rank`) instead of generating.
     skip_special: leave special tokens, such as sentinels, out of the answers.
     report: called with the number of examples done.
     mesh: of the processes that each call this with the same unsharded model; each evaluates a part
         of the examples, and all return the score of all.
 
     No token is dropped, so an answer does not depend on the other examples of the batch. Raises
-    ConfigError if labels are to be ranked and the task has none, and as `generate` and `measure`.
+    errors as `labels_to_rank`, `generate` and `measure` do.
     """
-    if rank_labels and task.labels is None:
-        raise ConfigError(f"The task {task.name!r} has no labels to rank.")
+    labels = labels_to_rank(task, examples) if rank_labels else ()
     prompts, truncated = encode_texts([e.input for e in examples], tokenizer, input_length)
-    labels = encode_texts(task.labels or (), tokenizer, _NO_LIMIT)[0]
+    label_ids = encode_texts(labels, tokenizer, _NO_LIMIT)[0]
     if max_new_tokens is None and not rank_labels:
         references = [text for example in examples for text in example.references]
         max_new_tokens = max(map(len, encode_texts(references, tokenizer, _NO_LIMIT)[0]), default=1)
@@ -95,8 +94,8 @@ def score_task(
     mine = islice(batches, mesh.global_rank, None, mesh.world_size)
     for chosen, inputs_BS, segments_BS in mine:
         if rank_labels:
-            best_B = label_losses(model, inputs_BS, segments_BS, labels).argmin(1).tolist()
-            answers = [(task.labels or ())[label] for label in best_B]
+            best_B = label_losses(model, inputs_BS, segments_BS, label_ids).argmin(1).tolist()
+            answers = [labels[label] for label in best_B]
         else:
             output = generate(model, inputs_BS, segments_BS, max_new_tokens=max_new_tokens or 1)
             unfinished += int((~output.finished_B).sum())

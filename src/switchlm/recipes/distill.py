@@ -188,6 +188,7 @@ def summarise(
         **{f"{role}_loss": value for role, value in loss.items()},
         **{f"{role}_score": value for role, value in score.items()},
         **({"scores": scores} if scores else {}),
+        "score_without_input": metrics["student"].get("score_without_input"),
         "quality": by,
         "quality_kept": share_kept(**quality) if "baseline" in quality else None,
         "compression": 1 - sizes["student"] / sizes["teacher"],
@@ -204,11 +205,14 @@ def headline(result: Result) -> str:
     by, sizes = result["quality"], result["parameters"]
     form, unit = (".2f", "%") if by == "score" else (".4f", " nats per target")
     found = {role: result.get(f"{role}_{by}") for role in ("student", "teacher", "baseline")}
+    blind = result.get("score_without_input") if by == "score" else None
     values = ", ".join(
         f"{'dense baseline' if role == 'baseline' else role} {value:{form}}{unit}"
         for role, value in found.items()
         if value is not None
     )
+    if blind is not None:
+        values += f", without reading the input {blind:{form}}{unit}"
     compression = (
         f"compression {result['compression']:.0%} ({sizes['student']:,} of {sizes['teacher']:,} "
         "parameters)"

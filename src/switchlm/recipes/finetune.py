@@ -19,6 +19,7 @@ from switchlm.data.tasks.mixture import find_tasks, read_examples, spread_evenly
 from switchlm.data.tasks.task import Example, Task
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, ConfigError, DataError
+from switchlm.evaluation.baselines import baselines
 from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.evaluation.metrics import measure
 from switchlm.evaluation.tasks import score_task
@@ -252,7 +253,13 @@ def make_scorer(
     """Return a function that scores a model which is gathered in each process.
 
     evaluate_batches: number of held-out batches for the loss.
+
+    Beside the score, `score_without_input` is the mean of each task's better baseline.
     """
+    known = [
+        baselines(task, examples.validation[task.name]).best(task.metrics[0])
+        for task in examples.tasks
+    ]
     batches = loader.share(mesh.data_rank, mesh.data_size).held_out(evaluate_batches)
 
     def score(model: SwitchTransformer) -> dict[str, Any]:
@@ -274,10 +281,24 @@ def make_scorer(
         return {
             "score": sum(deciding) / len(deciding),
             "scores": scores,
+            "score_without_input": sum(known) / len(known),
             "evaluation_loss": held_out_loss(model, batches, loader.sources, mesh)["loss"],
         }
 
     return score
+
+
+def beside_baseline(line: Mapping[str, Any]) -> str:
+    """Return a sentence on the best score beside that of answers without reading the input."""
+    baseline = line.get("score_without_input")  # runs of older versions have none
+    if baseline is None:
+        return ""
+    if line["best_score"] > baseline:
+        return f" Without reading the input, the best constant answer or guess has {baseline:.1f}%."
+    return (
+        f" That is no better than the {baseline:.1f}% of the best constant answer or guess, which "
+        "reads no input."
+    )
 
 
 def _check(config: FinetuneRun, folder: RunFolder, mesh: Mesh) -> None:
@@ -322,7 +343,7 @@ def _write_report(
         what = " and ".join(f"{metric} on {task}" for task, metric in names.items())
         headline = (
             f"Best {what}: {last['best_score']:.1f}% at step {last['best_step']:,} of "
-            f"{metrics[-1]['step']:,}."
+            f"{metrics[-1]['step']:,}.{beside_baseline(last)}"
         )
     write_report(
         folder.report,

@@ -77,3 +77,10 @@ def test_nan_comes_back() -> None:
 def test_what_cannot_be_saved_is_named(value: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message.replace(".", r"\.")):
         flatten_state(value)
+
+
+@pytest.mark.parametrize("size", [math.inf, math.nan, 1e400, True, 2.0, "2", None, [1]])
+def test_sizes_that_are_no_whole_numbers_are_errors(size: Any) -> None:
+    structure = {"$tensor": "a", "dtype": "float32", "shape": [size]}
+    with pytest.raises((ValueError, TypeError)):
+        tensor_specs({"weights": [structure]})

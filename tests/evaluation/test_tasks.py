@@ -8,6 +8,7 @@ from switchlm.data.tasks.loader import PairLoader, encode_texts
 from switchlm.data.tasks.task import Example, Task
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import ConfigError, DataError
+from switchlm.evaluation import tasks
 from switchlm.evaluation.tasks import label_losses, score_task
 from switchlm.generation.decode import dropless, pad_prompts
 from switchlm.model.losses import cross_entropy
@@ -99,6 +100,32 @@ def test_progress_is_reported(model):
     done = []
     score_task(model, BYTES, TASK, MOODS, batch_size=3, report=done.append)
     assert done == [3, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("target", "skip", "exact"),
+    [
+        ("<extra_id_0> dog<extra_id_1>", False, 100),
+        ("<extra_id_0>  dog <extra_id_1> ", False, 100),
+        ("dog", False, 0),
+        ("dog", True, 100),
+    ],
+)
+def test_metrics_see_sentinels_and_not_the_space_around_them(target, skip, exact, monkeypatch):
+    task = Task(name="blanks", input="{text}", metrics=("exact_match",))
+    answer = [BYTES.sentinel_ids[0], *BYTES.encode("dog"), BYTES.sentinel_ids[1]]
+    output = type("Output", (), {"finished_B": torch.tensor([True])})()
+    output.rows = lambda ends: [answer]
+    monkeypatch.setattr(tasks, "generate", lambda *args, **options: output)
+    found = score_task(
+        SwitchTransformer(preset("nano")),
+        BYTES,
+        task,
+        [example("a <extra_id_0>", target)],
+        skip_special=skip,
+    )
+    assert found.metrics["exact_match"].value == exact
+    assert found.predictions == ("dog" if skip else "<extra_id_0>dog<extra_id_1>",)
 
 
 def test_errors(model):

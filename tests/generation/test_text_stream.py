@@ -1,3 +1,5 @@
+import random
+
 import pytest
 import tokenizers
 from hypothesis import example, given
@@ -144,3 +146,23 @@ def test_only_the_space_before_the_first_word_is_dropped_as_in_sentencepiece():
     found, _ = pieces(tokenizer, tokens)
     assert found[:4] == ["a", " b", "<extra_id_0>", " a"]
     assert "".join(found) == tokenizer.decode(tokens)
+
+
+def test_a_space_that_decoding_removes_is_withheld(tmp_path):
+    pieces_ = ["▁a", "▁.", "▁'", "▁s", "s", "▁n", "'", "t", "▁"]
+    vocabulary = [(name, 0.0) for name in ("<pad>", "</s>", "<unk>")]
+    vocabulary += [(piece, -1.0) for piece in pieces_]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, 2))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    backend.decoder = tokenizers.decoders.Metaspace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    settings = (
+        '{"clean_up_tokenization_spaces": true, "tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.decode([3, 4, 3, 5, 7, 3, 8, 9, 10]) == "a. a's an't"
+    draw = random.Random(0)
+    for _ in range(300):
+        tokens = [draw.randint(3, 11) for _ in range(draw.randint(1, 150))]
+        assert "".join(pieces(tokenizer, tokens)[0]) == tokenizer.decode(tokens), tokens

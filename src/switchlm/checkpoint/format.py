@@ -180,11 +180,18 @@ def unflatten_state(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: unflatten_state(item, tensors) for key, item in structure.items()}
 
 
+def whole(number: Any) -> int:
+    """Return a number from a file; ValueError for any other value, such as 2.0 and Infinity."""
+    if type(number) is not int:
+        raise ValueError(f"{number!r} is no whole number")
+    return number
+
+
 def tensor_specs(structure: Any) -> dict[str, TensorSpec]:
     """Return dtype and shape by name of every tensor in a structure made by `flatten_state`."""
     if isinstance(structure, dict) and "$tensor" in structure:
         name, dtype, shape = (structure[key] for key in ("$tensor", "dtype", "shape"))
-        return {str(name): (DTYPES[dtype], tuple(int(size) for size in shape))}
+        return {str(name): (DTYPES[dtype], tuple(whole(size) for size in shape))}
     if isinstance(structure, dict):
         structure = list(structure.values())
     specs: dict[str, TensorSpec] = {}

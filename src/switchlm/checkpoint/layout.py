@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from switchlm import _torch
 from switchlm.checkpoint.collective import Ranks
-from switchlm.checkpoint.format import CODES
+from switchlm.checkpoint.format import CODES, whole
 from switchlm.errors import CheckpointError
 from switchlm.model.layers import local
 
@@ -211,7 +211,7 @@ def index(paths: Iterable[Path]) -> Iterator[tuple[str, FileRegion]]:
                     part = file.get_slice(name)
                     shape = part.get_shape()
                     start = offsets[name]["saved_offsets"] if name in offsets else [0] * len(shape)
-                    region = tuple((int(a), int(a) + n) for a, n in zip(start, shape, strict=True))
+                    region = tuple((whole(a), a + n) for a, n in zip(start, shape, strict=True))
                     yield name, FileRegion(region, part.get_dtype(), path.name)
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 raise CheckpointError(f"The header of {str(path)!r} is damaged: {error}") from None

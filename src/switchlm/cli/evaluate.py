@@ -32,7 +32,7 @@ Notes = Mapping[str, str]  # last column of the table, by data
 AVERAGE = "average"
 _OF_TEXT = ("batches",)
 _OF_TASKS = (
-    *("split", "limit", "predictions", "rank_labels", "max_new_tokens"),
+    *("split", "limit", "predictions", "rank_labels", "max_new_tokens", "skip_special"),
     *("input_column", "target_column", "template", "target_template", "metric"),
     *("label", "skip_empty"),
 )
@@ -60,6 +60,10 @@ def evaluate(
     ] = None,
     rank_labels: Annotated[
         bool, typer.Option("--rank-labels", help="Take the most likely label.")
+    ] = False,
+    skip_special: Annotated[
+        bool,
+        typer.Option("--skip-special", help="Leave special tokens, such as sentinels, out."),
     ] = False,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of an output; as the longest reference if left out.")
@@ -110,6 +114,7 @@ def evaluate(
             batch_size=batch_size or 32,
             max_new_tokens=max_new_tokens,
             rank_labels=rank_labels,
+            skip_special=skip_special,
         )
         notes = {task.name: f"{len(examples):,} examples" for task, examples in work}
         _present(results, [_task_estimates(result) for result in results], notes, as_json)

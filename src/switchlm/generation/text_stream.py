@@ -9,8 +9,8 @@
 
 The pieces joined are `tokenizer.decode` of all tokens, up to the stop string, which may span
 tokens. Text that the next token may change is withheld: an incomplete character, the beginning of
-a stop string, or a space that decoding may remove. Invalid bytes decode to U+FFFD, as in
-`tokenizer.decode`.
+a stop string, or the last characters where decoding removes spaces. Invalid bytes decode to U+FFFD,
+as in `tokenizer.decode`.
 
 `tokens_of_text` and `texts_of_tokens` return the text of every token; of a character of several
 byte tokens, the first has the text and the others are empty.
@@ -44,6 +44,8 @@ class TextStream:
         self._stops = tuple(stops)
         self._run: list[int] = []  # the tokens, or the last of them
         self._taken = 0  # characters of the run's text already passed to _release
+        # Each rewriting may change the end of what those before it made.
+        self._rewritten = sum(len(found) - 1 for found in tokenizer.rewrites)
         self._held = ""  # the possible beginning of a stop string
 
     def push(self, token: int) -> str:
@@ -52,10 +54,9 @@ class TextStream:
             return ""
         self._run.append(token)
         text = self._tokenizer.decode(self._run)
-        rewritten = max((_overlap(text, found) for found in self._tokenizer.rewrites), default=0)
-        certain = min(len(text.rstrip(REPLACEMENT)), len(text) - rewritten)
-        new = text[self._taken : certain]
-        self._taken = max(self._taken, certain)
+        certain = min(len(text.rstrip(REPLACEMENT)), len(text) - self._rewritten)
+        certain = max(self._taken, certain)
+        new, self._taken = text[self._taken : certain], certain
         if len(self._run) > _LONGEST_RUN and self._taken == len(text):
             self._shorten(text)
         return self._release(new)

@@ -172,7 +172,8 @@ def require_tokenizer(tokenizer: Tokenizer | None, name: str, role: str) -> Toke
     """Return the tokenizer; raises CheckpointError if it is None."""
     if tokenizer is None:
         raise CheckpointError(
-            f"The {role} {name!r} has no tokenizer.json, so text cannot be turned into its tokens. "
+            f"The {role} {name!r} has no tokenizer.json and no spiece.model, so text cannot be "
+            "turned into its tokens. "
             "Copy the one it was trained with into its folder."
         )
     return tokenizer

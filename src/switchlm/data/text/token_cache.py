@@ -117,7 +117,7 @@ def _read(folder: Path) -> TokenCache | None:
             hashes_D=np.load(folder / "hashes.npy", allow_pickle=False),
             skipped=manifest["skipped"],
         )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 

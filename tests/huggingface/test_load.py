@@ -373,3 +373,54 @@ def test_an_index_that_differs_from_its_files(tmp_path):
     (tmp_path / shard).unlink()
     with pytest.raises(CheckpointError, match=rf"{shard}' is missing"):
         switchlm.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "edits", "own_head"),
+    [
+        ("MT5", {}, False),
+        ("MT5", {"tie_word_embeddings": False}, True),
+        ("T5", {}, False),
+        ("T5", {"tie_word_embeddings": False, "scale_decoder_outputs": None}, False),
+        ("T5", {"tie_word_embeddings": False, "scale_decoder_outputs": True}, False),
+        ("T5", {"tie_word_embeddings": True, "scale_decoder_outputs": False}, False),
+        ("T5", {}, True),
+        ("T5", {"tie_word_embeddings": False, "scale_decoder_outputs": None}, True),
+    ],
+)
+def test_the_head_is_scaled_where_transformers_scales_it(
+    kind, edits, own_head, tmp_path, assert_close
+):
+    import transformers
+
+    sizes = {"vocab_size": 48, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(
+        **sizes, num_layers=1, decoder_start_token_id=0, dropout_rate=0.0
+    )
+    model_of = getattr(transformers, f"{kind}ForConditionalGeneration")
+    model_of(config).save_pretrained(tmp_path)
+    if own_head:
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors["lm_head.weight"] = torch.randn(48, 16)
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    values = json.loads((tmp_path / "config.json").read_text()) | edits
+    values = {key: value for key, value in values.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    ids = torch.tensor([[5, 9, 30, 1]])
+    ours, _ = switchlm.load(tmp_path, report=lambda line: None)
+    switchlm.save(ours, None, tmp_path / "again")
+    with torch.no_grad():
+        expected = model_of.from_pretrained(tmp_path).eval()(input_ids=ids, decoder_input_ids=ids)
+        again = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "again").eval()
+        assert_close(ours(ids, ids).logits_BTV, expected.logits, "logits")
+        found = again(input_ids=ids, decoder_input_ids=ids).logits
+        assert_close(found, expected.logits, "logits of the saved model")
+
+
+def test_a_tied_mt5_of_transformers_4_is_scaled_as_there(their_t5, theirs_on_disk):
+    folder = theirs_on_disk(their_t5())
+    values = json.loads((folder / "config.json").read_text())
+    for version, tied in (("4.57.1", True), ("5.24.0", False)):
+        changes = {"model_type": "mt5", "transformers_version": version}
+        (folder / "config.json").write_text(json.dumps(values | changes))
+        assert switchlm.load(folder)[0].config.tied_head is tied

@@ -58,6 +58,8 @@ class Fields:
     layer_norm_epsilon: float = 1e-6
     dense_act_fn: str = "relu"
     feed_forward_proj: str | None = None
+    model_type: str = ""
+    transformers_version: str | None = None
     tie_word_embeddings: bool = True
     scale_decoder_outputs: bool | None = None
     pad_token_id: Any = 0
@@ -103,6 +105,7 @@ _MT5_DEFAULTS: dict[str, Any] = {
     "num_heads": 6,
     "feed_forward_proj": "gated-gelu",
     "decoder_start_token_id": 0,
+    "tie_word_embeddings": False,
 }
 _DEFAULTS = {"t5": _T5_DEFAULTS, "mt5": _T5_DEFAULTS | _MT5_DEFAULTS}
 # transformers calls the tanh approximation, which T5 uses, gelu_new.
@@ -169,6 +172,7 @@ def _translate(
     if claim.router_bias:
         raise CheckpointError("config.json sets router_bias; routers here have no bias.")
     num_experts = _num_experts(claim, found, report)
+    tied_head, scaled_head = _head(claim, found, head_differs, report)
     gated, activation = _feedforward(claim, found, family, report)
     if num_experts:
         step, second = _sparse_steps(claim, extra, found, report)
@@ -184,7 +188,8 @@ def _translate(
         num_experts=num_experts,
         activation=activation,
         gated=gated,
-        tied_head=_tied_head(claim, found, head_differs, report),
+        tied_head=tied_head,
+        scaled_head=scaled_head,
         relative_buckets=claim.relative_attention_num_buckets,
         relative_distance=claim.relative_attention_max_distance,
         norm_epsilon=claim.layer_norm_epsilon,
@@ -261,22 +266,30 @@ def _feedforward(
     return gated, _ACTIVATIONS[name]
 
 
-def _tied_head(
+def _head(
     claim: Fields, found: Architecture, head_differs: Callable[[], bool], report: Report
-) -> bool:
-    """Return whether the head is tied; only a tied head is scaled by 1 / sqrt(d_model)."""
-    scaled = claim.scale_decoder_outputs
-    if scaled is None:
+) -> tuple[bool, bool]:
+    """Return (whether the head is tied, whether one of its own is scaled by d_model^-0.5).
+
+    T5: `scale_decoder_outputs`, or else `tie_word_embeddings`, says whether outputs are scaled;
+    weights are tied unless they differ. mT5 is scaled if tied by transformers 4, never by later
+    ones. A Switch Transformer is scaled if it is tied.
+    """
+    kind, scaled = claim.model_type, claim.scale_decoder_outputs
+    if scaled is None or kind != "t5":
         scaled = claim.tie_word_embeddings
-    if not claim.tie_word_embeddings or not scaled:
-        return False
-    if found.head_key is not None and head_differs():
+    if kind == "mt5" and not (claim.transformers_version or "").startswith("4."):
+        scaled = False
+    if not scaled:
+        return False, False
+    if found.head_key is None or not head_differs():
+        return True, False
+    if claim.tie_word_embeddings:
         report(
             f"config.json says that the head is tied to the embedding, but {found.head_key} in the "
-            "weights differs from it; that head is used, unscaled."
+            f"weights differs from it; that head is used, {'' if kind == 't5' else 'un'}scaled."
         )
-        return False
-    return True
+    return False, kind == "t5"
 
 
 def _sparse_steps(
@@ -347,6 +360,7 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "dropout_rate": config.dropout,
         "layer_norm_epsilon": config.norm_epsilon,
         "tie_word_embeddings": config.tied_head,
+        **({"scale_decoder_outputs": True} if config.scaled_head else {}),
         "is_encoder_decoder": True,
         "use_cache": True,
         "pad_token_id": config.pad_id,

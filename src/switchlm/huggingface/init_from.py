@@ -26,6 +26,7 @@ FeedForwardSource = Literal["random", "mean", "most_used"]
 _SHARED = (
     "vocabulary_size", "d_model", "d_ff", "d_kv", "num_heads", "num_encoder_layers",
     "num_decoder_layers", "activation", "gated", "relative_buckets", "relative_distance",
+    "scaled_head",
 )  # fmt: skip
 _EXPERTS = ".feedforward.experts."
 _ROUTER = ".feedforward.router."

@@ -151,7 +151,8 @@ class ModelConfig:
     attention_experts: queries, and keys and values, are Switch layers too (appendix A).
     initialisation: how parameters are drawn before training.
     activation, gated: of FFNs and experts; a gated one is act(gate(x)) * up(x).
-    tied_head: whether the output projection is the embedding, scaled.
+    tied_head: whether the output projection is the embedding, scaled by d_model^-0.5.
+    scaled_head: whether one of its own is scaled too.
     relative_buckets: number of relative position biases per head.
     relative_distance: the distance from which all positions share a bias.
     norm_epsilon: added to the mean square in RMSNorm.
@@ -176,6 +177,7 @@ class ModelConfig:
     activation: Activation = "relu"
     gated: bool = False
     tied_head: bool = True
+    scaled_head: bool = False
     relative_buckets: int = 32
     relative_distance: int = 128
     norm_epsilon: float = 1e-6

@@ -347,9 +347,10 @@ class SwitchTransformer(nn.Module):
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Return logits_BTV of the decoder's output."""
-        if self.head is not None:
-            return self.project(x_BTD, self.head.weight)
-        return self.project(x_BTD * self.config.d_model**-0.5, self.embedding.weight)
+        if self.head is None or self.config.scaled_head:
+            x_BTD = x_BTD * self.config.d_model**-0.5
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return self.project(x_BTD, weight)
 
 
 def forward_batch(model: nn.Module, batch: Batch) -> ModelOutput:

@@ -134,6 +134,7 @@ def test_slots_without_memory_are_one_paragraph(refuse, nano):
 
 def test_a_missing_extra_is_named(refuse, nano, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "switchlm.serving.server", raising=False)
     assert "switchlm[serve]" in refuse("serve", "--model", nano, "--port", 0)
 
 

@@ -5,11 +5,11 @@ import shutil
 import socket
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import httpx
 import pytest
 import torch
-import uvicorn
 
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.generation.decode import generate
@@ -19,6 +19,7 @@ from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.serving.api import create_app
 from switchlm.serving.engine import Engine
+from switchlm.serving.server import Server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 
@@ -96,10 +97,11 @@ def collector():
 
 @dataclasses.dataclass
 class Served:
-    """A running server; address: without a slash at the end."""
+    """A running server; address: without a slash at the end; run: what the server ends with."""
 
     address: str
     engine: Engine
+    run: Future[None]
 
     def metrics(self):
         """Return the values of /metrics by name with labels."""
@@ -110,26 +112,29 @@ class Served:
 
 @pytest.fixture
 def serve(engine):
-    """Serve a started engine on a free loopback port, by uvicorn, in a thread."""
+    """Serve a started engine on a free loopback port, in a thread.
+
+    seconds: for a request; interface: of create_app; limits: of Connections; others: of the engine.
+    """
     with contextlib.ExitStack() as stack:
 
-        def start(*, key=None, report=None, seconds=60.0, **options):
+        def start(*, seconds=60.0, limits=None, interface=None, **options):
             running = engine(**options)
-            app = create_app(running, name="nano", key=key, report=report, seconds=seconds)
+            app = create_app(running, name="nano", seconds=seconds, **(interface or {}))
             listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
-            thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-            thread.start()
+            server = Server(app, listener, running, seconds=seconds, **(limits or {}))
+            threads = ThreadPoolExecutor(1)
+            run = threads.submit(server.run)
 
             def stop():
-                server.should_exit = True
-                thread.join(30)
-                listener.close()
+                server.stop()
+                run.exception(30)
+                threads.shutdown()
 
             stack.callback(stop)
             while not server.started:
                 time.sleep(0.01)
-            return Served(f"http://127.0.0.1:{listener.getsockname()[1]}", running)
+            return Served(f"http://127.0.0.1:{listener.getsockname()[1]}", running, run)
 
         yield start
 

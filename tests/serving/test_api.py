@@ -1,12 +1,20 @@
 """The interface over a socket, with httpx and with OpenAI's client."""
 
+import asyncio
+import copy
+import dataclasses
 import json
+import threading
+import time
 
 import httpx
 import openai
 import pytest
 
 from switchlm.generation.answer import put_into_blanks
+from switchlm.generation.route import route
+from switchlm.serving.api import create_app
+from switchlm.serving.server import EngineError
 
 TEXT = "A <extra_id_0> text of <extra_id_1> things."
 
@@ -25,7 +33,7 @@ def events(response):
 
 @pytest.fixture
 def client(serve):
-    served = serve(key="a key of the test")
+    served = serve(interface={"key": "a key of the test"})
     with openai.OpenAI(base_url=f"{served.address}/v1", api_key="a key of the test") as client:
         yield client
 
@@ -70,6 +78,7 @@ def test_openai_s_client_gets_several_seeded_outputs_of_several_prompts(client):
 def test_openai_s_client_lists_models_and_reads_errors(client):
     (model,) = client.models.list().data
     assert (model.id, model.capacity) == ("nano", "dropless")
+    assert client.models.retrieve("nano") == model
     with pytest.raises(openai.NotFoundError, match="no model 'other'"):
         client.completions.create(model="other", prompt="hello")
     with pytest.raises(openai.BadRequestError) as caught:
@@ -111,8 +120,50 @@ def test_route_returns_the_expert_of_each_token(serve, model):
     assert own.status_code == 200
 
 
+def test_streams_go_on_while_routes_generate(serve):
+    """A route's output is generated in a slot, beside those of others."""
+    served = serve(max_target=64)
+    with httpx.Client(base_url=served.address, timeout=60) as client:
+        body = {"prompt": "hello", "max_tokens": 64, "stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            before = served.engine.statistics.value("switchlm_rows_total")
+            routed = httpx.post(f"{served.address}/v1/route", json={"text": "ab"})
+            after = served.engine.statistics.value("switchlm_rows_total")
+            assert len(list(lines)) > 3
+    assert len(routed.json()["decoder"]["tokens"]) == 65
+    # All tokens of the route are rows of the engine's steps, and some are the stream's.
+    assert after - before > 64
+    assert served.engine.num_active == 0
+
+
+@pytest.mark.parametrize("enforce_capacity", [False, True])
+def test_routes_are_those_of_the_model_alone(serve, model, tokenizer, enforce_capacity):
+    text = "a text of some length"
+    body = {"text": text, "enforce_capacity": enforce_capacity}
+    found = httpx.post(f"{serve().address}/v1/route", json=body).json()
+    expected = route(copy.deepcopy(model), tokenizer, text, enforce_capacity=enforce_capacity)
+    assert found == {"model": "nano", **dataclasses.asdict(expected)}
+
+
+def test_routes_have_a_deadline(serve, soon):
+    served = serve(seconds=0.3)
+    busy = threading.Event()
+    served.engine.call(lambda: busy.wait(20))
+    try:
+        for body in ({"text": "ab"}, {"text": "ab", "output": "c"}):
+            begin = time.monotonic()
+            answer = httpx.post(f"{served.address}/v1/route", json=body)
+            assert answer.status_code == 504
+            assert time.monotonic() - begin < 10
+    finally:
+        busy.set()
+    soon(lambda: httpx.post(f"{served.address}/v1/route", json=body).status_code == 200, 60)
+
+
 def test_the_page_needs_no_key_and_the_report_does(serve):
-    address = serve(key="a key of the test", report="<p>A report</p>").address
+    address = serve(interface={"key": "a key of the test", "report": "<p>A report</p>"}).address
     page = httpx.get(address)
     assert page.status_code == 200
     assert "script-src" in page.headers["Content-Security-Policy"]
@@ -130,7 +181,8 @@ def test_there_are_no_pages_that_load_from_other_origins(serve):
     assert httpx.get(f"{address}/redoc").status_code == 404
     schema = httpx.get(f"{address}/openapi.json").json()
     assert set(schema["paths"]) == {
-        "/health", "/metrics", "/v1/completions", "/v1/fill", "/v1/models", "/v1/route"
+        "/health", "/metrics", "/v1/completions", "/v1/fill", "/v1/models",
+        "/v1/models/{model}", "/v1/route"
     }  # fmt: skip
 
 
@@ -148,17 +200,23 @@ def test_a_failing_request_is_an_error_and_the_next_succeeds(serve, monkeypatch)
     assert httpx.post(f"{served.address}/v1/completions", json=body).status_code == 200
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_health_reports_an_engine_that_ended_and_requests_fail(serve, monkeypatch):
+def test_the_server_ends_with_the_engine(serve, monkeypatch):
     served = serve()
     monkeypatch.setattr(served.engine, "_step", None)
     body = {"prompt": "hello", "max_tokens": 4}
     answer = httpx.post(f"{served.address}/v1/completions", json=body)
     assert answer.status_code == 500
     assert "the engine has ended" in answer.json()["error"]["message"]
-    served.engine.close(10)
-    assert httpx.get(f"{served.address}/health").status_code == 503
-    assert httpx.post(f"{served.address}/v1/completions", json=body).status_code == 503
+    with pytest.raises(EngineError, match="TypeError: 'NoneType' object is not callable"):
+        served.run.result(30)
+
+    async def ask():
+        transport = httpx.ASGITransport(create_app(served.engine, name="nano"))
+        async with httpx.AsyncClient(transport=transport, base_url="http://a") as client:
+            assert (await client.get("/health")).status_code == 503
+            assert (await client.post("/v1/completions", json=body)).status_code == 503
+
+    asyncio.run(ask())
 
 
 def test_a_request_out_of_time_gets_504(serve):

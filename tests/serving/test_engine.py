@@ -76,7 +76,7 @@ def test_a_full_queue_refuses_at_once_with_a_time_to_retry(engine, collector):
         running.submit(Request(ids=IDS, limit=1), listener)
     with pytest.raises(BusyError, match="2 requests are waiting") as caught:
         running.submit(Request(ids=IDS, limit=1), collector())
-    assert caught.value.retry_after >= 1
+    assert int(caught.value.headers["Retry-After"]) >= 1
     assert [listener.end()[1] for listener in (first, *waiting)] == ["length"] * 3
     assert running.statistics.value("switchlm_requests_total", outcome="refused") == 1
 
@@ -121,12 +121,16 @@ def test_a_request_out_of_time_ends(engine, collector):
     assert len(tokens) < 512
 
 
-def failing(original, bad):
+class Panic(BaseException):
+    """Like the panics of libraries in Rust, no Exception."""
+
+
+def failing(original, bad, error=RuntimeError):
     """Raise if `bad` finds the failing request in the arguments."""
 
     def call(*arguments, **options):
         if bad(*arguments, **options):
-            raise RuntimeError("deliberate")
+            raise error("deliberate")
         return original(*arguments, **options)
 
     return call
@@ -147,7 +151,7 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("stage", [*STAGES, "text", "listener"])
+@pytest.mark.parametrize("stage", [*STAGES, "text", "end", "listener"])
 def test_an_exception_fails_its_request_only(stage, engine, collector, alone, monkeypatch):
     running = engine(num_slots=4)
     odd = collector()
@@ -156,8 +160,11 @@ def test_an_exception_fails_its_request_only(stage, engine, collector, alone, mo
         owner, name, bad = STAGES[stage]
         monkeypatch.setattr(owner, name, failing(getattr(owner, name), bad))
     elif stage == "text":
-        push = failing(TextStream.push, lambda stream, _: "odd stop" in stream._stops)
+        push = failing(TextStream.push, lambda stream, _: "odd stop" in stream._stops, Panic)
         monkeypatch.setattr(TextStream, "push", push)
+    elif stage == "end":
+        finish = failing(TextStream.finish, lambda stream: "odd stop" in stream._stops, Panic)
+        monkeypatch.setattr(TextStream, "finish", finish)
     else:
 
         def on_event(event):
@@ -173,7 +180,7 @@ def test_an_exception_fails_its_request_only(stage, engine, collector, alone, mo
     tokens, reason = odd.end()
     assert reason == "error"
     assert "deliberate" in odd.events[-1].message
-    assert len(tokens) == {"step": 3, "listener": 1}.get(stage, 0)
+    assert len(tokens) == {"step": 3, "listener": 1, "end": 11}.get(stage, 0)
     for ids, listener in zip(good, heard, strict=True):
         assert listener.end() == (alone(ids, 12), "length")
     running.submit(Request(ids=IDS, limit=5), after := collector())
@@ -210,4 +217,33 @@ def test_calls_run_between_steps_and_their_errors_are_returned(engine, collector
     assert running.call(lambda: threading.current_thread().name).result(10) == "switchlm-engine"
     with pytest.raises(KeyError):
         running.call(lambda: {}["nothing"]).result(10)
+    with pytest.raises(RuntimeError, match="Panic: deliberate"):
+        running.call(failing(None, lambda: True, Panic)).result(10)
     assert listener.end()[1] == "length"
+
+
+@pytest.mark.parametrize("stage", ["_admit", "_step", "_add"])
+def test_an_engine_that_dies_fails_all_requests_and_calls(stage, engine, collector, monkeypatch):
+    running = engine(num_slots=2)
+    ready = threading.Event()
+    running.call(ready.wait)
+
+    def die(slots, *rest):
+        raise Panic("deliberate")
+
+    monkeypatch.setattr(running, stage, die)
+    heard = [collector() for _ in range(6)]
+    for listener in heard:
+        running.submit(Request(ids=IDS, limit=20), listener)
+    late = running.call(lambda: None)
+    ready.set()
+    for listener in heard:
+        assert listener.end() == ([], "error")
+        assert "the engine has ended" in listener.events[-1].message
+    with pytest.raises(RuntimeError, match="the engine has ended"):
+        late.result(10)
+    with pytest.raises(Panic):
+        running.ended.result(10)
+    with pytest.raises(ClosingError):
+        running.submit(Request(ids=IDS, limit=20), collector())
+    assert running.num_active == running.num_waiting == 0

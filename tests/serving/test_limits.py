@@ -10,6 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from switchlm.serving.receive import Bodies
+
 KEY = "a key of the test"
 ROUTES = [
     ("GET", "/metrics"), ("GET", "/v1/models"), ("GET", "/openapi.json"), ("GET", "/nothing"),
@@ -22,7 +24,7 @@ ROUTES = [
     "given_key", [None, "Basic", f"Bearer {KEY[:-1]}", f"bearer {KEY}x", "Bearer größe"]
 )
 def test_every_route_but_health_and_the_page_needs_the_key(serve, given_key):
-    address = serve(key=KEY, report="<p>A report</p>").address
+    address = serve(interface={"key": KEY, "report": "<p>A report</p>"}).address
     headers = {}
     if given_key is not None:
         headers["Authorization"] = given_key.encode()
@@ -42,7 +44,7 @@ def test_the_key_is_compared_in_constant_time_and_written_nowhere(serve, monkeyp
     monkeypatch.setattr(
         middleware.hmac, "compare_digest", lambda *pair: compared.append(pair) or original(*pair)
     )
-    address = serve(key=KEY).address
+    address = serve(interface={"key": KEY}).address
     for key in (KEY, "wrong"):
         headers = {"Authorization": f"Bearer {key}"}
         answer = httpx.post(f"{address}/v1/completions", headers=headers, content="{")
@@ -52,11 +54,12 @@ def test_the_key_is_compared_in_constant_time_and_written_nowhere(serve, monkeyp
 
 
 def test_the_error_of_a_field_of_two_types_names_both(serve):
-    answer = httpx.post(f"{serve().address}/v1/completions", json={"prompt": 3})
+    body = {"prompt": "a", "stop": 3}
+    answer = httpx.post(f"{serve().address}/v1/completions", json=body)
     assert answer.status_code == 400
     error = answer.json()["error"]
-    assert error["param"] == "prompt"
-    message = "prompt: Input should be a valid string, or: Input should be a valid list"
+    assert error["param"] == "stop"
+    message = "stop: Input should be a valid string, or: Input should be a valid list."
     assert error["message"] == message
 
 
@@ -84,6 +87,12 @@ BAD = {
 }
 
 
+HEAD = (
+    b"POST /v1/fill HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Content-Length: LENGTH\r\n\r\n"
+)
+
+
 def test_invalid_bodies_have_fixed_responses(serve):
     address = serve().address
     headers = {"Content-Type": "application/json"}
@@ -101,24 +110,22 @@ def test_invalid_bodies_have_fixed_responses(serve):
 def test_10_megabytes_are_refused_before_they_are_read(serve):
     address = serve().address
     body = json.dumps({"prompt": "a" * 10_000_000})
-    answer = httpx.post(f"{address}/v1/completions", content=body)
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{address}/v1/completions", content=body, headers=headers)
     assert answer.status_code == 413
     endless = (b" " * 65536 for _ in range(160))  # no Content-Length
     try:
-        answer = httpx.post(f"{address}/v1/completions", content=endless)
+        answer = httpx.post(f"{address}/v1/completions", content=endless, headers=headers)
     except httpx.TransportError:
         pass  # closed while we were still sending
     else:
         assert answer.status_code == 413
 
 
-def test_a_slow_body_is_refused(serve, monkeypatch):
-    monkeypatch.setattr(
-        "switchlm.serving.middleware.Guard.__init__.__kwdefaults__", {"seconds": 0.3}
-    )
-    address = urllib.parse.urlsplit(serve().address)
+def test_a_slow_body_is_refused(serve):
+    address = urllib.parse.urlsplit(serve(interface={"bodies": Bodies(seconds=0.3)}).address)
     with socket.create_connection((address.hostname, address.port)) as slow:
-        slow.sendall(b"POST /v1/fill HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+        slow.sendall(HEAD.replace(b"LENGTH", b"100") + b"{")
         begin = time.monotonic()
         answer = slow.recv(4096)
         assert answer.startswith(b"HTTP/1.1 408")
@@ -129,7 +136,8 @@ def test_a_slow_body_is_refused(serve, monkeypatch):
 
 names = st.sampled_from([
     "prompt", "text", "output", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop",
-    "stream", "n", "model", "user", "stream_options", "enforce_capacity", "x",
+    "stream", "n", "model", "user", "stream_options", "enforce_capacity", "x", "best_of", "echo",
+    "logprobs", "logit_bias", "suffix", "max_completion_tokens", "frequency_penalty",
 ])  # fmt: skip
 scalars = st.one_of(
     st.none(),
@@ -155,13 +163,13 @@ filled = st.fixed_dictionaries(
 
 def test_no_body_breaks_the_server(serve):
     served = serve(max_target=4)
-    with httpx.Client(base_url=served.address) as client:
+    headers = {"Content-Type": "application/json"}
+    with httpx.Client(base_url=served.address, headers=headers) as client:
 
         @settings(suppress_health_check=list(HealthCheck), database=None)
         @given(st.sampled_from(["completions", "fill", "route"]), bodies | shaped | filled)
         def fuzz(route, body):
-            content = json.dumps(body)
-            answer = client.post(f"/v1/{route}", content=content)
+            answer = client.post(f"/v1/{route}", content=json.dumps(body))
             assert answer.status_code < 500, (route, body, answer.text)
             if answer.status_code != 200:
                 assert answer.json()["error"]["message"]

@@ -173,7 +173,8 @@ def test_a_client_that_never_reads_does_not_block_others(serve):
             stalled = stack.enter_context(socket.create_connection((address.host, address.port)))
             stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
             head = (
-                f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+                "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             )
             stalled.sendall(head.encode() + body)
             unfinished = stack.enter_context(socket.create_connection((address.host, address.port)))

@@ -1,9 +1,10 @@
 """switchlm serve: an HTTP API for a model, with a page that shows the expert of each token."""
 
 import gc
-import math
+import ipaddress
 import re
 import socket
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,15 +49,21 @@ def serve(
     request_seconds: Annotated[
         float, typer.Option(min=0.1, help="Cancel a request after this time.")
     ] = 300.0,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A name by which clients address this server, such as that of a proxy in front; "
+            "repeatable. On a loopback address only its own names are answered."
+        ),
+    ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
     expert_memory: options.ExpertMemory = None,
 ) -> None:
     """Serve a model over HTTP, with a page that shows the expert of each token."""
     try:
-        import uvicorn
-
         from switchlm.serving.api import create_app
+        from switchlm.serving.server import EngineError, Server
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "fastapi", "serve", "Serving") from None
     from switchlm.kernels.cpu.native import native
@@ -85,18 +92,9 @@ def serve(
             report=report,
             seconds=request_seconds,
             default_tokens=options.trained_output_length(model),
+            hosts=_hosts(listener, host, allow_host or []),
         )
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                log_level="warning",
-                access_log=False,
-                timeout_keep_alive=15,
-                # Longer than any request, but bounded: some clients never read.
-                timeout_graceful_shutdown=math.ceil(request_seconds) + 10,
-                lifespan="on",
-            )
-        )
+        server = Server(app, listener, engine, seconds=request_seconds)
         _open(listener)
         address = _address(listener)
         if loaded.embedding.weight.device.type == "cpu" and native().library is None:
@@ -113,7 +111,11 @@ def serve(
         if key is None and host not in ("127.0.0.1", "::1", "localhost"):
             options.note(f"All clients of {host} can use this model: there is no --api-key-file.")
         with _frozen_garbage_collector(), stop_on_signal():
-            server.run(sockets=[listener])
+            try:
+                server.run()
+            except EngineError as error:
+                traceback.print_exception(error.__cause__)
+                raise
             typer.echo("Stopped: all accepted requests are done.", err=True)
             engine.close()
 
@@ -127,6 +129,12 @@ def _frozen_garbage_collector() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def _hosts(listener: socket.socket, host: str, allowed: list[str]) -> list[str] | None:
+    """Return the names of the server; None: any name will do."""
+    address = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
+    return [host, *allowed] if allowed or address.is_loopback else None
 
 
 def _start_engine(engine: "Engine") -> None:

@@ -249,7 +249,7 @@ def read_spans(
     return spans
 
 
-BLANK = re.compile(r"<extra_id_(\d+)>")
+BLANK = re.compile(r"<extra_id_([0-9]{1,9})>")  # int() refuses thousands of digits
 TOKENS_PER_BLANK = 32
 
 

@@ -3,6 +3,7 @@
 Shapes: S source, T target, A assignments, K experts per token.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from switchlm.errors import DataError
 from switchlm.generation.decode import (
     check_finite,
     check_vocabulary,
+    encode_prompts,
     evaluation_mode,
     generate,
 )
@@ -61,6 +63,9 @@ class RoutedText:
     decoder: RoutedTokens
 
 
+TokenTexts = tuple[list[int], list[str]]  # ids of tokens, and their texts
+
+
 def route(
     model: SwitchTransformer,
     tokenizer: Tokenizer,
@@ -82,46 +87,71 @@ def route(
     Raises DataError for an empty text, and for tokens that the model's vocabulary lacks.
     """
     config = model.config
-    source_ids, source_texts = tokens_of_text(text, tokenizer)
-    if not source_ids:
-        raise DataError("The text is empty: there is nothing to route.")
-    check_vocabulary(max(source_ids), config.vocabulary_size)
-    device = model.embedding.weight.device
-    completed = tokenizer.complete(source_ids, config.end_id)
-    names = [name_of(token, tokenizer) for token in (*tokenizer.before, *tokenizer.after)]
-    before = len(tokenizer.before)
-    source_texts = [*names[:before], *source_texts, *names[before:], "</s>"]
-    inputs_BS = torch.tensor([completed], device=device)
-    start_id = config.start_id
+    source = encoder_tokens(text, tokenizer, config.end_id)
+    check_vocabulary(max(source[0]), config.vocabulary_size)
     if output is None:
-        start_id = config.first_id
         generated = generate(
             model,
-            inputs_BS,
+            torch.tensor([source[0]], device=model.embedding.weight.device),
             max_new_tokens=max_new_tokens,
             encoder_capacity=enforce_capacity,
         )
-        target_ids = generated.rows(config.end_ids)[0]
-        target_texts = texts_of_tokens(target_ids, tokenizer)
+        ids = generated.rows(config.end_ids)[0]
+        tokens = ids, texts_of_tokens(ids, tokenizer)
+        target = decoder_tokens(tokens, tokenizer, config.first_id)
     else:
-        target_ids, target_texts = tokens_of_text(output, tokenizer)
-        check_vocabulary(max(target_ids, default=0), config.vocabulary_size)
-    decoder_inputs_BT = torch.tensor([[start_id, *target_ids]], device=device)
+        target = decoder_tokens(tokens_of_text(output, tokenizer), tokenizer, config.start_id)
+    return route_tokens(model, source, target, enforce_capacity)
 
+
+def encoder_tokens(text: str, tokenizer: Tokenizer, end_id: int) -> TokenTexts:
+    """Return the encoder's inputs for a text; raises DataError for an empty one."""
+    ids, texts = tokens_of_text(text, tokenizer)
+    if not ids:
+        raise DataError("The text is empty: there is nothing to route.")
+    before, after = (
+        [name_of(token, tokenizer) for token in tokens]
+        for tokens in (tokenizer.before, tokenizer.after)
+    )
+    return tokenizer.complete(ids, end_id), [*before, *texts, *after, "</s>"]
+
+
+def decoder_tokens(output: TokenTexts, tokenizer: Tokenizer, start_id: int) -> TokenTexts:
+    """Return the decoder's inputs for the tokens of an output."""
+    ids, texts = output
+    return [start_id, *ids], [*texts_of_tokens([start_id], tokenizer), *texts]
+
+
+def route_tokens(
+    model: SwitchTransformer, source: TokenTexts, target: TokenTexts, enforce_capacity: bool
+) -> RoutedText:
+    """Return what `route` does, for the inputs of the encoder and of the decoder."""
+    (source_ids, source_texts), (target_ids, target_texts) = source, target
+    check_vocabulary(max(*source_ids, *target_ids), model.config.vocabulary_size)
+    device = model.embedding.weight.device
     with evaluation_mode(model, drop=enforce_capacity):
-        routed = model(inputs_BS, decoder_inputs_BT)
+        routed = model(
+            torch.tensor([source_ids], device=device), torch.tensor([target_ids], device=device)
+        )
     check_finite(routed.logits_BTV)
     return RoutedText(
-        num_experts=config.num_experts,
+        num_experts=model.config.num_experts,
         encoder=RoutedTokens(
             tokens=source_texts,
-            layers=_layers(model.encoder, routed.encoder_routing, len(completed)),
+            layers=_layers(model.encoder, routed.encoder_routing, len(source_ids)),
         ),
         decoder=RoutedTokens(
-            tokens=[*texts_of_tokens([start_id], tokenizer), *target_texts],
-            layers=_layers(model.decoder, routed.decoder_routing, len(target_ids) + 1),
+            tokens=target_texts,
+            layers=_layers(model.decoder, routed.decoder_routing, len(target_ids)),
         ),
     )
+
+
+def encode_alone(model: SwitchTransformer, ids: Sequence[int]) -> Tensor:
+    """Return encoded_SD of a prompt, end token included, with the capacity of the encoder."""
+    with evaluation_mode(model):
+        inputs_BS = torch.tensor([ids], device=model.embedding.weight.device)
+        return encode_prompts(model, inputs_BS, None, enforce_capacity=True)[0]
 
 
 def _layers(stack: Stack, routings: tuple[Routing, ...], num_tokens: int) -> list[RoutedLayer]:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from switchlm.errors import ConfigError
 
+SMALLEST_TEMPERATURE = 1e-30  # far less is zero in float32, by which logits are not divided
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -28,9 +30,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        lowest = SMALLEST_TEMPERATURE
+        if not (self.temperature == 0 or lowest <= self.temperature < float("inf")):
             raise ConfigError(
-                f"The temperature must be 0 (greedy) or a positive number, got {self.temperature}."
+                f"The temperature must be 0 (greedy) or at least {lowest:g}, got "
+                f"{self.temperature:g}."
             )
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top-k must be at least 1, got {self.top_k}.")

@@ -8,36 +8,52 @@ import dataclasses
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Sequence,
+)
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Route as FixedRoute
 
 from switchlm import __version__
-from switchlm.errors import DataError, UserError
+from switchlm.errors import ConfigError, DataError, UserError
 from switchlm.generation.answer import TOKENS_PER_BLANK, count_blanks, put_into_blanks, read_spans
-from switchlm.generation.decode import check_vocabulary
-from switchlm.generation.route import route
+from switchlm.generation.decode import before_end
+from switchlm.generation.route import (
+    RoutedText,
+    TokenTexts,
+    decoder_tokens,
+    encode_alone,
+    encoder_tokens,
+    route_tokens,
+)
 from switchlm.generation.sampling import seeds_from
-from switchlm.serving.engine import Engine, EventBridge, events
-from switchlm.serving.middleware import App, Guard, error_body, page_files
-from switchlm.serving.requests import (
+from switchlm.generation.text_stream import texts_of_tokens, tokens_of_text
+from switchlm.serving.bodies import (
     Completion,
     Fill,
     Generation,
-    Numbered,
-    Output,
-    RequestError,
+    Prompt,
     Route,
-    collect,
+    parse,
+    schema,
 )
+from switchlm.serving.engine import Engine, EventBridge, events
+from switchlm.serving.middleware import App, Guard, error_body, page_files
+from switchlm.serving.receive import Bodies
+from switchlm.serving.requests import LATE, Numbered, Output, RequestError, collect
 from switchlm.serving.requests import Request as EngineRequest
 from switchlm.serving.statistics import CONTENT_TYPE
+from switchlm.serving.texts import Texts
 
 Result = TypeVar("Result")
 Chunks = AsyncGenerator[dict[str, Any], None]
@@ -52,6 +68,8 @@ def create_app(
     report: str | None = None,
     seconds: float | None = None,
     default_tokens: int | None = None,
+    hosts: Collection[str] | None = None,
+    bodies: Bodies | None = None,
 ) -> App:
     """Return the ASGI application for a started engine.
 
@@ -60,13 +78,16 @@ def create_app(
     report: the HTML of the run's report.
     seconds: how long a request may take.
     default_tokens: the longest output of requests that give none.
+    hosts: see Guard.
+    bodies: limits on bodies; None: the usual ones.
     """
-    interface = _Interface(engine, name, report, seconds, default_tokens or DEFAULT_TOKENS)
+    interface = _Interface(engine, name, report is not None, seconds, default_tokens, bodies)
     app = FastAPI(
         title="switchlm",
         version=__version__,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         routes=[
             FixedRoute(address, file, methods=["GET"])
             for address, file in page_files(report).items()
@@ -75,11 +96,17 @@ def create_app(
     app.get("/health")(interface.health)
     app.get("/metrics")(interface.metrics)
     app.get("/v1/models")(interface.models)
-    app.post("/v1/completions", response_model=None)(interface.completions)
-    app.post("/v1/fill", response_model=None)(interface.fill)
-    app.post("/v1/route")(interface.route)
+    app.get("/v1/models/{model:path}")(interface.model)
+    for kind, function in (
+        (Completion, interface.completions),
+        (Fill, interface.fill),
+        (Route, interface.route),
+    ):
+        app.post(f"/v1/{function.__name__}", response_model=None, openapi_extra=schema(kind))(
+            function
+        )
     _add_error_handlers(app)
-    return Guard(app, key=key, count=engine.statistics.count_response)
+    return Guard(app, key=key, hosts=hosts, count=engine.statistics.count_response)
 
 
 class _Interface:
@@ -89,18 +116,22 @@ class _Interface:
         self,
         engine: Engine,
         name: str,
-        report: str | None,
+        has_report: bool,
         seconds: float | None,
-        default_tokens: int,
+        default_tokens: int | None,
+        bodies: Bodies | None,
     ) -> None:
-        self._engine, self._name, self._seconds = engine, name, seconds
-        self._default_tokens = default_tokens
-        self._has_report = report is not None
+        self._engine, self._name, self._has_report = engine, name, has_report
+        self._seconds, self._default_tokens = seconds, default_tokens or DEFAULT_TOKENS
+        self._bodies = bodies or Bodies()
         self._created = int(time.time())
         self._bridge: EventBridge | None = None
+        self._texts = Texts(engine)
+        # Encoded texts of /v1/route take as much memory as slots.
+        self._routes = asyncio.Semaphore(engine.num_slots)
 
     async def health(self) -> Response:
-        if not self._engine.is_alive:
+        if self._engine.ended.done():
             return JSONResponse({"status": "the engine has ended"}, 503)
         return JSONResponse({"status": "ok"})
 
@@ -114,8 +145,15 @@ class _Interface:
         return PlainTextResponse(engine.statistics.text(gauges), media_type=CONTENT_TYPE)
 
     async def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [self._model()]}
+
+    async def model(self, model: str) -> dict[str, Any]:
+        self._check_model(model)
+        return self._model()
+
+    def _model(self) -> dict[str, Any]:
         engine = self._engine
-        model = {
+        return {
             "id": self._name,
             "object": "model",
             "created": self._created,
@@ -126,21 +164,24 @@ class _Interface:
             "max_output_tokens": engine.max_target,
             "report": self._has_report,
         }
-        return {"object": "list", "data": [model]}
 
-    async def completions(self, body: Completion, request: Request) -> Response:
-        self._check_model(body.model)
-        requests = await self._parse(body, body.prompts, self._default_tokens, copies=body.n)
+    async def completions(self, request: Request) -> Response:
+        def prepare(content: bytearray) -> tuple[Completion, list[EngineRequest]]:
+            body = parse(Completion, content)
+            limit = self._default_tokens
+            return body, self._requests(body, body.prompt, limit, copies=body.copies)
+
+        body, requests = await self._prepare(request, prepare)
         head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": self._name,
         }
-        prompt_tokens = sum(len(one.ids) for one in requests[:: body.n])
+        prompt_tokens = sum(len(one.ids) for one in requests[:: body.copies])
         event_stream = self._events(requests)
         if body.stream:
-            usage = body.stream_options is not None and body.stream_options.include_usage
+            usage = body.stream_options is not None and bool(body.stream_options.include_usage)
             chunks = _chunks(event_stream, head, len(requests), prompt_tokens, usage)
             return await _stream(request, chunks)
         outputs = await _until_disconnect(request, collect(event_stream, len(requests)))
@@ -149,13 +190,16 @@ class _Interface:
         ]
         return JSONResponse({**head, "choices": choices, "usage": _usage(prompt_tokens, outputs)})
 
-    async def fill(self, body: Fill, request: Request) -> Response:
-        self._check_model(body.model)
-        blanks = count_blanks(body.text, self._engine.tokenizer)
-        (prompt,) = await self._parse(body, [body.text], TOKENS_PER_BLANK * blanks)
+    async def fill(self, request: Request) -> Response:
+        def prepare(content: bytearray) -> tuple[Fill, list[EngineRequest]]:
+            body = parse(Fill, content)
+            blanks = count_blanks(body.text, self._engine.tokenizer)
+            return body, self._requests(body, [body.text], TOKENS_PER_BLANK * blanks)
+
+        body, (prompt,) = await self._prepare(request, prepare)
         event_stream = self._events([prompt])
 
-        def result(output: Output) -> dict[str, Any]:
+        def read(output: Output) -> dict[str, Any]:
             spans = read_spans(output.tokens, self._engine.tokenizer, len(output.text))
             return {
                 "text": body.text,
@@ -166,86 +210,118 @@ class _Interface:
                 "usage": _usage(len(prompt.ids), [output]),
             }
 
+        def result(output: Output) -> Awaitable[dict[str, Any]]:
+            return self._texts.run(lambda: read(output))
+
         if body.stream:
             return await _stream(request, _outputs(event_stream, result))
         (output,) = await _until_disconnect(request, collect(event_stream, 1))
-        return JSONResponse(result(output))
+        return JSONResponse(await result(output))
 
-    async def route(self, body: Route, request: Request) -> dict[str, Any]:
-        self._check_model(body.model)
-        engine = self._engine
+    async def route(self, request: Request) -> Response:
+        engine, tokenizer = self._engine, self._engine.tokenizer
+        config = engine.model.config
 
-        def check() -> None:
-            self._prompt(body.text)
-            if body.output and len(engine.tokenizer.encode(body.output)) >= engine.max_target:
-                raise DataError(f"The output may have {engine.max_target - 1:,} tokens at most.")
-
-        await asyncio.to_thread(check)
-        future = engine.call(
-            lambda: route(
-                engine.model,
-                engine.tokenizer,
-                body.text,
-                body.output,
-                max_new_tokens=min(self._default_tokens, engine.max_target),
-                enforce_capacity=body.enforce_capacity,
+        def prepare(content: bytearray) -> tuple[Route, EngineRequest, TokenTexts, TokenTexts]:
+            body = parse(Route, content)
+            self._check_model(body.model)
+            prompt = EngineRequest(
+                ids=self._texts.prompt(body.text),
+                limit=min(self._default_tokens, engine.max_target),
+                seconds=self._seconds,
             )
-        )
-        found = await _until_disconnect(request, asyncio.wrap_future(future))
-        return {"model": self._name, **dataclasses.asdict(found)}
+            output = body.output or ""
+            if len(self._texts.encode(output, engine.max_target)) >= engine.max_target:
+                raise DataError(f"The output may have {engine.max_target - 1:,} tokens at most.")
+            source = encoder_tokens(body.text, tokenizer, config.end_id)
+            target = decoder_tokens(tokens_of_text(output, tokenizer), tokenizer, config.start_id)
+            return body, prompt, source, target
+
+        async def routed() -> Response:
+            body, prompt, source, target = await self._prepare(request, prepare)
+            async with self._routes:
+                if body.output is None:
+                    target = await self._generate(prompt, body.enforce_capacity)
+                found = await self._call(
+                    lambda: route_tokens(engine.model, source, target, body.enforce_capacity)
+                )
+            content = await self._texts.run(lambda: self._written(found))
+            return Response(content, media_type="application/json")
+
+        return await _until_disconnect(request, self._in_time(routed()))
+
+    async def _generate(self, prompt: EngineRequest, enforce_capacity: bool) -> TokenTexts:
+        """Return the decoder's inputs of the greedy output, generated in a slot like any other."""
+        model, tokenizer = self._engine.model, self._engine.tokenizer
+        config = model.config
+        if enforce_capacity:
+            encoded_SD = await self._call(lambda: encode_alone(model, prompt.ids))
+            prompt = dataclasses.replace(prompt, encoded_SD=encoded_SD)
+        (output,) = await collect(self._events([prompt]), 1)
+        ids = before_end(output.tokens, config.end_ids)
+
+        def target() -> TokenTexts:
+            return decoder_tokens(
+                (ids, texts_of_tokens(ids, tokenizer)), tokenizer, config.first_id
+            )
+
+        return await self._texts.run(target)
+
+    async def _call(self, function: Callable[[], Result]) -> Result:
+        return await asyncio.wrap_future(self._engine.call(function))
+
+    def _written(self, found: RoutedText) -> str:
+        return json.dumps({"model": self._name, **dataclasses.asdict(found)}, allow_nan=False)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._name:
-            raise HTTPException(404, f"There is no model {name!r} here, only {self._name!r}.")
+            raise RequestError(f"There is no model {name!r} here, only {self._name!r}.", 404)
 
-    async def _parse(
-        self, body: Generation, prompts: Sequence[str], default_limit: int, copies: int = 1
+    async def _prepare(self, request: Request, prepare: Callable[[bytearray], Result]) -> Result:
+        """Receive the body of a request, and prepare it outside of the event loop."""
+        async with self._bodies.receive(request) as content:
+            work = self._texts.prepare(lambda: prepare(content))
+            return await _until_disconnect(request, self._in_time(work))
+
+    async def _in_time(self, work: Awaitable[Result]) -> Result:
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await work
+        except TimeoutError:
+            raise RequestError(LATE, 504) from None
+
+    def _requests(
+        self, body: Generation, prompts: Sequence[Prompt], default_limit: int, copies: int = 1
     ) -> list[EngineRequest]:
-        """Tokenize the prompts, outside of the event loop; `copies` of each, with different seeds.
+        """Tokenize the prompts; `copies` of each, with different seeds.
 
         Raises DataError for a prompt that is empty or too long, and for too many tokens or outputs.
         """
+        self._check_model(body.model)
         queue, max_tokens = self._engine.queue, self._engine.max_target
         if len(prompts) * copies > queue:
             raise DataError(
                 f"The request is for {len(prompts) * copies} outputs, but the server's queue "
                 f"takes {queue}: send fewer prompts at a time, or a smaller n."
             )
-        limit = body.max_tokens or min(default_limit, max_tokens)
+        limit = body.limit or min(default_limit, max_tokens)
         if limit > max_tokens:
             raise DataError(
                 f"max_tokens is {limit:,}, but this server generates at most {max_tokens:,}."
             )
-        encoded = await asyncio.to_thread(lambda: [self._prompt(text) for text in prompts])
-        each = [ids for ids in encoded for _ in range(copies)]
+        each = [ids for ids in map(self._texts.prompt, prompts) for _ in range(copies)]
+        sampling = body.sampling
         return [
             EngineRequest(
                 ids=ids,
                 limit=limit,
-                sampling=body.sampling,
+                sampling=sampling,
                 seed=seed,
                 stops=body.stops,
                 seconds=self._seconds,
             )
             for ids, seed in zip(each, seeds_from(body.seed, len(each)), strict=True)
         ]
-
-    def _prompt(self, text: str) -> tuple[int, ...]:
-        """Return the tokens of a prompt, completed by the end token.
-
-        Raises DataError for a prompt that is empty or too long.
-        """
-        engine = self._engine
-        ids = engine.tokenizer.encode(text)
-        if not ids:
-            raise DataError("The text is empty: there is nothing to generate from.")
-        if len(ids) >= engine.max_source:
-            raise DataError(
-                f"The text has {len(ids):,} tokens; this server takes at most "
-                f"{engine.max_source - 1:,}."
-            )
-        check_vocabulary(max(ids), engine.model.config.vocabulary_size)
-        return tuple(engine.tokenizer.complete(ids, engine.model.config.end_id))
 
     def _events(self, requests: list[EngineRequest]) -> Numbered:
         """Yield the events of the engine; one bridge to the server's event loop serves all."""
@@ -308,7 +384,9 @@ async def _chunks(
         yield {**head, "choices": [], "usage": _usage(prompt_tokens, outputs)}
 
 
-async def _outputs(event_stream: Numbered, result: Callable[[Output], dict[str, Any]]) -> Chunks:
+async def _outputs(
+    event_stream: Numbered, result: Callable[[Output], Awaitable[dict[str, Any]]]
+) -> Chunks:
     """Yield the output so far after every new piece, and the result at the end."""
     output = Output()
     async with aclosing(event_stream):
@@ -316,7 +394,7 @@ async def _outputs(event_stream: Numbered, result: Callable[[Output], dict[str, 
             output.add(event)
             if event.piece and event.reason is None:
                 yield {"output": output.text}
-    yield result(output)
+    yield await result(output)
 
 
 def _choice(place: int, text: str, reason: str | None) -> dict[str, Any]:
@@ -341,26 +419,15 @@ def _add_error_handlers(app: FastAPI) -> None:
         kind = "server_error" if status >= 500 else "invalid_request_error"
         return JSONResponse(error_body(message, kind, param, status), status, headers=headers)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        found = error.errors()
-        # A field of several possible types has an error for each; the message has all.
-        same = [one for one in found if one["loc"][:2] == found[0]["loc"][:2]]
-        loc = found[0]["loc"] if len(same) == 1 else found[0]["loc"][:2]
-        parts = [str(part) for part in loc if part != "body"]
-        where = ".".join(part for part in parts if part.isidentifier() or part.isdigit())[:100]
-        what = ", or: ".join(dict.fromkeys(one["msg"] for one in same))
-        return respond(400, f"{where or 'The body'}: {what}"[:500], param=where or None)
-
     @app.exception_handler(UserError)
     async def mistaken(_: Request, error: UserError) -> JSONResponse:
-        return respond(400, str(error))
+        # A damaged checkpoint is no mistake of the client.
+        status = 400 if isinstance(error, DataError | ConfigError) else 500
+        return respond(status, str(error))
 
     @app.exception_handler(RequestError)
     async def failed(_: Request, error: RequestError) -> JSONResponse:
-        wait = error.retry_after
-        headers = None if wait is None else {"Retry-After": str(wait)}
-        return respond(error.status, str(error), headers=headers)
+        return respond(error.status, str(error), param=error.param, headers=error.headers)
 
     @app.exception_handler(HTTPException)
     async def known(_: Request, error: HTTPException) -> JSONResponse:

@@ -4,6 +4,8 @@ Requests wait in a bounded queue, first come, first served. Between two decoding
 requests are encoded together and added to free slots; finished, cancelled and overdue ones are
 removed. If a batch fails, its requests are repeated one by one, and only those that fail alone end
 with an error. Events wake the server's event loop once per step.
+
+Failures of requests are caught as BaseException: a panic of a library in Rust is no Exception.
 """
 
 import asyncio
@@ -13,7 +15,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -30,6 +32,7 @@ from switchlm.serving.requests import (
     PendingRequest,
     Reason,
     Request,
+    as_exception,
 )
 from switchlm.serving.statistics import Statistics
 
@@ -44,6 +47,7 @@ class Engine:
     num_slots: the rows of the decoding batch.
     max_source, max_target: the longest prompt and output, in tokens.
     queue: how many requests may wait.
+    ended: done when the thread has ended, with the error that ended it, if one did.
     """
 
     def __init__(
@@ -61,13 +65,14 @@ class Engine:
         self.num_slots, self.queue = num_slots, queue
         self.statistics = Statistics()
         self._waiting: deque[PendingRequest] = deque()
-        self._calls: deque[Callable[[], None]] = deque()
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._changed = threading.Condition()
         self._closing = False
         self._streams: dict[PendingRequest, TextStream] = {}
-        self._num_joining = 0  # requests between queue and slot
+        self._joining: list[PendingRequest] = []  # between queue and slot
         self._thread = threading.Thread(target=self._run, name="switchlm-engine", daemon=True)
         self._started: Future[None] = Future()
+        self.ended: Future[None] = Future()
 
     def start(self) -> None:
         """Start the thread and allocate all slots; raises an error of the allocation."""
@@ -102,18 +107,9 @@ class Engine:
     def call(self, function: Callable[[], Result]) -> "Future[Result]":
         """Run a function between two steps, in the engine's thread."""
         future: Future[Result] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(function())
-            except Exception as error:
-                future.set_exception(error)
-
         with self._changed:
             self._check_queue(len(self._calls), 1)
-            self._calls.append(run)
+            self._calls.append((future, function))
             self._changed.notify()
         return future
 
@@ -131,16 +127,12 @@ class Engine:
         self._thread.join(seconds)
 
     @property
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
-
-    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
     @property
     def num_active(self) -> int:
-        return len(self._streams) + self._num_joining
+        return len(self._streams) + len(self._joining)
 
     # All methods below run in the engine's thread.
 
@@ -158,26 +150,47 @@ class Engine:
             return
         self._started.set_result(None)
         try:
-            while self._wait_for_work(slots):
-                if self._calls:  # one at a time, between decoding steps
-                    self._calls.popleft()()
-                with evaluation_mode(self.model, drop=False):
-                    self._advance(slots)
-                    while not self._calls and (slots.requests or self._waiting):
-                        self._advance(slots)
-        finally:
+            self._serve(slots)
+        except BaseException as error:
             self._fail_all(slots)
+            self.ended.set_exception(error)
+        else:
+            self._fail_all(slots)
+            self.ended.set_result(None)
+
+    def _serve(self, slots: Slots) -> None:
+        while self._wait_for_work(slots):
+            self._run_call()  # one at a time, between decoding steps
+            with evaluation_mode(self.model, drop=False):
+                self._advance(slots)
+                while not self._calls and (slots.requests or self._waiting):
+                    self._advance(slots)
+
+    def _run_call(self) -> None:
+        """Run the next call that is not cancelled."""
+        while self._calls:
+            future, function = self._calls.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:
+                    future.set_exception(as_exception(error))
+                return
 
     def _fail_all(self, slots: Slots) -> None:
-        """Fail all requests, in case this thread ended with an error."""
+        """Fail the requests and calls that are left if this thread ends with an error."""
+        error = RuntimeError("the engine has ended")
         with self._changed:
             self._closing = True
-            unfinished = [*slots.requests, *self._waiting]
+            unfinished = [*slots.requests, *self._joining, *self._waiting]
+            self._joining.clear()
             self._waiting.clear()
         while self._calls:
-            self._calls.popleft()()
+            future, _ = self._calls.popleft()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
         for pending in unfinished:
-            self._fail(pending, RuntimeError("the engine has ended"))
+            self._fail(pending, error)
 
     def _wait_for_work(self, slots: Slots) -> bool:
         """Return False when all requests are finished and the engine is closing."""
@@ -215,23 +228,19 @@ class Engine:
 
     def _admit(self, slots: Slots) -> None:
         """Encode the next requests and add them to free slots."""
-        new: list[PendingRequest] = []
         with self._changed:
-            longest = 0
+            longest, new = 0, self._joining
             while self._waiting and len(new) < slots.num_free:
                 longest = max(longest, len(self._waiting[0].request.ids))
                 if new and longest * (len(new) + 1) > MAX_ENCODED:
                     break
-                self._num_joining += 1
                 new.append(self._waiting.popleft())
-        if not new:
-            return
-        for pending, encoded_SD in zip(new, self._encoded(slots, new), strict=True):
-            if isinstance(encoded_SD, Exception):
+        for pending, encoded_SD in zip([*new], self._encoded(slots, new), strict=True):
+            if isinstance(encoded_SD, BaseException):
                 self._fail(pending, encoded_SD)
             else:
                 self._add(slots, pending, encoded_SD)
-            self._num_joining -= 1
+            new.remove(pending)
 
     def _add(self, slots: Slots, pending: PendingRequest, encoded_SD: Tensor) -> None:
         request = pending.request
@@ -244,17 +253,20 @@ class Engine:
                 seed=request.seed,
                 limit=request.limit,
             )
-        except Exception as error:
+        except BaseException as error:
             self._fail(pending, error)
             return
         self._streams[pending] = stream
 
     def _encoded(
         self, slots: Slots, submitted: Sequence[PendingRequest]
-    ) -> list[Tensor | Exception]:
+    ) -> list[Tensor | BaseException]:
+        given = [pending.request.encoded_SD for pending in submitted]
+        rest = [pending.request.ids for pending in submitted if pending.request.encoded_SD is None]
         try:
-            return [*slots.encode([pending.request.ids for pending in submitted])]
-        except Exception as error:
+            new = iter(slots.encode(rest) if rest else [])
+            return [next(new) if encoded_SD is None else encoded_SD for encoded_SD in given]
+        except BaseException as error:
             if len(submitted) == 1:
                 return [error]
         return [one for pending in submitted for one in self._encoded(slots, [pending])]
@@ -268,7 +280,7 @@ class Engine:
         # From the last row on: a row that is removed is replaced by the last.
         for row in reversed(range(len(tokens))):
             pending, token = slots.requests[row], tokens[row]
-            if isinstance(token, Exception):
+            if isinstance(token, BaseException):
                 slots.remove(row)
                 self._fail(pending, token)
                 continue
@@ -278,16 +290,16 @@ class Engine:
             pending.num_tokens += 1
             try:
                 self._emit(slots, row, pending, token)
-            except Exception as error:
+            except BaseException as error:
                 slots.remove(row)
                 self._fail(pending, error)
 
-    def _tokens(self, slots: Slots, first: int, last: int) -> list[int | Exception]:
+    def _tokens(self, slots: Slots, first: int, last: int) -> list[int | BaseException]:
         """Return the next token of rows `first` to before `last`, or the error of a row."""
         try:
             damaged = CheckpointError(NOT_FINITE)
             return [damaged if token is None else token for token in slots.step(first, last)]
-        except Exception as error:
+        except BaseException as error:
             if last - first == 1:
                 return [error]
         return [one for row in range(first, last) for one in self._tokens(slots, row, row + 1)]
@@ -310,12 +322,12 @@ class Engine:
         slots.remove(row)
         try:
             rest = self._streams[pending].finish()
-        except Exception as error:
+        except BaseException as error:
             self._fail(pending, error)
         else:
             self._finish(pending, reason, piece + rest, token)
 
-    def _fail(self, pending: PendingRequest, error: Exception) -> None:
+    def _fail(self, pending: PendingRequest, error: BaseException) -> None:
         message = " ".join(f"{type(error).__name__}: {error}".split())
         self._finish(pending, "error", message=message)
 

@@ -1,16 +1,16 @@
-"""Checks before every route: API key, limits on bodies; files and headers of the page.
+"""Checks before every route: host, framing, API key; files and headers of the page.
 
 The content security policy of the page allows no resources from other origins, and only its own
 scripts, whatever text a model generates.
 """
 
-import asyncio
 import base64
 import binascii
 import hashlib
 import hmac
+import ipaddress
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from importlib.resources import files
 from typing import Any
 
@@ -21,19 +21,15 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-LARGEST_BODY = 2**21  # bytes
-LARGEST_REFUSED = (
-    2**26
-)  # bytes read and discarded before the response: few clients read while they send
-BODY_SECONDS = 10.0  # to receive a body
 OPEN = ("/", "/health")  # need no key, like the files of the page
 
 
 class Guard:
-    """ASGI middleware that checks the API key and reads the body before the application runs.
+    """ASGI middleware that checks requests before the application runs.
 
     key: None: no key is needed.
-    seconds: for the whole body; a slower one is refused, as is a larger one than LARGEST_BODY.
+    hosts: names by which clients may address the server, besides those of this machine; None: any.
+        A page of another origin whose name is made to point here is refused by it.
     count: called with the status of every response.
     """
 
@@ -42,55 +38,65 @@ class Guard:
         app: App,
         *,
         key: str | None,
-        seconds: float = BODY_SECONDS,
+        hosts: Collection[str] | None = None,
         count: Callable[[int], None] = lambda status: None,
     ) -> None:
-        self._app, self._seconds, self._count = app, seconds, count
+        self._app, self._count = app, count
         self._key = None if key is None else key.encode()
+        self._hosts = None if hosts is None else {_bare(host) for host in hosts}
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        connection = scope.get("state", {}).get("connection")
+
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._count(message["status"])
+                if connection:
+                    connection.received()
             await send(message)
 
-        if scope["type"] == "http":
-            await self._respond(scope, receive, counted)
-        else:
-            await self._app(scope, receive, send)
+        async def noted() -> Message:
+            message = await receive()
+            if connection and not message.get("more_body", False):
+                connection.received()
+            return message
 
-    async def _respond(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        async def refuse(
-            status: int, message: str, headers: dict[str, str], code: str | None = None
-        ) -> None:
-            response = JSONResponse(error_body(message, code=code), status, headers)
-            await response(scope, receive, send)
+        if connection:
+            connection.begin()
+        try:
+            app = self._refusal(scope) or self._app
+            await app(scope, noted, counted)
+        finally:
+            if connection:
+                connection.end()
 
+    def _refusal(self, scope: MutableMapping[str, Any]) -> Response | None:
+        headers = dict(scope["headers"])
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            # Servers in front may take the other one, and so another end of the request.
+            message = "Send Content-Length or Transfer-Encoding, not both."
+            return JSONResponse(error_body(message), 400, {"Connection": "close"})
+        if not self._is_ours(headers.get(b"host")):
+            message = (
+                "This server has another name. Add the one you use with --allow-host, if it is "
+                "reached by that name."
+            )
+            return JSONResponse(error_body(message), 421)
         if not self._allowed(scope):
             message = "An API key is needed: send it as `Authorization: Bearer KEY`."
-            await refuse(401, message, {"WWW-Authenticate": "Bearer"}, "invalid_api_key")
-            return
-        close = {"Connection": "close"}
-        try:
-            body = await asyncio.wait_for(_read(receive), self._seconds)
-        except TimeoutError:
-            await refuse(408, f"The body was not received within {self._seconds:g} s.", close)
-            return
-        except OverflowError:
-            await refuse(413, f"A request may have {LARGEST_BODY:,} bytes at most.", close)
-            return
-        if body is None:  # the client disconnected
-            return
-        replayed = False
+            body = error_body(message, code="invalid_api_key")
+            return JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})
+        return None
 
-        async def replay() -> Message:
-            nonlocal replayed
-            if replayed:
-                return await receive()
-            replayed = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self._app(scope, replay, send)
+    def _is_ours(self, header: bytes | None) -> bool:
+        """Return whether a Host header names this server; all browsers send one."""
+        if self._hosts is None or header is None:
+            return True
+        host = _bare(header.decode("latin-1"))
+        return host in self._hosts or _is_loopback(host)
 
     def _allowed(self, scope: MutableMapping[str, Any]) -> bool:
         if self._key is None or scope["path"] in OPEN or scope["path"].startswith("/page/"):
@@ -107,23 +113,19 @@ class Guard:
         return hmac.compare_digest(value.strip(), self._key)
 
 
-async def _read(receive: Receive) -> bytes | None:
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        part = message.get("body", b"")
-        size += len(part)
-        if size <= LARGEST_BODY:
-            parts.append(part)
-        else:
-            parts.clear()
-        more = message.get("more_body", False)
-        if size > (LARGEST_REFUSED if more else LARGEST_BODY):
-            raise OverflowError
-        if not more:
-            return b"".join(parts)
+def _bare(host: str) -> str:
+    """Return a host without its port and final dot, in lower case."""
+    without_port = re.sub(r"(?<=[^:]):\d*$", "", host)
+    return without_port.rstrip(".").lower()
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False
 
 
 def error_body(

@@ -1,17 +1,15 @@
-"""Requests: bodies of the HTTP interface, requests to the engine, its events, outputs.
+"""Requests to the engine, its events, and outputs."""
 
-Every field of a body has a type and bounds; other fields are errors.
-"""
-
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from types import MappingProxyType
+from typing import Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from switchlm.errors import SwitchLMError
-from switchlm.generation.sampling import GREEDY, LARGEST_SEED, Sampling, seeds_from
+from switchlm.generation.sampling import GREEDY, Sampling, seeds_from
 
 Reason = Literal["stop", "length", "deadline", "cancelled", "error"]
 
@@ -20,12 +18,19 @@ class RequestError(SwitchLMError):
     """A request that was refused or failed.
 
     status: of HTTP.
-    retry_after: seconds after which to try again; None: unknown.
+    param: the field of the body at fault, if it is one.
+    headers: of the response.
     """
 
-    def __init__(self, message: str, status: int, retry_after: int | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        status: int,
+        param: str | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         super().__init__(message)
-        self.status, self.retry_after = status, retry_after
+        self.status, self.param, self.headers = status, param, dict(headers)
 
 
 class BusyError(RequestError):
@@ -33,14 +38,19 @@ class BusyError(RequestError):
 
     def __init__(self, waiting: int, retry_after: int) -> None:
         message = f"The server is busy: {waiting} requests are waiting."
-        super().__init__(f"{message} Try again in {retry_after} s.", 429, retry_after)
+        super().__init__(
+            f"{message} Try again in {retry_after} s.",
+            429,
+            headers={"Retry-After": str(retry_after)},
+        )
 
 
 class ClosingError(RequestError):
     """The server is shutting down."""
 
     def __init__(self) -> None:
-        super().__init__("The server is shutting down and takes no new requests.", 503, 5)
+        message = "The server is shutting down and takes no new requests."
+        super().__init__(message, 503, headers={"Retry-After": "5"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +59,7 @@ class Request:
     limit: of new tokens.
     stops: texts that end the output.
     seconds: how long it may take, waiting included; None: no limit.
+    encoded_SD: the encoder's output for the prompt, if it is computed already.
     """
 
     ids: tuple[int, ...]
@@ -57,6 +68,7 @@ class Request:
     seed: int = field(default_factory=lambda: seeds_from(None, 1)[0])
     stops: tuple[str, ...] = ()
     seconds: float | None = None
+    encoded_SD: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +106,19 @@ class PendingRequest:
         self.cancelled = True
 
 
+def as_exception(error: BaseException) -> Exception:
+    """Return an error as an Exception: a panic of a library in Rust is none."""
+    if isinstance(error, Exception):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
 Numbered = AsyncGenerator[tuple[int, Event], None]
+LATE = "The request took longer than the server allows."
 # Message and HTTP status of the reasons that are failures.
 _FAILURES = {
     "error": ("This request failed: {}.", 500),
-    "deadline": ("The request took longer than the server allows.", 504),
+    "deadline": (LATE, 504),
     "cancelled": ("The request was cancelled.", 499),
 }
 
@@ -133,95 +153,3 @@ async def collect(events: Numbered, number: int) -> list[Output]:
         async for place, event in events:
             outputs[place].add(event)
     return outputs
-
-
-MAX_CHARACTERS = 2**18  # of any text; the engine also has a limit in tokens
-MAX_PROMPTS = 32
-
-
-def _encodable(text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("the text holds half a surrogate pair, which is no character") from None
-    return text
-
-
-Text = Annotated[str, Field(max_length=MAX_CHARACTERS), AfterValidator(_encodable)]
-Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_encodable)]
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class Generation(_Body):
-    """Fields of /v1/completions and /v1/fill. Greedy without temperature, top_k and top_p.
-
-    seed: of the first output, the next one has the next seed; None: random ones.
-    max_tokens: of the output.
-    """
-
-    model: Annotated[str, Field(max_length=1024)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=2**20)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=2**20)] | None = None
-    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=8)] | None = None
-    stream: bool = False
-    user: Annotated[str, Field(max_length=1024)] | None = None
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The stop strings."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    @property
-    def sampling(self) -> Sampling:
-        """The sampling options; greedy if the body has none."""
-        if self.temperature is None and self.top_k is None and self.top_p is None:
-            return GREEDY
-        return Sampling(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=self.top_k,
-            top_p=1.0 if self.top_p is None else self.top_p,
-        )
-
-
-class StreamOptions(_Body):
-    """include_usage: end a stream with the number of tokens."""
-
-    include_usage: bool = False
-
-
-class Completion(Generation):
-    """The body of /v1/completions, as in the OpenAI API; n outputs per prompt."""
-
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-    n: Annotated[int, Field(ge=1, le=8)] = 1
-    stream_options: StreamOptions | None = None
-
-    @property
-    def prompts(self) -> list[str]:
-        """All prompts, one or several."""
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
-
-
-class Fill(Generation):
-    """The body of /v1/fill: a text with blanks, <extra_id_0> and so on."""
-
-    text: Text
-
-
-class Route(_Body):
-    """The body of /v1/route.
-
-    output: None: the greedy output of the model.
-    enforce_capacity: drop tokens beyond the capacity, as in training.
-    """
-
-    text: Text
-    output: Text | None = None
-    enforce_capacity: bool = False
-    model: Annotated[str, Field(max_length=1024)] | None = None

@@ -9,6 +9,7 @@ from importlib import import_module
 import pytest
 
 from switchlm import __version__
+from switchlm.cli import main
 from switchlm.cli.main import COMMANDS, FILES, let_threads_sleep
 
 
@@ -79,6 +80,15 @@ def test_help_of_a_command_needs_no_torch():
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout.strip() == "False", result.stderr
+
+
+def test_another_system_gets_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit) as stopped:
+        main.main()
+    assert stopped.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("Error: switchlm runs on Linux and macOS, and this is 'win32'.")
 
 
 def test_version():

@@ -6,9 +6,16 @@ import torch.distributed as dist
 from tests.parallel.processes import run_in_processes
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from switchlm.cli.options import find_device
 from switchlm.errors import ConfigError
-from switchlm.parallel.mesh import ALONE, Mesh, MeshConfig, default_device, joined, layouts
+from switchlm.parallel.mesh import (
+    ALONE,
+    Mesh,
+    MeshConfig,
+    default_device,
+    find_device,
+    joined,
+    layouts,
+)
 from switchlm.training.monitor import global_norm
 
 
@@ -55,7 +62,10 @@ def test_one_process_computes_on_apple_s_gpu_and_a_job_of_several_on_cpus(monkey
     assert default_device() == torch.device("mps", 0)
     assert find_device("auto") == torch.device("mps", 0)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    assert default_device() == torch.device("cpu")
+    assert default_device() == find_device("cpu") == torch.device("cpu")
+    for name in ("mps", "cuda:1"):
+        with pytest.raises(ConfigError, match=f"The device is '{name}', but each process of a job"):
+            find_device(name)
 
 
 def test_layouts_are_all_products_once():

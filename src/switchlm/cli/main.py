@@ -5,6 +5,7 @@ error shows its traceback.
 """
 
 import os
+import sys
 import traceback
 from collections.abc import MutableMapping
 from importlib import import_module
@@ -39,6 +40,8 @@ FILES = {
     **dict.fromkeys(("simulate", "verify_parallel"), "plan"),
     "export": "convert",
 }
+
+SYSTEMS = ("linux", "darwin")
 
 
 class CommandGroup(TyperGroup):
@@ -119,5 +122,12 @@ def let_threads_sleep(environment: MutableMapping[str, str]) -> None:
 
 def main() -> None:
     """Run the command line and exit."""
+    if sys.platform not in SYSTEMS:
+        typer.echo(
+            f"Error: switchlm runs on Linux and macOS, and this is {sys.platform!r}. On Windows, "
+            "run it in the Windows Subsystem for Linux.",
+            err=True,
+        )
+        raise SystemExit(2)
     let_threads_sleep(os.environ)
     typer.main.get_command(app)(prog_name="switchlm")

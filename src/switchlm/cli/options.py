@@ -47,6 +47,9 @@ Dtype = Annotated[
     Precision | None,
     typer.Option(help="Number format to compute in; that of the files if left out."),
 ]
+TrainingDevice = Annotated[
+    str | None, typer.Option("--device", help="Where to compute: auto, cpu, cuda, cuda:1, mps.")
+]
 ExpertMemory = Annotated[
     str | None,
     typer.Option(
@@ -114,6 +117,11 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def settings(stated: list[str] | None, device: str | None) -> list[str]:
+    """Return the overrides of --set and --device."""
+    return [*(stated or ()), *([] if device is None else [f"training.device={device}"])]
+
+
 def read_sections(config: Path | None, resumed: Path | None = None) -> dict[str, Any]:
     """Return the sections of a configuration file, none without one.
 
@@ -125,22 +133,6 @@ def read_sections(config: Path | None, resumed: Path | None = None) -> dict[str,
     if config is not None:
         return read_yaml(config)
     return {} if resumed is None else sections_of_run(resumed)
-
-
-def find_device(name: str) -> Any:
-    """Return the torch.device of that name; `auto` is an accelerator if there is one."""
-    import torch
-
-    from switchlm.parallel.mesh import default_device
-
-    if name == "auto":
-        return default_device()
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"Cannot compute on the device {name!r}: {reason}") from None
-    return torch.device(name)
 
 
 def torch_dtype(precision: Precision | None) -> Any:
@@ -161,6 +153,7 @@ def open_model(
     expert_memory: a size such as 4GB, with which experts stay on disk; None loads all.
     dtype: to compute in; None: that of the files.
     """
+    from switchlm.parallel.mesh import find_device
     from switchlm.recipes.config import load_with_tokenizer, require_tokenizer
 
     if expert_memory is None:

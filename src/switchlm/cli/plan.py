@@ -158,6 +158,7 @@ def verify_parallel(
     nproc: Annotated[int, typer.Option(min=1, help="Processes.")] = 4,
     steps: Annotated[int, typer.Option(min=1, help="Training steps per layout.")] = 3,
     tokens: Annotated[int, typer.Option(min=4, help="Inputs in a row.")] = 48,
+    device: options.TrainingDevice = None,
     set_: options.Set = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
@@ -166,7 +167,7 @@ def verify_parallel(
     from switchlm.recipes.verify_parallel import verify_parallel as recipe
 
     values = options.read_sections(config)
-    run = run_config(preset=preset, values=values, overrides=set_ or ())
+    run = run_config(preset=preset, values=values, overrides=options.settings(set_, device))
     console = Console(stderr=as_json)
     results = []
     with console.status("Training in one process") as status:

@@ -27,6 +27,7 @@ def pretrain(
             "(sparse upcycling). Its shape is the default."
         ),
     ] = None,
+    device: options.TrainingDevice = None,
     set_: options.Set = None,
     resume: options.Resume = False,
     as_json: options.JsonLines = False,
@@ -37,7 +38,7 @@ def pretrain(
     from switchlm.recipes.pretrain import pretrain as recipe
 
     values = options.read_sections(config, out if resume else None)
-    overrides = list(set_ or ())
+    overrides = options.settings(set_, device)
     base = None
     if init_from is not None:
         overrides.append(f"init_from={json.dumps(init_from)}")
@@ -73,6 +74,7 @@ def finetune(
         int | None, typer.Option(help="Train only low-rank adapters of this rank.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML configuration.")] = None,
+    device: options.TrainingDevice = None,
     set_: options.Set = None,
     resume: options.Resume = False,
     as_json: options.JsonLines = False,
@@ -104,7 +106,7 @@ def finetune(
         trainable=trainable,
         lora_rank=lora_rank,
     )
-    run = finetune_run(values, stated=stated, overrides=set_ or ())
+    run = finetune_run(values, stated=stated, overrides=options.settings(set_, device))
     console, last = follow(
         partial(recipe, run, out, resume=resume),
         steps=run.training.steps,
@@ -149,6 +151,7 @@ def distill(
         int | None,
         typer.Option(min=1, help="The teacher's most probable tokens per target; 32 in a cache."),
     ] = None,
+    device: options.TrainingDevice = None,
     set_: options.Set = None,
     resume: options.Resume = False,
     as_json: options.Json = False,
@@ -168,7 +171,7 @@ def distill(
                     f"{option} is given with --resume, but the run in {str(out)!r} has its own. "
                     f"Leave {option} out, or start another run."
                 )
-        config = distill_config.resumed(out, set_ or (), **stated)
+        config = distill_config.resumed(out, options.settings(set_, device), **stated)
     elif teacher is None:
         raise ConfigError("There is no teacher: give one with --teacher.")
     else:
@@ -177,7 +180,7 @@ def distill(
             student=student or "dense",
             sources=data or (),
             tasks=task or (),
-            overrides=set_ or (),
+            overrides=options.settings(set_, device),
             **stated,
         )
     console, last = follow(
@@ -216,6 +219,7 @@ def compare(
     ] = None,
     data: options.Data = None,
     preset: options.Preset = None,
+    device: options.TrainingDevice = None,
     set_: options.Set = None,
     set_dense: Annotated[
         list[str] | None, typer.Option(help="Override a setting of the dense twin alone.")
@@ -234,7 +238,7 @@ def compare(
         path=config,
         preset=preset,
         sources=data or (),
-        overrides=set_ or (),
+        overrides=options.settings(set_, device),
         dense_overrides=set_dense or (),
         by_time=seconds is not None,
     )

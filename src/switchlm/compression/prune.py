@@ -50,7 +50,7 @@ class MaskedExperts(nn.Module):
     def by_expert(self, value_R: Tensor) -> Tensor:
         """Return the sum over each expert's rows, float64 [E]."""
         counts = self.counts_E.tolist()
-        rows = value_R[: sum(counts)].double().cpu().split(counts)
+        rows = value_R[: sum(counts)].cpu().double().split(counts)
         return torch.stack([value.sum() for value in rows])
 
 

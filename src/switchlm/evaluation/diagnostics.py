@@ -118,7 +118,7 @@ def diagnose(model: SwitchTransformer, batch: Batch) -> Diagnosis:
 
 def entropy(probability: Tensor) -> Tensor:
     """Return the entropy of the last dim, in nats; zeros add nothing."""
-    return torch.special.entr(probability.double()).sum(-1)
+    return torch.special.entr(probability.float()).sum(-1)
 
 
 def _measure(
@@ -169,7 +169,7 @@ def _near(
     num_rows, num_heads, length, _ = query_BHQK.shape
     place_S = torch.arange(length, device=x_BSD.device)
     near_QM = (place_S[:, None] - place_S).abs() <= NEAR
-    total_H = torch.zeros(num_heads, dtype=torch.float64, device=x_BSD.device)
+    total_H = torch.zeros(num_heads, dtype=torch.float64)
     rows = max(MAX_SCORES // (num_heads * length**2), 1)
     for first in range(0, num_rows, rows):
         part = slice(first, first + rows)
@@ -178,8 +178,8 @@ def _near(
         scores_BHQM = query_BHQK[part].float() @ key_BHMK[part].float().mT + bias_part.float()
         weights_BHQM = scores_BHQM.softmax(-1)
         near_BHQ = (weights_BHQM * near_QM).sum(-1) * real_BS[part, None]
-        total_H += near_BHQ.sum((0, 2), dtype=torch.float64)
-    return (total_H / real_BS.sum().clamp(min=1)).tolist()
+        total_H += near_BHQ.sum((0, 2)).cpu()
+    return (total_H / real_BS.sum().clamp(min=1).cpu()).tolist()
 
 
 def _switch(
@@ -199,7 +199,7 @@ def _switch(
         chosen_A = routing.kept_A & real_N[routing.token_A]
     load_E = torch.bincount(routing.expert_A[chosen_A], minlength=router.num_experts)
     kept_A = routing.kept_A & chosen_A
-    gate = routing.gate_A[kept_A].double().sum() / kept_A.sum().clamp(min=1)
+    gate = routing.gate_A[kept_A].float().sum() / kept_A.sum().clamp(min=1)
     every = max(-(-first_N.numel() // MAX_SAMPLED), 1)
     return SwitchDiagnosis(
         name=name,

@@ -152,18 +152,23 @@ def _tasks_of_node(text: str, node: int) -> int:
 
 @contextmanager
 def process_group(
-    launch: Launch, timeout_seconds: float, *, start_seconds: float = START_SECONDS
+    launch: Launch,
+    timeout_seconds: float,
+    *,
+    start_seconds: float = START_SECONDS,
+    on_cpu: bool = False,
 ) -> Iterator[Heartbeat]:
     """Initialise the process group of the job for the block.
 
     timeout_seconds: limit of a collective.
     start_seconds: limit of waiting for all processes at the start.
+    on_cpu: leave GPUs alone.
 
     The backend is gloo on CPUs, and NCCL besides with GPUs, each process on the GPU of its local
     rank. Raises LaunchError if not all processes start, and LostRankError, which names the lost
     ranks, if a collective fails in the block.
     """
-    backend = _choose_backend(launch)
+    backend = "gloo" if on_cpu else _choose_backend(launch)
     rank, world_size = launch.rank, launch.world_size
     connect_seconds = min(start_seconds, AGENT_SECONDS) if launch.store_is_up else start_seconds
     store = open_store(launch.address, rank, world_size, connect_seconds)

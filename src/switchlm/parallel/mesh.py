@@ -245,9 +245,33 @@ def default_device() -> torch.device:
     return torch.device(kind.type, torch.accelerator.current_device_index())
 
 
+def find_device(name: str) -> torch.device:
+    """Return the device of that name; `auto` is `default_device`.
+
+    Raises ConfigError if this process cannot compute there. The processes of a job take the GPU of
+    their rank, so that they can be told `cuda` or `cpu` alone.
+    """
+    if name == "auto":
+        return default_device()
+    if dist.is_initialized() and name not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"The device is {name!r}, but each process of a job computes on a GPU of its own, or "
+            "all on CPUs: write cuda or cpu, or leave it out."
+        )
+    try:
+        if torch.empty(1, device=name).is_meta:
+            raise RuntimeError("tensors have no values there")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"Cannot compute on the device {name!r}: {reason}") from None
+    return default_device() if name == "cuda" else torch.device(name)
+
+
 @contextmanager
-def joined(config: MeshConfig) -> Iterator[Mesh]:
+def joined(config: MeshConfig, device: str = "auto") -> Iterator[Mesh]:
     """Initialise the process group of the job for the block, and yield its mesh.
+
+    device: of the run, see `find_device`.
 
     Raises ConfigError if the mesh does not match the number of processes, LaunchError if not all
     processes start, and LostRankError if one is lost.
@@ -255,7 +279,8 @@ def joined(config: MeshConfig) -> Iterator[Mesh]:
     launch = launched()
     if launch is None:
         config.shape(1)
+        find_device(device)  # an error before anything takes time
         yield ALONE
         return
-    with process_group(launch, config.timeout) as heartbeat:
-        yield Mesh.of(config, default_device().type, heartbeat)
+    with process_group(launch, config.timeout, on_cpu=device == "cpu") as heartbeat:
+        yield Mesh.of(config, find_device(device).type, heartbeat)

@@ -330,7 +330,7 @@ def _traffic(
     batch_axes = ("replicas", "data", "expert")
     add("all_reduce", batch_axes, torch.int64, 8)
     add("all_reduce", batch_axes, torch.float32, 12)
-    add("all_reduce", AXES, torch.float64, 24)
+    add("all_reduce", AXES, torch.float32, 12)
     if config.model.router.balance == "bias":
         loads = config.model.num_experts * num_routers(config)
         add("all_reduce", batch_axes, torch.int64, 8 * loads)

@@ -27,7 +27,7 @@ from switchlm.files import Report, to_json
 from switchlm.generation.answer import fill, put_into_blanks, read_spans
 from switchlm.huggingface.load import load
 from switchlm.model import count
-from switchlm.parallel.mesh import default_device
+from switchlm.parallel.mesh import find_device
 from switchlm.recipes.compare_worker import CompareWorker
 from switchlm.recipes.config import RunConfig, run_config, to_sections, with_vocabulary
 from switchlm.report.write import ReportRun, write_report
@@ -100,15 +100,15 @@ def compare(
     report: called with lines of progress while text is prepared.
     """
     started = time.monotonic()
-    yield {"phase": "reading text"}
     training = config.sparse.training
+    # On a CPU both run at once, each on half of the cores; on an accelerator they take turns.
+    together = find_device(training.device).type == "cpu"
+    yield {"phase": "reading text"}
     loader = open_data(config.sparse.data, seed=training.seed, report=report)
     config = Comparison(
         sparse=with_vocabulary(config.sparse, loader.tokenizer),
         dense=with_vocabulary(config.dense, loader.tokenizer),
     )
-    # On a CPU both run at once, each on half of the cores; on an accelerator they take turns.
-    together = default_device().type == "cpu"
     threads = max(1, torch.get_num_threads() // (2 if together else 1))
     with ExitStack() as opened:
         workers = {}

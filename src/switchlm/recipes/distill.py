@@ -27,7 +27,7 @@ from switchlm.model.config import ModelConfig
 from switchlm.model.precision import in_float32
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import gather_model
-from switchlm.parallel.mesh import Mesh, default_device, joined
+from switchlm.parallel.mesh import Mesh, find_device, joined
 from switchlm.recipes.config import (
     check_vocabulary,
     load_with_tokenizer,
@@ -257,13 +257,12 @@ def distill(
     each process has the full teacher.
     """
     settings, run = config.distillation, config.run
-    with joined(run.mesh) as mesh:
+    with joined(run.mesh, run.training.device) as mesh:
+        device = find_device(run.training.device)
         resume = resume or mesh.restarted
         folder = open_run_folder(out, resume)
         yield {"phase": "loading the teacher"}
-        teacher, tokenizer = load_with_tokenizer(
-            settings.teacher, "teacher", report, default_device()
-        )
+        teacher, tokenizer = load_with_tokenizer(settings.teacher, "teacher", report, device)
         _check_vocabularies(settings, tokenizer)
         yield {"phase": "reading text"}
         with mesh.local_rank_zero_first("text"):
@@ -308,7 +307,7 @@ def distill(
         if settings.baseline_loss is not None:
             metrics["baseline"] = {"loss": settings.baseline_loss}
         elif settings.baseline_model is not None:
-            baseline, _ = load(settings.baseline_model, device=default_device(), report=report)
+            baseline, _ = load(settings.baseline_model, device=device, report=report)
             metrics["baseline"] = data.measure(baseline, mesh)
         if not mesh.is_main:
             return

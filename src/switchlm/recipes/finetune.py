@@ -30,7 +30,7 @@ from switchlm.huggingface.weights import read_json
 from switchlm.model import lora
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
-from switchlm.parallel.mesh import Mesh, default_device, joined
+from switchlm.parallel.mesh import Mesh, find_device, joined
 from switchlm.recipes.config import RunConfig, open_tokenizer, to_sections
 from switchlm.recipes.finetune_config import FinetuneConfig, FinetuneRun
 from switchlm.recipes.pretrain import build_model, open_run_folder, record_routing
@@ -46,7 +46,7 @@ from switchlm.training.run_folder import RunFolder
 def open_model(
     config: FinetuneRun, mesh: Mesh, report: Report
 ) -> tuple[SwitchTransformer, Tokenizer]:
-    """Load the model as configured, on the default device, with all but the trained part frozen.
+    """Load the model as configured, on the run's device, with all but the trained part frozen.
 
     On many processes it is sharded over the mesh, and all of it trains.
     """
@@ -58,7 +58,8 @@ def open_model(
         load_weights(model, settings.model, report=report, group=mesh.storage)
         model.metadata = load_metadata(settings.model)
         return model, tokenizer
-    model, _ = load(settings.model, dtype=torch.float32, device=default_device(), report=report)
+    device = find_device(config.training.device)
+    model, _ = load(settings.model, dtype=torch.float32, device=device, report=report)
     model = with_config(model, config.model)
     if settings.lora_rank is None:
         train_only(model, settings.trainable)
@@ -159,7 +160,7 @@ def finetune(
     Started by torchrun, each process calls this and trains its part of the mesh. For scoring, the
     model is gathered in each process and the examples are divided among them.
     """
-    with joined(config.mesh) as mesh:
+    with joined(config.mesh, config.training.device) as mesh:
         resume = resume or mesh.restarted
         folder = open_run_folder(out, resume)
         _check(config, folder, mesh)
@@ -208,7 +209,8 @@ def finetune(
             return
         routing = []
         if folder.model.exists():
-            best, _ = load(folder.model, device=default_device(), report=lambda line: None)
+            device = find_device(config.training.device)
+            best, _ = load(folder.model, device=device, report=lambda line: None)
             routing = record_routing(best, loader, tokenizer, folder)
         _write_report(config, examples, folder, routing)
 

@@ -21,7 +21,7 @@ from switchlm.huggingface.init_from import check_fit, init_from
 from switchlm.huggingface.load import save
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.apply import apply, materialise
-from switchlm.parallel.mesh import ALONE, Mesh, default_device, joined
+from switchlm.parallel.mesh import ALONE, Mesh, find_device, joined
 from switchlm.recipes.config import (
     RunConfig,
     check_stated,
@@ -71,7 +71,7 @@ def record_routing(
 
 
 def build_model(config: RunConfig, mesh: Mesh = ALONE) -> SwitchTransformer:
-    """Return a new model on the default device, sharded over the mesh.
+    """Return a new model on the run's device, sharded over the mesh.
 
     Its parameters depend on the configuration and the seed only, not on the mesh.
     """
@@ -79,7 +79,7 @@ def build_model(config: RunConfig, mesh: Mesh = ALONE) -> SwitchTransformer:
         model = SwitchTransformer(config.model)
     if mesh.is_distributed:
         apply(model, mesh, wire_dtype=wire_dtype(config))
-    materialise(model, default_device(), config.training.seed)
+    materialise(model, find_device(config.training.device), config.training.seed)
     return model
 
 
@@ -101,7 +101,7 @@ def pretrain(
     Started by torchrun, each process calls this and trains its part of the mesh (docs/guides/
     parallel.md); OUT is on a file system that all of them see.
     """
-    with joined(config.mesh) as mesh:
+    with joined(config.mesh, config.training.device) as mesh:
         resume = resume or mesh.restarted
         folder = open_run_folder(out, resume)
         tokenizer: Tokenizer | None = None

@@ -68,7 +68,8 @@ def verify_parallel(
     processes run on GPUs if there are enough, else on CPUs over gloo.
     """
     config = _deterministic(config)
-    device_type = "cuda" if torch.cuda.device_count() >= num_processes else "cpu"
+    enough = torch.cuda.device_count() >= num_processes and config.training.device != "cpu"
+    device_type = "cuda" if enough else "cpu"
     rows = max(config.model.router.group_rows or 1, 2) * num_processes
     with tempfile.TemporaryDirectory(prefix="switchlm-verify-") as folder:
         device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")

@@ -43,6 +43,7 @@ class TrainingConfig:
     precision: `float32`, `selective` (bfloat16 with float32 routers) or `bfloat16`.
     activation_checkpointing: recompute the blocks in the backward pass to save memory.
     compile: compile the model with torch.compile; slow to start.
+    device: where to compute: `auto` is an accelerator if there is one; cpu, cuda, cuda:1, mps.
     seed: of initial weights, order of samples, masks and dropout.
     log_every, evaluate_every, checkpoint_every: in steps; None for never.
     evaluate_batches: held-out batches per evaluation.
@@ -70,6 +71,7 @@ class TrainingConfig:
     precision: Precision = "float32"
     activation_checkpointing: bool = False
     compile: bool = False
+    device: str = "auto"
     seed: int = 0
     log_every: int = 50
     evaluate_every: int | None = 500

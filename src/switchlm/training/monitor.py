@@ -35,7 +35,8 @@ def global_norm(
 
     counts: numbers of this process, to be summed over all processes.
 
-    Returns the norm, a float32 scalar, and the sums, float64 [len(counts)], on the same device.
+    Returns the norm, a float32 scalar, and the sums, float32 [len(counts)], on the same device:
+    accelerators may lack float64, and counts up to 2^24 are exact.
     """
     norms = _torch.norms([_short(local(gradient)) for gradient in gradients])
     parts = [
@@ -44,9 +45,9 @@ def global_norm(
     ]
     norm = torch.linalg.vector_norm(torch.stack(parts))
     # torch.full, since a copy from main memory would make the host wait for the GPU.
-    sums = [torch.full((), count, dtype=torch.float64, device=norm.device) for count in counts]
-    totals = mesh.all_ranks_sum(torch.stack([norm.double().square(), *sums]))
-    return norm if not mesh.is_distributed else totals[0].sqrt().float(), totals[1:]
+    sums = [torch.full((), count, dtype=torch.float32, device=norm.device) for count in counts]
+    totals = mesh.all_ranks_sum(torch.stack([norm.square(), *sums]))
+    return norm if not mesh.is_distributed else totals[0].sqrt(), totals[1:]
 
 
 def _short(gradient: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ class Averages:
         self.detector = SpikeDetector()
 
     def add(self, metrics: Tensor) -> None:
-        """Add the metrics of one step, float64 [6]."""
+        """Add the metrics of one step, float32 [6]."""
         self.pending.append(metrics)
 
     def fold(self) -> None:

@@ -53,10 +53,10 @@ Routings = tuple[Routing, ...]
 class StepRecord:
     """The result of a step: detached tensors on the model's device, without synchronisation.
 
-    metrics: float64 [6]: the objective in nats per target, weighted balance loss, weighted z-loss,
+    metrics: float32 [6]: the objective in nats per target, weighted balance loss, weighted z-loss,
         gradient norm before clipping, 1 if the step was skipped because a number is not finite
         (else 0), and non-padding tokens, of all processes.
-    stops: float64 scalar, the number of processes that request a stop.
+    stops: float32 scalar, the number of processes that request a stop.
     routing: a tuple of layers for each micro-batch.
     """
 
@@ -198,7 +198,7 @@ def summarise_routing(routing: Sequence[Routings], mesh: Mesh = ALONE) -> Routin
         for batches in layers
     ]
     gates_L = torch.stack([sum_of(gates_N) for gates_N in gates_LN])
-    kept_L, gates_L = mesh.all_reduce_sum(torch.stack([kept_L.double(), gates_L.double()]))
+    kept_L, gates_L = mesh.all_reduce_sum(torch.stack([kept_L.float(), gates_L.float()]))
     total_L = load_LE.sum(-1)
     return RoutingSummary(
         load_LE=load_LE / total_L[:, None].clamp(min=1),

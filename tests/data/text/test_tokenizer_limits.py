@@ -89,6 +89,7 @@ HOSTILE = {
         "model": WORDPIECE | {"unk_token": "a", "max_input_chars_per_word": 1_000_000_000}
     },
     "no unknown token": {"model": WORDPIECE},
+    "a list as unknown token": {"model": WORDPIECE | {"unk_token": []}},
     "a bool as id": {"added_tokens": added(id=True)},
     "an infinite id": {"added_tokens": added(id=1e400)},
     "a bool as a token": {"added_tokens": True},

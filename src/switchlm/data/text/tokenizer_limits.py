@@ -112,7 +112,8 @@ def _check_model(model: dict[str, Any]) -> None:
     longest = model.get("max_input_chars_per_word", 0)
     _require(_is_count(longest, LONGEST_WORD), "max_input_chars_per_word of", longest)
     unknown = model.get("unk_token")
-    if kind in ("WordPiece", "WordLevel") and unknown not in vocabulary:
+    known = isinstance(unknown, str) and unknown in vocabulary
+    if kind in ("WordPiece", "WordLevel") and not known:
         raise DataError(
             f"The tokenizer file names the unknown token {str(unknown)[:60]!r}, which its "
             "vocabulary lacks, so that it cannot encode every text."

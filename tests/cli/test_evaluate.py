@@ -27,7 +27,9 @@ def test_the_table_shows_the_same(run, run_json, nano, text_file):
     line = ("evaluate", "--model", nano, "--data", text_file, *SHORT)
     shown = run(*line)
     assert shown.exit_code == 0
-    assert f"{run_json(*line)['loss']:.4f}" in shown.stdout
+    result = run_json(*line)
+    assert f"{result['loss']:.4f}" in shown.stdout
+    assert f"{result['bits_per_byte']:.3f}" in shown.stdout
     assert "story" in shown.stdout
 
 

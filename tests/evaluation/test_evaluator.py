@@ -1,9 +1,12 @@
+import math
+
 import pytest
 import torch
 
 from switchlm.data.batch import Batch
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import DataError
-from switchlm.evaluation.evaluator import held_out_loss
+from switchlm.evaluation.evaluator import held_out_loss, target_bytes
 from switchlm.model.losses import cross_entropy
 from switchlm.model.presets import preset
 from switchlm.model.transformer import SwitchTransformer, shift_right
@@ -30,6 +33,28 @@ def make_batch(rows=4, source=(0, 1, 0, 1), padded=True, seed=1):
         target_segments_BT=segments[1],
         source_B=torch.tensor(source, dtype=torch.int32),
     )
+
+
+def test_bits_per_byte_are_of_the_target_text_without_sentinels_end_and_padding(model):
+    tokenizer = Tokenizer.bytes()
+    texts = ["<extra_id_0> ab<extra_id_1>é", "<extra_id_0>京都"]
+    ids = [[*tokenizer.encode(text), tokenizer.end_id] for text in texts]
+    length = max(map(len, ids))
+    rows = torch.tensor([row + [5] * (length - len(row)) for row in ids])
+    segments = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids])
+    batch = Batch(
+        inputs_BS=rows,
+        targets_BT=rows,
+        input_segments_BS=segments,
+        target_segments_BT=segments,
+        source_B=torch.tensor([0, 1], dtype=torch.int32),
+    )
+    assert target_bytes(batch, tokenizer).tolist() == [len(" abé".encode()), len("京都".encode())]
+    result = held_out_loss(model, [batch], ("a", "b"), tokenizer=tokenizer)
+    nats = result["loss"] * result["tokens"]
+    assert result["bits_per_byte"] == pytest.approx(nats / 11 / math.log(2))
+    part = result["sources"]["b"]
+    assert part["bits_per_byte"] == pytest.approx(part["loss"] * part["tokens"] / 6 / math.log(2))
 
 
 def test_total_is_the_training_loss_per_token(model):

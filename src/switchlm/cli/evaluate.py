@@ -123,7 +123,7 @@ def evaluate(
     results = [_measure(one, data, device, expert_memory, dtype, **rows) for one in model]
     _check_same_texts(results)
     notes = {
-        name: f"perplexity {part['perplexity']:.2f}, {part['tokens']:,} tokens"
+        name: f"perplexity {part['perplexity']:.2f}, {_bits(part)}{part['tokens']:,} tokens"
         for name, part in {**results[0]["sources"], "all": results[0]}.items()
     }
     _present(results, [_text_estimates(result) for result in results], notes, as_json)
@@ -166,7 +166,7 @@ def _measure(
 
     rows: options of `read_batches`.
     """
-    from switchlm.evaluation.evaluator import held_out_loss
+    from switchlm.evaluation.evaluator import held_out_loss, perplexity
     from switchlm.evaluation.metrics import RESAMPLES
     from switchlm.generation.decode import NOT_FINITE
 
@@ -174,15 +174,20 @@ def _measure(
     usage = options.Usage(loaded)
     read, names, settings = options.read_batches(model, tokenizer, data, **rows)
     with usage.timed():
-        result = held_out_loss(loaded, read, names, resamples=RESAMPLES)
+        result = held_out_loss(loaded, read, names, resamples=RESAMPLES, tokenizer=tokenizer)
     usage.print()
     if not math.isfinite(result["loss"]):
         raise CheckpointError(f"The loss of {model!r} is {result['loss']}. {NOT_FINITE}")
     for part in (result, *result["sources"].values()):
-        part["perplexity"] = math.exp(min(part["loss"], 700.0))
+        part["perplexity"] = perplexity(part["loss"])
     if expert_memory is not None:
         result["experts"] = usage.metrics()
     return {"model": model, "settings": settings, **result}
+
+
+def _bits(part: Result) -> str:
+    bits = part["bits_per_byte"]
+    return "" if bits is None else f"{bits:.3f} bits per byte, "
 
 
 def _text_estimates(result: Result) -> Estimates:

@@ -23,6 +23,7 @@ import yaml
 from switchlm.config import read_yaml
 from switchlm.data.pretraining.loader import Loader, open_data
 from switchlm.errors import ConfigError
+from switchlm.evaluation.evaluator import perplexity
 from switchlm.files import Report, to_json
 from switchlm.generation.answer import fill, put_into_blanks, read_spans
 from switchlm.huggingface.load import load
@@ -234,6 +235,7 @@ def result_table(result: Event) -> list[dict[str, str]]:
 
     rows = [
         row("held-out loss", {name: f"{result[f'{name}_loss']:.4f}" for name in names}),
+        row("perplexity", {name: f"{perplexity(result[f'{name}_loss']):.2f}" for name in names}),
         row("parameters", both("parameters", ",")),
         row("FLOPs per token", both("flops_per_token", ",.0f")),
         row("steps", dict.fromkeys(names, f"{result['steps']:,}")),

@@ -15,6 +15,7 @@ from switchlm.data.batch import BatchSource
 from switchlm.data.pretraining.loader import open_data
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import ConfigError, DataError
+from switchlm.evaluation.evaluator import perplexity
 from switchlm.evaluation.routing import routing_statistics
 from switchlm.files import Report, replace_file, to_json
 from switchlm.huggingface.init_from import check_fit, init_from
@@ -153,7 +154,10 @@ def pretrain(
         write_report(
             folder.report,
             title=f"Pre-training: {out.name}",
-            headline="" if last is None else f"Held-out loss {last:.3f} nats per target token.",
+            headline=""
+            if last is None
+            else f"Held-out loss {last:.3f} nats per target token, perplexity "
+            f"{perplexity(last):.2f}.",
             runs=[ReportRun(name=out.name, metrics=metrics, routing=routing)],
             configuration=to_sections(config),
         )

@@ -51,6 +51,12 @@ def test_sizes_are_reported(run_json, nano, tmp_path):
     assert after == (out / "quantised.safetensors").stat().st_size
     assert before == (Path(nano) / "model.safetensors").stat().st_size
     assert after < 0.5 * before
+    assert 0 < found["steps"][1]["weight_error"] < 0.02
+
+
+def test_what_rounding_loses_is_said_without_text(run, nano, tmp_path):
+    said = run("compress", "--model", nano, "--bits", 4, "--out", tmp_path / "c").output
+    assert "Rounding changed the weights by" in " ".join(said.split())
 
 
 def test_transformers_refuses_it(compressed):

@@ -20,7 +20,7 @@ from switchlm.huggingface.quantised import (
     parts,
     weights_of_model,
 )
-from switchlm.kernels.cpu.quantised import BLOCK, group_size_of, pack_int4
+from switchlm.kernels.cpu.quantised import BLOCK, group_size_of, matrix, pack_int4
 from switchlm.model.transformer import SwitchTransformer
 
 LARGEST_INT8 = 127
@@ -44,6 +44,32 @@ def round_to_nearest(quantisation: Quantisation) -> Quantiser:
         return pack_int4(int4_codes(weight_NK, grid_GN2)), pad_grid(grid_GN2)
 
     return quantise
+
+
+class Rounding:
+    """Rounds to nearest, and measures by how much, relative to the weights (root mean square).
+
+    worst: the largest error of a matrix, and its name.
+    """
+
+    def __init__(self, quantisation: Quantisation) -> None:
+        self._quantise = round_to_nearest(quantisation)
+        self._lost = self._all = 0.0
+        self.worst = (0.0, "none")
+
+    def __call__(self, entry: Entry, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scale = self._quantise(entry, weight_NK)
+        rounded_NK = matrix(codes, scale, weight_NK.shape[0]).dequantise()
+        lost = float((rounded_NK - weight_NK).square().sum())
+        size = float(weight_NK.float().square().sum())
+        self._lost, self._all = self._lost + lost, self._all + size
+        self.worst = max(self.worst, ((lost / max(size, 1e-30)) ** 0.5, entry.hf_name))
+        return codes, scale
+
+    @property
+    def error(self) -> float:
+        """The error of all matrices so far."""
+        return float((self._lost / max(self._all, 1e-30)) ** 0.5)
 
 
 def group_size(weight_NK: Tensor, quantisation: Quantisation) -> int:

@@ -9,7 +9,8 @@ import torch
 
 from switchlm.compression.calibrate import LEAST_ROWS, calibrate
 from switchlm.compression.prune import Measure, check_number, importance, merge, prune
-from switchlm.compression.quantise import quantise_all, round_to_nearest
+from switchlm.compression.quantise import Rounding, quantise_all, round_to_nearest
+from switchlm.compression.rescale import find_rescaling, rescale
 from switchlm.data.batch import Batch
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import ConfigError
@@ -25,6 +26,8 @@ from switchlm.huggingface.quantised import (
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.recipes.config import load_with_tokenizer
+
+LARGE_LOSS = 0.1  # nats: what quantising costs is said in words from here on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,18 +107,22 @@ def quantise_folder(
     """
     config, metadata, family, weights = open_unquantised(name, report=report)
     tokenizer = load_tokenizer(name, report=report)
-    source = match(config, family, weights, report).read(weights)
-    quantise = round_to_nearest(quantisation)
+    matched = match(config, family, weights, report)
+    rescaling = find_rescaling(config, lambda: matched.read(weights))
+    _report_rescaled(rescaling.num_features, report)
+    source = rescaling.source(matched.read(weights))
+    quantise = Rounding(quantisation)
     save_quantised(source, config, tokenizer, out, quantisation, quantise, metadata=metadata)
     files = {description.file for description in weights.tensors.values()}
     before = sum(path.stat().st_size for path in files)
     after = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    return CompressionResult(
-        [
-            {"step": "as it was", "bytes": before},
-            {"step": _rounded(quantisation), "bytes": after},
-        ]
+    report(
+        f"Rounding changed the weights by {quantise.error:.2%} (root mean square), most "
+        f"{quantise.worst[1]} by {quantise.worst[0]:.2%}. What that does to the loss was not "
+        "measured: give text with --data or --task."
     )
+    rounded = {"step": _rounded(quantisation), "bytes": after, "weight_error": quantise.error}
+    return CompressionResult([{"step": "as it was", "bytes": before}, rounded])
 
 
 def compress(
@@ -129,7 +136,8 @@ def compress(
     """Compress a saved model and write it to `out`; return the loss and size after every step.
 
     read: returns the text, tokenized.
-    report: called with a line about experts that were not calibrated.
+    report: called with a line about rescaled features, about experts that were not calibrated, and
+        about a large loss.
 
     Raises ConfigError for a plan that does not fit the model, CheckpointError for a model that is
     quantised already, or without a tokenizer.
@@ -159,6 +167,8 @@ def compress(
     if plan.quantisation is None:
         save(model, tokenizer, out, report=report)
         return done
+    float_loss = done.steps[-1]["loss"]
+    _report_rescaled(rescale(model), report)
     codes = quantise_all(model, plan.quantisation, round_to_nearest(plan.quantisation))
     measure(_rounded(plan.quantisation), codes.model(model), codes.num_bytes(model))
     if plan.calibrate:
@@ -172,6 +182,12 @@ def compress(
             )
         step = f"{plan.quantisation.bits} bits, calibrated"
         measure(step, codes.model(model), codes.num_bytes(model))
+    lost = done.steps[-1]["loss"] - float_loss
+    if not lost <= LARGE_LOSS:
+        report(
+            f"Quantising raised the loss by {lost:.2f} nats, more than it usually does. Try "
+            "--bits 8, --calibrate, a smaller --group-size, or --what experts."
+        )
     save_quantised(
         weights_of_model(model),
         model.config,
@@ -182,6 +198,14 @@ def compress(
         metadata=model.metadata,
     )
     return done
+
+
+def _report_rescaled(number: int, report: Report) -> None:
+    if number:
+        report(
+            f"{number:,} features were out of proportion and were rescaled, which changes nothing "
+            "but what rounding loses (docs/guides/compress.md)."
+        )
 
 
 def _rounded(quantisation: Quantisation) -> str:

@@ -6,6 +6,7 @@ import torch
 import transformers
 
 from switchlm.errors import CheckpointError, ConfigError, DataError
+from switchlm.generation import beam
 from switchlm.generation.beam import Beams, beam_search
 from switchlm.generation.decode import generate, pad_prompts
 from switchlm.huggingface import load
@@ -180,3 +181,9 @@ def test_an_overflow_is_an_error_at_every_step(build, overflowing):
     model = overflowing(build(), row=0, step=3)
     with pytest.raises(CheckpointError, match="--dtype bfloat16"):
         beam_search(model, torch.tensor([[3]]), max_new_tokens=6, beams=Beams(width=2))
+
+
+def test_more_beams_than_fit_are_refused(build, monkeypatch):
+    monkeypatch.setattr(beam, "available_bytes", lambda: 1000)
+    with pytest.raises(ConfigError, match=r"8 beams of 1 prompts need .* Take fewer"):
+        beam_search(build(), torch.tensor([[5, 6]]), max_new_tokens=2, beams=Beams(width=8))

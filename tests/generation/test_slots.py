@@ -118,3 +118,8 @@ def test_memory_is_allocated_before_the_first_request(model) -> None:
         slots = Slots(model, num_slots=4, max_source=16, max_target=8)
     position_bytes = 2 * config.num_heads * config.d_kv * torch.float32.itemsize
     assert slots.num_bytes == 4 * (16 + 8) * config.num_decoder_layers * position_bytes
+
+
+def test_more_slots_than_fit_are_refused_before_they_are_allocated(model) -> None:
+    with pytest.raises(MemoryError, match=r"GB are free"), evaluation_mode(model, drop=False):
+        Slots(model, num_slots=4096, max_source=2**20, max_target=2**20)

@@ -6,7 +6,9 @@ from torch import Tensor, nn
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from switchlm.errors import DataError
 from switchlm.kernels.select import attention as attend
+from switchlm.model import attention
 from switchlm.model.attention import (
     Attention,
     RelativeBias,
@@ -166,3 +168,12 @@ def test_appendix_a_queries_and_shared_keys_and_values_are_switch_layers() -> No
     assert query_routing.expert_A.numel() == shared_routing.expert_A.numel() == 10
     y_BSD.sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
+
+
+def test_what_cannot_fit_is_refused_before_it_is_allocated(monkeypatch):
+    monkeypatch.setattr(attention, "available_bytes", lambda: 3 * 10**9)
+    bias = RelativeBias(32, 12, 128, bidirectional=True)
+    position = torch.arange(16384)
+    with pytest.raises(DataError, match=r"16,384 tokens needs 23\.6 GB .* only 3\.0 GB"):
+        bias(position, position)
+    assert bias(position[:1], position).shape == (1, 12, 1, 16384)

@@ -49,10 +49,12 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="The longest output; as in fine-tuning, or 32 per blank."),
+        typer.Option(
+            min=1, max=2**20, help="The longest output; as in fine-tuning, or 32 per blank."
+        ),
     ] = None,
     beams: Annotated[
-        int | None, typer.Option(min=1, help="Number of beams; --json shows them all.")
+        int | None, typer.Option(min=1, max=1024, help="Number of beams; --json shows them all.")
     ] = None,
     length_penalty: Annotated[
         float | None, typer.Option(help="Of --beams: above 0 favours long outputs; 1 if left out.")
@@ -72,7 +74,9 @@ def generate(
     output_file: Annotated[
         str | None, typer.Option("--output", help="Write JSON lines there; for --input.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts at a time; for --input.")] = 16,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=4096, help="Texts at a time; for --input.")
+    ] = 16,
     max_input_tokens: Annotated[
         int, typer.Option(min=1, help="Refuse longer texts.")
     ] = LONGEST_INPUT,

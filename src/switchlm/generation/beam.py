@@ -31,6 +31,7 @@ from switchlm.generation.decode import (
     limits_of,
     memories,
 )
+from switchlm.kernels.cpu.memory import available_bytes
 from switchlm.model.transformer import SwitchTransformer
 
 _IMPOSSIBLE = -1e9  # the log probability of open outputs that do not exist yet
@@ -83,7 +84,7 @@ def beam_search(
     """Return the `beams.width` best outputs of every prompt, the best first.
 
     The other arguments and the errors are those of decode.steps. Raises ConfigError if the
-    vocabulary has fewer tokens than candidates.
+    beams cannot fit in memory, or the vocabulary has fewer tokens than candidates.
     """
     batch, width, config = inputs_BS.shape[0], beams.width, model.config
     limits = limits_of(max_new_tokens, batch)
@@ -99,9 +100,18 @@ def beam_search(
     tokens = torch.full((batch * width, 1), config.first_id, device=device)
     with evaluation_mode(model):
         encoded_BSD = encode_prompts(model, inputs_BS, segments_BS, encoder_capacity)
+        pairs = memories(model, encoded_BSD, segments_BS)
+        needed = width * sum(part.nbytes for pair in pairs for part in pair)
+        available = available_bytes() if encoded_BSD.is_cpu else None
+        if available is not None and needed > available:
+            raise ConfigError(
+                f"{width} beams of {batch} prompts need {needed / 1e9:.1f} GB for the keys and "
+                f"values of the prompts, but {available / 1e9:.1f} GB of memory are free. Take "
+                "fewer beams, or fewer prompts at a time."
+            )
         cross = [
             (keys.repeat_interleave(width, 0), values.repeat_interleave(width, 0))
-            for keys, values in memories(model, encoded_BSD, segments_BS)
+            for keys, values in pairs
         ]
         segments = None if segments_BS is None else segments_BS.repeat_interleave(width, 0)
         cache = GrowingCache(cross, max(limits))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from switchlm.generation.decode import encode_prompts, finite_rows, pad_prompts, rows_at_once
 from switchlm.generation.sampling import Sampling, next_tokens, uniforms
+from switchlm.kernels.cpu.memory import available_bytes
 from switchlm.model.attention import KeysValues, KeyValueStore
 from switchlm.model.transformer import SwitchTransformer
 
@@ -70,7 +71,7 @@ class _Store:
 class Slots:
     """A decoding batch of up to `num_slots` rows, for prompts and outputs of bounded length.
 
-    Use it within `evaluation_mode(model, drop=False)`.
+    Use it within `evaluation_mode(model, drop=False)`. Raises MemoryError for more slots than fit.
 
     requests: of the occupied rows, in order.
     """
@@ -83,6 +84,12 @@ class Slots:
         self.num_slots, self.max_source, self.max_target = num_slots, max_source, max_target
         start_11 = torch.full((1, 1), config.first_id, device=device)
         sample = model.decoder.memories(encode_prompts(model, start_11, None))[0][0]
+
+        numbers = num_slots * (max_source + max_target) * config.num_heads * config.d_kv
+        needed = 2 * config.num_decoder_layers * numbers * sample.element_size()
+        available = available_bytes() if sample.is_cpu else None
+        if available is not None and needed > available:
+            raise MemoryError(f"{needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB are free")
 
         def buffers(length: int) -> list[tuple[Tensor, Tensor]]:
             shape = (num_slots, config.num_heads, length, config.d_kv)

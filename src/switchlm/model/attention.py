@@ -10,11 +10,17 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from switchlm import _torch
+from switchlm.errors import DataError
+from switchlm.kernels.cpu.memory import available_bytes
 from switchlm.kernels.select import attention
 from switchlm.model.config import ModelConfig
 from switchlm.model.layers import Linear, local
 from switchlm.model.routing import Routing
 from switchlm.model.switch import SwitchProjection
+
+CHECKED = 2**30  # bytes of a bias from which it is compared with the memory that is left
+_PER_PLACE = 40  # bytes that computing a bucket takes
 
 KeysValues = tuple[Tensor, Tensor]
 Memory = Tensor | KeysValues
@@ -48,6 +54,7 @@ class RelativeBias(nn.Module):
         query_positions: [Q] or [B, Q].
         key_positions: [M].
         """
+        check_memory(query_positions, len(key_positions), local(self.weight).shape[1])
         distance = key_positions - query_positions[..., None]
         bias = nn.functional.embedding(self.bucket(distance), local(self.weight)).movedim(-1, -3)
         return bias if bias.dim() == 4 else bias[None]
@@ -66,6 +73,25 @@ class RelativeBias(nn.Module):
         ratio = torch.log(distance.clamp(min=1).float() / exact)
         far = exact + (ratio / math.log(self.max_distance / exact) * (buckets - exact)).long()
         return offset + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
+
+
+def check_memory(query_positions: Tensor, keys: int, num_heads: int) -> None:
+    """Raise DataError if the bias of so many queries and keys cannot fit in main memory.
+
+    It is refused before anything is allocated, since systems end a process that takes too much.
+    """
+    if not query_positions.is_cpu or _torch.has_dispatch_mode() or torch.compiler.is_compiling():
+        return
+    needed = query_positions.numel() * keys * (4 * num_heads + _PER_PLACE)
+    if needed < CHECKED:
+        return
+    available = available_bytes()
+    if available is not None and needed > available:
+        raise DataError(
+            f"A sequence of {keys:,} tokens needs {needed / 1e9:.1f} GB for the bias of its "
+            f"{num_heads} heads, which grows with the square of the length, but only "
+            f"{available / 1e9:.1f} GB of memory are free. Take shorter inputs."
+        )
 
 
 def segment_mask(query_segments_BQ: Tensor, key_segments_BM: Tensor) -> Tensor:

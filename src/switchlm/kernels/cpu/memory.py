@@ -18,6 +18,8 @@ gives them on request (`madvise`); where it does not, tensors are on ordinary pa
 returns large blocks to the system at once: a tenth of a step on a CPU. In training glibc is set to
 keep them.
 
+`available_bytes`: how much may still be allocated, to refuse what cannot fit before it is tried.
+
 Shapes: X rows of one piece of an expert (see grouped.py).
 """
 
@@ -27,6 +29,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -166,3 +169,13 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 64 << 20))
     return all(bool(mallopt(name, value)) for name, value in settings)
+
+
+def available_bytes() -> int | None:
+    """Return the main memory that is free or can be freed; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(found[0]) if found else None

@@ -196,3 +196,29 @@ def test_an_unreadable_file_is_an_error_with_its_name(
 def test_sections_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Inner().size = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("text", ["a: &x [1]\nb: *x\n", "a: &a [*a]\n"])
+def test_aliases_are_refused(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"aliases \(\*name\) are not supported"):
+        read_yaml(path)
+    with pytest.raises(ConfigError, match="aliases"):
+        override({}, ["a=[&x 1, *x]"])
+
+
+def test_a_bomb_of_aliases_is_refused_at_once(tmp_path):
+    levels = ["a0: &a0 [1, 1]"]
+    levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    path = tmp_path / "config.yaml"
+    path.write_text("\n".join(levels))
+    with pytest.raises(ConfigError, match="aliases"):
+        read_yaml(path)
+
+
+def test_a_huge_file_is_no_configuration(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"a: " + b"1" * 2**20)
+    with pytest.raises(ConfigError, match="larger than 1 MiB"):
+        read_yaml(path)

@@ -18,8 +18,28 @@ from switchlm.errors import ConfigError, nearest
 
 Section = TypeVar("Section")
 
-# Errors of yaml.safe_load; impossible dates and bad UTF-8 are plain ValueErrors.
+# Errors of `load_yaml`; impossible dates and bad UTF-8 are plain ValueErrors.
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
+LARGEST_FILE = 2**20  # bytes
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses aliases: a few lines of nested ones stand for billions of values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.YAMLError(f"aliases (*name) are not supported; there is one{mark}")
+        return super().compose_node(parent, index)
+
+
+def load_yaml(text: str) -> Any:
+    """Parse YAML without aliases; raises one of UNREADABLE."""
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def from_mapping(cls: type[Section], values: Mapping[str, Any], path: str = "") -> Section:
@@ -72,7 +92,7 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
             if not isinstance(section, dict):
                 raise ConfigError(f"Cannot set {key!r}: {parent!r} is not a section.")
         try:
-            section[last] = yaml.safe_load(text)
+            section[last] = load_yaml(text)
         except UNREADABLE as error:
             raise ConfigError(f"Cannot read the value of {assignment!r}: {error}") from None
     return result
@@ -81,7 +101,14 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping; an empty file is an empty mapping."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise ConfigError(
+                f"The configuration {str(path)!r} is larger than {LARGEST_FILE >> 20} MiB: it is "
+                "something else than a configuration."
+            )
+        values = load_yaml(content.decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"There is no configuration file {str(path)!r}.") from None
     except (OSError, *UNREADABLE) as error:

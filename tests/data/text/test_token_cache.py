@@ -76,18 +76,44 @@ def test_a_corpus_without_text_is_refused_and_leaves_nothing(tmp_path):
     assert finished(tmp_path / "cache") == []
 
 
-@pytest.mark.parametrize("damage", ["cut", "manifest", "missing"])
+MANIFESTS = {"cut off": "[", "list": "[]", "null": "null", "empty": "{}", "files": '{"files": [1]}'}
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeroed", "offsets", "missing", *MANIFESTS])
 def test_a_damaged_cache_is_built_again(corpus, tmp_path, damage):
     folder = tmp_path / "cache"
     good = np.array(build(corpus, folder).tokens)
     (made,) = [folder / name for name in finished(folder)]
     if damage == "cut":
         os.truncate(made / "tokens.bin", 100)
-    elif damage == "manifest":
-        (made / "manifest.json").write_text("[")
-    else:
+    elif damage == "zeroed":
+        with (made / "tokens.bin").open("r+b") as file:
+            file.seek(500)
+            file.write(bytes(400))
+    elif damage == "offsets":
+        np.save(made / "offsets.npy", np.load(made / "offsets.npy")[::-1])
+    elif damage == "missing":
         (made / "hashes.npy").unlink()
-    assert np.array_equal(build(corpus, folder).tokens, good)
+    else:
+        (made / "manifest.json").write_text(MANIFESTS[damage])
+    lines = []
+    assert np.array_equal(build(corpus, folder, report=lines.append).tokens, good)
+    assert sum("is damaged, and is built again" in line for line in lines) == 1
+    lines.clear()
+    build(corpus, folder, report=lines.append)
+    assert not lines
+
+
+def test_a_large_file_is_checked_at_both_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "CHECKED", 100)
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1000))
+    good = token_cache._checksum(path)
+    for place, seen in ((0, True), (49, True), (500, False), (950, True), (999, True)):
+        changed = bytearray(1000)
+        changed[place] = 1
+        path.write_bytes(changed)
+        assert (token_cache._checksum(path) != good) == seen
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(corpus, tmp_path):

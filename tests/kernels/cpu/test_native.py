@@ -41,10 +41,23 @@ def test_it_is_compiled_once_for_a_home(home):
     assert "compiled by" in first.reason
     (made,) = home.rglob("*.so")
     assert made.parent == home / ".cache" / "switchlm" / "native"
-    assert list(made.parent.iterdir()) == [made]  # nothing else is left
+    left = sorted(made.parent.iterdir())
+    assert left == [made.with_suffix(".sha256"), made]  # and nothing else
     time = made.stat().st_mtime_ns
     assert native.native.__wrapped__().library is not None
     assert made.stat().st_mtime_ns == time
+
+
+@here
+@pytest.mark.parametrize("size", [0, 100, 30_000])
+def test_a_cut_library_is_compiled_again(home, size):
+    native.native.__wrapped__()
+    (made,) = home.rglob("*.so")
+    whole = made.read_bytes()
+    made.unlink()  # another file, since this process has the first one mapped
+    made.write_bytes(whole[:size])
+    assert native.native.__wrapped__().library is not None
+    assert len(made.read_bytes()) == len(whole)
 
 
 @here

@@ -4,7 +4,7 @@ A cache is a folder named by a hash of all that it depends on:
     tokens.bin     uint16 or uint32, documents concatenated, each followed by the end token
     offsets.npy    int64 [documents + 1], where each document begins
     hashes.npy     uint64 [documents], of the document's identity, for the held-out split
-    manifest.json  sizes, and what was skipped; written last
+    manifest.json  sizes and checksums, the source, and what was skipped; written last
 It is built under another name, with a lock, and renamed, so that readers see a complete cache or
 none, even if several processes build it or one is killed.
 """
@@ -12,11 +12,14 @@ none, even if several processes build it or one is killed.
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import time
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +35,9 @@ from switchlm.errors import DataError
 from switchlm.files import Report, building
 
 FORMAT = 2
+MANIFEST = "manifest.json"
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+CHECKED = 2**31  # bytes of a file that are checked when it is opened, in a second or two
 REPORT_SECONDS = 2.0
 _BATCH = 256  # documents tokenized at once
 
@@ -90,7 +96,7 @@ def open_cache(
     if (cache := _read(final)) is not None:
         return cache
     with building(final, report) as part:
-        if (cache := _read(final)) is not None:
+        if (cache := _read(final, report)) is not None:
             return cache
         shutil.rmtree(final, ignore_errors=True)  # a damaged one
         part.mkdir()
@@ -104,21 +110,48 @@ def open_cache(
     return cache
 
 
-def _read(folder: Path) -> TokenCache | None:
-    """Open a finished cache; None if there is none, or a file has another size."""
+def _read(folder: Path, report: Report = lambda line: None) -> TokenCache | None:
+    """Open a finished cache; None if there is none, or if it is damaged, which is said.
+
+    Its use is noted by the time of its manifest.
+    """
+    if not folder.is_dir():
+        return None
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        for name, size in manifest["sizes"].items():
-            if (folder / name).stat().st_size != size:
-                return None
-        return TokenCache(
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, (size, checksum) in manifest["files"].items():
+            path = folder / name
+            if path.stat().st_size != size or _checksum(path) != checksum:
+                raise ValueError(f"{name} is not as it was written")
+        cache = TokenCache(
             tokens=np.memmap(folder / "tokens.bin", dtype=manifest["dtype"], mode="r"),
             offsets=np.load(folder / "offsets.npy", allow_pickle=False),
             hashes_D=np.load(folder / "hashes.npy", allow_pickle=False),
             skipped=manifest["skipped"],
         )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except DAMAGED as error:
+        report(f"The token cache {str(folder)!r} is damaged, and is built again: {error}")
         return None
+    with suppress(OSError):  # another user's
+        os.utime(folder / MANIFEST)
+    return cache
+
+
+def _checksum(path: Path) -> int:
+    """Return the CRC-32 of a file, of one beyond `CHECKED` of its first and last bytes."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        total = zlib.crc32(str(size).encode())
+        parts = [(0, size)] if size <= CHECKED else [(0, CHECKED // 2), (size - CHECKED // 2, size)]
+        for start, end in parts:
+            file.seek(start)
+            while start < end:
+                block = file.read(min(2**16, end - start))
+                if not block:
+                    break
+                total = zlib.crc32(block, total)
+                start += len(block)
+    return total
 
 
 def _write(
@@ -158,9 +191,16 @@ def _write(
     np.cumsum(lengths, out=offsets[1:])
     np.save(folder / "offsets.npy", offsets, allow_pickle=False)
     np.save(folder / "hashes.npy", np.frombuffer(hashes, dtype=np.uint64), allow_pickle=False)
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    manifest = {"sizes": sizes, "dtype": np.dtype(dtype).name, "skipped": left_out}
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    manifest = {
+        "files": {
+            path.name: (path.stat().st_size, _checksum(path)) for path in sorted(folder.iterdir())
+        },
+        "dtype": np.dtype(dtype).name,
+        "skipped": left_out,
+        "source": source.location,
+        "tokens": total,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

@@ -122,7 +122,7 @@ def _loaded(compiler: str, source: dict[str, bytes], threads: bool) -> ctypes.CD
     try:
         place = Path.home() / ".cache" / "switchlm" / "native" / name
         place.parent.mkdir(parents=True, exist_ok=True)
-        if not place.exists():
+        if not _is_whole(place):
             _compile([compiler, *flags], source, place)
         return ctypes.CDLL(str(place))
     except (OSError, RuntimeError):  # no home, not writable, or mounted noexec
@@ -131,8 +131,17 @@ def _loaded(compiler: str, source: dict[str, bytes], threads: bool) -> ctypes.CD
             return ctypes.CDLL(str(Path(folder) / name))
 
 
+def _is_whole(place: Path) -> bool:
+    """Whether the library is there and as it was compiled: a cut one would end the process."""
+    try:
+        wanted = place.with_suffix(".sha256").read_text(encoding="ascii")
+        return hashlib.sha256(place.read_bytes()).hexdigest() == wanted
+    except (OSError, ValueError):
+        return False
+
+
 def _compile(command: list[str], source: dict[str, bytes], place: Path) -> None:
-    """Write the library to `place` atomically.
+    """Write the library to `place` atomically, and its checksum beside it.
 
     command: the compiler and its flags.
     """
@@ -145,7 +154,11 @@ def _compile(command: list[str], source: dict[str, bytes], place: Path) -> None:
             subprocess.run(
                 step, cwd=folder, capture_output=True, check=True, text=True, timeout=_SECONDS
             )
+        content = (Path(folder) / "a.out").read_bytes()
+        checksum = Path(folder) / "sha256"
+        checksum.write_text(hashlib.sha256(content).hexdigest(), encoding="ascii")
         os.replace(Path(folder) / "a.out", place)
+        os.replace(checksum, place.with_suffix(".sha256"))
 
 
 def _processor() -> bytes:

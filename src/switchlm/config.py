@@ -7,6 +7,7 @@ a tuple, a mapping or another such dataclass. A `__post_init__` may raise `Confi
 
 import dataclasses
 import math
+import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,12 @@ Section = TypeVar("Section")
 # Errors of `load_yaml`; impossible dates and bad UTF-8 are plain ValueErrors.
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
 LARGEST_FILE = 2**20  # bytes
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{ending}": base**power
+    for power, letter in enumerate("kmgt", 1)
+    for ending, base in (("", 1000), ("b", 1000), ("ib", 1024))
+}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
 class _Loader(yaml.SafeLoader):
@@ -118,6 +125,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"The configuration {str(path)!r} must be a mapping of sections.")
     return values
+
+
+def parse_size(text: str, where: str) -> int:
+    """Return the bytes of a size like 4GB, 1.5 GiB or 300M; `where` is named in the error."""
+    found = _SIZE.fullmatch(text)
+    if found is None or found[2].lower() not in _UNITS:
+        raise ConfigError(
+            f"{where} {text!r} is not a size. Write number and unit: 4GB, 512MB, 1.5GiB "
+            "(KB, MB, GB and TB are powers of 1000; KiB, MiB, GiB and TiB of 1024)."
+        )
+    size = int(float(found[1]) * _UNITS[found[2].lower()])
+    if size < 1:
+        raise ConfigError(f"{where} {text!r} is less than a byte.")
+    return size
 
 
 def write_yaml(path: Path, config: Any) -> None:

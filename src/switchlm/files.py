@@ -156,8 +156,8 @@ def building(final: Path, report: Report) -> Iterator[Path]:
                 _remove(part)
     except OSError as error:
         raise DataError(
-            f"Cannot write the cache in {str(final.parent)!r}: {error}. Point the cache at a "
-            "folder that you may write to, with free space."
+            f"Cannot write the cache in {str(final.parent)!r}: {error}. Give a folder with free "
+            "space that you may write to, by --cache or SWITCHLM_CACHE."
         ) from None
 
 

@@ -62,6 +62,7 @@ def compress(
     batches: options.Batches = 16,
     batch_size: options.BatchSize = None,
     input_length: options.InputLength = None,
+    cache: options.Cache = None,
     as_json: options.Json = False,
 ) -> None:
     """Make a model smaller: fewer bits per weight, fewer experts.
@@ -100,6 +101,7 @@ def compress(
                 held_out_share=HELD_OUT,
                 batch_size=batch_size,
                 input_length=input_length,
+                cache=cache,
             )
         calibration = [loader.batch(step) for step in range(batches)]
         try:

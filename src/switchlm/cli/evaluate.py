@@ -78,6 +78,7 @@ def evaluate(
     batches: options.Batches = 20,
     batch_size: options.BatchSize = None,
     input_length: options.InputLength = None,
+    cache: options.Cache = None,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
     expert_memory: options.ExpertMemory = None,
@@ -119,7 +120,12 @@ def evaluate(
         notes = {task.name: f"{len(examples):,} examples" for task, examples in work}
         _present(results, [_task_estimates(result) for result in results], notes, as_json)
         return
-    rows = {"batches": batches, "batch_size": batch_size, "input_length": input_length}
+    rows = {
+        "batches": batches,
+        "batch_size": batch_size,
+        "input_length": input_length,
+        "cache": cache,
+    }
     results = [_measure(one, data, device, expert_memory, dtype, **rows) for one in model]
     _check_same_texts(results)
     notes = {

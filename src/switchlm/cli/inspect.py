@@ -26,6 +26,7 @@ def inspect(
     batches: options.Batches = 4,
     batch_size: options.BatchSize = None,
     input_length: options.InputLength = None,
+    cache: options.Cache = None,
     target_length: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens in a row of targets, for FLOPs; as in training."),
@@ -57,6 +58,7 @@ def inspect(
             batches=batches,
             batch_size=batch_size,
             input_length=input_length,
+            cache=cache,
         )
         layers = routing_statistics(loaded, read, tokenizer, sources)
     else:

@@ -33,6 +33,7 @@ COMMANDS = {
     "verify-parallel": "Compare every layout over many processes with one process.",
     "compress": "Make a model smaller: fewer bits per weight, fewer experts.",
     "convert": "Write a model in another layout.",
+    "cache": "Show the cached texts, tokenizers and kernels, and delete them.",
     "export": "Write a model for another runtime: PyTorch's programs, ONNX, or a plain T5.",
 }
 FILES = {

@@ -1,8 +1,8 @@
 """Shared by several commands: options, and functions that open models, texts and tasks."""
 
 import dataclasses
+import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from switchlm.config import parse_size
 from switchlm.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -34,6 +35,13 @@ OptionalModel = Annotated[
     str | None, typer.Option(help="A run, a model folder, or a name on the hub.")
 ]
 OutFolder = Annotated[Path, typer.Option("--out", help="The folder to write.")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="SWITCHLM_CACHE",
+        help="Folder of tokenised text; ~/.cache/switchlm if left out.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, ...")]
 
 
@@ -99,13 +107,6 @@ SkipEmpty = Annotated[
     typer.Option("--skip-empty", help="Leave out examples with an empty input or target."),
 ]
 
-_UNITS = {"": 1, "b": 1} | {
-    f"{letter}{ending}": base**power
-    for power, letter in enumerate("kmgt", 1)
-    for ending, base in (("", 1000), ("b", 1000), ("ib", 1024))
-}
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", re.ASCII)
-
 
 def note(message: str) -> None:
     """Print a note to stderr."""
@@ -117,9 +118,12 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def settings(stated: list[str] | None, device: str | None) -> list[str]:
-    """Return the overrides of --set and --device."""
-    return [*(stated or ()), *([] if device is None else [f"training.device={device}"])]
+def settings(stated: list[str] | None, device: str | None, cache: Path | None = None) -> list[str]:
+    """Return the overrides of --set, --device and --cache."""
+    found = [] if device is None else [f"training.device={device}"]
+    if cache is not None:
+        found.append(f"data.cache={json.dumps(str(cache))}")
+    return [*found, *(stated or ())]
 
 
 def read_sections(config: Path | None, resumed: Path | None = None) -> dict[str, Any]:
@@ -158,7 +162,7 @@ def open_model(
 
     if expert_memory is None:
         return load_with_tokenizer(name, "model", note, find_device(device), torch_dtype(dtype))
-    size = parse_size(expert_memory)
+    size = parse_size(expert_memory, "--expert-memory")
     if device not in ("auto", "cpu"):
         raise ConfigError(
             f"--expert-memory works on CPUs, and --device is {device!r}: leave one of them out."
@@ -196,14 +200,14 @@ def read_text(argument: str | None) -> str:
 
 
 def read_batches(
-    name: str, tokenizer: "Tokenizer", data: list[str] | None, *, batches: int, **rows: int | None
+    name: str, tokenizer: "Tokenizer", data: list[str] | None, *, batches: int, **rows: Any
 ) -> "tuple[list[Batch], tuple[str, ...], dict[str, Any]]":
     """Return masked text, the names of its sources, and the settings of its rows.
 
     It is all of the text of `data`, or by default the text that the run of that name held out in
     training. Rows have the shape of the model's training.
 
-    rows: batch_size and input_length, as of `open_text`.
+    rows: batch_size, input_length and cache, as of `open_text`.
     """
     loader, settings = open_text(name, tokenizer, data, held_out_share=0.0, **rows)
     read = [loader.batch(step) for step in range(batches)] if data else loader.held_out(batches)
@@ -218,10 +222,13 @@ def open_text(
     held_out_share: float,
     batch_size: int | None = None,
     input_length: int | None = None,
+    cache: Path | None = None,
 ) -> "tuple[Loader, dict[str, Any]]":
     """Return masked text, of `data`, with a share held out, or the run's own; and its settings.
 
     What is not given is as in the training of the model; it is said.
+
+    cache: folder of the token caches.
     """
     from switchlm.config import from_mapping
     from switchlm.data.config import DataConfig
@@ -231,6 +238,8 @@ def open_text(
     sections = trained_with(name)
     config = from_mapping(DataConfig, sections.get("data", {}), "data")
     changes = given(batch_size=batch_size, input_length=input_length)
+    if cache is not None:
+        changes["cache"] = str(cache)
     if data:
         changes |= {"sources": tuple(data), "held_out_share": held_out_share, "max_documents": None}
     elif not config.sources:
@@ -328,20 +337,6 @@ def task_paths(tasks: "Sequence[Task]", data: Sequence[str] | None) -> dict[str,
         else:
             raise ConfigError(f"--data {text!r} is for no task here.{nearest(name, found)}")
     return found
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size like 4GB, 1.5 GiB or 300M."""
-    found = _SIZE.fullmatch(text)
-    if found is None or found[2].lower() not in _UNITS:
-        raise ConfigError(
-            f"--expert-memory {text!r} is not a size. Write number and unit: 4GB, 512MB, 1.5GiB "
-            "(KB, MB, GB and TB are powers of 1000; KiB, MiB, GiB and TiB of 1024)."
-        )
-    size = int(float(found[1]) * _UNITS[found[2].lower()])
-    if size < 1:
-        raise ConfigError(f"--expert-memory {text!r} leaves no memory for experts.")
-    return size
 
 
 class Usage:

@@ -28,6 +28,7 @@ def pretrain(
         ),
     ] = None,
     device: options.TrainingDevice = None,
+    cache: options.Cache = None,
     set_: options.Set = None,
     resume: options.Resume = False,
     as_json: options.JsonLines = False,
@@ -38,7 +39,7 @@ def pretrain(
     from switchlm.recipes.pretrain import pretrain as recipe
 
     values = options.read_sections(config, out if resume else None)
-    overrides = options.settings(set_, device)
+    overrides = options.settings(set_, device, cache)
     base = None
     if init_from is not None:
         overrides.append(f"init_from={json.dumps(init_from)}")
@@ -152,6 +153,7 @@ def distill(
         typer.Option(min=1, help="The teacher's most probable tokens per target; 32 in a cache."),
     ] = None,
     device: options.TrainingDevice = None,
+    cache: options.Cache = None,
     set_: options.Set = None,
     resume: options.Resume = False,
     as_json: options.Json = False,
@@ -161,8 +163,9 @@ def distill(
     from switchlm.recipes.distill import distill as recipe
     from switchlm.recipes.distill import headline
 
-    cache = None if cache_logits is None else str(cache_logits)
-    stated = options.given(baseline=baseline, cache_logits=cache, top_k=top_k)
+    logits = None if cache_logits is None else str(cache_logits)
+    stated = options.given(baseline=baseline, cache_logits=logits, top_k=top_k)
+    overrides = options.settings(set_, device, cache)
     if resume and (out / distill_config.SETTINGS).exists():
         fixed = {"--teacher": teacher, "--student": student, "--data": data, "--task": task}
         for option, value in fixed.items():
@@ -171,7 +174,7 @@ def distill(
                     f"{option} is given with --resume, but the run in {str(out)!r} has its own. "
                     f"Leave {option} out, or start another run."
                 )
-        config = distill_config.resumed(out, options.settings(set_, device), **stated)
+        config = distill_config.resumed(out, overrides, **stated)
     elif teacher is None:
         raise ConfigError("There is no teacher: give one with --teacher.")
     else:
@@ -180,7 +183,7 @@ def distill(
             student=student or "dense",
             sources=data or (),
             tasks=task or (),
-            overrides=options.settings(set_, device),
+            overrides=overrides,
             **stated,
         )
     console, last = follow(
@@ -220,6 +223,7 @@ def compare(
     data: options.Data = None,
     preset: options.Preset = None,
     device: options.TrainingDevice = None,
+    cache: options.Cache = None,
     set_: options.Set = None,
     set_dense: Annotated[
         list[str] | None, typer.Option(help="Override a setting of the dense twin alone.")
@@ -238,7 +242,7 @@ def compare(
         path=config,
         preset=preset,
         sources=data or (),
-        overrides=options.settings(set_, device),
+        overrides=options.settings(set_, device, cache),
         dense_overrides=set_dense or (),
         by_time=seconds is not None,
     )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from switchlm.config import parse_size
 from switchlm.errors import ConfigError
 
 LONGEST = 2**16  # tokens in a row; limits allocations
@@ -42,6 +43,9 @@ class DataConfig:
     group_column: the field with the group of a record. Records with the same value in any source
         are all held out, or all trained on, as translations of one text should be.
     max_documents: read at most this number of documents of each source; None reads all.
+    cache: folder of the token caches, see `switchlm cache`; None takes `~/.cache/switchlm`.
+    cache_limit: size, such as 20GB, that the caches may have together: those used longest ago are
+        deleted after a new one was made; None for no limit.
     """
 
     sources: tuple[str, ...] = ()
@@ -59,6 +63,8 @@ class DataConfig:
     text_column: str = "text"
     group_column: str | None = None
     max_documents: int | None = None
+    cache: str | None = None
+    cache_limit: str | None = None
 
     def __post_init__(self) -> None:
         self._check_range("input_length", 4, LONGEST)
@@ -73,6 +79,8 @@ class DataConfig:
             raise ConfigError(
                 f"data.noise_density must lie between 0 and 1, got {self.noise_density}."
             )
+        if self.cache_limit is not None:
+            parse_size(self.cache_limit, "data.cache_limit")
         for name in ("text_column", "group_column"):
             if getattr(self, name) == "":
                 raise ConfigError(f"data.{name} must name a field, got an empty string.")

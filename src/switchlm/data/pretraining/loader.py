@@ -29,6 +29,7 @@ from switchlm.data.pretraining.rows import (
 )
 from switchlm.data.pretraining.span_corruption import Noise, corrupt, noise_mask
 from switchlm.data.text import sources
+from switchlm.data.text.cache_folder import cache_folder, keep_limit
 from switchlm.data.text.sources import Source
 from switchlm.data.text.token_cache import TokenCache, open_cache
 from switchlm.data.text.tokenizer import Tokenizer
@@ -253,12 +254,12 @@ def open_data(
 ) -> Loader:
     """Read the sources, train or load the tokenizer, tokenize, and return the loader.
 
-    cache_dir: folder of the token cache; None takes `~/.cache/switchlm`.
+    cache_dir: folder of the token cache; None takes that of the configuration.
     tokenizer: used instead of that of the configuration.
     report: called with lines of progress.
     """
     say = report or (lambda line: None)
-    folder = cache_dir or Path.home() / ".cache" / "switchlm"
+    folder = cache_dir or cache_folder(config)
     parsed = sources.parse_all(config.sources)
     tokenizer = tokenizer or open_tokenizer(config, parsed, folder, say)
     caches = [
@@ -272,6 +273,8 @@ def open_data(
         )
         for source in parsed
     ]
+    if cache_dir is None:
+        keep_limit(config, [Path(cache.tokens.filename).parent for cache in caches], say)
     shape = RowShape.of(config, caches, len(tokenizer.sentinel_ids))
     caches, held_out = _split(config, caches, shape.raw_length)
     train_rows = [

@@ -3,7 +3,15 @@ import torch
 
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import ConfigError, DataError
-from switchlm.generation.answer import answer, answer_all, best_answers, read_spans, stream
+from switchlm.generation.answer import (
+    answer,
+    answer_all,
+    best_answers,
+    count_blanks,
+    put_into_blanks,
+    read_spans,
+    stream,
+)
 from switchlm.generation.beam import Beams
 from switchlm.generation.sampling import GREEDY, Sampling
 
@@ -173,3 +181,11 @@ def test_every_end_token_of_the_model_ends_an_output_and_is_not_part_of_it(build
         model = generating(build(generation_end_ids=(*ends, 1)), text)
         said = answer(model, TOKENIZER, "x", max_new_tokens=50)
         assert (said.output, said.finished) == ("one", True)
+
+
+def test_a_blank_of_thousands_of_digits_is_text():
+    """`int` refuses so many, with an error of its own."""
+    with pytest.raises(DataError, match="no blank"):
+        count_blanks(f"<extra_id_{'9' * 5000}>", TOKENIZER)
+    other_digit = "<extra_id_\u0661>"
+    assert put_into_blanks(f"<extra_id_0> {other_digit}", {0: "a", 1: "b"}) == f"a {other_digit}"

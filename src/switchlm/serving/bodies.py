@@ -24,7 +24,8 @@ from switchlm.serving.requests import RequestError
 Prompt = str | tuple[int, ...]  # a text, or the ids of its tokens
 MAX_CHARACTERS = 2**18  # of any text; the server's limit in tokens bounds texts further
 MAX_PROMPTS = 32
-MAX_BRACKETS = 100_000  # an object of Python for each takes time in which nothing else runs
+# Of lists, objects and texts, each of which takes time in which nothing else runs.
+MAX_MARKS = 100_000
 
 
 def _encodable(text: str) -> str:
@@ -214,8 +215,8 @@ def parse(kind: type[Body], content: bytes | bytearray) -> Body:
 
 
 def _object(content: bytes | bytearray) -> dict[str, Any]:
-    if content.count(b"[") + content.count(b"{") > MAX_BRACKETS:
-        raise RequestError(f"The body may have {MAX_BRACKETS:,} brackets at most.", 400)
+    if sum(map(content.count, (b"[", b"{", b'"'))) > MAX_MARKS:
+        raise RequestError(f"The body may have {MAX_MARKS:,} brackets and quotes at most.", 400)
     try:
         found = json.loads(content.decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:

@@ -10,6 +10,7 @@ import math
 import re
 import types
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -69,6 +70,31 @@ def from_mapping(cls: type[Section], values: Mapping[str, Any], path: str = "") 
         if name not in arguments and (field.default, field.default_factory) == required:
             raise ConfigError(f"Missing configuration key {f'{path}.{name}' if path else name!r}.")
     return cls(**arguments)
+
+
+def check_choices(section: object, where: str) -> None:
+    """Raise ConfigError for a field of a dataclass that is none of the values of its `Literal`.
+
+    Called in `__post_init__`, so that sections made in Python are checked as those of files are.
+    """
+    cls: Any = type(section)
+    for name, kind in _literals(cls).items():
+        _convert(kind, getattr(section, name), f"{where}.{name}")
+
+
+def check_choice(value: object, kind: Any, where: str) -> None:
+    """Raise ConfigError for a value that is none of a `Literal`."""
+    _convert(kind, value, where)
+
+
+@cache
+def _literals(cls: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that are a `Literal`, or one or None."""
+    return {
+        name: kind
+        for name, kind in get_type_hints(cls).items()
+        if Literal in (get_origin(kind), *map(get_origin, get_args(kind)))
+    }
 
 
 def to_mapping(value: Any) -> Any:

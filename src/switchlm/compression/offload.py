@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from switchlm.compression.expert_files import ExpertFiles, Recipe
 from switchlm.compression.expert_memory import READERS, ExpertMemory, Tensors
+from switchlm.config import check_choice
 from switchlm.files import Report
 from switchlm.huggingface.load import load_without_experts
 from switchlm.huggingface.quantised import SCALE
@@ -76,6 +77,7 @@ class OffloadedExperts(nn.Module):
         self.width = width
         self.hidden = hidden
         self.memory = memory
+        check_choice(activation, Activation, "activation")
         self.activation = activation
         self.predictor: ExpertPredictor | None = None
 

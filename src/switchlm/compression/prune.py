@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from switchlm.config import check_choice
 from switchlm.data.batch import Batch
 from switchlm.errors import ConfigError
 from switchlm.generation.decode import evaluation_mode
@@ -65,6 +66,7 @@ def importance(
         loss, to first order, if the expert's output were zero for one token, summed over its tokens
         (after Molchanov et al. 2017). Both as a fraction of the layer's total.
     """
+    check_choice(by, Measure, "by")
     layers = list(switch_layers(model).values())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)

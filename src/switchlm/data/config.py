@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from switchlm.config import parse_size
+from switchlm.config import check_choices, parse_size
 from switchlm.errors import ConfigError
 
 LONGEST = 2**16  # tokens in a row; limits allocations
@@ -67,6 +67,7 @@ class DataConfig:
     cache_limit: str | None = None
 
     def __post_init__(self) -> None:
+        check_choices(self, "data")
         self._check_range("input_length", 4, LONGEST)
         self._check_range("target_length", 4, LONGEST)
         self._check_range("batch_size", 1, 2**20)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from switchlm.config import from_mapping, to_mapping
+from switchlm.config import check_choices, from_mapping, to_mapping
 from switchlm.errors import CheckpointError, ConfigError
 from switchlm.huggingface.config import family_of, read_config, write_config
 from switchlm.huggingface.match import infer_architecture, mismatch
@@ -73,6 +73,7 @@ class Quantisation:
     quant_method: Literal["switchlm"] = "switchlm"
 
     def __post_init__(self) -> None:
+        check_choices(self, "quantisation")
         if self.group_size not in GROUP_SIZES:
             raise ConfigError(
                 f"The group size is {self.group_size}; it must be one of "

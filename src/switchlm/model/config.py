@@ -7,6 +7,7 @@ from functools import partial
 from math import inf
 from typing import Any, Literal
 
+from switchlm.config import check_choices
 from switchlm.errors import ConfigError
 from switchlm.model.semantics import SEMANTICS, Mode, Semantics
 
@@ -67,6 +68,7 @@ class RouterConfig:
     bias_rate: float = 0.001
 
     def __post_init__(self) -> None:
+        check_choices(self, "router")
         require = partial(_require, self, "router")
         capacities = ("capacity_factor", "evaluation_capacity_factor", "expert_capacity")
         require(capacities, lambda value: value > 0, "be positive or null (dropless)")
@@ -121,6 +123,7 @@ class Initialisation:
     positions: Literal["uniform", "local"] = "uniform"
 
     def __post_init__(self) -> None:
+        check_choices(self, "model.initialisation")
         names = ("scale", "embedding_std", "router_std")
         _require(self, "model.initialisation", names, lambda value: 0 < value < inf, "be positive")
 
@@ -192,6 +195,7 @@ class ModelConfig:
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
 
     def __post_init__(self) -> None:
+        check_choices(self, "model")
         require = partial(_require, self, "model")
         size = self.vocabulary_size
         widths = ("vocabulary_size", "d_model", "d_ff", "d_kv", "num_heads")

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from switchlm.config import check_choice
 from switchlm.kernels.select import (
     Implementation,
     expert_feedforward,
@@ -53,6 +54,7 @@ class FeedForwardExperts(nn.Module):
         self.gate = nn.Parameter(torch.empty(num_experts, d_model, d_ff)) if gated else None
         self.down = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
         self.num_experts = num_experts
+        check_choice(activation, Activation, "activation")
         self.activation = activation
         self.dropout = dropout
 

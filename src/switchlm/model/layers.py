@@ -5,6 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from switchlm.config import check_choice
 from switchlm.kernels.reference import feed_forward
 from switchlm.kernels.select import linear, rms_norm
 from switchlm.model.config import Activation
@@ -25,6 +26,7 @@ class FeedForward(nn.Module):
         self.up = Linear(d_model, d_ff)
         self.gate = Linear(d_model, d_ff) if gated else None
         self.down = Linear(d_ff, d_model)
+        check_choice(activation, Activation, "activation")
         self.activation = activation
         self.dropout = dropout
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
+from switchlm.config import check_choice
 from switchlm.model.router import Router
 
 Precision = Literal["float32", "bfloat16", "selective"]
@@ -22,6 +23,7 @@ Precision = Literal["float32", "bfloat16", "selective"]
 
 def set_precision(model: nn.Module, precision: Precision) -> None:
     """Let the batches and the routers of a SwitchTransformer compute in `precision`, in place."""
+    check_choice(precision, Precision, "precision")
     cast(Any, model).precision = precision
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     for module in model.modules():

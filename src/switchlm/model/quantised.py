@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from switchlm.config import check_choice
 from switchlm.kernels.cpu.quantised import Int4Matrix, Int8Matrix, Matrix
 from switchlm.kernels.reference import feed_forward
 from switchlm.model.config import Activation
@@ -34,6 +35,7 @@ class QuantisedExperts(nn.Module):
         super().__init__()
         self.up, self.gate, self.down = up, gate, down
         self.num_experts = len(up)
+        check_choice(activation, Activation, "activation")
         self.activation = activation
 
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from switchlm.compression.calibrate import LEAST_ROWS, calibrate
 from switchlm.compression.prune import Measure, check_number, importance, merge, prune
 from switchlm.compression.quantise import Rounding, quantise_all, round_to_nearest
 from switchlm.compression.rescale import find_rescaling, rescale
+from switchlm.config import check_choices
 from switchlm.data.batch import Batch
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import ConfigError
@@ -46,6 +47,9 @@ class CompressionPlan:
     merge_experts: int | None = None
     quantisation: Quantisation | None = None
     calibrate: bool = False
+
+    def __post_init__(self) -> None:
+        check_choices(self, "plan")
 
     def check(self, config: ModelConfig) -> None:
         """Raise ConfigError for a plan without steps, or with steps that do not fit the model."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from switchlm.config import from_mapping, override, read_yaml, to_mapping
+from switchlm.config import check_choices, from_mapping, override, read_yaml, to_mapping
 from switchlm.data.config import DataConfig
 from switchlm.data.tasks.registry import MIXTURES, TASKS
 from switchlm.errors import ConfigError, nearest
@@ -90,6 +90,7 @@ class DistillationConfig:
         return TOP_K if self.top_k is None and self.cache_logits is not None else self.top_k
 
     def __post_init__(self) -> None:
+        check_choices(self, "distillation")
         for name in ("hard_weight", "soft_weight"):
             if getattr(self, name) < 0:
                 raise ConfigError(

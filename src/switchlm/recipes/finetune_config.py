@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from switchlm.config import from_mapping, override
+from switchlm.config import check_choices, from_mapping, override
 from switchlm.data.config import LONGEST
 from switchlm.data.tasks.mixture import TaskOptions
 from switchlm.errors import ConfigError
@@ -61,6 +61,7 @@ class FinetuneConfig:
     lora_alpha: float = 16.0
 
     def __post_init__(self) -> None:
+        check_choices(self, "finetune")
         if not self.model:
             raise ConfigError("There is no model to fine-tune: name one with --model.")
         if not self.tasks:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from switchlm.config import check_choices
 from switchlm.errors import ConfigError
 from switchlm.model.precision import Precision
 
@@ -17,6 +18,9 @@ class KernelsConfig:
     """
 
     switch: Literal["auto", "separate", "fused"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_choices(self, "kernels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,7 @@ class TrainingConfig:
     wandb: str | None = None
 
     def __post_init__(self) -> None:
+        check_choices(self, "training")
         for name in ("steps", "accumulate", "log_every", "evaluate_batches", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("evaluate_every", "checkpoint_every"):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from switchlm.config import check_choice
 from switchlm.errors import ConfigError
 from switchlm.training.adafactor import Adafactor
 from switchlm.training.config import TrainingConfig
@@ -130,6 +131,7 @@ def train_only(model: nn.Module, part: Trainable) -> None:
     `non-expert` is everything but the weights of experts, so it includes routers. Raises
     ConfigError if no parameter is left, as for `expert` and `router` of a dense model.
     """
+    check_choice(part, Trainable, "part")
     chosen = 0
     for name, parameter in model.named_parameters():
         group = group_of(name, parameter)

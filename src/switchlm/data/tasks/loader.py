@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from switchlm.config import check_choice
 from switchlm.data.batch import Batch, StepLoader, pad_rows, padded_length
 from switchlm.data.order import Int64, Mixture, probabilities
 from switchlm.data.pretraining.rows import pack as pack_examples
@@ -57,6 +58,7 @@ class PairLoader(StepLoader):
 
         Raises DataError if a task has no examples.
         """
+        check_choice(long_targets, LongTargets, "long_targets")
         if not examples_by_task:
             raise DataError("There is no task to train on: give at least one.")
         super().__init__(tuple(examples_by_task), batch_size, tokenizer)

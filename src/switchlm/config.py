@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from switchlm.errors import ConfigError, nearest
+from switchlm.files import replace_file
 
 Section = TypeVar("Section")
 
@@ -168,8 +169,8 @@ def parse_size(text: str, where: str) -> int:
 
 
 def write_yaml(path: Path, config: Any) -> None:
-    """Write a configuration as YAML, keys in the order of the dataclass."""
-    path.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
+    """Write a configuration as YAML, atomically, keys in the order of the dataclass."""
+    replace_file(path, yaml.safe_dump(to_mapping(config), sort_keys=False).encode())
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:

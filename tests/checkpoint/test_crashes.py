@@ -19,9 +19,9 @@ Drive = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def drive(tmp_path: Path) -> Drive:
-    def run(command: str, *arguments: object) -> dict[str, Any]:
-        driver = Path(__file__).with_name("crash_driver.py")
-        words = [sys.executable, str(driver), command, str(tmp_path), *map(str, arguments)]
+    def run(command: str, *arguments: object, driver: str = "crash_driver.py") -> dict[str, Any]:
+        driver = str(Path(__file__).with_name(driver))
+        words = [sys.executable, driver, command, str(tmp_path), *map(str, arguments)]
         done = commands.run(words, seconds=600)
         assert done.returncode == 0, done.stderr
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -36,6 +36,15 @@ def test_a_stop_after_any_step_of_a_save_leaves_the_old_or_the_new_state(drive: 
     assert result["stops"] > 120
     assert result["old"] > 90
     assert result["new"] >= 20
+
+
+def test_a_stop_after_any_step_of_any_write_leaves_the_old_or_the_new_files(drive: Drive) -> None:
+    """Of everything that commands write."""
+    result = drive("all", driver="write_driver.py")
+    assert result["failures"] == []
+    for name, counts in result["found"].items():
+        assert counts.get("old"), name
+        assert counts.get("new"), name
 
 
 def check_kills(result: dict[str, Any], num_kills: int) -> None:

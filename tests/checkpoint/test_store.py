@@ -162,6 +162,18 @@ def test_the_same_step_is_replaced(store: CheckpointStore) -> None:
     assert [path.name for path in store.folder.iterdir()] == ["step-00000005"]
 
 
+def test_a_checkpoint_that_was_moved_and_linked_is_retired(store: CheckpointStore) -> None:
+    keeping = CheckpointStore(store.folder, keep=1)
+    keeping.save(1, state_of(1), wait=True)
+    elsewhere = store.folder.with_name("elsewhere")
+    (store.folder / "step-00000001").rename(elsewhere)
+    (store.folder / "step-00000001").symlink_to(elsewhere)
+    assert_is(keeping.load(), 1)
+    keeping.save(2, state_of(2), wait=True)
+    assert [path.name for path in store.folder.iterdir()] == ["step-00000002"]
+    assert elsewhere.is_dir()
+
+
 def test_an_earlier_step_is_saved_only_once_later_ones_are_discarded(
     store: CheckpointStore,
 ) -> None:

@@ -168,11 +168,13 @@ def test_a_run_is_resumed_with_its_own_settings(run, refuse, command, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text('{"input": "a", "target": "b"}\n' * 9, encoding="utf-8")
     message = refuse(*command("--resume", task=other))
-    assert "has finetune.tasks = " in message
+    assert "finetune.tasks [" in message
     assert "cannot be resumed with" in message
-    assert "finetune.lora_rank = None" in refuse(*command("--resume", **{"lora-rank": 2}))
+    assert "finetune.lora_rank 2 (the run has None)" in refuse(
+        *command("--resume", **{"lora-rank": 2})
+    )
     longer = ("--resume", "--set", "finetune.input_length=40")
-    assert "finetune.input_length = " in refuse(*command(*longer))
+    assert "finetune.input_length 40 (" in refuse(*command(*longer))
     before = timeless(tmp_path / "run")
     assert run("finetune", "--out", tmp_path / "run", "--resume").exit_code == 0
     assert timeless(tmp_path / "run") == before

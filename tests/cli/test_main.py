@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -130,13 +131,33 @@ def test_debug_shows_the_traceback_of_a_mistake(arguments):
     assert err.endswith("Error: Bad text.\n")
 
 
-@pytest.mark.parametrize("arguments", [[], ["--debug"]])
-def test_any_other_failure_is_status_1_and_shows_where(arguments):
-    process = with_body("raise OSError(28, 'No space left on device')", *arguments)
+@pytest.mark.parametrize("out", ["", "run", "missing"])
+def test_any_other_failure_is_status_1_and_its_traceback_is_in_a_file(out, tmp_path, monkeypatch):
+    """In the run that the command writes, or in the folder for temporary files."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    options = ["--out", str(tmp_path / out)] if out else []
+    process = with_body("raise OSError(28, 'No space left on device')", *options)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err.startswith("Traceback")
-    assert err.endswith("OSError: [Errno 28] No space left on device\n")
+    last = err.splitlines()[-1]
+    assert last.startswith("Error: OSError: [Errno 28] No space left on device (traceback: ")
+    written = Path(last.split("traceback: ")[1].removesuffix(")"))
+    assert written.parent == tmp_path / (out if out == "run" else "")
+    assert written.read_text().startswith("Traceback")
+    assert err.startswith(written.read_text())
+
+
+def test_an_error_that_is_not_the_users_leaves_its_traceback_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    process = with_body("from switchlm.errors import WorkerError; raise WorkerError('Lost.')")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.startswith("Error: Lost. (traceback: ")
+    (written,) = tmp_path.glob("error-*.txt")
+    assert "WorkerError: Lost." in written.read_text()
 
 
 def test_debug_after_two_dashes_is_text():

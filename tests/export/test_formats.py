@@ -60,7 +60,7 @@ def test_views_of_larger_storages_are_copied_before_saving():
 def test_other_files_of_the_user_s_are_not_replaced(tmp_path):
     tmp_path.joinpath("thesis.tex").write_text("years of work")
     with (
-        pytest.raises(CheckpointError, match="no folder of an earlier export"),
+        pytest.raises(CheckpointError, match=r"'thesis\.tex', which switchlm has not written"),
         new_folder(tmp_path),
     ):
         pass

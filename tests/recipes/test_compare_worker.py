@@ -6,9 +6,10 @@ import pytest
 
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import WorkerError
+from switchlm.parallel.mesh import ALONE
 from switchlm.recipes.compare_worker import CompareWorker
-from switchlm.recipes.config import run_config, with_vocabulary
-from switchlm.training.run_folder import RunFolder
+from switchlm.recipes.config import run_config, to_sections, with_vocabulary
+from switchlm.recipes.start import open_run
 
 
 @pytest.fixture
@@ -32,10 +33,10 @@ def start_worker(tmp_path):
             ],
         )
         tokenizer = Tokenizer.bytes()
-        folder = RunFolder(tmp_path / "run")
-        started.append(
-            CompareWorker(with_vocabulary(config, tokenizer), tokenizer, folder, threads=1)
-        )
+        sections = to_sections(with_vocabulary(config, tokenizer))
+        with open_run(tmp_path / "run", False, ALONE) as run:
+            run.begin({"config.yaml": sections}, tokenizer, text="")
+        started.append(CompareWorker(run.folder, threads=1))
         return started[-1]
 
     yield start

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
-from switchlm.errors import CheckpointError
+from switchlm.errors import CheckpointError, UserError
 
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ def _attempt(work: Callable[[], Any]) -> tuple[dict[str, Any], Exception | None]
         return {"value": work()}, None
     except Exception as error:
         message = str(error)
-        if not isinstance(error, CheckpointError | OSError | SafetensorError):
+        if not isinstance(error, UserError | OSError | SafetensorError):
             message = f"{type(error).__name__}: {error}"
         of_disk = isinstance(error, OSError | SafetensorError)
         return {"error": message, "of_disk": of_disk}, error

@@ -3,9 +3,8 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from switchlm.cli import options
 from switchlm.cli.progress import counting
+from switchlm.cli.results import json_lines
 from switchlm.errors import CheckpointError, ConfigError, DataError
 from switchlm.files import to_json
 
@@ -244,7 +244,7 @@ def _score(
 
     known = {task.name: baselines(task, examples) for task, examples in work}
     results = []
-    with _open(predictions) as file:
+    with json_lines(predictions, "prediction", "--predictions") as write:
         for model in models:
             loaded, tokenizer = options.open_model(model, device, expert_memory, dtype)
             usage = options.Usage(loaded)
@@ -257,9 +257,9 @@ def _score(
                 _note_limits(found, settings["input_length"])
                 result["tasks"][task.name] = _as_json(found, known[task.name], len(examples))
                 _note_baselines(found, known[task.name])
-                if file is not None:
-                    for example, prediction in zip(examples, found.predictions, strict=True):
-                        line = {
+                for example, prediction in zip(examples, found.predictions, strict=True):
+                    write(
+                        {
                             "model": model,
                             "task": task.name,
                             "input": example.input,
@@ -267,7 +267,7 @@ def _score(
                             "prediction": prediction,
                             "references": example.references,
                         }
-                        file.write(to_json(line, ensure_ascii=False) + "\n")
+                    )
             if len(work) > 1:
                 result[AVERAGE] = _average(result["tasks"])
             usage.print()
@@ -298,15 +298,6 @@ def _trained_length(model: str) -> int:
     from switchlm.recipes.trained_with import trained_with
 
     return int(trained_with(model).get("finetune", {}).get("input_length", 512))
-
-
-def _open(path: Path | None) -> AbstractContextManager[TextIO | None]:
-    if path is None:
-        return nullcontext()
-    try:
-        return path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"Cannot write predictions to {str(path)!r}: {error}.") from None
 
 
 def _as_json(found: "TaskScore", known: "Baselines", num_examples: int) -> Result:

@@ -11,6 +11,7 @@ import typer
 
 from switchlm.cli import options
 from switchlm.cli.progress import counting
+from switchlm.cli.results import check_output, json_lines
 from switchlm.errors import ConfigError, DataError
 from switchlm.files import to_json
 
@@ -100,7 +101,8 @@ def generate(
         if not records[0]["text"].strip():
             raise DataError("The text is empty: there is nothing to generate from.")
     else:
-        check_writable(output_file)
+        if output_file is not None:
+            check_output(Path(output_file), "output", "--output")
         records = read_texts(input_file)
     sampling = _sampling(greedy, temperature, top_k, top_p)
     search = _beams(beams, length_penalty, early_stopping)
@@ -326,24 +328,10 @@ def _parse(line: str, file: str, number: int) -> Record:
 
 def write_results(records: Iterable[Record], file: str | None) -> None:
     """Write one JSON line per record, atomically to the file, or to standard output."""
-    lines = "".join(to_json(record, ensure_ascii=False) + "\n" for record in records)
     if file is None:
-        typer.echo(lines, nl=False)
+        for record in records:
+            typer.echo(to_json(record, ensure_ascii=False))
         return
-    from switchlm.files import replace_file
-
-    try:
-        replace_file(Path(file), lines.encode())
-    except OSError as error:
-        raise DataError(
-            f"Cannot write {file!r}: {error.strerror}. Name another --output."
-        ) from None
-
-
-def check_writable(file: str | None) -> None:
-    """Raise DataError, before any work, if the file cannot be written."""
-    if file is not None and (Path(file).is_dir() or not Path(file).parent.is_dir()):
-        raise DataError(
-            f"Cannot write {file!r}: it is a folder, or its folder does not exist. Make the folder "
-            "first, or name another file."
-        )
+    with json_lines(Path(file), "output", "--output") as write:
+        for record in records:
+            write(record)

@@ -1,14 +1,17 @@
 """The program `switchlm`: finds the command, and turns errors into exit statuses.
 
-0 done; 1 failed; 2 the user's mistake; 130 and 143 stopped by SIGINT and SIGTERM. An unexpected
-error shows its traceback.
+0 done; 1 failed; 2 the user's mistake; 130 and 143 stopped by SIGINT and SIGTERM. The traceback of
+an unexpected error is shown, and written to a file that the message names.
 """
 
 import os
 import sys
+import tempfile
+import time
 import traceback
 from collections.abc import MutableMapping
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -45,6 +48,14 @@ FILES = {
 SYSTEMS = ("linux", "darwin")
 
 
+class Command(TyperCommand):
+    """Records the folder that it writes, for `CommandGroup.invoke`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        ctx.meta["out"] = ctx.params.get("out")
+        return super().invoke(ctx)
+
+
 class CommandGroup(TyperGroup):
     """Lists the commands from the table and imports only the one that is invoked."""
 
@@ -71,14 +82,48 @@ class CommandGroup(TyperGroup):
         """Run the command; only here are errors turned into messages and statuses."""
         try:
             return super().invoke(ctx)
-        except SwitchLMError as error:
+        except UserError as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()
-            typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
+            typer.echo(f"Error: {_one_line(error)}", err=True)
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo("Stopped.", err=True)
             raise typer.Exit(130) from None
+        except Exception as error:
+            if isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code"):
+                raise  # of typer itself, such as a usage error
+            expected = isinstance(error, SwitchLMError)
+            if not expected or ctx.params.get("debug"):
+                traceback.print_exc()
+            message = _one_line(error) if expected else f"{type(error).__name__}: {error}"
+            where = write_traceback(ctx.meta.get("out"))
+            typer.echo(f"Error: {message}{where}", err=True)
+            raise typer.Exit(1) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def write_traceback(out: Path | str | None) -> str:
+    """Write the traceback of the exception that is handled; return a sentence that names the file.
+
+    out: the folder that the command writes; a run gets the file, else it is in the folder for
+        temporary files.
+    """
+    name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    folders = [Path(tempfile.gettempdir())]
+    if out is not None and (Path(out) / "config.yaml").is_file():
+        folders.insert(0, Path(out))
+    for folder in folders:
+        try:
+            with (folder / name).open("x", encoding="utf-8") as file:
+                traceback.print_exc(file=file)
+        except OSError:  # a full disk is perhaps why
+            continue
+        return f" (traceback: {folder / name})"
+    return ""
 
 
 app = typer.Typer(
@@ -107,7 +152,9 @@ def load(command: str) -> Any:
     """Import the file of a command and return the command."""
     one = typer.Typer(add_completion=False)
     name = command.replace("-", "_")
-    one.command(command)(getattr(import_module(f"switchlm.cli.{FILES.get(name, name)}"), name))
+    one.command(command, cls=Command)(
+        getattr(import_module(f"switchlm.cli.{FILES.get(name, name)}"), name)
+    )
     return typer.main.get_command(one)
 
 

@@ -126,17 +126,11 @@ def settings(stated: list[str] | None, device: str | None, cache: Path | None = 
     return [*found, *(stated or ())]
 
 
-def read_sections(config: Path | None, resumed: Path | None = None) -> dict[str, Any]:
-    """Return the sections of a configuration file, none without one.
-
-    resumed: the folder of a run that is resumed, whose own file is the default.
-    """
+def read_sections(config: Path | None) -> dict[str, Any]:
+    """Return the sections of a configuration file, none without one."""
     from switchlm.config import read_yaml
-    from switchlm.recipes.config import sections_of_run
 
-    if config is not None:
-        return read_yaml(config)
-    return {} if resumed is None else sections_of_run(resumed)
+    return {} if config is None else read_yaml(config)
 
 
 def torch_dtype(precision: Precision | None) -> Any:

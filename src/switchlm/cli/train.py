@@ -1,7 +1,6 @@
 """switchlm pretrain, finetune, distill and compare: training runs under the live display."""
 
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -35,16 +34,24 @@ def pretrain(
 ) -> None:
     """Pre-train a Switch Transformer, or a dense model, on text."""
     from switchlm.huggingface.load import load_config
-    from switchlm.recipes.config import RunConfig, run_config
+    from switchlm.recipes.config import RunConfig, from_sections, run_config, sections_of_run
     from switchlm.recipes.pretrain import pretrain as recipe
 
-    values = options.read_sections(config, out if resume else None)
     overrides = options.settings(set_, device, cache)
-    base = None
     if init_from is not None:
         overrides.append(f"init_from={json.dumps(init_from)}")
+    base = None
+    if before := sections_of_run(out) if resume else None:
+        base = from_sections(before)  # what is stated is compared with it
+    elif init_from is not None:
         base = RunConfig(model=load_config(init_from, report=options.note, to_train=True))
-    run = run_config(base, preset=preset, values=values, sources=data or (), overrides=overrides)
+    run = run_config(
+        base,
+        preset=preset,
+        values=options.read_sections(config),
+        sources=data or (),
+        overrides=overrides,
+    )
     console, _ = follow(
         partial(recipe, run, out, resume=resume),
         steps=run.training.steps,
@@ -81,15 +88,17 @@ def finetune(
     as_json: options.JsonLines = False,
 ) -> None:
     """Fine-tune a model on tasks, and keep the best checkpoint by their metrics."""
+    from switchlm.recipes.config import merge_sections, sections_of_run
     from switchlm.recipes.finetune import beside_baseline
     from switchlm.recipes.finetune import finetune as recipe
     from switchlm.recipes.finetune_config import finetune_run
 
-    values = options.read_sections(config, out if resume else None)
-    if resume and values and "finetune" not in values and config in (None, out / "config.yaml"):
+    values = sections_of_run(out) if resume else {}
+    if values and "finetune" not in values:
         raise ConfigError(
             f"The run in {str(out)!r} is not a fine-tuning run; choose another --out."
         )
+    values = merge_sections(values, options.read_sections(config))
     columns = options.given(
         input_column=input_column,
         target_column=target_column,
@@ -162,11 +171,12 @@ def distill(
     from switchlm.recipes import distill_config
     from switchlm.recipes.distill import distill as recipe
     from switchlm.recipes.distill import headline
+    from switchlm.training.run_folder import RunFolder
 
     logits = None if cache_logits is None else str(cache_logits)
     stated = options.given(baseline=baseline, cache_logits=logits, top_k=top_k)
     overrides = options.settings(set_, device, cache)
-    if resume and (out / distill_config.SETTINGS).exists():
+    if resume and RunFolder(out).exists():
         fixed = {"--teacher": teacher, "--student": student, "--data": data, "--task": task}
         for option, value in fixed.items():
             if value:
@@ -246,15 +256,8 @@ def compare(
         dense_overrides=set_dense or (),
         by_time=seconds is not None,
     )
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise ConfigError(f"{str(out)!r} is not empty. Choose another --out, or --overwrite.")
-        if not ((out / "compare.json").exists() or (out / "dense").exists()):
-            raise ConfigError(f"{str(out)!r} contains no comparison; it is not overwritten.")
-        shutil.rmtree(out)
-
     console, last = follow(
-        partial(recipe.compare, pair, out, seconds=seconds),
+        partial(recipe.compare, pair, out, overwrite=overwrite, seconds=seconds),
         steps=None if seconds is not None else pair.sparse.training.steps,
         seconds=seconds,
         as_json=as_json,

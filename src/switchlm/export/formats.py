@@ -30,6 +30,7 @@ from switchlm.huggingface.metadata import Metadata
 from switchlm.model.transformer import SwitchTransformer
 
 ABOUT = "export.json"
+KIND = "export"  # in the manifest of its folder
 
 
 @dataclass(frozen=True)
@@ -174,15 +175,18 @@ def _need(packages: tuple[str, ...]) -> None:
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that replaces `folder` at the end, unless an exception is raised."""
-    folder = folder.absolute()
-    taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-    if taken and not (folder / ABOUT).is_file():
-        raise CheckpointError(
-            f"Will not replace {str(folder)!r}: it is no folder of an earlier export. Choose "
-            "another one with --out, or empty it."
-        )
-    with files.new_folder(folder) as partial:
+    files.check_replaceable(folder, KIND, _is_earlier)
+    with files.new_folder(folder, KIND) as partial:
         yield partial
+
+
+def _is_earlier(folder: Path) -> bool:
+    """Return whether a folder without a manifest is an export of an earlier version."""
+    found = {path.name for path in folder.iterdir()}
+    weights = {f"{name}.data" for form in FORMS.values() for name in form.files}
+    programs = {name for form in FORMS.values() for name in form.files}
+    described = {ABOUT, "README.md", "tokenizer.json", "tokenizer_config.json"}
+    return described <= found <= described | programs | weights
 
 
 def _describe(

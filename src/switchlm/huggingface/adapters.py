@@ -13,12 +13,13 @@ from safetensors.torch import save
 
 from switchlm.config import from_mapping
 from switchlm.errors import CheckpointError, ConfigError
-from switchlm.files import make_folder, replace_file
+from switchlm.files import check_replaceable, new_folder
 from switchlm.huggingface.weights import Weights, read_json
 from switchlm.model import lora
 from switchlm.model.transformer import SwitchTransformer
 
 TENSORS, ABOUT = "adapters.safetensors", "adapters.json"
+KIND = "set of adapters"  # in the manifest of its folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +41,25 @@ class AdapterConfig:
 
 
 def save_adapters(model: SwitchTransformer, config: AdapterConfig, folder: Path) -> None:
-    """Write the adapters of a model; each of the two files is replaced in one step."""
-    make_folder(folder)
+    """Write the folder of a model's adapters, in one step; older adapters in it are replaced.
+
+    Raises CheckpointError for a folder with other files.
+    """
+    check_adapters(folder)
     pairs = {name: pair.detach().cpu() for name, pair in lora.adapters(model).items()}
-    replace_file(folder / TENSORS, save(pairs, {"format": "pt"}))
-    replace_file(folder / ABOUT, json.dumps(asdict(config), indent=2).encode())
+    with new_folder(folder, KIND) as partial:
+        (partial / TENSORS).write_bytes(save(pairs, {"format": "pt"}))
+        (partial / ABOUT).write_text(json.dumps(asdict(config), indent=2), encoding="utf-8")
+
+
+def check_adapters(folder: Path) -> None:
+    """Raise CheckpointError for a folder that holds anything but adapters that we wrote."""
+    check_replaceable(folder, KIND, _is_earlier)
+
+
+def _is_earlier(folder: Path) -> bool:
+    """Return whether a folder without a manifest has the adapters of an earlier version."""
+    return {path.name for path in folder.iterdir()} == {TENSORS, ABOUT}
 
 
 @torch.no_grad()

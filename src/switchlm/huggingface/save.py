@@ -223,17 +223,13 @@ def _gather(
     return target if entry.expert is None else target[0].t().contiguous()
 
 
-_MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "README.md",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "quantised*.safetensors",
-    "quantised.safetensors.index.json",
-    "tokenizer*.json",
-    "special_tokens_map.json",
-)
+KIND = "model"  # in the manifest of its folder
+SIGNATURE = "written by switchlm."  # in the model card
+_MODEL_FILES = (  # of earlier versions, which wrote no manifest
+    "config.json", "generation_config.json", "README.md", "model*.safetensors",
+    "model.safetensors.index.json", "quantised*.safetensors", "quantised.safetensors.index.json",
+    "tokenizer*.json", "special_tokens_map.json",
+)  # fmt: skip
 
 
 def write_model(
@@ -246,15 +242,14 @@ def write_model(
     metadata: Metadata | None = None,
 ) -> None:
     """Write into a hidden folder beside `folder`, then rename it; see load.save."""
-    folder = folder.absolute()
     config, tensors = model.config, model.state_dict()
     _check_names(model, tensors)
 
     def begin() -> str:
-        _check_replaceable(folder)
+        check_replaceable(folder)
         for feature in unsupported_features(config):
             report(feature)
-        return files.hidden_folder(folder).name
+        return str(files.hidden_folder(folder))
 
     def finish() -> None:
         write_index(partial, written, SAFETENSORS)
@@ -262,14 +257,14 @@ def write_model(
         card = model_card(config, dtype)
         values = write_config(config, dtype)
         write_metadata(partial, config, metadata, values, card, tokenizer)
-        files.replace_folder(partial, folder)
+        files.replace_folder(partial, folder, KIND)
 
     if ranks.size > 1:  # at least one file per rank
         max_shard_bytes = min(
             max_shard_bytes,
             math.ceil(sum(tensor.nbytes for tensor in tensors.values()) / ranks.size),
         )
-    partial = folder.parent / ranks.on_rank_zero(begin)
+    partial = Path(ranks.on_rank_zero(begin))
     try:
         shards = split_into_shards(
             _stored_entries(config), lambda entry: _contents([entry], tensors), max_shard_bytes
@@ -284,23 +279,28 @@ def write_model(
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a hidden folder to write a model into; without an error it then replaces `folder`."""
-    _check_replaceable(folder)
-    with files.new_folder(folder) as partial:
+    check_replaceable(folder)
+    with files.new_folder(folder, KIND) as partial:
         yield partial
 
 
-def _check_replaceable(folder: Path) -> None:
-    """Raise CheckpointError for a folder with files that are not those of a model."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise CheckpointError(f"{str(folder)!r} is a file; a model is saved in a folder.")
-    for path in folder.iterdir():
-        if path.is_dir() or not any(path.match(pattern) for pattern in _MODEL_FILES):
-            raise CheckpointError(
-                f"Will not replace {str(folder)!r} with a model: it holds {path.name!r}, which is "
-                "not part of a saved model. Choose another folder, or empty this one."
-            )
+def check_replaceable(folder: Path) -> None:
+    """Raise CheckpointError for a folder that holds anything but a model that we wrote."""
+    files.check_replaceable(folder, KIND, _is_earlier_model)
+
+
+def _is_earlier_model(folder: Path) -> bool:
+    """Return whether a folder without a manifest is a model that an earlier version wrote."""
+    card = folder / "README.md"
+    return (
+        all(
+            path.is_file() and any(path.match(pattern) for pattern in _MODEL_FILES)
+            for path in folder.iterdir()
+        )
+        and (folder / "config.json").is_file()
+        and card.is_file()
+        and SIGNATURE in card.read_text(encoding="utf-8", errors="replace")
+    )
 
 
 def write_metadata(
@@ -397,7 +397,7 @@ def _card(config: ModelConfig, weights: str) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (
         "---\nlibrary_name: switchlm\ntags: [switch-transformers, mixture-of-experts, t5]\n---\n\n"
-        f"# A T5-style encoder-decoder\n\nA {kind}, written by switchlm.\n\n"
+        f"# A T5-style encoder-decoder\n\nA {kind}, {SIGNATURE}\n\n"
         f"| | |\n|---|---|\n{table}\n\n## Loading\n\n"
         '```python\nimport switchlm\n\nmodel, tokenizer = switchlm.load("DIR")\n```\n'
     )

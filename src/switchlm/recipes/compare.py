@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -24,13 +24,25 @@ from switchlm.config import read_yaml
 from switchlm.data.pretraining.loader import Loader, open_data
 from switchlm.errors import ConfigError
 from switchlm.evaluation.evaluator import perplexity
-from switchlm.files import Report, to_json
+from switchlm.files import (
+    MANIFEST,
+    Report,
+    exchange,
+    hidden_folder,
+    remove_folder,
+    replace_file,
+    sweep,
+    to_json,
+)
 from switchlm.generation.answer import fill, put_into_blanks, read_spans
 from switchlm.huggingface.load import load
+from switchlm.huggingface.save import check_replaceable
+from switchlm.locks import LOCK, exclusive
 from switchlm.model import count
-from switchlm.parallel.mesh import find_device
+from switchlm.parallel.mesh import ALONE, find_device
 from switchlm.recipes.compare_worker import CompareWorker
 from switchlm.recipes.config import RunConfig, run_config, to_sections, with_vocabulary
+from switchlm.recipes.start import open_run
 from switchlm.report.write import ReportRun, write_report
 from switchlm.training.run_folder import RunFolder
 
@@ -38,6 +50,10 @@ Event = dict[str, Any]
 Line = Mapping[str, Any]
 Speed = dict[str, float | None]
 ENDLESS = 10**9  # steps: more than any time budget allows
+RUNS = ("dense", "sparse")
+RESULT, REPORT = "compare.json", "report.html"
+KIND = "comparison"  # in the manifest of its folder
+FILES = (RESULT, REPORT, MANIFEST, LOCK)
 FINAL_SHARE = 0.04  # of the budget, for the last evaluation, the models and the report
 
 
@@ -88,6 +104,7 @@ def compare(
     config: Comparison,
     out: Path,
     *,
+    overwrite: bool = False,
     seconds: float | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     report: Report = lambda line: None,
@@ -98,51 +115,110 @@ def compare(
     last `{"result": {...}}`, which compare.json holds too. Writes OUT/dense and OUT/sparse (run
     folders), OUT/compare.json and OUT/report.html.
 
+    overwrite: replace an earlier comparison in OUT, when this one is finished.
     report: called with lines of progress while text is prepared.
     """
     started = time.monotonic()
     training = config.sparse.training
     # On a CPU both run at once, each on half of the cores; on an accelerator they take turns.
     together = find_device(training.device).type == "cpu"
-    yield {"phase": "reading text"}
-    loader = open_data(config.sparse.data, seed=training.seed, report=report)
-    config = Comparison(
-        sparse=with_vocabulary(config.sparse, loader.tokenizer),
-        dense=with_vocabulary(config.dense, loader.tokenizer),
-    )
-    threads = max(1, torch.get_num_threads() // (2 if together else 1))
     with ExitStack() as opened:
-        workers = {}
-        for name, run in (("dense", config.dense), ("sparse", config.sparse)):
-            folder = RunFolder(out / name)
-            workers[name] = CompareWorker(run, loader.tokenizer, folder, threads)
-            opened.callback(workers[name].close)
-        yield {"phase": "training"}
-        deadline = started + (math.inf if seconds is None else seconds * (1 - FINAL_SHARE))
-        step = 0
-        while step == 0 or (step < training.steps and time.monotonic() < deadline):
-            if should_stop():
-                break
-            step = min(step + training.log_every, training.steps)
-            yield from _run_command(workers, f"advance {step}", together)
-        yield {"phase": "evaluating and saving"}
-        yield from _run_command(workers, "finish", together)
-    result = _result(config, workers, loader)
-    text = to_json(result, indent=2) + "\n"
-    out.joinpath("compare.json").write_text(text, encoding="utf-8")
-    write_report(
-        out / "report.html",
-        title="Switch Transformer against its dense twin",
-        headline=headline(result),
-        runs=[_report_run(name, workers[name]) for name in ("sparse", "dense")],
-        sources=result["sources"],
-        table=result_table(result),
-        target_loss=result["dense_loss"],
-        crossing=result["crossing"],
-        example=result["example"],
-        configuration=result["configuration"],
-    )
+        folder = opened.enter_context(_place(out, overwrite))
+        yield {"phase": "reading text"}
+        loader = open_data(config.sparse.data, seed=training.seed, report=report)
+        config = Comparison(
+            sparse=with_vocabulary(config.sparse, loader.tokenizer),
+            dense=with_vocabulary(config.dense, loader.tokenizer),
+        )
+        threads = max(1, torch.get_num_threads() // (2 if together else 1))
+        with ExitStack() as running:
+            workers = {}
+            for name, config_of_run in (("dense", config.dense), ("sparse", config.sparse)):
+                run = opened.enter_context(open_run(folder / name, False, ALONE))
+                settings = {run.folder.config.name: to_sections(config_of_run)}
+                run.begin(settings, loader.tokenizer, text=loader.text_hash)
+                workers[name] = CompareWorker(run.folder, threads)
+                running.callback(workers[name].close)
+            yield {"phase": "training"}
+            deadline = started + (math.inf if seconds is None else seconds * (1 - FINAL_SHARE))
+            step = 0
+            while step == 0 or (step < training.steps and time.monotonic() < deadline):
+                if should_stop():
+                    break
+                step = min(step + training.log_every, training.steps)
+                yield from _run_command(workers, f"advance {step}", together)
+            yield {"phase": "evaluating and saving"}
+            yield from _run_command(workers, "finish", together)
+        result = _result(config, workers, loader)
+        text = to_json(result, indent=2) + "\n"
+        replace_file(folder / RESULT, text.encode())
+        write_report(
+            folder / REPORT,
+            title="Switch Transformer against its dense twin",
+            headline=headline(result),
+            runs=[_report_run(name, workers[name]) for name in ("sparse", "dense")],
+            sources=result["sources"],
+            table=result_table(result),
+            target_loss=result["dense_loss"],
+            crossing=result["crossing"],
+            example=result["example"],
+            configuration=result["configuration"],
+        )
     yield {"result": result}
+
+
+@contextmanager
+def _place(out: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield the folder to write a comparison to, locked.
+
+    That is `out`; or a hidden one, which replaces an earlier comparison in `out` at the end of the
+    block. If the block fails before anything is trained, nothing is left in `out`.
+
+    Raises ConfigError for a folder with anything else.
+    """
+    with exclusive(out):
+        for name in (MANIFEST, RESULT, REPORT):
+            sweep(out / name)
+        if not any(path.name != LOCK for path in out.iterdir()):
+            replace_file(out / MANIFEST, json.dumps({"kind": KIND}).encode())
+            try:
+                yield out
+            except BaseException:
+                if not any((out / name).exists() for name in RUNS):
+                    (out / MANIFEST).unlink()
+                raise
+            return
+        if not overwrite:
+            raise ConfigError(f"{str(out)!r} is not empty. Choose another --out, or --overwrite.")
+        check_comparison(out)
+        new = hidden_folder(out)
+        try:
+            replace_file(new / MANIFEST, json.dumps({"kind": KIND}).encode())
+            yield new
+            exchange(new, out)
+        finally:
+            remove_folder(new)
+
+
+def check_comparison(out: Path) -> None:
+    """Raise ConfigError for a folder that holds anything but a comparison that we wrote."""
+    marker = out / (MANIFEST if (out / MANIFEST).is_file() else RESULT)
+    try:
+        found = json.loads(marker.read_text(encoding="utf-8"))
+        ours = found.get("kind") == KIND or {"dense_loss", "sparse_loss"} <= found.keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        ours = False
+    if not ours:
+        raise ConfigError(f"{str(out)!r} contains no comparison; it is not overwritten.")
+    others = [path for path in out.iterdir() if path.name not in (*RUNS, *FILES)]
+    for name in RUNS:
+        others += RunFolder(out / name).others()
+        check_replaceable(RunFolder(out / name).model)
+    if others:
+        raise ConfigError(
+            f"{str(out)!r} is not overwritten: it holds {str(others[0].relative_to(out))!r}, which "
+            "is not part of a comparison. Move it away, or choose another --out."
+        )
 
 
 def _report_run(name: str, worker: CompareWorker) -> ReportRun:

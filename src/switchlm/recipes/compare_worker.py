@@ -23,9 +23,8 @@ from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import SwitchLMError, WorkerError
 from switchlm.files import to_json
 from switchlm.huggingface.load import save
-from switchlm.parallel.mesh import ALONE
-from switchlm.recipes.config import RunConfig, from_sections
-from switchlm.recipes.pretrain import build_model, init_run_folder, record_routing
+from switchlm.recipes.config import from_sections
+from switchlm.recipes.pretrain import build_model, record_routing
 from switchlm.recipes.trained_with import metadata_of
 from switchlm.training.loop import train
 from switchlm.training.run_folder import RunFolder
@@ -36,12 +35,10 @@ Event = dict[str, Any]
 class CompareWorker:
     """Starts the child process on a run folder, sends it commands and reads its metrics."""
 
-    def __init__(
-        self, config: RunConfig, tokenizer: Tokenizer, folder: RunFolder, threads: int
-    ) -> None:
+    def __init__(self, folder: RunFolder, threads: int) -> None:
+        """folder: with settings and tokenizer."""
         self.folder = folder
         self.metrics: list[Event] = []
-        init_run_folder(folder, config, tokenizer, ALONE)
         self._child = subprocess.Popen(
             [
                 sys.executable,

@@ -24,6 +24,7 @@ from switchlm.huggingface.quantised import (
     save_quantised,
     weights_of_model,
 )
+from switchlm.huggingface.save import check_replaceable
 from switchlm.model.config import ModelConfig
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.recipes.config import load_with_tokenizer
@@ -146,6 +147,7 @@ def compress(
     Raises ConfigError for a plan that does not fit the model, CheckpointError for a model that is
     quantised already, or without a tokenizer.
     """
+    check_replaceable(out)
     plan.check(load_config(name, report=report, to_train=True))
     model, tokenizer = load_with_tokenizer(name, "model", report, dtype=torch.float32)
     data = read(tokenizer)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
-from switchlm.config import from_mapping, override, read_yaml, to_mapping
+from switchlm.config import from_mapping, override, to_mapping
 from switchlm.data.config import DataConfig
 from switchlm.data.text.tokenizer import Tokenizer, Vocabulary
 from switchlm.errors import CheckpointError, ConfigError
@@ -23,6 +23,7 @@ from switchlm.model.config import ModelConfig, upgrade_model_section
 from switchlm.model.presets import preset as find_preset
 from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.mesh import MeshConfig
+from switchlm.recipes.start import settings_of_run
 from switchlm.training.config import KernelsConfig, TrainingConfig
 from switchlm.training.run_folder import RunFolder
 
@@ -144,8 +145,7 @@ def wire_dtype(config: RunConfig) -> torch.dtype | None:
 
 def sections_of_run(folder: Path) -> dict[str, Any]:
     """Return the sections of a run's config.yaml; none where the folder is no run."""
-    path = RunFolder(folder).config
-    return read_yaml(path) if path.is_file() else {}
+    return settings_of_run(RunFolder(folder))
 
 
 def load_with_tokenizer(

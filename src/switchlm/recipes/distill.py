@@ -6,13 +6,13 @@ how much smaller than the teacher it is.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from switchlm.config import write_yaml
 from switchlm.data.batch import BatchSource
 from switchlm.data.pretraining.loader import Loader, open_data
 from switchlm.data.tasks.loader import PairLoader
@@ -34,9 +34,10 @@ from switchlm.recipes.config import (
     open_tokenizer,
     to_sections,
 )
-from switchlm.recipes.distill_config import SETTINGS, DistillationConfig, DistillRun, stored
+from switchlm.recipes.distill_config import DistillationConfig, DistillRun, stored
 from switchlm.recipes.finetune import Examples, make_scorer, read_tasks
-from switchlm.recipes.pretrain import build_model, init_run_folder, open_run_folder, record_routing
+from switchlm.recipes.pretrain import build_model, record_routing
+from switchlm.recipes.start import open_run
 from switchlm.recipes.trained_with import metadata_of
 from switchlm.report.write import ReportRun, write_report
 from switchlm.training.distillation import (
@@ -54,7 +55,6 @@ from switchlm.training.run_folder import RunFolder
 from switchlm.training.step import Objective, target_cross_entropy
 
 Result = dict[str, Any]
-RESULT = "distill.json"
 ROLES = ("teacher", "student", "baseline")
 
 
@@ -63,17 +63,21 @@ class DistillationData:
 
     loader: the batches of all processes together.
     examples: of the tasks; None for text.
+    text_hash: of all examples.
     """
 
     def __init__(self, config: DistillRun, tokenizer: Tokenizer, report: Report) -> None:
         self.config = config
         self.examples: Examples | None = None
         self.loader: Loader | PairLoader
+        self.text_hash: str
         seed = config.run.training.seed
         if config.finetune is None:
-            self.loader = open_data(config.run.data, seed=seed, tokenizer=tokenizer, report=report)
+            loader = open_data(config.run.data, seed=seed, tokenizer=tokenizer, report=report)
+            self.loader, self.text_hash = loader, loader.text_hash
         else:
             self.examples = read_tasks(config.finetune, report)
+            self.text_hash = self.examples.text_hash()
             self.loader = self.examples.loader(config.finetune, tokenizer, seed, report)
 
     def measure(self, model: SwitchTransformer, mesh: Mesh) -> Result:
@@ -257,10 +261,13 @@ def distill(
     each process has the full teacher.
     """
     settings, run = config.distillation, config.run
-    with joined(run.mesh, run.training.device) as mesh:
+    with joined(run.mesh, run.training.device) as mesh, ExitStack() as opened:
         device = find_device(run.training.device)
         resume = resume or mesh.restarted
-        folder = open_run_folder(out, resume)
+        started = opened.enter_context(open_run(out, resume, mesh))
+        folder = started.folder
+        files = {folder.config.name: to_sections(run), folder.distillation.name: stored(config)}
+        started.check(files, report)
         yield {"phase": "loading the teacher"}
         teacher, tokenizer = load_with_tokenizer(settings.teacher, "teacher", report, device)
         _check_vocabularies(settings, tokenizer)
@@ -270,9 +277,7 @@ def distill(
         source = teacher_batches(data, teacher, mesh, should_stop, report)
         if source is None:
             return
-        init_run_folder(folder, run, tokenizer, mesh)
-        if mesh.is_main:
-            write_yaml(out / SETTINGS, stored(config))
+        started.begin(files, tokenizer, text=data.text_hash)
         student = build_model(run, mesh)
         if not folder.has_checkpoint():
             init_student(settings, teacher, student, data.loader, report)
@@ -313,7 +318,7 @@ def distill(
             return
         result = summarise(config, teacher.config, metrics, folder)
         text = to_json(result, indent=2) + "\n"
-        replace_file(out / RESULT, text.encode("utf-8"))
+        replace_file(folder.result, text.encode("utf-8"))
         write_report(
             folder.report,
             title=f"Distillation: {out.name}",

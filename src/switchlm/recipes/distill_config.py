@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from switchlm.config import check_choices, from_mapping, override, read_yaml, to_mapping
+from switchlm.config import check_choices, from_mapping, override, to_mapping
 from switchlm.data.config import DataConfig
 from switchlm.data.tasks.registry import MIXTURES, TASKS
 from switchlm.errors import ConfigError, nearest
@@ -22,11 +22,11 @@ from switchlm.recipes.config import (
     with_vocabulary,
 )
 from switchlm.recipes.finetune_config import FinetuneConfig, paper_training
+from switchlm.recipes.start import settings_of_run
 from switchlm.recipes.trained_with import trained_with
 from switchlm.training.config import TrainingConfig
 from switchlm.training.run_folder import RunFolder
 
-SETTINGS = "distillation.yaml"  # in the run's folder, beside config.yaml
 TOP_K = 32
 _DISTILLATION, _FINETUNE = "distillation", "finetune"
 # Settings of a fine-tuned teacher's run that other tasks take over.
@@ -174,14 +174,17 @@ def stored(config: DistillRun) -> dict[str, Any]:
 
 def resumed(out: Path, overrides: Sequence[str] = (), **settings: Any) -> DistillRun:
     """Return the distillation that was started in a folder, with some settings changed."""
-    before = read_yaml(out / SETTINGS)
+    folder = RunFolder(out)
+    before = settings_of_run(folder, folder.distillation.name)
+    if _DISTILLATION not in before:
+        raise ConfigError(f"The run in {str(out)!r} is no distillation; choose another --out.")
     values = {**before[_DISTILLATION], **settings}
     finetune = before.get(_FINETUNE)
     if finetune is not None:
         finetune = _section(FinetuneConfig, _FINETUNE, finetune, overrides)
     return DistillRun(
         distillation=_section(DistillationConfig, _DISTILLATION, values, overrides),
-        run=run_config(values=read_yaml(RunFolder(out).config), overrides=_others(overrides)),
+        run=run_config(values=settings_of_run(folder), overrides=_others(overrides)),
         finetune=finetune,
     )
 

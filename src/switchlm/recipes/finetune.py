@@ -7,13 +7,13 @@ model, and the adapters alone if it trains some.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from switchlm.config import from_mapping, read_yaml, write_yaml
 from switchlm.data.tasks.loader import PairLoader
 from switchlm.data.tasks.mixture import find_tasks, read_examples, spread_evenly
 from switchlm.data.tasks.task import Example, Task
@@ -33,7 +33,8 @@ from switchlm.model.transformer import SwitchTransformer
 from switchlm.parallel.mesh import Mesh, find_device, joined
 from switchlm.recipes.config import RunConfig, open_tokenizer, to_sections
 from switchlm.recipes.finetune_config import FinetuneConfig, FinetuneRun
-from switchlm.recipes.pretrain import build_model, open_run_folder, record_routing
+from switchlm.recipes.pretrain import build_model, record_routing
+from switchlm.recipes.start import open_run
 from switchlm.recipes.trained_with import metadata_of
 from switchlm.report.write import ReportRun, write_report
 from switchlm.training.evaluation import BestCheckpoint
@@ -121,6 +122,16 @@ class Examples:
     train: Mapping[str, Sequence[Example]]
     validation: Mapping[str, Sequence[Example]]
 
+    def text_hash(self) -> str:
+        """Return a hash of all examples, in order."""
+        state = hashlib.sha256()
+        for part in (self.train, self.validation):
+            for name, examples in part.items():
+                state.update(json.dumps([name, len(examples)]).encode())
+                for example in examples:
+                    state.update(json.dumps([example.input, example.target]).encode())
+        return state.hexdigest()
+
     def loader(
         self, settings: FinetuneConfig, tokenizer: Tokenizer, seed: int, report: Report
     ) -> PairLoader:
@@ -160,11 +171,13 @@ def finetune(
     Started by torchrun, each process calls this and trains its part of the mesh. For scoring, the
     model is gathered in each process and the examples are divided among them.
     """
-    with joined(config.mesh, config.training.device) as mesh:
+    with joined(config.mesh, config.training.device) as mesh, ExitStack() as opened:
         resume = resume or mesh.restarted
-        folder = open_run_folder(out, resume)
-        _check(config, folder, mesh)
-        settings = config.finetune
+        _check(config, mesh)
+        run = opened.enter_context(open_run(out, resume, mesh))
+        folder, settings = run.folder, config.finetune
+        stored = {folder.config.name: to_sections(config)}
+        run.check(stored, report)
         yield {"phase": "reading the tasks"}
         with mesh.local_rank_zero_first("tasks"):
             examples = read_tasks(settings, report)
@@ -172,12 +185,12 @@ def finetune(
         model, tokenizer = open_model(config, mesh, report)
         loader = examples.loader(settings, tokenizer, config.training.seed, report)
         share = loader.share(mesh.data_rank, mesh.data_size)
-        mesh.barrier()  # all processes have checked the folder
-        if mesh.is_main:
-            folder.create()
-            check_frozen_weights(model, folder, settings.model)
-            write_yaml(folder.config, to_sections(config))
-        mesh.barrier()
+        run.begin(
+            stored,
+            tokenizer,
+            text=examples.text_hash(),
+            extra=lambda: check_frozen_weights(model, folder, settings.model),
+        )
 
         def keep(best: SwitchTransformer) -> None:
             """Write the best model, with adapters merged, and the adapters alone."""
@@ -303,31 +316,14 @@ def beside_baseline(line: Mapping[str, Any]) -> str:
     )
 
 
-def _check(config: FinetuneRun, folder: RunFolder, mesh: Mesh) -> None:
-    """Raise ConfigError for partial training on many processes, or resuming with other settings."""
+def _check(config: FinetuneRun, mesh: Mesh) -> None:
+    """Raise ConfigError for partial training on many processes."""
     settings = config.finetune
     if mesh.is_distributed and (settings.trainable != "all" or settings.lora_rank is not None):
         raise ConfigError(
             "A part of a model, or adapters, are fine-tuned in one process: run it without "
             "torchrun, or train all parameters."
         )
-    if not folder.config.exists():
-        return
-    before = read_yaml(folder.config).get("finetune")
-    if not isinstance(before, dict):
-        raise ConfigError(
-            f"The run in {str(folder.root)!r} is not a fine-tuning run: choose another --out."
-        )
-    # What a setting was before it existed is its default.
-    was = vars(from_mapping(FinetuneConfig, before, "finetune"))
-    now = vars(settings)
-    for name in sorted(now.keys() - {"patience"}):
-        if was[name] != now[name]:
-            raise ConfigError(
-                f"The run in {str(folder.root)!r} has finetune.{name} = {before.get(name)!r}, so "
-                f"it cannot be resumed with {now[name]!r}. Leave that out to go on, or choose "
-                "another --out for a new run."
-            )
 
 
 def _write_report(

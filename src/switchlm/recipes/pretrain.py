@@ -5,16 +5,16 @@ At its end a run records the expert assignment of held-out text in RUN/routing.j
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from switchlm.config import write_yaml
 from switchlm.data.batch import BatchSource
 from switchlm.data.pretraining.loader import open_data
 from switchlm.data.text.tokenizer import Tokenizer
-from switchlm.errors import ConfigError, DataError
+from switchlm.errors import DataError
 from switchlm.evaluation.evaluator import perplexity
 from switchlm.evaluation.routing import routing_statistics
 from switchlm.files import Report, replace_file, to_json
@@ -34,6 +34,7 @@ from switchlm.recipes.config import (
     wire_dtype,
     with_vocabulary,
 )
+from switchlm.recipes.start import open_run
 from switchlm.recipes.trained_with import metadata_of
 from switchlm.report.write import ReportRun, write_report
 from switchlm.training.loop import train
@@ -102,15 +103,15 @@ def pretrain(
     Started by torchrun, each process calls this and trains its part of the mesh (docs/guides/
     parallel.md); OUT is on a file system that all of them see.
     """
-    with joined(config.mesh, config.training.device) as mesh:
+    with joined(config.mesh, config.training.device) as mesh, ExitStack() as opened:
         resume = resume or mesh.restarted
-        folder = open_run_folder(out, resume)
-        tokenizer: Tokenizer | None = None
-        if folder.tokenizer.exists():
-            before = sections_of_run(out)
-            if "model" in before:
-                config = with_vocabulary(config, from_sections(before).model)
-            tokenizer = Tokenizer.load(folder.tokenizer, vocabulary_of(config.model))
+        run = opened.enter_context(open_run(out, resume, mesh))
+        folder, tokenizer = run.folder, None
+        before = {} if run.is_new else sections_of_run(out)
+        if "model" in before:
+            config = with_vocabulary(config, from_sections(before).model)
+            tokenizer = run.tokenizer(vocabulary_of(config.model))
+        run.check({folder.config.name: to_sections(config)}, report)
         start: SwitchTransformer | None = None
         if config.init_from is not None and not folder.has_checkpoint():
             yield {"phase": f"loading {config.init_from}"}
@@ -127,10 +128,13 @@ def pretrain(
         config = with_vocabulary(config, loader.tokenizer if start is None else start.config)
         if start is not None:
             check_fit(start.config, config.model)
-        init_run_folder(folder, config, loader.tokenizer, mesh)
+        if config.training.evaluate_every is not None:
+            share.held_out(1)  # raises an error if there is no held-out text
         model = build_model(config, mesh)
         if start is not None:
             init_from(start, model)
+        settings = {folder.config.name: to_sections(config)}
+        run.begin(settings, loader.tokenizer, text=loader.text_hash)
         yield {"phase": "training"}
         yield from train(
             model,
@@ -161,24 +165,3 @@ def pretrain(
             runs=[ReportRun(name=out.name, metrics=metrics, routing=routing)],
             configuration=to_sections(config),
         )
-
-
-def open_run_folder(out: Path, resume: bool) -> RunFolder:
-    """Return the folder of a run; ConfigError if a run exists there and `resume` is False."""
-    folder = RunFolder(out)
-    if folder.exists() and not resume:
-        raise ConfigError(
-            f"There is a run in {str(out)!r} already. Go on with it by --resume, or choose another "
-            "--out."
-        )
-    return folder
-
-
-def init_run_folder(folder: RunFolder, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> None:
-    """Create the folder, and write tokenizer and configuration, in the main process."""
-    mesh.barrier()
-    if mesh.is_main:
-        folder.create()
-        tokenizer.save(folder.tokenizer)
-        write_yaml(folder.config, to_sections(config))
-    mesh.barrier()

@@ -4,7 +4,6 @@ Shapes: B batch, S source, T target, D d_model, V vocabulary, L layers.
 """
 
 import dataclasses
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import logging
 
+from switchlm import files
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.data.text.tokenizer_files import TOKENIZER
 from switchlm.errors import ConfigError
@@ -178,10 +178,8 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
                 model = SwitchTransformer(self.model.config)
             weights = {name.removeprefix("model."): one for name, one in state_dict.items()}
             model.load_state_dict(weights, assign=True)
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
-            written = Path(partial) / "model"
+        with files.changed_folder(Path(save_directory)) as folder:
+            written = folder / ".written"
             own = (folder / TOKENIZER).is_file()
             load.save(model, None if own else self.tokenizer, written, max_shard_bytes=size)
             self.generation_config.save_pretrained(written)
@@ -189,6 +187,7 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
                 old.unlink()
             for path in written.iterdir():
                 path.replace(folder / path.name)
+            written.rmdir()
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -5,6 +5,7 @@ A batch is a pure function of (seed, step), in any order, on any number of worke
 Shapes: B rows of the batch, E examples in them, S inputs, T targets, L raw positions.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -204,9 +205,12 @@ class Loader(StepLoader):
         tokenizer: Tokenizer,
         names: tuple[str, ...],
         batch_size: int,
+        text_hash: str = "",
     ) -> None:
+        """text_hash: see `hash_of_text`."""
         super().__init__(names, batch_size, tokenizer)
         self._train, self._held_out = train, held_out
+        self.text_hash = text_hash
 
     def make(self, sample_B: Int64, share: slice) -> Batch:
         return self._train.batch(sample_B, share)
@@ -307,6 +311,7 @@ def open_data(
         tokenizer,
         names,
         config.batch_size,
+        hash_of_text(parsed, caches),
     )
 
 
@@ -363,6 +368,16 @@ def _remarks(
             f"(data.mean_span): rows of {config.input_length} have no more than {spans} sentinels"
         )
     return lines
+
+
+def hash_of_text(parsed: Sequence[Source], caches: Sequence[TokenCache]) -> str:
+    """Return a hash of the documents of all sources, in order, wherever their files are."""
+    state = hashlib.sha256()
+    for source, cache in zip(parsed, caches, strict=True):
+        state.update(f"{source.name} {source.weight} {len(cache.hashes_D)} ".encode())
+        state.update(cache.hashes_D.data)
+        state.update(cache.offsets.data)
+    return state.hexdigest()
 
 
 def _describe_mixture(

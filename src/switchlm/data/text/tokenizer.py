@@ -32,6 +32,7 @@ from switchlm.data.text.byte_level import (
 from switchlm.data.text.tokenizer_files import SavedTokenizer
 from switchlm.data.text.tokenizer_limits import library
 from switchlm.errors import DataError
+from switchlm.files import make_folder, replace_file
 
 NUM_SENTINELS = 100
 MULTIPLE = 128
@@ -190,8 +191,8 @@ class Tokenizer:
     def save(self, folder: Path | str) -> None:
         """Write `tokenizer.json`, and `tokenizer_config.json` for transformers' AutoTokenizer."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        make_folder(folder)
+        replace_file(folder / "tokenizer.json", self.backend.to_str(pretty=True).encode())
         added = self.backend.get_added_tokens_decoder()
         names: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -208,7 +209,7 @@ class Tokenizer:
             names["split_special_tokens"] = True
         names = {key: value for key, value in names.items() if value is not None}
         text = json.dumps(names, indent=2, ensure_ascii=False) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        replace_file(folder / "tokenizer_config.json", text.encode())
 
     def fingerprint(self) -> str:
         """Return a hash that is equal for equal tokenizers."""

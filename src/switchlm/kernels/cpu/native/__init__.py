@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from switchlm import _torch
+from switchlm.files import hidden_folder, remove_folder, sync
 
 WIDTH = 16  # rows are multiples of it: whole vectors on every processor
 COMPILERS = ("gcc", "cc", "clang")
@@ -145,20 +146,25 @@ def _compile(command: list[str], source: dict[str, bytes], place: Path) -> None:
 
     command: the compiler and its flags.
     """
-    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+    folder = hidden_folder(place)  # which the next process deletes if this one is killed
+    try:
         for name, content in source.items():
-            (Path(folder) / name).write_bytes(content)
+            (folder / name).write_bytes(content)
         # Linked without OpenMP, so that its symbols resolve to the library that PyTorch loaded.
         objects = [Path(name).with_suffix(".o").name for name in UNITS]
         for step in ([*command, "-c", *UNITS], [command[0], "-shared", *objects, "-lm"]):
             subprocess.run(
                 step, cwd=folder, capture_output=True, check=True, text=True, timeout=_SECONDS
             )
-        content = (Path(folder) / "a.out").read_bytes()
-        checksum = Path(folder) / "sha256"
+        checksum = folder / "sha256"
+        content = (folder / "a.out").read_bytes()
         checksum.write_text(hashlib.sha256(content).hexdigest(), encoding="ascii")
-        os.replace(Path(folder) / "a.out", place)
+        sync(folder / "a.out")
+        sync(checksum)
+        os.replace(folder / "a.out", place)
         os.replace(checksum, place.with_suffix(".sha256"))
+    finally:
+        remove_folder(folder)
 
 
 def _processor() -> bytes:

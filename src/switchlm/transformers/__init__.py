@@ -21,6 +21,7 @@ if tuple(map(int, version("transformers").split(".")[:2])) < (5, 18):
         "installed: update it with pip install -U 'switchlm[transformers]'."
     )
 
+from switchlm.transformers.adapters import convert_adapter
 from switchlm.transformers.model import SwitchTransformersForConditionalGeneration
 
-__all__ = ["SwitchTransformersForConditionalGeneration"]
+__all__ = ["SwitchTransformersForConditionalGeneration", "convert_adapter"]

@@ -83,6 +83,11 @@ def group_of_name(name: str) -> Any:
     return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
+def second_connection(store: Any) -> Any:
+    """Return another client of a store, as one waits for its own; type stubs lack the method."""
+    return store.clone()
+
+
 def norms(tensors: list[Tensor]) -> list[Tensor]:
     """Return the Euclidean norm of each tensor, with few kernel launches."""
     return list(torch._foreach_norm(tensors))

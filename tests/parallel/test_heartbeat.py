@@ -62,6 +62,53 @@ def test_the_silent_rank_is_named_with_its_step_by_all_others(heartbeats):
         assert BROKEN in message
 
 
+def test_ranks_that_wait_for_the_lost_one_are_not_called_lost(heartbeats):
+    """Rank 1 was killed. Rank 2's own collective fails only once rank 0 is gone."""
+    late = threading.Event()
+
+    told = []
+
+    def wait():
+        try:
+            with heartbeats[2].report_lost_ranks():
+                late.wait(20)
+                heartbeats[2]._store = Stopped()  # its host, rank 0, has ended by now
+                raise RuntimeError(BROKEN)
+        except LostRankError as error:
+            told.append(str(error))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    try:
+        message = str(fail_in(heartbeats, {0: RuntimeError(BROKEN)})[0])
+    finally:
+        late.set()
+        thread.join(20)
+    assert "rank 1 (host " in message
+    assert message.count("was last heard") == 1
+    assert "Waiting for it: 0, 2." in message
+    assert told[0] == message.replace("failed on rank 0", "failed on rank 2")
+
+
+def test_a_rank_that_runs_on_without_an_answer_is_named_if_none_is_lost(heartbeats):
+    late = threading.Event()
+
+    def hang():
+        with heartbeats[1].report_lost_ranks():
+            late.wait(20)
+
+    thread = threading.Thread(target=hang)
+    thread.start()
+    try:
+        found = fail_in(heartbeats, {0: RuntimeError(BROKEN), 2: RuntimeError(BROKEN)})
+    finally:
+        late.set()
+        thread.join(20)
+    for error in found.values():
+        assert "rank 1 (host " in str(error)
+        assert str(error).count("was last heard") == 1
+
+
 def test_a_rank_without_a_step_is_named_too(heartbeats):
     found = fail_in(heartbeats, {0: RuntimeError(BROKEN), 1: RuntimeError(BROKEN)})
     assert "was last heard of before its first step" in str(found[0])

@@ -3,9 +3,11 @@
 Gloo reports "connection closed by peer [10.0.0.7]:4711" or "timed out waiting 600000 ms". The error
 raised here names the rank, its host and process, and its last step.
 
-The store has for each rank `who` (host and process), `beat` (step and time) and, after a failure,
-`end` (the error of that rank). A running rank writes `end` as soon as its own collective fails;
-ranks without it are lost.
+The store has for each rank `who` (host and process), `beat` (step and time), `pulse` and, after a
+failure, `end` (the error of that rank). A running rank writes `end` as soon as its own collective
+fails, which for some is long after the others': they wait for ranks that still run. Meanwhile a
+thread of theirs counts `pulse` up. A rank without `end` whose pulse stands still was killed or
+stopped. The first to find that writes the `verdict`, which all others read and repeat.
 """
 
 import json
@@ -15,15 +17,17 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
+from switchlm import _torch
 from switchlm.errors import LostRankError
 
 BEAT_SECONDS = 1.0
+PULSE_SECONDS = 0.25
 # Time for all ranks to write `end` after a collective failed, and to read that of the others.
 ANSWER_SECONDS = 4.0
 READ_SECONDS = 2.0
@@ -38,12 +42,14 @@ class RankStatus(NamedTuple):
     who: host and process.
     last_beat: its step, and the seconds since.
     end: its error; None if it wrote none.
+    pulse: a count that goes up while the process runs.
     """
 
     rank: int
     who: str
     last_beat: str
     end: str | None
+    pulse: str | None
 
 
 class Heartbeat:
@@ -65,6 +71,8 @@ class Heartbeat:
         self.rank, self.world_size, self.local_rank, self.node = rank, world_size, local_rank, node
         self.restarted = restarted
         self._store = dist.PrefixStore("heartbeat", store)
+        self._pulse_store = _torch.second_connection(self._store)
+        self._verdict: str | None = None  # who failed or is lost, as the first to ask found
         self._last_write = 0.0
         self._step: int | None = None
         who = f"host {socket.gethostname()}, process {os.getpid()}"
@@ -110,6 +118,8 @@ class Heartbeat:
     @contextmanager
     def report_lost_ranks(self) -> Iterator[None]:
         """Raise the failure of a collective in the block as LostRankError; others unchanged."""
+        self._verdict, over = None, threading.Event()
+        threading.Thread(target=self._pulse, args=(over,), daemon=True).start()
         try:
             yield
         except Exception as error:
@@ -118,6 +128,18 @@ class Heartbeat:
                 run_with_timeout(ANSWER_SECONDS, lambda: self._answer(message))
                 raise
             raise LostRankError(self._explain(error)) from error
+        finally:
+            over.set()
+
+    def _pulse(self, over: threading.Event) -> None:
+        count = 0
+        with suppress(dist.DistError):  # the store is gone, and the job with it
+            while not over.wait(PULSE_SECONDS):
+                count += 1
+                self._pulse_store.set(f"pulse/{self.rank}", str(count))
+                if self._verdict is None and self._pulse_store.check(["verdict"]):
+                    self._verdict = self._pulse_store.get("verdict").decode()
+                    self._pulse_store.set(f"read/{self.rank}", "")
 
     def _answer(self, end: str) -> None:
         if self._step is not None:
@@ -126,38 +148,50 @@ class Heartbeat:
 
     def _explain(self, error: Exception) -> str:
         reason = f"({' '.join(str(error).split())[:200]})"
-        statuses = run_with_timeout(ANSWER_SECONDS + READ_SECONDS, self._gather_statuses)
-        if statuses is None:
+        if self._verdict is not None:
+            run_with_timeout(READ_SECONDS, lambda: self._answer(ALIVE))
+        else:
+            run_with_timeout(ANSWER_SECONDS + READ_SECONDS, self._find_causes)
+        if self._verdict is None:
             return (
                 f"A collective failed on rank {self.rank}, and the store of the job does not "
                 "answer either: rank 0, or the host it runs on, is gone, stopped or cut off. "
                 f"{reason}"
             )
+        return f"A collective failed on rank {self.rank}. {self._verdict} {reason}"
+
+    def _find_causes(self) -> None:
+        """Write `end`, wait for that of the others, and write the verdict."""
+        self._answer(ALIVE)
+        pulses = [self._read(f"pulse/{rank}") for rank in range(self.world_size)]
+        self._await("end", range(self.world_size), ANSWER_SECONDS)
+        if self._verdict is not None:
+            return
+        statuses = [self._status(rank) for rank in range(self.world_size)]
         failed = [m for m in statuses if m.end not in (None, ALIVE)]
         silent = [m for m in statuses if m.end is None]
+        # Silent ranks whose pulse goes on run, and wait for the others, if there are any.
+        lost = [m for m in silent if m.pulse == pulses[m.rank]] or silent
         causes = [f"{m.who} failed: {m.end}." for m in failed] or [
-            f"{m.who} was last heard of {m.last_beat}; it was killed, or it hangs." for m in silent
+            f"{m.who} was last heard of {m.last_beat}; it was killed, or it hangs." for m in lost
         ]
+        running = [m.rank for m in statuses if m not in lost and m not in failed]
         if not causes:
             causes = ["All ranks still answer: look at the network between the hosts."]
-        return f"A collective failed on rank {self.rank}. {' '.join(causes)} {reason}"
-
-    def _gather_statuses(self) -> list[RankStatus]:
-        """Write `end`, wait for that of the others, and return the status of all ranks."""
-        self._answer(ALIVE)
-        self._await("end", range(self.world_size), ANSWER_SECONDS)
-        statuses = [self._status(rank) for rank in range(self.world_size)]
+        elif not failed:
+            names = ", ".join(map(str, running[:8])) + (", ..." if len(running) > 8 else "")
+            causes.append(f"Waiting for it: {names}.")
+        self._verdict = " ".join(causes)
+        self._store.set("verdict", self._verdict)
         self._store.set(f"read/{self.rank}", "")
         if self.rank == 0:  # it may host the store, so it waits until the others have read
-            answered = [member.rank for member in statuses if member.end == ALIVE]
-            self._await("read", answered, READ_SECONDS / 2)
-        return statuses
+            self._await("read", running, READ_SECONDS / 2)
 
     def _await(self, key: str, ranks: Iterable[int], seconds: float) -> None:
-        """Wait until all the ranks have written that key, at most `seconds`."""
-        keys = [f"{key}/{rank}" for rank in ranks]
+        """Wait, at most `seconds`, for all these ranks to write that key, or one the verdict."""
+        keys, known = [f"{key}/{rank}" for rank in ranks], self._verdict
         until = time.monotonic() + seconds
-        while not self._store.check(keys) and time.monotonic() < until:
+        while not self._store.check(keys) and time.monotonic() < until and self._verdict is known:
             time.sleep(0.1)
 
     def _status(self, rank: int) -> RankStatus:
@@ -173,6 +207,7 @@ class Heartbeat:
             who=f"rank {rank} ({start['who']})",
             last_beat=f"{where}, {max(time.time() - beat['at'], 0):.0f} s ago",
             end=self._read(f"end/{rank}"),
+            pulse=self._read(f"pulse/{rank}"),
         )
 
     def _read(self, key: str) -> str | None:

@@ -145,3 +145,30 @@ def test_help_needs_no_extra(run, monkeypatch):
     assert result.exit_code == 0
     assert "--api-key-file" in result.output
     assert "127.0.0.1" in result.output
+
+
+def test_when_the_engine_ends_the_process_fails(run, nano, monkeypatch):
+    """So that whatever supervises it starts it again."""
+    from switchlm.serving.engine import Engine
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setattr(Engine, "_step", None)
+    answers = []
+
+    def ask():
+        address = f"http://127.0.0.1:{port}/v1/completions"
+        while not answers:
+            try:
+                answers.append(httpx.post(address, json={"prompt": "a"}, timeout=60).status_code)
+            except httpx.ConnectError:
+                time.sleep(0.05)
+
+    client = threading.Thread(target=ask)
+    client.start()
+    result = run("serve", "--model", nano, "--port", port)
+    client.join()
+    assert answers == [500]
+    assert result.exit_code == 1
+    assert "Error: The engine ended with TypeError" in result.output
+    assert "Traceback" in result.output

@@ -118,6 +118,16 @@ def test_silent_clients_make_room_for_others_and_requests_in_progress_stay(conne
     assert caplog.messages == ["All 8 connections are in use; waiting ones are closed."]
 
 
+def test_a_new_client_has_time_to_send_while_others_do_not_finish(connect):
+    connect = connect(most=4)
+    unfinished = [connect(POST + b"1") for _ in range(4)]
+    time.sleep(0.1)
+    new = connect()
+    unfinished += [connect(POST + b"1") for _ in range(3)]
+    assert all(rest(client) == b"" for client in unfinished[:4])
+    assert answers(new)
+
+
 def test_with_requests_in_all_connections_more_are_refused(connect):
     connect = connect(most=3)
     busy = [connect(GET % b"slow") for _ in range(3)]

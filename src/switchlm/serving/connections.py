@@ -97,7 +97,7 @@ class Connections:
                 await loop.connect_accepted_socket(lambda: Connection(self), accepted)
 
     def _make_room(self) -> bool:
-        """Close the connection that waits longest, one that never had a request if possible."""
+        """Close the connection that waits longest, one that never got a response if possible."""
         victim = next((one for one in self.waiting if not one.was_used), None)
         victim = victim or next(iter(self.waiting), None)
         if victim is None:
@@ -115,7 +115,7 @@ class Connections:
 class Connection(asyncio.BufferedProtocol):
     """One connection: passes everything on to a protocol of HTTP, and ends it in time.
 
-    was_used: whether it had a request.
+    was_used: whether a request got its response.
     """
 
     def __init__(self, connections: Connections) -> None:
@@ -131,7 +131,6 @@ class Connection(asyncio.BufferedProtocol):
     def begin(self) -> None:
         """The head of a request is complete; its body has limits of its own."""
         self._num_requests += 1
-        self.was_used = True
         _cancel(self._head_timer)
 
     def received(self) -> None:
@@ -141,6 +140,7 @@ class Connection(asyncio.BufferedProtocol):
     def end(self) -> None:
         """The response is complete."""
         self._num_requests -= 1
+        self.was_used = True
         self._await_head()
 
     def abort(self) -> None:

@@ -75,3 +75,15 @@ def test_other_files_of_the_user_are_not_replaced(refuse, nano, tmp_path):
     tmp_path.joinpath("thesis.tex").write_text("years of work")
     assert "thesis.tex" in refuse("convert", "--model", nano, "--out", tmp_path)
     assert tmp_path.joinpath("thesis.tex").read_text() == "years of work"
+
+
+def test_weights_beyond_float16_are_refused_and_nothing_is_written(tmp_path, refuse, nano):
+    model, tokenizer = load.load(nano)
+    with torch.no_grad():
+        model.embedding.weight[3, 5] = 1e5
+    load.save(model, tokenizer, tmp_path / "large")
+    out = tmp_path / "half"
+    command = ("convert", "--model", tmp_path / "large", "--to", "native", "--dtype", "float16")
+    message = refuse(*command, "--out", out)
+    assert "do not fit into float16: the largest is 1e+05" in message
+    assert not out.exists()

@@ -52,7 +52,8 @@ def test_round_trip_through_a_mapping(options: dict[str, Any]) -> None:
     [
         ({"capacity_factor": 0.0}, r"router.capacity_factor must be positive .* got 0.0"),
         ({"expert_capacity": -1}, r"router.expert_capacity must be positive"),
-        ({"min_capacity": -1}, r"router.min_capacity must be at least 1 or null, got -1"),
+        ({"min_capacity": -1}, r"router.min_capacity must be at least 1 and below 2\^31, or null"),
+        ({"group_rows": 2**31}, r"router.group_rows must be at least 1 and below 2\^31, or null"),
         ({"exploration_rate": 1.0}, r"exploration_rate must lie in \[0, 1\), got 1.0"),
         ({"experts_per_token": 0}, r"experts_per_token must be at least 1, got 0"),
         ({"experts_per_token": 2, "reroute_overflow": True}, r"defined for one expert"),

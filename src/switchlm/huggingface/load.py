@@ -377,3 +377,15 @@ def _copy(places: dict[str, Tensor], matched: Match, weights: Weights) -> None:
             part = part[entry.expert - region[0][0]]
             region, tensor = region[1:], tensor.t()
         part.copy_(tensor[slices(region, full_region(tuple(tensor.shape)))])
+        if part.dtype == torch.float16 and tensor.dtype != torch.float16:
+            _check_range(part, tensor, entry.hf_name)
+
+
+def _check_range(part: Tensor, tensor: Tensor, name: str) -> None:
+    """Raise CheckpointError if finite weights became infinite in float16."""
+    if part.isinf().any() and tensor.isfinite().all():
+        largest = float(tensor.abs().max())
+        raise CheckpointError(
+            f"The weights {name!r} do not fit into float16: the largest is {largest:.4g}, and "
+            "float16 ends at 65504. Take bfloat16, which has the range of float32."
+        )

@@ -72,7 +72,8 @@ class RouterConfig:
         require = partial(_require, self, "router")
         capacities = ("capacity_factor", "evaluation_capacity_factor", "expert_capacity")
         require(capacities, lambda value: value > 0, "be positive or null (dropless)")
-        require(("min_capacity", "group_rows"), lambda value: value >= 1, "be at least 1 or null")
+        sizes = ("min_capacity", "group_rows", "expert_capacity")
+        require(sizes, lambda value: 1 <= value < LARGEST, "be at least 1 and below 2^31, or null")
         require(("exploration_rate",), lambda value: 0 <= value < 1, "lie in [0, 1)")
         require(("experts_per_token",), lambda value: value >= 1, "be at least 1")
         if self.experts_per_token > 1 and (self.reroute_overflow or self.exploration == "sample"):

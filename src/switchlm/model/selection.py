@@ -43,8 +43,12 @@ def expert_capacity(tokens: int, factor: float, num_experts: int, semantics: Sem
 
 
 def grouped(values_NX: Tensor, tokens_per_group: int) -> Tensor:
-    """Return values_GSX, the last group padded with zeros; at least one group."""
+    """Return values_GSX, the last group padded with zeros; at least one group.
+
+    A single group has no padding, however large groups may be.
+    """
     num_tokens = values_NX.shape[0]
+    tokens_per_group = min(tokens_per_group, max(num_tokens, 1))
     num_groups = max(math.ceil(num_tokens / tokens_per_group), 1)
     missing = num_groups * tokens_per_group - num_tokens
     if missing:

@@ -278,7 +278,7 @@ def open_data(
         for source in parsed
     ]
     if cache_dir is None:
-        keep_limit(config, [Path(cache.tokens.filename).parent for cache in caches], say)
+        keep_limit(config, [cache.folder for cache in caches], say)
     shape = RowShape.of(config, caches, len(tokenizer.sentinel_ids))
     caches, held_out = _split(config, caches, shape.raw_length)
     train_rows = [

@@ -44,8 +44,9 @@ _BATCH = 256  # documents tokenized at once
 
 @dataclass(frozen=True, kw_only=True)
 class TokenCache:
-    """The tokens of one source: `tokens` is memory-mapped, D documents."""
+    """The tokens of one source in a folder: `tokens` is memory-mapped, D documents."""
 
+    folder: Path
     tokens: np.ndarray
     offsets: Int64
     hashes_D: UInt64
@@ -124,6 +125,7 @@ def _read(folder: Path, report: Report = lambda line: None) -> TokenCache | None
             if path.stat().st_size != size or _checksum(path) != checksum:
                 raise ValueError(f"{name} is not as it was written")
         cache = TokenCache(
+            folder=folder,
             tokens=np.memmap(folder / "tokens.bin", dtype=manifest["dtype"], mode="r"),
             offsets=np.load(folder / "offsets.npy", allow_pickle=False),
             hashes_D=np.load(folder / "hashes.npy", allow_pickle=False),

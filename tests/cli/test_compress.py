@@ -126,8 +126,10 @@ def test_calibration_is_reported_beside_rounding(run, run_json, nano, texts, tmp
     assert (tmp_path / "again" / "quantised.safetensors").read_bytes() == first
 
 
-def test_a_single_document_is_measured_on_with_a_warning(run, nano, text_file, tmp_path):
-    options = ("--data", text_file, *SHORT, "--out", tmp_path / "q")
+def test_a_short_text_is_measured_on_with_a_warning(run, nano, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("A text of one row and a half. " * 3)
+    options = ("--data", text, *SHORT, "--out", tmp_path / "q")
     result = run("compress", "--model", nano, "--bits", 8, *options)
     assert result.exit_code == 0, result.output
     assert "a single document" in result.stderr

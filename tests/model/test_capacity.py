@@ -67,7 +67,8 @@ def test_a_short_last_group_is_filled_with_zeros() -> None:
     assert values_GSX.shape == (2, 3, 2)
     assert torch.equal(values_GSX.view(6, 2)[:5], values_NX)
     assert values_GSX[1, 2].eq(0).all()
-    assert grouped(torch.empty(0, 2), 3).shape == (1, 3, 2)
+    assert grouped(torch.empty(0, 2), 3).shape == (1, 1, 2)
+    assert grouped(values_NX, 10**12).shape == (1, 5, 2)  # a single group needs no zeros
 
 
 assignments = st.integers(1, 6).flatmap(

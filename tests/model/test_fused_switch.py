@@ -16,9 +16,7 @@ from switchlm.model.config import RouterConfig
 from switchlm.model.switch import SwitchFeedForward
 
 TIGHT = RouterConfig(capacity_factor=0.5, exploration="argmax")
-TOPK = RouterConfig(
-    selection="topk", experts_per_token=2, capacity_factor=0.5, exploration="argmax"
-)
+TOPK = RouterConfig(experts_per_token=2, capacity_factor=0.5, exploration="argmax")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tests.transformers.models import pair_of
+from tests.transformers.models import assert_same, pair_of
 
 from switchlm.errors import CheckpointError
 from switchlm.transformers import convert_adapter
@@ -47,3 +47,16 @@ def test_errors(folder, dense_folder, tmp_path):
     with pytest.raises(CheckpointError, match="with rank_pattern cannot be converted"):
         convert_adapter(tmp_path / "head", tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
+
+
+def test_prompt_tuning_is_that_of_transformers(folder, batch):
+    results = []
+    for model in pair_of(folder):
+        torch.manual_seed(0)
+        config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4)
+        tuned = peft.get_peft_model(model, config).eval()
+        loss = tuned(**batch[0], labels=batch[1]).loss
+        loss.backward()
+        (prompt,) = (one for one in tuned.parameters() if one.requires_grad)
+        results.append((loss.detach(), prompt.grad, tuned.generate(**batch[0], max_new_tokens=6)))
+    assert_same(*results)

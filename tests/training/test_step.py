@@ -260,3 +260,10 @@ def test_dense_models_have_no_routing_to_summarise(build, loader):
     record = training_step(model, optimizer, [loader.batch(0)])
     assert summarise_routing(record.routing) is None
     assert record.metrics[1] == record.metrics[2] == 0
+
+
+def test_a_dense_model_has_no_experts_to_balance(build, loader):
+    model = build(num_experts=0, router=RouterConfig(balance="bias"))
+    optimizer = build_optimizer(model, TrainingConfig())
+    set_learning_rate(optimizer, 0.01)
+    assert training_step(model, optimizer, [loader.batch(0)]).metrics[4] == 0

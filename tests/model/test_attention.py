@@ -174,6 +174,10 @@ def test_what_cannot_fit_is_refused_before_it_is_allocated(monkeypatch):
     monkeypatch.setattr(attention, "available_bytes", lambda: 3 * 10**9)
     bias = RelativeBias(32, 12, 128, bidirectional=True)
     position = torch.arange(16384)
-    with pytest.raises(DataError, match=r"16,384 tokens needs 23\.6 GB .* only 3\.0 GB"):
+    with pytest.raises(DataError, match=r"16,384 tokens need 32\.2 GB .* only 3\.0 GB"):
         bias(position, position)
     assert bias(position[:1], position).shape == (1, 12, 1, 16384)
+    allowed = torch.ones(1, dtype=torch.bool).expand(64, 1, 512, 512)
+    monkeypatch.setattr(attention, "available_bytes", lambda: 10**9)
+    with pytest.raises(DataError, match=r"512 tokens need 1\.6 GB"):
+        masked(torch.zeros(1).expand(1, 12, 512, 512), allowed)

@@ -20,7 +20,7 @@ from switchlm.model.routing import Routing
 from switchlm.model.switch import SwitchProjection
 
 CHECKED = 2**30  # bytes of a bias from which it is compared with the memory that is left
-_PER_PLACE = 40  # bytes that computing a bucket takes
+_PER_PLACE = 24  # bytes of distance, bucket and mask
 
 KeysValues = tuple[Tensor, Tensor]
 Memory = Tensor | KeysValues
@@ -54,7 +54,9 @@ class RelativeBias(nn.Module):
         query_positions: [Q] or [B, Q].
         key_positions: [M].
         """
-        check_memory(query_positions, len(key_positions), local(self.weight).shape[1])
+        check_memory(
+            8 * self.weight.shape[1] + _PER_PLACE, query_positions[..., None], key_positions
+        )
         distance = key_positions - query_positions[..., None]
         bias = nn.functional.embedding(self.bucket(distance), local(self.weight)).movedim(-1, -3)
         return bias if bias.dim() == 4 else bias[None]
@@ -75,22 +77,27 @@ class RelativeBias(nn.Module):
         return offset + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
 
 
-def check_memory(query_positions: Tensor, keys: int, num_heads: int) -> None:
-    """Raise DataError if the bias of so many queries and keys cannot fit in main memory.
+def check_memory(size: int, *shapes: Tensor) -> None:
+    """Raise DataError if a bias cannot fit in main memory, and a copy of it in another order.
 
     It is refused before anything is allocated, since systems end a process that takes too much.
+
+    size: bytes per number of what the shapes give.
+    shapes: tensors that broadcast to [..., queries, keys].
     """
-    if not query_positions.is_cpu or _torch.has_dispatch_mode() or torch.compiler.is_compiling():
+    traced = _torch.has_dispatch_mode() or torch.compiler.is_compiling()
+    if traced or not shapes[0].is_cpu:
         return
-    needed = query_positions.numel() * keys * (4 * num_heads + _PER_PLACE)
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in shapes))
+    needed = math.prod(shape) * size
     if needed < CHECKED:
         return
     available = available_bytes()
     if available is not None and needed > available:
         raise DataError(
-            f"A sequence of {keys:,} tokens needs {needed / 1e9:.1f} GB for the bias of its "
-            f"{num_heads} heads, which grows with the square of the length, but only "
-            f"{available / 1e9:.1f} GB of memory are free. Take shorter inputs."
+            f"Sequences of {shape[-1]:,} tokens need {needed / 1e9:.1f} GB for the bias of "
+            f"attention, which grows with the square of the length, but only {available / 1e9:.1f} "
+            "GB of memory are free. Take shorter inputs, or fewer at a time."
         )
 
 
@@ -112,6 +119,7 @@ def masked(bias: Tensor, allowed: Tensor | None) -> Tensor:
     """
     if allowed is None:
         return bias
+    check_memory(8, bias, allowed)
     half = bias.dtype == torch.float16
     return torch.where(allowed, bias, torch.finfo(torch.float16 if half else torch.bfloat16).min)
 

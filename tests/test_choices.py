@@ -48,8 +48,8 @@ def choices():
             if not inspect.isclass(cls) or cls.__module__ != name or cls.__name__ in INTERNAL:
                 continue
             made = cls if dataclasses.is_dataclass(cls) else cls.__init__
-            if made is object.__init__:
-                continue
+            if made is not cls and "__init__" not in vars(cls):
+                continue  # inherited: checked where it is defined, or another library's
             try:
                 hints = get_type_hints(made)
             except (NameError, TypeError):

@@ -5,6 +5,7 @@ import pytest
 import transformers
 
 import switchlm
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError
 from switchlm.huggingface import load
 from switchlm.model.presets import preset
@@ -169,3 +170,19 @@ def test_fine_tuned_pruned_merged_and_quantised_it_still_generates(
     assert run("generate", "--model", small, "is 3 odd?").exit_code == 0
     scores = run_json("evaluate", "--model", small, "--task", task, "--input-length", 32)
     assert scores["tasks"]
+
+
+def test_of_a_dense_model_all_matrices_are_quantised(run, refuse, tmp_path):
+    dense = tmp_path / "dense"
+    load.save(SwitchTransformer(preset("dense-nano")), Tokenizer.bytes(), dense)
+    result = run("compress", "--model", dense, "--bits", 8, "--out", tmp_path / "small")
+    assert result.exit_code == 0, result.output
+    assert "is dense: all its matrices are quantised" in result.stderr
+    whole, small = (
+        sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        for folder in (dense, tmp_path / "small")
+    )
+    assert small < whole / 2
+    command = ("compress", "--model", dense, "--bits", 8, "--what", "experts")
+    assert "is dense and has none" in refuse(*command, "--out", tmp_path / "none")
+    assert not (tmp_path / "none").exists()

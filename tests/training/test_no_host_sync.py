@@ -27,7 +27,7 @@ ROUTERS = {
     "t5x": RouterConfig(mode="t5x"),
     "hf": RouterConfig(mode="hf"),
     "dropless": RouterConfig(capacity_factor=None, evaluation_capacity_factor=None),
-    "top 2": RouterConfig(selection="topk", experts_per_token=2),
+    "top 2": RouterConfig(experts_per_token=2),
     "expert choice": RouterConfig(selection="expert_choice"),
     "sample": RouterConfig(exploration="sample"),
     "bias": RouterConfig(balance="bias"),

@@ -41,9 +41,12 @@ def compress(
         int, typer.Option(help="With 4 bits, inputs that share a scale: 32, 64, 128 or 256.")
     ] = 64,
     what: Annotated[
-        What,
-        typer.Option(help="Experts, or all: attention, dense layers and the vocabulary too."),
-    ] = What.experts,
+        What | None,
+        typer.Option(
+            help="Experts, the default where there are some, or all: attention, dense layers and "
+            "the vocabulary too."
+        ),
+    ] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Fit the codes to the text (GPTQ).")
     ] = False,
@@ -79,7 +82,7 @@ def compress(
     quantisation = None
     if bits is not None:
         quantisation = Quantisation(
-            bits=8 if bits == 8 else 4, group_size=group_size, what=what.value
+            bits=8 if bits == 8 else 4, group_size=group_size, what=_what(model, what).value
         )
     plan = CompressionPlan(
         keep_experts=keep_experts,
@@ -119,6 +122,20 @@ def compress(
     else:
         result = recipe(model, out, plan, read, report=options.note)
     _present(result, plan, out, as_json)
+
+
+def _what(model: str, stated: What | None) -> What:
+    """Return what to quantise: of a model without experts all, since nothing would change else."""
+    from switchlm.huggingface.load import load_config
+
+    if load_config(model).num_experts:
+        return stated or What.experts
+    if stated is What.experts:
+        raise ConfigError(
+            f"--what is experts, but the model {model!r} is dense and has none. Take --what all."
+        )
+    options.note(f"{model} is dense: all its matrices are quantised (--what all).")
+    return What.all
 
 
 def _open_tasks(

@@ -1,5 +1,7 @@
 import inspect
+import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import pytest
 
 from switchlm import __version__
 from switchlm.cli import main
-from switchlm.cli.main import COMMANDS, FILES, let_threads_sleep
+from switchlm.cli.main import COMMANDS, EXAMPLES, FILES, let_threads_sleep, load
 
 
 def switchlm(*arguments, **options):
@@ -231,3 +233,19 @@ def test_it_is_set_before_pytorch_is_imported(monkeypatch):
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
     )
     assert done.stdout == "PASSIVE\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_ends_with_an_example_that_parses(run, command):
+    program, name, *arguments = shlex.split(EXAMPLES[command])
+    assert (program, name) == ("switchlm", command)
+    load(command).make_context(command, arguments)
+    shown = " ".join(run(command, "--help").output.split())
+    assert shown.endswith(f"Example: {EXAMPLES[command]}")
+
+
+def test_a_reader_that_stops_reading_is_no_error(tmp_path):
+    program = f"{sys.executable} -m switchlm compress --help | true"
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "COLUMNS": "20"}
+    ended = subprocess.run(program, shell=True, capture_output=True, text=True, env=environment)
+    assert (ended.stderr, list(tmp_path.iterdir())) == ("", [])

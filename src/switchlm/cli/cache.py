@@ -25,7 +25,7 @@ def cache(
 ) -> None:
     """Show the cached texts, tokenizers and kernels, and delete them.
 
-    They are made again when they are needed. Example: switchlm cache --keep 20GB
+    They are made again when they are needed.
     """
     from switchlm.data.text.cache_folder import default_folder, entries, trim
 

@@ -39,6 +39,24 @@ COMMANDS = {
     "cache": "Show the cached texts, tokenizers and kernels, and delete them.",
     "export": "Write a model for another runtime: PyTorch's programs, ONNX, or a plain T5.",
 }
+# Command -> the end of its --help.
+EXAMPLES = {
+    "pretrain": "switchlm pretrain --preset tiny --data texts --out runs/mine",
+    "compare": "switchlm compare --data texts --budget 10m --out runs/race",
+    "finetune": "switchlm finetune --model runs/mine --task examples.jsonl --out runs/tuned",
+    "distill": "switchlm distill --teacher runs/mine --data texts --out runs/small",
+    "evaluate": "switchlm evaluate --model runs/tuned --task examples.jsonl",
+    "serve": "switchlm serve --model runs/mine --port 8000",
+    "generate": "switchlm generate --model runs/mine --fill 'def <extra_id_0>(self):'",
+    "inspect": "switchlm inspect --model runs/mine --data texts",
+    "plan": "switchlm plan --preset switch-base-64 --nodes 1 --gpus-per-node 8 --gpu h100",
+    "simulate": "switchlm simulate --preset switch-base-64 --ranks 8 --set mesh.expert=8",
+    "verify-parallel": "switchlm verify-parallel --preset nano --nproc 4",
+    "compress": "switchlm compress --model runs/mine --bits 8 --out small-model",
+    "convert": "switchlm convert --model runs/mine --to huggingface --out my-model",
+    "cache": "switchlm cache --keep 20GB",
+    "export": "switchlm export --model runs/mine --to onnx --out my-onnx",
+}
 FILES = {
     **dict.fromkeys(("pretrain", "compare", "finetune", "distill"), "train"),
     **dict.fromkeys(("simulate", "verify_parallel"), "plan"),
@@ -90,6 +108,9 @@ class CommandGroup(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("Stopped.", err=True)
             raise typer.Exit(130) from None
+        except BrokenPipeError:  # the reader of the output has ended, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
         except Exception as error:
             if isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code"):
                 raise  # of typer itself, such as a usage error
@@ -152,9 +173,8 @@ def load(command: str) -> Any:
     """Import the file of a command and return the command."""
     one = typer.Typer(add_completion=False)
     name = command.replace("-", "_")
-    one.command(command, cls=Command)(
-        getattr(import_module(f"switchlm.cli.{FILES.get(name, name)}"), name)
-    )
+    function = getattr(import_module(f"switchlm.cli.{FILES.get(name, name)}"), name)
+    one.command(command, cls=Command, epilog=f"Example: {EXAMPLES[command]}")(function)
     return typer.main.get_command(one)
 
 

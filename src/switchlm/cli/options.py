@@ -78,29 +78,29 @@ InputLength = Annotated[
 Tasks = Annotated[
     list[str] | None,
     typer.Option(
-        "--task", help="A task or mixture by name, or a file or folder of yours; may be repeated."
+        "--task", help="A task or mixture by name, or your own file or folder; may be repeated."
     ),
 ]
 InputColumn = Annotated[
-    str | None, typer.Option(help="Of a file of yours: the column to read; input if left out.")
+    str | None, typer.Option(help="The column of your file with the inputs; input if left out.")
 ]
 TargetColumn = Annotated[
-    str | None, typer.Option(help="Of a file of yours: the column to write; target if left out.")
+    str | None, typer.Option(help="The column of your file with the targets; target if left out.")
 ]
 Template = Annotated[
     str | None,
-    typer.Option(help="Of a file of yours: the input, as in 'question: {question} text: {text}'."),
+    typer.Option(help="Inputs made of your file's columns: 'question: {question} text: {text}'."),
 ]
 TargetTemplate = Annotated[
-    str | None, typer.Option(help="Of a file of yours: the target, as in '{answers.text}'.")
+    str | None, typer.Option(help="Targets made of your file's columns, as in '{answers.text}'.")
 ]
 Metrics = Annotated[
     list[str] | None,
-    typer.Option("--metric", help="Of a file of yours: exact_match, f1, rouge2, ...; repeatable."),
+    typer.Option("--metric", help="Metric of your file: exact_match, f1, rouge2, ...; repeatable."),
 ]
 Labels = Annotated[
     list[str] | None,
-    typer.Option("--label", help="Of a file of yours: a possible target; repeat it for each."),
+    typer.Option("--label", help="A possible target of your file; repeat it for each."),
 ]
 SkipEmpty = Annotated[
     bool,

@@ -59,7 +59,7 @@ def find_task(name: str, options: TaskOptions | None = None) -> Task:
         if replace(chosen, skip_empty=False) != TaskOptions():
             raise ConfigError(
                 f"The task {name!r} has its own columns, template and metrics; those options are "
-                "for a file of yours, as in --task path/to/file.jsonl."
+                "for your own file, as in --task path/to/file.jsonl."
             )
         return replace(TASKS[name], skip_empty=True) if chosen.skip_empty else TASKS[name]
     if name in MIXTURES:

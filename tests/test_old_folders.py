@@ -19,14 +19,15 @@ FOLDERS = Path(__file__).parent / "golden" / "folders"
 EXPECTED = json.loads((FOLDERS / "expected.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["model", "int8", "int4"])
-def test_a_model_folder_gives_the_same_logits(name: str) -> None:
+# The kernel for 4 bits rounds activations to bfloat16; the one that wrote the values did not.
+@pytest.mark.parametrize(("name", "close"), [("model", 1e-4), ("int8", 1e-4), ("int4", 1e-3)])
+def test_a_model_folder_gives_the_same_logits(name: str, close: float) -> None:
     model, _ = switchlm.load(str(FOLDERS / name))
     inputs_BS, targets_BT = torch.arange(70, 90)[None], torch.tensor([[0, 100, 101, 102]])
     with torch.no_grad():
         logits_BTV = model.eval()(inputs_BS, targets_BT).logits_BTV
     expected = torch.tensor(EXPECTED["logits"][name])
-    torch.testing.assert_close(logits_BTV[0, -1, 65:97], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_BTV[0, -1, 65:97], expected, rtol=1e-4, atol=close)
 
 
 def test_a_run_resumes_with_its_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@ import gzip
 import json
 import sys
 import tracemalloc
-import types
 from collections import Counter
 
 import pandas
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 
 from switchlm.data.config import Columns
 from switchlm.data.text import readers
-from switchlm.data.text.readers import read_file, read_hub
+from switchlm.data.text.readers import read_file
 from switchlm.errors import DataError, MissingExtraError
 
 
@@ -220,40 +219,3 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, name, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=rf"{module}.*switchlm\[{extra}\]"):
         read(tmp_path / name)
-
-
-def test_the_hub_without_its_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingExtraError, match=r"switchlm\[hub\]"):
-        list(read_hub("hub:org/name", Columns(), Counter()))
-
-
-@pytest.mark.parametrize(
-    ("location", "expected_call"),
-    [
-        ("hub:org/name", ("org/name", None, "train")),
-        ("hub:org/name:test", ("org/name", None, "test")),
-        ("hub:org/name:en:test", ("org/name", "en", "test")),
-    ],
-)
-def test_hub_datasets_are_streamed(monkeypatch, location, expected_call):
-    calls = []
-
-    def load_dataset(name, config, *, split, streaming):
-        calls.append((name, config, split))
-        assert streaming
-        return iter([{"text": "one"}, {"text": None}])
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    skipped = Counter()
-    documents = list(read_hub(location, Columns(), skipped))
-    assert [document.text for document in documents] == ["one"]
-    assert calls == [expected_call]
-    assert skipped == {"without text in 'text'": 1}
-
-
-@pytest.mark.parametrize("location", ["hub:", "hub:a:b:c:d"])
-def test_a_hub_source_that_cannot_be_read_is_refused(monkeypatch, location):
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace())
-    with pytest.raises(DataError, match="write hub:NAME"):
-        list(read_hub(location, Columns(), Counter()))

@@ -264,7 +264,7 @@ def open_data(
     """
     say = report or (lambda line: None)
     folder = cache_dir or cache_folder(config)
-    parsed = sources.parse_all(config.sources)
+    parsed = sources.with_revisions(sources.parse_all(config.sources), folder, say)
     tokenizer = tokenizer or open_tokenizer(config, parsed, folder, say)
     caches = [
         open_cache(

@@ -1,4 +1,4 @@
-"""Read documents from plain text, JSON, CSV and Parquet files, and datasets of the hub.
+"""Read documents from plain text, JSON, CSV and Parquet files.
 
 Invalid documents are skipped and counted by reason; an invalid file, such as one without the text
 column, is a DataError.
@@ -48,20 +48,20 @@ def read_file(
     kind = kinds[-2:-1] if kinds[-1:] in (["gz"], ["zst"]) else kinds[-1:]
     try:
         if kinds[-1:] == ["parquet"]:
-            yield from _documents(read_parquet(path, columns), path.name, columns, skipped)
+            yield from read_records(read_parquet(path, columns), path.name, columns, skipped)
             return
         if kind == ["json"]:
             with open_stream(path, kinds) as stream:
                 records = _json_records(stream, path.name, skipped)
                 if records is not None:
-                    yield from _documents(records, path.name, columns, skipped)
+                    yield from read_records(records, path.name, columns, skipped)
                     return
         with open_stream(path, kinds) as stream:
             if kind in (["jsonl"], ["ndjson"]):
-                yield from _documents(_json_lines(stream, skipped), path.name, columns, skipped)
+                yield from read_records(_json_lines(stream, skipped), path.name, columns, skipped)
             elif kind in (["csv"], ["tsv"]):
                 rows = read_csv(stream, "\t" if kind == ["tsv"] else ",")
-                yield from _documents(rows, path.name, columns, skipped)
+                yield from read_records(rows, path.name, columns, skipped)
             else:
                 yield from _plain(stream, alone, skipped)
     except (OSError, EOFError, zlib.error) as error:
@@ -188,7 +188,7 @@ def read_csv(stream: BinaryIO, separator: str) -> Iterator[dict[str, Any]]:
     yield from csv.DictReader(text, delimiter=separator)
 
 
-def _documents(
+def read_records(
     records: Iterable[Any], where: str, columns: Columns, skipped: Counter[str]
 ) -> Iterator[Document]:
     """Yield the texts of records; those without text or group are skipped and counted.
@@ -239,20 +239,3 @@ def read_parquet(path: Path, columns: Columns | None = None) -> Iterator[dict[st
             yield from rows.to_pylist()
     except pyarrow.ArrowException as error:
         raise DataError(f"Cannot read the Parquet file {str(path)!r}: {error}") from None
-
-
-def read_hub(location: str, columns: Columns, skipped: Counter[str]) -> Iterator[Document]:
-    """Stream `hub:NAME[:CONFIG][:SPLIT]`; the split is `train` unless named."""
-    datasets = require("datasets", "hub", f"Reading {location}")
-    _, name, *rest = location.split(":")
-    if not name or len(rest) > 2:
-        raise DataError(
-            f"Cannot read {location!r}: write hub:NAME, hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT."
-        )
-    config = rest[0] if len(rest) == 2 else None
-    split = rest[-1] if rest else "train"
-    try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=True)
-        yield from _documents(rows, location, columns, skipped)
-    except (OSError, ValueError) as error:
-        raise DataError(f"Cannot read {location!r} from the hub: {error}") from None

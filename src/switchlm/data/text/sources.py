@@ -15,8 +15,10 @@ from itertools import chain
 from pathlib import Path
 
 from switchlm.data.config import Columns
-from switchlm.data.text.readers import Document, read_file, read_hub
+from switchlm.data.text.hub import find_revision, read_hub
+from switchlm.data.text.readers import Document, read_file
 from switchlm.errors import DataError
+from switchlm.files import Report
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)", re.DOTALL)
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -27,11 +29,12 @@ _SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One source; `weight` is None if the user gave none."""
+    """One source; `weight` is None if the user gave none, `revision` is of datasets of the hub."""
 
     name: str
     location: str
     weight: float | None = None
+    revision: str | None = None
 
 
 def parse(text: str) -> Source:
@@ -122,6 +125,14 @@ def is_hub(source: Source) -> bool:
     return source.location.startswith("hub:")
 
 
+def with_revisions(parsed: Sequence[Source], folder: Path, report: Report) -> tuple[Source, ...]:
+    """Return the sources, those of the hub with their revision; folder: of the caches."""
+    return tuple(
+        replace(one, revision=find_revision(one.location, folder, report)) if is_hub(one) else one
+        for one in parsed
+    )
+
+
 def files(source: Source) -> list[tuple[str, Path]]:
     """Return (name relative to the source's root, path) of every file, sorted.
 
@@ -192,7 +203,7 @@ def read(
 ) -> Iterator[Document]:
     """Yield the documents of a source in a fixed order; counts skipped ones, by reason."""
     if is_hub(source):
-        documents: Iterator[Document] = read_hub(source.location, columns, skipped)
+        documents: Iterator[Document] = read_hub(source.location, source.revision, columns, skipped)
     else:
         found = files(source)
         alone = len(found) == 1

@@ -73,7 +73,7 @@ def fingerprint(source: Source, columns: Columns, max_documents: int | None) -> 
     if columns.group is not None:
         listing.append(columns.group)
     if sources.is_hub(source):
-        listing.append(source.location)
+        listing.append([source.location, source.revision])
     else:
         for name, path in sources.files(source):
             state = path.stat()

@@ -26,6 +26,7 @@ from switchlm import _torch
 from switchlm.cli.main import app
 
 SECONDS = 240
+MOST_JOBS = 24  # of a process: gloo's threads of ended groups stay, and some of them spin
 
 
 class Worker:
@@ -36,6 +37,7 @@ class Worker:
         self.connection, there = context.Pipe()
         self.process = context.Process(target=_serve, args=(there,), daemon=True)
         self.process.start()
+        self.jobs = 0
         there.close()  # so that the end of the process is the end of the connection
 
 
@@ -96,11 +98,14 @@ def _switchlm(
 def _call_in_processes(
     number: int, store: str | None, work: Callable[..., None], *arguments: Any
 ) -> None:
+    if any(worker.jobs >= MOST_JOBS for worker in _workers):
+        _end_all()
     while len(_workers) < number:
         _workers.append(Worker())
     ranks: dict[Any, int] = {}
     for rank, worker in enumerate(_workers[:number]):
         worker.connection.send((rank, number, store, work, arguments))
+        worker.jobs += 1
         ranks[worker.connection] = rank
     until = time.monotonic() + SECONDS
     while ranks:

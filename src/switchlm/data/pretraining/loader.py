@@ -18,10 +18,10 @@ from switchlm.data import order
 from switchlm.data.batch import Batch, StepLoader, pad_rows, padded_length
 from switchlm.data.config import DataConfig
 from switchlm.data.order import Int64, Mixture, derive_key, hash_numbers
+from switchlm.data.pretraining.describe import describe_mixture, remarks
 from switchlm.data.pretraining.rows import (
     Examples,
     PackedDocuments,
-    Rows,
     RunningText,
     cut,
     join,
@@ -29,6 +29,7 @@ from switchlm.data.pretraining.rows import (
     target_length_for,
 )
 from switchlm.data.pretraining.span_corruption import Noise, corrupt, noise_mask
+from switchlm.data.pretraining.streamed import StreamedRows, Windows, check_shares
 from switchlm.data.text import sources
 from switchlm.data.text.cache_folder import cache_folder, keep_limit
 from switchlm.data.text.sources import Source
@@ -38,9 +39,7 @@ from switchlm.data.text.vocabulary import open_tokenizer
 from switchlm.errors import DataError, nearest
 from switchlm.files import Report
 
-MAX_LINES = 16  # sources that are reported one by one
-MAX_WARNINGS = 3
-FAR = 3.0  # times more or less held out than wanted, which is said
+Rows = RunningText | PackedDocuments | StreamedRows
 _HELD_OUT_SEED = 0  # not the run's seed, so that all runs are evaluated on the same masked text
 
 
@@ -87,7 +86,9 @@ class RowShape:
             pack=config.pack,
         )
 
-    def rows(self, cache: TokenCache, chosen_D: np.ndarray, seed: int) -> Rows:
+    def rows(
+        self, cache: TokenCache, chosen_D: np.ndarray, seed: int
+    ) -> RunningText | PackedDocuments:
         """Return the rows of the chosen documents of a source."""
         if not self.pack:
             return RunningText(cache, chosen_D, self.raw_length, seed)
@@ -169,7 +170,7 @@ class Samples:
         needed_S2 = [
             rows.longest(index_B[source_B == source])
             for source, rows in enumerate(self._rows)
-            if isinstance(rows, PackedDocuments) and (source_B == source).any()
+            if not isinstance(rows, RunningText) and (source_B == source).any()
         ]
         inputs, targets = np.max(needed_S2, axis=0).tolist()
         return padded_length(inputs, limits[0]), padded_length(targets, limits[1])
@@ -185,7 +186,7 @@ class Samples:
     def _gather(self, source_B: Int64, index_B: Int64) -> Examples:
         """Return the raw tokens of all rows, in the order of the batch."""
         running = [rows for rows in self._rows if isinstance(rows, RunningText)]
-        if running:
+        if len(running) == len(self._rows):
             return running_rows(running, source_B, index_B)
         parts = []
         for source in np.unique(source_B):
@@ -266,8 +267,17 @@ def open_data(
     folder = cache_dir or cache_folder(config)
     parsed = sources.with_revisions(sources.parse_all(config.sources), folder, say)
     tokenizer = tokenizer or open_tokenizer(config, parsed, folder, say)
+    windows = {
+        place: Windows(source, tokenizer, folder, config, say)
+        for place, source in enumerate(parsed)
+        if sources.is_hub(source)
+    }
+    for one in windows.values():
+        one.extend()
     caches = [
-        open_cache(
+        windows[place].known[0]
+        if place in windows
+        else open_cache(
             source,
             tokenizer,
             folder,
@@ -275,15 +285,20 @@ def open_data(
             max_documents=config.max_documents,
             report=say,
         )
-        for source in parsed
+        for place, source in enumerate(parsed)
     ]
+    windows = {place: one for place, one in windows.items() if not one.complete}
+    check_shares(bool(windows), [source.weight for source in parsed])
     if cache_dir is None:
         keep_limit(config, [cache.folder for cache in caches], say)
     shape = RowShape.of(config, caches, len(tokenizer.sentinel_ids))
     caches, held_out = _split(config, caches, shape.raw_length)
-    train_rows = [
+    train_rows: list[Rows] = [
         shape.rows(cache, ~chosen_D, seed) for cache, chosen_D in zip(caches, held_out, strict=True)
     ]
+    for place, one in windows.items():
+        train_rows[place] = _streamed(one, train_rows[place], shape, config.held_out_share, seed)
+        say(f"{parsed[place].name}: the beginning is here; training reads on while it goes")
     held_out_rows = [
         shape.rows(cache, chosen_D, _HELD_OUT_SEED)
         for cache, chosen_D in zip(caches, held_out, strict=True)
@@ -301,9 +316,9 @@ def open_data(
         config.mixing_exponent,
     )
     names = tuple(source.name for source in parsed)
-    for line in _describe_mixture(parsed, train_rows, held_out_rows, shares_S):
+    for line in describe_mixture(parsed, train_rows, held_out_rows, shares_S):
         say(line)
-    for line in _remarks(config, shape, names, train_rows, held_out_rows):
+    for line in remarks(config, shape.noise, shape.raw_length, names, train_rows, held_out_rows):
         say(line)
     return Loader(
         Samples(train_rows, Mixture(shares_S, seed), shape, tokenizer, seed),
@@ -313,6 +328,20 @@ def open_data(
         config.batch_size,
         hash_of_text(parsed, caches),
     )
+
+
+def _streamed(
+    windows: Windows, first: Rows, shape: RowShape, share: float, seed: int
+) -> StreamedRows:
+    """Return rows of all windows; of later ones no text is trained on whose hash holds it out."""
+
+    def rows(cache: TokenCache) -> RunningText | PackedDocuments:
+        if cache is windows.known[0]:
+            assert not isinstance(first, StreamedRows)
+            return first
+        return shape.rows(cache, cache.hashes_D >= np.uint64(share * 2.0**64), seed)
+
+    return StreamedRows(windows, rows)
 
 
 def _split(
@@ -341,35 +370,6 @@ def _split(
     return caches, held_out
 
 
-def _remarks(
-    config: DataConfig,
-    shape: RowShape,
-    names: Sequence[str],
-    train: Sequence[Rows],
-    held_out: Sequence[Rows],
-) -> list[str]:
-    """Return lines on what is not as set: the share held out, and the length of spans."""
-    lines = []
-    wanted = config.held_out_share
-    for name, part, kept in zip(names, train, held_out, strict=True):
-        share = kept.num_tokens / max(part.num_tokens + kept.num_tokens, 1)
-        if wanted and not wanted / FAR <= share <= wanted * FAR:
-            reason = "documents are few and large" if share else "there is too little text"
-            lines.append(
-                f"Warning: {share:.1%} of the tokens of {name!r} are held out, not {wanted:.1%} "
-                f"(data.held_out_share): {reason}"
-            )
-    if len(lines) > MAX_WARNINGS:
-        lines[MAX_WARNINGS:] = [f"Warning: so it is with {len(lines) - MAX_WARNINGS} more sources"]
-    masked, spans = (int(one[0]) for one in shape.noise.counts(np.array([shape.raw_length])))
-    if spans == shape.noise.most_spans and masked / spans > 1.01 * shape.noise.mean_span:
-        lines.append(
-            f"Spans are {masked / spans:.1f} tokens long on average, not {config.mean_span:g} "
-            f"(data.mean_span): rows of {config.input_length} have no more than {spans} sentinels"
-        )
-    return lines
-
-
 def hash_of_text(parsed: Sequence[Source], caches: Sequence[TokenCache]) -> str:
     """Return a hash of the documents of all sources, in order, wherever their files are."""
     state = hashlib.sha256()
@@ -380,32 +380,8 @@ def hash_of_text(parsed: Sequence[Source], caches: Sequence[TokenCache]) -> str:
     return state.hexdigest()
 
 
-def _describe_mixture(
-    parsed: Sequence[Source], train: Sequence[Rows], held_out: Sequence[Rows], shares_S: np.ndarray
-) -> list[str]:
-    """Return a line for each source, or one line if there are more than MAX_LINES."""
-
-    def line(who: str, places: Sequence[int], share: str) -> str:
-        read, kept = (sum(part[place].num_tokens for place in places) for part in (train, held_out))
-        return (
-            f"{who}: {read:,} tokens to train on, {kept:,} held out "
-            f"({kept / max(read + kept, 1):.1%}), {share} of the rows"
-        )
-
-    every = range(len(parsed))
-    if len(parsed) <= MAX_LINES:
-        return [
-            line(f"{one.name} ({sources.describe(one)})", [place], f"{shares_S[place]:.1%}")
-            for place, one in enumerate(parsed)
-        ]
-    names = [one.name for one in parsed]
-    least, most = int(shares_S.argmin()), int(shares_S.argmax())
-    shares = f"{shares_S[least]:.2%} ({names[least]}) to {shares_S[most]:.2%} ({names[most]}) each"
-    return [line(f"{len(parsed)} sources", every, shares)]
-
-
 def _held_out(
-    rows: list[Rows], shares_S: np.ndarray, shape: RowShape, tokenizer: Tokenizer
+    rows: Sequence[Rows], shares_S: np.ndarray, shape: RowShape, tokenizer: Tokenizer
 ) -> Samples | None:
     """Return held-out samples of the sources that have any, in the mixture of training."""
     shares_S = shares_S * np.array([part.num_rows > 0 for part in rows])

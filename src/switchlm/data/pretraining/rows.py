@@ -84,6 +84,10 @@ class RunningText:
         self.num_tokens = int(self._run_at[-1])
         self.num_rows = self.num_tokens // row_length
 
+    def examples(self, index_N: Int64) -> "Examples":
+        """Return the rows with these numbers, one example for each."""
+        return running_rows([self], np.zeros_like(index_N), index_N)
+
     def read(self, start: int) -> np.ndarray:
         """Return `row_length` tokens of the chosen text from position `start` on."""
         run = self._run_at.searchsorted(start, side="right") - 1
@@ -229,6 +233,3 @@ class PackedDocuments:
         position_EL = self._pieces.start_P[piece_E][:, None] + np.arange(int(length_E.max()))
         tokens_EL = self._tokens[np.minimum(position_EL, len(self._tokens) - 1)]
         return Examples(tokens_EL=tokens_EL.astype(np.int64), length_E=length_E, row_E=row_E)
-
-
-Rows = RunningText | PackedDocuments

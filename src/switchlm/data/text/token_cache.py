@@ -18,7 +18,7 @@ import time
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +44,17 @@ _BATCH = 256  # documents tokenized at once
 
 @dataclass(frozen=True, kw_only=True)
 class TokenCache:
-    """The tokens of one source in a folder: `tokens` is memory-mapped, D documents."""
+    """The tokens of one source in a folder: `tokens` is memory-mapped, D documents.
+
+    characters: of the text.
+    """
 
     folder: Path
     tokens: np.ndarray
     offsets: Int64
     hashes_D: UInt64
     skipped: str
+    characters: int = 0
 
     @property
     def lengths_D(self) -> Int64:
@@ -81,6 +85,21 @@ def fingerprint(source: Source, columns: Columns, max_documents: int | None) -> 
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
+def cache_path(
+    source: Source,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    columns: Columns,
+    max_documents: int | None,
+    window: int | None = None,
+) -> Path:
+    """Return the place of a cache; window: of a source that is cached in parts, else None."""
+    text_hash = fingerprint(source, columns, max_documents)
+    names = f"{text_hash} {tokenizer.fingerprint()}" + ("" if window is None else f" {window}")
+    return folder / f"tokens-{hashlib.sha256(names.encode()).hexdigest()[:24]}"
+
+
 def open_cache(
     source: Source,
     tokenizer: Tokenizer,
@@ -91,9 +110,26 @@ def open_cache(
     report: Report,
 ) -> TokenCache:
     """Open the cache of `source` in `folder`; builds it if it is missing or damaged."""
-    text_hash = fingerprint(source, columns, max_documents)
-    key = hashlib.sha256(f"{text_hash} {tokenizer.fingerprint()}".encode()).hexdigest()[:24]
-    final = folder / f"tokens-{key}"
+    limits = {"columns": columns, "max_documents": max_documents}
+
+    def read(skipped: Counter[str]) -> Iterator[Document]:
+        return sources.read(source, columns=columns, max_documents=max_documents, skipped=skipped)
+
+    place = cache_path(source, tokenizer, folder, **limits)  # type: ignore[arg-type]
+    return open_at(place, source, tokenizer, read, report)
+
+
+def open_at(
+    final: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    read: Callable[[Counter[str]], Iterator[Document]],
+    report: Report,
+) -> TokenCache:
+    """Open the cache at `final`; builds it of the documents that `read` gives if need be.
+
+    read: counts what it skips by reason in its argument.
+    """
     if (cache := _read(final)) is not None:
         return cache
     with building(final, report) as part:
@@ -102,10 +138,7 @@ def open_cache(
         shutil.rmtree(final, ignore_errors=True)  # a damaged one
         part.mkdir()
         skipped: Counter[str] = Counter()
-        documents = sources.read(
-            source, columns=columns, max_documents=max_documents, skipped=skipped
-        )
-        _write(part, source, documents, tokenizer, skipped, report)
+        _write(part, source, read(skipped), tokenizer, skipped, report)
     cache = _read(final)
     assert cache is not None
     return cache
@@ -130,6 +163,7 @@ def _read(folder: Path, report: Report = lambda line: None) -> TokenCache | None
             offsets=np.load(folder / "offsets.npy", allow_pickle=False),
             hashes_D=np.load(folder / "hashes.npy", allow_pickle=False),
             skipped=manifest["skipped"],
+            characters=manifest["characters"],
         )
     except DAMAGED as error:
         report(f"The token cache {str(folder)!r} is damaged, and is built again: {error}")
@@ -167,13 +201,14 @@ def _write(
     """Tokenize all documents into the files of a cache."""
     dtype = np.uint16 if tokenizer.vocabulary_size <= 2**16 else np.uint32
     lengths, hashes = array("q"), array("Q")  # a list of numbers takes five times the memory
-    total, reported = 0, time.monotonic()
+    total, characters, reported = 0, 0, time.monotonic()
     with (folder / "tokens.bin").open("wb") as file:
         for batch in _batches(documents):
             for tokens in tokenizer.encode_plain([document.text for document in batch]):
                 file.write(np.append(tokens, tokenizer.end_id).astype(dtype).tobytes())
                 lengths.append(len(tokens) + 1)
             hashes.extend(map(_identity, batch))
+            characters += sum(len(document.text) for document in batch)
             total += sum(lengths[-len(batch) :])
             if time.monotonic() - reported > REPORT_SECONDS:
                 reported = time.monotonic()
@@ -201,6 +236,7 @@ def _write(
         "skipped": left_out,
         "source": source.location,
         "tokens": total,
+        "characters": characters,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ def cache_of(lengths):
     """A cache whose token at every place is that place."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return TokenCache(
+        folder=Path(),
         tokens=np.arange(offsets[-1], dtype=np.uint32),
         offsets=offsets,
         hashes_D=np.zeros(len(lengths), dtype=np.uint64),

@@ -39,3 +39,17 @@ def test_the_device_of_a_run_is_in_its_configuration(run, text_file, tmp_path):
     assert done.exit_code == 0, done.output
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["training"]["device"] == "cpu"
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "distill"])
+def test_a_run_to_resume_that_is_not_there_is_named_beside_those_that_are(
+    refuse, tmp_path, command
+):
+    assert f"no run in '{tmp_path / 'mien'}' to resume" in refuse(
+        command, "--out", tmp_path / "mien", "--resume"
+    )
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").write_text("{}")
+    message = refuse(command, "--out", tmp_path / "mien", "--resume")
+    assert "Did you mean 'mine'?" in message
+    assert not (tmp_path / "mien").exists()

@@ -126,6 +126,21 @@ def settings(stated: list[str] | None, device: str | None, cache: Path | None = 
     return [*found, *(stated or ())]
 
 
+def check_resumed(out: Path, *beginnings: Any) -> None:
+    """Raise ConfigError if there is no run in `out` to resume, and nothing to begin one from.
+
+    beginnings: the options that a new run would begin from.
+    """
+    from switchlm.training.run_folder import RunFolder
+
+    if RunFolder(out).exists() or any(beginnings):
+        return
+    folder = out.absolute().parent
+    names = sorted(path.name for path in folder.glob("*") if RunFolder(path).exists())
+    found = f"The runs in {str(folder)!r}:{nearest(out.name, names)}" if names else ""
+    raise ConfigError(f"There is no run in {str(out)!r} to resume. {found}")
+
+
 def read_sections(config: Path | None) -> dict[str, Any]:
     """Return the sections of a configuration file, none without one."""
     from switchlm.config import read_yaml

@@ -37,6 +37,8 @@ def pretrain(
     from switchlm.recipes.config import RunConfig, from_sections, run_config, sections_of_run
     from switchlm.recipes.pretrain import pretrain as recipe
 
+    if resume:
+        options.check_resumed(out, config, data, set_)
     overrides = options.settings(set_, device, cache)
     if init_from is not None:
         overrides.append(f"init_from={json.dumps(init_from)}")
@@ -93,6 +95,8 @@ def finetune(
     from switchlm.recipes.finetune import finetune as recipe
     from switchlm.recipes.finetune_config import finetune_run
 
+    if resume:
+        options.check_resumed(out, config, model)
     values = sections_of_run(out) if resume else {}
     if values and "finetune" not in values:
         raise ConfigError(
@@ -173,6 +177,8 @@ def distill(
     from switchlm.recipes.distill import headline
     from switchlm.training.run_folder import RunFolder
 
+    if resume:
+        options.check_resumed(out, teacher)
     logits = None if cache_logits is None else str(cache_logits)
     stated = options.given(baseline=baseline, cache_logits=logits, top_k=top_k)
     overrides = options.settings(set_, device, cache)

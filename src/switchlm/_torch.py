@@ -3,7 +3,7 @@
 They may change with any release; pyproject.toml limits the releases to those that were tried.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +34,13 @@ def active_fake_mode() -> FakeTensorMode | None:
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     assert mode is None or isinstance(mode, FakeTensorMode)
     return mode
+
+
+def unknown_size(number: int) -> int:
+    """Return the number, of at least 1, as a size that torch.export assumes nothing about."""
+    size: Any = torch.scalar_tensor(number, dtype=torch.int64).item()
+    torch._check(size >= 1)
+    return cast(int, size)  # int() would fix it
 
 
 def start_fake_job(num_processes: int) -> None:

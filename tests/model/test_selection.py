@@ -42,10 +42,13 @@ def test_rerouting_drops_no_token_where_slots_suffice(
     valid_N1 = torch.rand(tokens, 1) < 0.8
     group_N = torch.arange(tokens) // size
     first_N1 = choose(probability_NE, 1)
-    expert_N1, kept_N1 = reroute_overflow(probability_NE, first_N1, valid_N1, group_N, capacity)
+    num_groups = int(group_N.max()) + 1
+    expert_N1, kept_N1 = reroute_overflow(
+        probability_NE, first_N1, valid_N1, group_N, num_groups, capacity
+    )
     expert_N, kept_N, valid_N = expert_N1[:, 0], kept_N1[:, 0], valid_N1[:, 0]
     assert not (kept_N & ~valid_N).any()
-    for group in range(int(group_N.max()) + 1):
+    for group in range(num_groups):
         members = group_N == group
         load_E = torch.bincount(expert_N[members & kept_N], minlength=experts)
         assert load_E.max() <= capacity
@@ -64,12 +67,12 @@ def test_rerouting_goes_by_probability_after_the_first_choice() -> None:
     first_N1 = choose(probability_NE, 1)
     everyone = torch.ones(3, 1, dtype=torch.bool)
     one_group = torch.zeros(3, dtype=torch.long)
-    expert_N1, kept_N1 = reroute_overflow(probability_NE, first_N1, everyone, one_group, 1)
+    expert_N1, kept_N1 = reroute_overflow(probability_NE, first_N1, everyone, one_group, 1, 1)
     assert expert_N1[:, 0].tolist() == [0, 2, 1]
     assert kept_N1.all()
     # A sampled first choice is honoured too.
     sampled_N1 = torch.tensor([[2], [0], [1]])
-    expert_N1, _ = reroute_overflow(probability_NE, sampled_N1, everyone, one_group, 1)
+    expert_N1, _ = reroute_overflow(probability_NE, sampled_N1, everyone, one_group, 1, 1)
     assert expert_N1.tolist() == sampled_N1.tolist()
 
 

@@ -85,7 +85,7 @@ def check_memory(size: int, *shapes: Tensor) -> None:
     size: bytes per number of what the shapes give.
     shapes: tensors that broadcast to [..., queries, keys].
     """
-    traced = _torch.has_dispatch_mode() or torch.compiler.is_compiling()
+    traced = torch.compiler.is_compiling() or _torch.has_dispatch_mode()
     if traced or not shapes[0].is_cpu:
         return
     shape = torch.broadcast_shapes(*(tensor.shape for tensor in shapes))

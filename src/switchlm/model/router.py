@@ -20,6 +20,7 @@ from switchlm.model.selection import (
     group_size,
     grouped,
     position_in_expert,
+    sum_by_group,
 )
 
 
@@ -80,16 +81,16 @@ class Router(nn.Module):
             kernel = fitting(ROUTE, x_ND, self.weight, self.bias_E, valid_N)
             if kernel is not None:
                 return self._fused(kernel, x_ND, valid_N, tokens_per_group)
+        # Only what autocast would change: programs of torch.export with a size from within this
+        # context cannot be saved.
         with torch.autocast(x_ND.device.type, enabled=False):
-            logits_NE, probability_NE = self.scores(x_ND)
-            if self.experts_choose:
-                routing = self._experts_choose(logits_NE, probability_NE, valid_N, tokens_per_group)
-            else:
-                dtype = activation_dtype if semantics.gate_in_activation_dtype else self.dtype
-                routing = self._tokens_choose(
-                    logits_NE, probability_NE, valid_N, tokens_per_group, dtype
-                )
-        return replace(routing, logits_NE=logits_NE) if self.keeps_logits else routing
+            scores = self.scores(x_ND)
+        if self.experts_choose:
+            routing = self._experts_choose(*scores, valid_N, tokens_per_group)
+        else:
+            dtype = activation_dtype if semantics.gate_in_activation_dtype else self.dtype
+            routing = self._tokens_choose(*scores, valid_N, tokens_per_group, dtype)
+        return replace(routing, logits_NE=scores[0]) if self.keeps_logits else routing
 
     @property
     def routes_padding(self) -> bool:
@@ -175,11 +176,11 @@ class Router(nn.Module):
         kept_NK = torch.ones_like(expert_NK, dtype=torch.bool)
         if valid_N is not None:
             kept_NK = kept_NK & valid_N[:, None]
-        if capacity is not None:
-            group_N = torch.arange(len(logits_NE), device=logits_NE.device) // tokens_per_group
+        if capacity is not None and chosen_GE is not None:
+            group_N = torch.arange(logits_NE.shape[0], device=logits_NE.device) // tokens_per_group
             if self.config.reroute_overflow:
                 expert_NK, kept_NK = selection.reroute_overflow(
-                    choice_NE, expert_NK, kept_NK, group_N, capacity
+                    choice_NE, expert_NK, kept_NK, group_N, chosen_GE.shape[0], capacity
                 )
             else:
                 queued_NK = torch.where(kept_NK, expert_NK, self.num_experts)
@@ -263,13 +264,14 @@ class Router(nn.Module):
         if valid_N is not None:
             real_N = valid_N.float()
             probability_NE = probability_NE * real_N[:, None]
-        tokens_G1 = grouped(real_N[:, None], tokens_per_group).sum(1)
-        probability_GE = grouped(probability_NE, tokens_per_group).sum(1) / tokens_G1.clamp(min=1)
+        groups = tokens_per_group, chosen_GE.shape[0]
+        tokens_G1 = sum_by_group(real_N[:, None], *groups)
+        probability_GE = sum_by_group(probability_NE, *groups) / tokens_G1.clamp(min=1)
         fraction_GE = chosen_GE / chosen_GE.sum(-1, keepdim=True).clamp(min=1)
         balance_G = (fraction_GE * probability_GE).sum(-1) * self.num_experts
-        groups = (tokens_G1 > 0).sum().clamp(min=1)
+        filled = (tokens_G1 > 0).sum().clamp(min=1)
         z_N1 = (logits_NE.logsumexp(-1).square() * real_N)[:, None]
-        z_G1 = grouped(z_N1, tokens_per_group).sum(1) / tokens_G1.clamp(min=1)
+        z_G1 = sum_by_group(z_N1, *groups) / tokens_G1.clamp(min=1)
         return Routing(
             expert_A=expert_A,
             gate_A=gate_A,
@@ -278,6 +280,6 @@ class Router(nn.Module):
             load_E=chosen_GE.sum(0).long(),
             fraction_GE=fraction_GE,
             probability_GE=probability_GE,
-            balance_loss=balance_G.sum() / groups,
-            z_loss=z_G1.sum() / groups,
+            balance_loss=balance_G.sum() / filled,
+            z_loss=z_G1.sum() / filled,
         )

@@ -5,6 +5,7 @@ Shapes: N tokens, E experts, G groups, A assignments (of a token to an expert).
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -60,3 +61,8 @@ class ModelOutput:
     def routing(self) -> tuple[Routing, ...]:
         """Every Switch layer's routing, the encoder's first."""
         return self.encoder_routing + self.decoder_routing
+
+
+# Programs of torch.export return these records, and are saved with their names.
+for record in (Routing, ModelOutput):
+    torch.export.register_dataclass(record, serialized_type_name=f"switchlm.{record.__name__}")

@@ -7,11 +7,10 @@ Shapes: N tokens, K choices per token, A = N * K assignments, E experts, G group
 capacity.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
+from switchlm import _torch
 from switchlm.model.semantics import Semantics
 
 
@@ -29,17 +28,36 @@ def group_size(
     group_rows: the number of rows per group instead.
     """
     if group_rows is not None:
-        return max(row_tokens * group_rows, 1)
+        return at_least(1, row_tokens * group_rows)
     if semantics.group_tokens is None:
-        return max(row_tokens, 1)
-    num_groups = math.ceil(num_tokens / semantics.group_tokens)
-    return max(math.ceil(num_tokens / max(num_groups, 1)), 1)
+        return at_least(1, row_tokens)
+    num_groups = at_least(1, _ceil_div(num_tokens, semantics.group_tokens))
+    return at_least(1, _ceil_div(num_tokens, num_groups))
 
 
 def expert_capacity(tokens: int, factor: float, num_experts: int, semantics: Semantics) -> int:
     """Return tokens / experts * factor (equation 3), rounded and bounded as the semantics say."""
     capacity = semantics.capacity_rounding(tokens * factor / num_experts)
-    return max(min(tokens, capacity), semantics.min_capacity)
+    return at_least(semantics.min_capacity, torch.sym_min(tokens, capacity))
+
+
+def at_least(least: int, number: int) -> int:
+    """Return the larger one; of a symbolic number the branch of `max` would become a condition."""
+    larger: int = torch.sym_max(number, least)
+    return larger
+
+
+def _ceil_div(number: int, by: int) -> int:
+    return (number + by - 1) // by  # torch.export fails at -(-number // by)
+
+
+def count_groups(num_tokens: int, tokens_per_group: int) -> int:
+    """Return G, at least one group.
+
+    For torch.export it is a number of its own, or programs were for as many groups as the example.
+    """
+    num_groups = at_least(1, _ceil_div(num_tokens, tokens_per_group))
+    return _torch.unknown_size(num_groups) if torch.compiler.is_exporting() else num_groups
 
 
 def grouped(values_NX: Tensor, tokens_per_group: int) -> Tensor:
@@ -48,12 +66,20 @@ def grouped(values_NX: Tensor, tokens_per_group: int) -> Tensor:
     A single group has no padding, however large groups may be.
     """
     num_tokens = values_NX.shape[0]
-    tokens_per_group = min(tokens_per_group, max(num_tokens, 1))
-    num_groups = max(math.ceil(num_tokens / tokens_per_group), 1)
+    tokens_per_group = torch.sym_min(tokens_per_group, at_least(1, num_tokens))
+    num_groups = count_groups(num_tokens, tokens_per_group)
     missing = num_groups * tokens_per_group - num_tokens
-    if missing:
+    if torch.compiler.is_exporting() or missing:
         values_NX = nn.functional.pad(values_NX, (0, 0, 0, missing))
     return values_NX.view(num_groups, tokens_per_group, values_NX.shape[1])
+
+
+def sum_by_group(values_NX: Tensor, tokens_per_group: int, num_groups: int) -> Tensor:
+    """Return sum_GX; for torch.export without a view by group, whose number is unknown."""
+    if not torch.compiler.is_exporting():
+        return grouped(values_NX, tokens_per_group).sum(1)
+    group_N = torch.arange(values_NX.shape[0], device=values_NX.device) // tokens_per_group
+    return values_NX.new_zeros(num_groups, values_NX.shape[1]).index_add(0, group_N, values_NX)
 
 
 @torch.no_grad()
@@ -62,7 +88,7 @@ def count_by_group(
 ) -> Tensor:
     """Return float32 count_GE: how often the real tokens of a group chose each expert."""
     num_tokens = expert_NK.shape[0]
-    num_groups = max(math.ceil(num_tokens / tokens_per_group), 1)
+    num_groups = count_groups(num_tokens, tokens_per_group)
     group_N = torch.arange(num_tokens, device=expert_NK.device) // tokens_per_group
     cell_NK = group_N[:, None] * num_experts + expert_NK
     weight_NK = torch.ones(expert_NK.shape, device=expert_NK.device)
@@ -114,7 +140,12 @@ def sample(probability_NE: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reroute_overflow(
-    probability_NE: Tensor, first_N1: Tensor, valid_N1: Tensor, group_N: Tensor, capacity: int
+    probability_NE: Tensor,
+    first_N1: Tensor,
+    valid_N1: Tensor,
+    group_N: Tensor,
+    num_groups: int,
+    capacity: int,
 ) -> tuple[Tensor, Tensor]:
     """No-token-left-behind (appendix B): overflow goes to the next best expert, round by round.
 
@@ -125,14 +156,13 @@ def reroute_overflow(
     Returns expert_N1 (the one that took the token, or the last choice) and kept_N1.
     """
     num_experts = probability_NE.shape[1]
-    num_groups = int(group_N.max()) + 1 if group_N.numel() else 0
     left_NE = probability_NE.clone()
     next_N, expert_N, valid_N = first_N1[:, 0], first_N1[:, 0], valid_N1[:, 0]
     kept_N = torch.zeros_like(valid_N)
     taken = torch.zeros(num_groups * (num_experts + 1), dtype=torch.long, device=group_N.device)
     for _ in range(num_experts):
         overflow_N = valid_N & ~kept_N
-        if not overflow_N.any():
+        if not torch.compiler.is_exporting() and not overflow_N.any():
             break
         expert_N = torch.where(overflow_N, next_N, expert_N)
         queued_N = torch.where(overflow_N, next_N, num_experts)
@@ -140,7 +170,7 @@ def reroute_overflow(
         slot_N = group_N * (num_experts + 1) + queued_N
         placed_N = overflow_N & (place_N + taken[slot_N] < capacity)
         kept_N = kept_N | placed_N
-        taken = taken + torch.bincount(slot_N[placed_N], minlength=taken.numel())
+        taken = taken.index_add(0, slot_N, placed_N.long())
         left_NE.scatter_(1, next_N[:, None], -torch.inf)
         next_N = left_NE.argmax(-1)
     return expert_N[:, None], kept_N[:, None]
@@ -156,7 +186,7 @@ def expert_choice(
     since there were too few tokens. Not causal: for encoders only.
     """
     score_GES = probability_GSE.masked_fill(~valid_GS[..., None], -1.0).transpose(1, 2)
-    top = score_GES.topk(min(capacity, score_GES.shape[-1]), dim=-1)
+    top = score_GES.topk(torch.sym_min(capacity, score_GES.shape[-1]), dim=-1)
     return top.indices, top.values >= 0
 
 

@@ -10,6 +10,7 @@ evaluation, where logits are compared with those implementations, it is treated 
 in `hf`, padding at the end of a row changes no other token.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -48,7 +49,7 @@ class Semantics:
 SEMANTICS: dict[str, Semantics] = {
     "paper": Semantics(
         group_tokens=1024,
-        capacity_rounding=int,
+        capacity_rounding=math.trunc,
         min_capacity=4,
         padding_takes_capacity=False,
         jitter_reaches_experts=False,
@@ -70,7 +71,7 @@ SEMANTICS: dict[str, Semantics] = {
     ),
     "hf": Semantics(
         group_tokens=None,
-        capacity_rounding=int,
+        capacity_rounding=math.trunc,
         min_capacity=1,
         padding_takes_capacity=True,
         jitter_reaches_experts=True,

@@ -69,3 +69,9 @@ def test_damaged_adapters_are_errors(saved, file, content, message):
         (folder / file).write_text(content)
     with pytest.raises(CheckpointError, match=message):
         load_adapters(nano(), folder)
+
+
+def test_an_adapter_of_peft_is_told_apart(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="convert_adapter"):
+        load_adapters(nano(), tmp_path)

@@ -71,6 +71,12 @@ def load_adapters(model: SwitchTransformer, folder: str | Path) -> AdapterConfig
     """
     folder = Path(folder)
     if not (folder / ABOUT).is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{str(folder)!r} holds an adapter of PEFT: load it with PEFT's PeftModel into the "
+                "class of switchlm.transformers (one trained in the class of transformers after "
+                "switchlm.transformers.convert_adapter), and merge it there."
+            )
         raise CheckpointError(
             f"There are no adapters in {str(folder)!r}: {ABOUT} is missing. A fine-tuning run with "
             "adapters keeps them in RUN/adapters."

@@ -165,7 +165,7 @@ def read_cache(root: Path) -> int | None:
     found = [path for path in root.glob("cache/tokens-*") if len(path.suffixes) == 0]
     for folder in found:
         manifest = json.loads((folder / "manifest.json").read_text())
-        for name, size in manifest["sizes"].items():
+        for name, (size, _) in manifest["files"].items():
             assert (folder / name).stat().st_size == size
     return 2 if found else None
 

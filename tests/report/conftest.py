@@ -7,7 +7,7 @@ from switchlm.report.write import write_report
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
     driver = pytest.importorskip("playwright.sync_api")
     if not CHROMIUM:

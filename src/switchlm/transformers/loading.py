@@ -3,7 +3,6 @@
 Each option works, or is refused in one sentence.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -126,21 +125,6 @@ def check_config(given: Any, own: PreTrainedConfig) -> None:
                 f"config.{name} is {other!r}, but the saved model has {value!r}: only "
                 f"{', '.join(RUNTIME)} may differ."
             )
-
-
-def shard_bytes(max_shard_size: int | str) -> int:
-    """Return the bytes of a size such as `5GB`, `500MB` or `2GiB`."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", str(max_shard_size).strip().upper())
-    size = 0
-    if found is not None:
-        number, unit, binary = found.groups()
-        size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit or " "))
-    if size < 1:
-        raise ConfigError(
-            f"max_shard_size must be a number of bytes, or text such as 5GB, got "
-            f"{max_shard_size!r}."
-        )
-    return size
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import logging
 
 from switchlm import files
+from switchlm.config import parse_size
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.data.text.tokenizer_files import TOKENIZER
 from switchlm.errors import ConfigError
@@ -169,7 +170,7 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
         Raises ConfigError for other options.
         """
         refuse_options(options, "save_pretrained", loading.SAVING)
-        size = loading.shard_bytes(max_shard_size)
+        size = parse_size(str(max_shard_size), "max_shard_size")
         if not is_main_process:
             return
         model = self.model

@@ -11,6 +11,7 @@ from tests.test_architecture import MODULES
 from torch import nn
 
 import switchlm
+from switchlm import ModelConfig, RouterConfig, SwitchFeedForward
 from switchlm.errors import ConfigError
 from switchlm.model.experts import FeedForwardExperts
 from switchlm.model.precision import set_precision
@@ -91,3 +92,21 @@ def test_functions_refuse_other_values():
 def test_dir_lists_what_the_package_exports():
     assert set(switchlm.__all__) <= set(dir(switchlm))
     assert {"load", "SwitchFeedForward", "__version__"} <= set(dir(switchlm))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SwitchFeedForward(8, 16, -2), "num_experts must be at least 1, got -2"),
+        (lambda: SwitchFeedForward(-8, 16, 2), "d_model must be at least 1, got -8"),
+        (lambda: SwitchFeedForward(8, 0, 2), "d_ff must be at least 1, got 0"),
+        (lambda: ModelConfig(num_experts="4"), "model.num_experts must be a number, got '4'"),
+        (
+            lambda: RouterConfig(capacity_factor="a"),
+            "router.capacity_factor must be a number, got 'a'",
+        ),
+    ],
+)
+def test_numbers_from_python_are_checked(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

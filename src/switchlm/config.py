@@ -64,7 +64,8 @@ def from_mapping(cls: type[Section], values: Mapping[str, Any], path: str = "") 
     for key, value in values.items():
         where = f"{path}.{key}" if path else str(key)
         if key not in fields:
-            raise ConfigError(f"Unknown configuration key {where!r}.{nearest(str(key), fields)}")
+            known = [*fields, *(["router"] if "model" in fields else [])]
+            raise ConfigError(f"Unknown configuration key {where!r}.{nearest(str(key), known)}")
         arguments[key] = _convert(hints[key], value, where)
     required = (dataclasses.MISSING, dataclasses.MISSING)
     for name, field in fields.items():
@@ -74,13 +75,16 @@ def from_mapping(cls: type[Section], values: Mapping[str, Any], path: str = "") 
 
 
 def check_choices(section: object, where: str) -> None:
-    """Raise ConfigError for a field of a dataclass that is none of the values of its `Literal`.
+    """Raise ConfigError for a field of a dataclass that is no number, or none of its `Literal`.
 
     Called in `__post_init__`, so that sections made in Python are checked as those of files are.
     """
     cls: Any = type(section)
-    for name, kind in _literals(cls).items():
-        _convert(kind, getattr(section, name), f"{where}.{name}")
+    for name, (kind, is_number) in _checked(cls).items():
+        value = getattr(section, name)
+        if is_number and isinstance(value, str):
+            raise ConfigError(f"{where}.{name} must be a number, got {value!r}.")
+        _convert(kind, value, f"{where}.{name}")
 
 
 def check_choice(value: object, kind: Any, where: str) -> None:
@@ -88,14 +92,27 @@ def check_choice(value: object, kind: Any, where: str) -> None:
     _convert(kind, value, where)
 
 
+def check_sizes(**sizes: int) -> None:
+    """Raise ConfigError for a size below 1, by its name."""
+    for name, size in sizes.items():
+        if not size >= 1:
+            raise ConfigError(f"{name} must be at least 1, got {size}.")
+
+
 @cache
-def _literals(cls: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that are a `Literal`, or one or None."""
-    return {
-        name: kind
-        for name, kind in get_type_hints(cls).items()
-        if Literal in (get_origin(kind), *map(get_origin, get_args(kind)))
-    }
+def _checked(cls: Any) -> dict[str, tuple[Any, bool]]:
+    """Return the fields of a dataclass that are a number or a `Literal`, or one or None.
+
+    With the type of each, and whether it is a number.
+    """
+    found = {}
+    for name, kind in get_type_hints(cls).items():
+        kinds = {kind, get_origin(kind), *get_args(kind), *map(get_origin, get_args(kind))}
+        if Literal in kinds:
+            found[name] = (kind, False)
+        elif kinds & {int, float} and not kinds & {tuple, str}:
+            found[name] = (kind, True)
+    return found
 
 
 def to_mapping(value: Any) -> Any:

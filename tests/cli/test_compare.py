@@ -92,7 +92,7 @@ def test_an_earlier_comparison_is_only_replaced_on_request(tmp_path, text):
     (out / "mine.txt").write_text("keep")
     refused = invoke("--out", out, "--data", text, *SMALL)
     assert refused.exit_code == 2
-    assert "not empty" in refused.output
+    assert "no comparison" in refused.output
     refused = invoke("--out", out, "--data", text, *SMALL, "--overwrite")
     assert refused.exit_code == 2
     assert "no comparison" in refused.output

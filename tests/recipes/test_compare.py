@@ -32,7 +32,7 @@ def names(folder: Path) -> list[str]:
 def test_a_comparison_is_replaced_by_a_finished_one(tmp_path: Path) -> None:
     out = tmp_path / "race"
     write(out, "old")
-    with pytest.raises(ConfigError, match="not empty"):
+    with pytest.raises(ConfigError, match="holds an earlier comparison"):
         write(out, "new")
     with pytest.raises(RuntimeError):
         write(out, "new", overwrite=True, fail=True)

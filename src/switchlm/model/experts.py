@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from switchlm.config import check_choice
+from switchlm.config import check_choice, check_sizes
 from switchlm.kernels.select import (
     Implementation,
     expert_feedforward,
@@ -50,6 +50,7 @@ class FeedForwardExperts(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_sizes(d_model=d_model, d_ff=d_ff, num_experts=num_experts)
         self.up = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
         self.gate = nn.Parameter(torch.empty(num_experts, d_model, d_ff)) if gated else None
         self.down = nn.Parameter(torch.empty(num_experts, d_ff, d_model))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from switchlm.config import check_sizes
 from switchlm.errors import ConfigError
 from switchlm.kernels.registry import ROUTE, Kernel, fitting
 from switchlm.kernels.select import linear
@@ -40,6 +41,7 @@ class Router(nn.Module):
         self, d_model: int, num_experts: int, config: RouterConfig, causal: bool = False
     ) -> None:
         super().__init__()
+        check_sizes(d_model=d_model, num_experts=num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
         self.num_experts = num_experts
         self.config = config

@@ -188,9 +188,11 @@ def _place(out: Path, overwrite: bool) -> Iterator[Path]:
                     (out / MANIFEST).unlink()
                 raise
             return
-        if not overwrite:
-            raise ConfigError(f"{str(out)!r} is not empty. Choose another --out, or --overwrite.")
         check_comparison(out)
+        if not overwrite:
+            raise ConfigError(
+                f"{str(out)!r} holds an earlier comparison. Choose another --out, or --overwrite."
+            )
         new = hidden_folder(out)
         try:
             replace_file(new / MANIFEST, json.dumps({"kind": KIND}).encode())

@@ -241,12 +241,14 @@ def started(folder: RunFolder) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(folder.start.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not a mapping")
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{str(folder.start)!r} is damaged: {error}. Delete it to resume without comparing "
             "what the run began with."
         ) from None
-    return content if isinstance(content, dict) else {}
+    return content
 
 
 def settings_of_run(folder: RunFolder, name: str = "config.yaml") -> dict[str, Any]:

@@ -69,7 +69,10 @@ def stop_diverged(
             "go on from it with --resume and"
         )
     else:
-        kept = "There is no checkpoint from before that. Start again with"
+        kept = (
+            "There is no checkpoint from before that: begin again, with --resume or another --out, "
+            "and with"
+        )
     clip = "none" if config.gradient_clip is None else f"{config.gradient_clip:g}"
     raise DivergedError(
         f"Training stopped at step {step}: {what} {kept} a lower training.learning_rate (it is "

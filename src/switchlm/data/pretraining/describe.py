@@ -42,6 +42,8 @@ def remarks(
         share = kept.num_tokens / max(part.num_tokens + kept.num_tokens, 1)
         if wanted and not wanted / FAR <= share <= wanted * FAR:
             reason = "documents are few and large" if share else "there is too little text"
+            if kept.num_tokens <= 2 * raw_length and share > wanted:
+                reason = f"a row of {raw_length} tokens is the least"
             lines.append(
                 f"Warning: {share:.1%} of the tokens of {name!r} are held out, not {wanted:.1%} "
                 f"(data.held_out_share): {reason}"

@@ -71,7 +71,9 @@ def test_a_run_ends_after_many_failed_steps(build, loader, tmp_path, rate, clip)
 def test_a_short_run_that_ends_broken_fails_too(build, loader, tmp_path, number):
     run = RunFolder(tmp_path)
     config = TrainingConfig(steps=number, learning_rate=1e30, **PLAIN)
-    with pytest.raises(DivergedError, match=r"another --out, and with a lower training\.learning_rate"):
+    with pytest.raises(
+        DivergedError, match=r"another --out, and with a lower training\.learning_rate"
+    ):
         list(train(build(), loader, config, run=run))
     assert lines(run)[-1]["skipped"] == 1
 

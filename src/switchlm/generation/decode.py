@@ -226,7 +226,7 @@ def decode_step(
 
 
 def rows_at_once(model: SwitchTransformer) -> int | None:
-    """Return how many rows a step may compute at once for the same bits; None: on a GPU, all."""
+    """Return the most rows per matmul of a step that keep outputs bitwise equal; None: any."""
     if not model.embedding.weight.is_cpu:
         return None
     return max(MOST_ROWS // model.config.router.experts_per_token, 1)

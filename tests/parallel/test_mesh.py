@@ -96,9 +96,9 @@ def agree(rank):
         2,
         4,
     ]
-    length, sums = global_norm([part], mesh, [rank, 0.5])
+    length, sums = global_norm([part], mesh, [rank, 2**24 + 1])
     torch.testing.assert_close(length, torch.arange(8.0).norm())
-    assert sums.tolist() == [6, 2]
+    assert sums.tolist() == [6, 4 * (2**24 + 1)]
     bad = torch.tensor([float("nan") if rank == 1 else 0.0])
     norm, sums = global_norm([bad], mesh, [1])
     assert norm.isnan()

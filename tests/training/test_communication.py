@@ -113,7 +113,7 @@ def count(mesh: Mesh, precision: str) -> None:
             if kind == "all_reduce" and axes == "tensor"
         )
         # The loss needs, of each target, the largest logit, the sum, and the target's own.
-        norm = 3 * (mesh.size("tensor") == 4)  # bookkeeping, see below
+        norm = 5 * (mesh.size("tensor") == 4)  # bookkeeping, see below
         assert found_numbers == numbers + 3 * B * T + norm, (mesh, found)
         for key in [key for key in found if key[:2] == ("all_reduce", "tensor")]:
             del found[key]

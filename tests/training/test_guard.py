@@ -15,9 +15,9 @@ def test_global_norm_is_that_of_all_gradients_as_one_vector():
 
 
 def test_counts_are_summed_beside_the_norm():
-    norm, sums = global_norm([torch.tensor([3.0, 4.0])], counts=[2**24 - 1, 0.5])
+    norm, sums = global_norm([torch.tensor([3.0, 4.0])], counts=[2**24 + 1, 5, 2**35 + 3])
     assert norm == 5
-    assert sums.tolist() == [2**24 - 1, 0.5]
+    assert sums.tolist() == [2**24 + 1, 5, 2**35 + 3]
 
 
 def test_global_norm_of_large_gradients_is_the_same(monkeypatch):

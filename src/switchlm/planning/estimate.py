@@ -326,11 +326,11 @@ def _traffic(
         for one in segments[name].collectives:
             if one.axes == "tensor" or one.kind == "all_to_all":
                 traffic[one] += parts
-    # The step's own sums: targets, losses, the norm of the gradients and two counts, and loads.
+    # The step's own sums: targets, losses, the norm of the gradients and two counts in digits, and loads.
     batch_axes = ("replicas", "data", "expert")
     add("all_reduce", batch_axes, torch.int64, 8)
     add("all_reduce", batch_axes, torch.float32, 12)
-    add("all_reduce", AXES, torch.float32, 12)
+    add("all_reduce", AXES, torch.float32, 20)
     if config.model.router.balance == "bias":
         loads = config.model.num_experts * num_routers(config)
         add("all_reduce", batch_axes, torch.int64, 8 * loads)

@@ -223,7 +223,7 @@ class _Run:
         self._read_stop_requests(record)
         progress.step += 1
         self.mesh.beat(progress.step)
-        self.averages.add(record.metrics)
+        self.averages.add(record.metrics, record.tokens)
         if self._due(config.log_every, at_end=True):
             self._count_tokens()  # waits for the device, so that the step's time is complete
         progress.seconds += time.perf_counter() - started

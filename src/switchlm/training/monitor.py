@@ -23,20 +23,20 @@ from switchlm.training.divergence import FailedSteps
 from switchlm.training.run_folder import RunFolder
 
 LARGE = 2**20  # elements; PyTorch takes the norm of a tensor in main memory on one thread
+DIGIT = 2**12  # of counts that are summed in float32
 
 
 def global_norm(
-    gradients: list[Tensor], mesh: Mesh = ALONE, counts: Sequence[float] = ()
+    gradients: list[Tensor], mesh: Mesh = ALONE, counts: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
     """Return the Euclidean norm of all gradients together, and sums, by one all-reduce at most.
 
     If n processes hold the same part of a gradient, each adds 1 / n of its square. The host does
     not wait for the device.
 
-    counts: numbers of this process, to be summed over all processes.
+    counts: numbers of this process, to be summed over all processes; sums below 2^36 are exact.
 
-    Returns the norm, a float32 scalar, and the sums, float32 [len(counts)], on the same device:
-    accelerators may lack float64, and counts up to 2^24 are exact.
+    Returns the norm, a float32 scalar, and the sums, int64 [len(counts)], on the same device.
     """
     norms = _torch.norms([_short(local(gradient)) for gradient in gradients])
     parts = [
@@ -44,10 +44,13 @@ def global_norm(
         for norm, gradient in zip(norms, gradients, strict=True)
     ]
     norm = torch.linalg.vector_norm(torch.stack(parts))
+    # Float32, as the norm, holds whole numbers up to 2^24: high and low digits are summed apart.
+    digits = [digit for count in counts for digit in divmod(count, DIGIT)]
     # torch.full, since a copy from main memory would make the host wait for the GPU.
-    sums = [torch.full((), count, dtype=torch.float32, device=norm.device) for count in counts]
-    totals = mesh.all_ranks_sum(torch.stack([norm.square(), *sums]))
-    return norm if not mesh.is_distributed else totals[0].sqrt(), totals[1:]
+    filled = [torch.full((), digit, dtype=torch.float32, device=norm.device) for digit in digits]
+    totals = mesh.all_ranks_sum(torch.stack([norm.square(), *filled]))
+    high_C, low_C = totals[1:].long().view(len(counts), 2).unbind(-1)
+    return norm if not mesh.is_distributed else totals[0].sqrt(), high_C * DIGIT + low_C
 
 
 def _short(gradient: Tensor) -> Tensor:
@@ -106,7 +109,7 @@ class Averages:
 
     def __init__(self, failed: FailedSteps) -> None:
         self.failed = failed
-        self.pending: list[Tensor] = []
+        self.pending: list[tuple[Tensor, Tensor]] = []
         self.sums = [0.0] * len(METRICS)
         self.counted = 0
         self.skipped = 0
@@ -114,16 +117,17 @@ class Averages:
         self.tokens = 0
         self.detector = SpikeDetector()
 
-    def add(self, metrics: Tensor) -> None:
-        """Add the metrics of one step, float32 [6]."""
-        self.pending.append(metrics)
+    def add(self, metrics: Tensor, tokens: Tensor) -> None:
+        """Add the metrics of one step, float32 [5], and its number of tokens, an int64 scalar."""
+        self.pending.append((metrics, tokens))
 
     def fold(self) -> None:
         """Add the pending metrics to the sums."""
         if not self.pending:
             return
-        for *values, skipped, tokens in torch.stack(self.pending).tolist():
-            self.tokens += round(tokens)
+        metrics, tokens = zip(*self.pending, strict=True)
+        self.tokens += sum(torch.stack(tokens).tolist())
+        for *values, skipped in torch.stack(metrics).tolist():
             self.failed.add(values[0], bool(skipped))
             if skipped:
                 self.skipped += 1

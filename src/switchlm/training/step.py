@@ -53,14 +53,16 @@ Routings = tuple[Routing, ...]
 class StepRecord:
     """The result of a step: detached tensors on the model's device, without synchronisation.
 
-    metrics: float32 [6]: the objective in nats per target, weighted balance loss, weighted z-loss,
-        gradient norm before clipping, 1 if the step was skipped because a number is not finite
-        (else 0), and non-padding tokens, of all processes.
-    stops: float32 scalar, the number of processes that request a stop.
+    metrics: float32 [5]: the objective in nats per target, weighted balance loss, weighted z-loss,
+        gradient norm before clipping, and 1 if the step was skipped because a number is not finite
+        (else 0).
+    tokens: int64 scalar, the non-padding tokens of all processes.
+    stops: int64 scalar, the number of processes that request a stop.
     routing: a tuple of layers for each micro-batch.
     """
 
     metrics: Tensor
+    tokens: Tensor
     stops: Tensor
     routing: tuple[Routings, ...]
 
@@ -127,8 +129,9 @@ def training_step(
             for parameter in group["params"]
             if parameter.grad is not None
         ]
-        copies = mesh.world_size // mesh.data_size  # of a share of the batch
-        norm, counts = global_norm(gradients, mesh, [num_tokens / copies, float(stop)])
+        # Tensor parallel ranks have the same share of the batch; one of them counts it.
+        own_tokens = num_tokens if mesh.rank("tensor") == 0 else 0
+        norm, (tokens, stops) = global_norm(gradients, mesh, [own_tokens, int(stop)])
         finite = torch.isfinite(norm) & torch.isfinite(losses).all()
         skipped = 1.0 - finite.float()
         optimizer.found_inf = skipped  # type: ignore[attr-defined]
@@ -137,8 +140,8 @@ def training_step(
         )
         optimizer.step()
         update_expert_biases(model, routing, finite, mesh)
-        metrics = torch.cat([losses, torch.stack([norm, skipped]), counts[:1]])
-    return StepRecord(metrics=metrics, stops=counts[1], routing=routing)
+        metrics = torch.cat([losses, torch.stack([norm, skipped])])
+    return StepRecord(metrics=metrics, tokens=tokens, stops=stops, routing=routing)
 
 
 def backward(

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -51,6 +52,19 @@ def test_stop_strings_end_the_output(run_json, nano):
     cut = run_json(*line, "--stop", stop, "--stop", early)
     assert cut["output"] == whole[: whole.index(early)]
     assert cut["finished"]
+
+
+def test_special_tokens_are_left_out_if_asked(run, run_json, nano):
+    line = ("generate", "--model", nano, TEXT, "--max-new-tokens", 60, "--temperature", 5)
+    line += ("--seed", 2)
+    whole = run_json(*line)
+    plain = run_json(*line, "--skip-special")
+    assert "<extra_id_" in whole["output"]
+    # Bytes on both sides of a sentinel may become one character, but ASCII stays as it is.
+    without = re.sub("<extra_id_[0-9]+>", "", whole["output"])
+    assert list(filter(str.isascii, plain["output"])) == list(filter(str.isascii, without))
+    assert plain["spans"] == whole["spans"]
+    assert run(*line, "--skip-special", "--stream").stdout == plain["output"] + "\n"
 
 
 def test_beams_are_all_in_the_json_and_the_best_is_printed(run, run_json, nano, tmp_path):

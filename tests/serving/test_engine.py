@@ -48,6 +48,16 @@ def test_every_end_token_of_the_model_ends_an_output(engine, collector, monkeypa
     assert "".join(event.piece for event in listener.events) == ""
 
 
+@pytest.mark.parametrize(("skip", "text"), [(False, "<extra_id_0>"), (True, "")])
+def test_special_tokens_are_left_out_if_asked(engine, collector, monkeypatch, skip, text):
+    running, listener = engine(skip_special=skip), collector()
+    first = running.tokenizer.sentinel_ids[0]
+    monkeypatch.setattr(Slots, "step", lambda slots, *about: [first])
+    running.submit(Request(ids=IDS, limit=3), listener)
+    assert listener.end() == ([first] * 3, "length")
+    assert "".join(event.piece for event in listener.events) == 3 * text
+
+
 def test_first_come_first_served(engine, collector):
     running, ends = engine(num_slots=1), []
     heard = []

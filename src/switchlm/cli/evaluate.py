@@ -61,10 +61,7 @@ def evaluate(
     rank_labels: Annotated[
         bool, typer.Option("--rank-labels", help="Take the most likely label.")
     ] = False,
-    skip_special: Annotated[
-        bool,
-        typer.Option("--skip-special", help="Leave special tokens, such as sentinels, out."),
-    ] = False,
+    skip_special: options.SkipSpecial = False,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of an output; as the longest reference if left out.")
     ] = None,

@@ -81,6 +81,7 @@ def generate(
     max_input_tokens: Annotated[
         int, typer.Option(min=1, help="Refuse longer texts.")
     ] = LONGEST_INPUT,
+    skip_special: options.SkipSpecial = False,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
     expert_memory: options.ExpertMemory = None,
@@ -114,6 +115,8 @@ def generate(
     if max_new_tokens is None and not fill:
         max_new_tokens = options.trained_output_length(model)
     loaded, tokenizer = options.open_model(model, device, expert_memory, dtype)
+    if skip_special:
+        tokenizer = tokenizer.without_special()
     stops = tuple(stop or ())
     generator = _Generator(
         loaded, tokenizer, sampling, search, seed, stops, max_new_tokens, max_input_tokens, fill

@@ -64,6 +64,9 @@ ExpertMemory = Annotated[
         help="Leave experts in their files; keep the last used in this much memory: 4GB, 512MiB.",
     ),
 ]
+SkipSpecial = Annotated[
+    bool, typer.Option("--skip-special", help="Leave special tokens, such as sentinels, out.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print metrics as JSON lines.")]
 Data = Annotated[

@@ -56,6 +56,7 @@ def serve(
             "repeatable. On a loopback address only its own names are answered."
         ),
     ] = None,
+    skip_special: options.SkipSpecial = False,
     device: options.Device = "auto",
     dtype: options.Dtype = None,
     expert_memory: options.ExpertMemory = None,
@@ -80,6 +81,7 @@ def serve(
             max_source=max_input_tokens + 1,
             max_target=max_new_tokens,
             queue=queue,
+            skip_special=skip_special,
         )
         _start_engine(engine)
         served = name or (Path(model).resolve().name if Path(model).exists() else model)

@@ -82,6 +82,7 @@ def score_task(
     errors as `labels_to_rank`, `generate` and `measure` do.
     """
     labels = labels_to_rank(task, examples) if rank_labels else ()
+    writer = tokenizer.without_special() if skip_special else tokenizer
     prompts, truncated = encode_texts([e.input for e in examples], tokenizer, input_length)
     label_ids = encode_texts(labels, tokenizer, _NO_LIMIT)[0]
     if max_new_tokens is None and not rank_labels:
@@ -100,8 +101,7 @@ def score_task(
             output = generate(model, inputs_BS, segments_BS, max_new_tokens=max_new_tokens or 1)
             unfinished += int((~output.finished_B).sum())
             rows = output.rows(model.config.end_ids)
-            decoded = tokenizer.decode_all(rows, skip_special=skip_special)
-            answers = [answer.strip() for answer in decoded]
+            answers = [answer.strip() for answer in writer.decode_all(rows)]
         answer_of |= zip(chosen, answers, strict=True)
         report(len(answer_of))
     parts = mesh.gather((answer_of, unfinished))

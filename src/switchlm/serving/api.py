@@ -200,7 +200,7 @@ class _Interface:
         event_stream = self._events([prompt])
 
         def read(output: Output) -> dict[str, Any]:
-            spans = read_spans(output.tokens, self._engine.tokenizer, len(output.text))
+            spans = read_spans(output.tokens, self._engine.writer, len(output.text))
             return {
                 "text": body.text,
                 "filled": put_into_blanks(body.text, spans),

@@ -45,6 +45,7 @@ class Engine:
     """Generates for many requests at a time; public methods may be called from any thread.
 
     num_slots: the rows of the decoding batch.
+    skip_special: leave special tokens, such as sentinels, out of the texts.
     max_source, max_target: the longest prompt and output, in tokens.
     queue: how many requests may wait.
     ended: done when the thread has ended, with the error that ended it, if one did.
@@ -59,8 +60,10 @@ class Engine:
         max_source: int = 1024,
         max_target: int = 512,
         queue: int = 256,
+        skip_special: bool = False,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.writer = tokenizer.without_special() if skip_special else tokenizer
         self.max_source, self.max_target = max_source, max_target
         self.num_slots, self.queue = num_slots, queue
         self.statistics = Statistics()
@@ -245,7 +248,7 @@ class Engine:
     def _add(self, slots: Slots, pending: PendingRequest, encoded_SD: Tensor) -> None:
         request = pending.request
         try:
-            stream = TextStream(self.tokenizer, request.stops)
+            stream = TextStream(self.writer, request.stops)
             slots.add(
                 pending,
                 encoded_SD,

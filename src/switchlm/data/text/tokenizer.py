@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -65,7 +66,8 @@ class Tokenizer:
     sentinel_ids: by their number; mT5's are pieces of its vocabulary.
     unknown_id: the id of text that the vocabulary lacks; None if there is none.
     before, after: ids around a text, see `complete`, without the end token.
-    outer_ids: those and padding, which are no part of a text.
+    outer_ids: those and padding, which `decode` leaves out.
+    skips_special: whether it leaves out all special tokens.
     added_names: matches the added tokens in a text.
     rewrites: texts that lose their outer spaces when decoded, in this order.
     """
@@ -88,6 +90,7 @@ class Tokenizer:
         self.backend.no_padding()
         self.backend.no_truncation()
         names = {} if saved is None else saved.names
+        self.skips_special = False
         self.rewrites = _CLEANED if saved is not None and saved.cleans_up else ()
         self._vocabulary, self._ends = vocabulary, _named(names, "eos_token", _ENDS)
         if vocabulary is None:
@@ -273,18 +276,24 @@ class Tokenizer:
         # Some tokenizers keep the special names among their ordinary pieces.
         return [tokens[~np.isin(tokens, self._special)] for tokens in ids]
 
-    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """Return the text, without padding, the end token, and what `complete` puts around a text.
+    def without_special(self) -> "Tokenizer":
+        """Return this tokenizer, but its `decode` leaves out all special tokens.
 
-        skip_special: leave out all special tokens, sentinels too.
+        Sentinels are such, but not where they are pieces of the vocabulary, as in mT5's.
         """
-        return self.decode_all([ids], skip_special=skip_special)[0]
+        other = copy(self)
+        other.skips_special = True
+        return other
 
-    def decode_all(self, rows: Iterable[Iterable[int]], *, skip_special: bool = False) -> list[str]:
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text, without padding, the end token, and what `complete` puts around a text."""
+        return self.decode_all([ids])[0]
+
+    def decode_all(self, rows: Iterable[Iterable[int]]) -> list[str]:
         """Return what `decode` returns of each row."""
         kept = [[n for n in map(int, row) if n not in self.outer_ids] for row in rows]
         with library("decode the tokens"):
-            texts = self.backend.decode_batch(kept, skip_special_tokens=skip_special)
+            texts = self.backend.decode_batch(kept, skip_special_tokens=self.skips_special)
         for found in self.rewrites:
             texts = [text.replace(found, found.strip()) for text in texts]
         return texts

@@ -1,6 +1,7 @@
 """switchlm compare on a small text."""
 
 import json
+import math
 import random
 
 import pytest
@@ -57,6 +58,10 @@ def test_both_runs_and_the_result_are_on_disk(compared):
         evaluations = [json.loads(line) for line in lines if "evaluation_loss" in line]
         assert [line["step"] for line in evaluations] == [5, 10, 15, 20]
         assert evaluations[-1]["evaluation_loss"] == stored[f"{name}_loss"]
+        bits = evaluations[-1]["evaluation_bits_per_byte"]
+        assert bits == stored["bits_per_byte"][name]
+        # A byte per token but for end tokens and sentinels, which are targets and no text.
+        assert 1 < bits / (stored[f"{name}_loss"] / math.log(2)) < 2
         assert (out / name / "model" / "model.safetensors").exists()
     assert "dense twin" in (out / "report.html").read_text()
     assert json.loads((out / "sparse" / "routing.json").read_text())[0]["load_E"]

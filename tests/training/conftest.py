@@ -19,6 +19,7 @@ class CountingLoader:
     """Batches of counting sequences, a pure function of (seed, step); what a Loader gives."""
 
     sources = ("up", "down")
+    tokenizer = None
 
     def __init__(self, seed: int = 0, rows: int = 8, source: int = 12, target: int = 6) -> None:
         self.seed, self.rows, self.shape = seed, rows, (source, target)

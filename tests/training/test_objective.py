@@ -20,7 +20,7 @@ class Weighted:
     """Every batch with a weight of its own."""
 
     def __init__(self, loader):
-        self.loader, self.sources = loader, loader.sources
+        self.loader, self.sources, self.tokenizer = loader, loader.sources, None
 
     def iterate(self, start_step: int) -> Generator[tuple[int, Batch], None, None]:
         for step, batch in self.loader.iterate(start_step):

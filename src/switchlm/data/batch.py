@@ -74,6 +74,11 @@ class BatchSource(Protocol):
         """The names that Batch.source_B indexes."""
         ...
 
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of the texts, if there are any."""
+        ...
+
     def iterate(self, start_step: int) -> Generator[tuple[int, Batch], None, None]:
         """Yield (step, batch) from `start_step` on; a batch depends on its step alone."""
         ...

@@ -257,6 +257,9 @@ def _result(config: Comparison, workers: Mapping[str, CompareWorker], loader: Lo
         "sources": speed_by_source(dense, sparse),
         "steps": last["dense"]["step"],
         "seconds": {name: line["seconds"] for name, line in last.items()},
+        "bits_per_byte": {
+            name: line.get("evaluation_bits_per_byte") for name, line in last.items()
+        },
         "parameters": {name: count.parameters(model) for name, model in models.items()},
         "flops_per_token": {
             name: count.flops_per_token(model, *lengths) for name, model in models.items()
@@ -311,9 +314,11 @@ def result_table(result: Event) -> list[dict[str, str]]:
     def both(key: str, form: str, unit: str = "") -> dict[str, str]:
         return {name: format(result[key][name], form) + unit for name in names}
 
+    bits = {name: found for name, found in result["bits_per_byte"].items() if found is not None}
     rows = [
         row("held-out loss", {name: f"{result[f'{name}_loss']:.4f}" for name in names}),
         row("perplexity", {name: f"{perplexity(result[f'{name}_loss']):.2f}" for name in names}),
+        *([row("bits per byte", {k: f"{found:.4f}" for k, found in bits.items()})] if bits else []),
         row("parameters", both("parameters", ",")),
         row("FLOPs per token", both("flops_per_token", ",.0f")),
         row("steps", dict.fromkeys(names, f"{result['steps']:,}")),

@@ -155,13 +155,14 @@ def pretrain(
         metrics = read_metrics(folder.metrics)
         evaluations = [line for line in metrics if "evaluation_loss" in line]
         last = evaluations[-1]["evaluation_loss"] if evaluations else None
+        bits = evaluations[-1].get("evaluation_bits_per_byte") if evaluations else None
         write_report(
             folder.report,
             title=f"Pre-training: {out.name}",
             headline=""
             if last is None
             else f"Held-out loss {last:.3f} nats per target token, perplexity "
-            f"{perplexity(last):.2f}.",
+            f"{perplexity(last):.2f}{'' if bits is None else f', {bits:.3f} bits per byte'}.",
             runs=[ReportRun(name=out.name, metrics=metrics, routing=routing)],
             configuration=to_sections(config),
         )

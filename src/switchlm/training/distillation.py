@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from switchlm.data.batch import Batch, BatchSource
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError
 from switchlm.files import Report, building
 from switchlm.model.precision import Precision, set_precision
@@ -158,6 +159,11 @@ class TeacherLoader:
     def sources(self) -> tuple[str, ...]:
         """The names that Batch.source_B indexes."""
         return self.source.sources
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of the texts, if there are any."""
+        return self.source.tokenizer
 
     def iterate(self, start_step: int) -> Generator[tuple[int, Batch], None, None]:
         """Yield (number, TeacherBatch) without end."""

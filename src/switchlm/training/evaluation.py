@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from switchlm.data.batch import Batch
+from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.evaluation.diagnostics import diagnose
 from switchlm.evaluation.evaluator import held_out_loss
 from switchlm.model.precision import in_float32
@@ -58,20 +59,33 @@ class HeldOutLoss:
     when_stopped = True
 
     def __init__(
-        self, batches: Sequence[Batch], sources: Sequence[str], mesh: Mesh = ALONE
+        self,
+        batches: Sequence[Batch],
+        sources: Sequence[str],
+        mesh: Mesh = ALONE,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
-        self.batches, self.sources, self.mesh = batches, sources, mesh
+        self.batches, self.sources, self.mesh, self.tokenizer = batches, sources, mesh, tokenizer
         self.experts: dict[str, list[int]] = {}
 
     def evaluate(self, model: SwitchTransformer, step: int) -> EvaluationResult:
         """Return evaluation_loss and evaluation_loss_by_source, nats per target, and the diagnosis.
 
+        With a tokenizer evaluation_bits_per_byte too, None if there is no text.
+
         On many processes there is no diagnosis: the weights of a sharded model are gathered only
         in its own forward pass.
         """
-        result = held_out_loss(model, self.batches, self.sources, self.mesh)
+        result = held_out_loss(
+            model, self.batches, self.sources, self.mesh, tokenizer=self.tokenizer
+        )
         by_source = {name: part["loss"] for name, part in result["sources"].items()}
-        metrics = {"evaluation_loss": result["loss"], "evaluation_loss_by_source": by_source}
+        metrics: dict[str, Any] = {
+            "evaluation_loss": result["loss"],
+            "evaluation_loss_by_source": by_source,
+        }
+        if self.tokenizer is not None:
+            metrics["evaluation_bits_per_byte"] = result["bits_per_byte"]
         if self.mesh.world_size == 1:
             diagnosis = diagnose(model, self.batches[0])
             metrics |= diagnosis.metrics(self.experts)

@@ -89,14 +89,15 @@ def train(
     models add, of the step, layers (names), load (a list of shares per layer), gate and
     dropped_by_layer. A line of evaluation has step, seconds, and the metrics of the evaluator.
 
-    The held-out loss gives evaluation_loss and evaluation_loss_by_source, nats per target. A single
-    process adds, measured on the first held-out batch (up to 8,192 input tokens, without padding):
-    attention_near, for each self-attention by name one number per head, the attention weight on
-    keys at most 3 positions away, mean over tokens. Sparse models add layers (names), and of each:
-    gate, mean over kept assignments; dead_experts, the number of experts without a token;
-    router_entropy, of a token's probabilities, mean over tokens, and load_entropy, of the experts'
-    shares, both in nats, at most ln E; kept_expert, the share of up to 1,024 fixed tokens with the
-    same first choice as at the evaluation before, None at the first one.
+    The held-out loss gives evaluation_loss and evaluation_loss_by_source, nats per target, and
+    evaluation_bits_per_byte, of the target text without sentinels. A single process adds, measured
+    on the first held-out batch (up to 8,192 input tokens, without padding): attention_near, for
+    each self-attention by name one number per head, the attention weight on keys at most 3
+    positions away, mean over tokens. Sparse models add layers (names), and of each: gate, mean over
+    kept assignments; dead_experts, the number of experts without a token; router_entropy, of a
+    token's probabilities, mean over tokens, and load_entropy, of the experts' shares, both in nats,
+    at most ln E; kept_expert, the share of up to 1,024 fixed tokens with the same first choice as
+    at the evaluation before, None at the first one.
 
     run: where metrics.jsonl and checkpoints go; without it nothing is written.
     resume: continue from the newest valid checkpoint, or from the start if there is none.
@@ -156,7 +157,8 @@ class _Run:
         if self.evaluator is None and config.evaluate_every is not None:
             batches = self.loader.held_out(config.evaluate_batches)
             if batches:
-                self.evaluator = HeldOutLoss(batches, self.loader.sources, self.mesh)
+                loader = self.loader
+                self.evaluator = HeldOutLoss(batches, loader.sources, self.mesh, loader.tokenizer)
         if resume:
             self._resume()
         elif self.store is not None and self.store.steps():

@@ -70,15 +70,6 @@ def run_switchlm(number: int, home: Path, arguments: Sequence[str], slurm: bool 
     return Done(["switchlm", *arguments], max(status), "".join(out), "".join(error))
 
 
-def begin_anew() -> None:
-    """End the processes, so that the next job runs in new ones.
-
-    Sums are rounded in another order in a process that has run something in bfloat16 before, by
-    1e-7 at first, which long training multiplies.
-    """
-    _end_all()
-
-
 def launch_names(rank: int, number: int, slurm: bool) -> dict[str, str]:
     """Return what torchrun, or srun with a process per node, adds to the environment."""
     if slurm:

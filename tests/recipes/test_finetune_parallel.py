@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tests.parallel.processes import begin_anew, run_switchlm
+from tests.parallel.processes import run_switchlm
 
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.huggingface import load
@@ -31,7 +31,6 @@ TASK = "--task=first.jsonl"
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with an untrained model, and a task: the first letter of a word."""
-    begin_anew()
     folder = tmp_path_factory.mktemp("home")
     torch.manual_seed(0)
     load.save(SwitchTransformer(preset("nano")), Tokenizer.bytes(), folder / "nano")

@@ -49,6 +49,12 @@ def test_it_is_compiled_once_for_a_home(home):
 
 
 @here
+def test_a_bfloat16_model_may_be_the_first_to_ask(home):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert native.native.__wrapped__().library is not None
+
+
+@here
 @pytest.mark.parametrize("size", [0, 100, 30_000])
 def test_a_cut_library_is_compiled_again(home, size):
     native.native.__wrapped__()

@@ -38,6 +38,13 @@ def test_the_operators_are_there():
     assert quantised.int8_matmul_works()
 
 
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_bfloat16_model_may_be_the_first_to_ask(name):
+    works = getattr(quantised, name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert works.__wrapped__() == works()
+
+
 def test_an_operator_that_is_slow_is_not_used(monkeypatch):
     quick = torch._int_mm
 

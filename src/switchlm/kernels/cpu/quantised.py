@@ -158,11 +158,12 @@ def group_size_of(inputs: int, most: int) -> int | None:
 
 def _extreme(rows: int, inputs: int) -> Tensor:
     """Return codes whose sums would overflow where a processor sums in 16 bits."""
-    codes = torch.arange(rows * inputs).view(rows, inputs) % 3 - 1
+    codes = torch.arange(rows * inputs, device="cpu").view(rows, inputs) % 3 - 1
     return (127 * codes.sign()).to(torch.int8).fill_diagonal_(127)
 
 
 @cache
+@torch.autocast("cpu", enabled=False)  # which may be on when a model is the first to ask
 def int8_matmul_works() -> bool:
     """Whether torch._int_mm multiplies int8 exactly on this machine, and no slower than float32."""
     x, weight = _extreme(3, 64), _extreme(32, 64).abs()
@@ -189,11 +190,13 @@ def _seconds(work: Callable[[], Tensor]) -> float:
 
 
 @cache
+@torch.autocast("cpu", enabled=False)
 def int4_matmul_works() -> bool:
     """Whether PyTorch has the operator for 4 bits, and it reads this layout (AVX-512)."""
-    codes_NK = (torch.arange(128 * 32).view(128, 32) * 7) % 16
-    x = (torch.arange(2 * 32).view(2, 32) % 5).to(torch.bfloat16)
-    scale = torch.tensor([1.0, 8.0], dtype=torch.bfloat16).expand(1, 128, 2).contiguous()
+    codes_NK = (torch.arange(128 * 32, device="cpu").view(128, 32) * 7) % 16
+    x = (torch.arange(2 * 32, device="cpu").view(2, 32) % 5).to(torch.bfloat16)
+    scale_2 = torch.tensor([1.0, 8.0], dtype=torch.bfloat16, device="cpu")
+    scale = scale_2.expand(1, 128, 2).contiguous()
     try:
         found = _torch.int4_matmul(x, pack_int4(codes_NK).view(128, 16), 32, scale)
     except _FAILURES:

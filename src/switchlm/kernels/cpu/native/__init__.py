@@ -204,6 +204,7 @@ def _declare(built: ctypes.CDLL) -> None:
         function.restype = None if result is None else _KINDS[result]
 
 
+@torch.autocast("cpu", enabled=False)  # which is on if a bfloat16 model is the first to ask
 def _works(built: ctypes.CDLL, threads: bool) -> bool:
     """Test one function of each kind: matmul exactly, with small integers; the others closely."""
     x = torch.arange(3 * 64, device="cpu").remainder(7).float().view(3, 64)

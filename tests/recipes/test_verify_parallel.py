@@ -56,9 +56,11 @@ def train_every_layout(rank, num_processes, overrides, folder):
     rows = max(config.model.router.group_rows or 1, 2) * num_processes
     train = partial(verify._train, config, 2, rows, 24)
     reference = train(ALONE, torch.device("cpu"))
-    results = verify._every_layout(
-        num_processes, "cpu", train, reference, config.training.precision
+    rounding = verify.measure_rounding(reference, config, 2, rows, 24, torch.device("cpu"))
+    compare_to = partial(
+        compare, reference=reference, rounding=rounding, precision=config.training.precision
     )
+    results = verify._every_layout(num_processes, "cpu", train, compare_to)
     found = [dataclasses.asdict(result) for result in results]
     if rank == 0:
         (folder / "results").write_text(json.dumps(found))
@@ -103,12 +105,24 @@ REFERENCE = {
     ],
 )
 def test_a_difference_is_seen(changed):
-    assert compare(MeshConfig(), REFERENCE, REFERENCE, "float32").equal
-    result = compare(MeshConfig(), REFERENCE | changed, REFERENCE, "float32")
+    assert compare(MeshConfig(), REFERENCE, REFERENCE, "float32", {}).equal
+    result = compare(MeshConfig(), REFERENCE | changed, REFERENCE, "float32", {})
     assert not result.equal
     assert result.parameter == "b" or "b" not in changed
 
 
 def test_a_missing_gradient_is_seen():
     part = {name: tensor for name, tensor in REFERENCE.items() if name != "a"}
-    assert not compare(MeshConfig(), part, REFERENCE, "float32").equal
+    assert not compare(MeshConfig(), part, REFERENCE, "float32", {}).equal
+
+
+def test_rounding_explains_twice_what_it_does_in_one_process():
+    found = {name: REFERENCE | {"b": REFERENCE["b"] * (1 + size)} for name, size in
+             {"near": 0.15, "far": 0.17}.items()}  # fmt: skip
+    results = {
+        name: compare(MeshConfig(), tensors, REFERENCE, "selective", {"a": 1.0, "b": 0.08})
+        for name, tensors in found.items()
+    }
+    assert results["near"].equal
+    assert not results["far"].equal
+    assert {result.parameter for result in results.values()} == {"b"}

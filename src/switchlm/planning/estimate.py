@@ -326,7 +326,7 @@ def _traffic(
         for one in segments[name].collectives:
             if one.axes == "tensor" or one.kind == "all_to_all":
                 traffic[one] += parts
-    # The step's own sums: targets, losses, the norm of the gradients and two counts in digits, and loads.
+    # Sums of the step itself: targets, losses, the norm and two counts (in digits), and loads.
     batch_axes = ("replicas", "data", "expert")
     add("all_reduce", batch_axes, torch.int64, 8)
     add("all_reduce", batch_axes, torch.float32, 12)

@@ -47,11 +47,31 @@ TEMPLATE = {
     "single": [{"SpecialToken": {"id": "</s>", "type_id": 0}}] * 5000,
     "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
 }  # fmt: skip
+BYTE_LEVEL = {
+    "type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True
+}  # fmt: skip
+METASPACES = [
+    {"type": "Metaspace", "replacement": mark, "prepend_scheme": "always", "split": True}
+    for mark in "▁é"
+]
 HOSTILE = {
     "doubling normalizers": {"normalizer": sequence("normalizers", DOUBLING)},
     "doubling decoders": {"decoder": sequence("decoders", DOUBLING)},
     "nested doubling": {
         "normalizer": sequence("normalizers", [sequence("normalizers", DOUBLING[:17])] * 2)
+    },
+    "bytes of bytes": {"normalizer": sequence("normalizers", [{"type": "ByteLevel"}] * 34)},
+    "bytes of bytes in pieces": {
+        "pre_tokenizer": sequence("pretokenizers", [BYTE_LEVEL | {"use_regex": False}] * 34)
+    },
+    "spaces before spaces": {"pre_tokenizer": sequence("pretokenizers", [BYTE_LEVEL] * 8)},
+    "marks before marks": {"pre_tokenizer": sequence("pretokenizers", METASPACES * 32)},
+    "a normalizer and pieces": {
+        "normalizer": sequence("normalizers", DOUBLING[:6]),
+        "pre_tokenizer": sequence("pretokenizers", [BYTE_LEVEL] * 3),
+    },
+    "a long prefix of pieces": {
+        "model": WORDPIECE | {"unk_token": "a", "continuing_subword_prefix": "#" * 1_000_000}
     },
     "expressions that insert": {
         "normalizer": sequence("normalizers", [replace("x*", "yyyy", "Regex")] * 12)

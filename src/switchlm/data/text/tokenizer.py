@@ -286,7 +286,7 @@ class Tokenizer:
         return other
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text, without padding, the end token, and what `complete` puts around a text."""
+        """Return the text without `outer_ids`."""
         return self.decode_all([ids])[0]
 
     def decode_all(self, rows: Iterable[Iterable[int]]) -> list[str]:

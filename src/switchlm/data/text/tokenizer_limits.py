@@ -25,6 +25,9 @@ MOST_PARTS = 64  # normalizers, pre-tokenizers, decoders, processors; and pieces
 MOST_EXPRESSIONS = 16  # regular ones
 LONGEST_WORD = 256  # characters; WordPiece takes time cubic in it
 _MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
+# Applied again, these change nothing; the longest result is that of U+FDFA, 33 bytes for 3.
+_UNICODE = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase")
+UNICODE_GROWTH = 11
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _PIPELINES = {"normalizers", "pretokenizers", "processors", "decoders"}
 
@@ -82,6 +85,7 @@ def _check(values: dict[str, Any]) -> None:
         _check_id(token.get("id"))
         _require(token.get("content") != "", "an empty added token", token)
     expressions: set[str] = set()
+    growth = dict.fromkeys(_PARTS, 1)
     for name in _PARTS:
         parts = list(_parts(values.get(name), name))
         _require(len(parts) <= MOST_PARTS, f"the number of parts of the {name}", len(parts))
@@ -89,9 +93,12 @@ def _check(values: dict[str, Any]) -> None:
             _check_part(part, name)
             patterns = (value.get("Regex") for value in part.values() if isinstance(value, dict))
             expressions.update(pattern for pattern in patterns if isinstance(pattern, str))
-        growth = math.prod(map(_growth, parts))
-        lengthens = "replacements that lengthen a text by a factor of"
-        _require(growth <= LARGEST_GROWTH, lengthens, growth)
+        growth[name] = math.prod(map(_growth, parts))
+        if any(part["type"] in _UNICODE for part in parts):
+            growth[name] *= UNICODE_GROWTH
+    encoding = growth["normalizer"] * growth["pre_tokenizer"]
+    for factor in (encoding, growth["decoder"]):
+        _require(factor <= LARGEST_GROWTH, "parts that lengthen a text by a factor of", factor)
     # Last, as it takes the most time.
     _require(len(expressions) <= MOST_EXPRESSIONS, "this many expressions:", len(expressions))
     for expression in expressions:
@@ -109,6 +116,9 @@ def _check_model(model: dict[str, Any]) -> None:
         check_vocabulary(vocabulary)
     else:
         raise DataError("The tokenizer file has no vocabulary: it is not a tokenizer.json.")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):  # put beside many pieces
+        affix = str(model.get(name) or "")
+        _require(len(affix.encode("utf-8", "replace")) <= LONGEST_STRING, f"the {name}", affix)
     longest = model.get("max_input_chars_per_word", 0)
     _require(_is_count(longest, LONGEST_WORD), "max_input_chars_per_word of", longest)
     unknown = model.get("unk_token")
@@ -177,8 +187,14 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _growth(part: dict[str, Any]) -> int:
-    """Return the most bytes that a part makes of one byte."""
+    """Return the most bytes that a part makes of one byte, each time that it is applied."""
     kind, pattern = part.get("type"), part.get("pattern")
+    if kind == "ByteLevel":  # a space before each piece; then two bytes for each that is not ASCII
+        return 2 if part.get("add_prefix_space") is False else 4
+    if kind == "Metaspace":  # put before each piece, and in the place of each space
+        return 1 + len(str(part.get("replacement", "▁")).encode("utf-8", "replace"))
+    if kind == "BertNormalizer":  # spaces around each Chinese character
+        return 2
     if kind == "Prepend":
         return 1 + len(str(part.get("prepend", "")).encode("utf-8", "replace"))
     if kind == "Precompiled":

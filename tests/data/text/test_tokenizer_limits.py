@@ -73,6 +73,10 @@ HOSTILE = {
     "a long prefix of pieces": {
         "model": WORDPIECE | {"unk_token": "a", "continuing_subword_prefix": "#" * 1_000_000}
     },
+    "long pieces and long replacements": {
+        "model": unigram()["model"] | {"vocab": [["a" * 4000, 0.0]] * 3},
+        "decoder": sequence("decoders", [replace("a", "b" * 45)] * 2),
+    },
     "expressions that insert": {
         "normalizer": sequence("normalizers", [replace("x*", "yyyy", "Regex")] * 12)
     },

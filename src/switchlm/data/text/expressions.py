@@ -2,12 +2,14 @@
 
 Oniguruma, which `tokenizers` uses, goes back and tries again, so that `(a+)+b` takes 2**n steps on
 n times `a`. `check_expression` refuses this by its form: nothing that repeats without bound within
-something that does. The rest it times on runs of the characters that the expression names, each a
-little longer than the one before, so that it stops early. Quadratic time passes, as some tokenizers
-in use need it; the length of a prompt bounds it.
+something that does. The rest it times on runs of the characters that the expression names, alone
+and in turns, and of the words that it spells, each a little longer than the one before, so that it
+stops early. Quadratic time passes, as some tokenizers in use need it; the length of a prompt bounds
+it. An expression may still be slow on a text that is not tried; a server bounds the time of texts.
 """
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 from tokenizers import Regex, normalizers
@@ -18,7 +20,9 @@ LONGEST_EXPRESSION = 4096  # characters
 LARGEST_SIZE = 10_000  # characters that the expression matches when counted repeats are written out
 SLOWEST = 0.03  # seconds of one run; a safe expression needs less than a millisecond
 _LENGTHS = tuple(int(32 * 1.5**step) for step in range(13))  # to 4,151
-_MOST_CHARACTERS = 12
+_MOST_CHARACTERS = 24  # those that come most often in the expression
+_MOST_IN_TURNS = 12
+_MOST_WORDS = 16
 _USUAL = " \na1.é中"
 
 
@@ -34,20 +38,24 @@ def check_expression(pattern: str) -> None:
     """Raise DataError for an expression that is not valid, or takes time without bound."""
     if len(pattern) > LONGEST_EXPRESSION:
         raise _refused(pattern, f"has {len(pattern):,} characters")
-    literals = _check_form(pattern)
+    words = _check_form(pattern)
     try:
         replace = normalizers.Replace(Regex(pattern), "")
     except Exception as error:  # the library raises the base class
         raise _refused(pattern, f"is not valid ({str(error)[:100]})") from None
-    characters = list(dict.fromkeys([*literals, *_USUAL]))[:_MOST_CHARACTERS]
+    often = [character for character, _ in Counter("".join(words)).most_common()]
+    characters = list(dict.fromkeys([*often[:_MOST_CHARACTERS], *_USUAL]))
+    longer = [word for word in dict.fromkeys(words) if len(word) > 1][:_MOST_WORDS]
     # A run that is not followed by what the expression needs, which comes too late.
     late = "\0" + "".join(characters)
-    for character in characters:
+    for unit in (*characters, *longer):
         for length in _LENGTHS:
             for after in ("", late):
-                _time(replace, character * length + after, pattern)
-        for before in characters:
+                _time(replace, (unit * length)[:length] + after, pattern)
+    for character in characters[:_MOST_IN_TURNS]:
+        for before in characters[:_MOST_IN_TURNS]:
             _time(replace, before + character * _LENGTHS[1] + late, pattern)
+            _time(replace, (before + character) * _LENGTHS[1] + late, pattern)
 
 
 def _time(replace: normalizers.Replace, text: str, pattern: str) -> None:
@@ -67,12 +75,17 @@ def _time(replace: normalizers.Replace, text: str, pattern: str) -> None:
     raise _refused(pattern, "takes time without bound")
 
 
-def _check_form(pattern: str) -> str:
-    """Return the literal characters of an expression. Raises DataError for a refused form."""
-    groups, literals = [_Group()], ""
+def _check_form(pattern: str) -> list[str]:
+    """Return the words that an expression spells, and the characters that its classes name.
+
+    Raises DataError for a refused form.
+    """
+    groups, words = [_Group()], [""]
     place = 0
     while place < len(pattern):
         character = pattern[place]
+        if character in "()|":
+            words.append("")
         if character == "(":
             groups.append(_Group())
             place = _after_prefix(pattern, place)
@@ -87,8 +100,10 @@ def _check_form(pattern: str) -> str:
                 raise _refused(pattern, "has a parenthesis without a partner")
         else:
             end = _end_of_atom(pattern, place)
-            if end == place + 1 or pattern[place] == "\\":
-                literals += pattern[end - 1]
+            if pattern[place] == "[":
+                words += [*_members(pattern[place + 1 : end - 1]), ""]
+            else:
+                words[-1] += pattern[end - 1]
             atom, place = _Group(size=1), end
         # `a{2}+` repeats what repeats.
         while (quantifier := _quantifier(pattern, place)) is not None:
@@ -102,7 +117,12 @@ def _check_form(pattern: str) -> str:
             raise _refused(pattern, f"repeats more than {LARGEST_SIZE:,} characters")
     if len(groups) != 1:
         raise _refused(pattern, "has a parenthesis without a partner")
-    return literals
+    return words
+
+
+def _members(inside: str) -> str:
+    """Return the characters that a class names: also the ends of ranges, and letters of escapes."""
+    return "".join(character for character in inside if character not in "^-[]&\\")
 
 
 def _after_prefix(pattern: str, place: int) -> int:

@@ -17,7 +17,8 @@ from switchlm.data.config import LARGEST_VOCABULARY
 from switchlm.data.text.expressions import check_expression
 from switchlm.errors import DataError
 
-LONGEST_PIECE = 4096  # bytes; a token's text in every output
+LONGEST_PIECE = 4096  # bytes
+LONGEST_OUTPUT = 2**14  # bytes; the longest piece, and what the decoder makes of it
 LONGEST_STRING = 256  # bytes, of other settings
 LARGEST_NUMBER = 10_000
 LARGEST_GROWTH = 2048  # bytes out of one byte, by all replacements together
@@ -76,7 +77,7 @@ def parse(text: str) -> dict[str, Any]:
 
 def _check(values: dict[str, Any]) -> None:
     """Raise DataError unless the values are within the limits above."""
-    _check_model(values["model"])
+    pieces = _check_model(values["model"])
     added = values.get("added_tokens") or []
     _require(isinstance(added, list), "added_tokens", added)
     for token in added:
@@ -84,6 +85,7 @@ def _check(values: dict[str, Any]) -> None:
         _check_piece(token.get("content"))
         _check_id(token.get("id"))
         _require(token.get("content") != "", "an empty added token", token)
+        pieces.append(token["content"])
     expressions: set[str] = set()
     growth = dict.fromkeys(_PARTS, 1)
     for name in _PARTS:
@@ -93,19 +95,22 @@ def _check(values: dict[str, Any]) -> None:
             _check_part(part, name)
             patterns = (value.get("Regex") for value in part.values() if isinstance(value, dict))
             expressions.update(pattern for pattern in patterns if isinstance(pattern, str))
-        growth[name] = math.prod(map(_growth, parts))
+        growth[name] = math.prod(_growth(part, name) for part in parts)
         if any(part["type"] in _UNICODE for part in parts):
             growth[name] *= UNICODE_GROWTH
     encoding = growth["normalizer"] * growth["pre_tokenizer"]
     for factor in (encoding, growth["decoder"]):
         _require(factor <= LARGEST_GROWTH, "parts that lengthen a text by a factor of", factor)
+    output = growth["decoder"] * max(map(_size, pieces), default=0)
+    _require(output <= LONGEST_OUTPUT, "a decoder that makes of a token as many bytes as", output)
     # Last, as it takes the most time.
     _require(len(expressions) <= MOST_EXPRESSIONS, "this many expressions:", len(expressions))
     for expression in expressions:
         check_expression(expression)
 
 
-def _check_model(model: dict[str, Any]) -> None:
+def _check_model(model: dict[str, Any]) -> list[str]:
+    """Return the pieces of the vocabulary."""
     kind, vocabulary = model.get("type"), model.get("vocab")
     _require(kind is None or kind in _MODELS, "a model of the type", kind)
     if isinstance(vocabulary, dict):
@@ -118,7 +123,7 @@ def _check_model(model: dict[str, Any]) -> None:
         raise DataError("The tokenizer file has no vocabulary: it is not a tokenizer.json.")
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):  # put beside many pieces
         affix = str(model.get(name) or "")
-        _require(len(affix.encode("utf-8", "replace")) <= LONGEST_STRING, f"the {name}", affix)
+        _require(_size(affix) <= LONGEST_STRING, f"the {name}", affix)
     longest = model.get("max_input_chars_per_word", 0)
     _require(_is_count(longest, LONGEST_WORD), "max_input_chars_per_word of", longest)
     unknown = model.get("unk_token")
@@ -128,6 +133,7 @@ def _check_model(model: dict[str, Any]) -> None:
             f"The tokenizer file names the unknown token {str(unknown)[:60]!r}, which its "
             "vocabulary lacks, so that it cannot encode every text."
         )
+    return list(vocabulary) if isinstance(vocabulary, dict) else [piece for piece, _ in vocabulary]
 
 
 def check_vocabulary(vocabulary: Sequence[Any]) -> None:
@@ -165,7 +171,7 @@ def _check_part(part: dict[str, Any], name: str) -> None:
             continue
         for leaf in _leaves(value):
             if isinstance(leaf, str):
-                _require(len(leaf.encode("utf-8", "replace")) <= LONGEST_STRING, f"in {name}", leaf)
+                _require(_size(leaf) <= LONGEST_STRING, f"in {name}", leaf)
             elif not isinstance(leaf, bool | None):
                 limit = LARGEST_VOCABULARY if name == "post_processor" else LARGEST_NUMBER
                 _require(_is_count(leaf, limit), f"in {name} the number", leaf)
@@ -186,25 +192,31 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield one
 
 
-def _growth(part: dict[str, Any]) -> int:
+def _growth(part: dict[str, Any], name: str) -> int:
     """Return the most bytes that a part makes of one byte, each time that it is applied."""
     kind, pattern = part.get("type"), part.get("pattern")
+    if name == "decoder" and kind in ("ByteLevel", "Metaspace"):
+        return 1
     if kind == "ByteLevel":  # a space before each piece; then two bytes for each that is not ASCII
         return 2 if part.get("add_prefix_space") is False else 4
     if kind == "Metaspace":  # put before each piece, and in the place of each space
-        return 1 + len(str(part.get("replacement", "▁")).encode("utf-8", "replace"))
+        return 1 + _size(part.get("replacement", "▁"))
     if kind == "BertNormalizer":  # spaces around each Chinese character
         return 2
     if kind == "Prepend":
-        return 1 + len(str(part.get("prepend", "")).encode("utf-8", "replace"))
+        return 1 + _size(part.get("prepend", ""))
     if kind == "Precompiled":
         return longest_replacement(_decoded(part.get("precompiled_charsmap")))
     if kind != "Replace" or not isinstance(pattern, dict):
         return 1
-    content = len(str(part.get("content", "")).encode("utf-8", "replace"))
+    content = _size(part.get("content", ""))
     if isinstance(literal := pattern.get("String"), str):
-        return max(1, -(-content // max(1, len(literal.encode("utf-8", "replace")))))
+        return max(1, -(-content // max(1, _size(literal))))
     return 1 + content  # an expression may match nothing, between any two characters
+
+
+def _size(text: Any) -> int:
+    return len(str(text).encode("utf-8", "replace"))
 
 
 def _decoded(charsmap: Any) -> bytes:
@@ -227,7 +239,7 @@ def longest_replacement(charsmap: bytes) -> int:
 
 def _check_piece(piece: Any) -> None:
     _require(isinstance(piece, str), "the token", piece)
-    _require(len(piece.encode("utf-8", "replace")) <= LONGEST_PIECE, "a token as long as", piece)
+    _require(_size(piece) <= LONGEST_PIECE, "a token as long as", piece)
 
 
 def _check_id(number: Any) -> None:

@@ -11,13 +11,14 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 HEAD_SECONDS = 20.0  # to send the head of a request, after connecting or after the last response
 WRITE_SECONDS = 30.0  # without reading any of a response
 MOST_CONNECTIONS = 1024
 RESERVED_FILES = 64  # for other uses than connections
+MOST_AT_ONCE = 32  # accepted in one turn of the event loop
 PART = 2048  # bytes parsed at a time: chunks of one byte take 5 ms
 RETRY_SECONDS = 1.0  # to accept, when there is no room
 LINE_SECONDS = 60.0  # between two lines about the same event
@@ -80,21 +81,43 @@ class Connections:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(0)  # accepting never waits while many connect
+            accepted: list[socket.socket] = []
+            pause = 0.0
             try:
-                accepted, _ = await loop.sock_accept(self._listener)
+                accepted.append((await loop.sock_accept(self._listener))[0])
+                # A turn of the loop is long while many clients send, so one is not for each.
+                while len(accepted) < MOST_AT_ONCE:
+                    accepted.append(self._listener.accept()[0])
+            except BlockingIOError:
+                pass
             except OSError as error:
                 if error.errno in EXHAUSTED:
                     self._say(f"There is no room for another connection: {error.strerror}.")
-                    await asyncio.sleep(0.01 if self._make_room() else RETRY_SECONDS)
-                continue
+                    pause = 0.01 if self._make_room() else RETRY_SECONDS
+            await self._connect_all(accepted)
+            if pause:
+                await asyncio.sleep(pause)
+
+    async def _connect_all(self, accepted: list[socket.socket]) -> None:
+        begun: list[Awaitable[None]] = []
+        for one in accepted:
+            one.setblocking(False)
+            if len(self.open) + len(begun) >= self._most:
+                await asyncio.gather(*begun)
+                begun.clear()
             if len(self.open) >= self._most:
                 self._say(f"All {self._most} connections are in use; waiting ones are closed.")
                 if not self._make_room():
-                    with accepted, suppress(OSError):
-                        accepted.send(_FULL)
+                    with one, suppress(OSError):
+                        one.send(_FULL)
                     continue
-            with suppress(OSError):
-                await loop.connect_accepted_socket(lambda: Connection(self), accepted)
+            begun.append(self._connect(one))
+        await asyncio.gather(*begun)
+
+    async def _connect(self, accepted: socket.socket) -> None:
+        with suppress(OSError):
+            loop = asyncio.get_running_loop()
+            await loop.connect_accepted_socket(lambda: Connection(self), accepted)
 
     def _make_room(self) -> bool:
         """Close the connection that waits longest, one that never got a response if possible."""

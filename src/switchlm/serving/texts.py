@@ -1,12 +1,17 @@
 """Work on texts outside of the event loop: parsing, tokenizing, decoding, in a few threads.
 
-A text is bounded by its characters before it is tokenized, so a long one costs nothing.
+A text is bounded by its characters before it is tokenized, so a long one costs nothing. A regular
+expression of a tokenizer may still take time without bound, and a thread cannot be ended: another
+takes its place, and after some such threads the engine ends with an error.
 """
 
 import asyncio
+import queue
+import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from switchlm.errors import DataError
 from switchlm.generation.decode import check_vocabulary
@@ -16,6 +21,8 @@ from switchlm.serving.requests import BusyError, as_exception
 Result = TypeVar("Result")
 NUM_THREADS = 2
 MAX_WAITING = 512  # requests that wait for a thread, or have one
+STUCK_SECONDS = 10.0  # in which the longest text is tokenized a hundred times
+MOST_STUCK = 8  # threads
 CHARACTERS_PER_TOKEN = 32  # of a text that is short enough, on average; English has about 4
 
 
@@ -24,7 +31,7 @@ class Texts:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="switchlm-texts")
+        self._threads = Threads(NUM_THREADS)
         self._waiting = 0
 
     async def prepare(self, function: Callable[[], Result]) -> Result:
@@ -47,7 +54,20 @@ class Texts:
             except BaseException as error:
                 raise as_exception(error) from None
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        future = asyncio.wrap_future(self._threads.submit(call))
+        try:
+            while not (await asyncio.wait([future], timeout=STUCK_SECONDS / 10))[0]:
+                if self._threads.replace_stuck() > MOST_STUCK:
+                    self._engine.fail(
+                        DataError(
+                            f"{MOST_STUCK + 1} texts have been tokenized for more than "
+                            f"{STUCK_SECONDS:.0f} seconds each: the tokenizer is damaged, or made "
+                            "to exhaust this machine."
+                        )
+                    )
+            return future.result()
+        finally:
+            future.cancel()  # if nobody waits for it any longer
 
     def prompt(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
         """Return the ids of a prompt, of a text or given, with what the tokenizer puts around them.
@@ -72,6 +92,58 @@ class Texts:
         if len(text) > CHARACTERS_PER_TOKEN * max_tokens:
             raise _too_long(f"{len(text):,} characters", max_tokens - 1)
         return tuple(self._engine.tokenizer.encode(text))
+
+
+class Threads:
+    """Calls functions in a number of threads, without those in which a function does not end.
+
+    The threads do not keep the process from ending.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._began: dict[threading.Thread, float] = {}  # of the threads that call something
+        self._stuck: set[threading.Thread] = set()
+        for _ in range(number):
+            self._start()
+
+    def submit(self, function: Callable[[], Result]) -> "Future[Result]":
+        """Return the future of `function()`."""
+        future: Future[Result] = Future()
+        self._calls.put((future, function))
+        return future
+
+    def replace_stuck(self) -> int:
+        """Start a thread for each that has been stuck since the last call; return all such."""
+        with self._lock:
+            limit = time.monotonic() - STUCK_SECONDS
+            late = [thread for thread, began in self._began.items() if began < limit]
+            for thread in set(late) - self._stuck:
+                self._stuck.add(thread)
+                self._start()
+            return len(self._stuck)
+
+    def _start(self) -> None:
+        threading.Thread(target=self._run, name="switchlm-texts", daemon=True).start()
+
+    def _run(self) -> None:
+        me = threading.current_thread()
+        while True:
+            future, function = self._calls.get()
+            if not future.set_running_or_notify_cancel():
+                continue
+            with self._lock:
+                self._began[me] = time.monotonic()
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+            with self._lock:
+                del self._began[me]
+                if me in self._stuck:  # it has been replaced
+                    self._stuck.remove(me)
+                    return
 
 
 def _too_long(length: str, max_tokens: int) -> DataError:

@@ -6,9 +6,18 @@ import shutil
 import sys
 
 import pytest
-from tests.data.text.saved_folders import KINDS, SENTINELS, make_folder, num_pieces, spiece
+from tests.data.text.saved_folders import (
+    KINDS,
+    MT5_PIECES,
+    NORMAL,
+    SENTINELS,
+    USER_DEFINED,
+    make_folder,
+    num_pieces,
+    spiece,
+)
 
-from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer import Tokenizer, Vocabulary
 from switchlm.errors import DataError, MissingExtraError
 
 WORDS = [
@@ -74,6 +83,63 @@ def test_the_sentinels_of_mt5_are_pieces_of_its_vocabulary(tmp_path):
         ids = tokenizer.encode("The <extra_id_0> dog")
         assert tokenizer.sentinel_ids[0] in ids
         assert tokenizer.decode(ids) == "The <extra_id_0> dog"
+
+
+def write_pieces(folder, pieces, kind, settings=None):
+    """Write a spiece.model with these pieces at its end, and what tokenizer_config.json says."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "mt5"}')
+    (folder / "spiece.model").write_bytes(spiece(pieces, kind))
+    if settings is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+PIECES = {
+    "mt5": (MT5_PIECES, NORMAL),
+    "mt5, user-defined": (MT5_PIECES, USER_DEFINED),
+    "without a space": (tuple(piece[1:] for piece in MT5_PIECES), NORMAL),
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces_are_the_sentinels_where_no_file_says_what_is(tmp_path, name):
+    from transformers import AutoTokenizer
+
+    alone = write_pieces(tmp_path / "spiece", *PIECES[name])
+    # Transformers adds 100 sentinels, unless it is told that there are none.
+    theirs = AutoTokenizer.from_pretrained(
+        write_pieces(tmp_path / "said", *PIECES[name], {"extra_ids": 0})
+    )
+    saved = tmp_path / "json"
+    theirs.save_pretrained(saved)
+    (saved / "tokenizer_config.json").unlink()
+    shutil.copy(alone / "config.json", saved)
+    if adds := name == "without a space":  # such sentinels are not only pieces, but added tokens
+        theirs = AutoTokenizer.from_pretrained(alone)
+    first = num_pieces() + 99
+    for folder in (alone, saved):
+        vocabulary = Vocabulary(size=first + 5, pad_id=0, end_id=1)
+        ours = Tokenizer.load(folder, vocabulary)
+        assert ours.sentinel_ids == tuple(range(first, first - 100, -1))
+        for number in (0, 99):
+            assert ours.sentinel_ids[number] in ours.encode(f"The <extra_id_{number}> dog")
+        for text in hard_texts():
+            ids = theirs(text, add_special_tokens=False).input_ids
+            if adds:
+                ids = [number - 100 if number > first else number for number in ids]
+            assert ours.encode(text) == ids, text
+
+
+def test_of_two_tokens_for_a_sentinel_the_one_that_texts_get_counts(tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = write_pieces(tmp_path / "both", MT5_PIECES, USER_DEFINED, {"extra_ids": 100})
+    ours, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    ids = ours.encode("The <extra_id_0> dog")
+    assert ids == theirs("The <extra_id_0> dog", add_special_tokens=False).input_ids
+    assert ours.sentinel_ids[0] in ids
+    assert len(theirs) == num_pieces() + 200
 
 
 def test_umt5_of_a_spiece_model_encodes_as_sentencepiece_does(tmp_path):

@@ -3,9 +3,14 @@
 `tokenizer_config.json` lists them with their ids under `added_tokens_decoder`; where it does not,
 they come from special_tokens_map.json, added_tokens.json and tokenizer.json. Named tokens, such as
 `eos_token`, and further special ones, such as T5's sentinels, come after these.
+
+One thing differs: where no file says how many sentinels there are, and the vocabulary has them as
+pieces, as mT5's has, these are the sentinels. Transformers adds 100 others, whose ids the model's
+embedding lacks.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
+from itertools import count, takewhile
 from typing import Any
 
 from tokenizers import AddedToken
@@ -18,6 +23,11 @@ _NAMED = (
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _EXTRA = ("extra_special_tokens", "additional_special_tokens")
 _MOST_EXTRA_IDS = 100_000
+
+
+def sentinel(index: int) -> str:
+    """Return T5's sentinel number `index`."""
+    return f"<extra_id_{index}>"
 
 
 class AddedTokens:
@@ -79,10 +89,24 @@ class AddedTokens:
             raise _invalid("number of extra_ids", number)
         return max(0, number)
 
+    def sentinels(self, usual: int, vocabulary: Container[str]) -> list[str]:
+        """Return the sentinels of the class of a tokenizer, by their number.
+
+        usual: how many it has where tokenizer_config.json does not say.
+        vocabulary: the pieces, which are the sentinels if no file says what is. `▁<extra_id_0>` is
+            found in texts as it is, and no added token.
+        """
+        listed = [*(self._extra or []), *map(_token, _listed(self._further))]
+        stated = self.num_sentinels is not None or _has_sentinel(listed)
+        if not stated and (sentinel(0) in vocabulary or f"▁{sentinel(0)}" in vocabulary):
+            return list(takewhile(vocabulary.__contains__, map(sentinel, count())))
+        number = usual if self.num_sentinels is None else self.num_sentinels
+        return [sentinel(index) for index in range(number)]
+
     def default(
         self,
         names: Mapping[str, str | AddedToken],
-        num_sentinels: int,
+        sentinels: Iterable[str],
         pieces: Iterable[AddedToken] | None = None,
     ) -> None:
         """Add the names and sentinels that the class of a tokenizer has without any file.
@@ -91,13 +115,11 @@ class AddedTokens:
         """
         for name, content in names.items():
             self._named.setdefault(name, _token(content))
-        if self.num_sentinels is not None:
-            num_sentinels = self.num_sentinels
         if self._extra is None:
             further = [_token(token) for token in _listed(self._further)]
             self._extra = list(pieces) if pieces is not None else further
-            if not any("<extra_id_" in token.content for token in self._extra):
-                self._extra += [_token(f"<extra_id_{number}>") for number in range(num_sentinels)]
+            if not _has_sentinel(self._extra):
+                self._extra += map(_token, sentinels)
 
     @property
     def names(self) -> dict[str, str]:
@@ -118,6 +140,10 @@ class AddedTokens:
                 known.add(token.content)
                 found.append(token)
         return found
+
+
+def _has_sentinel(tokens: Iterable[AddedToken]) -> bool:
+    return any("<extra_id_" in token.content for token in tokens)
 
 
 def _listed(tokens: Any) -> list[Any]:

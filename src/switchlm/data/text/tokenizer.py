@@ -21,6 +21,7 @@ from tokenizers import AddedToken
 
 from switchlm.data.order import Int64
 from switchlm.data.text import tokenizer_files
+from switchlm.data.text.added_tokens import sentinel
 from switchlm.data.text.byte_level import (
     END,
     PAD,
@@ -43,11 +44,6 @@ _ENDS = (END, "<eos>", "<|endoftext|>", "<|end_of_text|>", "[SEP]")
 _UNKNOWNS = (UNKNOWN, "[UNK]")
 # What transformers' clean_up_tokenization_spaces replaces, in this order.
 _CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
-
-
-def sentinel(index: int) -> str:
-    """Return T5's sentinel number `index`."""
-    return f"<extra_id_{index}>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +135,14 @@ class Tokenizer:
         return self.backend.get_vocab()[names[0]]
 
     def _find_sentinel(self, index: int) -> int | None:
+        name = sentinel(index)
         # mT5's vocabulary has them as pieces, with the space before them.
-        return self._find((sentinel(index), f"▁{sentinel(index)}"))
+        added, piece = self._find([name]), self._find([f"▁{name}"])
+        if added is None or piece is None:
+            return piece if added is None else added
+        # Of both, the one that a text with it gets.
+        with library("encode a text"):
+            return piece if piece in self.backend.encode(name).ids else added
 
     @classmethod
     def bytes(cls, num_sentinels: int = NUM_SENTINELS) -> "Tokenizer":
@@ -257,7 +259,9 @@ class Tokenizer:
     def complete(self, ids: Sequence[int], end_id: int | None = None) -> list[int]:
         """Return the ids of a whole input or target: the end token is the last.
 
-        The tokens around a text are those of transformers, such as CodeT5's `<s>` before it.
+        The tokens around a text are those of transformers, such as CodeT5's `<s>` before it, but
+        the end token is there without a template, as in training, and unlike ByT5Tokenizer's after
+        a text's own `</s>` too.
 
         end_id: the model's, if it differs from the tokenizer's.
         """

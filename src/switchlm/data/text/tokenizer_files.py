@@ -86,13 +86,14 @@ def read_folder(folder: Path) -> SavedTokenizer | None:
     )
     if named == _BYT5:
         backend = bytes_backend(strip=True)
-        added.default(_BYT5_NAMES, _BYT5_SENTINELS)
+        added.default(_BYT5_NAMES, added.sentinels(_BYT5_SENTINELS, ()))
     elif has_file:
         backend = _from_text(text)
         if named == _T5 and values["model"].get("type") == "Unigram":
             vocabulary = [(piece, score) for piece, score in values["model"]["vocab"]]
             backend = _t5(vocabulary, _charsmap(values.get("normalizer")))
-            added.default(_NAMES, _T5_SENTINELS)
+            names = {piece for piece, _ in vocabulary}
+            added.default(_NAMES, added.sentinels(_T5_SENTINELS, names))
     elif has_spiece:
         backend = _converted(folder / SPIECE, added)
     else:
@@ -128,10 +129,12 @@ def _class(folder: Path, settings: Mapping[str, Any]) -> str | None:
 def _converted(spiece: Path, added: AddedTokens) -> tokenizers.Tokenizer:
     """Return the tokenizer of a spiece.model: T5's, whatever class is named."""
     pieces = read_pieces(spiece)
-    count = _T5_SENTINELS if added.num_sentinels is None else added.num_sentinels
-    sentinels = [(f"<extra_id_{number}>", 0.0) for number in reversed(range(count))]
-    added.default(_NAMES, _T5_SENTINELS, pieces.added)
-    return _t5([*pieces.vocabulary, *sentinels], pieces.charsmap)
+    names = {piece for piece, _ in pieces.vocabulary}
+    sentinels = added.sentinels(_T5_SENTINELS, names)
+    added.default(_NAMES, sentinels, pieces.added)
+    known = names if added.num_sentinels is None else ()
+    further = [(name, 0.0) for name in reversed(sentinels) if name not in known]
+    return _t5([*pieces.vocabulary, *further], pieces.charsmap)
 
 
 def _from_text(text: str) -> tokenizers.Tokenizer:

@@ -79,12 +79,14 @@ class Windows:
                 self._make(number)
 
     def _make(self, number: int) -> TokenCache:
-        limits = {
-            "columns": self.config.columns,
-            "max_documents": self.config.max_documents,
-            "window": number,
-        }
-        place = cache_path(self.source, self.tokenizer, self.folder, **limits)  # type: ignore[arg-type]
+        place = cache_path(
+            self.source,
+            self.tokenizer,
+            self.folder,
+            columns=self.config.columns,
+            max_documents=self.config.max_documents,
+            window=number,
+        )
         return open_at(place, self.source, self.tokenizer, self._read, self.report)
 
     def _read(self, skipped: Counter[str]) -> Iterator[Document]:

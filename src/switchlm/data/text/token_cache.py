@@ -110,12 +110,11 @@ def open_cache(
     report: Report,
 ) -> TokenCache:
     """Open the cache of `source` in `folder`; builds it if it is missing or damaged."""
-    limits = {"columns": columns, "max_documents": max_documents}
 
     def read(skipped: Counter[str]) -> Iterator[Document]:
         return sources.read(source, columns=columns, max_documents=max_documents, skipped=skipped)
 
-    place = cache_path(source, tokenizer, folder, **limits)  # type: ignore[arg-type]
+    place = cache_path(source, tokenizer, folder, columns=columns, max_documents=max_documents)
     return open_at(place, source, tokenizer, read, report)
 
 

@@ -52,6 +52,24 @@ def run_json(run):
 
 
 @pytest.fixture
+def run_unchanged(run):
+    """Run a command line that leaves a folder as it is, and return what it prints, in one line."""
+
+    def content(folder):
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return {path: (path.stat().st_ino, path.read_bytes()) for path in files}
+
+    def run_unchanged(folder, *arguments):
+        before = content(folder)
+        result = run(*arguments)
+        assert result.exit_code == 0, result.output
+        assert content(folder) == before
+        return " ".join(result.output.split())
+
+    return run_unchanged
+
+
+@pytest.fixture
 def refuse(run):
     """Run a command line with a mistake; return the error message."""
 

@@ -71,7 +71,7 @@ def test_a_student_can_be_evaluated_as_any_run(run, run_json, arguments, tmp_pat
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_resume_needs_nothing_but_the_folder(run, refuse, arguments, tmp_path):
+def test_resume_needs_nothing_but_the_folder(run, refuse, run_unchanged, arguments, tmp_path):
     out = tmp_path / "run"
     run(*arguments, "--set", "training.steps=2")
     assert "There is a run" in refuse(*arguments)
@@ -79,6 +79,8 @@ def test_resume_needs_nothing_but_the_folder(run, refuse, arguments, tmp_path):
     assert result.exit_code == 0, result.output
     assert json.loads((out / "distill.json").read_text())["steps"] == 4
     assert "--teacher is given with --resume" in refuse(*arguments, "--resume")
+    shorter = ("distill", "--out", out, "--resume", "--set", "training.steps=3")
+    assert "has 4 steps already, and training.steps is 3" in run_unchanged(out, *shorter)
 
 
 def test_a_missing_teacher(refuse, tmp_path):

@@ -162,7 +162,7 @@ def test_a_vocabulary_without_the_labels_is_an_error(refuse, command, tmp_path):
     assert "cannot learn the task 'sst2': its tokenizer turns the label 'negative'" in message
 
 
-def test_a_run_is_resumed_with_its_own_settings(run, refuse, command, tmp_path):
+def test_a_run_is_resumed_with_its_own_settings(run, refuse, run_unchanged, command, tmp_path):
     assert run(*command()).exit_code == 0
     assert "There is a run in" in refuse(*command())
     other = tmp_path / "other.jsonl"
@@ -178,6 +178,9 @@ def test_a_run_is_resumed_with_its_own_settings(run, refuse, command, tmp_path):
     before = timeless(tmp_path / "run")
     assert run("finetune", "--out", tmp_path / "run", "--resume").exit_code == 0
     assert timeless(tmp_path / "run") == before
+    shorter = ("finetune", "--out", tmp_path / "run", "--resume", "--set", "training.steps=4")
+    said = run_unchanged(tmp_path / "run", *shorter)
+    assert "has 6 steps already, and training.steps is 4: nothing was trained" in said
 
 
 def test_a_base_that_has_changed_is_an_error(run, refuse, command, tmp_path, nano):

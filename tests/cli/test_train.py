@@ -41,6 +41,22 @@ def test_the_device_of_a_run_is_in_its_configuration(run, text_file, tmp_path):
     assert config["training"]["device"] == "cpu"
 
 
+def test_a_run_beyond_the_wanted_steps_is_left_as_it_is(run, run_unchanged, text_file, tmp_path):
+    out = tmp_path / "run"
+    arguments = ("pretrain", "--preset", "nano", "--data", text_file, "--out", out)
+    settings = ("data.tokenizer=bytes", "data.batch_size=2", "data.input_length=16")
+    stated = (
+        f"--set={one}" for one in (*settings, "training.steps=3", "training.evaluate_every=null")
+    )
+    assert run(*arguments, *stated).exit_code == 0
+    resume = ("pretrain", "--out", out, "--resume", "--set=training.steps=2")
+    assert "has 3 steps already, and training.steps is 2: nothing" in run_unchanged(out, *resume)
+    (out / "report.html").unlink()  # a kill before it was written
+    result = run("pretrain", "--out", out, "--resume")
+    assert "nothing is left to train" in " ".join(result.output.split())
+    assert (out / "report.html").exists()
+
+
 @pytest.mark.parametrize("command", ["pretrain", "finetune", "distill"])
 def test_a_run_to_resume_that_is_not_there_is_named_beside_those_that_are(
     refuse, tmp_path, command

@@ -1,6 +1,7 @@
 """A run begins once, and is verified when it is resumed; without training."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,47 @@ def test_another_run_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=rf"{named}.* may change\."):
         start(out, resume=True, **settings)
     assert content(out) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "done", "said"),
+    [
+        ({"steps": 10}, {"step": 1139}, "1,139 steps already, and .* is 10: nothing was trained"),
+        ({"learning_rate": 0.5}, {"step": 10_000}, "10,000 steps already.*: nothing was trained"),
+        ({"seconds": 9}, {}, r"9\.5 s already, and training.seconds is 9: nothing was trained"),
+        ({"steps": 50_000}, {"stopped": True}, "ended at step 40, .*: nothing was trained"),
+        ({"steps": 41, "seconds": 10}, {}, ""),
+        ({"steps": 40}, {}, "has 40 steps already, and training.steps is 40: nothing is left"),
+        ({}, {"step": 20_000}, "has 20,000 steps already, and .* is 10,000: nothing is left"),
+        ({"device": "cpu"}, {"stopped": True}, "ended at step 40, .*: nothing is left"),
+    ],
+)
+def test_a_run_that_has_ended_takes_no_other_course(
+    out: Path, settings: dict[str, Any], done: dict[str, Any], said: str
+) -> None:
+    """Settings by which nothing is trained are not those of the run; it is finished without."""
+    state = {"progress": {"done": {"step": 40, "seconds": 9.5, "stopped": False, **done}}}
+    for step, saved in ((7, {}), (state["progress"]["done"]["step"], state)):
+        folder = out / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps(saved))
+    lines: list[str] = []
+    with open_run(out, True, ALONE) as run:
+        stated = changed(**{f"training_{name}": value for name, value in settings.items()})
+        ended = run.check({"config.yaml": stated}, lines.append)
+    assert (ended is not None) == ("nothing was trained" in said)
+    lines += [ended] if ended else []
+    assert re.search(said, lines[-1])
+    assert said or "nothing" not in " ".join(lines)
+
+
+@pytest.mark.parametrize("state", [b"", b"[]", b'{"progress": 3}', b"[" * 100_000, b"\xff"])
+def test_a_damaged_checkpoint_is_not_the_end_of_a_run(out: Path, state: bytes) -> None:
+    folder = out / "checkpoints" / "step-00000040"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_bytes(state)
+    (line,) = start(out, resume=True, training_steps=10)
+    assert "training.steps 10 (the run has " in line
 
 
 def test_another_text_or_vocabulary_is_refused(out: Path) -> None:

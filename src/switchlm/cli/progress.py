@@ -65,6 +65,8 @@ def follow(
             last |= event
             if lines and as_json and is_main and "step" in event:
                 typer.echo(to_json(event))
+    if "ended" in last:
+        console.print(last["ended"], style="bold", markup=False, highlight=False)
     return console, last
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from switchlm.cli import options
@@ -60,7 +61,7 @@ def pretrain(
         seconds=run.training.seconds,
         as_json=as_json,
     )
-    console.print(f"Model: {out / 'model'}   Report: {out / 'report.html'}")
+    show_results(console, out)
 
 
 def finetune(
@@ -133,7 +134,7 @@ def finetune(
             f"{beside_baseline(last)}",
             highlight=False,
         )
-    console.print(f"Model: {out / 'model'}   Report: {out / 'report.html'}")
+    show_results(console, out)
 
 
 def distill(
@@ -215,7 +216,14 @@ def distill(
         typer.echo(to_json(last["result"]))
         return
     console.print(headline(last["result"]), style="bold", highlight=False)
-    console.print(f"Model: {out / 'model'}   Report: {out / 'report.html'}")
+    show_results(console, out)
+
+
+def show_results(console: Console, out: Path) -> None:
+    """Print where the model and the report of a run are; a run may end before it has them."""
+    paths = {"Model": out / "model", "Report": out / "report.html"}
+    found = [f"{name}: {path}" for name, path in paths.items() if path.exists()]
+    console.print("   ".join(found), markup=False, highlight=False)
 
 
 def parse_duration(text: str) -> float:

@@ -267,7 +267,10 @@ def distill(
         started = opened.enter_context(open_run(out, resume, mesh))
         folder = started.folder
         files = {folder.config.name: to_sections(run), folder.distillation.name: stored(config)}
-        started.check(files, report)
+        ended = started.check(files, report)
+        if ended is not None:
+            yield {"ended": ended}
+            return
         yield {"phase": "loading the teacher"}
         teacher, tokenizer = load_with_tokenizer(settings.teacher, "teacher", report, device)
         _check_vocabularies(settings, tokenizer)

@@ -177,7 +177,10 @@ def finetune(
         run = opened.enter_context(open_run(out, resume, mesh))
         folder, settings = run.folder, config.finetune
         stored = {folder.config.name: to_sections(config)}
-        run.check(stored, report)
+        ended = run.check(stored, report)
+        if ended is not None:
+            yield {"ended": ended}
+            return
         yield {"phase": "reading the tasks"}
         with mesh.local_rank_zero_first("tasks"):
             examples = read_tasks(settings, report)

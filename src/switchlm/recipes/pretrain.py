@@ -111,7 +111,10 @@ def pretrain(
         if "model" in before:
             config = with_vocabulary(config, from_sections(before).model)
             tokenizer = run.tokenizer(vocabulary_of(config.model))
-        run.check({folder.config.name: to_sections(config)}, report)
+        ended = run.check({folder.config.name: to_sections(config)}, report)
+        if ended is not None:
+            yield {"ended": ended}
+            return
         start: SwitchTransformer | None = None
         if config.init_from is not None and not folder.has_checkpoint():
             yield {"phase": f"loading {config.init_from}"}

@@ -9,7 +9,8 @@ A start that fails before the first line of metrics or checkpoint deletes them; 
 leaves them to the next start.
 
 A resumed run compares these with its own. Settings of the course of training may change, which is
-said; others may not, since a run with other data or another model is another run.
+said; others may not, since a run with other data or another model is another run. A run in which no
+step is left only finishes what a kill may have kept it from; it takes no other course.
 """
 
 import hashlib
@@ -44,6 +45,10 @@ FREE = (
     "training.weight_decay", "mesh", "kernels", "finetune.patience", "distillation.baseline",
     "distillation.cache_logits",
 )  # fmt: skip
+COURSE = {  # settings that mean nothing to a run in which no step is left
+    "training.seconds", "training.learning_rate", "training.schedule", "training.warmup_steps",
+    "training.decay_steps", "training.gradient_clip", "training.weight_decay", "finetune.patience",
+}  # fmt: skip
 PURPOSES = {"data", "finetune", "distillation"}  # sections that tell the commands apart
 MAY_CHANGE = (
     "training.steps, seconds, learning_rate and its schedule, log_every, evaluate_every, "
@@ -129,16 +134,19 @@ class Run:
                 f"{str(place / 'tokenizer.json')!r}."
             ) from None
 
-    def check(self, settings: Mapping[str, Sections], report: Report) -> None:
+    def check(self, settings: Mapping[str, Sections], report: Report) -> str | None:
         """Compare the settings with those of a resumed run, before anything is read or written.
 
         settings: the sections of each file, such as `config.yaml`.
-        report: called with a line about settings that have changed.
+        report: called with lines about settings that have changed, and about a run that has ended.
+
+        Returns None, or a sentence on why these settings change nothing: then the run has ended,
+        and is left as it is.
 
         Raises ConfigError for those that may not.
         """
         if self.is_new:
-            return
+            return None
         changed: dict[str, tuple[Any, Any]] = {}
         text = self._started().get("text")
         for path in self.folder.settings():
@@ -164,8 +172,20 @@ class Run:
                 f"{_describe(fixed)}. Leave them out to go on; {MAY_CHANGE} may change. Or choose "
                 "another --out for a new run, which may start from this one's model by --init-from."
             )
-        if changed and self._ranks.is_first:
-            report(f"Resuming with other settings: {_describe(changed)}.")
+        training = settings.get(self.folder.config.name, {}).get("training", {})
+        done = self._ranks.on_rank_zero(self.folder.done)
+        ended = why_ended(done, training)
+        if ended is not None:
+            ended = f"The run in {str(self.folder.root)!r} {ended}"
+            course = COURSE if done["step"] == training["steps"] else {*COURSE, "training.steps"}
+            if changed.keys() & course:
+                return f"{ended}: nothing was trained, and its files are as they were."
+        if self._ranks.is_first:
+            if changed:
+                report(f"Resuming with other settings: {_describe(changed)}.")
+            if ended is not None:
+                report(f"{ended}: nothing is left to train.")
+        return None
 
     def begin(
         self,
@@ -274,6 +294,24 @@ def settings_of_run(folder: RunFolder, name: str = "config.yaml") -> dict[str, A
             f"with the settings of {folder.start.name}."
         )
     return found
+
+
+def why_ended(done: Mapping[str, Any], training: Sections) -> str | None:
+    """Return why a run takes no further step, as the end of a sentence; None if it does.
+
+    done: of `RunFolder.done`.
+    training: the section of the settings.
+    """
+    if not done:
+        return None
+    steps, seconds = training["steps"], training.get("seconds")
+    if done["step"] >= steps:
+        return f"has {done['step']:,} steps already, and training.steps is {steps:,}"
+    if seconds is not None and done["seconds"] >= seconds:
+        return f"has trained {done['seconds']:,.1f} s already, and training.seconds is {seconds:g}"
+    if done["stopped"]:
+        return f"ended at step {done['step']:,}, since its score no longer improved"
+    return None
 
 
 def hash_of_vocabulary(tokenizer: Tokenizer) -> str:

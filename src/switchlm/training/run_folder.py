@@ -4,7 +4,9 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from switchlm.checkpoint.read import STATE
 from switchlm.checkpoint.store import CheckpointDirectory
 from switchlm.files import make_folder, remove, replace_file
 from switchlm.locks import LOCK
@@ -65,6 +67,19 @@ class RunFolder:
         size = self.metrics.stat().st_size if self.metrics.is_file() else 0
         steps = CheckpointDirectory(self.checkpoints).finished()
         return size, max(steps, default=0), self.model.exists()
+
+    def done(self) -> dict[str, Any]:
+        """Return the progress in the newest checkpoint: step, seconds, whether it stopped itself.
+
+        Nothing if there is no checkpoint, or if that is damaged.
+        """
+        try:
+            steps = CheckpointDirectory(self.checkpoints).finished()
+            state = json.loads((steps[max(steps)] / STATE).read_bytes())
+            done = state["progress"]["done"]
+            return {name: done[name] for name in ("step", "seconds", "stopped")}
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return {}
 
     def settings(self) -> tuple[Path, Path]:
         """Return the files with the settings of a run; a run need not have the second."""

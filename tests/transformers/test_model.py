@@ -2,7 +2,10 @@
 
 import dataclasses
 import importlib
+import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from switchlm.errors import ConfigError, MissingExtraError
 from switchlm.generation.decode import generate
+from switchlm.huggingface import load
 from switchlm.transformers import SwitchTransformersForConditionalGeneration
 from switchlm.transformers.model import CACHE
 
@@ -230,6 +234,33 @@ def test_saved_models_are_loaded_by_both(ours, batch, tmp_path):
     )
     assert half.dtype == torch.bfloat16
     assert not half.training
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_all_ends_of_a_folder_end_outputs_and_are_saved(pair, folder, batch, tmp_path, name):
+    options = {**batch[0], "max_new_tokens": 12, "do_sample": False}
+    free = pair[0].generate(**options)
+    ends = [1, int(free[0, 4]), int(free[1, 6])]
+    values = {"pad_token_id": 5, "decoder_start_token_id": 7, "eos_token_id": ends}
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "generation_config.json").unlink()
+    if name == "config.json":
+        values = config | {"eos_token_id": ends}
+    (copied / name).write_text(json.dumps(values))
+    ours, theirs = pair_of(copied)
+    expected = theirs.generate(**options)
+    assert not torch.equal(expected, free)
+    assert torch.equal(ours.generate(**options), expected)
+    around = SwitchTransformersForConditionalGeneration(load.load(copied)[0])
+    assert torch.equal(around.generate(**options), expected)
+    ours.save_pretrained(tmp_path / "saved")
+    written = json.loads((tmp_path / "saved" / name).read_text())
+    assert {key: written[key] for key in values} == values
+    load.save(load.load(copied)[0], None, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / name).read_text())["eos_token_id"] == ends
+    for model in pair_of(tmp_path / "again"):
+        assert torch.equal(model.generate(**options), expected)
 
 
 @pytest.mark.slow

@@ -55,11 +55,13 @@ class Metadata:
     """generation: the content of generation_config.json.
     training: sections `data` and `finetune` of the run that trained the model.
     dtype: the number format that config.json states; None: none.
+    end_ids: all ids that end outputs by config.json, where it has a list of them.
     """
 
     generation: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     dtype: torch.dtype | None = None
+    end_ids: tuple[int, ...] = ()
 
 
 def read_metadata(folder: Path, values: Mapping[str, Any]) -> Metadata:
@@ -74,7 +76,12 @@ def read_metadata(folder: Path, values: Mapping[str, Any]) -> Metadata:
         raise CheckpointError(f"{TRAINING_KEY} in config.json must hold sections of settings.")
     dtype = values.get("dtype", values.get("torch_dtype"))
     known = [one for one in FLOATING if str(one) == f"torch.{dtype}"]
-    return Metadata(generation=generation, training=training, dtype=next(iter(known), None))
+    return Metadata(
+        generation=generation,
+        training=training,
+        dtype=next(iter(known), None),
+        end_ids=_tokens("eos_token_id", values.get("eos_token_id")),
+    )
 
 
 def token_ids(
@@ -140,12 +147,24 @@ def unused_settings(generation: Mapping[str, Any]) -> str | None:
     )
 
 
+def end_values(config: ModelConfig, kept: Metadata) -> dict[str, Any]:
+    """Return the end token of config.json to write: all where the folder read has several."""
+    several = len(kept.end_ids) > 1 and kept.end_ids[0] == config.end_id
+    return {"eos_token_id": list(kept.end_ids) if several else config.end_id}
+
+
+def kept_values(config: ModelConfig, kept: Metadata) -> dict[str, Any]:
+    """Return what config.json is to have of the folder read, beside the model."""
+    training = {TRAINING_KEY: dict(kept.training)} if kept.training else {}
+    return {**end_values(config, kept), **training}
+
+
 def generation_values(config: ModelConfig, kept: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of generation_config.json to write; kept: that of the folder read."""
-    ends = list(config.end_ids)
+    ends, pad = list(config.end_ids), kept.get("pad_token_id")
     ids = {
         "decoder_start_token_id": config.first_id,
         "eos_token_id": ends if len(ends) > 1 else ends[0],
-        "pad_token_id": config.pad_id,
+        "pad_token_id": config.pad_id if pad is None else pad,  # fills rows after their end
     }
     return {**kept, **ids}

@@ -40,9 +40,9 @@ from switchlm.huggingface.config import (
 )
 from switchlm.huggingface.metadata import (
     GENERATION_CONFIG,
-    TRAINING_KEY,
     Metadata,
     generation_values,
+    kept_values,
 )
 from switchlm.huggingface.names import ALIASES, STACKS, Entry, entries
 from switchlm.huggingface.weights import SAFETENSORS
@@ -317,8 +317,7 @@ def write_metadata(
     card: the text of README.md.
     """
     metadata = metadata or Metadata()
-    training = {TRAINING_KEY: dict(metadata.training)} if metadata.training else {}
-    _write_json(folder / "config.json", values | training)
+    _write_json(folder / "config.json", values | kept_values(config, metadata))
     _write_json(folder / GENERATION_CONFIG, generation_values(config, metadata.generation))
     (folder / "README.md").write_text(card, encoding="utf-8")
     if tokenizer is not None:

@@ -34,7 +34,12 @@ from switchlm.errors import ConfigError
 from switchlm.generation.decode import dropless
 from switchlm.huggingface import load
 from switchlm.huggingface.config import write_config
-from switchlm.huggingface.metadata import GENERATION_CONFIG
+from switchlm.huggingface.metadata import (
+    GENERATION_CONFIG,
+    Metadata,
+    end_values,
+    generation_values,
+)
 from switchlm.huggingface.weights import find_model
 from switchlm.model.layers import Linear
 from switchlm.model.routing import ModelOutput
@@ -88,8 +93,12 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
                 f"This takes a switchlm model, got {type(model).__name__}. Load one with "
                 "from_pretrained, or create one: SwitchTransformer(switchlm.preset('nano'))."
             )
+        kept = model.metadata or Metadata()
         values = write_config(model.config, str(model.embedding.weight.dtype)[len("torch.") :])
-        super().__init__(AutoConfig.for_model(**values))
+        super().__init__(AutoConfig.for_model(**values | end_values(model.config, kept)))
+        self.generation_config = GenerationConfig.from_dict(
+            generation_values(model.config, kept.generation)
+        )
         self.config._attn_implementation = "eager"  # with which all outputs are allowed
         self.model = model
         for layer in switch_layers(model).values():
@@ -150,8 +159,6 @@ class SwitchTransformersForConditionalGeneration(PreTrainedModel, GenerationMixi
                 setattr(self.config, name, value)
         if generation_config is not None:
             self.generation_config = generation_config
-        elif (folder / GENERATION_CONFIG).is_file():
-            self.generation_config = GenerationConfig.from_pretrained(folder)
         return self.eval()
 
     def save_pretrained(  # type: ignore[override]

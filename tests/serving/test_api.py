@@ -175,6 +175,37 @@ def test_the_page_needs_no_key_and_the_report_does(serve):
     assert httpx.get(f"{address}/v1/models", headers=headers).json()["data"][0]["report"] is True
 
 
+def test_what_is_served_is_said_where_nothing_is(client, serve):
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="nano", messages=[{"role": "user", "content": "a"}])
+    served = "POST /v1/completions, /v1/fill or /v1/route, or GET /v1/models"
+    error = caught.value
+    assert error.body == {
+        "message": f"There is no /v1/chat/completions here, and no chat: use {served}.",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": 404,
+    }
+    address = serve().address
+    for path in ("/v1/chat", "/v1/embeddings", "/v1", "/v1/completions/", "/chat/completions"):
+        answer = httpx.post(f"{address}{path}", json={})
+        assert answer.status_code == 404
+        assert answer.json()["error"]["message"].startswith(f"There is no {path} here, and no chat")
+    answer = httpx.post(f"{address}/v1/{'é' * 500}", json={})
+    assert (answer.status_code, len(answer.text) < 1000) == (404, True)
+    schema = httpx.get(f"{address}/openapi.json").json()
+    assert all(one in schema["paths"] for one in served.replace(",", "").split() if "/" in one)
+
+
+def test_ids_beyond_the_vocabulary_are_the_client_s(client, model):
+    last = model.config.vocabulary_size - 1
+    assert client.completions.create(model="nano", prompt=[last], max_tokens=1).choices
+    for prompt in ([last + 1], [5, 10**9], [[5], [10**30]]):
+        with pytest.raises(openai.BadRequestError, match=f"; ids of this model end at {last}") as e:
+            client.completions.create(model="nano", prompt=prompt)
+        assert "tokenizer" not in str(e.value)
+
+
 def test_there_are_no_pages_that_load_from_other_origins(serve):
     address = serve().address
     assert httpx.get(f"{address}/docs").status_code == 404

@@ -9,7 +9,7 @@ import pytest
 from openai.types.chat.chat_completion_stream_options_param import ChatCompletionStreamOptionsParam
 from openai.types.completion_create_params import CompletionCreateParamsBase
 
-from switchlm.serving.bodies import Completion, StreamOptions, parse
+from switchlm.serving.bodies import Completion, Fill, StreamOptions, parse
 from switchlm.serving.requests import RequestError
 
 NEUTRAL = {
@@ -114,6 +114,34 @@ def test_langchain_and_lm_eval_are_understood(serve):
         assert answer.status_code == 200, answer.text
         if not body.get("stream"):
             assert len(answer.json()["choices"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [
+        (["a"] * 9, "at most 8 stop texts, not 9"),
+        (3, "must be a text or a list of texts"),
+        (["a", None], "must be a text or a list of texts"),
+        ({}, "must be a text or a list of texts"),
+        ("", "a stop text has 1 to 256 characters, not 0"),
+        (["a", "b" * 257], "a stop text has 1 to 256 characters, not 257"),
+        (["\ud800"], "the text holds half a surrogate pair, which is no character"),
+    ],
+)
+def test_a_mistake_in_stop_is_one_sentence(stop, message):
+    for kind, body in ((Completion, {"prompt": "a"}), (Fill, {"text": "a"})):
+        with pytest.raises(RequestError, match=f"^stop: {message}\\.$") as caught:
+            parse(kind, json.dumps({**body, "stop": stop}).encode())
+        assert caught.value.param == "stop"
+
+
+def test_stop_texts_are_one_or_several():
+    for stop, expected in ((None, ()), ("a", ("a",)), ([], ()), (["b"] * 8, ("b",) * 8)):
+        body = json.dumps({"prompt": "a", "stop": stop}).encode()
+        assert parse(Completion, body).stops == expected
+    options = b'{"prompt": "a", "stream_options": 3}'
+    with pytest.raises(RequestError, match=r"^stream_options: must be an object\.$"):
+        parse(Completion, options)
 
 
 def test_the_work_does_not_grow_with_the_mistakes():

@@ -54,12 +54,12 @@ def test_the_key_is_compared_in_constant_time_and_written_nowhere(serve, monkeyp
 
 
 def test_the_error_of_a_field_of_two_types_names_both(serve):
-    body = {"prompt": "a", "stop": 3}
+    body = {"prompt": "a", "logprobs": "many"}
     answer = httpx.post(f"{serve().address}/v1/completions", json=body)
     assert answer.status_code == 400
     error = answer.json()["error"]
-    assert error["param"] == "stop"
-    message = "stop: Input should be a valid string, or: Input should be a valid list."
+    assert error["param"] == "logprobs"
+    message = "logprobs: Input should be a valid integer, or: Input should be a valid boolean."
     assert error["message"] == message
 
 
@@ -104,7 +104,10 @@ def test_invalid_bodies_have_fixed_responses(serve):
             assert answer.json()["error"]["message"], what
         good = client.post(f"{address}/v1/completions", json={"prompt": "a", "max_tokens": 2})
         assert good.status_code == 200
-        assert client.get(f"{address}/v1/completions").status_code == 405
+        wrong = client.get(f"{address}/v1/completions")
+        assert wrong.status_code == 405
+        message = "/v1/completions does not take GET: use POST."
+        assert wrong.json()["error"]["message"] == message
 
 
 def test_10_megabytes_are_refused_before_they_are_read(serve):

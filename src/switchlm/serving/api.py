@@ -21,11 +21,10 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from starlette.exceptions import HTTPException
 from starlette.routing import Route as FixedRoute
 
 from switchlm import __version__
-from switchlm.errors import ConfigError, DataError, UserError
+from switchlm.errors import DataError
 from switchlm.generation.answer import TOKENS_PER_BLANK, count_blanks, put_into_blanks, read_spans
 from switchlm.generation.decode import before_end
 from switchlm.generation.route import (
@@ -48,7 +47,8 @@ from switchlm.serving.bodies import (
     schema,
 )
 from switchlm.serving.engine import Engine, EventBridge, events
-from switchlm.serving.middleware import App, Guard, error_body, page_files
+from switchlm.serving.errors import add_error_handlers, error_body
+from switchlm.serving.middleware import App, Guard, page_files
 from switchlm.serving.receive import Bodies
 from switchlm.serving.requests import LATE, Numbered, Output, RequestError, collect
 from switchlm.serving.requests import Request as EngineRequest
@@ -105,7 +105,7 @@ def create_app(
         app.post(f"/v1/{function.__name__}", response_model=None, openapi_extra=schema(kind))(
             function
         )
-    _add_error_handlers(app)
+    add_error_handlers(app)
     return Guard(app, key=key, hosts=hosts, count=engine.statistics.count_response)
 
 
@@ -408,31 +408,3 @@ def _usage(prompt_tokens: int, outputs: list[Output]) -> dict[str, int]:
         "completion_tokens": new,
         "total_tokens": prompt_tokens + new,
     }
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    """Return every error in the format of the OpenAI API, without internals of the program."""
-
-    def respond(
-        status: int, message: str, *, param: str | None = None, headers: Any = None
-    ) -> JSONResponse:
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        return JSONResponse(error_body(message, kind, param, status), status, headers=headers)
-
-    @app.exception_handler(UserError)
-    async def mistaken(_: Request, error: UserError) -> JSONResponse:
-        # A damaged checkpoint is no mistake of the client.
-        status = 400 if isinstance(error, DataError | ConfigError) else 500
-        return respond(status, str(error))
-
-    @app.exception_handler(RequestError)
-    async def failed(_: Request, error: RequestError) -> JSONResponse:
-        return respond(error.status, str(error), param=error.param, headers=error.headers)
-
-    @app.exception_handler(HTTPException)
-    async def known(_: Request, error: HTTPException) -> JSONResponse:
-        return respond(error.status_code, str(error.detail), headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def unknown(_: Request, error: Exception) -> JSONResponse:
-        return respond(500, f"The server failed at this request: {type(error).__name__}.")

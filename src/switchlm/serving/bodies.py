@@ -24,6 +24,8 @@ from switchlm.serving.requests import RequestError
 Prompt = str | tuple[int, ...]  # a text, or the ids of its tokens
 MAX_CHARACTERS = 2**18  # of any text; the server's limit in tokens bounds texts further
 MAX_PROMPTS = 32
+MAX_STOPS = 8
+LONGEST_STOP = 256  # characters
 # Of lists, objects and texts, each of which takes time in which nothing else runs.
 MAX_MARKS = 100_000
 
@@ -53,6 +55,12 @@ def _without_bias(value: Any) -> Any:
     if value is None or (isinstance(value, dict) and not any(value.values())):
         return {}
     raise ValueError("this server cannot bias tokens: leave it out")
+
+
+def _check_object(value: Any) -> Any:
+    if value is not None and not isinstance(value, dict):
+        raise ValueError("must be an object")
+    return value
 
 
 def _to_prompts(value: Any) -> list[Prompt]:
@@ -85,9 +93,25 @@ def _is_id(value: Any) -> bool:
     return type(value) is int
 
 
+def _check_stops(value: Any) -> Any:
+    """Raise ValueError with one sentence, where the types below give one for each of them."""
+    texts = [value] if isinstance(value, str) else value
+    if texts is None:
+        return value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("must be a text or a list of texts")
+    if len(texts) > MAX_STOPS:
+        raise ValueError(f"at most {MAX_STOPS} stop texts, not {len(texts):,}")
+    for text in texts:
+        if not 1 <= len(text) <= LONGEST_STOP:
+            raise ValueError(f"a stop text has 1 to {LONGEST_STOP} characters, not {len(text):,}")
+        _encodable(text)
+    return value
+
+
 Name = Annotated[str, Field(max_length=1024)]
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS), AfterValidator(_encodable)]
-Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_encodable)]
+Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 Count = Annotated[int, Field(ge=1, le=2**20)]
 
 
@@ -108,7 +132,10 @@ class Generation(_Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Count | None = None
     seed: Annotated[int, Field(ge=-LARGEST_SEED - 1, le=LARGEST_SEED)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=8)] | None = None
+    stop: Annotated[
+        Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None,
+        BeforeValidator(_check_stops),
+    ] = None
     stream: bool | None = None
     user: Name | None = None
 
@@ -147,7 +174,7 @@ class Completion(Generation):
     prompt: Annotated[list[Prompt], BeforeValidator(_to_prompts)]
     max_completion_tokens: Count | None = None
     n: Annotated[int, Field(ge=1, le=8)] | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: Annotated[StreamOptions | None, BeforeValidator(_check_object)] = None
     best_of: int | None = None
     echo: Annotated[bool | None, _neutral(False)] = None
     frequency_penalty: Annotated[float | None, _neutral(0)] = None

@@ -16,6 +16,8 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
+from switchlm.serving.errors import error_body
+
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -126,13 +128,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
     except ValueError:
         return False
-
-
-def error_body(
-    message: str, kind: str = "invalid_request_error", param: str | None = None, code: Any = None
-) -> dict[str, Any]:
-    """Return an error in the format of the OpenAI API."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}

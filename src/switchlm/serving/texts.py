@@ -84,6 +84,11 @@ class Texts:
             raise _too_long(f"{len(ids) - 1:,} tokens", longest - 1)
         if min(ids) < 0:
             raise DataError(f"The prompt has the token id {min(ids)}; ids begin with 0.")
+        if not isinstance(prompt, str) and max(ids) >= config.vocabulary_size:
+            raise DataError(
+                f"The prompt has the token id {max(ids)}; ids of this model end at "
+                f"{config.vocabulary_size - 1}."
+            )
         check_vocabulary(max(ids), config.vocabulary_size)
         return ids
 

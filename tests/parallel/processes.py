@@ -6,6 +6,7 @@ one fails or hangs ends them all, and the next starts new ones.
 
 import contextlib
 import faulthandler
+import gc
 import json
 import time
 import traceback
@@ -26,7 +27,6 @@ from switchlm import _torch
 from switchlm.cli.main import app
 
 SECONDS = 240
-MOST_JOBS = 24  # of a process: gloo's threads of ended groups stay, and some of them spin
 
 
 class Worker:
@@ -37,7 +37,6 @@ class Worker:
         self.connection, there = context.Pipe()
         self.process = context.Process(target=_serve, args=(there,), daemon=True)
         self.process.start()
-        self.jobs = 0
         there.close()  # so that the end of the process is the end of the connection
 
 
@@ -98,14 +97,11 @@ def _switchlm(
 def _call_in_processes(
     number: int, store: str | None, work: Callable[..., None], *arguments: Any
 ) -> None:
-    if any(worker.jobs >= MOST_JOBS for worker in _workers):
-        _end_all()
     while len(_workers) < number:
         _workers.append(Worker())
     ranks: dict[Any, int] = {}
     for rank, worker in enumerate(_workers[:number]):
         worker.connection.send((rank, number, store, work, arguments))
-        worker.jobs += 1
         ranks[worker.connection] = rank
     until = time.monotonic() + SECONDS
     while ranks:
@@ -167,4 +163,7 @@ def _run(
         if dist.is_initialized():
             dist.destroy_process_group()
         _torch.clear_sharding_cache()  # an equal mesh of the next job would be taken for this one's
+        # Groups are freed by the second pass; until then their threads wake a hundred times a second.
+        for _ in range(2):
+            gc.collect()
         faulthandler.cancel_dump_traceback_later()

@@ -151,7 +151,7 @@ def _open_tasks(
     What is not given is as in the model's fine-tuning.
     """
     from switchlm.data.tasks.loader import PairLoader
-    from switchlm.data.tasks.mixture import read_examples
+    from switchlm.data.tasks.mixture import read_splits
     from switchlm.recipes.trained_with import trained_with
 
     section = trained_with(model).get("finetune", {})
@@ -161,17 +161,16 @@ def _open_tasks(
     tasks = options.find_tasks(names, None, [model])
     paths = options.task_paths(tasks, data)
 
-    def read(split: str) -> dict[str, list]:  # type: ignore[type-arg]
-        return {one.name: read_examples(one, split, paths[one.name], options.note) for one in tasks}
-
+    splits = ("train", "validation")
+    found = {one.name: read_splits(one, splits, paths[one.name], options.note) for one in tasks}
     return PairLoader(
-        read("train"),
+        {name: part["train"] for name, part in found.items()},
         tokenizer,
         input_length=input_length,
         target_length=target_length,
         batch_size=batch_size or section.get("batch_size", 32),
         seed=0,
-        held_out=read("validation"),
+        held_out={name: part["validation"] for name, part in found.items()},
         long_targets="truncate",
         report=options.note,
     )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from switchlm.data.tasks.loader import PairLoader
-from switchlm.data.tasks.mixture import find_tasks, read_examples, spread_evenly
+from switchlm.data.tasks.mixture import find_tasks, read_splits, spread_evenly
 from switchlm.data.tasks.task import Example, Task
 from switchlm.data.text.tokenizer import Tokenizer
 from switchlm.errors import CheckpointError, ConfigError, DataError
@@ -243,17 +243,18 @@ def read_tasks(settings: FinetuneConfig, report: Report = lambda line: None) -> 
             "or name a task that is read from there."
         )
 
-    def read(split: str, limit: int | None = None) -> dict[str, Sequence[Example]]:
-        found = {}
-        for task in tasks:
-            examples = read_examples(task, split, task.path or settings.data, report)
-            found[task.name] = spread_evenly(examples, limit)
-        return found
-
+    splits = (settings.train_split, settings.validation_split)
+    found = {
+        task.name: read_splits(task, splits, task.path or settings.data, report) for task in tasks
+    }
+    limit = settings.evaluation_examples
     examples = Examples(
         tasks=tasks,
-        train=read(settings.train_split),
-        validation=read(settings.validation_split, settings.evaluation_examples),
+        train={name: part[settings.train_split] for name, part in found.items()},
+        validation={
+            name: spread_evenly(part[settings.validation_split], limit)
+            for name, part in found.items()
+        },
     )
     for task in tasks:  # a wrong metric is an error now, not at the first evaluation
         right = examples.validation[task.name]

@@ -4,7 +4,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from switchlm.data.tasks.mixture import TaskOptions, find_task, find_tasks, read_examples
+from switchlm.data.tasks import mixture
+from switchlm.data.tasks.mixture import (
+    TaskOptions,
+    find_task,
+    find_tasks,
+    read_examples,
+    read_splits,
+)
 from switchlm.data.tasks.registry import MIXTURES, TASKS
 from switchlm.errors import ConfigError, DataError
 
@@ -168,8 +175,35 @@ def test_one_file_is_split_by_the_identity_of_its_examples(write):
     }
     assert len(parts["train"]) + len(parts["validation"]) == len(parts["all"]) == 300
     assert 15 < len(parts["validation"]) < 50
+    lines = []
+    found = read_splits(find_task(str(folder / "a.jsonl")), parts, report=lines.append)
+    assert (found, lines) == (parts, [])
     again = read_examples(find_task(str(folder / "b.jsonl")), "validation")
     assert set(again) == set(parts["validation"]), "order and repetition change nothing"
+
+
+def test_what_is_odd_in_a_file_is_said_once_and_of_a_folder_by_split(write, monkeypatch):
+    odd = [{"input": f"{n}", "target": "" if n % 3 else "b"} for n in range(60)]
+    folder = write(own_dot_jsonl=odd, train_dot_jsonl=odd, dev_dot_jsonl=odd[:3])
+    opened, lines = [], []
+    read_records = mixture.read_records
+    monkeypatch.setattr(
+        mixture, "read_records", lambda *given: opened.append(given[1]) or read_records(*given)
+    )
+    single = read_splits(
+        find_task(str(folder / "own.jsonl")), ("train", "validation"), report=lines.append
+    )
+    assert len(single["train"]) + len(single["validation"]) == 60
+    assert opened == [folder / "own.jsonl"]
+    assert [line.partition(",")[0] for line in lines] == [
+        f"{folder / 'own.jsonl'}: Empty targets: 40"
+    ]
+    lines.clear()
+    read_splits(find_task(str(folder)), ("train", "validation"), report=lines.append)
+    assert [line.partition(": the")[0].rpartition(",")[0] for line in lines] == [
+        f"{folder.name}, train: Empty targets: 40",
+        f"{folder.name}, validation: Empty targets: 2",
+    ]
 
 
 def test_a_folder_of_the_users_has_splits(write):
@@ -285,7 +319,7 @@ def test_ambiguous_files_are_errors(write):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"input": None, "target": " "}, "no example in .*1 empty records are left out"),
+        ({"input": None, "target": " "}, "no example in .*Empty records that are left out: 1"),
         ({"inputs": "a", "target": "b"}, "no column 'input'.*Did you mean 'inputs'"),
     ],
 )

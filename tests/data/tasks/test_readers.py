@@ -88,7 +88,7 @@ def test_an_unreadable_record_is_left_out_and_said_and_many_are_refused(read, na
     content = (head + 19 * good + bad + 9 * good).encode("latin-1")
     pairs, (line,) = read(name, content)
     assert pairs == [("a", "b")] * 28
-    assert line.startswith("mine, all: 1 records cannot be read and are left out; ")
+    assert f"{name}: Records that cannot be read and are left out: 1; " in line
     assert re.search(why, line)
     many = (head + 19 * good + 5 * bad).encode("latin-1")
     with pytest.raises(DataError, match=f"5 of 24 records .* cannot be read: {why}"):
@@ -112,10 +112,10 @@ def test_an_empty_target_is_the_end_token_alone_or_left_out(read, empty):
     content = "".join(json.dumps(record) + "\n" for record in records)
     pairs, (line,) = read("mine.jsonl", content)
     assert pairs == [("a", "b"), ("c", "")]
-    assert "1 targets are empty: the end token alone (--skip-empty" in line
+    assert "mine.jsonl: Empty targets: 1, the end token alone (--skip-empty" in line
     pairs, (line,) = read("mine.jsonl", content, skip_empty=True)
     assert pairs == [("a", "b")]
-    assert "1 empty records are left out" in line
+    assert "mine.jsonl: Empty records that are left out: 1." in line
 
 
 def test_a_null_among_several_answers_is_no_answer(read):

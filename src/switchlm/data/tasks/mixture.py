@@ -108,11 +108,49 @@ def read_examples(
     where: a folder or a file; None reads the task's own path, or else the hub. Of a single file
         `validation` is a tenth of the examples, chosen by a hash of their identity, `train` the
         rest, and `all` everything.
-    report: called with a line on records that are left out, and on empty targets, if there are any.
+    report: called with a line on records that are left out, and on empty texts, if there are any:
+        those of the split, or of all of a single file.
 
     Raises DataError for files that cannot be read or are mostly unreadable, and for an empty split.
     """
+    return read_splits(task, (split,), where, report)[split]
+
+
+def read_splits(
+    task: Task,
+    splits: Iterable[str],
+    where: Path | str | None = None,
+    report: Report = lambda line: None,
+) -> dict[str, list[Example]]:
+    """Return all examples of several splits, as of `read_examples`; a single file is read once."""
     place = task.path if where is None else Path(where)
+    is_file = place is not None and place.is_file()
+    read: dict[str, tuple[list[Example], str]] = {}
+    found = {}
+    for split in splits:
+        part = EVERYTHING if is_file else split
+        if part not in read:
+            read[part] = _read(task, part, place)
+        examples, said = read[part]
+        if is_file and split != EVERYTHING:
+            examples = [example for example in examples if _split_of(example) == split]
+        if not examples:
+            raise DataError(
+                f"The {split} split of {task.name!r} is empty: there is no example in "
+                f"{str(place or task.hub)!r}.{said}"
+            )
+        found[split] = examples
+    for part, (_, said) in read.items():
+        if said:
+            report(f"{place if is_file else f'{task.name}, {part}'}:{said}")
+    return found
+
+
+def _read(task: Task, split: str, place: Path | None) -> tuple[list[Example], str]:
+    """Return the examples of a split or a single file, and sentences on what is left out or empty.
+
+    place: a folder or a file; None: the hub.
+    """
     maker = ExampleMaker(task)
     if place is None:
         examples = list(maker.make(_read_hub(task, split), f"{task.hub}"))
@@ -123,16 +161,7 @@ def read_examples(
             for example in maker.make(read_records(task, path, maker.leave), repr(str(path)))
         ]
     maker.check(str(place or task.hub))
-    if place is not None and place.is_file() and split != EVERYTHING:
-        examples = [example for example in examples if _split_of(example) == split]
-    if not examples:
-        raise DataError(
-            f"The {split} split of {task.name!r} is empty: there is no example in "
-            f"{str(place or task.hub)!r}.{maker.describe()}"
-        )
-    if maker.describe():
-        report(f"{task.name}, {split}:{maker.describe()}")
-    return examples
+    return examples, maker.describe()
 
 
 def spread_evenly(examples: Sequence[Example], limit: int | None) -> Sequence[Example]:

@@ -122,15 +122,15 @@ class ExampleMaker:
         said = []
         if self.unreadable:
             said.append(
-                f" {self.unreadable:,} records cannot be read and are left out; "
+                f" Records that cannot be read and are left out: {self.unreadable:,}; "
                 f"{self.first_unreadable}."
             )
         if self.skipped_empty:
-            said.append(f" {self.skipped_empty:,} empty records are left out.")
+            said.append(f" Empty records that are left out: {self.skipped_empty:,}.")
         for number, what in ((self.empty_inputs, "inputs"), (self.empty_targets, "targets")):
             if number:
                 said.append(
-                    f" {number:,} {what} are empty: the end token alone (--skip-empty leaves such "
+                    f" Empty {what}: {number:,}, the end token alone (--skip-empty leaves such "
                     "examples out)."
                 )
         return "".join(said)

@@ -1,6 +1,7 @@
 """switchlm cache, and the options that place and limit the caches."""
 
 import os
+import shutil
 
 import pytest
 
@@ -39,6 +40,38 @@ def test_it_lists_the_last_used_first(run_json, cache):
     assert found["entries"][0]["tokens"] == len("Words of text 2. ") * 600 + 1
     assert found["bytes"] == sum(entry["size"] for entry in found["entries"])
     assert not found["deleted"]
+
+
+def test_what_cannot_be_used_is_one_line(run_json, run, cache):
+    """Nothing is damaged at first; then a copy that is cut, and others without a good manifest."""
+    whole = run("cache", "--cache", cache).output
+    assert "damaged" not in whole
+    first = next(cache.glob("tokens-*/manifest.json")).parent
+    size = run_json("cache", "--cache", cache)["bytes"]
+    contents = {
+        "cut": (first / "manifest.json").read_bytes(),
+        "old": b'{"dtype": "uint16", "skipped": ""}',
+        "odd": b"[" * 100_000,
+        "list": b'{"files": [], "source": "a", "tokens": 3}',
+        "empty": b"",
+    }
+    for name, content in contents.items():
+        shutil.copytree(first, cache / f"tokens-{name}")
+        (cache / f"tokens-{name}" / "manifest.json").write_bytes(content)
+        (cache / f"tokens-{name}" / "tokens.bin").write_bytes(b"123")
+    (cache / "tokens-unfinished").mkdir()
+    found = run_json("cache", "--cache", cache)
+    readable = [entry for entry in found["entries"] if entry["readable"]]
+    assert (len(readable), len(found["entries"])) == (3, 9)
+    assert sum(entry["size"] for entry in readable) == size
+    shown = run("cache", "--cache", cache).output
+    (line,) = [line for line in shown.splitlines() if "damaged" in line]
+    assert line == (
+        "Token caches that are unfinished, damaged or of an earlier version: 6, "
+        f"{(found['bytes'] - size) / 1e6:,.1f} MB."
+    )
+    assert shown.splitlines()[:4] == whole.splitlines()[:4]
+    assert "Deleted 9 of them" in run("cache", "--clear", "--cache", cache).output
 
 
 def test_opening_a_cache_is_a_use(run_json, cache, tmp_path):

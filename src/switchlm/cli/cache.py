@@ -44,12 +44,21 @@ def cache(
         return
     console = Console()
     table = plain_table(["text", "used"], ["tokens", "MB"])
-    for entry in found:
+    whole = [entry for entry in found if entry.readable]
+    for entry in whole:
         used = time.strftime("%Y-%m-%d", time.localtime(entry.used))
         tokens = "" if entry.tokens is None else f"{entry.tokens:,}"
         table.add_row(entry.what, used, tokens, f"{entry.size / 1e6:,.1f}")
-    if found:
+    if whole:
         console.print(table)
+    if number := len(found) - len(whole):
+        size = sum(entry.size for entry in found if not entry.readable)
+        console.print(
+            f"Token caches that are unfinished, damaged or of an earlier version: {number:,}, "
+            f"{size / 1e6:,.1f} MB.",
+            highlight=False,
+            soft_wrap=True,
+        )
     freed = sum(entry.size for entry in deleted)
     if deleted:
         console.print(f"Deleted {len(deleted)} of them, {freed / 1e6:,.1f} MB.", highlight=False)

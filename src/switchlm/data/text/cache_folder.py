@@ -13,9 +13,8 @@ from pathlib import Path
 
 from switchlm.config import parse_size
 from switchlm.data.config import DataConfig
+from switchlm.data.text.token_cache import DAMAGED, MANIFEST
 from switchlm.files import Report
-
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +22,7 @@ class Entry:
     """A file or folder of the cache.
 
     what: the source of tokens, or the kind of entry.
+    readable: False for tokens that are unfinished, damaged or of an earlier version.
     tokens: of a token cache, else None.
     size: bytes.
     used: when it was opened last, in seconds since 1970.
@@ -30,6 +30,7 @@ class Entry:
 
     path: Path
     what: str
+    readable: bool
     tokens: int | None
     size: int
     used: float
@@ -55,19 +56,21 @@ def entries(folder: Path) -> list[Entry]:
 
 
 def _entry(path: Path) -> Entry:
-    what, tokens = "compiled kernels", None
+    what, readable, tokens = "compiled kernels", True, None
     used = path.stat().st_mtime
     if path.name.startswith("tokenizer-"):
         what = "tokenizer"
     elif path.name.startswith("tokens-"):
-        what = "tokens, unfinished or damaged"
-        with suppress(OSError, ValueError, LookupError, TypeError):
+        what, readable = "tokens, unfinished, damaged or of an earlier version", False
+        with suppress(*DAMAGED):
             used = (path / MANIFEST).stat().st_mtime
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            what, tokens = str(manifest["source"]), int(manifest["tokens"])
+            sizes = {name: size for name, (size, _) in manifest["files"].items()}
+            if all((path / name).stat().st_size == size for name, size in sizes.items()):
+                what, readable, tokens = str(manifest["source"]), True, int(manifest["tokens"])
     inside = [path, *path.rglob("*")] if path.is_dir() else [path]
     size = sum(one.stat().st_size for one in inside if one.is_file())
-    return Entry(path=path, what=what, tokens=tokens, size=size, used=used)
+    return Entry(path=path, what=what, readable=readable, tokens=tokens, size=size, used=used)
 
 
 def trim(folder: Path, limit: int, keep: Sequence[Path] = ()) -> list[Entry]:
@@ -80,7 +83,7 @@ def trim(folder: Path, limit: int, keep: Sequence[Path] = ()) -> list[Entry]:
     found = entries(folder)
     total, deleted = sum(entry.size for entry in found), []
     for entry in reversed(found):
-        if total <= limit:
+        if entry.size and total <= limit:  # empty ones count nothing, and go with the others
             break
         if entry.path not in keep:
             _delete(entry.path)

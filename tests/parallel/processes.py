@@ -163,7 +163,8 @@ def _run(
         if dist.is_initialized():
             dist.destroy_process_group()
         _torch.clear_sharding_cache()  # an equal mesh of the next job would be taken for this one's
-        # Groups are freed by the second pass; until then their threads wake a hundred times a second.
+        # Groups are freed by the second pass; until then their threads wake a hundred times a
+        # second.
         for _ in range(2):
             gc.collect()
         faulthandler.cancel_dump_traceback_later()

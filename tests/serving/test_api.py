@@ -193,6 +193,8 @@ def test_what_is_served_is_said_where_nothing_is(client, serve):
         assert answer.json()["error"]["message"].startswith(f"There is no {path} here, and no chat")
     answer = httpx.post(f"{address}/v1/{'é' * 500}", json={})
     assert (answer.status_code, len(answer.text) < 1000) == (404, True)
+    answer = httpx.get(f"{address}/a%3Fb%0A%00")
+    assert r"There is no /a?b\n\x00 here" in answer.json()["error"]["message"]
     schema = httpx.get(f"{address}/openapi.json").json()
     assert all(one in schema["paths"] for one in served.replace(",", "").split() if "/" in one)
 

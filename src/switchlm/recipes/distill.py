@@ -257,7 +257,8 @@ def distill(
 
     Writes the run folder OUT, with distillation.yaml beside config.yaml, and the result in
     distill.json; nothing if the user stops while the cache is built. With `resume` it continues
-    from the newest checkpoint there. Started by torchrun, the student is sharded over the mesh, and
+    from the newest checkpoint there; a run that has ended, and would take another course now,
+    yields `{"ended": text}` alone. Started by torchrun, the student is sharded over the mesh, and
     each process has the full teacher.
     """
     settings, run = config.distillation, config.run

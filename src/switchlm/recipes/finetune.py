@@ -161,6 +161,8 @@ def finetune(
 ) -> Iterator[dict[str, Any]]:
     """Train as configured; yield `{"phase": text}` and every line of metrics.jsonl.
 
+    A resumed run that has ended, and would take another course now, yields `{"ended": text}` alone.
+
     A line of evaluation has score (per cent, the mean over tasks of each task's metric), scores (by
     task and metric), evaluation_loss (nats per target token), best_score and best_step. Writes the
     run folder OUT, where `model` and `adapters` are always the best so far. With `resume`, and

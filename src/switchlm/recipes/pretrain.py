@@ -95,6 +95,8 @@ def pretrain(
 ) -> Iterator[dict[str, Any]]:
     """Train as configured; yield `{"phase": text}` and every line of metrics.jsonl.
 
+    A resumed run that has ended, and would take another course now, yields `{"ended": text}` alone.
+
     Writes the run folder OUT. With `resume`, and after torchrun restarted a failed job, it
     continues from the newest valid checkpoint, with the run's own tokenizer.
 

@@ -50,7 +50,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 def _explain(request: Request, error: HTTPException) -> str:
     """Return what an error of the framework means, which for most clients is a wrong address."""
-    address = ascii(request.url.path[:MOST_SHOWN])[1:-1]
+    address = ascii(request.scope["path"][:MOST_SHOWN])[1:-1]
     if error.status_code == 404:
         return f"There is no {address} here, and no chat: use {SERVED}."
     if error.status_code == 405:

@@ -26,6 +26,7 @@ import harness
 import switchlm
 from few_tokens import read_bandwidth
 from switchlm.generation.decode import generate
+from switchlm.kernels.cpu.quantised import Matrix
 from switchlm.model.presets import preset
 from switchlm.model.quantised import QuantisedEmbedding, QuantisedExperts, QuantisedLinear
 from switchlm.model.switch import SwitchFeedForward
@@ -78,12 +79,18 @@ def step_bytes(model: SwitchTransformer, experts: float, rows: int, source: int,
 
 def own_bytes(part: torch.nn.Module) -> int:
     """Return the bytes of a module's own parameters, without submodules, or of its codes."""
+    tensors = list(part.parameters(recurse=False))
     if isinstance(part, QuantisedLinear | QuantisedEmbedding):
-        return part.matrix.num_bytes
+        tensors = stored(part.matrix)
     if isinstance(part, QuantisedExperts):
         kinds = [part.up, part.down] + ([] if part.gate is None else [part.gate])
-        return sum(matrix.num_bytes for kind in kinds for matrix in kind)
-    return sum(t.numel() * t.element_size() for t in part.parameters(recurse=False))
+        tensors = [tensor for kind in kinds for matrix in kind for tensor in stored(matrix)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def stored(matrix: Matrix) -> list[torch.Tensor]:
+    """Return the codes and scales of a matrix."""
+    return [value for value in vars(matrix).values() if isinstance(value, torch.Tensor)]
 
 
 CROSS = ("cross_attention.key", "cross_attention.value")

@@ -47,7 +47,7 @@ test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 $(HANGS) -m 'not slow and not gpu'
 
 test-slow: .venv/installed-test
-	$(BIN)/python -m pytest -m 'not gpu' --hypothesis-profile thorough
+	$(BIN)/python -m pytest -n 2 -m 'not gpu' --hypothesis-profile thorough
 
 check: .venv/installed-lint
 	$(BIN)/ruff check .

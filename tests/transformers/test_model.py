@@ -307,12 +307,15 @@ def test_gradient_checkpointing_changes_no_gradient(ours, batch):
 
 def test_peft_trains_adapters_and_saves_them(ours, folder, batch, tmp_path):
     peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
     inputs, labels = batch
     config = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=4, target_modules=["query", "value"])
     adapted = peft.get_peft_model(ours, config)
     trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     assert 0 < sum(p.numel() for p in trainable) < 5000
-    optimizer = torch.optim.SGD(trainable, lr=0.1)
+    # Without dropout, and from one start: where a token goes to another expert, a loss may rise.
+    adapted.eval()
+    optimizer = torch.optim.SGD(trainable, lr=0.01)
     losses = []
     for _ in range(3):
         loss = adapted(**inputs, labels=labels).loss
@@ -325,7 +328,7 @@ def test_peft_trains_adapters_and_saves_them(ours, folder, batch, tmp_path):
     fresh = SwitchTransformersForConditionalGeneration.from_pretrained(folder)
     again = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
     options = {**inputs, "max_new_tokens": 6, "do_sample": False}
-    assert torch.equal(again.generate(**options), adapted.eval().generate(**options))
+    assert torch.equal(again.generate(**options), adapted.generate(**options))
 
 
 def test_errors(ours, batch):

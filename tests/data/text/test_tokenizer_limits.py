@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from switchlm.data.text.tokenizer import Tokenizer
+from switchlm.data.text.tokenizer_limits import parse
 from switchlm.errors import DataError
 
 
@@ -64,10 +65,13 @@ HOSTILE = {
     "bytes of bytes in pieces": {
         "pre_tokenizer": sequence("pretokenizers", [BYTE_LEVEL | {"use_regex": False}] * 34)
     },
+    "Unicode forms with replacements between": {
+        "normalizer": sequence("normalizers", [{"type": "NFKD"}, replace("جل", "ﷻ")] * 31)
+    },
     "spaces before spaces": {"pre_tokenizer": sequence("pretokenizers", [BYTE_LEVEL] * 8)},
     "marks before marks": {"pre_tokenizer": sequence("pretokenizers", METASPACES * 32)},
     "a normalizer and pieces": {
-        "normalizer": sequence("normalizers", DOUBLING[:6]),
+        "normalizer": sequence("normalizers", DOUBLING[:8]),
         "pre_tokenizer": sequence("pretokenizers", [BYTE_LEVEL] * 3),
     },
     "a long prefix of pieces": {
@@ -159,6 +163,35 @@ def test_padding_and_truncation_of_a_file_have_no_effect():
     assert [ids.tolist() for ids in tokenizer.encode_plain(["aaa"])] == [[4, 4, 4]]
 
 
+def test_a_text_that_becomes_far_longer_is_refused_and_others_are_not():
+    tokenizer = Tokenizer.from_json(
+        json.dumps(unigram() | {"normalizer": sequence("normalizers", DOUBLING[:10])})
+    )
+    assert len(tokenizer.encode("ab")) > 0
+    text = "a" * 1000
+    for encode in (tokenizer.encode, tokenizer.encoding):
+        with pytest.raises(DataError, match="20 times as long"):
+            encode(text)
+    with pytest.raises(DataError, match="20 times as long"):
+        tokenizer.encode_plain([text])
+
+
+def test_the_normalizers_of_albert_and_xlnet_are_taken():
+    """Their parts could lengthen a text by 5,808 at most, and do not."""
+    charsmap = base64.b64encode((0).to_bytes(4, "little") + b"x" * 33 + b"\0").decode()
+    parts = [
+        replace("``", '"'), replace("''", '"'), {"type": "NFKD"}, {"type": "StripAccents"},
+        {"type": "Lowercase"}, {"type": "Precompiled", "precompiled_charsmap": charsmap},
+        replace(" {2,}", " ", "Regex"),
+    ]  # fmt: skip
+    pieces = sequence("pretokenizers", [{"type": "WhitespaceSplit"}, METASPACES[0]])
+    parse(
+        json.dumps(
+            unigram() | {"normalizer": sequence("normalizers", parts), "pre_tokenizer": pieces}
+        )
+    )
+
+
 def test_a_panic_of_the_library_is_an_error_of_this_request_alone():
     tokenizer = Tokenizer.from_json(json.dumps(unigram()))
     assert tokenizer.decode([4]) == "a"
@@ -210,7 +243,7 @@ def test_fuzzed_files_raise_nothing_but_data_errors(data):
         holder = values
         for key in path[:-1]:
             holder = holder[key]
-        holder[path[-1]] = data.draw(VALUES)
+        holder[path[-1]] = copy.deepcopy(data.draw(VALUES))  # or it may come to hold itself
     try:
         tokenizer = Tokenizer.from_json(json.dumps(values))
         tokenizer.decode(tokenizer.encode("a b<x> </s>"))

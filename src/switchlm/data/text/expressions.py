@@ -19,11 +19,13 @@ from switchlm.errors import DataError
 LONGEST_EXPRESSION = 4096  # characters
 LARGEST_SIZE = 10_000  # characters that the expression matches when counted repeats are written out
 SLOWEST = 0.03  # seconds of one run; a safe expression needs less than a millisecond
-_LENGTHS = tuple(int(32 * 1.5**step) for step in range(13))  # to 4,151
+_LENGTHS = tuple(int(32 * 1.5**step) for step in range(8))  # to 546
 _MOST_CHARACTERS = 24  # those that come most often in the expression
 _MOST_IN_TURNS = 12
 _MOST_WORDS = 16
 _USUAL = " \na1.é中"
+# Of other scripts and kinds, for an expression with properties or the complement of a class.
+_OTHERS = "λжשعकกกა가あアԱதአ́٣€+_\u200d😀Ⅷ"
 
 
 @dataclass
@@ -44,7 +46,8 @@ def check_expression(pattern: str) -> None:
     except Exception as error:  # the library raises the base class
         raise _refused(pattern, f"is not valid ({str(error)[:100]})") from None
     often = [character for character, _ in Counter("".join(words)).most_common()]
-    characters = list(dict.fromkeys([*often[:_MOST_CHARACTERS], *_USUAL]))
+    others = _OTHERS if "\\p" in pattern or "\\P" in pattern or "[^" in pattern else ""
+    characters = list(dict.fromkeys([*often[:_MOST_CHARACTERS], *_USUAL, *others]))
     longer = [word for word in dict.fromkeys(words) if len(word) > 1][:_MOST_WORDS]
     # A run that is not followed by what the expression needs, which comes too late.
     late = "\0" + "".join(characters)

@@ -32,7 +32,7 @@ from switchlm.data.text.byte_level import (
     is_byte_model,
 )
 from switchlm.data.text.tokenizer_files import SavedTokenizer
-from switchlm.data.text.tokenizer_limits import library
+from switchlm.data.text.tokenizer_limits import check_growth, growing_parts, library
 from switchlm.errors import DataError
 from switchlm.files import make_folder, replace_file
 
@@ -112,6 +112,7 @@ class Tokenizer:
         self.sentinel_ids: tuple[int, ...] = tuple(ids)
         self._special = np.array([self.pad_id, self.end_id, *ids], dtype=np.int64)
         self._bytes = is_byte_model(backend)
+        self._growing = growing_parts(backend)
         self._plain = _without_special(backend)
         added = [token.content for token in backend.get_added_tokens_decoder().values()]
         # In the reverse order a longer name comes before its beginning.
@@ -238,8 +239,14 @@ class Tokenizer:
         if self._bytes:
             return [self._encode_bytes(text) for text in texts]
         with library("encode a text"):
+            self._check_growth(texts)
             found = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in found]
+
+    def _check_growth(self, texts: Sequence[str]) -> None:
+        if self._growing:
+            for text in texts:
+                check_growth(self._growing, text)
 
     def _encode_bytes(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -254,6 +261,7 @@ class Tokenizer:
     def encoding(self, text: str) -> tokenizers.Encoding:
         """Return what `backend` makes of a text, with offsets; other threads run meanwhile."""
         with library("encode the text"):
+            self._check_growth([text])
             return self.backend.encode_batch([text], add_special_tokens=False)[0]
 
     def complete(self, ids: Sequence[int], end_id: int | None = None) -> list[int]:
@@ -275,6 +283,7 @@ class Tokenizer:
         if self._bytes:
             return [encode_bytes(text) for text in texts]
         with library("encode a text"):
+            self._check_growth(texts)
             encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
         ids = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
         # Some tokenizers keep the special names among their ordinary pieces.

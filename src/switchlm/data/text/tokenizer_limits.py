@@ -13,6 +13,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import tokenizers
+from tokenizers import normalizers
+
 from switchlm.data.config import LARGEST_VOCABULARY
 from switchlm.data.text.expressions import check_expression
 from switchlm.errors import DataError
@@ -21,14 +24,15 @@ LONGEST_PIECE = 4096  # bytes
 LONGEST_OUTPUT = 2**14  # bytes; the longest piece, and what the decoder makes of it
 LONGEST_STRING = 256  # bytes, of other settings
 LARGEST_NUMBER = 10_000
-LARGEST_GROWTH = 2048  # bytes out of one byte, by all replacements together
+LARGEST_GROWTH = 2**13  # bytes out of one byte, by all parts together; ALBERT's could make 5,808
+UNCHECKED_GROWTH = 2**7  # of a normalizer, up to which texts are not checked one by one
+MOST_GROWN = 20  # characters out of one character of a text; U+FDFA has 18 letters
 MOST_PARTS = 64  # normalizers, pre-tokenizers, decoders, processors; and pieces of a template
 MOST_EXPRESSIONS = 16  # regular ones
 LONGEST_WORD = 256  # characters; WordPiece takes time cubic in it
 _MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
-# Applied again, these change nothing; the longest result is that of U+FDFA, 33 bytes for 3.
-_UNICODE = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase")
-UNICODE_GROWTH = 11
+# What Unicode's forms make of one byte at most: 33 bytes of U+FDFA, which has 3.
+_UNICODE = {"NFC": 3, "NFD": 3, "NFKC": 11, "NFKD": 11, "Lowercase": 2}
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _PIPELINES = {"normalizers", "pretokenizers", "processors", "decoders"}
 
@@ -96,8 +100,6 @@ def _check(values: dict[str, Any]) -> None:
             patterns = (value.get("Regex") for value in part.values() if isinstance(value, dict))
             expressions.update(pattern for pattern in patterns if isinstance(pattern, str))
         growth[name] = math.prod(_growth(part, name) for part in parts)
-        if any(part["type"] in _UNICODE for part in parts):
-            growth[name] *= UNICODE_GROWTH
     encoding = growth["normalizer"] * growth["pre_tokenizer"]
     for factor in (encoding, growth["decoder"]):
         _require(factor <= LARGEST_GROWTH, "parts that lengthen a text by a factor of", factor)
@@ -107,6 +109,40 @@ def _check(values: dict[str, Any]) -> None:
     _require(len(expressions) <= MOST_EXPRESSIONS, "this many expressions:", len(expressions))
     for expression in expressions:
         check_expression(expression)
+
+
+def growing_parts(backend: tokenizers.Tokenizer) -> list[normalizers.Normalizer]:
+    """Return the parts of a normalizer for `check_growth`; none if it can lengthen nothing much."""
+    if backend.normalizer is None:
+        return []
+    parts = [json.loads(backend.normalizer.__getstate__())]
+    while any(_inner(part) for part in parts):
+        parts = [one for part in parts for one in (_inner(part) or [part])]
+    if math.prod(_growth(part, "normalizer") for part in parts) <= UNCHECKED_GROWTH:
+        return []
+    return [_normalizer(part) for part in parts]
+
+
+def _inner(part: dict[str, Any]) -> list[dict[str, Any]] | None:
+    return part.get("normalizers")
+
+
+def _normalizer(part: dict[str, Any]) -> normalizers.Normalizer:
+    made = normalizers.Lowercase()  # of any class
+    made.__setstate__(json.dumps(part).encode())
+    return made
+
+
+def check_growth(parts: Sequence[normalizers.Normalizer], text: str) -> None:
+    """Raise DataError if a normalizer makes a text far longer, after each of its parts."""
+    longest = MOST_GROWN * len(text) + LONGEST_PIECE
+    for part in parts:
+        text = part.normalize_str(text)
+        if len(text) > longest:
+            raise DataError(
+                f"The tokenizer makes a text more than {MOST_GROWN} times as long before it is "
+                "tokenized: it is damaged, or made to exhaust this machine."
+            )
 
 
 def _check_model(model: dict[str, Any]) -> list[str]:
@@ -197,6 +233,8 @@ def _growth(part: dict[str, Any], name: str) -> int:
     kind, pattern = part.get("type"), part.get("pattern")
     if name == "decoder" and kind in ("ByteLevel", "Metaspace"):
         return 1
+    if kind in _UNICODE:
+        return _UNICODE[str(kind)]
     if kind == "ByteLevel":  # a space before each piece; then two bytes for each that is not ASCII
         return 2 if part.get("add_prefix_space") is False else 4
     if kind == "Metaspace":  # put before each piece, and in the place of each space

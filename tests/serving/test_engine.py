@@ -10,7 +10,14 @@ import pytest
 from switchlm.generation.sampling import GREEDY, Sampling
 from switchlm.generation.slots import Slots
 from switchlm.generation.text_stream import TextStream
-from switchlm.serving.requests import BusyError, ClosingError, Request
+from switchlm.serving.requests import (
+    BusyError,
+    ClosingError,
+    Event,
+    Output,
+    Request,
+    RequestError,
+)
 
 IDS = (5, 6, 7, 1)
 
@@ -56,6 +63,11 @@ def test_special_tokens_are_left_out_if_asked(engine, collector, monkeypatch, sk
     running.submit(Request(ids=IDS, limit=3), listener)
     assert listener.end() == ([first] * 3, "length")
     assert "".join(event.piece for event in listener.events) == 3 * text
+
+
+def test_a_failure_is_one_sentence():
+    with pytest.raises(RequestError, match=r"^This request failed: Take bfloat16\.$"):
+        Output().add(Event(reason="error", message="Take bfloat16."))
 
 
 def test_first_come_first_served(engine, collector):

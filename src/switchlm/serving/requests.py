@@ -143,7 +143,7 @@ class Output:
         self.reason = event.reason
         if event.reason in _FAILURES:
             message, status = _FAILURES[event.reason]
-            raise RequestError(message.format(event.message), status)
+            raise RequestError(message.format(event.message.rstrip(".")), status)
 
 
 async def collect(events: Numbered, number: int) -> list[Output]:

@@ -182,6 +182,25 @@ def test_one_file_is_split_by_the_identity_of_its_examples(write):
     assert set(again) == set(parts["validation"]), "order and repetition change nothing"
 
 
+@pytest.mark.parametrize("different", [2, 3, 20])
+def test_a_file_of_few_different_examples_has_both_splits(write, different):
+    for start in range(8):
+        records = [{"input": f"say {start} {n % different}", "target": f"{n}"} for n in range(40)]
+        place = write(few_dot_jsonl=records) / "few.jsonl"
+        splits = read_splits(find_task(str(place)), ("train", "validation"), place)
+        train, validation = ({one.input for one in part} for part in splits.values())
+        assert min(len(train), len(validation)) > 0
+        assert not train & validation
+        assert len(train | validation) == different
+        assert sum(map(len, splits.values())) == 40
+
+
+def test_a_file_of_one_example_has_no_validation_split(write):
+    place = write(one_dot_jsonl=[{"input": "a", "target": "b"}] * 5) / "one.jsonl"
+    with pytest.raises(DataError, match=r"no example in '.*one\.jsonl' but 5 times the same"):
+        read_splits(find_task(str(place)), ("train", "validation"), place)
+
+
 def test_what_is_odd_in_a_file_is_said_once_and_of_a_folder_by_split(write, monkeypatch):
     odd = [{"input": f"{n}", "target": "" if n % 3 else "b"} for n in range(60)]
     folder = write(own_dot_jsonl=odd, train_dot_jsonl=odd, dev_dot_jsonl=odd[:3])

@@ -106,8 +106,8 @@ def read_examples(
     """Return all examples of a split: train, validation, test, or the beginning of a file name.
 
     where: a folder or a file; None reads the task's own path, or else the hub. Of a single file
-        `validation` is a tenth of the examples, chosen by a hash of their identity, `train` the
-        rest, and `all` everything.
+        `validation` is a tenth of the examples, chosen by a hash of their identity, one identity
+        at least, `train` the rest, and `all` everything.
     report: called with a line on records that are left out, and on empty texts, if there are any:
         those of the split, or of all of a single file.
 
@@ -133,11 +133,13 @@ def read_splits(
             read[part] = _read(task, part, place)
         examples, said = read[part]
         if is_file and split != EVERYTHING:
-            examples = [example for example in examples if _split_of(example) == split]
+            examples = _split(examples).get(split, [])
         if not examples:
+            number = len(read[part][0])
+            same = f" but {number:,} times the same" if number else ""
             raise DataError(
                 f"The {split} split of {task.name!r} is empty: there is no example in "
-                f"{str(place or task.hub)!r}.{said}"
+                f"{str(place or task.hub)!r}{same}.{said}"
             )
         found[split] = examples
     for part, (_, said) in read.items():
@@ -171,10 +173,17 @@ def spread_evenly(examples: Sequence[Example], limit: int | None) -> Sequence[Ex
     return [examples[number * len(examples) // limit] for number in range(limit)]
 
 
-def _split_of(example: Example) -> str:
-    """Return the split of an example of a single file; the same for examples of one identity."""
-    held_out = derive_key("task", example.identity) % _HELD_OUT == 0
-    return "validation" if held_out else "train"
+def _split(examples: Sequence[Example]) -> dict[str, list[Example]]:
+    """Return the splits of a single file; examples of one identity are in the same."""
+    keys = [derive_key("task", example.identity) for example in examples]
+    different = set(keys)
+    held_out = {key for key in different if key % _HELD_OUT == 0}
+    if len(different) > 1 and held_out in (set(), different):
+        held_out = {min(different)}
+    found: dict[str, list[Example]] = {"train": [], "validation": []}
+    for key, example in zip(keys, examples, strict=True):
+        found["validation" if key in held_out else "train"].append(example)
+    return found
 
 
 def _find_files(task: Task, split: str, where: Path) -> list[Path]:

@@ -8,13 +8,12 @@ import httpx
 import pytest
 
 from switchlm.serving import texts
-from switchlm.serving.server import EngineError
 from switchlm.serving.texts import Threads
 
 
 @pytest.fixture
 def stuck(monkeypatch):
-    """Let texts that begin with `stop` be tokenized until the end of the test."""
+    """Let texts that begin with `stop` be tokenized until the returned function is called."""
     monkeypatch.setattr(texts, "STUCK_SECONDS", 0.2)
     over = threading.Event()
 
@@ -27,6 +26,7 @@ def stuck(monkeypatch):
             return encode(text)
 
         monkeypatch.setattr(tokenizer, "encode", wait)
+        return over.set
 
     yield slow
     over.set()
@@ -46,15 +46,22 @@ def test_texts_that_take_for_ever_leave_the_others(serve, stuck):
     assert httpx.get(f"{served.address}/health").status_code == 200
 
 
-def test_too_many_of_them_end_the_server_with_a_message(serve, stuck):
-    served = serve(seconds=20.0)
-    stuck(served.engine.tokenizer)
-    number = texts.MOST_STUCK + 1
+def test_too_many_of_them_are_no_end_but_no_health_until_they_are_done(serve, stuck, soon):
+    served = serve(seconds=2.0)
+    end = stuck(served.engine.tokenizer)
+    assert ask(served.address, "go") == 200
+    before = threading.active_count()
+    number = texts.MOST_STUCK + texts.NUM_THREADS
     with ThreadPoolExecutor(number) as clients:
-        for _ in range(number):
-            clients.submit(ask, served.address, "stop")
-        with pytest.raises(EngineError, match="9 texts have been tokenized for more than"):
-            served.run.result(30)
+        assert set(clients.map(lambda _: ask(served.address, "stop"), range(number))) == {504}
+    health = httpx.get(f"{served.address}/health")
+    assert health.status_code == 503
+    assert "too long to tokenize" in health.json()["status"]
+    assert ask(served.address, "go") == 504
+    assert threading.active_count() - before <= texts.MOST_STUCK + 2  # and some of uvicorn's
+    end()
+    soon(lambda: httpx.get(f"{served.address}/health").status_code == 200)
+    assert ask(served.address, "go") == 200
 
 
 def test_a_thread_that_is_free_again_is_one_too_many_and_ends(monkeypatch):
@@ -63,11 +70,12 @@ def test_a_thread_that_is_free_again_is_one_too_many_and_ends(monkeypatch):
     name = threads.submit(lambda: threading.current_thread()).result(10)
     late = threads.submit(over.wait)
     time.sleep(0.1)
-    assert threads.replace_stuck() == 1
-    assert threads.replace_stuck() == 1
+    for _ in range(2):
+        threads.replace_stuck()
+    assert threads.num_stuck == 1
     assert threads.submit(lambda: threading.current_thread()).result(10) is not name
     over.set()
     assert late.result(10)
     name.join(10)
     assert not name.is_alive()
-    assert threads.replace_stuck() == 0
+    assert threads.num_stuck == 0

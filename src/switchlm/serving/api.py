@@ -133,6 +133,8 @@ class _Interface:
     async def health(self) -> Response:
         if self._engine.ended.done():
             return JSONResponse({"status": "the engine has ended"}, 503)
+        if self._texts.are_stuck:
+            return JSONResponse({"status": "too many texts take too long to tokenize"}, 503)
         return JSONResponse({"status": "ok"})
 
     async def metrics(self) -> Response:

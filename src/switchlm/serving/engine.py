@@ -71,7 +71,6 @@ class Engine:
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._changed = threading.Condition()
         self._closing = False
-        self._failure: BaseException | None = None
         self._streams: dict[PendingRequest, TextStream] = {}
         self._joining: list[PendingRequest] = []  # between queue and slot
         self._thread = threading.Thread(target=self._run, name="switchlm-engine", daemon=True)
@@ -130,12 +129,6 @@ class Engine:
             self._changed.notify()
         self._thread.join(seconds)
 
-    def fail(self, error: BaseException) -> None:
-        """End the thread with an error, all requests unfinished."""
-        with self._changed:
-            self._failure = self._failure or error
-            self._changed.notify()
-
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
@@ -173,7 +166,7 @@ class Engine:
             self._run_call()  # one at a time, between decoding steps
             with evaluation_mode(self.model, drop=False):
                 self._advance(slots)
-                while not self._calls and (slots.requests or self._waiting) and not self._failure:
+                while not self._calls and (slots.requests or self._waiting):
                     self._advance(slots)
 
     def _run_call(self) -> None:
@@ -203,17 +196,12 @@ class Engine:
             self._fail(pending, error)
 
     def _wait_for_work(self, slots: Slots) -> bool:
-        """Return False when all requests are finished and the engine is closing.
-
-        Raises the error that `fail` was given.
-        """
+        """Return False when all requests are finished and the engine is closing."""
         with self._changed:
-            while not (slots.requests or self._waiting or self._calls or self._failure):
+            while not (slots.requests or self._waiting or self._calls):
                 if self._closing:
                     return False
                 self._changed.wait()
-        if self._failure:
-            raise self._failure
         return True
 
     def _advance(self, slots: Slots) -> None:

@@ -1,8 +1,8 @@
 """Work on texts outside of the event loop: parsing, tokenizing, decoding, in a few threads.
 
 A text is bounded by its characters before it is tokenized, so a long one costs nothing. A regular
-expression of a tokenizer may still take time without bound, and a thread cannot be ended: another
-takes its place, and after some such threads the engine ends with an error.
+expression of a tokenizer may still take very long, and a thread cannot be ended: another takes its
+place. With many such threads the server is no longer healthy, until they are done.
 """
 
 import asyncio
@@ -57,17 +57,15 @@ class Texts:
         future = asyncio.wrap_future(self._threads.submit(call))
         try:
             while not (await asyncio.wait([future], timeout=STUCK_SECONDS / 10))[0]:
-                if self._threads.replace_stuck() > MOST_STUCK:
-                    self._engine.fail(
-                        DataError(
-                            f"{MOST_STUCK + 1} texts have been tokenized for more than "
-                            f"{STUCK_SECONDS:.0f} seconds each: the tokenizer is damaged, or made "
-                            "to exhaust this machine."
-                        )
-                    )
+                self._threads.replace_stuck()
             return future.result()
         finally:
             future.cancel()  # if nobody waits for it any longer
+
+    @property
+    def are_stuck(self) -> bool:
+        """Whether so many texts take too long that no thread is left for others."""
+        return self._threads.num_stuck > MOST_STUCK
 
     def prompt(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
         """Return the ids of a prompt, of a text or given, with what the tokenizer puts around them.
@@ -119,15 +117,22 @@ class Threads:
         self._calls.put((future, function))
         return future
 
-    def replace_stuck(self) -> int:
-        """Start a thread for each that has been stuck since the last call; return all such."""
+    def replace_stuck(self) -> None:
+        """Start a thread for each that has been busy for too long, up to MOST_STUCK."""
         with self._lock:
             limit = time.monotonic() - STUCK_SECONDS
             late = [thread for thread, began in self._began.items() if began < limit]
-            for thread in set(late) - self._stuck:
-                self._stuck.add(thread)
-                self._start()
-            return len(self._stuck)
+            for thread in late:
+                if thread not in self._stuck and len(self._stuck) < MOST_STUCK:
+                    self._stuck.add(thread)
+                    self._start()
+
+    @property
+    def num_stuck(self) -> int:
+        """The number of threads that have been busy for too long, replaced or not."""
+        limit = time.monotonic() - STUCK_SECONDS
+        with self._lock:
+            return sum(began < limit for began in self._began.values())
 
     def _start(self) -> None:
         threading.Thread(target=self._run, name="switchlm-texts", daemon=True).start()

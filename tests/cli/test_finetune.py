@@ -181,6 +181,10 @@ def test_a_run_is_resumed_with_its_own_settings(run, refuse, run_unchanged, comm
     shorter = ("finetune", "--out", tmp_path / "run", "--resume", "--set", "training.steps=4")
     said = run_unchanged(tmp_path / "run", *shorter)
     assert "has 6 steps already, and training.steps is 4: nothing was trained" in said
+    shutil.rmtree(tmp_path / "run" / "model")
+    message = refuse("finetune", "--out", tmp_path / "run", "--resume")
+    assert "The model of the best step" in message
+    assert "is gone" in message
 
 
 def test_a_base_that_has_changed_is_an_error(run, refuse, command, tmp_path, nano):

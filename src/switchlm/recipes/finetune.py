@@ -231,6 +231,12 @@ def finetune(
             best, _ = load(folder.model, device=device, report=lambda line: None)
             routing = record_routing(best, loader, tokenizer, folder)
         _write_report(config, examples, folder, routing)
+        steps = [line["best_step"] for line in read_metrics(folder.metrics) if "best_step" in line]
+        if steps and not folder.model.exists():
+            raise CheckpointError(
+                f"The model of the best step, {steps[-1]:,}, is gone from {str(folder.model)!r}, "
+                "where it was written after its evaluation. Start again with another --out."
+            )
 
 
 def read_tasks(settings: FinetuneConfig, report: Report = lambda line: None) -> Examples:

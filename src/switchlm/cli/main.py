@@ -182,8 +182,8 @@ def let_threads_sleep(environment: MutableMapping[str, str]) -> None:
     """Make OpenMP's threads sleep when they wait for long, unless the user has chosen.
 
     They spin otherwise, and beside another program's load a thread that waits takes the processor
-    from the one that it waits for. GNU's OpenMP, PyTorch's on Linux, spins for some 10 us first,
-    since waking a thread takes as long. OpenMP reads this when PyTorch is imported.
+    from the one that it waits for. GNU's OpenMP, PyTorch's on Linux, spins a thousand times
+    first, since waking a thread takes longer. OpenMP reads this when PyTorch is imported.
     """
     if not environment.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}:
         environment.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000")

@@ -201,6 +201,16 @@ def test_a_file_of_one_example_has_no_validation_split(write):
         read_splits(find_task(str(place)), ("train", "validation"), place)
 
 
+def test_a_single_file_has_no_other_splits(write):
+    place = (
+        write(some_dot_jsonl=[{"input": f"{n}", "target": "b"} for n in range(9)]) / "some.jsonl"
+    )
+    with pytest.raises(
+        DataError, match=r"test split .* a single file has train, validation and all"
+    ):
+        read_examples(find_task(str(place)), "test", place)
+
+
 def test_what_is_odd_in_a_file_is_said_once_and_of_a_folder_by_split(write, monkeypatch):
     odd = [{"input": f"{n}", "target": "" if n % 3 else "b"} for n in range(60)]
     folder = write(own_dot_jsonl=odd, train_dot_jsonl=odd, dev_dot_jsonl=odd[:3])

@@ -126,21 +126,23 @@ def read_splits(
     place = task.path if where is None else Path(where)
     is_file = place is not None and place.is_file()
     read: dict[str, tuple[list[Example], str]] = {}
+    parts: dict[str, list[Example]] = {}
     found = {}
     for split in splits:
         part = EVERYTHING if is_file else split
         if part not in read:
             read[part] = _read(task, part, place)
         examples, said = read[part]
-        if is_file and split != EVERYTHING:
-            examples = _split(examples).get(split, [])
+        why = f"there is no example in {str(place or task.hub)!r}"
+        if examples and is_file and split != EVERYTHING:
+            parts = parts or _split(examples)
+            if split not in parts:
+                why = f"a single file has {', '.join(parts)} and {EVERYTHING}"
+            elif not parts[split]:
+                why += f" but {len(examples):,} times the same"
+            examples = parts.get(split, [])
         if not examples:
-            number = len(read[part][0])
-            same = f" but {number:,} times the same" if number else ""
-            raise DataError(
-                f"The {split} split of {task.name!r} is empty: there is no example in "
-                f"{str(place or task.hub)!r}{same}.{said}"
-            )
+            raise DataError(f"The {split} split of {task.name!r} is empty: {why}.{said}")
         found[split] = examples
     for part, (_, said) in read.items():
         if said:
